@@ -1,0 +1,50 @@
+# The two commands of the README, and what they need. Every target sets itself up and is cheap to repeat.
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+LOCK := requirements.lock
+# The interpreter that makes the environment; any 3.11 or newer with pip.
+BASE_PYTHON ?= python3
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test test-quick lint lock clean
+
+help:  ## what can be made
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+# The stamp is newer than the lock only after a complete installation, so an interrupted one is done again.
+$(VENV)/installed: $(LOCK) pyproject.toml
+	$(BASE_PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'ldm needs Python 3.11 or newer')"
+	test -x $(PYTHON) || $(BASE_PYTHON) -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check uv
+	$(VENV)/bin/uv pip install --quiet --python $(PYTHON) --require-hashes -r $(LOCK)
+	$(VENV)/bin/uv pip install --quiet --python $(PYTHON) --no-deps --no-build-isolation --editable .
+	touch $@
+
+setup: $(VENV)/installed  ## install the locked packages into .venv
+
+quickstart: $(VENV)/installed  ## emoji: train both stages, sample, print where the pictures are
+	$(PYTHON) main.py --base configs/quickstart/autoencoder.yaml
+	$(PYTHON) main.py --base configs/quickstart/diffusion.yaml
+	$(PYTHON) scripts/sample.py -r 'logs/*_emoji_diffusion' -n 8 --guidance 2 --steps 50
+
+test: $(VENV)/installed lint  ## lint, types and every test
+	$(PYTHON) -m pytest
+
+test-quick: $(VENV)/installed  ## the tests that take seconds
+	$(PYTHON) -m pytest -m "not slow"
+
+lint: $(VENV)/installed  ## ruff (lint and format) and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+lock: $(VENV)/installed  ## resolve pyproject.toml anew into requirements.lock and environment.yaml
+	$(VENV)/bin/uv pip compile --quiet --upgrade --universal --all-extras --generate-hashes --python-version 3.11 \
+		--no-emit-index-url --no-header pyproject.toml --output-file $(LOCK)
+	sed -i '/^      - /d' environment.yaml
+	sed -nE 's/ *\\$$//; s/^([a-z0-9._-]+==.*)$$/      - "\1"/p' $(LOCK) >> environment.yaml
+	echo '      - "--editable ."' >> environment.yaml
+
+clean:  ## remove the environment and caches, never runs or data
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
