@@ -1,0 +1,114 @@
+"""The house's rules, read from the source: who may import whom, who may import which library, which targets exist."""
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+
+# A file imports only from levels below its own; within level 1 a package's files may import each other.
+LEVELS = {
+    0: ["errors", "config", "distributed", "randomness", "layers", "ema", "schedule", "checkpoint", "run", "signals"],
+    1: [
+        *("data.images", "data.openmoji", "data.latents", "data.sampler"),
+        *("autoencoder.networks", "autoencoder.posterior", "autoencoder.lpips", "autoencoder.discriminator"),
+        *("autoencoder.losses", "autoencoder.codec"),
+        *("diffusion.unet", "diffusion.objectives", "diffusion.guidance", "diffusion.samplers"),
+        "diffusion.conditioning",
+    ],
+    2: ["data.datamodules", "autoencoder.module", "diffusion.module"],
+    3: ["evaluation.generate", "evaluation.features", "evaluation.metrics"],
+    4: ["callbacks", "loggers", "safety"],
+    5: ["trainer"],
+}
+LEVEL_OF = {f"ldm.{name}": level for level, names in LEVELS.items() for name in names}
+
+# Libraries that only the named files may import.
+FENCED = {
+    "pytorch_lightning": {
+        *("ldm.autoencoder.module", "ldm.diffusion.module", "ldm.data.datamodules"),
+        *("ldm.callbacks", "ldm.loggers", "ldm.safety", "ldm.trainer", "main"),
+    },
+    "omegaconf": {"ldm.config"},
+    "torch.distributed": {"ldm.distributed"},
+    "diffusers": {"scripts.bench"},
+    "wandb": {"ldm.loggers"},
+}
+
+SOURCES = sorted([*(ROOT / "ldm").rglob("*.py"), *(ROOT / "scripts").glob("*.py"), ROOT / "main.py"])
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported(path: Path) -> list[str]:
+    """Every module that the file imports, anywhere in it; `from a import b` gives both a and a.b."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} imports relatively"
+            names += [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return names
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_imports_go_down(path):
+    name = module_name(path)
+    if path.name == "__init__.py":
+        assert not path.read_text().strip(), "the dotted path in a YAML is the file to open: no re-exports"
+        return
+    level = LEVEL_OF.get(name, 6 if not name.startswith("ldm.") else None)
+    assert level is not None, f"{name} has no level: add it to LEVELS"
+    for other in imported(path):
+        if other not in LEVEL_OF:
+            continue
+        same_package = name.rsplit(".", 1)[0] == other.rsplit(".", 1)[0]
+        allowed = LEVEL_OF[other] < level or (LEVEL_OF[other] == level and same_package)
+        assert allowed, f"{name} (level {level}) imports {other} (level {LEVEL_OF[other]})"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_libraries_stay_behind_their_fences(path):
+    for other in imported(path):
+        for library, allowed in FENCED.items():
+            if other == library or other.startswith(library + "."):
+                assert module_name(path) in allowed, f"{module_name(path)} imports {other}"
+
+
+def test_stages_meet_only_on_disk():
+    for path in SOURCES:
+        name = module_name(path)
+        crossing = {"ldm.autoencoder": "ldm.diffusion", "ldm.diffusion": "ldm.autoencoder"}
+        for package, other in crossing.items():
+            if name.startswith(package):
+                assert not any(target.startswith(other) for target in imported(path)), name
+
+
+def test_levels_name_only_existing_files():
+    missing = set(LEVEL_OF) - {module_name(path) for path in SOURCES}
+    assert not missing, f"LEVELS names files that are gone: {missing}"
+
+
+def targets(node: object) -> list[str]:
+    if isinstance(node, dict):
+        own = [node["target"]] if isinstance(node.get("target"), str) else []
+        return own + [target for value in node.values() for target in targets(value)]
+    if isinstance(node, list):
+        return [target for value in node for target in targets(value)]
+    return []
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
+def test_every_target_of_every_config_exists(path):
+    found = targets(yaml.safe_load(path.read_text()))
+    assert found
+    for target in found:
+        module, _, name = target.rpartition(".")
+        assert hasattr(importlib.import_module(module), name), target
