@@ -1,0 +1,209 @@
+"""Encoder and decoder of the latent-diffusion family (Rombach et al. 2022, arXiv:2112.10752, appendix E.1).
+
+The convolutional autoencoder of VQGAN (Esser et al. 2021) and DDPM (Ho et al. 2020): residual blocks with
+GroupNorm and swish, a strided convolution between levels, self-attention at chosen levels and in the middle.
+Both 1x1 convolutions around the latent (`quant_conv`, `post_quant_conv`) belong to the networks here.
+
+Vocabulary: level 0 has the resolution of the image, each further level half of it, so the down factor is
+2 ** (levels - 1); `moments` are mean and log-variance of the latent, stacked along the channels.
+
+Everything runs in plain NCHW: on the CPU GroupNorm in channels_last is 4 (float32) to 18 (bfloat16) times slower.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """32 groups where the channels allow groups of four or more, as in the published models (128 channels and up).
+
+    Narrower networks get fewer groups: with a channel or two in a group the norm would erase each one's mean.
+    """
+    return nn.GroupNorm(math.gcd(channels, min(32, max(1, channels // 4))), channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut: (N, in_channels, H, W) -> (N, out_channels, H, W)."""
+
+    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        same = in_channels == out_channels
+        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))  # (N, out_channels, H, W)
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))  # (N, out_channels, H, W)
+        return self.shortcut(x) + h  # (N, out_channels, H, W)
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over the positions of a feature map, added to it: shape kept."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)  # (N, C, H, W)
+        q, k, v = (_to_tokens(project(h)) for project in (self.q, self.k, self.v))  # each (N, 1, H*W, C)
+        h = F.scaled_dot_product_attention(q, k, v)  # (N, 1, H*W, C)
+        h = h.squeeze(1).transpose(1, 2).reshape(x.shape)  # (N, C, H, W)
+        return x + self.out(h)  # (N, C, H, W)
+
+
+def _to_tokens(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, 1, H*W, C): one head."""
+    return x.flatten(2).transpose(1, 2).unsqueeze(1)
+
+
+class Downsample(nn.Module):
+    """Halve the resolution with a strided convolution: (N, C, H, W) -> (N, C, H/2, W/2)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (0, 1, 0, 1))  # (N, C, H+1, W+1): right and bottom only, as the published weights expect
+        return self.conv(x)  # (N, C, H/2, W/2)
+
+
+class Upsample(nn.Module):
+    """Double the resolution by repetition, then smooth: (N, C, H, W) -> (N, C, 2H, 2W)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")  # (N, C, 2H, 2W)
+        return self.conv(x)  # (N, C, 2H, 2W)
+
+
+def _blocks(in_channels: int, out_channels: int, count: int, attention: bool, dropout: float) -> list[nn.Module]:
+    """The residual blocks of one level, each followed by attention where the level has it."""
+    layers: list[nn.Module] = []
+    for _ in range(count):
+        layers.append(ResBlock(in_channels, out_channels, dropout))
+        if attention:
+            layers.append(Attention(out_channels))
+        in_channels = out_channels
+    return layers
+
+
+def _middle(channels: int, dropout: float) -> nn.Sequential:
+    return nn.Sequential(
+        ResBlock(channels, channels, dropout),
+        Attention(channels),
+        ResBlock(channels, channels, dropout),
+    )
+
+
+class Encoder(nn.Module):
+    """Images to moments: (N, in_channels, H, W) in [-1, 1] -> (N, 2*latent_channels, H/f, W/f), f = down_factor.
+
+    Args:
+        in_channels: of the image.
+        channels: of level 0.
+        channel_multipliers: width of each level, in units of `channels`; one entry a level.
+        blocks_per_level: residual blocks of each level.
+        attention_levels: levels with self-attention after each block (the published f16 model: its last).
+        latent_channels: of the latent; the moments have twice as many.
+        dropout: probability within the residual blocks.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        channel_multipliers: Sequence[int],
+        blocks_per_level: int,
+        latent_channels: int,
+        attention_levels: Sequence[int] = (),
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.latent_channels = latent_channels
+        self.down_factor = 2 ** (len(channel_multipliers) - 1)
+        widths = [channels * multiplier for multiplier in channel_multipliers]
+        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.levels = nn.Sequential()
+        previous = channels
+        for level, width in enumerate(widths):
+            layers = _blocks(previous, width, blocks_per_level, level in attention_levels, dropout)
+            if level < len(widths) - 1:
+                layers.append(Downsample(width))
+            self.levels.append(nn.Sequential(*layers))
+            previous = width
+        self.middle = _middle(previous, dropout)
+        self.norm_out = group_norm(previous)
+        self.conv_out = nn.Conv2d(previous, 2 * latent_channels, 3, padding=1)
+        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        h = self.conv_in(images)  # (N, channels, H, W)
+        h = self.levels(h)  # (N, last width, H/f, W/f)
+        h = self.middle(h)  # (N, last width, H/f, W/f)
+        h = self.conv_out(F.silu(self.norm_out(h)))  # (N, 2*latent_channels, H/f, W/f)
+        return self.quant_conv(h)  # (N, 2*latent_channels, H/f, W/f)
+
+
+class Decoder(nn.Module):
+    """Latents to images: (N, latent_channels, h, w) -> (N, out_channels, h*f, w*f), about [-1, 1], f = up_factor.
+
+    The arguments mean the same as the encoder's and count levels from the image's resolution too; each level
+    has one residual block more than there.
+    """
+
+    def __init__(
+        self,
+        out_channels: int,
+        channels: int,
+        channel_multipliers: Sequence[int],
+        blocks_per_level: int,
+        latent_channels: int,
+        attention_levels: Sequence[int] = (),
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        self.latent_channels = latent_channels
+        self.up_factor = 2 ** (len(channel_multipliers) - 1)
+        widths = [channels * multiplier for multiplier in channel_multipliers]
+        previous = widths[-1]
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+        self.conv_in = nn.Conv2d(latent_channels, previous, 3, padding=1)
+        self.middle = _middle(previous, dropout)
+        self.levels = nn.Sequential()
+        for level, width in reversed(list(enumerate(widths))):
+            layers = _blocks(previous, width, blocks_per_level + 1, level in attention_levels, dropout)
+            if level > 0:
+                layers.append(Upsample(width))
+            self.levels.append(nn.Sequential(*layers))
+            previous = width
+        self.norm_out = group_norm(previous)
+        self.conv_out = nn.Conv2d(previous, out_channels, 3, padding=1)
+
+    @property
+    def last_layer(self) -> nn.Conv2d:
+        """The convolution that writes the image: its weight's gradient sets the adversarial weight."""
+        return self.conv_out
+
+    def forward(self, latents: Tensor) -> Tensor:
+        h = self.conv_in(self.post_quant_conv(latents))  # (N, last width, h, w)
+        h = self.middle(h)  # (N, last width, h, w)
+        h = self.levels(h)  # (N, channels, h*f, w*f)
+        return self.conv_out(F.silu(self.norm_out(h)))  # (N, out_channels, h*f, w*f)

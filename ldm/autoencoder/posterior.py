@@ -1,0 +1,66 @@
+"""The diagonal Gaussian over latents that the encoder predicts (Kingma and Welling 2014, "Auto-Encoding Variational Bayes")."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+class DiagonalGaussian:
+    """q(z | x) = N(mean, diag(var)), one a row of `moments`.
+
+    Sums run over all dimensions but the batch. Give float32 moments: a KL summed in bfloat16 keeps three digits.
+
+    Args:
+        moments: (N, 2C, ...), mean and log-variance stacked along dimension 1; the log-variance is clamped to
+            [-30, 20].
+        deterministic: the point mass at the mean. Its samples are the mean; its kl and nll are zero by convention,
+            since the true ones are infinite and constant in the parameters.
+    """
+
+    def __init__(self, moments: Tensor, deterministic: bool = False) -> None:
+        self.deterministic = deterministic
+        self.mean, logvar = moments.chunk(2, dim=1)
+        self.logvar = logvar.clamp(-30.0, 20.0)
+        self.std = torch.zeros_like(self.mean) if deterministic else (0.5 * self.logvar).exp()
+        self.var = torch.zeros_like(self.mean) if deterministic else self.logvar.exp()
+
+    def sample(self, noise: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """One latent a row: (N, C, ...).
+
+        Args:
+            noise: standard normal of the mean's shape; drawn from `generator` (or torch's global one) if not given.
+        """
+        if self.deterministic:
+            return self.mean
+        if noise is None:
+            mean = self.mean
+            noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+        return self.mean + self.std * noise.to(self.mean.dtype)
+
+    def mode(self) -> Tensor:
+        """The likeliest latent, which is the mean: (N, C, ...)."""
+        return self.mean
+
+    def kl(self, other: "DiagonalGaussian | None" = None) -> Tensor:
+        """KL(self || other) in nats: (N,). `other` is the standard normal if not given."""
+        if self.deterministic:
+            return self._zeros()
+        if other is None:
+            return 0.5 * _sum(self.mean.square() + self.var - 1.0 - self.logvar)
+        ratio = ((self.mean - other.mean).square() + self.var) / other.var
+        return 0.5 * _sum(ratio - 1.0 - self.logvar + other.logvar)
+
+    def nll(self, x: Tensor) -> Tensor:
+        """-log q(x) in nats: (N,). x has the mean's shape."""
+        if self.deterministic:
+            return self._zeros()
+        return 0.5 * _sum(math.log(2.0 * math.pi) + self.logvar + (x - self.mean).square() / self.var)
+
+    def _zeros(self) -> Tensor:
+        return self.mean.new_zeros(self.mean.shape[0])
+
+
+def _sum(x: Tensor) -> Tensor:
+    """(N, ...) -> (N,)"""
+    return x.flatten(1).sum(1)
