@@ -1,0 +1,158 @@
+"""main.py's command line. Imports nothing heavy: a wrong flag is answered at once."""
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import NoReturn
+
+from ldm.errors import ConfigError
+
+# `a.b=1`, `a.0.b=[1,2]`; never a flag (starts with a dash) nor a path before the equals sign.
+_OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=.*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The parsed command line of main.py; `--help` describes each."""
+
+    base: tuple[Path, ...]
+    overrides: tuple[str, ...]
+    resume: str | None
+    name: str | None
+    postfix: str
+    logdir: Path
+    project: str
+    seed: int | None
+    debug: bool
+    train: bool
+    test: bool
+    scale_lr: bool
+    dry_run: bool
+    trust: tuple[str, ...]
+    allow_change: tuple[str, ...]
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises ConfigError where argparse would print its usage and leave."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message[0].upper()}{message[1:]}.\nSee `{self.prog} --help`.")
+
+    def parse_strictly(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse, naming the nearest flag for one that does not exist."""
+        options, unknown = self.parse_known_args(argv)
+        if not unknown:
+            return options
+        word = unknown[0].split("=")[0]
+        if not word.startswith("-"):
+            self.error(f"unexpected word {word!r}: files follow --base, and an override is written key=value")
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        near = get_close_matches(word, flags, n=1, cutoff=0.5)
+        self.error(f"unknown flag {word}" + (f": did you mean {near[0]}?" if near else ""))
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(`key=value` words, all other words), each in order: overrides may stand anywhere on the line."""
+    overrides = [word for word in argv if _OVERRIDE.fullmatch(word)]
+    return overrides, [word for word in argv if not _OVERRIDE.fullmatch(word)]
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """Parse main.py's command line.
+
+    Raises:
+        ConfigError: naming the flag, and the nearest one that exists.
+    """
+    overrides, words = split_overrides(argv)
+    parsed = _parser().parse_strictly(words)
+    if parsed.seed is not None:
+        overrides.append(f"seed={parsed.seed}")
+    if not parsed.base and not parsed.resume:
+        raise ConfigError("Nothing to run: give a configuration with --base FILE.yaml, or a run with --resume.")
+    several = {"base": tuple(parsed.base), "trust": tuple(parsed.trust), "allow_change": tuple(parsed.allow_change)}
+    return Options(**(vars(parsed) | several | {"overrides": tuple(overrides)}))
+
+
+def _switch(text: str) -> bool:
+    words = {"true": True, "t": True, "yes": True, "y": True, "1": True}
+    words |= {"false": False, "f": False, "no": False, "n": False, "0": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"expected true or false, found {text!r}")
+    return words[text.lower()]
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="main.py",
+        description="Train an autoencoder (stage 1) or a diffusion model (stage 2) from YAML files.",
+        epilog="Words of the form key=value override the configuration, wherever they stand: data.params.batch_size=64",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "-b",
+        "--base",
+        nargs="+",
+        type=Path,
+        default=[],
+        action="extend",
+        metavar="FILE.yaml",
+        help="configuration files, merged left to right",
+    )
+    add(
+        "-r",
+        "--resume",
+        metavar="RUN",
+        help="go on with a run folder, a checkpoint, or `auto`: the newest run of this name, else a new one",
+    )
+    add("-n", "--name", help="the run's name (default: the config's `name`, else the first file's name)")
+    add("-f", "--postfix", default="", help="appended to the name")
+    add("-l", "--logdir", type=Path, default=Path("logs"), help="where run folders are made (default: logs)")
+    add("-p", "--project", default="ldm", help="the Weights & Biases project (default: ldm)")
+    add("-s", "--seed", type=int, help="the same as seed=...")
+    add(
+        "-d",
+        "--debug",
+        action="store_true",
+        help="full tracebacks, and the debugger where an error was raised when run from a terminal",
+    )
+    add(
+        "-t",
+        "--train",
+        nargs="?",
+        const=True,
+        default=True,
+        type=_switch,
+        metavar="BOOL",
+        help="train (the default); `-t false` only validates",
+    )
+    add("--no-train", dest="train", action="store_false", help="the same as --train false")
+    add("--no-test", dest="test", action="store_false", help="leave out the test that follows training")
+    add(
+        "--scale-lr",
+        action="store_true",
+        help="multiply every optimizer's lr by the global batch size (lr then means: a rate for one image)",
+    )
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved config, parameter counts, shapes and FLOPs a step; make no run folder",
+    )
+    add(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="let the configuration build objects of this package; it runs that package's code",
+    )
+    add(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="accept that KEY differs from what the resumed run was started with",
+    )
+    return parser

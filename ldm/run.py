@@ -1,0 +1,244 @@
+"""The run folder: what one training run leaves on disk, who may write to it, and how it stands.
+
+    logs/<time>_<name><postfix>/
+        checkpoints/           step=00001000.ckpt ... (ldm/checkpoint.py)
+        configs/config.yaml    what ran, every reference filled in; a resumed run reads this
+        configs/source.yaml    the same before references were filled in: what the user wrote
+        configs/facts.yaml     what the data said about itself (number of images, classes, ...)
+        images/{train,val}/    picture grids
+        metrics.csv            every logged number
+        run_state.json         status, step, reason, resume_from: for whoever starts runs by script
+        lock                   who is writing here
+
+Runs are ordered by the time in their name, never by the file system's clock.
+"""
+
+import fcntl
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ldm.errors import CheckpointError, ConfigError, LockError, ResourceError
+
+TIME_FORMAT = "%Y-%m-%dT%H-%M-%S"
+_FOLDER_NAME = re.compile(r"^(?P<time>\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2})_(?P<name>.+)$")
+
+
+@dataclass(frozen=True)
+class RunState:
+    """How a run stands, as `run_state.json` tells it.
+
+    Attributes:
+        status: "running", "finished" (reached max_steps), "stopped" (by a signal, after a save) or "failed".
+        step: optimizer steps done.
+        reason: one line for a person.
+        exit_code: what the process ended with; None while it runs.
+        resume_from: the checkpoint to go on from, relative to the folder; None before the first one.
+    """
+
+    status: str
+    step: int = 0
+    reason: str = ""
+    exit_code: int | None = None
+    resume_from: str | None = None
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of one run; nothing is created but by `create`."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "configs" / "config.yaml"
+
+    @property
+    def source_file(self) -> Path:
+        return self.path / "configs" / "source.yaml"
+
+    @property
+    def facts_file(self) -> Path:
+        return self.path / "configs" / "facts.yaml"
+
+    @property
+    def images(self) -> Path:
+        return self.path / "images"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.csv"
+
+    @property
+    def state_file(self) -> Path:
+        return self.path / "run_state.json"
+
+    @property
+    def name(self) -> str:
+        """The folder's name without its time."""
+        match = _FOLDER_NAME.match(self.path.name)
+        return match["name"] if match else self.path.name
+
+    def exists(self) -> bool:
+        """True when this is a folder some run has written its configuration to."""
+        return self.config_file.is_file()
+
+    def make(self) -> None:
+        """Create whatever of the folder is missing."""
+        for folder in (self.checkpoints, self.config_file.parent, self.images / "train", self.images / "val"):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def read_state(self) -> RunState | None:
+        """The last state written, or None when there is none that can be read."""
+        with suppress(OSError, ValueError, TypeError):
+            record = json.loads(self.state_file.read_text())
+            return RunState(**{name: record[name] for name in RunState.__dataclass_fields__ if name in record})
+        return None
+
+    def write_state(self, state: RunState) -> None:
+        """Replace `run_state.json`: a reader sees the old one or the new one, whole."""
+        record = asdict(state) | _whoami()
+        write_whole(self.state_file, json.dumps(record, indent=2) + "\n")
+
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """Within the block this process alone may write to the folder.
+
+        The lock is a record lock: the kernel drops it when this process dies, however it dies, and forked loader
+        workers that outlive it do not hold it. (Closing any other handle on the file would drop it too, so nothing
+        else in this process may open it.)
+
+        Raises:
+            LockError: another living process holds it; the message names it.
+        """
+        with (self.path / "lock").open("a+") as handle:
+            try:
+                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                handle.seek(0)
+                raise LockError(_taken(self.path, handle.read())) from None
+            handle.truncate(0)
+            handle.write(json.dumps(_whoami()) + "\n")
+            handle.flush()
+            yield
+
+
+def create(logdir: Path, name: str, postfix: str = "") -> RunFolder:
+    """A new run folder `logdir/<now>_<name><postfix>`; waits a second when that one is taken."""
+    while True:
+        folder = RunFolder(logdir / f"{time.strftime(TIME_FORMAT)}_{name}{postfix}")
+        try:
+            folder.path.mkdir(parents=True)
+        except FileExistsError:
+            time.sleep(0.2)
+            continue
+        folder.make()
+        return folder
+
+
+def newest(logdir: Path, name: str, postfix: str = "") -> RunFolder | None:
+    """The latest run called exactly `<name><postfix>` under `logdir`, by the time in its name."""
+    found = [folder for folder in _runs(logdir) if folder.name == f"{name}{postfix}"]
+    return max(found, key=lambda folder: folder.path.name, default=None)
+
+
+def resolve(text: str, logdir: Path) -> tuple[RunFolder | None, Path | None]:
+    """What `-r TEXT` means: (run folder or None, checkpoint file or None).
+
+    A folder gives (folder, None): its newest checkpoint is for the caller to choose. A checkpoint inside a run
+    gives (folder, file); one that lies elsewhere (None, file): it starts a new run.
+
+    Raises:
+        CheckpointError: there is no such thing; the message lists the runs there are.
+    """
+    path = Path(text)
+    if path.is_file():
+        folder = RunFolder(path.absolute().parent.parent)
+        return (folder, path) if folder.exists() else (None, path)
+    folder = RunFolder(path.parent if path.name == "checkpoints" else path)
+    if folder.exists():
+        return folder, None
+    problem = "has no configs/config.yaml" if path.is_dir() else "does not exist"
+    known = [str(run.path) for run in sorted(_runs(logdir), key=lambda run: run.path.name)[-5:]]
+    raise CheckpointError(
+        f"--resume {text}: expected a run folder, a checkpoint or `auto`, but it {problem}.\n"
+        + (f"The latest runs are: {', '.join(known)}." if known else f"There are no runs in {logdir}.")
+    )
+
+
+def check_writable(folder: Path) -> None:
+    """Create, sync and rename a file in `folder` (created if missing), as a checkpoint's writer will.
+
+    Raises:
+        ResourceError: the folder cannot be written to.
+    """
+    probe = folder / f".probe.{socket.gethostname()}.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(probe, "can we write here?\n")
+        probe.unlink()
+    except OSError as error:
+        raise ResourceError(
+            f"{folder}: cannot be written to ({error.strerror}).\n"
+            "Expected a folder where files can be created, synced and renamed; choose another one with --logdir."
+        ) from error
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Refuse to start where `needed` bytes are not free.
+
+    Raises:
+        ResourceError: with the bytes needed and free.
+    """
+    status = os.statvfs(folder)
+    free = status.f_bavail * status.f_frsize
+    if free < needed:
+        raise ResourceError(
+            f"{folder}: {needed / 1e6:,.0f} MB are needed for checkpoints, {free / 1e6:,.0f} MB are free.\n"
+            "Free some space or choose another folder with --logdir."
+        )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small text file so that a reader, or a power cut, finds the old one or the new one, never a part."""
+    temporary = path.with_name(f"{path.name}.tmp.{socket.gethostname()}.{os.getpid()}")
+    with temporary.open("w") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    temporary.replace(path)
+
+
+def check_name(name: str) -> None:
+    """Raises ConfigError when `name` (or a postfix) cannot be part of a folder's name."""
+    if not re.fullmatch(r"[\w.,=+-]*", name):
+        raise ConfigError(f"{name!r} cannot be part of a run's name: use letters, digits and . , = + - _ only.")
+
+
+def _runs(logdir: Path) -> list[RunFolder]:
+    if not logdir.is_dir():
+        return []
+    folders = [RunFolder(path) for path in logdir.iterdir() if _FOLDER_NAME.match(path.name)]
+    return [folder for folder in folders if folder.exists()]
+
+
+def _whoami() -> dict[str, str | int]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "time": time.strftime(TIME_FORMAT)}
+
+
+def _taken(folder: Path, record: str) -> str:
+    owner = "another process"
+    with suppress(ValueError, KeyError, TypeError):
+        who = json.loads(record)
+        owner = f"process {who['pid']} on {who['host']}, since {who['time']},"
+    return f"{folder}: {owner} is writing to this run.\nStop it first, or start a new run (leave out --resume)."

@@ -1,0 +1,74 @@
+import math
+
+import pytest
+from PIL import Image
+
+from scripts import plot_run
+
+METRICS = """step,epoch,train/loss,val/loss,val/ema/loss,train/lr
+1,0,4.0,,,0.1
+2,0,2.0,,,0.2
+2,0,,3.0,3.5,
+2,0,2.5,,,0.2
+3,0,nan,,,0.3
+"""
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    (tmp_path / "metrics.csv").write_text(METRICS)
+    return tmp_path
+
+
+def test_sparse_rows_become_curves_and_the_later_row_holds(run_folder):
+    curves = plot_run.read_curves(run_folder)
+    assert set(curves) == {"train/loss", "val/loss", "val/ema/loss", "train/lr"}
+    steps, values = curves["train/loss"]
+    assert steps == [1, 2, 3]
+    assert values[:2] == [4.0, 2.5]
+    assert math.isnan(values[2])
+    assert curves["val/loss"] == ([2], [3.0])
+
+
+def test_train_and_val_share_a_panel(run_folder):
+    grouped = plot_run.panels(plot_run.read_curves(run_folder))
+    assert {panel: set(group) for panel, group in grouped.items()} == {
+        "loss": {"train", "val", "val/ema"},
+        "lr": {"train"},
+    }
+
+
+def test_smoothing_keeps_a_constant_and_follows_a_step():
+    assert plot_run.smooth([3.0] * 10, 4) == pytest.approx([3.0] * 10)
+    assert plot_run.smooth([math.nan, 1.0, math.inf, 1.0], 4)[1:] == pytest.approx([1.0] * 3)
+    after = plot_run.smooth([0.0] * 50 + [1.0] * 50, 5)
+    assert after[49] == 0.0
+    assert after[-1] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_picture_is_written(run_folder, capsys):
+    assert plot_run.main([str(run_folder)]) == 0
+    picture = run_folder / "metrics.png"
+    assert capsys.readouterr().out.strip() == str(picture)
+    with Image.open(picture) as image:
+        assert image.width > image.height > 200
+        assert len(image.convert("RGB").getcolors(maxcolors=10**6)) > 10  # more than an empty page
+
+
+def test_two_runs_in_one_picture(run_folder, tmp_path):
+    output = tmp_path / "both.png"
+    arguments = [str(run_folder), str(run_folder / "metrics.csv"), "--only", "loss", "-o", str(output)]
+    assert plot_run.main(arguments) == 0
+    assert output.stat().st_size > 5000
+
+
+def test_mistakes_have_exit_codes(run_folder, tmp_path, capsys):
+    assert plot_run.main([str(tmp_path / "nowhere")]) == 3
+    assert plot_run.main([str(run_folder), "--only", "lss"]) == 3
+    assert "loss, lr" in capsys.readouterr().err
+    assert plot_run.main([str(run_folder), "--outptu", "x"]) == 2
+    assert "--output" in capsys.readouterr().err
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "metrics.csv").write_text("step,train/loss\n")
+    assert plot_run.main([str(empty)]) == 3

@@ -1,0 +1,113 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ldm import run
+from ldm.errors import CheckpointError, ConfigError, LockError, ResourceError
+from ldm.run import RunFolder, RunState
+
+HOLD_LOCK = """
+import sys, time
+from pathlib import Path
+from ldm.run import RunFolder
+with RunFolder(Path(sys.argv[1])).owned():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def made(logdir: Path, name: str) -> RunFolder:
+    folder = RunFolder(logdir / name)
+    folder.make()
+    folder.config_file.write_text("seed: 1\n")
+    return folder
+
+
+def test_create_makes_the_whole_folder_and_never_the_same_twice(tmp_path):
+    first = run.create(tmp_path, "faces", "_big")
+    second = run.create(tmp_path, "faces", "_big")
+    assert first.path != second.path
+    assert first.name == "faces_big"
+    assert {path.relative_to(first.path).as_posix() for path in first.path.rglob("*")} == {
+        *("checkpoints", "configs", "images", "images/train", "images/val"),
+    }
+
+
+def test_newest_goes_by_the_time_in_the_name(tmp_path):
+    new = made(tmp_path, "2026-02-01T00-00-00_faces")
+    old = made(tmp_path, "2026-01-31T23-59-59_faces")
+    made(tmp_path, "2026-03-01T00-00-00_faces_big")
+    (tmp_path / "2026-04-01T00-00-00_faces").mkdir()  # died before it wrote its configuration
+    os.utime(old.path)
+    assert run.newest(tmp_path, "faces") == new
+    assert run.newest(tmp_path, "face") is None
+    assert run.newest(tmp_path / "missing", "faces") is None
+
+
+def test_resolve_takes_a_folder_a_checkpoint_or_a_file_elsewhere(tmp_path):
+    folder = made(tmp_path, "2026-01-01T00-00-00_faces")
+    inside = folder.checkpoints / "step=1.ckpt"
+    elsewhere = tmp_path / "downloaded.ckpt"
+    inside.touch()
+    elsewhere.touch()
+    assert run.resolve(str(folder.path), tmp_path) == (folder, None)
+    assert run.resolve(str(folder.checkpoints), tmp_path) == (folder, None)
+    assert run.resolve(str(inside), tmp_path) == (folder, inside)
+    assert run.resolve(str(elsewhere), tmp_path) == (None, elsewhere)
+
+
+def test_resolve_says_which_runs_there_are(tmp_path):
+    made(tmp_path, "2026-01-01T00-00-00_faces")
+    with pytest.raises(CheckpointError, match=r"does not exist(.|\n)*2026-01-01T00-00-00_faces"):
+        run.resolve(str(tmp_path / "2026-01-01T00-00-00_face"), tmp_path)
+    with pytest.raises(CheckpointError, match=r"has no configs/config\.yaml"):
+        run.resolve(str(tmp_path), tmp_path)
+
+
+def test_state_round_trip_and_damage(tmp_path):
+    folder = made(tmp_path, "2026-01-01T00-00-00_faces")
+    assert folder.read_state() is None
+    state = RunState("stopped", 7, "signal 15", 143, "checkpoints/step=7.ckpt")
+    folder.write_state(state)
+    assert folder.read_state() == state
+    assert json.loads(folder.state_file.read_text())["pid"] == os.getpid()
+    assert not list(folder.path.glob("*.tmp.*"))
+    folder.state_file.write_text("{")
+    assert folder.read_state() is None
+
+
+def test_a_second_process_is_refused_and_told_who(tmp_path):
+    folder = made(tmp_path, "2026-01-01T00-00-00_faces")
+    holder = subprocess.Popen([sys.executable, "-c", HOLD_LOCK, str(folder.path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(LockError, match=f"process {holder.pid} on "), folder.owned():
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+    with folder.owned():  # a dead owner's lock is free
+        assert json.loads((folder.path / "lock").read_text())["pid"] == os.getpid()
+
+
+def test_unwritable_and_full_folders(tmp_path):
+    run.check_writable(tmp_path / "new" / "logs")
+    assert not list((tmp_path / "new" / "logs").iterdir())
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file" / "logs", Path("/proc/logs")):
+        with pytest.raises(ResourceError, match="--logdir"):
+            run.check_writable(folder)
+    run.check_space(tmp_path, 1)
+    with pytest.raises(ResourceError, match="MB are needed"):
+        run.check_space(tmp_path, 2**62)
+
+
+@pytest.mark.parametrize("name", ["a/b", "..\\x", "two words"])
+def test_names_that_are_no_folder_names(name):
+    with pytest.raises(ConfigError):
+        run.check_name(name)
