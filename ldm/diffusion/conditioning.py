@@ -1,0 +1,107 @@
+"""What a denoiser is told beside the noisy latent, and where it comes from.
+
+Every conditional system fills some of three slots: a vector (added to the noise-level embedding), tokens (read by
+cross-attention) and a picture (concatenated to the latent). A conditioner turns a batch into the slots and knows
+what stands there when nothing is said, which training uses for dropped labels and sampling for guidance.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """The slots; None where a slot is not used.
+
+    Attributes:
+        vector: (N, D).
+        tokens: (N, L, D).
+        spatial: (N, C, H, W), of the latent's height and width.
+    """
+
+    vector: Tensor | None = None
+    tokens: Tensor | None = None
+    spatial: Tensor | None = None
+
+    def where(self, mask: Tensor, other: "Conditioning") -> "Conditioning":
+        """The rows of self where `mask` (N,) is true, those of `other` elsewhere (as torch.Tensor.where)."""
+
+        def choose(ours: Tensor, theirs: Tensor) -> Tensor:
+            return torch.where(mask.reshape(-1, *[1] * (ours.ndim - 1)), ours, theirs)
+
+        return self._join(other, choose)
+
+    def cat(self, other: "Conditioning") -> "Conditioning":
+        """The rows of self, then those of `other`."""
+        return self._join(other, lambda ours, theirs: torch.cat([ours, theirs]))
+
+    def _join(self, other: "Conditioning", join: Any) -> "Conditioning":
+        slots = {}
+        for slot in (field.name for field in fields(self)):
+            ours, theirs = getattr(self, slot), getattr(other, slot)
+            if (ours is None) != (theirs is None):
+                raise ValueError(f"conditioning slot '{slot}' is filled on one side only")
+            slots[slot] = None if ours is None else join(ours, theirs)
+        return Conditioning(**slots)
+
+
+class Conditioner(Protocol):
+    """A module that reads its own key of a batch."""
+
+    def __call__(self, batch: Mapping[str, Any]) -> Conditioning:
+        """The conditioning of every row of the batch."""
+        ...
+
+    def null(self, n: int) -> Conditioning:
+        """What stands in the slots of `n` rows when nothing is said; the shapes of `__call__`."""
+        ...
+
+
+class Unconditional(nn.Module):
+    """Fills no slot."""
+
+    def forward(self, batch: Mapping[str, Any]) -> Conditioning:
+        return Conditioning()
+
+    def null(self, n: int) -> Conditioning:
+        return Conditioning()
+
+
+class _ClassTable(nn.Module):
+    """One learned row a class, and one more, the last, for "no class"."""
+
+    def __init__(self, num_classes: int, channels: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.table = nn.Embedding(num_classes + 1, channels)
+
+    def rows(self, batch: Mapping[str, Any]) -> Tensor:
+        """(N, D) from batch["class_label"], (N,) integers in [0, num_classes)."""
+        return self.table(batch["class_label"])
+
+    def null_rows(self, n: int) -> Tensor:
+        return self.table.weight[-1:].expand(n, -1)
+
+
+class ClassVector(_ClassTable):
+    """The class as a vector (N, `channels`), as in ADM (Dhariwal and Nichol 2021) and DiT."""
+
+    def forward(self, batch: Mapping[str, Any]) -> Conditioning:
+        return Conditioning(vector=self.rows(batch))
+
+    def null(self, n: int) -> Conditioning:
+        return Conditioning(vector=self.null_rows(n))
+
+
+class ClassToken(_ClassTable):
+    """The class as one token (N, 1, `channels`) for cross-attention, as in LDM's class-conditional models."""
+
+    def forward(self, batch: Mapping[str, Any]) -> Conditioning:
+        return Conditioning(tokens=self.rows(batch)[:, None])
+
+    def null(self, n: int) -> Conditioning:
+        return Conditioning(tokens=self.null_rows(n)[:, None])

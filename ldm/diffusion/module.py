@@ -1,0 +1,105 @@
+"""Stage 2: training a denoiser on latents from the cache. The autoencoder is never loaded here."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+from pytorch_lightning import LightningModule
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from ldm.diffusion.conditioning import Conditioner
+from ldm.diffusion.objectives import DDPM, Network
+from ldm.ema import EMA
+from ldm.schedule import Constant
+
+Batch = dict[str, Any]
+
+
+def parts(denoiser: nn.Module) -> tuple[Network, Conditioner]:
+    """The network and the conditioner of a denoiser, raw or averaged."""
+    return cast(nn.ModuleDict, denoiser)["network"], cast(Conditioner, cast(nn.ModuleDict, denoiser)["conditioner"])
+
+
+class LatentDiffusion(LightningModule):
+    """A conditional denoiser under an objective, and its running average.
+
+    A batch holds `latent` (N,C,h,w) float32, whitened, `draws` (its randomness, with the global batch size), and what
+    the conditioner reads.
+
+    Args:
+        network: net(x (N,C,h,w), noise_level (N,), conditioning) -> the shape of x.
+        conditioner: batch -> conditioning of the network.
+        objective: the loss; also what samplers need later.
+        optimizer: parameters -> optimizer.
+        schedule: optimizer step (from 0) -> factor of the learning rate; None: constant.
+        ema: model -> its running average.
+        label_dropout: share of rows trained without their conditioning, for classifier-free guidance.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        conditioner: nn.Module,
+        objective: DDPM,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        ema: Callable[[nn.Module], EMA],
+        schedule: Callable[[int], float] | None = None,
+        label_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.denoiser = nn.ModuleDict({"network": network, "conditioner": conditioner})
+        self.objective = objective
+        self.ema = ema(self.denoiser)
+        self.make_optimizer = optimizer
+        self.schedule = schedule
+        self.label_dropout = label_dropout
+        self._images_per_step = 0
+
+    def total_loss(self, batch: Batch) -> Tensor:
+        """The training loss, a scalar: mean over the batch, with dropped labels."""
+        latent, draws = batch["latent"], batch["draws"]
+        network, conditioner = parts(self.denoiser)
+        conditioning = conditioner(batch)
+        if self.label_dropout > 0:
+            dropped = draws.uniform("label_dropout") < self.label_dropout  # (N,)
+            conditioning = conditioner.null(len(latent)).where(dropped, conditioning)
+        return self.objective.loss(network, latent, conditioning, draws).mean()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = self.total_loss(batch)
+        self._images_per_step = batch["draws"].batch_size
+        # Not in the progress bar: Lightning's would read it back, and wait for the device, on every step.
+        self.log("train/loss", loss.detach(), batch_size=len(batch["latent"]))
+        return loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Lightning calls this once a global batch, after accumulation: the place to count the average's images."""
+        super().optimizer_step(*args, **kwargs)
+        self.ema.update(self.denoiser, self._images_per_step)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """The loss of raw and averaged weights. A validation item's draws never change: nor do its level and noise."""
+        for name, denoiser in (("val/loss", self.denoiser), ("val/loss_ema", self.ema.average)):
+            network, conditioner = parts(denoiser)
+            losses = self.objective.loss(network, batch["latent"], conditioner(batch), batch["draws"])
+            self.log(name, losses.mean(), batch_size=len(losses), on_epoch=True, sync_dist=True)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        # The objective is asked too: a weighting may have parameters. The average is not.
+        optimizer = self.make_optimizer([*self.denoiser.parameters(), *self.objective.parameters()])
+        schedule = self.schedule or Constant()
+        # A plain function, so that LambdaLR saves no copy of the schedule: after a resume the configuration's is used.
+        scheduler = LambdaLR(optimizer, lambda step: schedule(step))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def checkpoint_facts(self) -> dict[str, Any]:
+        """What a checkpoint of this module says of itself; plain containers."""
+        metrics = self.trainer.callback_metrics
+        return {
+            "kind": "diffusion",
+            "latents": self.trainer.datamodule.manifest.to_dict(),  # type: ignore[attr-defined]  # Lightning's own
+            "metrics": {name: float(value) for name, value in metrics.items() if torch.numel(value) == 1},
+        }

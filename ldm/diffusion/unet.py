@@ -1,0 +1,269 @@
+"""The UNet of ADM (Dhariwal and Nichol 2021) and of latent diffusion (Rombach et al. 2022).
+
+Residual blocks under GroupNorm, told the noise level; attention at chosen levels: plain self-attention, or, where
+there are context tokens, a transformer block with cross-attention. Each layer has the one signature
+layer(x (N,C,H,W), embedding (N,E), tokens (N,L,D) | None) -> x, so that the network is three lists of layers.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ldm.diffusion.conditioning import Conditioning
+from ldm.errors import ConfigError
+from ldm.layers import Attention, GatedFeedForward, group_norm, sinusoid, zeroed
+
+
+class Downsample(nn.Module):
+    """Half the height and width by a strided convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None) -> Tensor:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Twice the height and width by repetition, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class ResBlock(nn.Module):
+    """Two convolutions beside a shortcut; the embedding is added between them, or scales and shifts the second norm.
+
+    Args:
+        resize: 1, or 2 and 0.5 for a block that also doubles or halves the height and width (BigGAN, ADM).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        embedding_channels: int,
+        dropout: float = 0.0,
+        scale_shift: bool = False,
+        resize: float = 1,
+    ) -> None:
+        super().__init__()
+        self.scale_shift = scale_shift
+        self.resize = resize
+        self.norm_in = group_norm(in_channels)
+        self.conv_in = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.embedding = nn.Linear(embedding_channels, out_channels * (2 if scale_shift else 1))
+        self.norm_out = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_out = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None) -> Tensor:
+        h = F.silu(self.norm_in(x))  # (N, C, H, W)
+        if self.resize != 1:
+            h, x = self._resized(h), self._resized(x)  # (N, C, H', W')
+        h = self.conv_in(h)  # (N, C', H', W')
+        told = self.embedding(embedding)[:, :, None, None]  # (N, C' or 2C', 1, 1)
+        if self.scale_shift:
+            scale, shift = told.chunk(2, dim=1)
+            h = torch.addcmul(shift, self.norm_out(h), 1 + scale)  # (N, C', H', W')
+        else:
+            h = self.norm_out(h + told)  # (N, C', H', W')
+        return self.shortcut(x) + self.conv_out(self.dropout(F.silu(h)))
+
+    def _resized(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 2) if self.resize < 1 else F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+class SelfAttention(nn.Module):
+    """Every pixel looks at every other."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = zeroed(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None) -> Tensor:
+        qkv = self.qkv(self.norm(x)).flatten(2)  # (N, 3C, HW)
+        q, k, v = qkv.unflatten(1, (3, self.heads, -1)).transpose(-1, -2).unbind(1)  # 3 x (N, heads, HW, C/heads)
+        h = F.scaled_dot_product_attention(q, k, v)  # (N, heads, HW, C/heads)
+        return x + self.out(h.transpose(-1, -2).reshape_as(x))  # (N, C, H, W)
+
+
+class SpatialTransformer(nn.Module):
+    """Pixels as a sequence: self-attention, cross-attention to the tokens, feed-forward (Rombach et al. 2022)."""
+
+    def __init__(self, channels: int, token_channels: int, heads: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels, eps=1e-6)
+        self.conv_in = nn.Conv2d(channels, channels, 1)
+        self.norm_self, self.attend_self = nn.LayerNorm(channels), Attention(channels, channels, heads)
+        self.norm_cross, self.attend_cross = nn.LayerNorm(channels), Attention(channels, token_channels, heads)
+        self.norm_feed, self.feed = nn.LayerNorm(channels), GatedFeedForward(channels)
+        self.conv_out = zeroed(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor) -> Tensor:
+        h = self.conv_in(self.norm(x)).flatten(2).transpose(1, 2)  # (N, HW, C)
+        inside = self.norm_self(h)  # (N, HW, C)
+        h = h + self.attend_self(inside, inside)  # (N, HW, C)
+        h = h + self.attend_cross(self.norm_cross(h), tokens)  # (N, HW, C)
+        h = h + self.feed(self.norm_feed(h))  # (N, HW, C)
+        return x + self.conv_out(h.transpose(1, 2).reshape_as(x))  # (N, C, H, W)
+
+
+class Chain(nn.ModuleList):
+    """Layers one after another: what lies between two joints of the UNet."""
+
+    def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None) -> Tensor:
+        for layer in self:
+            x = layer(x, embedding, tokens)
+        return x
+
+
+class UNet(nn.Module):
+    """net(x (N,C,H,W), noise_level (N,), conditioning) -> (N,C,H,W), deterministic in its inputs (but for dropout).
+
+    Height and width must be divisible by 2 ** (number of levels - 1).
+
+    Args:
+        in_channels: channels of x, and of the output.
+        channels: width at the first level.
+        channel_multipliers: width of each level in units of `channels`; each further level has half the resolution.
+        blocks_per_level: residual blocks a level on the way down (one more on the way up).
+        attention_levels: levels with attention, 0 = full resolution. The middle always has it.
+        heads: attention heads; give this or `head_channels`.
+        head_channels: channels a head, so that wider levels have more heads.
+        context_channels: width of conditioning tokens; None: no cross-attention.
+        vector_channels: width of the conditioning vector; None: none.
+        spatial_channels: channels of the conditioning picture, concatenated to x.
+        scale_shift: the embedding scales and shifts (ADM) instead of being added (DDPM, LDM).
+        resample_in_blocks: resolution changes inside residual blocks (ADM) instead of in plain convolutions.
+        dropout: probability inside residual blocks.
+        checkpointing: compute activations again in the backward pass instead of keeping them.
+
+    Raises:
+        ConfigError: parameters that contradict one another, or an input that does not fit them.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        channel_multipliers: Sequence[int],
+        blocks_per_level: int = 2,
+        attention_levels: Sequence[int] = (),
+        heads: int | None = None,
+        head_channels: int | None = None,
+        context_channels: int | None = None,
+        vector_channels: int | None = None,
+        spatial_channels: int = 0,
+        scale_shift: bool = False,
+        resample_in_blocks: bool = False,
+        dropout: float = 0.0,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.in_channels, self.channels, self.spatial_channels = in_channels, channels, spatial_channels
+        self.context_channels, self.vector_channels = context_channels, vector_channels
+        self.checkpointing, self.keep_random_state = checkpointing, dropout > 0
+        self.shrink = 2 ** (len(channel_multipliers) - 1)
+        if (heads is None) == (head_channels is None):
+            raise ConfigError("UNet: give exactly one of 'heads' and 'head_channels'")
+        levels = range(len(channel_multipliers))
+        if not set(attention_levels) <= set(levels):
+            raise ConfigError(f"UNet: attention_levels {[*attention_levels]} must lie in 0..{levels[-1]}, the levels")
+        told = 4 * channels
+
+        def residual(c_in: int, c_out: int, resize: float = 1) -> ResBlock:
+            return ResBlock(c_in, c_out, told, dropout, scale_shift, resize)
+
+        def attention(c: int) -> nn.Module:
+            n = heads if heads is not None else c // (head_channels or c)
+            if n == 0 or c % n or (head_channels and c % head_channels):
+                raise ConfigError(f"UNet: {c} channels cannot be split: heads={heads}, head_channels={head_channels}")
+            return SelfAttention(c, n) if context_channels is None else SpatialTransformer(c, context_channels, n)
+
+        self.embed = nn.Sequential(nn.Linear(channels, told), nn.SiLU(), nn.Linear(told, told))
+        self.embed_vector = None if vector_channels is None else nn.Linear(vector_channels, told)
+        self.conv_in = nn.Conv2d(in_channels + spatial_channels, channels, 3, padding=1)
+        widths = [channels * multiplier for multiplier in channel_multipliers]
+        last = len(widths) - 1
+
+        c, skips = channels, [channels]
+        self.down = nn.ModuleList()
+        for level, width in enumerate(widths):
+            for _ in range(blocks_per_level):
+                block = residual(c, width)
+                self.down.append(Chain([block, attention(width)] if level in attention_levels else [block]))
+                c = width
+                skips.append(c)
+            if level < last:
+                self.down.append(Chain([residual(c, c, resize=0.5) if resample_in_blocks else Downsample(c)]))
+                skips.append(c)
+
+        self.middle = Chain([residual(c, c), attention(c), residual(c, c)])
+
+        self.up = nn.ModuleList()
+        for level, width in reversed([*enumerate(widths)]):
+            for place in range(blocks_per_level + 1):
+                chain = Chain([residual(c + skips.pop(), width)])
+                c = width
+                if level in attention_levels:
+                    chain.append(attention(c))
+                if level > 0 and place == blocks_per_level:
+                    chain.append(residual(c, c, resize=2) if resample_in_blocks else Upsample(c))
+                self.up.append(chain)
+
+        self.norm_out = group_norm(c)
+        self.conv_out = zeroed(nn.Conv2d(c, in_channels, 3, padding=1))
+
+    def forward(self, x: Tensor, noise_level: Tensor, conditioning: Conditioning) -> Tensor:
+        self._check(x, conditioning)
+        embedding = self.embed(sinusoid(noise_level, self.channels))  # (N, 4 channels)
+        if self.embed_vector is not None:
+            embedding = embedding + self.embed_vector(conditioning.vector)  # (N, 4 channels)
+        embedding = F.silu(embedding)  # (N, 4 channels), activated here once for all blocks
+        if conditioning.spatial is not None:
+            x = torch.cat([x, conditioning.spatial], dim=1)  # (N, in_channels + spatial_channels, H, W)
+        h = self.conv_in(x)  # (N, channels, H, W)
+        skips = [h]
+        for chain in self.down:
+            h = self._run(chain, h, embedding, conditioning.tokens)
+            skips.append(h)
+        h = self._run(self.middle, h, embedding, conditioning.tokens)  # (N, last width, H / shrink, W / shrink)
+        for chain in self.up:
+            h = self._run(chain, torch.cat([h, skips.pop()], dim=1), embedding, conditioning.tokens)
+        return self.conv_out(F.silu(self.norm_out(h)))  # (N, in_channels, H, W)
+
+    def _run(self, chain: nn.Module, h: Tensor, embedding: Tensor, tokens: Tensor | None) -> Tensor:
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            return chain(h, embedding, tokens)
+        # Not re-entrant: the second pass sees the autocast of the first and, where there is dropout, its random state.
+        return checkpoint(chain, h, embedding, tokens, use_reentrant=False, preserve_rng_state=self.keep_random_state)
+
+    def _check(self, x: Tensor, conditioning: Conditioning) -> None:
+        """Shapes only: costs nothing and never waits for the device."""
+        if x.shape[1] != self.in_channels or x.shape[2] % self.shrink or x.shape[3] % self.shrink:
+            raise ConfigError(
+                f"UNet: expects a latent of {self.in_channels} channels (in_channels) with sides divisible by "
+                f"{self.shrink} (levels of channel_multipliers), got {[*x.shape[1:]]}: change the network or the data"
+            )
+        slots = (
+            ("vector", "vector_channels", self.vector_channels, conditioning.vector, -1),
+            ("tokens", "context_channels", self.context_channels, conditioning.tokens, -1),
+            ("spatial", "spatial_channels", self.spatial_channels or None, conditioning.spatial, 1),
+        )
+        for slot, parameter, expected, given, axis in slots:
+            found = None if given is None else given.shape[axis]
+            if found != expected:
+                raise ConfigError(f"UNet: {parameter}={expected}, but the conditioner's {slot} slot has width {found}")

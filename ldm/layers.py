@@ -1,0 +1,61 @@
+"""Small parts that several networks share: norms, embeddings, attention."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def sinusoid(noise_level: Tensor, channels: int, longest_period: float = 10_000.0) -> Tensor:
+    """Cosines, then sines, of the noise level: (N,) -> (N, channels) float32 (Vaswani et al. 2017, section 3.5)."""
+    half = channels // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=noise_level.device) / half  # (half,)
+    angles = noise_level.float()[:, None] * torch.exp(-math.log(longest_period) * exponents)  # (N, half)
+    waves = torch.cat([angles.cos(), angles.sin()], dim=1)  # (N, 2 half)
+    return F.pad(waves, (0, channels - 2 * half))  # (N, channels)
+
+
+def group_norm(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
+    """32 groups, or fewer where a group would have less than 4 channels or the channels do not divide."""
+    return nn.GroupNorm(math.gcd(channels, min(32, channels // 4)), channels, eps=eps)
+
+
+def zeroed(module: nn.Module) -> nn.Module:
+    """The module with its parameters at zero: a residual branch that starts as nothing."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+class Attention(nn.Module):
+    """Queries (N, L, C) look at tokens (N, M, D), by scaled dot products; with themselves as tokens: self-attention."""
+
+    def __init__(self, channels: int, token_channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(channels, channels, bias=False)
+        self.key = nn.Linear(token_channels, channels, bias=False)
+        self.value = nn.Linear(token_channels, channels, bias=False)
+        self.out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        q, k, v = map(self._split, (self.query(x), self.key(tokens), self.value(tokens)))
+        h = F.scaled_dot_product_attention(q, k, v)  # (N, heads, L, C / heads)
+        return self.out(h.transpose(1, 2).flatten(2))  # (N, L, C)
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (N, heads, L or M, C / heads)
+
+
+class GatedFeedForward(nn.Module):
+    """Two linear layers, four times as wide between them, gated by a GELU (GEGLU; Shazeer 2020): (N, L, C)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.widen = nn.Linear(channels, 8 * channels)
+        self.narrow = nn.Linear(4 * channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.widen(x).chunk(2, dim=-1)  # 2 x (N, L, 4C)
+        return self.narrow(value * F.gelu(gate))  # (N, L, C)
