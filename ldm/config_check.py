@@ -1,0 +1,201 @@
+"""Every mistake that can be seen in a configuration before anything is built, as a list of messages.
+
+`names` looks at keys and target names and imports nothing; `parameters` compares each node's params with the
+signature and type hints of the class it names.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from ldm.config_read import Node, dotted, nearest, show
+from ldm.config_signature import live_signature
+from ldm.config_target import check_name, resolve
+from ldm.config_types import LookUp, Signature, mismatches, spell
+from ldm.errors import ConfigError
+
+_SECTIONS = ("name", "seed", "model", "data", "lightning")
+_LIGHTNING = ("trainer", "logger", "callbacks", "strategy")
+_NODE = ("target", "params", "partial")
+_TRAINER = "pytorch_lightning.Trainer"
+_NOT_IN_TRAINER = {
+    "logger": "write it as lightning.logger",
+    "callbacks": "write them as lightning.callbacks",
+    "strategy": "write it as lightning.strategy",
+    "accumulate_grad_batches": "it follows from data.params.batch_size and data.params.micro_batch_size",
+    "use_distributed_sampler": "the order of the data is ldm's own; remove it",
+    "max_epochs": "the length of a run is lightning.trainer.max_steps",
+    "default_root_dir": "the run folder is chosen by main.py's --logdir and --name",
+}
+
+
+def raise_all(problems: Sequence[str]) -> None:
+    """One ConfigError with all of them, if there are any."""
+    if len(problems) == 1:
+        raise ConfigError(problems[0])
+    if problems:
+        lines = "\n".join(f"  {i}. {problem}" for i, problem in enumerate(problems, 1))
+        raise ConfigError(f"{len(problems)} problems in the configuration:\n{lines}")
+
+
+def _problem(key: str, node: Node, text: str) -> str:
+    return f"{key} ({node.origin}): {text}"
+
+
+# ---- keys and target names -------------------------------------------------------------------------------------
+
+
+def names(root: Node, trust: Sequence[str]) -> list[str]:
+    """Problems in the sections, the shape of nodes and the names of targets; imports nothing."""
+    problems = list(_unknown(root, "", _SECTIONS))
+    sections = root.value if isinstance(root.value, dict) else {}
+    for section in ("model", "data"):
+        if section not in sections:
+            problems.append(f"{section} ({root.origin}): missing; expected {section}: {{target: ..., params: ...}}")
+        elif not _is_node(sections[section]):
+            found = show(sections[section])
+            problems.append(_problem(section, sections[section], f"expected a mapping with 'target', found {found}"))
+    if "seed" not in sections:
+        problems.append(f"seed ({root.origin}): missing; write seed: 23")
+    for section, kind in (("seed", int), ("name", str)):
+        node = sections.get(section)
+        if node and node.value != "${data:}" and not (section == "name" and node.value is None):
+            problems += [_problem(section, node, m.text) for m in mismatches(node, kind, section, _no_class)]
+    problems += _lightning_names(sections.get("lightning"))
+    for key, node in _nodes(root, ""):
+        problems += _node_names(key, node, trust)
+    return problems
+
+
+def _lightning_names(node: Node | None) -> Iterator[str]:
+    if node is None or node.value is None:
+        return
+    if not isinstance(node.value, dict):
+        yield _problem("lightning", node, f"expected a mapping with {', '.join(_LIGHTNING)}, found {show(node)}")
+        return
+    yield from _unknown(node, "lightning", _LIGHTNING)
+    trainer = node.value.get("trainer")
+    if trainer and trainer.value is not None:
+        if not isinstance(trainer.value, dict) or _is_node(trainer):
+            yield _problem(
+                "lightning.trainer", trainer, f"expected a mapping of Trainer arguments, found {show(trainer)}"
+            )
+        else:
+            for name in _NOT_IN_TRAINER.keys() & trainer.value.keys():
+                yield _problem(
+                    f"lightning.trainer.{name}", trainer.value[name], f"not set here: {_NOT_IN_TRAINER[name]}"
+                )
+    for section in ("logger", "callbacks"):
+        yield from _objects(node.value.get(section), f"lightning.{section}")
+    strategy = node.value.get("strategy")
+    if strategy and not (_is_node(strategy) or isinstance(strategy.value, str | None)):
+        yield _problem("lightning.strategy", strategy, f"expected a name such as ddp or a node, found {show(strategy)}")
+
+
+def _objects(node: Node | None, key: str) -> Iterator[str]:
+    """`logger` and `callbacks` are a node, a list of nodes, or a mapping of names to nodes (null: none)."""
+    if node is None or node.value is None or _is_node(node):
+        return
+    if not isinstance(node.value, dict | list):
+        yield _problem(
+            key, node, f"expected a node, a list of nodes or a mapping of names to nodes, found {show(node)}"
+        )
+        return
+    for name, child in _children(node):
+        if not _is_node(child) and child.value is not None:
+            yield _problem(dotted(key, name), child, f"expected a mapping with 'target', found {show(child)}")
+
+
+def _node_names(key: str, node: Node, trust: Sequence[str]) -> Iterator[str]:
+    assert isinstance(node.value, dict)
+    yield from _unknown(node, key, _NODE)
+    params, partial, target = (node.value.get(name) for name in ("params", "partial", "target"))
+    if params and not isinstance(params.value, dict | None):
+        yield _problem(f"{key}.params", params, f"expected a mapping, found {show(params)}")
+    if partial and not isinstance(partial.value, bool):
+        yield _problem(f"{key}.partial", partial, f"expected true or false, found {show(partial)}")
+    assert target is not None
+    if not isinstance(target.value, str):
+        yield _problem(f"{key}.target", target, f"expected a dotted class name, found {show(target)}")
+        return
+    try:
+        check_name(target.value, trust)
+    except ConfigError as error:
+        yield _problem(f"{key}.target", target, str(error))
+
+
+def _unknown(node: Node, key: str, valid: Sequence[str]) -> Iterator[str]:
+    for name, child in _children(node):
+        if name not in valid:
+            yield _problem(dotted(key, name), child, f"unknown key '{name}'; {nearest(name, valid)}")
+
+
+def _children(node: Node) -> list[tuple[str, Node]]:
+    if isinstance(node.value, dict):
+        return list(node.value.items())
+    return [(str(i), child) for i, child in enumerate(node.value)] if isinstance(node.value, list) else []
+
+
+def _is_node(node: Node) -> bool:
+    return isinstance(node.value, dict) and "target" in node.value
+
+
+def _nodes(node: Node, key: str) -> Iterator[tuple[str, Node]]:
+    if _is_node(node):
+        yield key, node
+    for name, child in _children(node):
+        yield from _nodes(child, dotted(key, name))
+
+
+# ---- parameters ------------------------------------------------------------------------------------------------
+
+
+def parameters(root: Node, trust: Sequence[str]) -> list[str]:
+    """Problems in every node's params, by the signatures and hints of the classes (which are imported)."""
+
+    def look_up(target: str, partial: bool) -> Signature:
+        return live_signature(resolve(target, trust, partial=partial))
+
+    sections = root.value if isinstance(root.value, dict) else {}
+    problems = []
+    for key, node in _nodes(root, ""):
+        problems += _node_parameters(key, node, look_up)
+    lightning = sections.get("lightning")
+    trainer = lightning.value.get("trainer") if lightning and isinstance(lightning.value, dict) else None
+    if trainer and isinstance(trainer.value, dict):
+        problems += _arguments("lightning.trainer", trainer, _TRAINER, look_up(_TRAINER, False), look_up)
+    return problems
+
+
+def _no_class(target: str, partial: bool) -> None:
+    return None
+
+
+def _node_parameters(key: str, node: Node, look_up: LookUp) -> Iterator[str]:
+    assert isinstance(node.value, dict)
+    target, partial, params = (node.value.get(name) for name in ("target", "partial", "params"))
+    assert target is not None
+    is_partial = partial is not None and partial.value is True
+    try:
+        signature = look_up(str(target.value), is_partial)
+    except ConfigError as error:
+        yield _problem(f"{key}.target", target, str(error))
+        return
+    if signature is None:
+        return
+    given = params if params and isinstance(params.value, dict) else Node({}, node.origin)
+    yield from _arguments(f"{key}.params", given, str(target.value), signature, look_up)
+    if not is_partial:
+        assert isinstance(given.value, dict)
+        for name, parameter in signature.parameters.items():
+            if parameter.required and name not in given.value:
+                text = f"missing; {target.value} requires it, expected {spell(parameter.hint)}"
+                yield _problem(f"{key}.params.{name}", given, text)
+
+
+def _arguments(key: str, given: Node, target: str, signature: Signature, look_up: LookUp) -> Iterator[str]:
+    for name, value in _children(given):
+        if name in signature.parameters:
+            for wrong in mismatches(value, signature.parameters[name].hint, dotted(key, name), look_up):
+                yield _problem(wrong.key, wrong.node, wrong.text)
+        elif not signature.open:
+            text = f"{target} has no parameter '{name}'; {nearest(name, signature.parameters)}"
+            yield _problem(dotted(key, name), value, text)
