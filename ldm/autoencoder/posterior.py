@@ -1,4 +1,4 @@
-"""The diagonal Gaussian over latents that the encoder predicts (Kingma and Welling 2014, "Auto-Encoding Variational Bayes")."""
+"""The diagonal Gaussian over latents that the encoder predicts (Kingma and Welling 2014, arXiv:1312.6114)."""
 
 import math
 

@@ -1,0 +1,52 @@
+"""The patch discriminator of pix2pix (Isola et al. 2017, arXiv:1611.07004, appendix 6.1.2)."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+
+class PatchDiscriminator(nn.Module):
+    """One logit for each overlapping patch: (N, in_channels, H, W) -> (N, 1, about H/2**layers, W/2**layers).
+
+    With three layers, the default, a logit sees 70x70 pixels. Weights start as N(0, 0.02).
+
+    Args:
+        in_channels: of the images.
+        channels: after the first layer; doubled by each further layer up to eight times.
+        layers: strided layers.
+        norm: makes the normalisation of a number of channels. BatchNorm2d, as published, sees the micro-batch of
+            one rank; take a norm over single images (such as nn.InstanceNorm2d with affine=True) where the result
+            must not depend on how the global batch is split.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        channels: int = 64,
+        layers: int = 3,
+        norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
+    ) -> None:
+        super().__init__()
+        stack: list[nn.Module] = [nn.Conv2d(in_channels, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        width = channels
+        for layer in range(1, layers + 1):
+            previous, width = width, channels * min(2**layer, 8)
+            stride = 2 if layer < layers else 1
+            # No bias: the norm's own shift follows.
+            stack.append(nn.Conv2d(previous, width, 4, stride=stride, padding=1, bias=False))
+            stack += [norm(width), nn.LeakyReLU(0.2)]
+        stack.append(nn.Conv2d(width, 1, 4, padding=1))
+        self.layers = nn.Sequential(*stack)
+        self.apply(_initialise)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images)  # (N, 1, h, w)
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.normal_(module.weight, 1.0, 0.02)

@@ -1,0 +1,180 @@
+"""The loss of the latent-diffusion autoencoder (Esser et al. 2021, arXiv:2012.09841, sec. 3.1; Rombach et al. 2022).
+
+    error(x, r)    = |x - r| + perceptual_weight * LPIPS(x, r)                     for each pixel and channel
+    nll            = sum of error / exp(logvar) + logvar                           over an image, mean over the batch
+    generator      = nll + kl_weight * KL + w * adversarial_weight * adversarial.generator
+    discriminator  = adversarial.discriminator(images, detached reconstruction)
+    w              = |d nll / d W| / (|d generator term / d W| + 1e-4), at most 1e4;  W: the decoder's last weight
+
+Sums, not means: nll grows with the number of pixels and KL with the number of latent values, so their balance does
+not change with the resolution as long as the down factor stays. Adam does not care for the common scale; a clipping
+threshold does.
+
+One pass serves both optimizers. The gradients of the error and of the adversarial term with respect to the
+reconstruction are computed once each, at a detached copy; they give w by way of the last convolution alone, and
+their sum then goes back through the decoder once. The discriminator's own loss is part of the same scalar, since it
+shares no parameter with the rest: one backward fills the gradients of both before either is stepped.
+"""
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.autoencoder.posterior import DiagonalGaussian
+
+
+class Adversarial(Protocol):
+    """Scores of real and generated patches to losses, scalars each."""
+
+    def generator(self, fake: Tensor) -> Tensor: ...
+
+    def discriminator(self, real: Tensor, fake: Tensor) -> Tensor: ...
+
+
+class Hinge:
+    """Geometric GAN (Lim and Ye 2017, arXiv:1705.02894), halved as in VQGAN."""
+
+    def generator(self, fake: Tensor) -> Tensor:
+        return -fake.mean()
+
+    def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
+        return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
+
+
+class Vanilla:
+    """The logistic loss (Goodfellow et al. 2014) for the discriminator; the generator raises the logit itself."""
+
+    def generator(self, fake: Tensor) -> Tensor:
+        return -fake.mean()
+
+    def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
+        return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
+
+
+class AutoencoderLoss(nn.Module):
+    """See the top of the file. Everything after the networks' outputs is computed in float32.
+
+    Args:
+        perceptual: two (N, C, H, W) -> (N,), such as LPIPS; None trains on L1 alone.
+        perceptual_weight: of it, against a mean absolute difference per value of the image.
+        kl_weight: of the KL against the standard normal, in nats.
+        logvar: starting value of the learned log-variance, which belongs to the generator's optimizer.
+        discriminator: images -> logits; None trains without one.
+        adversarial: Hinge() or Vanilla().
+        adversarial_weight: factor on the adaptive weight w.
+        adversarial_start: first optimizer step with the discriminator; before it neither runs.
+    """
+
+    def __init__(
+        self,
+        perceptual: nn.Module | None = None,
+        perceptual_weight: float = 1.0,
+        kl_weight: float = 1e-6,
+        logvar: float = 0.0,
+        discriminator: nn.Module | None = None,
+        adversarial: Adversarial | None = None,
+        adversarial_weight: float = 0.5,
+        adversarial_start: int = 50_001,
+    ) -> None:
+        super().__init__()
+        self.perceptual = perceptual
+        self.perceptual_weight = perceptual_weight
+        self.kl_weight = kl_weight
+        self.logvar = nn.Parameter(torch.tensor(logvar))
+        self.discriminator = discriminator
+        self.adversarial = Hinge() if adversarial is None else adversarial
+        self.adversarial_weight = adversarial_weight
+        self.adversarial_start = adversarial_start
+
+    def adversarial_at(self, step: int) -> bool:
+        """Whether optimizer step `step` uses the discriminator."""
+        return self.discriminator is not None and step >= self.adversarial_start
+
+    def forward(
+        self, images: Tensor, reconstruction: Tensor, posterior: DiagonalGaussian, last_weight: Tensor, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scalar whose one backward fills every gradient, and what to log.
+
+        Args:
+            images: (N, C, H, W) in [-1, 1].
+            reconstruction: (N, C, H, W), made by the layer of `last_weight`.
+            posterior: of the images.
+            last_weight: weight of the decoder's last convolution.
+            step: number of the optimizer step, counted from 0.
+
+        Returns:
+            the total, whose value is generator plus discriminator loss; detached scalars by name.
+        """
+        target = images.float()
+        leaf = reconstruction.detach().float().requires_grad_()  # (N, C, H, W)
+        error, parts = self.error(target, leaf)  # mean over the batch of the sum over an image
+        (gradient,) = torch.autograd.grad(error, leaf)  # (N, C, H, W)
+        error = error.detach()
+        precision = (-self.logvar).exp()
+        nll = error * precision + self.logvar * leaf[0].numel()
+        gradient = gradient * precision.detach()
+        kl = posterior.kl().mean()
+        logs = {"nll": nll.detach(), "kl": kl.detach(), "logvar": self.logvar.detach(), **parts}
+        total = nll + self.kl_weight * kl
+        if self.adversarial_at(step):
+            assert self.discriminator is not None
+            fake = self.discriminator(leaf).float()
+            generator = self.adversarial.generator(fake)
+            (push,) = torch.autograd.grad(generator, leaf, retain_graph=True)  # (N, C, H, W)
+            weight = self.adversarial_weight * _balance(reconstruction, last_weight, gradient, push)
+            gradient = gradient + weight * push
+            real = self.discriminator(target).float()
+            discriminator = self.adversarial.discriminator(real, fake)
+            total = total + weight * generator.detach() + discriminator
+            logs |= {
+                "adversarial_weight": weight,
+                "generator": generator.detach(),
+                "discriminator": discriminator.detach(),
+                "logits_real": real.detach().mean(),
+                "logits_fake": fake.detach().mean(),
+            }
+        total = total + _with_gradient(reconstruction, gradient)
+        return total, {"loss": total.detach(), **logs}
+
+    def error(self, images: Tensor, reconstruction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """L1 + weighted LPIPS summed over an image, mean over the batch: a scalar; and its parts per value."""
+        l1 = (images - reconstruction).abs().mean()
+        parts = {"l1": l1.detach()}
+        error = l1
+        if self.perceptual is not None:
+            perceptual = self.perceptual(reconstruction, images).mean()
+            parts["lpips"] = perceptual.detach()
+            error = error + self.perceptual_weight * perceptual
+        return error * images[0].numel(), parts
+
+
+def _balance(reconstruction: Tensor, last_weight: Tensor, nll: Tensor, push: Tensor) -> Tensor:
+    """How much longer the nll's gradient is than the adversarial one at the last weight: a scalar in [0, 1e4]."""
+    norms = [
+        torch.autograd.grad(reconstruction, last_weight, gradient.to(reconstruction.dtype), retain_graph=True)[0]
+        .float()
+        .norm()
+        for gradient in (nll, push)
+    ]
+    return (norms[0] / (norms[1] + 1e-4)).clamp(0.0, 1e4)
+
+
+class _KnownGradient(torch.autograd.Function):
+    """Zero, with a given gradient with respect to its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return gradient.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return grad_output * gradient, None
+
+
+def _with_gradient(x: Tensor, gradient: Tensor) -> Tensor:
+    """A scalar zero whose gradient with respect to x is `gradient`."""
+    return _KnownGradient.apply(x, gradient.to(x.dtype))

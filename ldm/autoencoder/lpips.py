@@ -1,0 +1,157 @@
+"""LPIPS, the learned perceptual distance (Zhang et al. 2018, arXiv:1801.03924), version 0.1 with VGG16.
+
+The distance compares two images' features at five depths of an image classifier, each feature vector scaled to
+unit length, squared differences weighted by channel. The channel weights ship in the `lpips` package; the
+classifier is torchvision's VGG16, 528 MB, which is looked for and never downloaded.
+"""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.vgg import cfgs, make_layers
+
+from ldm.errors import CheckpointError
+
+TRUNK_FILE = "vgg16-397923af.pth"
+TRUNK_ADDRESS = f"https://download.pytorch.org/models/{TRUNK_FILE}"
+
+# Where each of the five compared features ends in torchvision's vgg16().features: relu1_2 ... relu5_3.
+_STAGES = ((0, 4), (4, 9), (9, 16), (16, 23), (23, 30))
+_WIDTHS = (64, 128, 256, 512, 512)
+
+
+class LPIPS(nn.Module):
+    """Distance of image pairs: two (N, C, H, W) in [-1, 1] -> (N,) float32, zero for equal images.
+
+    C is 3, or 1 (repeated to three). Frozen: no gradient reaches its weights, `.train()` does not wake it, and its
+    weights stay out of state_dict(), because every run reads the same ones.
+
+    Args:
+        trunk: file with the weights of torchvision's vgg16; torch hub's cache is searched if not given.
+        pretrained: False gives a random trunk, always the same: for benchmarks and tests without the file.
+
+    Raises:
+        CheckpointError: the weights are not there, or are not VGG16's; names the file and where to put it.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, trunk: str | None = None, pretrained: bool = True) -> None:
+        super().__init__()
+        # ImageNet's mean and standard deviation, for images in [-1, 1].
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
+        features = make_layers(cfgs["D"], batch_norm=False)
+        self.stages = nn.ModuleList(features[start:end] for start, end in _STAGES)
+        self.heads = nn.ParameterList(torch.ones(width) for width in _WIDTHS)
+        # A config that is only inspected (sizes, FLOPs) is built on the meta device, where there is nothing to load.
+        if not self.heads[0].is_meta:
+            self._load_heads()
+            if pretrained:
+                self._load_trunk(_find_trunk(trunk))
+            else:
+                self._randomise_trunk()
+        self.requires_grad_(False)
+        self.train()
+        self.register_state_dict_post_hook(_leave_out)
+        self.register_load_state_dict_pre_hook(_keep_own)
+
+    def train(self, mode: bool = True) -> "LPIPS":
+        """Stays in eval for ever."""
+        return super().train(False)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        total = torch.zeros(a.shape[0], device=a.device)  # (N,)
+        for head, x, y in zip(self.heads, self.features(a), self.features(b), strict=True):
+            difference = (_unit(x) - _unit(y)).square()  # (N, width, h, w)
+            total = total + (difference.mean((2, 3)) * head).sum(1)  # (N,)
+        return total
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """The five feature maps: (N, width, H/2**i, W/2**i) for i = 0 ... 4."""
+        h = (images.expand(-1, 3, -1, -1) - self.shift) / self.scale  # (N, 3, H, W)
+        maps = []
+        for stage in self.stages:
+            h = stage(h)  # (N, width, H/2**i, W/2**i)
+            maps.append(h)
+        return maps
+
+    def _load_heads(self) -> None:
+        path = _package_folder() / "weights" / "v0.1" / "vgg.pth"
+        weights = _read(path)
+        for index, head in enumerate(self.heads):
+            head.data.copy_(weights[f"lin{index}.model.1.weight"].flatten())
+
+    def _load_trunk(self, path: Path) -> None:
+        weights = {name.removeprefix("features."): value for name, value in _read(path).items()}
+        for (start, _), stage in zip(_STAGES, self.stages, strict=True):
+            for name, parameter in stage.named_parameters():
+                layer, kind = name.split(".")
+                key = f"{start + int(layer)}.{kind}"
+                found = weights.get(key)
+                if found is None or found.shape != parameter.shape:
+                    actual = "is missing" if found is None else f"has {tuple(found.shape)}"
+                    raise CheckpointError(
+                        f"{path}: not the weights of torchvision's vgg16: 'features.{key}' should have shape "
+                        f"{tuple(parameter.shape)} and {actual}. Put the file from {TRUNK_ADDRESS} there."
+                    )
+                parameter.data.copy_(found)
+
+    def _randomise_trunk(self) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            for parameter in self.stages.parameters():
+                if parameter.ndim == 4:
+                    nn.init.kaiming_normal_(parameter, mode="fan_out", nonlinearity="relu")
+                else:
+                    nn.init.zeros_(parameter)
+
+
+def _unit(features: Tensor) -> Tensor:
+    """Scale each position's feature vector to unit length, in float32: (N, C, h, w)."""
+    features = features.float()
+    # vector_norm has gradient zero at zero, where the square root of a sum of squares would give NaN.
+    return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)
+
+
+def _package_folder() -> Path:
+    # Found, not imported: importing the package pulls in its training code.
+    spec = importlib.util.find_spec("lpips")
+    if spec is None or spec.origin is None:
+        raise CheckpointError(
+            "The package 'lpips', whose files hold the channel weights, is missing: pip install lpips"
+        )
+    return Path(spec.origin).parent
+
+
+def _find_trunk(given: str | None) -> Path:
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / TRUNK_FILE
+    path = cached if given is None else Path(given)
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path}: no such file. LPIPS compares images by the features of torchvision's vgg16, which is not "
+            f"downloaded on its own: fetch {TRUNK_ADDRESS} and put it there, or name its place in the parameter "
+            f"`trunk` of ldm.autoencoder.lpips.LPIPS, or train without a perceptual loss (perceptual: null)."
+        )
+    return path
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises half a dozen unrelated classes for a broken file
+        raise CheckpointError(f"{path}: cannot be read as PyTorch weights ({error}). Fetch the file again.") from error
+
+
+def _leave_out(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: dict[str, Any]) -> None:
+    for name in [name for name in state if name.startswith(prefix)]:
+        del state[name]
+
+
+def _keep_own(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name, value in [*module.named_parameters(), *module.named_buffers()]:
+        state[prefix + name] = value.detach()

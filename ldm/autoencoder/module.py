@@ -1,0 +1,271 @@
+"""Stage 1 as a LightningModule: one forward and one backward a micro-batch, then a step of both optimizers."""
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.core.optimizer import LightningOptimizer
+from pytorch_lightning.strategies import ParallelStrategy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from ldm.autoencoder.losses import AutoencoderLoss
+from ldm.autoencoder.networks import Decoder, Encoder
+from ldm.autoencoder.posterior import DiagonalGaussian
+
+Batch = dict[str, Any]
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
+Schedule = Callable[[int], float]
+
+
+class AutoencoderKL(pl.LightningModule):
+    """Encoder, decoder and their loss; `global_step` counts optimizer steps, one a global batch.
+
+    Optimisation is manual, so accumulation (from the datamodule) and clipping happen here. bf16 comes from the
+    trainer's precision; fp16 is not supported, since gradients are taken before a scaler could see them.
+
+    What depends on how the global batch is split over ranks and micro-batches: the adaptive adversarial weight, and
+    the discriminator's batch statistics where it has any.
+
+    Args:
+        encoder: images to moments.
+        decoder: latents to images.
+        loss: with the discriminator, if there is one.
+        optimizer: makes the optimizer of encoder, decoder and log-variance.
+        schedule: optimizer step (from 0) -> factor of its learning rate; None: constant.
+        discriminator_optimizer: makes the discriminator's optimizer; `optimizer` does if not given.
+        discriminator_schedule: the same for the discriminator, counted from its own first step.
+        gradient_clip: largest norm of each optimizer's gradient; None does not clip. The loss is a sum over an
+            image, so a useful threshold grows with the number of pixels.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        decoder: Decoder,
+        loss: AutoencoderLoss,
+        optimizer: MakeOptimizer,
+        schedule: Schedule | None = None,
+        discriminator_optimizer: MakeOptimizer | None = None,
+        discriminator_schedule: Schedule | None = None,
+        gradient_clip: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.encoder = encoder
+        self.decoder = decoder
+        self.loss = loss
+        self._recipes = [(optimizer, schedule), (discriminator_optimizer or optimizer, discriminator_schedule)]
+        self._gradient_clip = gradient_clip
+        self._micro_batches = 0  # seen since the last optimizer step
+        self._latent_sums = torch.zeros(3, encoder.latent_channels, dtype=torch.float64)
+        self._latents: dict[str, list[float]] | None = None
+        self._metrics: dict[str, float] = {}
+
+    # ------------------------------------------------------------------ the model
+
+    def encode(self, images: Tensor) -> DiagonalGaussian:
+        """(N, C, H, W) in [-1, 1] -> the posterior over (N, c, h, w), in float32."""
+        return DiagonalGaussian(self.encoder(images).float())
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(N, c, h, w) -> (N, C, H, W), about [-1, 1]."""
+        return self.decoder(latents)
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, DiagonalGaussian]:
+        """Encode, draw a latent with `noise` (N, c, h, w; drawn here if not given), decode."""
+        posterior = self.encode(images)
+        return self.decode(posterior.sample(noise)), posterior
+
+    def reconstruct(self, batch: Batch) -> tuple[Tensor, DiagonalGaussian]:
+        """forward() with the batch's own posterior draw."""
+        return self(batch["image"], _noise(self.encoder, batch, "posterior"))
+
+    # ------------------------------------------------------------------ training
+
+    def total_loss(self, batch: Batch) -> Tensor:
+        """The scalar whose single backward gives the gradients of both optimizers."""
+        return self._losses(batch)[0]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        loss, logs = self._losses(batch)
+        accumulation = self._accumulation()
+        self._micro_batches += 1
+        last = self._micro_batches == accumulation
+        with self._no_sync() if not last else nullcontext():
+            self.manual_backward(loss / accumulation + self._touch_idle())
+        if last:
+            self._micro_batches = 0
+            logs |= self._step_optimizers()
+        self.log_dict({f"train/{name}": value for name, value in logs.items()}, batch_size=len(batch["image"]))
+        return {"loss": loss.detach()}
+
+    def configure_optimizers(self) -> tuple[list[Optimizer], list[LambdaLR]]:
+        groups = [[*self.encoder.parameters(), *self.decoder.parameters(), self.loss.logvar]]
+        if self.loss.discriminator is not None:
+            groups.append(list(self.loss.discriminator.parameters()))
+        optimizers, schedulers = [], []
+        for parameters, (make_optimizer, schedule) in zip(groups, self._recipes, strict=False):
+            optimizer = make_optimizer(parameters)
+            optimizers.append(optimizer)
+            if schedule is not None:
+                schedulers.append(_scheduler(optimizer, schedule))
+        return optimizers, schedulers
+
+    def _losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        reconstruction, posterior = self.reconstruct(batch)
+        weight = self.decoder.last_layer.weight
+        return self.loss(batch["image"], reconstruction, posterior, weight, self.global_step)
+
+    def _accumulation(self) -> int:
+        return self.trainer.datamodule.accumulation(self.trainer.world_size)  # type: ignore[attr-defined]
+
+    def _no_sync(self) -> Any:
+        strategy = self.trainer.strategy
+        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
+
+    def _touch_idle(self) -> Tensor | float:
+        """Zero, by way of the waiting discriminator: DistributedDataParallel wants a gradient of every parameter."""
+        discriminator = self.loss.discriminator
+        if discriminator is None or self.trainer.world_size == 1 or self.loss.adversarial_at(self.global_step):
+            return 0.0
+        return 0.0 * torch.stack([parameter.sum() for parameter in discriminator.parameters()]).sum()
+
+    def _step_optimizers(self) -> dict[str, Tensor]:
+        """Clip, step, advance the schedule, clear the gradients; for the discriminator once it has started."""
+        optimizers = self.optimizers()
+        generator, *others = optimizers if isinstance(optimizers, list) else [optimizers]
+        logs = {}
+        # Asked before the generator's step, which advances the count.
+        if self.loss.adversarial_at(self.global_step):
+            for optimizer in others:
+                _leave_uncounted(optimizer)
+                logs["discriminator_gradient"] = self._step(optimizer)
+        else:
+            for optimizer in others:
+                optimizer.zero_grad()
+        logs["gradient"] = self._step(generator)
+        return logs
+
+    def _step(self, optimizer: LightningOptimizer) -> Tensor:
+        """One step of one optimizer; returns the gradient's norm before clipping."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        limit = float("inf") if self._gradient_clip is None else self._gradient_clip
+        norm = nn.utils.clip_grad_norm_(parameters, limit)
+        optimizer.step()
+        optimizer.zero_grad()
+        for config in self.trainer.lr_scheduler_configs:
+            scheduler = config.scheduler
+            if isinstance(scheduler, LambdaLR) and scheduler.optimizer is optimizer.optimizer:
+                scheduler.step()
+        return norm
+
+    # ------------------------------------------------------------------ validation
+
+    def on_validation_epoch_start(self) -> None:
+        self._latent_sums = torch.zeros_like(self._latent_sums, device=self.device)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        images = batch["image"]
+        reconstruction, posterior = self.reconstruct(batch)
+        self._latent_sums += latent_sums(posterior)
+        metrics = {f"val/{name}": value for name, value in self.evaluate(images, reconstruction, posterior).items()}
+        self.log_dict(metrics, batch_size=len(images), sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        sums = self.trainer.strategy.reduce(self._latent_sums, reduce_op="sum")
+        if not self.trainer.sanity_checking:
+            self._latents = statistics(sums)
+
+    def evaluate(self, images: Tensor, reconstruction: Tensor, posterior: DiagonalGaussian) -> dict[str, Tensor]:
+        """Reconstruction error and KL in nats an image, L1, LPIPS (where on), PSNR in dB, SSIM: batch means.
+
+        PSNR and SSIM are means of each image's own, of pictures clamped to [-1, 1], in float32.
+        """
+        with torch.autocast(images.device.type, enabled=False):
+            target, reconstruction = images.float(), reconstruction.float()
+            error, parts = self.loss.error(target, reconstruction)
+            shown = reconstruction.clamp(-1.0, 1.0)
+            psnr = peak_signal_noise_ratio(shown, target, data_range=2.0, reduction="none", dim=(1, 2, 3))
+            ssim = structural_similarity_index_measure(shown, target, data_range=2.0, reduction="none")
+            assert isinstance(ssim, Tensor)  # a tuple only where its map is asked for
+        return {
+            "rec_loss": error,
+            "kl": posterior.kl().mean(),
+            "psnr": psnr.mean(),
+            "ssim": ssim.mean(),
+            **parts,
+        }
+
+    @torch.no_grad()
+    def images(self, batch: Batch) -> dict[str, Tensor]:
+        """What to look at: input, reconstruction, their difference and decoded draws of the standard normal.
+
+        Each (N, C, H, W) in [-1, 1]; in the difference grey means equal.
+        """
+        images = batch["image"]
+        reconstruction, _ = self.reconstruct(batch)
+        prior = self.decode(_noise(self.encoder, batch, "prior"))
+        pictures = {
+            "input": images,
+            "reconstruction": reconstruction,
+            "difference": reconstruction - images,
+            "prior": prior,
+        }
+        return {name: picture.float().clamp(-1.0, 1.0) for name, picture in pictures.items()}
+
+    # ------------------------------------------------------------------ the checkpoint's facts
+
+    def checkpoint_facts(self) -> dict[str, Any]:
+        """What a checkpoint says about this model: per-channel latent statistics and metrics of the last validation.
+
+        `latents` is {"mean": [c floats], "std": [c floats]}, or None before the first validation.
+        """
+        current = self._trainer.callback_metrics if self._trainer is not None else {}
+        validated = {name: float(value) for name, value in current.items() if name.startswith("val/")}
+        return {"kind": "autoencoder", "latents": self._latents, "metrics": {**self._metrics, **validated}}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        facts = checkpoint.get("ldm", {})
+        self._latents = facts.get("latents")
+        self._metrics = dict(facts.get("metrics", {}))
+
+
+def latent_sums(posterior: DiagonalGaussian) -> Tensor:
+    """Per channel: how many values, sum of E[z], sum of E[z^2] = mean^2 + var; (3, c) float64, to be added up."""
+    mean, var = posterior.mean.double(), posterior.var.double()  # (N, c, h, w)
+    over = (0, *range(2, mean.ndim))
+    return torch.stack([torch.ones_like(mean).sum(over), mean.sum(over), (mean.square() + var).sum(over)])
+
+
+def statistics(sums: Tensor) -> dict[str, list[float]]:
+    """latent_sums (3, c) of a data set -> per-channel mean and standard deviation of its latents, draws included."""
+    count, first, second = sums.cpu()
+    mean = first / count
+    return {"mean": mean.tolist(), "std": (second / count - mean.square()).clamp_min(0.0).sqrt().tolist()}
+
+
+def _noise(encoder: Encoder, batch: Batch, purpose: str) -> Tensor:
+    """Standard normal of the latent's shape, addressed by the batch's sample numbers: (N, c, h, w)."""
+    height, width = batch["image"].shape[2:]
+    shape = (encoder.latent_channels, height // encoder.down_factor, width // encoder.down_factor)
+    return batch["draws"].normal(purpose, shape)
+
+
+def _scheduler(optimizer: Optimizer, schedule: Schedule) -> LambdaLR:
+    # A plain function, so that LambdaLR saves no copy of the schedule: after a resume the configuration's is used.
+    return LambdaLR(optimizer, lambda step: schedule(step))
+
+
+def _leave_uncounted(optimizer: LightningOptimizer) -> None:
+    """Lightning counts the steps of every optimizer into global_step; ours counts batches, so one must not count."""
+    optimizer._on_before_step = _nothing
+    optimizer._on_after_step = _nothing
+
+
+def _nothing() -> None:
+    pass
