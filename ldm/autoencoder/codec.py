@@ -1,0 +1,149 @@
+"""The frozen autoencoder: images to posterior moments, latents to images. What stage 2 and sampling see of stage 1."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm import checkpoint
+from ldm.autoencoder.networks import Decoder, Encoder
+from ldm.autoencoder.posterior import DiagonalGaussian
+from ldm.config import build
+from ldm.errors import CheckpointError, ConfigError
+
+
+class Codec(nn.Module):
+    """An encoder and a decoder that nothing trains: no gradients, always in eval mode.
+
+    Args:
+        encoder: images -> moments.
+        decoder: latents -> images.
+        config: {"encoder": node, "decoder": node}, the configuration that builds them again.
+        resolution: side of the images it was trained on, where known.
+        statistics: per-channel {"mean": [...], "std": [...]} of the latents, as measured in stage 1, or None.
+        path: where it was loaded from.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        decoder: Decoder,
+        config: Mapping[str, Any],
+        resolution: int | None = None,
+        statistics: Mapping[str, Any] | None = None,
+        path: str = "",
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.config = dict(config)
+        self.resolution = resolution
+        self.statistics = statistics
+        self.path = path
+        self.requires_grad_(False).eval()
+
+    @classmethod
+    def load(cls, path: Path | str, trust: Sequence[str] = ()) -> "Codec":
+        """The codec of a stage-1 checkpoint, on the CPU; builds its encoder and decoder and nothing else.
+
+        Args:
+            path: run folder (its newest good checkpoint) or checkpoint file.
+            trust: packages besides ldm's own that the checkpoint's configuration may name.
+
+        Raises:
+            CheckpointError: missing, damaged, or not from stage 1.
+        """
+        file = checkpoint.find(Path(path))
+        state = checkpoint.load(file)
+        record = state.get("ldm")
+        if not isinstance(record, dict) or record.get("kind") != "autoencoder":
+            found = f"a checkpoint of kind {record.get('kind')!r}" if isinstance(record, dict) else "not one of ldm's"
+            raise CheckpointError(
+                f"{file}: expected the checkpoint of an autoencoder (stage 1), found {found}. "
+                f"Name the run folder of a stage-1 run."
+            )
+        params = record["config"]["model"]["params"]
+        config = {name: params[name] for name in ("encoder", "decoder")}
+        encoder, decoder = (build(config[name], trust) for name in ("encoder", "decoder"))
+        for name, network in (("encoder", encoder), ("decoder", decoder)):
+            _fill(network, state["state_dict"], name, file)
+        resolution = record["config"].get("data", {}).get("params", {}).get("resolution")
+        return cls(encoder, decoder, config, resolution, record.get("latents"), str(file))
+
+    def train(self, mode: bool = True) -> "Codec":
+        """Stays in eval mode, whatever the module around it is told."""
+        return super().train(False)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Posterior moments in true fp32, whatever autocast or TF32 setting surrounds the call.
+
+        Args:
+            images: (N,C,H,W) in [-1, 1], on any device.
+
+        Returns:
+            mean and std, each (N,c,h,w) float32 on the codec's device, not whitened.
+        """
+        images = images.to(self.device, torch.float32)
+        with torch.autocast(self.device.type, enabled=False), _full_precision():
+            posterior = DiagonalGaussian(self.encoder(images))
+        return posterior.mean, posterior.std
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """(N,c,h,w), not whitened -> images (N,C,H,W) float32 in [-1, 1]; follows the caller's autocast."""
+        images: Tensor = self.decoder(latents.to(self.device))
+        return images.float().clamp(-1.0, 1.0)
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """(c, h, w) of the latent of a square image; ConfigError where the image does not divide."""
+        factor = self.encoder.down_factor
+        if resolution % factor:
+            lower = resolution // factor * factor
+            sizes = " or ".join(str(size) for size in (lower, lower + factor) if size)
+            raise ConfigError(
+                f"data.params.resolution: expected a multiple of the autoencoder's down factor {factor}, "
+                f"found {resolution}. Use {sizes}."
+            )
+        return self.encoder.latent_channels, resolution // factor, resolution // factor
+
+    def weight_hash(self) -> str:
+        """sha256 (hex) over names, shapes and bytes of all weights: the same on every device and out of any file."""
+        digest = sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+def _fill(network: nn.Module, state_dict: Mapping[str, Tensor], name: str, file: Path) -> None:
+    """Load `name`.* of the checkpoint's weights, all of them, into `network`."""
+    prefix = f"{name}."
+    own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+    try:
+        network.load_state_dict(own)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{file}: the weights of the {name} do not fit the configuration stored beside them: {error}. "
+            f"The file was put together by hand, or by another version of ldm."
+        ) from error
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Convolutions and products in IEEE fp32, by algorithms that give the same bits each time."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)

@@ -1,0 +1,235 @@
+"""The data module of stage 2: latents out of a cache, which it builds first where there is none."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.data import DataLoader
+
+from ldm import distributed
+from ldm.autoencoder.codec import Codec
+from ldm.data.datamodules import VALIDATION_SEED, ElasticDataModule, split
+from ldm.data.images import ImageDataset
+from ldm.data.latent_build import Source, build, shard_items
+from ldm.data.latent_reader import LatentCache, LatentDataset
+from ldm.data.latents import Manifest, Plan
+from ldm.data.pixels import EvalTransform
+from ldm.errors import ConfigError, DataError
+
+
+class LatentDataModule(ElasticDataModule):
+    """Latents for stage 2: batches of `latent` (N,c,h,w) float32, whitened; `class_label`, `caption`, `draws`.
+
+    A latent is drawn from its posterior each time it is seen, on the device. The autoencoder is loaded to build or to
+    check the cache, and let go before training.
+
+    Args:
+        train: data set of images to train on.
+        autoencoder: run folder or checkpoint of stage 1.
+        batch_size: global batch size.
+        seed: the run's seed.
+        resolution: side of the images that are encoded; None: what the autoencoder was trained on.
+        validation: data set of images to validate on.
+        num_validation: without `validation`: hold out so many items of `train`, the same in every run.
+        micro_batch_size: the most latents on one device at a time, a divisor of `batch_size`; None: no limit.
+        num_workers: loader processes of each rank; none is fastest, since a gather costs less than passing it on.
+        transform: PIL image -> (C,H,W) in [-1,1], deterministic; None: `EvalTransform(resolution)`.
+        flip: see half of the samples mirrored, in training.
+        cache: folder of this cache (with `train/` and `validation/` in it), refused if another lies there; None:
+            `cache/<fingerprint>`, where caches of different content lie side by side.
+        max_broken: the share of the images that may be unreadable; they are left out.
+        encode_batch_size: images encoded at once while the cache is built.
+        read_threads: threads that decode images while the cache is built.
+    """
+
+    def __init__(
+        self,
+        train: ImageDataset,
+        autoencoder: str | Path,
+        batch_size: int,
+        seed: int = 0,
+        resolution: int | None = None,
+        validation: ImageDataset | None = None,
+        num_validation: int = 0,
+        micro_batch_size: int | None = None,
+        num_workers: int = 0,
+        transform: EvalTransform | None = None,
+        flip: bool = True,
+        cache: str | Path | None = None,
+        max_broken: float = 0.01,
+        encode_batch_size: int = 64,
+        read_threads: int = 4,
+    ) -> None:
+        super().__init__(batch_size, seed, micro_batch_size, num_workers)
+        self.train_dataset, self.validation_dataset = split(train, validation, num_validation)
+        self.autoencoder = Path(autoencoder)
+        self.flip = flip
+        self.cache = None if cache is None else Path(cache)
+        self.max_broken = max_broken
+        self.encode_batch_size = encode_batch_size
+        self.read_threads = read_threads
+        self.train_cache: LatentCache | None = None
+        self.validation_cache: LatentCache | None = None
+        self._resolution = resolution
+        self._transform = transform
+        self._codec: Codec | None = None
+
+    def facts(self) -> dict[str, int | None]:
+        """What configurations refer to as `${data:...}`; needs the autoencoder's checkpoint, but no cache."""
+        codec = self._load()
+        channels, resolution, _ = codec.latent_shape(self.image_resolution)
+        return {
+            "channels": channels,
+            "resolution": resolution,
+            "num_classes": self.train_dataset.num_classes,
+            "batch_size": self.batch_size,
+            "num_items": len(self.train_dataset),
+            "down_factor": codec.encoder.down_factor,
+            "image_resolution": self.image_resolution,
+            "image_channels": codec.encoder.in_channels,
+        }
+
+    @property
+    def image_resolution(self) -> int:
+        """Side of the images that are encoded, pixels."""
+        known = self._resolution or (self._transform.resolution if self._transform else self._load().resolution)
+        if known is None:
+            raise ConfigError(f"data.params.resolution: {self.autoencoder} does not say its resolution: set it here")
+        return known
+
+    @property
+    def transform(self) -> EvalTransform:
+        return self._transform or EvalTransform(self.image_resolution)
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the training cache; its statistics whiten validation too. DataError before `setup`."""
+        return _opened(self.train_cache).manifest
+
+    def prepare_data(self) -> None:
+        """Make the source's files ready, once a machine."""
+        for dataset in self._datasets().values():
+            dataset.prepare()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the caches; build, together with all other ranks, what is missing of them.
+
+        Raises:
+            DataError: a cache that is damaged, or not of this autoencoder and these images.
+        """
+        if self.train_cache is not None:
+            return
+        codec = self._load().to(self._device())
+        weights = codec.weight_hash()
+        caches = {name: self._open(name, dataset, codec, weights) for name, dataset in self._datasets().items()}
+        self.train_cache, self.validation_cache = caches["train"], caches.get("validation")
+        self._codec = None  # its memory belongs to training now
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        cache = _opened(self.train_cache)
+        return self.training_loader(LatentDataset(cache, self.seed, self.flip), len(cache), _as_gathered)
+
+    def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
+        if self.validation_dataset is None:
+            return []
+        cache = _opened(self.validation_cache)
+        return self.validation_loader(LatentDataset(cache, VALIDATION_SEED, flip=False), len(cache), _as_gathered)
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Draw the latents: z = mean + std * noise, whitened."""
+        mean, std = batch.pop("moments").float().unbind(1)  # each (N,c,h,w)
+        draws = self.attach_draws(batch, mean.device)
+        batch["latent"] = self.manifest.whiten(mean + std * draws.normal("posterior", mean.shape[1:]))
+        return batch
+
+    def plan(self, dataset: ImageDataset, codec: Codec, weights: str) -> Plan:
+        """What the cache of `dataset` has to hold; `weights` is the codec's hash."""
+        plan = Plan(
+            shape=codec.latent_shape(self.image_resolution),
+            num_items=len(dataset),
+            source=dataset.fingerprint(),
+            pixels={**self.transform.describe(), "channels": codec.encoder.in_channels},
+            autoencoder={"weights": weights, "config": codec.config, "path": codec.path},
+            num_classes=dataset.num_classes,
+            class_names=dataset.class_names,
+            captions=_has_captions(dataset),
+            encode_batch=self.encode_batch_size,
+        )
+        items = shard_items(plan.num_items, plan.record.itemsize, plan.encode_batch)
+        return replace(plan, shard_items=items)
+
+    def _open(self, name: str, dataset: ImageDataset, codec: Codec, weights: str) -> LatentCache:
+        plan = self.plan(dataset, codec, weights)
+        folder = self.cache / name if self.cache is not None else Path("cache") / plan.fingerprint()
+        source = Source(
+            read=lambda item: self._read(dataset, item, codec.encoder.in_channels),
+            name=dataset.path,
+            max_broken=int(self.max_broken * len(dataset)),
+            threads=self.read_threads,
+        )
+        with _bar(f"{name} latents") as progress:
+            build(folder, plan, codec.encode, source, distributed.rank(), distributed.world_size(), progress)
+        return LatentCache(folder, plan)
+
+    def _read(self, dataset: ImageDataset, item: int, channels: int) -> Mapping[str, Any]:
+        row = dataset[item]
+        return {**row, "image": self.transform(row["image"].convert("L" if channels == 1 else "RGB"))}
+
+    def _load(self) -> Codec:
+        if self._codec is None:
+            self._codec = Codec.load(self.autoencoder)
+        return self._codec
+
+    def _datasets(self) -> dict[str, ImageDataset]:
+        both = {"train": self.train_dataset, "validation": self.validation_dataset}
+        return {name: dataset for name, dataset in both.items() if dataset is not None}
+
+    def _device(self) -> torch.device:
+        if self.trainer is not None:
+            return self.trainer.strategy.root_device
+        if torch.cuda.is_available():
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cpu")
+
+
+def _opened(cache: LatentCache | None) -> LatentCache:
+    if cache is None:
+        raise DataError("the latent cache is not open yet: call setup() of the data module first")
+    return cache
+
+
+def _as_gathered(batch: dict[str, Any]) -> dict[str, Any]:
+    """The collate function of a data set that gives whole batches."""
+    return batch
+
+
+def _has_captions(dataset: ImageDataset) -> bool:
+    """Whether items carry captions: all do or none does, so the first readable one tells."""
+    for item in range(len(dataset)):
+        try:
+            return "caption" in dataset[item]
+        except DataError:
+            continue
+    return False
+
+
+@contextmanager
+def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on the main rank, shown once there is progress: gives a function of (done, total)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, disable=not distributed.is_main())
+    task = bar.add_task(title)
+
+    def show(done: int, total: int) -> None:
+        bar.start()
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield show
+    finally:
+        bar.stop()

@@ -1,0 +1,115 @@
+"""How the files of a latent cache come to be: sealed JSON, publishing by rename, claims that die with their owner."""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ldm.errors import DataError, ResourceError
+
+COMMAND = "python scripts/cache_latents.py --base <your config>"
+REBUILD = f"`{COMMAND}` builds what is missing and keeps the rest"
+
+
+def dump(tree: Mapping[str, Any]) -> bytes:
+    """The one way to write `tree` as JSON, so that equal content means equal bytes."""
+    return (json.dumps(tree, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def seal(tree: Mapping[str, Any]) -> bytes:
+    """JSON that carries the CRC-32 of the rest under "checksum"."""
+    return dump({**tree, "checksum": f"{zlib.crc32(dump(tree)):08x}"})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What `seal` wrote; DataError where a byte is not as it was written."""
+    try:
+        raw = path.read_bytes()
+        tree = json.loads(raw)
+        checksum = tree.pop("checksum")
+    except FileNotFoundError:
+        raise DataError(f"{path}: missing from the latent cache. {REBUILD}.") from None
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DataError(f"{path}: damaged: not the JSON that was written ({error}). Delete it; {REBUILD}.") from error
+    if seal(tree) != raw:
+        found = f"{zlib.crc32(dump(tree)):08x}"
+        raise DataError(f"{path}: damaged: checksum: expected {checksum}, found {found}. Delete it; {REBUILD}.")
+    return tree
+
+
+def publish(path: Path, data: bytes | memoryview) -> None:
+    """Put `data` at `path`: durable, and never half there. ResourceError where the disk refuses."""
+    aside = path.with_name(f"{path.name}.tmp.{socket.gethostname()}.{os.getpid()}")
+    try:
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        handle = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise ResourceError(
+            f"{path}: cannot write the latent cache: {error.strerror}; needed {memoryview(data).nbytes} bytes. "
+            f"Make room or permit writing in {path.parent}; a second start goes on from here."
+        ) from error
+
+
+class Claims:
+    """Who writes what, among any processes of any machines that see the folder.
+
+    A claim is a lock on one byte of the file `claims`; the kernel drops it when its owner dies, however it dies.
+    Where the file system has no locks every claim is granted: work is then done twice, with the same bytes.
+
+    Close only once nobody in this process needs its claims: POSIX locks end with the first close of the file.
+    """
+
+    _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = (folder / "claims").open("ab")
+        except OSError as error:
+            raise ResourceError(f"{folder}: cannot build a latent cache there: {error.strerror}.") from error
+
+    def close(self) -> None:
+        self._file.close()
+
+    @contextmanager
+    def take(self, number: int, path: Path, wait: bool = False) -> Iterator[bool]:
+        """Whether the block may write `path` and its siblings; leftovers of a dead writer are removed first.
+
+        Args:
+            number: of the claim.
+            path: what is written under it.
+            wait: for the present owner; otherwise the block runs at once, with False.
+        """
+        exclusive = True
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, number)
+        except (BlockingIOError, PermissionError):
+            yield False
+            return
+        except OSError as error:
+            if error.errno not in self._NO_LOCKS:
+                raise
+            exclusive = False
+        try:
+            if exclusive:
+                for leftover in path.parent.glob(f"{path.stem}.*.tmp.*"):
+                    leftover.unlink(missing_ok=True)
+            yield True
+        finally:
+            if exclusive:
+                fcntl.lockf(self._file, fcntl.LOCK_UN, 1, number)

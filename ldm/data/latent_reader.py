@@ -1,0 +1,127 @@
+"""Reading the latent cache: a batch of moments at once, out of memory maps (format: latents.py)."""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from ldm.data.latent_files import read_sealed
+from ldm.data.latents import Manifest, Plan, check_bytes, check_size, shard_path
+from ldm.randomness import Draws
+
+
+class LatentCache:
+    """Reads a finished cache. Each shard is checked against its checksum when it is first touched.
+
+    Rows are numbered 0 .. len - 1 over the items that have a record: broken items leave no hole.
+
+    Args:
+        folder: of the cache.
+        expected: the plan that the caller would build; None takes the cache as it is.
+
+    Raises:
+        DataError: not finished, truncated, damaged, or not what is expected: naming file, key and remedy.
+    """
+
+    def __init__(self, folder: Path | str, expected: Plan | None = None) -> None:
+        self.folder = Path(folder)
+        self.manifest = Manifest.read(self.folder)
+        self.plan = self.manifest.plan
+        if expected is not None:
+            expected.demand(self.folder, self.plan)
+        for shard in range(self.plan.num_shards):
+            check_size(self.folder, self.manifest, shard)
+        broken = np.asarray(self.manifest.broken, dtype=np.int64)
+        self._items = np.setdiff1d(np.arange(self.plan.num_items), broken) if len(broken) else None
+        self._maps: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # moments and labels of each open shard
+        self._captions: dict[int, list[str]] = {}
+
+    def __len__(self) -> int:
+        return self.manifest.num_items
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}  # a pickled memory map would be a copy of the file
+
+    def gather(self, rows: Sequence[int] | np.ndarray, mirrored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A batch at once: each record is copied once, in the order in which they lie on disk.
+
+        Args:
+            rows: (N,) of 0 .. len - 1.
+            mirrored: (N,) bool, which orientation.
+
+        Returns:
+            moments (N, 2, c, h, w) float16 (mean, std) and labels (N,) int64 (-1 for none).
+        """
+        shards, places = np.divmod(self.items(rows), self.plan.shard_items)
+        self._open(np.unique(shards).tolist())
+        moments = np.empty((len(shards), 2, *self.plan.shape), dtype=np.float16)
+        labels = np.empty(len(shards), dtype=np.int64)
+        side = np.asarray(mirrored).astype(np.int64).tolist()
+        where = list(zip(shards.tolist(), places.tolist(), strict=True))
+        for index in np.lexsort((places, shards)).tolist():
+            shard, place = where[index]
+            stored, label = self._maps[shard]
+            moments[index] = stored[place, side[index]]
+            labels[index] = label[place]
+        return moments, labels
+
+    def captions(self, rows: Sequence[int] | np.ndarray) -> list[str]:
+        """The captions of (N,) rows."""
+        shards, places = np.divmod(self.items(rows), self.plan.shard_items)
+        for shard in np.unique(shards).tolist():
+            if shard not in self._captions:
+                self._captions[shard] = read_sealed(shard_path(self.folder, shard, ".json"))["captions"]
+        return [self._captions[shard][place] for shard, place in zip(shards.tolist(), places.tolist(), strict=True)]
+
+    def items(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The source's item numbers of the rows: (N,) int64."""
+        index = np.asarray(rows, dtype=np.int64)
+        return index if self._items is None else self._items[index]
+
+    def _open(self, shards: list[int]) -> None:
+        new = [shard for shard in shards if shard not in self._maps]
+        if new:
+            with ThreadPoolExecutor(min(8, os.cpu_count() or 1, len(new))) as pool:  # crc32 releases the lock
+                list(pool.map(lambda shard: check_bytes(self.folder, self.manifest, shard), new))
+        for shard in new:
+            # The plain array over the map: indexing a numpy.memmap makes a new memmap each time, which is slow.
+            records = np.asarray(np.memmap(shard_path(self.folder, shard), dtype=self.plan.record, mode="r"))
+            self._maps[shard] = (records["moments"], records["label"])
+
+
+class LatentDataset(Dataset[Any]):
+    """What a DataLoader reads: whole batches of moments, addressed by (sample number, row).
+
+    Use with `batch_sampler` yielding lists of keys and `collate_fn=` the identity.
+
+    Args:
+        cache: the reader.
+        seed: of the run; with the sample number it decides the orientation.
+        flip: mirror half of the samples (training), or none (validation).
+    """
+
+    def __init__(self, cache: LatentCache, seed: int, flip: bool) -> None:
+        self.cache = cache
+        self.seed = seed
+        self.flip = flip
+
+    def __len__(self) -> int:
+        return len(self.cache)
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        """Batch: `moments` (N,2,c,h,w) float16, `sample_number` (N,) int64 array, `class_label` (N,), `caption`."""
+        numbers, rows = np.asarray(keys, dtype=np.int64).reshape(-1, 2).T
+        # The flip hangs on the sample number, not the row: the next epoch may see the other orientation.
+        mirrored = Draws(self.seed, numbers, 1).uniform("flip").numpy() < (0.5 if self.flip else 0.0)
+        moments, labels = self.cache.gather(rows, mirrored)
+        batch: dict[str, Any] = {"moments": torch.from_numpy(moments), "sample_number": numbers}
+        if self.cache.plan.num_classes is not None:
+            batch["class_label"] = torch.from_numpy(labels)
+        if self.cache.plan.captions:
+            batch["caption"] = self.cache.captions(rows)
+        return batch

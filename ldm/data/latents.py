@@ -1,0 +1,257 @@
+"""The latent cache as it lies on disk: what is in it, and the proof that it is whole and the right one.
+
+    plan.json          what is being encoded, by which autoencoder: everything that decides the bytes (Plan)
+    shard-00000.bin    records of fixed size, memory-mapped: the posterior's moments, plain and mirrored, and the label
+    shard-00000.json   the shard's checksum, its sums for the statistics, its broken items, its captions
+    manifest.json      the plan, the statistics over all items and both orientations, every shard's checksum (Manifest)
+
+Vocabulary: an *item* is a number into the source dataset; *moments* are mean and standard deviation of the posterior
+N(mean, std^2), so that a fresh latent is drawn each time, z = mean + std * noise; *whitened* is a latent with zero mean
+and unit variance per channel over the whole cache. The mirrored orientation is the encoding of the mirrored *pixels*:
+an autoencoder is not equivariant, so a mirrored latent is something else.
+
+latent_build.py writes what is described here, latent_reader.py reads it.
+"""
+
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.data.latent_files import COMMAND, REBUILD, dump, read_sealed
+from ldm.errors import DataError
+
+FORMAT = 1
+MANIFEST, PLAN = "manifest.json", "plan.json"
+_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides what a cache holds, known before the first image is encoded; plain JSON types only.
+
+    Args:
+        shape: (c, h, w) of one latent.
+        num_items: items of the source, broken ones included.
+        source: fingerprint of the source dataset.
+        pixels: how an item becomes a tensor: resolution, crop, interpolation, channels, range.
+        autoencoder: {"weights": hash, "config": of encoder and decoder, "path": where it was found (not compared)}.
+        num_classes: None where items carry no class label; the labels are 0 .. num_classes - 1.
+        class_names: their names, where known.
+        captions: items carry a caption.
+        shard_items: items of a shard. Not compared: it decides how the records are laid out, not what they say.
+        encode_batch: images encoded at once, in an order fixed by the item numbers; not compared.
+    """
+
+    shape: tuple[int, int, int]
+    num_items: int
+    source: str
+    pixels: dict[str, Any]
+    autoencoder: dict[str, Any]
+    num_classes: int | None = None
+    class_names: list[str] | None = None
+    captions: bool = False
+    shard_items: int = 4096
+    encode_batch: int = 64
+    dtype: str = "float16"
+    format: int = FORMAT
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any]) -> "Plan":
+        return cls(**{**tree, "shape": tuple(tree["shape"])})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, as JSON and `torch.load(weights_only=True)` take them."""
+        return {**asdict(self), "shape": list(self.shape)}
+
+    @property
+    def record(self) -> np.dtype:
+        """One item: moments [plain or mirrored, mean or std, c, h, w] and the label (-1 for none)."""
+        return np.dtype([("moments", "<f2", (2, 2, *self.shape)), ("label", "<i8")])
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_items // self.shard_items)
+
+    def shard_range(self, shard: int) -> range:
+        """The items of a shard: a function of their numbers alone, whoever writes it."""
+        return range(shard * self.shard_items, min(self.num_items, (shard + 1) * self.shard_items))
+
+    def facts(self) -> dict[str, Any]:
+        """The compared facts under dotted keys."""
+        tree = {key: value for key, value in asdict(self).items() if key not in ("shard_items", "encode_batch")}
+        tree["autoencoder"] = {key: value for key, value in self.autoencoder.items() if key != "path"}
+        facts: dict[str, Any] = json.loads(json.dumps(dict(_flat(tree))))
+        return facts
+
+    def fingerprint(self) -> str:
+        """Names the cache's content: two caches of one fingerprint are interchangeable."""
+        return sha256(dump(self.facts())).hexdigest()[:16]
+
+    def differences(self, found: "Plan") -> list[str]:
+        """One line for each fact in which `found` is not what this plan asks for."""
+        ours, theirs = self.facts(), found.facts()
+        return [
+            f"{key}: expected {_short(ours.get(key))}, found {_short(theirs.get(key))}"
+            for key in sorted(ours.keys() | theirs.keys())
+            if ours.get(key) != theirs.get(key)
+        ]
+
+    def demand(self, folder: Path, found: "Plan") -> None:
+        """Raise DataError, naming every difference, unless the cache (or the half of one) in `folder` is this one."""
+        if lines := self.differences(found):
+            raise DataError(
+                f"{folder}: this latent cache was made for something else:\n  " + "\n  ".join(lines) + "\n"
+                f"Remove the folder or name another in data.params.cache, then `{COMMAND}`."
+            )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A finished cache: its plan, its statistics, its shards. Also lies in every stage-2 checkpoint.
+
+    Args:
+        plan: what was encoded.
+        mean, std: per channel (c,), over all items, positions and both orientations, in fp64; the variance is that of
+            the latents that training sees: the variance of the means plus the mean of the posterior variances.
+        broken: items that could not be read and hold no record.
+        shards: {"crc32": hex, "items": count} of each.
+    """
+
+    plan: Plan
+    mean: list[float]
+    std: list[float]
+    broken: list[int]
+    shards: list[dict[str, Any]]
+    _placed: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any]) -> "Manifest":
+        return cls(**{**tree, "plan": Plan.from_dict(tree["plan"])})
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """The manifest of the finished cache in `folder`; DataError where there is none or it is damaged."""
+        path = Path(folder) / MANIFEST
+        if not path.is_file():
+            raise DataError(f"{path}: no such file, so this is no finished latent cache. {REBUILD}.")
+        tree = read_sealed(path)
+        if tree.get("plan", {}).get("format") != FORMAT:
+            found = tree.get("plan", {}).get("format")
+            raise DataError(f"{path}: format: expected {FORMAT}, found {found}. Remove the folder, then `{COMMAND}`.")
+        return cls.from_dict(tree)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, as JSON and `torch.load(weights_only=True)` take them."""
+        return {
+            "plan": self.plan.to_dict(),
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "broken": list(self.broken),
+            "shards": [dict(shard) for shard in self.shards],
+        }
+
+    @property
+    def num_items(self) -> int:
+        """Items with a record."""
+        return self.plan.num_items - len(self.broken)
+
+    def whiten(self, latents: Tensor) -> Tensor:
+        """(N,c,h,w) as the encoder gives them -> zero mean, unit variance per channel over the cache."""
+        mean, std = self._on(latents.device)
+        return ((latents - mean) / std).to(latents.dtype)
+
+    def unwhiten(self, latents: Tensor) -> Tensor:
+        """(N,c,h,w) whitened -> as the decoder takes them."""
+        mean, std = self._on(latents.device)
+        return (latents * std + mean).to(latents.dtype)
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and std as (c,1,1); copied to a device once, because each copy makes the host wait."""
+        if device not in self._placed:
+            both = torch.tensor([self.mean, self.std], dtype=torch.float32, device=device)[:, :, None, None]
+            self._placed[device] = (both[0], both[1])
+        return self._placed[device]
+
+
+def verify(folder: Path | str, progress: Callable[[int, int], None] = lambda done, total: None) -> Manifest:
+    """Read every byte of the finished cache in `folder` and compare with its checksums.
+
+    Args:
+        folder: of the cache.
+        progress: called with (shards checked, shards).
+
+    Raises:
+        DataError: naming every damaged file.
+    """
+    folder = Path(folder)
+    manifest = Manifest.read(folder)
+    plan, total = manifest.plan, manifest.plan.num_shards
+    damage: list[str] = []
+    try:
+        plan.demand(folder, Plan.from_dict(read_sealed(folder / PLAN)))
+    except DataError as error:
+        damage.append(str(error))
+    for shard in range(total):
+        for test in (check_size, check_bytes, _check_sidecar):
+            try:
+                test(folder, manifest, shard)
+            except DataError as error:
+                damage.append(str(error))
+                break
+        progress(shard + 1, total)
+    if damage:
+        raise DataError("\n".join(damage))
+    return manifest
+
+
+def shard_path(folder: Path, shard: int, suffix: str = ".bin") -> Path:
+    return folder / f"shard-{shard:05d}{suffix}"
+
+
+def check_size(folder: Path, manifest: Manifest, shard: int) -> None:
+    """DataError unless the shard's file has as many bytes as its items need."""
+    path = shard_path(folder, shard)
+    expected = len(manifest.plan.shard_range(shard)) * manifest.plan.record.itemsize
+    found = path.stat().st_size if path.is_file() else None
+    if found != expected:
+        state = "missing" if found is None else "truncated"
+        raise DataError(f"{path}: {state}: bytes: expected {expected}, found {found}. Delete it; {REBUILD}.")
+
+
+def check_bytes(folder: Path, manifest: Manifest, shard: int) -> None:
+    path, crc = shard_path(folder, shard), 0
+    with path.open("rb", buffering=0) as file:
+        while data := file.read(_CHUNK):
+            crc = zlib.crc32(data, crc)
+    expected = manifest.shards[shard]["crc32"]
+    if f"{crc:08x}" != expected:
+        raise DataError(f"{path}: damaged: crc32: expected {expected}, found {crc:08x}. Delete it; {REBUILD}.")
+
+
+def _check_sidecar(folder: Path, manifest: Manifest, shard: int) -> None:
+    path = shard_path(folder, shard, ".json")
+    expected, found = manifest.shards[shard]["crc32"], read_sealed(path)["crc32"]
+    if expected != found:
+        raise DataError(f"{path}: foreign: crc32: expected {expected}, found {found}. Delete it; {REBUILD}.")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves under dotted keys; lists are leaves."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
