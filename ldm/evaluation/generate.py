@@ -1,0 +1,269 @@
+"""From seeds and classes to pictures: the one way samples are made, for previews, evaluation and scripts/sample.py.
+
+    checkpoint -> denoiser, objective, codec -> guided denoiser -> sampler -> codec.decode -> uint8
+
+An image depends on its seed and its class alone: not on the batch it was made in, its neighbours or their order. (Up
+to float rounding: a batch of another size may take another matrix kernel, which moves a pixel by one level at most.)
+The starting noise is drawn on the CPU, so that a seed names the same picture on every machine.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+
+import numpy as np
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+from ldm import checkpoint
+from ldm.autoencoder.codec import Codec
+from ldm.config import build
+from ldm.data.latents import Manifest
+from ldm.diffusion.conditioning import Conditioner
+from ldm.diffusion.guidance import Denoiser, classifier_free
+from ldm.diffusion.objectives import Objective
+from ldm.diffusion.samplers import ddim
+from ldm.errors import CheckpointError, ConfigError, NumericError
+from ldm.randomness import Draws
+
+if TYPE_CHECKING:  # sampling from a checkpoint needs nothing of the training code
+    from ldm.diffusion.module import LatentDiffusion
+
+SEED = 0
+"""Of every generation: the images' own seeds take the place of sample numbers."""
+
+
+class Sampler(Protocol):
+    """From standard normal `noise` (N,c,h,w) to data of that shape in `steps` calls; see diffusion/samplers.py."""
+
+    def __call__(
+        self, denoise: Denoiser, objective: Objective, noise: Tensor, steps: int, *, draws: Draws
+    ) -> Tensor: ...
+
+
+class Sample(NamedTuple):
+    """A picture and what it was made from: `image` (H,W,C) uint8, C = 1 or 3; `label` None: of no class."""
+
+    seed: int
+    label: int | None
+    image: np.ndarray
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What it takes to make pictures.
+
+    Args:
+        denoiser: the modules `network` and `conditioner`.
+        objective: what the network was trained on.
+        codec: the autoencoder whose latents it was trained on.
+        manifest: of the latent cache: shape and scale of the latents, the classes.
+        origin: where the weights came from, in plain values: {"checkpoint", "step", "weights"}.
+    """
+
+    denoiser: nn.ModuleDict
+    objective: Objective
+    codec: Codec
+    manifest: Manifest
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(
+        cls,
+        path: Path | str,
+        *,
+        ema: bool = True,
+        autoencoder: Path | str | None = None,
+        device: torch.device | str = "cpu",
+        trust: Sequence[str] = (),
+    ) -> "Pipeline":
+        """From a stage-2 checkpoint; builds the network, its conditioner and the objective, and no optimizer or data.
+
+        Args:
+            path: run folder (its newest good checkpoint) or checkpoint file.
+            ema: the averaged weights; False: those of the last step.
+            autoencoder: stage-1 run folder or checkpoint; None: where it lay when the latents were made.
+            trust: packages besides ldm's own that the checkpoints' configurations may name.
+
+        Raises:
+            CheckpointError: missing, damaged, not from stage 2, or an autoencoder other than the latents'.
+        """
+        file = checkpoint.find(Path(path))
+        state = checkpoint.load(file)
+        record = _diffusion_record(state, file)
+        params = record["config"]["model"]["params"]
+        denoiser = nn.ModuleDict({name: build(params[name], trust) for name in ("network", "conditioner")})
+        objective = build(params["objective"], trust)
+        _fill(denoiser, state["state_dict"], "ema.average." if ema else "denoiser.", file)
+        _fill(objective, state["state_dict"], "objective.", file)
+        manifest = Manifest.from_dict(record["latents"])
+        codec = _codec(manifest, autoencoder, file, trust)
+        origin = {"checkpoint": str(file), "step": record["step"], "weights": "ema" if ema else "raw"}
+        denoiser.requires_grad_(False).eval()
+        return cls(denoiser.to(device), objective.to(device), codec.to(device), manifest, origin)
+
+    @classmethod
+    def from_module(cls, module: "LatentDiffusion", codec: Codec, manifest: Manifest, ema: bool = True) -> "Pipeline":
+        """From a model in training, whose weights it shares; `codec` should lie on the module's device."""
+        denoiser = module.ema.average if ema else module.denoiser
+        assert isinstance(denoiser, nn.ModuleDict)
+        return cls(denoiser, module.objective, codec, manifest)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    @property
+    def conditioner(self) -> Conditioner:
+        return cast(Conditioner, self.denoiser["conditioner"])
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes can be asked for; None: the model was trained without."""
+        told = vars(self.conditioner.null(1)).values()
+        return None if all(slot is None for slot in told) else self.manifest.plan.num_classes
+
+
+def generate(
+    pipeline: Pipeline,
+    seeds: Sequence[int],
+    labels: Sequence[int] | None = None,
+    *,
+    sampler: Sampler = ddim,
+    steps: int = 50,
+    guidance_scale: float = 1.0,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> Iterator[Sample]:
+    """One picture for each seed, in order.
+
+    Args:
+        seeds: any integers of 64 bits; the same seed gives the same starting noise, whatever the class.
+        labels: as many classes, each in [0, num_classes); None: of no class, also from a conditional model.
+        sampler: such as `ddim`, `ancestral` or `partial(ddim, eta=0.5)`.
+        steps: calls of the network a picture.
+        guidance_scale: 1 = none; above: classifier-free guidance, at twice the cost.
+        batch_size: pictures made at once; decides speed and memory only.
+        progress: show a progress bar.
+
+    Raises:
+        ConfigError: labels that the model does not know, or a number of steps it does not have.
+        NumericError: the network gave something that is not finite.
+    """
+    _check_labels(pipeline, seeds, labels)
+    scale = 1.0 if labels is None else guidance_scale
+    starts = range(0, len(seeds), batch_size)
+    for start in track(starts, "sampling", disable=not progress):
+        rows = slice(start, start + batch_size)
+        few = None if labels is None else labels[rows]
+        images = _images(pipeline, seeds[rows], few, sampler, steps, scale)
+        yield from map(Sample, seeds[rows], [None] * len(images) if few is None else few, images)
+
+
+# Not inference_mode: the tables that objective and manifest keep for a device would then be lost to training.
+@torch.no_grad()
+def _images(
+    pipeline: Pipeline,
+    seeds: Sequence[int],
+    labels: Sequence[int] | None,
+    sampler: Sampler,
+    steps: int,
+    scale: float,
+) -> np.ndarray:
+    """(N,H,W,C) uint8."""
+    number, device = len(seeds), pipeline.device
+    network, conditioner = pipeline.denoiser["network"], pipeline.conditioner
+    with _evaluating(pipeline.denoiser):
+        null = conditioner.null(number)
+        told = null if labels is None else conditioner({"class_label": torch.tensor(labels, device=device)})
+        denoise = classifier_free(partial(pipeline.objective.denoise, network), told, null, scale)
+        noise = Draws(SEED, seeds, number).normal("noise", pipeline.manifest.plan.shape).to(device)
+        latents = sampler(denoise, pipeline.objective, noise, steps, draws=Draws(SEED, seeds, number, device))
+        images = pipeline.codec.decode(pipeline.manifest.unwhiten(latents))
+    if not bool(torch.isfinite(images).all()):
+        raise NumericError(f"a sample of the seeds {list(seeds)} is not finite: the weights are damaged or diverged")
+    return ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Dropout off within the block: raw weights come from a network that may be in the middle of training."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
+
+
+def _check_labels(pipeline: Pipeline, seeds: Sequence[int], labels: Sequence[int] | None) -> None:
+    if labels is None:
+        return
+    if len(labels) != len(seeds):
+        raise ValueError(f"expected a label for each of {len(seeds)} seeds, got {len(labels)}")
+    number = pipeline.num_classes
+    if number is None:
+        raise ConfigError("this model was trained without classes: ask for none")
+    wrong = [label for label in labels if not 0 <= label < number]
+    if wrong:
+        raise ConfigError(f"class {wrong[0]}: expected 0 to {number - 1}, the {number} classes of the training data")
+
+
+def _diffusion_record(state: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """What a stage-2 checkpoint says of itself."""
+    record = state.get("ldm")
+    kind = record.get("kind") if isinstance(record, dict) else None
+    if not isinstance(record, dict) or kind != "diffusion":
+        found = f"one of kind {kind!r}" if kind else "one that was not saved by ldm"
+        raise CheckpointError(
+            f"{file}: expected the checkpoint of a diffusion model (stage 2), found {found}. "
+            f"Name the run folder of a stage-2 run."
+        )
+    return record
+
+
+def _fill(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, file: Path) -> None:
+    """Load the checkpoint's weights under `prefix`, all of them, into `module`."""
+    own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+    try:
+        module.load_state_dict(own)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{file}: the weights '{prefix}*' do not fit the configuration stored beside them: {error}. "
+            f"The file was put together by hand, or by another version of ldm."
+        ) from error
+
+
+def _codec(manifest: Manifest, given: Path | str | None, file: Path, trust: Sequence[str]) -> Codec:
+    """The autoencoder that made the latents, proven by its weights' hash."""
+    recorded = manifest.plan.autoencoder
+    fix = "Name that autoencoder's run folder or checkpoint with --autoencoder PATH."
+    if not (path := given or recorded.get("path")):
+        raise CheckpointError(f"{file}: does not say where the autoencoder of its latents lies. {fix}")
+    try:
+        codec = Codec.load(path, trust)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}\n{file} needs the autoencoder that made its latents. {fix}") from error
+    if (found := codec.weight_hash()) != recorded["weights"]:
+        raise CheckpointError(
+            f"{codec.path}: not the autoencoder that made the latents of {file}: weights {found[:16]}..., "
+            f"expected {recorded['weights'][:16]}.... {fix}"
+        )
+    return codec
+
+
+def grid(images: Sequence[np.ndarray], columns: int, gap: int = 2) -> np.ndarray:
+    """Pictures (H,W,C) uint8 of one size, row by row on white, `gap` pixels apart: one picture (H',W',C)."""
+    height, width, channels = images[0].shape
+    rows = -(-len(images) // columns)
+    shape = (rows * (height + gap) + gap, columns * (width + gap) + gap, channels)
+    sheet = np.full(shape, 255, dtype=np.uint8)
+    for place, image in enumerate(images):
+        row, column = divmod(place, columns)
+        top, left = gap + row * (height + gap), gap + column * (width + gap)
+        sheet[top : top + height, left : left + width] = image
+    return sheet

@@ -1,0 +1,191 @@
+import subprocess
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from ldm import checkpoint
+from ldm.autoencoder.codec import Codec
+from ldm.data.latents import Manifest
+from ldm.diffusion.samplers import ancestral, ddim
+from ldm.errors import CheckpointError, ConfigError, NumericError
+from ldm.evaluation.generate import Pipeline, generate, grid
+from ldm.randomness import Draws
+
+SEEDS, LABELS = [3, 1, 4, 1, 5, 9, 2, 6], [0, 1, 2, 2, 1, 0, 0, 1]
+
+
+@pytest.fixture(scope="module")
+def pipeline(runs):
+    return Pipeline.load(runs.diffusion)
+
+
+def pictures(pipeline, seeds=SEEDS, labels=LABELS, **options):
+    """(N,H,W,C) int16, so that differences do not wrap around."""
+    samples = list(generate(pipeline, seeds, labels, **{"steps": 4, "guidance_scale": 3.0, **options}))
+    assert [sample.seed for sample in samples] == list(seeds)
+    assert [sample.label for sample in samples] == (list(labels) if labels is not None else [None] * len(seeds))
+    return np.stack([sample.image for sample in samples]).astype(np.int16)
+
+
+@pytest.mark.parametrize("sampler", [ddim, ancestral, partial(ddim, eta=0.5)], ids=["ddim", "ancestral", "eta"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_an_image_depends_on_its_seed_and_class_alone(pipeline, sampler, batch_size):
+    """On batch sizes 1, 3 and 8, and with other neighbours. A batch of another size may use another matrix kernel,
+    whose sums round differently: that moves a pixel by one level at most."""
+    together = pictures(pipeline, sampler=sampler, batch_size=8)
+    assert np.abs(pictures(pipeline, sampler=sampler, batch_size=batch_size) - together).max() <= 1
+    reversed_order = pictures(pipeline, SEEDS[::-1], LABELS[::-1], sampler=sampler, batch_size=batch_size)
+    assert np.abs(reversed_order[::-1] - together).max() <= 1
+
+
+def test_seed_class_guidance_and_sampler_all_matter(pipeline):
+    images = pictures(pipeline, [0, 1, 0, 0], [0, 0, 1, 0])
+    assert images.min() < images.max()
+    assert np.array_equal(images[0], images[3])
+    for other in (images[1], images[2]):
+        assert np.abs(images[0] - other).max() > 8
+    for options in ({"guidance_scale": 1.0}, {"steps": 5}, {"sampler": ancestral}):
+        assert np.abs(pictures(pipeline, [0], [0], **options)[0] - images[0]).max() > 1
+
+
+def test_images_are_the_decoded_samples(pipeline):
+    """Against the sampler called by hand on the noise of one seed: whitening undone, [-1,1] mapped to 0..255."""
+    noise = Draws(0, [5], 1).normal("noise", (4, 4, 4))
+    network, conditioner = pipeline.denoiser["network"], pipeline.denoiser["conditioner"]
+    with torch.no_grad():
+        told = conditioner({"class_label": torch.tensor([1])})
+        latent = ddim(lambda x, t: pipeline.objective.denoise(network, x, t, told), pipeline.objective, noise, 4)
+        image = pipeline.codec.decode(latent * 2.0 + 0.5)[0]
+    expected = ((image.permute(1, 2, 0) + 1) / 2 * 255).numpy()
+    found = pictures(pipeline, [5], [1], guidance_scale=1.0)[0]
+    assert np.abs(found - expected).max() <= 0.51
+
+
+def test_averaged_and_raw_weights_are_those_of_the_module(runs, pipeline):
+    raw = Pipeline.load(runs.diffusion, ema=False)
+    manifest, codec = pipeline.manifest, pipeline.codec
+    averaged = pictures(pipeline)
+    assert np.abs(pictures(raw) - averaged).max() > 8
+    assert np.array_equal(pictures(Pipeline.from_module(runs.module, codec, manifest)), averaged)
+    assert np.array_equal(pictures(Pipeline.from_module(runs.module, codec, manifest, ema=False)), pictures(raw))
+
+
+def test_a_preview_in_training_is_free_of_dropout_and_leaves_the_module_as_it_was(runs, pipeline):
+    live = Pipeline.from_module(runs.module, pipeline.codec, pipeline.manifest, ema=False)
+    runs.module.train()
+    state = torch.get_rng_state()
+    first = pictures(live)
+    assert np.array_equal(pictures(live), first)
+    assert runs.module.denoiser["network"].training
+    assert torch.equal(torch.get_rng_state(), state)
+    # And training goes on: nothing that the preview cached is closed to autograd.
+    x0 = live.manifest.unwhiten(torch.randn(2, 4, 4, 4, requires_grad=True))
+    x = live.objective.denoise(runs.module.denoiser["network"], x0, torch.tensor(9.0), live.conditioner.null(2))
+    x.sum().backward()
+        runs.module.denoiser["network"], x0, torch.tensor(9.0), live.conditioner.null(2)
+    ).sum().backward()
+
+
+def test_no_labels_is_the_null_class_and_needs_no_guidance(pipeline):
+    alone = pictures(pipeline, [0, 1], None, guidance_scale=1.0)
+    assert np.array_equal(pictures(pipeline, [0, 1], None, guidance_scale=5.0), alone)
+    assert np.abs(pictures(pipeline, [0, 1], [0, 0]) - alone).max() > 8
+
+
+@pytest.mark.parametrize("classes", [None, ["a", "b"]], ids=["unconditional", "classes"])
+def test_grey_images(make_runs, classes):
+    pipeline = Pipeline.load(make_runs(channels=1, classes=classes).diffusion)
+    labels = None if classes is None else [0, 1]
+    assert pictures(pipeline, [0, 1], labels).shape == (2, 16, 16, 1)
+
+
+def test_an_unconditional_model_refuses_classes(make_runs):
+    pipeline = Pipeline.load(make_runs(classes=None).diffusion)
+    assert pipeline.num_classes is None
+    with pytest.raises(ConfigError, match="without classes"):
+        pictures(pipeline, [0], [0])
+
+
+def test_unknown_classes_and_step_counts_are_refused(pipeline):
+    with pytest.raises(ConfigError, match="class 3: expected 0 to 2"):
+        pictures(pipeline, [0, 1], [0, 3])
+    with pytest.raises(ConfigError, match="1 to 1000"):
+        pictures(pipeline, steps=1001)
+    with pytest.raises(ValueError, match="a label for each"):
+        pictures(pipeline, [0, 1], [0])
+
+
+def test_samples_that_are_not_finite_are_an_error(runs):
+    pipeline = Pipeline.load(runs.diffusion)
+    next(pipeline.denoiser.parameters()).fill_(float("nan"))
+    with pytest.raises(NumericError, match="seeds"):
+        pictures(pipeline)
+
+
+def test_origin_and_classes_come_from_the_checkpoint(runs, pipeline):
+    file = str(runs.diffusion / "checkpoints" / "step=7.ckpt")
+    assert pipeline.origin == {"checkpoint": file, "step": 7, "weights": "ema"}
+    assert pipeline.num_classes == 3
+    assert Pipeline.load(file, ema=False).origin["weights"] == "raw"
+
+
+def test_another_autoencoder_is_refused_and_the_right_one_accepted_anywhere(runs, other_autoencoder, tmp_path):
+    with pytest.raises(CheckpointError, match="not the autoencoder that made the latents") as refused:
+        Pipeline.load(runs.diffusion, autoencoder=other_autoencoder)
+    for part in (str(other_autoencoder), str(runs.diffusion), Codec.load(runs.autoencoder).weight_hash()[:16]):
+        assert part in str(refused.value)
+    moved = tmp_path / "moved.ckpt"
+    moved.write_bytes(checkpoint.find(runs.autoencoder).read_bytes())
+    Pipeline.load(runs.diffusion, autoencoder=moved)
+
+
+def test_a_missing_autoencoder_says_how_to_name_it(runs, tmp_path):
+    state = checkpoint.load(checkpoint.find(runs.diffusion))
+    for path, message in (("/nowhere", "/nowhere"), (None, "does not say where")):
+        manifest = Manifest.from_dict(state["ldm"]["latents"])
+        manifest.plan.autoencoder["path"] = path
+        state["ldm"]["latents"] = manifest.to_dict()
+        file = tmp_path / "lost.ckpt"
+        checkpoint.save(file, state)
+        with pytest.raises(CheckpointError, match=message) as refused:
+            Pipeline.load(file)
+        assert "--autoencoder PATH" in str(refused.value)
+
+
+def test_checkpoints_of_other_kinds_are_refused(runs, tmp_path):
+    with pytest.raises(CheckpointError, match=r"stage 2.*'autoencoder'"):
+        Pipeline.load(runs.autoencoder)
+    checkpoint.save(tmp_path / "foreign.ckpt", {"state_dict": {}})
+    with pytest.raises(CheckpointError, match="not saved by ldm"):
+        Pipeline.load(tmp_path / "foreign.ckpt")
+    state = checkpoint.load(checkpoint.find(runs.diffusion))
+    state["state_dict"].pop("ema.average.network.conv_in.bias")
+    checkpoint.save(tmp_path / "torn.ckpt", state)
+    with pytest.raises(CheckpointError, match=r"network\.conv_in\.bias"):
+        Pipeline.load(tmp_path / "torn.ckpt")
+
+
+def test_sampling_does_not_import_the_training_machinery(runs):
+    code = (
+        "import sys; from ldm.evaluation.generate import Pipeline, generate\n"
+        f"list(generate(Pipeline.load({str(runs.diffusion)!r}), [0], [0], steps=1))\n"
+        "assert 'pytorch_lightning' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_grid_places_pictures_row_by_row_on_white():
+    images = [np.full((2, 3, 1), value, np.uint8) for value in (10, 20, 30)]
+    sheet = grid(images, columns=2, gap=1)
+    assert sheet[..., 0].tolist() == [
+        [255, 255, 255, 255, 255, 255, 255, 255, 255],
+        [255, 10, 10, 10, 255, 20, 20, 20, 255],
+        [255, 10, 10, 10, 255, 20, 20, 20, 255],
+        [255, 255, 255, 255, 255, 255, 255, 255, 255],
+        [255, 30, 30, 30, 255, 255, 255, 255, 255],
+        [255, 30, 30, 30, 255, 255, 255, 255, 255],
+        [255, 255, 255, 255, 255, 255, 255, 255, 255],
+    ]
