@@ -58,15 +58,20 @@ class Config:
         """Where a dotted key was written: `file:line` or `command line: a.b=1`."""
         return _find(self.root, key).origin
 
-    def check(self) -> None:
+    def check(self, facts: Mapping[str, object] | None = None) -> None:
         """Everything that can be known before anything is built.
+
+        Args:
+            facts: the data's facts, once they are known: then the values they fill in are checked too.
 
         Raises:
             ConfigError: one message with every problem: dotted key, file and line, expected, found, nearest name.
         """
-        tree, problems = self._interpolate(None)
-        config_check.raise_all(problems + config_check.names(tree, self.trust))
-        config_check.raise_all(config_check.parameters(tree, self.trust))
+        tree, problems = self._interpolate(facts)
+        problems += config_check.names(tree, self.trust)
+        # First what the sources tell in a moment; the imports behind the full look take seconds.
+        config_check.raise_all(problems + config_check.parameters(tree, config_check.quick_look_up(self.trust)))
+        config_check.raise_all(config_check.parameters(tree, config_check.full_look_up(self.trust)))
 
     def resolved(self, facts: Mapping[str, object] | None = None) -> dict[str, Any]:
         """The tree as plain containers with every `${...}` replaced.

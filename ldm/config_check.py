@@ -1,13 +1,13 @@
 """Every mistake that can be seen in a configuration before anything is built, as a list of messages.
 
-`names` looks at keys and target names and imports nothing; `parameters` compares each node's params with the
-signature and type hints of the class it names.
+`names` looks at keys and the names of targets; `parameters` compares each node's params with the signature and type
+hints of the class it names, once as far as the source tells without an import, once with the class itself.
 """
 
 from collections.abc import Iterator, Sequence
 
 from ldm.config_read import Node, dotted, nearest, show
-from ldm.config_signature import live_signature
+from ldm.config_signature import live_signature, static_signature
 from ldm.config_target import check_name, resolve
 from ldm.config_types import LookUp, Signature, mismatches, spell
 from ldm.errors import ConfigError
@@ -148,20 +148,35 @@ def _nodes(node: Node, key: str) -> Iterator[tuple[str, Node]]:
 # ---- parameters ------------------------------------------------------------------------------------------------
 
 
-def parameters(root: Node, trust: Sequence[str]) -> list[str]:
-    """Problems in every node's params, by the signatures and hints of the classes (which are imported)."""
+def quick_look_up(trust: Sequence[str]) -> LookUp:
+    """Reads signatures off the source; imports nothing, knows less."""
 
-    def look_up(target: str, partial: bool) -> Signature:
-        return live_signature(resolve(target, trust, partial=partial))
+    def look_up(target: str, partial: bool) -> Signature | None:
+        try:
+            check_name(target, trust)
+        except ConfigError:
+            return None  # `names` has said so
+        return static_signature(target)
 
-    sections = root.value if isinstance(root.value, dict) else {}
-    problems = []
+    return look_up
+
+
+def full_look_up(trust: Sequence[str]) -> LookUp:
+    """Imports the class and makes sure that it may be built."""
+    return lambda target, partial: live_signature(resolve(target, trust, partial=partial))
+
+
+def parameters(root: Node, look_up: LookUp) -> list[str]:
+    """Problems in every node's params, by the signatures and hints of the classes."""
+    problems: list[str] = []
     for key, node in _nodes(root, ""):
         problems += _node_parameters(key, node, look_up)
+    sections = root.value if isinstance(root.value, dict) else {}
     lightning = sections.get("lightning")
     trainer = lightning.value.get("trainer") if lightning and isinstance(lightning.value, dict) else None
-    if trainer and isinstance(trainer.value, dict):
-        problems += _arguments("lightning.trainer", trainer, _TRAINER, look_up(_TRAINER, False), look_up)
+    if trainer and isinstance(trainer.value, dict) and (signature := look_up(_TRAINER, False)):
+        given = {name: child for name, child in trainer.value.items() if name not in _NOT_IN_TRAINER}
+        problems += _arguments("lightning.trainer", Node(given, trainer.origin), _TRAINER, signature, look_up)
     return problems
 
 

@@ -5,7 +5,6 @@ two versions of YAML read differently (`012`, `yes`, `off`) is refused. Aliases,
 """
 
 import difflib
-import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -109,7 +108,7 @@ for _tag, _pattern, _first in _CORE:
 
 def to_yaml(tree: Any) -> str:
     """Plain containers as YAML text that `load` reads back to the same tree."""
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return str(yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120))
 
 
 def parse(text: str, name: str, *, numbered: bool = True) -> Node | None:
@@ -280,8 +279,3 @@ def _set(node: Node, path: list[str], value: Node, key: str) -> Node:
     children = dict(node.value or {})
     children[name] = _set(children.get(name, Node(None, value.origin)), rest, value, here)
     return Node(children, node.origin)
-
-
-def is_number(value: Any) -> bool:
-    """A finite int or float (a bool is neither)."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

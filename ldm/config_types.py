@@ -199,4 +199,4 @@ def spell(hint: Any) -> str:
     if kind in _MAPPINGS:
         return f"a mapping to {spell(arguments[1])}" if len(arguments) == 2 else "a mapping"
     names = {type(None): "null", bool: "true or false", Any: "anything"}
-    return names.get(kind) or getattr(kind, "__name__", str(kind))
+    return names.get(kind) or str(getattr(kind, "__name__", kind))
