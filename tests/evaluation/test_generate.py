@@ -85,8 +85,6 @@ def test_a_preview_in_training_is_free_of_dropout_and_leaves_the_module_as_it_wa
     x0 = live.manifest.unwhiten(torch.randn(2, 4, 4, 4, requires_grad=True))
     x = live.objective.denoise(runs.module.denoiser["network"], x0, torch.tensor(9.0), live.conditioner.null(2))
     x.sum().backward()
-        runs.module.denoiser["network"], x0, torch.tensor(9.0), live.conditioner.null(2)
-    ).sum().backward()
 
 
 def test_no_labels_is_the_null_class_and_needs_no_guidance(pipeline):
