@@ -1,117 +1,111 @@
-"""Two stages of a tiny pipeline as their checkpoints on disk, with random weights: what sampling starts from."""
+"""What tests of several folders share: a tiny image folder, and a tiny configuration of each stage.
 
-from collections.abc import Callable
-from functools import partial
+Trained-looking run folders for sampling are in tiny_runs.py.
+"""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.update(WANDB_MODE="offline", WANDB_SILENT="true")
+
+import copy
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import pytest
-import torch
+from PIL import Image
 
-from ldm import checkpoint
-from ldm.autoencoder.codec import Codec
-from ldm.autoencoder.losses import AutoencoderLoss
-from ldm.autoencoder.module import AutoencoderKL
-from ldm.config import build
-from ldm.data.latents import Manifest, Plan
-from ldm.diffusion.module import LatentDiffusion
-from ldm.ema import EMA, Decay
+pytest_plugins = ["tests.tiny_runs"]
 
-CLASSES = ["cat", "dog", "Ankle boot"]
-ADAM = partial(torch.optim.AdamW, lr=1e-3)
+Tree = dict[str, Any]
+
+TRAINER = {"max_steps": 12, "val_check_interval": 4, "log_every_n_steps": 2, "accelerator": "cpu", "devices": 1}
 
 
-class Runs(NamedTuple):
-    """Run folders and what lies in them."""
-
-    autoencoder: Path
-    diffusion: Path
-    module: LatentDiffusion
-
-
-def node(target: str, **params: Any) -> dict[str, Any]:
-    return {"target": f"ldm.{target}", "params": params}
-
-
-def save_run(folder: Path, module: torch.nn.Module, record: dict[str, Any]) -> Path:
-    state = {"state_dict": module.state_dict(), "ldm": {"format": 1, "step": 7, **record}}
-    checkpoint.save(folder / "checkpoints" / "step=7.ckpt", state)
-    return folder
-
-
-def save_autoencoder(folder: Path, channels: int = 3, seed: int = 0) -> Path:
-    """A kl-f4 of random weights."""
-    torch.manual_seed(seed)
-    sizes = {"channels": 8, "channel_multipliers": [1, 1, 1], "blocks_per_level": 1, "latent_channels": 4}
-    params = {
-        "encoder": node("autoencoder.networks.Encoder", in_channels=channels, **sizes),
-        "decoder": node("autoencoder.networks.Decoder", out_channels=channels, **sizes),
-    }
-    module = AutoencoderKL(build(params["encoder"]), build(params["decoder"]), AutoencoderLoss(), ADAM)
-    return save_run(folder, module, {"kind": "autoencoder", "config": {"model": {"params": params}}, "latents": None})
-
-
-def save_diffusion(folder: Path, autoencoder: Path, classes: list[str] | None) -> LatentDiffusion:
-    """A UNet of random weights, whose average is another network than its last step."""
-    torch.manual_seed(1)
-    sizes = {"channels": 16, "channel_multipliers": [1, 2], "blocks_per_level": 1, "attention_levels": [1], "heads": 2}
-    conditioner = node("diffusion.conditioning.Unconditional")
-    if classes:
-        conditioner = node("diffusion.conditioning.ClassVector", num_classes=len(classes), channels=16)
-    vector = 16 if classes else None
-    params = {
-        "network": node("diffusion.unet.UNet", in_channels=4, vector_channels=vector, dropout=0.5, **sizes),
-        "conditioner": conditioner,
-        # v keeps an untrained network's samples in range, where eps would send them to the clamp.
-        "objective": node(
-            "diffusion.objectives.DDPM",
-            schedule=node("diffusion.objectives.SqrtLinear"),
-            prediction=node("diffusion.objectives.V"),
-        ),
-    }
-    parts = [build(params[name]) for name in ("network", "conditioner", "objective")]
-    module = LatentDiffusion(*parts, optimizer=ADAM, ema=partial(EMA, profile=Decay()))
-    # The branches that start at zero would make every class look alike.
-    for denoiser in (module.denoiser, module.ema.average):
-        for weight in denoiser.parameters():
-            if weight.ndim > 1 and not weight.any():
-                torch.nn.init.normal_(weight.data, std=0.05)
-    codec = Codec.load(autoencoder)
-    plan = Plan(
-        shape=(4, 4, 4),
-        num_items=10,
-        source="",
-        pixels={},
-        autoencoder={"weights": codec.weight_hash(), "config": codec.config, "path": str(autoencoder)},
-        num_classes=len(classes) if classes else None,
-        class_names=classes,
-    )
-    manifest = Manifest(plan, mean=[0.5] * 4, std=[2.0] * 4, broken=[], shards=[])
-    record = {"kind": "diffusion", "config": {"model": {"params": params}}, "latents": manifest.to_dict()}
-    save_run(folder, module, record)
-    return module
+def node(target: str, partial: bool = False, **params: Any) -> Tree:
+    return {"target": target, "params": params} | ({"partial": True} if partial else {})
 
 
 @pytest.fixture(scope="session")
-def make_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Runs]:
-    """make_runs(channels=3, classes=[...]) -> Runs in a folder of their own."""
-
-    def make(channels: int = 3, classes: list[str] | None = CLASSES) -> Runs:
-        root = tmp_path_factory.mktemp("logs")
-        autoencoder = save_autoencoder(root / "2026-01-01T00-00-00_tiny_autoencoder", channels)
-        folder = root / "2026-01-01T00-00-01_tiny_diffusion"
-        return Runs(autoencoder, folder, save_diffusion(folder, autoencoder, classes))
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def runs(make_runs: Callable[..., Runs]) -> Runs:
-    """A class-conditional pipeline of RGB images, 16 px."""
-    return make_runs()
+def image_folder(tmp_path_factory) -> Path:
+    """20 random pictures of 16 x 16 pixels in two classes."""
+    root = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(7)
+    for index in range(20):
+        folder = root / ("cats", "dogs")[index % 2]
+        folder.mkdir(exist_ok=True)
+        # Coarse noise, so that a convolution has something to find.
+        pixels = random.integers(0, 256, (4, 4, 3), dtype=np.uint8).repeat(4, axis=0).repeat(4, axis=1)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    return root
 
 
 @pytest.fixture
-def other_autoencoder(tmp_path: Path) -> Path:
-    """One that fits the pipeline of `runs`, but has other weights."""
-    return save_autoencoder(tmp_path / "other_autoencoder", seed=5)
+def autoencoder_tree(image_folder) -> Tree:
+    """Stage 1 with a discriminator from step 4: 16 px, f = 2, 12 steps of 6 images."""
+    networks = {"channels": 16, "channel_multipliers": [1, 1], "blocks_per_level": 1, "latent_channels": 2}
+    loss = node(
+        "ldm.autoencoder.losses.AutoencoderLoss",
+        discriminator=node("ldm.autoencoder.discriminator.PatchDiscriminator", in_channels=3, channels=8, layers=1),
+        adversarial_start=4,
+    )
+    return {
+        "name": "tiny_autoencoder",
+        "seed": 23,
+        "model": node(
+            "ldm.autoencoder.module.AutoencoderKL",
+            encoder=node("ldm.autoencoder.networks.Encoder", in_channels="${data:channels}", **networks),
+            decoder=node("ldm.autoencoder.networks.Decoder", out_channels="${data:channels}", **networks),
+            loss=loss,
+            optimizer=node("torch.optim.Adam", partial=True, lr=1e-3),
+            schedule=node("ldm.schedule.Cosine", steps="${lightning.trainer.max_steps}", warm_up=2),
+        ),
+        "data": node(
+            "ldm.data.datamodules.ImageDataModule",
+            train=node("ldm.data.images.ImageFolder", root=str(image_folder)),
+            batch_size=6,
+            resolution=16,
+            seed="${seed}",
+            num_validation=4,
+        ),
+        "lightning": {"trainer": copy.deepcopy(TRAINER)},
+    }
+
+
+@pytest.fixture
+def diffusion_tree(image_folder) -> Tree:
+    """Stage 2 on the newest run of the above: class-conditional, with dropout and an average."""
+    network = node(
+        "ldm.diffusion.unet.UNet",
+        in_channels="${data:channels}",
+        channels=16,
+        channel_multipliers=[1, 1],
+        blocks_per_level=1,
+        attention_levels=[1],
+        heads=1,
+        vector_channels=8,
+        dropout=0.1,
+    )
+    return {
+        "name": "tiny_diffusion",
+        "seed": 23,
+        "model": node(
+            "ldm.diffusion.module.LatentDiffusion",
+            network=network,
+            conditioner=node("ldm.diffusion.conditioning.ClassVector", num_classes="${data:num_classes}", channels=8),
+            objective=node("ldm.diffusion.objectives.DDPM", schedule=node("ldm.diffusion.objectives.SqrtLinear")),
+            optimizer=node("torch.optim.AdamW", partial=True, lr=1e-3),
+            ema=node("ldm.ema.EMA", partial=True, profile=node("ldm.ema.Decay")),
+            label_dropout=0.1,
+        ),
+        "data": node(
+            "ldm.data.latent_datamodule.LatentDataModule",
+            train=node("ldm.data.images.ImageFolder", root=str(image_folder)),
+            autoencoder="${newest:logs/*_tiny_autoencoder}",
+            batch_size=6,
+            seed="${seed}",
+            num_validation=4,
+        ),
+        "lightning": {"trainer": copy.deepcopy(TRAINER)},
+    }
