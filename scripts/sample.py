@@ -1,0 +1,242 @@
+"""Make pictures with a trained diffusion model.
+
+    python scripts/sample.py -r logs/<run>                                  # 8 of every class
+    python scripts/sample.py -r logs/<run> --classes 3 dress --steps 30 --guidance 2
+    python scripts/sample.py -r 'logs/*_my_diffusion' -n 100 --npz          # newest run that matches; for evaluation
+
+Writes a PNG for each picture, grid.png (a row a class), samples.json (what was used) and, asked to, samples.npz (arr_0:
+(N,H,W,3) uint8, class by class). A picture depends on its seed and class alone, so a run that was interrupted, or is
+repeated with a larger -n, makes only what is missing; a folder with pictures of other settings is left alone.
+"""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ldm.commandline import Parser
+from ldm.config import newest_run
+from ldm.data.images import read_image
+from ldm.diffusion.samplers import ancestral, ddim
+from ldm.errors import ConfigError, LdmError
+from ldm.evaluation.generate import Pipeline, Sample, Sampler, generate, grid
+from ldm.run import write_whole
+
+SAMPLERS: dict[str, Sampler] = {"ddim": ddim, "ancestral": ancestral}
+SHOWN = 16
+"""The grid has at most so many rows and columns."""
+
+
+class Order(NamedTuple):
+    """One picture to be made: `label` None for a model without classes."""
+
+    label: int | None
+    seed: int
+
+    @property
+    def file(self) -> str:
+        return f"{self.seed:06d}.png" if self.label is None else f"{self.label:03d}-{self.seed:06d}.png"
+
+    def name(self, names: Sequence[str] | None) -> str | None:
+        """Of the class."""
+        return None if names is None or self.label is None else names[self.label]
+
+
+def parse(argv: Sequence[str]) -> Any:
+    """The command line; ConfigError for a wrong one."""
+    parser = Parser(prog="sample.py", description="Make pictures with a trained diffusion model.", allow_abbrev=False)
+    add = parser.add_argument
+    add("-r", "--run", required=True, metavar="RUN", help="run folder, checkpoint, or a quoted glob (its newest run)")
+    add("--classes", nargs="+", metavar="CLASS", help="numbers or names (default: all)")
+    add(
+        "-n",
+        "--number",
+        type=_count,
+        default=8,
+        help="pictures a class (default: 8)",
+    )
+    add("--seed", type=_seed, default=0, help="of the first picture, counted up from there (default: 0)")
+    add("--seeds", nargs="+", type=_seed, metavar="SEED", help="these seeds instead of -n and --seed")
+    add("--steps", type=_count, default=50, help="calls of the network a picture (default: 50)")
+    add("--sampler", choices=SAMPLERS, default="ddim", help="(default: ddim)")
+    add("--eta", type=float, default=0.0, help="fresh noise on the way, ddim only: 0 none (default) ... 1 ancestral")
+    add("--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1 (default): none")
+    add("--raw", action="store_true", help="the weights of the last step instead of their running average")
+    add("--autoencoder", type=Path, metavar="RUN", help="stage-1 run or checkpoint, if it has moved")
+    add("--batch-size", type=_count, default=64, help="pictures made at once; changes speed alone (default: 64)")
+    add("--device", help="such as cuda or cpu (default: cuda where there is one)")
+    add("--out", type=Path, metavar="FOLDER", help="(default: <run>/samples/<settings>)")
+    add("--npz", action="store_true", help="also write samples.npz")
+    add("--trust", action="append", default=[], metavar="PACKAGE", help="let the checkpoint build objects of it")
+    options = parser.parse_strictly(argv)
+    if options.eta and options.sampler != "ddim":
+        raise ConfigError(f"--eta {options.eta:g}: only the sampler ddim has it, found --sampler {options.sampler}.")
+    if not 0 <= options.eta <= 1:
+        raise ConfigError(f"--eta: expected 0 to 1, found {options.eta:g}.")
+    return options
+
+
+def _count(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
+def _seed(text: str) -> int:
+    if not 0 <= (number := int(text)) < 2**63:
+        raise ValueError
+    return number
+
+
+# argparse puts these names into its messages: "invalid positive number value: '0'".
+_count.__name__, _seed.__name__ = "positive number", "seed"
+
+
+def chosen_classes(words: Sequence[str] | None, number: int | None, names: Sequence[str] | None) -> list[int | None]:
+    """What --classes means for a model of `number` classes; [None] for one without.
+
+    Raises:
+        ConfigError: naming the nearest class.
+    """
+    if number is None:
+        if words:
+            raise ConfigError(f"--classes {' '.join(words)}: this model was trained without classes; leave it out.")
+        return [None]
+    if words is None:
+        return [*range(number)]
+    known = {name.casefold(): label for label, name in enumerate(names or ())}
+    chosen: dict[int | None, None] = {}
+    for word in words:
+        label = int(word) if word.isdecimal() else known.get(word.casefold())
+        if label is None or label >= number:
+            near = get_close_matches(word.casefold(), known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(names or ()) or 'no names'}."
+            raise ConfigError(f"--classes {word}: expected a number from 0 to {number - 1} or a name; {hint}")
+        chosen[label] = None
+    return [*chosen]
+
+
+def claim(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Make `folder`, or make sure that the pictures in it were made with these settings.
+
+    Raises:
+        ConfigError: it holds something else.
+    """
+    record = folder / "samples.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not any(folder.iterdir()):
+        return
+    if not record.is_file():
+        raise ConfigError(f"--out {folder}: holds files, but none of sample.py. Name an empty or a new folder.")
+    there = json.loads(record.read_text())["settings"]
+    different = [f"{key}: {there.get(key)} there, {now} now" for key, now in settings.items() if there.get(key) != now]
+    if different:
+        differences = "; ".join(different)
+        raise ConfigError(f"--out {folder}: holds pictures of other settings ({differences}). Name another folder.")
+
+
+def save(folder: Path, sample: Sample) -> None:
+    """Write one picture, whole or not at all."""
+    path = folder / Order(sample.label, sample.seed).file
+    temporary = path.with_suffix(".tmp")
+    picture(sample.image).save(temporary, format="png")
+    os.replace(temporary, path)
+
+
+def picture(image: np.ndarray) -> Image.Image:
+    """(H,W,1 or 3) uint8 -> PIL."""
+    return Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
+
+
+def sheet(folder: Path, labels: Sequence[int | None], seeds: Sequence[int]) -> np.ndarray:
+    """The grid: a row a class, or a square of a single one; the first SHOWN rows and columns."""
+    if len(labels) == 1:
+        columns = min(SHOWN, math.ceil(math.sqrt(len(seeds))))
+        seeds = seeds[: SHOWN * columns]
+    else:
+        columns = min(SHOWN, len(seeds))
+        seeds = seeds[:columns]
+    shown = [Order(label, seed).file for label in labels[:SHOWN] for seed in seeds]
+    return grid([_read(folder / file) for file in shown], columns)
+
+
+def _read(path: Path) -> np.ndarray:
+    return np.atleast_3d(np.asarray(read_image(path)))
+
+
+def sample(options: Any) -> list[Path]:
+    """Do what the command line asks for; returns the files to look at."""
+    run = newest_run(options.run) if "*" in options.run else options.run
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline = Pipeline.load(
+        run, ema=not options.raw, autoencoder=options.autoencoder, device=device, trust=options.trust
+    )
+    names = pipeline.manifest.plan.class_names
+    labels = chosen_classes(options.classes, pipeline.num_classes, names)
+    seeds = [*dict.fromkeys(options.seeds or range(options.seed, options.seed + options.number))]
+    orders = [Order(label, seed) for label in labels for seed in seeds]
+    settings = {**pipeline.origin, **{key: getattr(options, key) for key in ("sampler", "steps", "eta", "guidance")}}
+    pipeline.objective.grid(options.steps)  # refuses a number of steps it does not have, before anything is written
+    folder: Path = options.out or default_folder(settings)
+    claim(folder, settings)
+    images = [{"file": order.file, **order._asdict(), "name": order.name(names)} for order in orders]
+    write_whole(folder / "samples.json", json.dumps({"settings": settings, "images": images}, indent=1) + "\n")
+    make(pipeline, [order for order in orders if not (folder / order.file).is_file()], folder, options)
+    picture(sheet(folder, labels, seeds)).save(folder / "grid.png")
+    written = [folder / "grid.png"]
+    if options.npz:
+        arrays = [np.asarray(read_image(folder / order.file).convert("RGB")) for order in orders]
+        np.savez(folder / "samples.npz", np.stack(arrays))
+        written.append(folder / "samples.npz")
+    print(f"{len(orders)} pictures in {folder}")
+    return written
+
+
+def default_folder(settings: Mapping[str, Any]) -> Path:
+    """<run>/samples/<settings>: other settings, another folder."""
+    place = Path(settings["checkpoint"]).parent
+    run = place.parent if place.name == "checkpoints" else place
+    eta = f"-eta{settings['eta']:g}" if settings["eta"] else ""
+    name = f"step{settings['step']}-{settings['weights']}-{settings['sampler']}{settings['steps']}{eta}"
+    return run / "samples" / f"{name}-guidance{settings['guidance']:g}"
+
+
+def make(pipeline: Pipeline, missing: Sequence[Order], folder: Path, options: Any) -> None:
+    """Make the missing pictures, each written as soon as its batch is done."""
+    labels = [order.label for order in missing if order.label is not None]
+    samples = generate(
+        pipeline,
+        [order.seed for order in missing],
+        labels if pipeline.num_classes is not None else None,
+        sampler=partial(ddim, eta=options.eta) if options.eta else SAMPLERS[options.sampler],
+        steps=options.steps,
+        guidance_scale=options.guidance,
+        batch_size=options.batch_size,
+        progress=True,
+    )
+    for made in samples:
+        save(folder, made)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code (ldm/errors.py)."""
+    try:
+        for path in sample(parse(argv)):
+            print(path)
+    except LdmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,129 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm.evaluation.generate import Pipeline, generate
+from scripts import sample
+
+QUICK = ["--steps", "2", "--guidance", "2"]
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+@pytest.fixture
+def run(runs, tmp_path):
+    """run(*arguments) -> (exit code, output folder)."""
+
+    def call(*arguments, out="out", source=runs.diffusion):
+        return sample.main(["-r", str(source), "--out", str(tmp_path / out), *QUICK, *arguments]), tmp_path / out
+
+    return call
+
+
+def test_pictures_grid_record_and_arrays(runs, run, capsys):
+    code, out = run("--classes", "2", "cat", "-n", "3", "--seed", "5", "--npz")
+    assert code == 0
+    files = [f"{label:03d}-{seed:06d}.png" for label in (2, 0) for seed in (5, 6, 7)]
+    assert {path.name for path in out.iterdir()} == {*files, "grid.png", "samples.json", "samples.npz"}
+    expected = [
+        made.image for made in generate(Pipeline.load(runs.diffusion), [5, 6, 7], [2] * 3, steps=2, guidance_scale=2)
+    ]
+    arrays = np.load(out / "samples.npz")["arr_0"]
+    assert (arrays.shape, arrays.dtype) == ((6, 16, 16, 3), np.uint8)
+    # A batch of another size moves a pixel by one level at most.
+    assert np.abs(arrays[:3].astype(int) - np.stack(expected)).max() <= 1
+    assert all(np.array_equal(pixels(out / file), image) for file, image in zip(files, arrays, strict=True))
+    assert np.array_equal(pixels(out / "grid.png")[2:18, 20:36], arrays[1])
+    record = json.loads((out / "samples.json").read_text())
+    assert record["settings"]["guidance"] == 2
+    assert record["settings"]["weights"] == "ema"
+    assert record["images"][0] == {"file": files[0], "label": 2, "seed": 5, "name": "Ankle boot"}
+    assert str(out / "grid.png") in capsys.readouterr().out
+
+
+def test_a_second_run_makes_only_what_is_missing(run):
+    code, out = run("--classes", "1", "-n", "2")
+    assert code == 0
+    kept, lost = sorted(out.glob("001-*.png"))
+    before, image = kept.stat().st_mtime_ns, pixels(lost)
+    lost.unlink()
+    code, out = run("--classes", "1", "-n", "4", "--batch-size", "1")
+    assert code == 0
+    assert kept.stat().st_mtime_ns == before
+    assert np.abs(pixels(lost).astype(int) - image).max() <= 1
+    assert len(list(out.glob("001-*.png"))) == 4
+
+
+def test_pictures_of_other_settings_are_left_alone(run, capsys):
+    _, out = run("--classes", "1", "-n", "1")
+    image = pixels(out / "001-000000.png")
+    code, _ = run("--classes", "1", "-n", "1", "--raw")
+    assert code == 2
+    assert "weights: ema there, raw now" in capsys.readouterr().err
+    assert np.array_equal(pixels(out / "001-000000.png"), image)
+    (out.parent / "foreign").mkdir()
+    (out.parent / "foreign" / "thesis.tex").touch()
+    assert run(out="foreign")[0] == 2
+
+
+def test_each_setting_has_a_folder_of_its_own_by_default(runs, capsys):
+    arguments = ["-r", str(runs.diffusion.parent / "*_tiny_diffusion"), "--classes", "0", "-n", "1", *QUICK]
+    for more in ([], ["--sampler", "ancestral"], ["--eta", "0.5"]):
+        assert sample.main([*arguments, *more]) == 0
+    folders = sorted(path.name for path in (runs.diffusion / "samples").iterdir())
+    assert folders == [f"step7-ema-{name}-guidance2" for name in ("ancestral2", "ddim2-eta0.5", "ddim2")]
+    assert "samples/step7-ema-ddim2-guidance2/grid.png" in capsys.readouterr().out
+
+
+def test_given_seeds_are_used_for_every_class(run):
+    code, out = run("--seeds", "9", "7", "9", "--classes", "0", "1")
+    assert code == 0
+    assert sorted(p.name for p in out.glob("0*.png")) == [f"{c:03d}-{s:06d}.png" for c in (0, 1) for s in (7, 9)]
+
+
+def test_grey_pictures_of_an_unconditional_model_in_a_square(make_runs, run):
+    code, out = run("-n", "5", "--npz", source=make_runs(channels=1, classes=None).diffusion)
+    assert code == 0
+    assert Image.open(out / "000003.png").mode == "L"
+    assert pixels(out / "grid.png").shape == (2 + 2 * 18, 2 + 3 * 18)
+    assert np.load(out / "samples.npz")["arr_0"].shape == (5, 16, 16, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--classes", "3"], 2, "0 to 2"),
+        (["--classes", "ankel boot"], 2, "did you mean 'ankle boot'"),
+        (["--classes", "bird"], 2, "cat, dog, Ankle boot"),
+        (["--steps", "0"], 2, "positive number"),
+        (["--steps", "2000"], 2, "1 to 1000"),
+        (["--eta", "0.5", "--sampler", "ancestral"], 2, "--eta"),
+        (["--eta", "1.5"], 2, "0 to 1"),
+        (["--sampler", "euler"], 2, "ancestral"),
+        (["--guidence", "2"], 2, "--guidance"),
+        (["--seeds", "-1"], 2, "--seeds"),
+    ],
+)
+def test_mistakes_are_one_message(run, capsys, arguments, code, message):
+    status, out = run(*arguments)
+    assert status == code
+    assert not out.exists()
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_wrong_checkpoints_are_one_message(runs, run, other_autoencoder, tmp_path, capsys):
+    assert run(source=tmp_path / "nowhere")[0] == 4
+    assert run(source=runs.autoencoder)[0] == 4
+    assert run("--autoencoder", str(other_autoencoder))[0] == 4
+    assert "not the autoencoder" in capsys.readouterr().err
+
+
+def test_classes_of_an_unconditional_model_are_refused(make_runs, run, capsys):
+    assert run("--classes", "0", source=make_runs(classes=None).diffusion)[0] == 2
+    assert "without classes" in capsys.readouterr().err
