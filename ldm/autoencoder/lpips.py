@@ -7,7 +7,7 @@ classifier is torchvision's VGG16, 528 MB, which is looked for and never downloa
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,16 +45,14 @@ class LPIPS(nn.Module):
         # ImageNet's mean and standard deviation, for images in [-1, 1].
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
-        features = make_layers(cfgs["D"], batch_norm=False)
-        self.stages = nn.ModuleList(features[start:end] for start, end in _STAGES)
+        trunk_layers = _random_trunk()
+        self.stages = nn.ModuleList(trunk_layers[start:end] for start, end in _STAGES)
         self.heads = nn.ParameterList(torch.ones(width) for width in _WIDTHS)
         # A config that is only inspected (sizes, FLOPs) is built on the meta device, where there is nothing to load.
         if not self.heads[0].is_meta:
             self._load_heads()
             if pretrained:
                 self._load_trunk(_find_trunk(trunk))
-            else:
-                self._randomise_trunk()
         self.requires_grad_(False)
         self.train()
         self.register_state_dict_post_hook(_leave_out)
@@ -87,28 +85,30 @@ class LPIPS(nn.Module):
             head.data.copy_(weights[f"lin{index}.model.1.weight"].flatten())
 
     def _load_trunk(self, path: Path) -> None:
-        weights = {name.removeprefix("features."): value for name, value in _read(path).items()}
-        for (start, _), stage in zip(_STAGES, self.stages, strict=True):
+        weights = _read(path)
+        for stage in self.stages:
+            # The stages are slices, whose layers keep their numbers in vgg16().features.
             for name, parameter in stage.named_parameters():
-                layer, kind = name.split(".")
-                key = f"{start + int(layer)}.{kind}"
-                found = weights.get(key)
+                found = weights.get(f"features.{name}")
                 if found is None or found.shape != parameter.shape:
                     actual = "is missing" if found is None else f"has {tuple(found.shape)}"
                     raise CheckpointError(
-                        f"{path}: not the weights of torchvision's vgg16: 'features.{key}' should have shape "
+                        f"{path}: not the weights of torchvision's vgg16: 'features.{name}' should have shape "
                         f"{tuple(parameter.shape)} and {actual}. Put the file from {TRUNK_ADDRESS} there."
                     )
                 parameter.data.copy_(found)
 
-    def _randomise_trunk(self) -> None:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
-            for parameter in self.stages.parameters():
-                if parameter.ndim == 4:
-                    nn.init.kaiming_normal_(parameter, mode="fan_out", nonlinearity="relu")
-                else:
-                    nn.init.zeros_(parameter)
+
+def _random_trunk() -> nn.Sequential:
+    """VGG16's features with the same random weights each time; leaves torch's global generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        features = make_layers(cfgs["D"], batch_norm=False)
+        for layer in features:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(cast(Tensor, layer.bias))
+        return features
 
 
 def _unit(features: Tensor) -> Tensor:
