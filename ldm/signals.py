@@ -2,6 +2,8 @@
 
 import os
 import signal
+import sys
+import threading
 import time
 from types import FrameType
 
@@ -64,10 +66,22 @@ def ignore_in_worker(worker_id: int) -> None:
     """A DataLoader's `worker_init_fn`: leave every request to stop to the main process.
 
     A signal to the process group would otherwise kill the workers first, and the main process would end with
-    "worker exited unexpectedly" instead of saving. Workers still end with their parent: they watch for it.
+    "worker exited unexpectedly" instead of saving. Only the parent's own SIGTERM ends a worker: with it
+    multiprocessing clears up at exit, and then waits for ever for a worker that takes no notice.
     """
     for number in STOPPING:
-        signal.signal(number, signal.SIG_IGN)
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":  # elsewhere nobody can tell who sent it
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_for, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_for(parent: int) -> None:
+    """Exit when `parent` asks to; swallow the same request from anyone else."""
+    while sys.platform == "linux" and signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _say(text: str) -> None:

@@ -1,0 +1,165 @@
+"""Small benchmark data sets, held in memory: MNIST, FashionMNIST and CIFAR-10."""
+
+import gzip
+import hashlib
+import pickle
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torchvision
+from PIL import Image
+
+from ldm.data.images import Item
+from ldm.errors import DataError
+
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+"""Where the Debian package dataset-fashion-mnist installs its files."""
+
+
+class ArrayImages:
+    """Labelled images in one array.
+
+    Args:
+        name: for messages.
+        images: (N,H,W) or (N,H,W,3) uint8.
+        labels: (N,) integers in [0, len(class_names)).
+        class_names: a name for each label.
+
+    Raises:
+        DataError: no images, or labels missing or out of range.
+    """
+
+    def __init__(self, name: str, images: np.ndarray, labels: np.ndarray, class_names: list[str]) -> None:
+        if not len(images):
+            raise DataError(f"{name}: holds 0 images")
+        if len(labels) != len(images):
+            raise DataError(f"{name}: {len(images)} images but {len(labels)} labels")
+        wrong = np.flatnonzero((labels < 0) | (labels >= len(class_names)))
+        if len(wrong):
+            raise DataError(
+                f"{name}: {len(wrong)} labels are out of range; item {wrong[0]} has {labels[wrong[0]]}, "
+                f"expected 0 to {len(class_names) - 1}"
+            )
+        self.name = name
+        self.images = images
+        self.labels = labels.astype(np.int64)
+        self.class_names: list[str] | None = class_names
+
+    @property
+    def num_classes(self) -> int | None:
+        return None if self.class_names is None else len(self.class_names)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Item:
+        return {"image": Image.fromarray(self.images[index]), "class_label": int(self.labels[index])}
+
+    def path(self, index: int) -> str:
+        return f"{self.name}[{index}]"
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(repr((self.images.shape, self.class_names)).encode())
+        digest.update(self.images.tobytes())
+        digest.update(self.labels.tobytes())
+        return digest.hexdigest()
+
+    def prepare(self) -> None:
+        """Nothing to do: the data is in memory."""
+
+
+class MNIST(ArrayImages):
+    """MNIST (LeCun et al. 1998): 28 x 28 grey, 10 digits, 60,000 for training and 10,000 for testing.
+
+    Args:
+        root: folder with the four idx files (plain or .gz), or one that torchvision has filled.
+        train: the training part; False: the test part.
+        download: let torchvision fetch missing files into `root` (do this with one process).
+    """
+
+    def __init__(self, root: str | Path, train: bool = True, download: bool = False) -> None:
+        images, labels = _read_idx(torchvision.datasets.MNIST, Path(root), train, download)
+        super().__init__(f"MNIST {_part(train)}", images, labels, [str(digit) for digit in range(10)])
+
+
+class FashionMNIST(ArrayImages):
+    """FashionMNIST (Xiao et al. 2017): 28 x 28 grey, 10 kinds of clothes, 60,000 and 10,000 images.
+
+    Args:
+        root: folder with the four idx files (plain or .gz), or one that torchvision has filled;
+            None: where the Debian package dataset-fashion-mnist installs them.
+        train: the training part; False: the test part.
+        download: let torchvision fetch missing files into `root` (do this with one process).
+    """
+
+    def __init__(self, root: str | Path | None = None, train: bool = True, download: bool = False) -> None:
+        source = torchvision.datasets.FashionMNIST
+        folder = DEBIAN_FASHION_MNIST if root is None else Path(root)
+        images, labels = _read_idx(source, folder, train, download and root is not None)
+        super().__init__(f"FashionMNIST {_part(train)}", images, labels, list(source.classes))
+
+
+class CIFAR10(ArrayImages):
+    """CIFAR-10 (Krizhevsky 2009): 32 x 32 RGB, 10 classes, 50,000 for training and 10,000 for testing.
+
+    Args:
+        root: folder that holds `cifar-10-batches-py`.
+        train: the training part; False: the test part.
+        download: let torchvision fetch missing files into `root` (do this with one process).
+    """
+
+    def __init__(self, root: str | Path, train: bool = True, download: bool = False) -> None:
+        try:
+            source = torchvision.datasets.CIFAR10(root, train=train, download=download)
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+            raise DataError(f"{root}: CIFAR-10 cannot be read ({error}). {_advice('cifar-10-batches-py')}") from error
+        super().__init__(f"CIFAR10 {_part(train)}", source.data, np.asarray(source.targets), list(source.classes))
+
+
+def _part(train: bool) -> str:
+    return "train" if train else "test"
+
+
+def _advice(files: str) -> str:
+    return f"Set `root` to the folder that holds {files}, or `download: true` where there is a network"
+
+
+def _read_idx(
+    source: type[torchvision.datasets.MNIST], root: Path, train: bool, download: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N,H,W) and labels (N,), uint8, from the files of `source` in `root`."""
+    prefix = "train" if train else "t10k"
+    folders = [root, root / "raw", root / source.__name__ / "raw"]
+    names = [f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"]
+    if download and any(_find(folders, name) is None for name in names):
+        try:
+            source(root, train=train, download=True)
+        except (RuntimeError, OSError) as error:
+            raise DataError(f"{root}: {source.__name__} cannot be downloaded ({error})") from error
+    paths = [_find(folders, name) for name in names]
+    for name, path in zip(names, paths, strict=True):
+        if path is None:
+            raise DataError(f"{root}: neither {name} nor {name}.gz is there. {_advice('the four idx files')}")
+    images, labels = (_idx_array(path) for path in paths if path is not None)
+    return images, labels
+
+
+def _find(folders: list[Path], name: str) -> Path | None:
+    candidates = [folder / f"{name}{ending}" for folder in folders for ending in ("", ".gz")]
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _idx_array(path: Path) -> np.ndarray:
+    """An idx file of unsigned bytes: magic 0 0 8 ndim, the sizes as big-endian uint32, the bytes."""
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read ({error}); fetch it again") from error
+    if len(content) < 4 or content[:3] != b"\0\0\x08" or len(content) < 4 + 4 * content[3]:
+        raise DataError(f"{path}: is no idx file of unsigned bytes; fetch it again")
+    start = 4 + 4 * content[3]
+    shape = tuple(int(size) for size in np.frombuffer(content[4:start], dtype=">u4"))
+    if len(content) - start != int(np.prod(shape)):
+        raise DataError(f"{path}: is cut short: {len(content) - start} bytes, expected {shape}; fetch it again")
+    return np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape)

@@ -1,0 +1,216 @@
+"""Lightning data modules: global batches in elastic order, with the randomness of each batch attached to it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
+
+from ldm import distributed
+from ldm.data.images import ImageDataset, hold_out
+from ldm.data.pixels import BrokenImages, EvalTransform, TrainTransform, Transform, View, collate
+from ldm.data.sampler import ElasticBatchSampler, accumulation, validation_batches
+from ldm.errors import ConfigError, DataError
+from ldm.randomness import Draws
+from ldm.signals import ignore_in_worker
+
+VALIDATION_SEED = 0x76616C6964
+"""Validation uses the same draws in every run, whatever its seed, so that runs can be compared."""
+
+
+class ElasticDataModule(LightningDataModule):
+    """What every data module of ldm shares: the clock (images seen), the loaders' order, the draws.
+
+    Args:
+        batch_size: *global* batch size: images of one optimizer step over all ranks and micro-batches.
+        seed: the run's seed.
+        micro_batch_size: the most images on one device at a time, a divisor of `batch_size`; None: no limit.
+        num_workers: loader processes of each rank; 0: load in the main process.
+    """
+
+    def __init__(self, batch_size: int, seed: int, micro_batch_size: int | None = None, num_workers: int = 0) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.seed = seed
+        self.micro_batch_size = micro_batch_size
+        self.num_workers = num_workers
+        self._resumed = {"images_seen": 0, "step": 0}
+        self.accumulation(1)
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches a step. Raises ConfigError where the batch cannot be shared out evenly."""
+        return accumulation(self.batch_size, self.micro_batch_size, world_size)
+
+    @property
+    def images_seen(self) -> int:
+        """Training images of all finished optimizer steps, over all ranks and all resumed parts of the run."""
+        # Counted from the trainer's steps, not from the batches delivered: those run ahead by the prefetched ones.
+        return self._resumed["images_seen"] + (self._step - self._resumed["step"]) * self.batch_size
+
+    @property
+    def _step(self) -> int:
+        return 0 if self.trainer is None else self.trainer.global_step
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint: the clock."""
+        return {"images_seen": self.images_seen, "step": self._step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From the checkpoint; the trainer restores its step itself."""
+        self._resumed = {"images_seen": int(state_dict["images_seen"]), "step": int(state_dict["step"])}
+
+    def training_loader(
+        self, dataset: Dataset[Any], length: int, collate_fn: Callable[..., dict[str, Any]]
+    ) -> DataLoader[dict[str, Any]]:
+        """Endless micro-batches of this rank, from where the run stands.
+
+        Args:
+            dataset: indexed with (sample number, item), or with a list of them if it has `__getitems__`.
+            length: number of items.
+            collate_fn: rows, or what `__getitems__` gave -> batch with `sample_number` (N,) int64 on the host.
+        """
+        world = distributed.world_size()
+        sampler = ElasticBatchSampler(
+            length,
+            self.batch_size,
+            self.seed,
+            position=lambda: self.images_seen,
+            accumulation=self.accumulation(world),
+            rank=distributed.rank(),
+            world_size=world,
+        )
+        return self._loader(dataset, sampler, collate_fn)
+
+    def validation_loader(
+        self, dataset: Dataset[Any], length: int, collate_fn: Callable[..., dict[str, Any]]
+    ) -> DataLoader[dict[str, Any]]:
+        """This rank's share of the validation items; arguments as for `training_loader`."""
+        if length < 1:
+            raise DataError("the validation data set is empty: leave it out, or give it items")
+        world = distributed.world_size()
+        micro = self.batch_size // (world * self.accumulation(world))
+        return self._loader(dataset, validation_batches(length, micro, distributed.rank(), world), collate_fn)
+
+    def _loader(
+        self, dataset: Dataset[Any], batches: Any, collate_fn: Callable[..., Any]
+    ) -> DataLoader[dict[str, Any]]:
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=self.num_workers,
+            collate_fn=collate_fn,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+            worker_init_fn=ignore_in_worker,
+        )
+
+    def attach_draws(self, batch: dict[str, Any], device: torch.device) -> Draws:
+        """Replace a batch's `sample_number` by `draws`; in training also seed the ambient generators."""
+        training = self.trainer is not None and bool(self.trainer.training)
+        seed = self.seed if training else VALIDATION_SEED
+        draws = Draws(seed, batch.pop("sample_number"), self.batch_size, device)
+        batch["draws"] = draws
+        if training:
+            draws.seed_ambient()
+        return draws
+
+
+class ImageDataModule(ElasticDataModule):
+    """Images for stage 1: batches of `image` (N,C,H,W) in [-1,1], `class_label`, `caption`, `draws`.
+
+    Args:
+        train: data set to train on.
+        batch_size: global batch size.
+        resolution: side of the square images.
+        seed: the run's seed.
+        channels: 1 (grey) or 3 (RGB).
+        validation: data set to validate on.
+        num_validation: without `validation`: hold out so many items of `train`, the same in every run.
+        micro_batch_size: the most images on one device at a time, a divisor of `batch_size`; None: no limit.
+        num_workers: loader processes of each rank.
+        transform: random transform for training, PIL image -> (C,H,W) in [-1,1]; None: `TrainTransform(resolution)`.
+        eval_transform: deterministic transform for validation; None: `EvalTransform(resolution)`.
+        max_broken: the share of the images that may be unreadable before the run stops.
+
+    Raises:
+        ConfigError, DataError: sizes or data sets that do not fit together.
+    """
+
+    def __init__(
+        self,
+        train: ImageDataset,
+        batch_size: int,
+        resolution: int,
+        seed: int = 0,
+        channels: int = 3,
+        validation: ImageDataset | None = None,
+        num_validation: int = 0,
+        micro_batch_size: int | None = None,
+        num_workers: int = 0,
+        transform: Transform | None = None,
+        eval_transform: Transform | None = None,
+        max_broken: float = 0.01,
+    ) -> None:
+        super().__init__(batch_size, seed, micro_batch_size, num_workers)
+        if channels not in (1, 3):
+            raise ConfigError(f"data.params.channels: expected 1 (grey) or 3 (RGB), found {channels}")
+        self.train_dataset, self.validation_dataset = split(train, validation, num_validation)
+        self.resolution = resolution
+        self.channels = channels
+        self.transform = transform or TrainTransform(resolution)
+        self.eval_transform = eval_transform or EvalTransform(resolution)
+        self._broken = BrokenImages(len(self.train_dataset), max_broken)
+        self._broken_validation = BrokenImages(len(self.validation_dataset or ()), max_broken)
+
+    def facts(self) -> dict[str, int | None]:
+        """What configurations refer to as `${data:...}`."""
+        return {
+            "channels": self.channels,
+            "resolution": self.resolution,
+            "num_classes": self.train_dataset.num_classes,
+            "batch_size": self.batch_size,
+            "num_items": len(self.train_dataset),
+        }
+
+    def prepare_data(self) -> None:
+        """Make the files ready, once a machine."""
+        self.train_dataset.prepare()
+        if self.validation_dataset is not None:
+            self.validation_dataset.prepare()
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        view = View(self.train_dataset, self.transform, self.channels, self.resolution, self.seed)
+        return self.training_loader(view, len(view), collate)
+
+    def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
+        if self.validation_dataset is None:
+            return []
+        view = View(self.validation_dataset, self.eval_transform, self.channels, self.resolution, VALIDATION_SEED)
+        return self.validation_loader(view, len(view), collate)
+
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Report and count unreadable images."""
+        training = self.trainer is not None and bool(self.trainer.training)
+        (self._broken if training else self._broken_validation).check(batch)
+        return batch
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        self.attach_draws(batch, batch["image"].device)
+        return batch
+
+
+def split(
+    train: ImageDataset, validation: ImageDataset | None, num_validation: int
+) -> tuple[ImageDataset, ImageDataset | None]:
+    """The data sets to train and to validate on, from a data module's three parameters; see `ImageDataModule`."""
+    if validation is None:
+        return hold_out(train, num_validation) if num_validation else (train, None)
+    if num_validation:
+        raise ConfigError("data.params: give either `validation` or `num_validation`, not both")
+    if train.class_names != validation.class_names:
+        raise DataError(
+            f"the classes of the validation data set differ from those of the training data set: "
+            f"{validation.class_names} and {train.class_names}. Use the same class folders in both"
+        )
+    return train, validation
