@@ -4,7 +4,7 @@
         checkpoints/           step=00001000.ckpt ... (ldm/checkpoint.py)
         configs/config.yaml    what ran, every reference filled in; a resumed run reads this
         configs/source.yaml    the same before references were filled in: what the user wrote
-        configs/facts.yaml     what the data said about itself (number of images, classes, ...)
+        configs/facts.json     what the data said about itself (number of images, classes, ...)
         images/{train,val}/    picture grids
         metrics.csv            every logged number
         run_state.json         status, step, reason, resume_from: for whoever starts runs by script
@@ -69,7 +69,7 @@ class RunFolder:
 
     @property
     def facts_file(self) -> Path:
-        return self.path / "configs" / "facts.yaml"
+        return self.path / "configs" / "facts.json"
 
     @property
     def images(self) -> Path:

@@ -1,0 +1,131 @@
+"""Train an autoencoder (stage 1) or a diffusion model on its latents (stage 2).
+
+    python main.py --base configs/quickstart/autoencoder.yaml
+    python main.py --base configs/quickstart/diffusion.yaml data.params.batch_size=64
+    python main.py --resume logs/2026-11-22T09-00-00_emoji_diffusion lightning.trainer.max_steps=20000
+
+Exit codes are listed in ldm/errors.py. Torch and Lightning are imported late, so that a mistake is answered at once.
+"""
+
+import os
+import pdb
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from ldm import commandline, resume, run
+from ldm.commandline import Options
+from ldm.config import Config, build
+from ldm.errors import CheckpointError, ConfigError, LdmError
+from ldm.run import RunFolder
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    debug = "-d" in words or "--debug" in words
+    try:
+        return work(commandline.parse(words))
+    except LdmError as error:
+        if debug:
+            examine()
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except Exception:
+        if debug:
+            examine()
+        raise
+
+
+def examine() -> None:
+    """The traceback, and the debugger at the place of the error when a person is there to use it."""
+    traceback.print_exc()
+    if sys.stdin.isatty():
+        pdb.post_mortem()
+
+
+def work(options: Options) -> int:
+    """From the command line to a finished run, or to whatever else was asked for."""
+    if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
+        raise CheckpointError("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set: it lets a checkpoint run code. Unset it.")
+    start = resume.start(options)
+    start.config.check()
+    steps = max_steps(start.config)
+    for note in start.notes:
+        print(note)
+    if start.folder and options.train and not options.dry_run and finished(start, steps):
+        print(
+            f"{start.folder.path}: nothing to do, {steps} steps are done. Raise lightning.trainer.max_steps to go on."
+        )
+        return 0
+    if not options.dry_run:
+        run.check_writable(start.folder.path if start.folder else options.logdir)
+    data, tree, facts = prepare(start.config, options)
+    if start.folder:
+        resume.check_facts(start.folder, facts, options.allow_change)
+    if options.dry_run:
+        from ldm import dry_run
+
+        print(dry_run.report(tree, facts, options.trust))
+        return 0
+    return train(options, start, tree, data, facts)
+
+
+def max_steps(config: Config) -> int:
+    """The run's length, the one thing under `lightning` that has no default."""
+    trainer = (config.resolved().get("lightning") or {}).get("trainer") or {}
+    steps = trainer.get("max_steps")
+    if not isinstance(steps, int) or steps < 1:
+        raise ConfigError(f"lightning.trainer.max_steps: expected a number of optimizer steps, found {steps}.")
+    return steps
+
+
+def finished(start: resume.Start, steps: int) -> bool:
+    """Whether the run to go on with has reached `steps`; an older checkpoint named by hand is always gone on from."""
+    state = start.folder.read_state() if start.folder else None
+    return start.checkpoint is None and state is not None and state.status == "finished" and state.step >= steps
+
+
+def prepare(config: Config, options: Options) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """The data module, the configuration with every reference filled in, and what the data said of itself."""
+    data = build(config.resolved()["data"], options.trust, key="data")
+    facts = data.facts()
+    tree = config.resolved(facts)
+    if options.scale_lr:
+        for optimizer in ("optimizer", "discriminator_optimizer"):
+            params = (tree["model"]["params"].get(optimizer) or {}).get("params", {})
+            if "lr" in params:
+                params["lr"] *= facts["batch_size"]
+                print(f"scaled: model.params.{optimizer}.params.lr to {params['lr']:g}")
+    return data, tree, facts
+
+
+def train(options: Options, start: resume.Start, tree: dict[str, Any], data: Any, facts: dict[str, Any]) -> int:
+    """Build the model, take the run folder, and fit."""
+    from ldm import distributed, trainer
+
+    with trainer.explained(), ExitStack() as held:
+        model = trainer.build_model(tree, options.trust)
+        folder = start.folder
+        if folder is None:
+            # The other ranks write nothing, so that theirs need not exist.
+            main_rank = distributed.is_main()
+            folder = run.create(options.logdir, start.name, options.postfix) if main_rank else RunFolder(options.logdir)
+        if distributed.is_main():
+            held.enter_context(folder.owned())
+            run.check_space(folder.checkpoints, trainer.space_needed(model))
+            resume.save(folder, start.source, tree, facts)
+        lightning = trainer.make_trainer(tree, folder, data, model, options.project, options.trust)
+        if not options.train:
+            trainer.validate(lightning, model, data, folder, start.checkpoint)
+            return 0
+        state = trainer.run(lightning, model, data, folder, start.checkpoint, test=options.test)
+        if lightning.is_global_zero:
+            print(f"{folder.path}: {state.status} at step {state.step} {state.reason}".rstrip())
+        return state.exit_code or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
