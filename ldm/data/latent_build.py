@@ -215,6 +215,7 @@ class _Writer:
         }
         publish(shard_path(self.folder, shard), data)
         publish(shard_path(self.folder, shard, ".json"), seal(sidecar))
+        self._known.add(shard)
 
     def _moments(self, good: Sequence[tuple[int, Mapping[str, Any]]]) -> np.ndarray:
         """(n, [plain, mirrored], [mean, std], c, h, w) float16; the mirrored *pixels* are encoded."""
@@ -235,7 +236,7 @@ class _Writer:
                         f"to {LARGEST:g} (fp16), found {float(values[bad].abs().max()):g}. The autoencoder has "
                         f"diverged on this image: train it with a larger KL weight, or take an earlier checkpoint."
                     )
-                moments[:, side, part] = values.cpu().numpy()
+                moments[:, side, part] = values.half().cpu().numpy()
         return moments
 
     def _label(self, item: int, sample: Mapping[str, Any]) -> int:
@@ -252,8 +253,9 @@ class _Writer:
 
 def _sums(moments: np.ndarray) -> np.ndarray:
     """Per channel, fp64: the sums of mean, mean^2 and std^2 as they were stored: (3, c)."""
-    mean, std = moments.astype(np.float64).transpose(2, 3, 0, 1, 4, 5).reshape(2, moments.shape[3], -1)
-    return np.stack([mean.sum(1), (mean * mean).sum(1), (std * std).sum(1)])
+    mean, std = np.moveaxis(moments.astype(np.float64), 2, 0)
+    squares = [np.einsum("nschw,nschw->c", values, values) for values in (mean, std)]
+    return np.stack([mean.sum((0, 1, 3, 4)), *squares])
 
 
 def _demand_few(folder: Path, broken: Mapping[str, str], most: int) -> None:

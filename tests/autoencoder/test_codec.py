@@ -1,0 +1,153 @@
+"""The frozen autoencoder: what stage 1 wrote is what stage 2 encodes and decodes with."""
+
+import copy
+
+import pytest
+import torch
+
+from ldm import checkpoint
+from ldm.autoencoder.codec import Codec
+from ldm.autoencoder.networks import Decoder, Encoder
+from ldm.autoencoder.posterior import DiagonalGaussian
+from ldm.errors import CheckpointError, ConfigError
+
+
+@pytest.fixture(scope="module")
+def codec(runs):
+    return Codec.load(runs.autoencoder)
+
+
+@pytest.fixture
+def state(runs):
+    """The stage-1 checkpoint's content."""
+    return checkpoint.load(checkpoint.find(runs.autoencoder))
+
+
+@pytest.fixture
+def images():
+    return torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def test_encodes_and_decodes_with_the_weights_of_the_checkpoint(codec, state, images):
+    sizes = {"channels": 8, "channel_multipliers": [1, 1, 1], "blocks_per_level": 1, "latent_channels": 4}
+    encoder, decoder = Encoder(in_channels=3, **sizes).eval(), Decoder(out_channels=3, **sizes).eval()
+    for name, network in (("encoder.", encoder), ("decoder.", decoder)):
+        weights = state["state_dict"].items()
+        network.load_state_dict({key.removeprefix(name): value for key, value in weights if key.startswith(name)})
+    with torch.no_grad():
+        posterior = DiagonalGaussian(encoder(images))
+        decoded = decoder(posterior.mean)
+    mean, std = codec.encode(images)
+    torch.testing.assert_close(mean, posterior.mean)
+    torch.testing.assert_close(std, posterior.std)
+    torch.testing.assert_close(codec.decode(mean), decoded.clamp(-1, 1))
+
+
+def test_latent_shape_is_the_encoder_s(codec, images):
+    assert codec.latent_shape(16) == tuple(codec.encode(images)[0].shape[1:]) == (4, 4, 4)
+
+
+def test_a_resolution_that_does_not_divide_is_refused(codec):
+    with pytest.raises(ConfigError, match=r"data.params.resolution: .*multiple of .* 4, found 30. Use 28 or 32"):
+        codec.latent_shape(30)
+    with pytest.raises(ConfigError, match=r"found 3. Use 4\."):
+        codec.latent_shape(3)
+
+
+def test_encodes_in_fp32_under_autocast(codec, images):
+    expected = codec.encode(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = codec.encode(images)
+    for a, b in zip(expected, found, strict=True):
+        assert b.dtype == torch.float32
+        assert torch.equal(a, b)
+
+
+def test_the_precision_setting_around_it_is_restored(codec, images):
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        codec.encode(images)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_decoded_images_are_fp32_within_range(codec):
+    latents = 1e3 * torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        images = codec.decode(latents)
+    assert images.dtype == torch.float32
+    assert images.shape == (2, 3, 16, 16)
+    assert images.abs().max() == 1.0
+
+
+def test_it_is_frozen_and_stays_in_eval_mode(codec, images):
+    parent = torch.nn.Sequential(codec).train()
+    assert parent.training
+    assert not any(module.training for module in codec.modules())
+    assert not any(parameter.requires_grad for parameter in codec.parameters())
+    assert not codec.decode(codec.encode(images.requires_grad_())[0]).requires_grad
+
+
+def test_weight_hash_follows_the_weights_alone(codec, state, runs, other_autoencoder, tmp_path):
+    state["ldm"]["step"] = 99
+    state["optimizer_states"] = [{"x": torch.ones(3)}]
+    checkpoint.save(tmp_path / "moved.ckpt", state)
+    moved = Codec.load(tmp_path / "moved.ckpt")
+    assert moved.weight_hash() == codec.weight_hash() == Codec.load(runs.autoencoder).weight_hash()
+    assert Codec.load(other_autoencoder).weight_hash() != codec.weight_hash()
+    for name in moved.state_dict():
+        changed = copy.deepcopy(moved)
+        weight = changed.state_dict()[name].view(-1)
+        weight[0] = torch.nextafter(weight[0], torch.tensor(9.0))
+        assert changed.weight_hash() != codec.weight_hash(), name
+
+
+def test_it_knows_its_configuration_resolution_and_statistics(codec, state, tmp_path):
+    assert set(codec.config) == {"encoder", "decoder"}
+    assert codec.config["encoder"]["params"]["latent_channels"] == 4
+    assert (codec.resolution, codec.statistics) == (None, None)
+    state["ldm"]["latents"] = {"mean": [0.0] * 4, "std": [1.0] * 4}
+    state["ldm"]["config"]["data"] = {"target": "x", "params": {"resolution": 64}}
+    checkpoint.save(tmp_path / "more.ckpt", state)
+    more = Codec.load(tmp_path / "more.ckpt")
+    assert (more.resolution, more.statistics) == (64, {"mean": [0.0] * 4, "std": [1.0] * 4})
+    assert more.path == str(tmp_path / "more.ckpt")
+
+
+def test_a_stage_2_checkpoint_is_refused_for_what_it_is(runs):
+    with pytest.raises(CheckpointError, match=r"step=7.ckpt: expected the checkpoint of an autoencoder.*'diffusion'"):
+        Codec.load(runs.diffusion)
+
+
+def test_a_foreign_checkpoint_is_refused_for_what_it_is(tmp_path):
+    checkpoint.save(tmp_path / "foreign.ckpt", {"state_dict": {}})
+    with pytest.raises(CheckpointError, match=r"foreign.ckpt: expected .* autoencoder .*found not one of ldm's"):
+        Codec.load(tmp_path / "foreign.ckpt")
+
+
+def test_a_missing_run_is_an_error(tmp_path):
+    with pytest.raises(CheckpointError, match="no such file or folder"):
+        Codec.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("change", ["lacks", "has more", "has another shape"])
+def test_weights_that_do_not_fit_are_an_error(state, tmp_path, change):
+    weights, name = state["state_dict"], "decoder.conv_out.bias"
+    if change == "lacks":
+        del weights[name]
+    elif change == "has more":
+        weights["decoder.more"] = torch.zeros(1)
+    else:
+        weights[name] = torch.zeros(7)
+    checkpoint.save(tmp_path / "odd.ckpt", state)
+    with pytest.raises(CheckpointError, match=r"odd.ckpt: the weights of the decoder do not fit"):
+        Codec.load(tmp_path / "odd.ckpt")
+
+
+def test_a_target_outside_the_allow_list_is_refused(state, tmp_path):
+    state["ldm"]["config"]["model"]["params"]["decoder"] = {"target": "os.system", "params": {"command": "true"}}
+    checkpoint.save(tmp_path / "evil.ckpt", state)
+    with pytest.raises(ConfigError, match=r"os.system"):
+        Codec.load(tmp_path / "evil.ckpt")
