@@ -68,7 +68,8 @@ def test_every_permitted_type_loads_again(tmp_path: Path) -> None:
     }
     checkpoint.save(tmp_path / "a.ckpt", values)
     back = checkpoint.load(tmp_path / "a.ckpt")
-    assert back["leaves"] == values["leaves"] and back["containers"] == values["containers"]
+    assert back["leaves"] == values["leaves"]
+    assert back["containers"] == values["containers"]
     assert all(torch.equal(new, old) for new, old in zip(back["tensors"], values["tensors"], strict=True))
 
 
@@ -131,7 +132,8 @@ def test_a_truncated_newest_gives_way_to_the_one_before(
     os.truncate(tmp_path / "step=20.ckpt", int(share * os.path.getsize(tmp_path / "step=20.ckpt")))
     with caplog.at_level(logging.WARNING):
         assert checkpoint.newest(tmp_path) == tmp_path / "step=10.ckpt"
-    assert "step=20.ckpt" in caplog.text and ("empty" if share == 0 else "seal") in caplog.text
+    assert "step=20.ckpt" in caplog.text
+    assert ("empty" if share == 0 else "seal") in caplog.text
     assert sorted(os.listdir(tmp_path)) == ["step=10.ckpt", "step=20.ckpt.corrupt"]
 
 
@@ -217,7 +219,8 @@ def test_a_write_that_fails_halfway_leaves_the_old_file(tmp_path: Path) -> None:
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 6
-    assert os.strerror(errno.EFBIG) in report.read_text() and "needed about" in report.read_text()
+    assert os.strerror(errno.EFBIG) in report.read_text()
+    assert "needed about" in report.read_text()
     assert os.listdir(path.parent) == ["last.ckpt"]
     assert checkpoint.load(path)["global_step"] == 1
 
@@ -247,7 +250,8 @@ def test_sweep_spares_a_living_saver(tmp_path: Path) -> None:
     alive = tmp_path / "b.ckpt.tmp.elsewhere.4712"
     code = "import fcntl, sys, time; f = open(sys.argv[1], 'wb'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True)"
     with subprocess.Popen([sys.executable, "-c", code + "; time.sleep(60)", alive], stdout=subprocess.PIPE) as saver:
-        assert saver.stdout is not None and saver.stdout.readline()
+        assert saver.stdout is not None
+        assert saver.stdout.readline()
         assert checkpoint.sweep(tmp_path) == [dead]
         saver.kill()
     assert checkpoint.sweep(tmp_path) == [alive]
