@@ -1,0 +1,285 @@
+"""Stage 2's data: the cache is built or checked by itself, and a batch is a function of seed and sample number."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+
+from ldm import checkpoint
+from ldm.autoencoder.codec import Codec
+from ldm.data.datamodules import VALIDATION_SEED
+from ldm.data.latent_datamodule import LatentDataModule
+from ldm.data.latents import Manifest
+from ldm.data.pixels import EvalTransform
+from ldm.errors import CheckpointError, ConfigError, DataError
+from ldm.randomness import Draws, permutation
+
+
+class Pictures:
+    """A data set in memory: `number` RGB pictures of 20 x 24 noise."""
+
+    num_classes = 3
+    class_names = ("cat", "dog", "Ankle boot")
+
+    def __init__(self, number: int, broken: tuple[int, ...] = (), captions: bool = False, salt: int = 0) -> None:
+        self.number, self.broken, self.captions, self.salt = number, broken, captions, salt
+        self.class_names = list(self.class_names)
+        self.prepared = 0
+
+    def __len__(self):
+        return self.number
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            raise DataError(f"{self.path(index)}: cannot be read")
+        noise = np.random.default_rng([self.salt, index]).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        item = {"image": Image.fromarray(noise), "class_label": index % 3}
+        return {**item, "caption": f"picture {index}"} if self.captions else item
+
+    def path(self, index):
+        return f"memory/{index}.png"
+
+    def fingerprint(self):
+        return f"{self.number} {self.salt} {self.captions}"
+
+    def prepare(self):
+        self.prepared += 1
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """Default caches go to a folder of the test."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def make(runs):
+    def make(train=None, **params):
+        defaults = {"autoencoder": str(runs.autoencoder), "batch_size": 4, "resolution": 16, "seed": 3}
+        return LatentDataModule(train or Pictures(10), **{**defaults, **params})
+
+    return make
+
+
+@pytest.fixture
+def codec(runs):
+    return Codec.load(runs.autoencoder)
+
+
+def first(loader, number):
+    return [batch for _, batch in zip(range(number), loader, strict=False)]
+
+
+def latents_of(module, codec, items, mirrored):
+    """Moments (N,2,c,h,w) of the pictures, encoded here and now."""
+    images = torch.stack([EvalTransform(16)(module.train_dataset[item]["image"]) for item in items])
+    flipped = torch.where(torch.as_tensor(mirrored)[:, None, None, None], images.flip(-1), images)
+    return torch.stack(codec.encode(flipped), 1)
+
+
+def test_facts_need_no_cache(make, here):
+    assert make().facts() == {
+        "channels": 4,
+        "resolution": 4,
+        "num_classes": 3,
+        "batch_size": 4,
+        "num_items": 10,
+        "down_factor": 4,
+        "image_resolution": 16,
+        "image_channels": 3,
+    }
+    assert not list(here.glob("cache/*"))
+
+
+def test_the_resolution_is_the_autoencoder_s_unless_given(make, runs, here):
+    with pytest.raises(ConfigError, match=r"data.params.resolution: .* does not say its resolution"):
+        make(resolution=None).facts()
+    assert make(resolution=None, transform=EvalTransform(8)).facts()["image_resolution"] == 8
+    state = checkpoint.load(checkpoint.find(runs.autoencoder))
+    state["ldm"]["config"]["data"] = {"params": {"resolution": 32}}
+    checkpoint.save(here / "known.ckpt", state)
+    assert make(resolution=None, autoencoder=here / "known.ckpt").facts()["resolution"] == 8
+
+
+def test_a_missing_autoencoder_is_an_error(make):
+    with pytest.raises(CheckpointError, match="no such file or folder"):
+        make(autoencoder="logs/none").facts()
+
+
+def test_a_batch_is_whitened_draws_from_the_posteriors(make, codec):
+    module = make()
+    module.setup("fit")
+    (batch,) = first(module.train_dataloader(), 1)
+    batch = module.on_after_batch_transfer(batch, 0)
+    numbers = np.arange(4)
+    items = permutation(3, 0, 10)[:4]
+    draws = Draws(3, numbers, 4)
+    mean, std = latents_of(module, codec, items, draws.uniform("flip") < 0.5).unbind(1)
+    # The module has no trainer here, so it takes the draws of validation.
+    noise = Draws(VALIDATION_SEED, numbers, 4).normal("posterior", (4, 4, 4))
+    torch.testing.assert_close(batch["latent"], module.manifest.whiten(mean + std * noise), atol=5e-3, rtol=5e-3)
+    assert batch["latent"].dtype == torch.float32
+    assert batch["class_label"].tolist() == (items % 3).tolist()
+    assert batch["draws"].numbers.tolist() == numbers.tolist()
+    assert set(batch) == {"latent", "class_label", "draws"}
+
+
+def test_flip_can_be_off(make, codec):
+    module = make(flip=False)
+    module.setup()
+    for step, batch in enumerate(first(module.train_dataloader(), 3)):
+        numbers = range(4 * step, 4 * step + 4)
+        items = [permutation(3, p // 10, 10)[p % 10] for p in numbers]
+        expected = latents_of(module, codec, items, [False] * 4)
+        torch.testing.assert_close(batch["moments"].float(), expected, atol=2e-3, rtol=2e-3)
+
+
+def test_captions_come_along(make):
+    module = make(Pictures(10, captions=True))
+    module.setup()
+    (batch,) = first(module.train_dataloader(), 1)
+    assert batch["caption"] == [f"picture {item}" for item in permutation(3, 0, 10)[:4]]
+
+
+def test_validation_is_the_same_whatever_the_seed_and_never_mirrored(make, codec):
+    batches = {}
+    for seed in (1, 2):
+        module = make(Pictures(12), num_validation=5, seed=seed)
+        module.setup()
+        batches[seed] = [module.on_after_batch_transfer(batch, 0) for batch in module.val_dataloader()]
+    assert sum(len(batch["latent"]) for batch in batches[1]) == 5
+    for one, two in zip(batches[1], batches[2], strict=True):
+        assert torch.equal(one["latent"], two["latent"])
+    mean = torch.cat([batch["latent"] for batch in batches[1]])
+    held_out = module.validation_dataset
+    images = torch.stack([EvalTransform(16)(held_out[item]["image"]) for item in range(5)])
+    plain, std = codec.encode(images)
+    noise = Draws(VALIDATION_SEED, np.arange(5), 4).normal("posterior", (4, 4, 4))
+    # Whitened by the statistics of training: a validation set has none of its own.
+    torch.testing.assert_close(mean, module.manifest.whiten(plain + std * noise), atol=5e-3, rtol=5e-3)
+
+
+def test_without_validation_there_is_no_loader(make):
+    module = make()
+    module.setup()
+    assert module.val_dataloader() == []
+
+
+def test_before_setup_there_is_a_clear_error(make):
+    with pytest.raises(DataError, match="not open yet"):
+        make().train_dataloader()
+
+
+def test_the_source_is_made_ready_first(make):
+    module = make(Pictures(8), validation=Pictures(4))
+    module.prepare_data()
+    assert (module.train_dataset.prepared, module.validation_dataset.prepared) == (1, 1)
+
+
+def test_a_second_run_reads_the_cache_and_encodes_nothing(make, here, monkeypatch):
+    make(num_validation=2).setup()
+    monkeypatch.setattr(Codec, "encode", lambda *args: pytest.fail("encoded again"))
+    module = make(num_validation=2, seed=8, batch_size=2)
+    module.setup()
+    assert len(list((here / "cache").iterdir())) == 2
+    assert module._codec is None
+
+
+def test_by_default_caches_of_other_content_lie_side_by_side(make, here, other_autoencoder):
+    changes = ({}, {"autoencoder": other_autoencoder}, {"resolution": 8}, {"train": Pictures(10, salt=1)})
+    for number, change in enumerate(changes, start=1):
+        make(**change).setup()
+        assert len(list((here / "cache").iterdir())) == number
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"autoencoder": "other"}, "autoencoder.weights"),
+        ({"resolution": 8}, "pixels.resolution"),
+        ({"transform": EvalTransform(16, "nearest")}, "pixels.interpolation"),
+        ({"train": Pictures(11)}, "num_items"),
+        ({"train": Pictures(10, salt=1)}, "source"),
+    ],
+)
+def test_a_cache_asked_for_by_name_is_refused_when_stale(make, here, other_autoencoder, change, key):
+    make(cache="mine").setup()
+    if "autoencoder" in change:
+        change = {"autoencoder": other_autoencoder}
+    with pytest.raises(DataError, match=rf"(?s)mine/train: .*\n  {key}: expected .*data.params.cache"):
+        make(cache="mine", **change).setup()
+
+
+def test_broken_images_are_left_out_up_to_a_limit(make):
+    with pytest.raises(DataError, match=r"1 items could not be read, allowed are 0"):
+        make(Pictures(10, broken=(6,))).setup()
+    module = make(Pictures(10, broken=(6,)), max_broken=0.1)
+    module.setup()
+    assert module.manifest.broken == [6]
+    labels = torch.cat([batch["class_label"] for batch in first(module.train_dataloader(), 9)])
+    assert sorted(labels.tolist()) == sorted(4 * [item % 3 for item in range(10) if item != 6])
+
+
+def test_grey_autoencoders_get_grey_images(make_runs):
+    grey = make_runs(channels=1)
+    module = LatentDataModule(Pictures(6), grey.autoencoder, batch_size=2, resolution=16)
+    module.setup()
+    assert module.facts()["image_channels"] == module.manifest.plan.pixels["channels"] == 1
+
+
+class Recorder(pl.LightningModule):
+    """Keeps the latents it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append((batch["latent"].clone(), batch["draws"].numbers.tolist()))
+        return self.weight * batch["latent"].mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(module, steps, path: Path, resume: Path | None = None) -> list:
+    recorder = Recorder()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        accumulate_grad_batches=module.accumulation(1),
+    )
+    trainer.fit(recorder, datamodule=module, ckpt_path=resume)
+    trainer.save_checkpoint(path)
+    return recorder.seen
+
+
+@pytest.mark.parametrize(("workers", "micro"), [(0, None), (2, 2)])
+def test_seven_steps_are_three_and_four_after_a_resume(make, here, workers, micro):
+    params = {"num_workers": workers, "micro_batch_size": micro}
+    straight = fit(make(**params), 7, here / "a.ckpt")
+    begun = fit(make(**params), 3, here / "b.ckpt")
+    resumed = fit(make(**params), 7, here / "c.ckpt", here / "b.ckpt")
+    assert [number for _, numbers in straight for number in numbers] == list(range(28))
+    assert len(begun) + len(resumed) == len(straight)
+    for (one, numbers), (other, others) in zip(straight, begun + resumed, strict=True):
+        assert torch.equal(one, other)
+        assert numbers == others
+
+
+def test_the_manifest_can_go_into_a_checkpoint(make, here):
+    module = make()
+    module.setup()
+    checkpoint.save(here / "x.ckpt", {"ldm": {"latents": module.manifest.to_dict()}})
+    assert Manifest.from_dict(checkpoint.load(here / "x.ckpt")["ldm"]["latents"]) == module.manifest
