@@ -75,7 +75,7 @@ class Checkpoints(Checkpoint):
         return trainer.global_step % self.every == 0 and trainer.global_step < trainer.max_steps
 
     def _save(self, trainer: pl.Trainer) -> None:
-        trainer.save_checkpoint(self._folder / f"step={trainer.global_step:08d}{checkpoint.SUFFIX}")
+        trainer.save_checkpoint(self._folder / f"step={trainer.global_step:08d}{checkpoint.SUFFIX}", weights_only=False)
         _prune(self._folder, self.keep)
 
     def _save_best(self, trainer: pl.Trainer, monitor: str) -> None:
@@ -85,7 +85,7 @@ class Checkpoints(Checkpoint):
         score = self.sign * float(trainer.callback_metrics[monitor])
         if score < self._best:
             self._best = score
-            trainer.save_checkpoint(self._folder / _BEST)
+            trainer.save_checkpoint(self._folder / _BEST, weights_only=False)
 
 
 def set_aside_later(folder: Path, step: int) -> list[Path]:
