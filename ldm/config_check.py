@@ -156,7 +156,9 @@ def quick_look_up(trust: Sequence[str]) -> LookUp:
             check_name(target, trust)
         except ConfigError:
             return None  # `names` has said so
-        return static_signature(target)
+        signature = static_signature(target)
+        # Whether a function may stand here is settled by `resolve`.
+        return None if signature and signature.is_function and not partial else signature
 
     return look_up
 

@@ -101,6 +101,13 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    # Unicode has line ends that YAML folds into a space unless they are escaped.
+    style = None if text.splitlines() in ([], [text]) else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 for _tag, _pattern, _first in _CORE:
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), _first)
@@ -230,7 +237,7 @@ def merge(base: Node, over: Node) -> Node:
     merged = dict(base.value)
     for key, child in over.value.items():
         merged[key] = merge(merged[key], child) if key in merged else child
-    return Node(merged, base.origin)
+    return Node(merged, base.origin if base.value else over.origin)
 
 
 def _target(node: Node) -> Any:
@@ -277,5 +284,7 @@ def _set(node: Node, path: list[str], value: Node, key: str) -> Node:
             f"{here} ({value.origin}): {key} is {show(node)} ({node.origin}), which has no keys; write {key}=..."
         )
     children = dict(node.value or {})
+    if name == "target" and not rest and "target" in children and children["target"].value != value.value:
+        return Node({"target": value}, value.origin)  # as in `merge`
     children[name] = _set(children.get(name, Node(None, value.origin)), rest, value, here)
     return Node(children, node.origin)

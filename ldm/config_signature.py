@@ -11,6 +11,7 @@ import inspect
 import sys
 import typing
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ class _Search:
             if isinstance(statement, ast.ClassDef) and statement.name == name:
                 return self._class(statement, path, module)
             if isinstance(statement, ast.FunctionDef) and statement.name == name:
-                return None if statement.decorator_list else _function(statement, path)
+                return None if statement.decorator_list else replace(_function(statement, path), is_function=True)
             if isinstance(statement, ast.ImportFrom):
                 source = _absolute(statement, module, path)
                 if source.split(".")[0] != module.split(".")[0]:
@@ -147,7 +148,7 @@ class _Search:
             return _function(function, path, skip=1) if known else None
         if len(node.bases) == 1 and isinstance(base := node.bases[0], ast.Name):
             return self._elsewhere(f"{module}.{base.id}")
-        return None if node.bases else Signature({}, False, None)
+        return None if node.bases else Signature({}, False)
 
 
 def _top_file(top: str) -> Path | None:
@@ -213,7 +214,7 @@ def _function(node: ast.FunctionDef, path: Path, skip: int = 0) -> Signature:
         hint = _evaluate(ast.unparse(argument.annotation), scope) if argument.annotation else Any
         is_none = isinstance(default, ast.Constant) and default.value is None
         found[argument.arg] = _parameter(hint, default is None, is_none)
-    return Signature(found, arguments.kwarg is not None, None)
+    return Signature(found, arguments.kwarg is not None)
 
 
 def _scope(path: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ PACKAGES = ("ldm", "torch", "torchvision", "pytorch_lightning")
 # Only classes from these; torch as a whole also holds loaders, compilers and process starters.
 _LIBRARIES = (
     *("torch.nn", "torch.optim", "torch.utils.data"),
-    *("torchvision.transforms", "torchvision.datasets", "torchvision.models", "torchvision.ops"),
+    *("torchvision.transforms", "torchvision.models", "torchvision.ops"),
     *("pytorch_lightning.callbacks", "pytorch_lightning.loggers", "pytorch_lightning.plugins"),
     *("pytorch_lightning.profilers", "pytorch_lightning.strategies", "pytorch_lightning.trainer"),
 )

@@ -32,7 +32,8 @@ class Signature:
 
     parameters: dict[str, Parameter]
     open: bool
-    made: type | None
+    made: type | None = None
+    is_function: bool = False
 
 
 # (target, whether it is a partial) -> what is known about it; ConfigError if it may not be used.

@@ -1,0 +1,103 @@
+"""A run's configuration as a whole: files and overrides in order, references, where each value comes from."""
+
+from pathlib import Path
+
+import pytest
+
+from ldm import config
+from ldm.config import ConfigError
+
+BASE = """\
+name: house
+seed: 23
+model:
+  target: house.parts.Network
+  params:
+    channels: 8
+    part:
+      target: house.parts.Bolt
+      params: {size: 3}
+data:
+  target: house.parts.Data
+  params:
+    batch_size: 16
+lightning:
+  trainer:
+    max_steps: 10
+"""
+
+
+def write(folder: Path, text: str, name: str = "base.yaml") -> Path:
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def load(folder: Path, text: str = BASE, *overrides: str) -> config.Config:
+    return config.load([write(folder, text)], overrides)
+
+
+def model(*lines: str) -> tuple[str, str]:
+    """An edit: these parameters for the network, from line 7 of BASE on."""
+    return "    part:\n", "".join(f"    {line}\n" for line in lines) + "    part:\n"
+
+
+def test_later_files_and_overrides_win_and_origins_follow(tmp_path: Path) -> None:
+    first = write(tmp_path, BASE)
+    second = write(tmp_path, "seed: 5\nmodel:\n  params:\n    text: new\n", "second.yaml")
+    made = config.load([first, second], ["data.params.num_workers=2", "seed=6", "seed=7"])
+    tree = made.resolved()
+    assert tree["seed"] == 7
+    assert tree["model"]["params"] | {"part": 0} == {"channels": 8, "part": 0, "text": "new"}
+    assert tree["data"]["params"] == {"batch_size": 16, "num_workers": 2}
+    assert made.origin("seed") == "command line: seed=7"
+    assert made.origin("model.params.text") == f"{second}:4"
+    assert made.origin("model.params.part.params.size") == f"{first}:9"
+
+
+def test_references_keep_types_and_fill_text(tmp_path: Path) -> None:
+    lines = ["pair: ['${seed}', '${data.params.batch_size}']", "text: ${name}-${seed}", "table: ${data.params}"]
+    made = load(tmp_path, BASE.replace(*model(*lines, "later: ${data:n}", "on: ${data:flag}")))
+    params = made.resolved()["model"]["params"]
+    assert params["pair"] == [23, 16]
+    assert params["text"] == "house-23"
+    assert params["table"] == {"batch_size": 16}
+    assert params["later"] == "${data:n}"
+    filled = made.resolved({"n": 5, "flag": True, "more": "x"})["model"]["params"]
+    assert (filled["later"], filled["on"]) == (5, True)
+    assert made.resolved()["model"]["params"]["later"] == "${data:n}"
+    with pytest.raises(ConfigError, match=r"model.params.on \(.*yaml:11\).*no fact 'flag'; did you mean 'flags'"):
+        made.resolved({"n": 5, "flags": True})
+
+
+def test_a_reference_through_another_reference_is_followed(tmp_path: Path) -> None:
+    made = load(tmp_path, BASE.replace("name: house", "name: x${model.params.text}").replace(*model("text: ${seed}")))
+    assert made.resolved()["name"] == "x23"
+
+
+def test_newest_run_goes_by_the_time_in_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs = [
+        "2026-01-02T10-00-00_kl",
+        "2026-01-10T09-00-00_kl",
+        "2026-01-09T23-59-59_kl",
+        "zzz_kl",
+        "2027-01-01T00-00-00_no",
+    ]
+    for run in runs:
+        (tmp_path / "logs" / run).mkdir(parents=True)
+    (tmp_path / "logs" / "2028-01-01T00-00-00_kl").write_text("a file")
+    made = load(tmp_path, BASE.replace(*model("path: ${newest:logs/*_kl}")))
+    assert made.resolved()["model"]["params"]["path"] == "logs/2026-01-10T09-00-00_kl"
+    (tmp_path / "logs" / "2026-02-01T00-00-00_kl").mkdir()
+    assert made.resolved()["model"]["params"]["path"] == "logs/2026-01-10T09-00-00_kl"  # one Config, one run
+    assert config.newest_run(str(tmp_path / "logs" / "*_kl")) == str(tmp_path / "logs" / "2026-02-01T00-00-00_kl")
+
+
+def test_a_tree_from_elsewhere_is_plain_or_refused() -> None:
+    tree = {"a": [1, 2.0, {"b": None}], "c": "x"}
+    made = config.from_tree(tree, "last.ckpt")
+    assert made.resolved() == tree
+    assert made.resolved() is not tree
+    assert made.origin("a.2.b") == "last.ckpt"
+    with pytest.raises(ConfigError, match=r"last.ckpt: a.0: expected .*found PosixPath"):
+        config.from_tree({"a": [Path("x")]}, "last.ckpt")

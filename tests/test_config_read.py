@@ -1,0 +1,158 @@
+"""Reading and merging: YAML without its traps, overrides, and where each value was written."""
+
+import functools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ldm.config_read import Node, apply, dotted, from_plain, merge, parse, read, to_yaml
+from ldm.errors import ConfigError
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+KEYS = st.from_regex(r"[a-z_]{1,6}", fullmatch=True).filter(lambda key: key != "target")
+TREES = st.dictionaries(
+    KEYS,
+    st.recursive(SCALARS, lambda of: st.lists(of, max_size=3) | st.dictionaries(KEYS, of, max_size=3), max_leaves=12),
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", (":1", "empty")),
+        (b"# nothing\n", (":1", "empty")),
+        (b"- a\n- b\n", (":1", "expected a mapping", "a list of 2")),
+        (b"just text\n", (":1", "expected a mapping", "'just text'")),
+        (b"\x89PNG\xff\xfe", ("not a YAML file",)),
+        (b"a: 1\n---\nb: 2\n", (":2", "single document")),
+        (b"a: \x00\n", ("not valid YAML", "not allowed")),
+        (b"a: " + b"[" * 600, ("nested too deeply",)),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_named(content: bytes, words: tuple[str, ...], tmp_path: Path) -> None:
+    path = tmp_path / "base.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        read(path)
+    for part in (str(path), *words):
+        assert part in str(caught.value)
+
+
+def test_a_missing_file_is_named_with_its_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "kl_f8.yaml").write_text("a: 1")
+    with pytest.raises(ConfigError, match=r"kl_f9.yaml: no such file; did you mean '.*kl_f8.yaml'"):
+        read(tmp_path / "kl_f9.yaml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read(tmp_path)
+
+
+def test_a_bomb_of_aliases_is_refused() -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    with pytest.raises(ConfigError, match=r"base.yaml:2: .*alias"):
+        parse("\n".join(lines), "base.yaml")
+
+
+@pytest.mark.parametrize("override", ["seed", "=1", "a b=1", "a..b=1", ".a=1", "a.=1", "seed=[1", "seed=1: 2: 3"])
+def test_a_malformed_override_is_named(override: str) -> None:
+    with pytest.raises(ConfigError, match=rf"command line: {re.escape(override)}"):
+        apply(Node({}, ""), [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1E+3", 1000.0),
+        (".5", 0.5),
+        ("-3", -3),
+        ("1_000", 1000),
+        ("0x10", 16),
+        ("true", True),
+        ("null", None),
+        ("", None),
+        ("~", None),
+        ("[1, {a: b}]", [1, {"a": "b"}]),
+        ("2026-01-01", "2026-01-01"),
+        ("00:12:00:00", "00:12:00:00"),
+        ("'012'", "012"),
+        ("a=b", "a=b"),
+        (".inf", float("inf")),
+    ],
+)
+def test_values_are_read_as_people_mean_them(text: str, value: Any) -> None:
+    got = apply(Node({}, ""), [f"a.x={text}"]).plain()["a"]["x"]
+    assert got == value
+    assert type(got) is type(value)
+
+
+def test_another_target_drops_the_parameters_of_the_first() -> None:
+    base = tree("a: 1\nb: {target: x.A, params: {size: 3}, partial: true}")
+    assert merge(base, tree("b: {target: x.B}")).plain() == {"a": 1, "b": {"target": "x.B"}}
+    assert merge(base, tree("b: {target: x.A, params: {n: 1}}")).plain()["b"]["params"] == {"size": 3, "n": 1}
+    assert apply(base, ["b.target=x.A"]).plain() == base.plain()
+    # In any order: the new target does not wipe out what the same command line says.
+    overrides = ["b.params.c.params.n=1", "b.params.c.target=x.C", "b.target=x.B"]
+    for order in (overrides, overrides[::-1], [overrides[1], overrides[2], overrides[0]]):
+        wanted = {"target": "x.B", "params": {"c": {"target": "x.C", "params": {"n": 1}}}}
+        assert apply(base, order).plain()["b"] == wanted
+
+
+def test_overrides_reach_into_lists() -> None:
+    base = tree("parts: [{target: x.A}, {target: x.B, params: {n: 1}}]")
+    made = apply(base, ["parts.1.params.size=4", "parts.0=null"])
+    assert made.plain() == {"parts": [None, {"target": "x.B", "params": {"n": 1, "size": 4}}]}
+    for index in ("2", "-1", "x"):
+        with pytest.raises(ConfigError, match=rf"parts.{index} \(command line.*index from 0 to 1, found '{index}'"):
+            apply(base, [f"parts.{index}.params.size=4"])
+
+
+def tree(text: str) -> Node:
+    node = parse(text, "base.yaml")
+    assert node is not None
+    return node
+
+
+@settings(deadline=None, max_examples=25)
+@given(TREES)
+def test_yaml_comes_back_as_it_was(tree: dict[str, Any]) -> None:
+    node = parse(to_yaml(tree), "file")
+    assert node is not None
+    assert node.plain() == tree
+    assert repr(node.plain()) == repr(tree)  # 1, 1.0 and True are equal only to Python
+
+
+@settings(deadline=None, max_examples=25)
+@given(TREES, TREES, TREES)
+def test_merging_is_associative_and_the_last_word_counts(
+    a: dict[str, Any], b: dict[str, Any], c: dict[str, Any]
+) -> None:
+    one, two, three = (from_plain(tree, name) for tree, name in ((a, "a"), (b, "b"), (c, "c")))
+    merged = merge(merge(one, two), three)
+    assert merged.plain() == merge(one, merge(two, three)).plain()
+    assert merge(merged, three).plain() == merged.plain()
+    assert merge(three, from_plain({}, "")).plain() == c
+    for key, value in _leaves(c):
+        assert functools.reduce(lambda tree, name: tree[name], key.split("."), merged.plain()) == value
+
+
+@settings(deadline=None, max_examples=25)
+@given(TREES)
+def test_a_tree_can_be_given_leaf_by_leaf(tree: dict[str, Any]) -> None:
+    overrides = [f"{key}={to_yaml([value]).strip()[2:]}" for key, value in _leaves(tree)]
+    root = apply(Node({}, ""), overrides)
+    assert list(_leaves(root.plain())) == list(_leaves(tree))
+
+
+def _leaves(tree: dict[str, Any], key: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys of scalars (lists are left out: YAML writes them over several lines)."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, dotted(key, name))
+        elif not isinstance(value, list):
+            yield dotted(key, name), value
