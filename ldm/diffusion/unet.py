@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ldm.diffusion.conditioning import Conditioning
 from ldm.errors import ConfigError
-from ldm.layers import Attention, GatedFeedForward, group_norm, sinusoid, zeroed
+from ldm.layers import Attention, GatedFeedForward, attend, group_norm, sinusoid, zeroed
 
 
 class Downsample(nn.Module):
@@ -95,8 +95,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None) -> Tensor:
         qkv = self.qkv(self.norm(x)).flatten(2)  # (N, 3C, HW)
-        q, k, v = qkv.unflatten(1, (3, self.heads, -1)).transpose(-1, -2).unbind(1)  # 3 x (N, heads, HW, C/heads)
-        h = F.scaled_dot_product_attention(q, k, v)  # (N, heads, HW, C/heads)
+        qkv = qkv.unflatten(1, (3, self.heads, -1)).transpose(-1, -2)  # (N, 3, heads, HW, C / heads)
+        q, k, v = qkv.contiguous().unbind(1)  # fused kernels want a pixel's channels side by side
+        h = attend(q, k, v)  # (N, heads, HW, C / heads)
         return x + self.out(h.transpose(-1, -2).reshape_as(x))  # (N, C, H, W)
 
 
