@@ -4,8 +4,9 @@ The convolutional autoencoder of VQGAN (Esser et al. 2021) and DDPM (Ho et al. 2
 GroupNorm and swish, a strided convolution between levels, self-attention at chosen levels and in the middle.
 Both 1x1 convolutions around the latent (`quant_conv`, `post_quant_conv`) belong to the networks here.
 
-Vocabulary: level 0 has the resolution of the image, each further level half of it, so the down factor is
-2 ** (levels - 1); `moments` are mean and log-variance of the latent, stacked along the channels.
+Vocabulary: level 0 has the resolution of the image (divided by `patch_size`), each further level half of it, so the
+down factor is patch_size * 2 ** (levels - 1); `moments` are mean and log-variance of the latent, stacked along the
+channels.
 
 Everything runs in plain NCHW: on the CPU GroupNorm in channels_last is 4 (float32) to 18 (bfloat16) times slower.
 """
@@ -122,6 +123,8 @@ class Encoder(nn.Module):
         attention_levels: levels with self-attention after each block (the published f16 model: its last).
         latent_channels: of the latent; the moments have twice as many.
         dropout: probability within the residual blocks.
+        patch_size: side of the squares of pixels that level 0 sees as one position (1 in the published models).
+            2 makes the two most expensive resolutions one, at some loss of detail: for small machines.
     """
 
     def __init__(
@@ -133,13 +136,15 @@ class Encoder(nn.Module):
         latent_channels: int,
         attention_levels: Sequence[int] = (),
         dropout: float = 0.0,
+        patch_size: int = 1,
     ) -> None:
         super().__init__()
         self.in_channels = in_channels
         self.latent_channels = latent_channels
-        self.down_factor = 2 ** (len(channel_multipliers) - 1)
+        self.patch_size = patch_size
+        self.down_factor = patch_size * 2 ** (len(channel_multipliers) - 1)
         widths = [channels * multiplier for multiplier in channel_multipliers]
-        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(in_channels * patch_size**2, channels, 3, padding=1)
         self.levels = nn.Sequential()
         previous = channels
         for level, width in enumerate(widths):
@@ -154,7 +159,8 @@ class Encoder(nn.Module):
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        h = self.conv_in(images)  # (N, channels, H, W)
+        h = F.pixel_unshuffle(images, self.patch_size)  # (N, in_channels*p*p, H/p, W/p), p = patch_size
+        h = self.conv_in(h)  # (N, channels, H/p, W/p)
         h = self.levels(h)  # (N, last width, H/f, W/f)
         h = self.middle(h)  # (N, last width, H/f, W/f)
         h = self.conv_out(F.silu(self.norm_out(h)))  # (N, 2*latent_channels, H/f, W/f)
@@ -177,11 +183,13 @@ class Decoder(nn.Module):
         latent_channels: int,
         attention_levels: Sequence[int] = (),
         dropout: float = 0.0,
+        patch_size: int = 1,
     ) -> None:
         super().__init__()
         self.out_channels = out_channels
         self.latent_channels = latent_channels
-        self.up_factor = 2 ** (len(channel_multipliers) - 1)
+        self.patch_size = patch_size
+        self.up_factor = patch_size * 2 ** (len(channel_multipliers) - 1)
         widths = [channels * multiplier for multiplier in channel_multipliers]
         previous = widths[-1]
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
@@ -195,7 +203,7 @@ class Decoder(nn.Module):
             self.levels.append(nn.Sequential(*layers))
             previous = width
         self.norm_out = group_norm(previous)
-        self.conv_out = nn.Conv2d(previous, out_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(previous, out_channels * patch_size**2, 3, padding=1)
 
     @property
     def last_layer(self) -> nn.Conv2d:
@@ -205,5 +213,6 @@ class Decoder(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         h = self.conv_in(self.post_quant_conv(latents))  # (N, last width, h, w)
         h = self.middle(h)  # (N, last width, h, w)
-        h = self.levels(h)  # (N, channels, h*f, w*f)
-        return self.conv_out(F.silu(self.norm_out(h)))  # (N, out_channels, h*f, w*f)
+        h = self.levels(h)  # (N, channels, h*f/p, w*f/p), p = patch_size
+        h = self.conv_out(F.silu(self.norm_out(h)))  # (N, out_channels*p*p, h*f/p, w*f/p)
+        return F.pixel_shuffle(h, self.patch_size)  # (N, out_channels, h*f, w*f)
