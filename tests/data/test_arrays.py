@@ -1,0 +1,110 @@
+"""Benchmark data sets in memory, from tiny files in their formats."""
+
+import gzip
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torchvision
+
+from ldm.data.arrays import DEBIAN_FASHION_MNIST, CIFAR10, MNIST, ArrayImages, FashionMNIST
+from ldm.errors import DataError
+
+
+def idx(array: np.ndarray) -> bytes:
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, dtype=">u4").tobytes() + array.tobytes()
+
+
+@pytest.fixture
+def pictures() -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(0)
+    return random.integers(0, 256, (5, 28, 28), dtype=np.uint8), np.array([3, 0, 9, 1, 1], dtype=np.uint8)
+
+
+def fill(root: Path, pictures, prefix: str = "train", zipped: bool = True) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    for name, array in zip(("images-idx3", "labels-idx1"), pictures, strict=True):
+        content = idx(array)
+        path = root / f"{prefix}-{name}-ubyte"
+        if zipped:
+            path.with_name(path.name + ".gz").write_bytes(gzip.compress(content))
+        else:
+            path.write_bytes(content)
+    return root
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("below", [".", "raw", "FashionMNIST/raw"])
+def test_idx_files(tmp_path, pictures, zipped, below):
+    fill(tmp_path / below, pictures, zipped=zipped)
+    dataset = FashionMNIST(tmp_path)
+    assert (len(dataset), dataset.num_classes) == (5, 10)
+    assert dataset.class_names[9] == "Ankle boot"
+    item = dataset[2]
+    assert item["class_label"] == 9 and item["image"].mode == "L"
+    assert (np.asarray(item["image"]) == pictures[0][2]).all()
+
+
+def test_the_reader_agrees_with_torchvision(tmp_path, pictures):
+    for prefix in ("train", "t10k"):
+        fill(tmp_path / "MNIST/raw", pictures, prefix, zipped=False)
+    ours, theirs = MNIST(tmp_path, train=False), torchvision.datasets.MNIST(tmp_path, train=False)
+    assert (ours.images == theirs.data.numpy()).all()
+    assert (ours.labels == theirs.targets.numpy()).all()
+
+
+def test_missing_and_damaged_files(tmp_path, pictures):
+    with pytest.raises(DataError, match=r"neither train-images-idx3-ubyte nor .*\.gz is there"):
+        MNIST(tmp_path)
+    fill(tmp_path, pictures)
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    whole = path.read_bytes()
+    for content in (whole[:100], gzip.compress(b"rubbish"), gzip.compress(idx(pictures[0])[:-1]), b""):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz"):
+            MNIST(tmp_path)
+
+
+def test_labels_are_checked(pictures):
+    images, labels = pictures
+    with pytest.raises(DataError, match="5 images but 4 labels"):
+        ArrayImages("toy", images, labels[:4], ["a"] * 10)
+    with pytest.raises(DataError, match="item 2 has 9, expected 0 to 8"):
+        ArrayImages("toy", images, labels, ["a"] * 9)
+    with pytest.raises(DataError, match="0 images"):
+        ArrayImages("toy", images[:0], labels[:0], ["a"])
+
+
+def test_fingerprint(pictures):
+    images, labels = pictures
+    first = ArrayImages("toy", images, labels, ["a"] * 10).fingerprint()
+    assert ArrayImages("other name", images.copy(), labels, ["a"] * 10).fingerprint() == first
+    assert ArrayImages("toy", images, labels[::-1], ["a"] * 10).fingerprint() != first
+    images[4, 0, 0] ^= 1
+    assert ArrayImages("toy", images, labels, ["a"] * 10).fingerprint() != first
+
+
+def test_cifar(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setitem(torchvision.datasets.CIFAR10.meta, "md5", None)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    pixels = np.arange(2 * 3072, dtype=np.int64).astype(np.uint8).reshape(2, 3072)
+    (folder / "test_batch").write_bytes(pickle.dumps({"data": pixels, "labels": [4, 0]}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    dataset = CIFAR10(tmp_path, train=False)
+    assert (len(dataset), dataset[0]["class_label"], dataset[0]["image"].size) == (2, 4, (32, 32))
+    assert dataset[0]["image"].getpixel((1, 0)) == (1, 1025 % 256, 2049 % 256)
+
+
+def test_no_cifar(tmp_path):
+    with pytest.raises(DataError, match="cifar-10-batches-py"):
+        CIFAR10(tmp_path)
+
+
+@pytest.mark.skipif(not DEBIAN_FASHION_MNIST.is_dir(), reason="dataset-fashion-mnist is not installed")
+def test_the_debian_package():
+    dataset = FashionMNIST(train=False)
+    assert len(dataset) == 10_000
+    assert np.bincount(dataset.labels).tolist() == [1000] * 10

@@ -1,0 +1,202 @@
+"""The data module of stage 1: batches, draws, the clock through a trainer, and workers that take no notice of signals."""
+
+import logging
+import multiprocessing
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from PIL import Image
+from pytorch_lightning import LightningModule, Trainer
+
+from ldm.data.datamodules import VALIDATION_SEED, ImageDataModule
+from ldm.data.images import ImageFolder
+from ldm.errors import ConfigError, DataError
+from ldm.randomness import Draws
+from ldm.signals import ignore_in_worker
+
+CPU_TRAINER = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+    "use_distributed_sampler": False,
+    "check_val_every_n_epoch": None,
+    "val_check_interval": 4,
+    "num_sanity_val_steps": 1,
+}
+
+
+class Recorder(LightningModule):
+    """Learns nothing much; keeps what it was shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen: list[tuple] = []
+        self.validated: list[tuple] = []
+
+    def training_step(self, batch, batch_index):
+        images, draws = batch["image"], batch["draws"]
+        shown = images.sum((1, 2, 3)).tolist(), draws.normal("noise", (2,)).tolist(), torch.rand(()).item()
+        self.seen.append((draws.numbers.tolist(), *shown))
+        return (self.weight - images.mean()) ** 2
+
+    def validation_step(self, batch, batch_index):
+        draws = batch["draws"]
+        self.validated.append((draws.numbers.tolist(), batch["image"].sum().item(), draws.uniform("t").tolist()))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.fixture
+def make(image_folder):
+    def build(**options) -> ImageDataModule:
+        options = {"batch_size": 6, "resolution": 16, "seed": 3, "num_validation": 5} | options
+        return ImageDataModule(ImageFolder(image_folder), **options)
+
+    return build
+
+
+@pytest.fixture
+def fit(make):
+    def run(steps: int, checkpoint=None, accumulate: int = 1, seed: int = 3, **options) -> tuple[Recorder, Trainer]:
+        recorder = Recorder()
+        trainer = Trainer(max_steps=steps, accumulate_grad_batches=accumulate, **CPU_TRAINER)
+        trainer.fit(recorder, make(seed=seed, micro_batch_size=6 // accumulate, **options), ckpt_path=checkpoint)
+        return recorder, trainer
+
+    return run
+
+
+def test_facts(make):
+    facts = {"channels": 3, "resolution": 16, "num_classes": 2, "batch_size": 6, "num_items": 15}
+    assert make().facts() == facts
+    assert make(channels=1, num_validation=0).facts() == facts | {"channels": 1, "num_items": 20}
+
+
+def test_wrong_parameters(make, image_folder, tmp_path):
+    with pytest.raises(ConfigError, match="channels"):
+        make(channels=4)
+    with pytest.raises(ConfigError, match="micro_batch_size: 4 does not divide"):
+        make(micro_batch_size=4)
+    with pytest.raises(ConfigError, match="not both"):
+        make(validation=ImageFolder(image_folder))
+    with pytest.raises(DataError, match="num_validation"):
+        make(num_validation=20)
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match="classes of the validation data set differ"):
+        make(num_validation=0, validation=ImageFolder(tmp_path))
+
+
+def test_a_world_that_does_not_fit(make, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match="4 ranks"):
+        make().train_dataloader()
+
+
+def test_all_ranks_together_see_what_one_sees(make, monkeypatch):
+    def first_batches(rank: int, world: int, loader: str) -> list[dict]:
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        monkeypatch.setenv("RANK", str(rank))
+        return [batch for batch, _ in zip(getattr(make(), loader)(), range(4), strict=False)]
+
+    for alone, first, second in zip(
+        *(first_batches(*r, "train_dataloader") for r in ((0, 1), (0, 2), (1, 2))), strict=True
+    ):
+        assert torch.cat([first["image"], second["image"]]).equal(alone["image"])
+        assert torch.cat([first["class_label"], second["class_label"]]).equal(alone["class_label"])
+    shares = [first_batches(rank, 2, "val_dataloader") for rank in range(2)]
+    assert sorted(n for share in shares for batch in share for n in batch["sample_number"].tolist()) == list(range(5))
+
+
+def test_training_follows_the_clock(fit):
+    recorder, trainer = fit(8)
+    assert [entry[0] for entry in recorder.seen] == [list(range(6 * step, 6 * step + 6)) for step in range(8)]
+    assert trainer.datamodule.images_seen == 48
+    noise = Draws(3, range(6), 6).normal("noise", (2,)).tolist()
+    assert recorder.seen[0][2] == noise
+    assert len({entry[3] for entry in recorder.seen}) == 8
+
+
+def test_validation_is_the_same_every_time_in_every_run(fit):
+    recorder, _ = fit(8)
+    passes = [recorder.validated[i : i + 1] for i in range(len(recorder.validated))]
+    assert len(passes) == 3 and passes[0] == passes[1] == passes[2]
+    numbers, _, uniforms = recorder.validated[0]
+    assert numbers == list(range(5))
+    assert uniforms == Draws(VALIDATION_SEED, range(5), 6).uniform("t").tolist()
+    assert fit(4, seed=4)[0].validated[0] == recorder.validated[0]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_run_sees_the_same(fit, tmp_path, workers, accumulate):
+    whole, _ = fit(7, accumulate=accumulate)
+    first, trainer = fit(3, accumulate=accumulate, num_workers=workers)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert trainer.datamodule.state_dict() == {"images_seen": 18, "step": 3}
+    second, resumed = fit(7, tmp_path / "a.ckpt", accumulate, num_workers=workers)
+    assert first.seen + second.seen == whole.seen
+    assert resumed.datamodule.images_seen == 42
+
+
+def test_short_passes_of_the_trainer_do_not_start_the_order_again(fit, monkeypatch):
+    monkeypatch.setitem(CPU_TRAINER, "limit_train_batches", 3)
+    monkeypatch.setitem(CPU_TRAINER, "val_check_interval", 3)
+    assert [entry[0][0] for entry in fit(7)[0].seen] == [6 * step for step in range(7)]
+
+
+def test_without_validation(make, fit):
+    assert make(num_validation=0).val_dataloader() == []
+    assert fit(2, num_validation=0)[0].validated == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_images_are_reported_and_replaced_then_stop_the_run(tmp_path, caplog, workers):
+    for index in range(10):
+        Image.new("RGB", (16, 16), (index, 0, 0)).save(tmp_path / f"{index}.png")
+    (tmp_path / "4.png").write_bytes(b"")
+
+    def run(allowed: float) -> Recorder:
+        recorder = Recorder()
+        data = ImageDataModule(ImageFolder(tmp_path), 5, 16, num_workers=workers, max_broken=allowed)
+        Trainer(max_steps=4, **CPU_TRAINER).fit(recorder, data)
+        return recorder
+
+    with caplog.at_level(logging.WARNING, logger="ldm"):
+        assert len(run(allowed=0.1).seen) == 4
+    assert [("4.png" in message, "next readable" in message) for message in caplog.messages] == [(True, True)]
+    with pytest.raises(DataError, match=r"1 of 10 images are broken.*4\.png.*max_broken"):
+        run(allowed=0.05)
+
+
+def _worker(ready) -> None:
+    ignore_in_worker(0)
+    ready.set()
+    time.sleep(60)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="Linux tells who sent a signal")
+def test_workers_end_for_their_parent_and_for_nobody_else():
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    process = context.Process(target=_worker, args=(ready,), daemon=True)
+    process.start()
+    try:
+        assert ready.wait(30)
+        for name in ("TERM", "INT", "HUP", "USR1", "USR2"):
+            subprocess.run(["/bin/sh", "-c", f"kill -{name} {process.pid}"], check=True)
+        process.join(0.3)
+        assert process.is_alive()
+        process.terminate()
+        process.join(10)
+        assert process.exitcode == 0
+    finally:
+        os.kill(process.pid, signal.SIGKILL) if process.is_alive() else None

@@ -1,0 +1,142 @@
+"""Transforms, views and collation."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from ldm.data.images import ImageFolder
+from ldm.data.pixels import BrokenImages, EvalTransform, TrainTransform, View, collate
+from ldm.errors import ConfigError, DataError
+
+
+def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    shape = (height, width, 3) if mode == "RGB" else (height, width)
+    return Image.fromarray(np.random.default_rng(width).integers(0, 256, shape, dtype=np.uint8))
+
+
+def view(folder, transform=None, **options) -> View:
+    return View(ImageFolder(folder), transform or TrainTransform(16), 3, 16, seed=1, **options)
+
+
+class TestTransforms:
+    def test_range_and_layout(self):
+        image = Image.new("RGB", (8, 8), (0, 255, 51))
+        pixels = EvalTransform(8)(image)
+        assert type(pixels) is torch.Tensor and pixels.dtype == torch.float32
+        torch.testing.assert_close(pixels[:, 3, 4], torch.tensor([-1.0, 1.0, -0.6]))
+        assert EvalTransform(8)(Image.new("L", (8, 8), 255)).shape == (1, 8, 8)
+
+    def test_every_level_survives_the_way_there_and_back(self):
+        image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+        pixels = EvalTransform(16)(image)
+        assert ((pixels[0] + 1) * 127.5).round().to(torch.uint8).equal(torch.from_numpy(np.array(image)))
+
+    @pytest.mark.parametrize("size", [(16, 16), (40, 24), (24, 41), (5, 9)])
+    def test_short_side_then_centre(self, size):
+        pixels = EvalTransform(16, interpolation="bilinear")(noise(*size))
+        short = min(size)
+        resized = noise(*size).resize((size[0] * 16 // short, size[1] * 16 // short), Image.Resampling.BILINEAR)
+        left, top = round((resized.width - 16) / 2), round((resized.height - 16) / 2)
+        expected = np.asarray(resized.crop((left, top, left + 16, top + 16)), dtype=np.float32) / 127.5 - 1
+        np.testing.assert_allclose(pixels.permute(1, 2, 0).numpy(), expected, atol=1e-6)
+
+    def test_training_without_random_crop_is_evaluation_or_its_mirror(self):
+        image, reference = noise(30, 21), EvalTransform(16)(noise(30, 21))
+        assert TrainTransform(16, flip=0)(image).equal(reference)
+        assert TrainTransform(16, flip=1)(image).equal(reference.flip(-1))
+
+    def test_random_crop_stays_inside(self):
+        ramp = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8), (16, 1)))
+        torch.manual_seed(0)
+        starts = {int((TrainTransform(16, random_crop=True, flip=0)(ramp)[0, 0, 0] + 1) * 127.5) for _ in range(200)}
+        assert min(starts) <= 3 and max(starts) >= 45 and len(starts) > 30
+
+    def test_describe_names_what_decides_the_pixels(self):
+        assert EvalTransform(16, "lanczos").describe() == {
+            "resolution": 16,
+            "crop": "center",
+            "interpolation": "lanczos",
+            "pixel_range": [-1.0, 1.0],
+        }
+
+    def test_unknown_interpolation(self):
+        with pytest.raises(ConfigError, match="bicubic.*'cubic'"):
+            TrainTransform(16, interpolation="cubic")
+
+
+class TestView:
+    def test_pixels_depend_on_the_number_alone(self, image_folder):
+        transform = v2.Compose([v2.RandomCrop(12), v2.Resize(16), TrainTransform(16)])
+        rows = view(image_folder, transform)
+        before = torch.random.get_rng_state()
+        first = [rows[number, 3]["image"] for number in range(8)]
+        assert torch.random.get_rng_state().equal(before)
+        torch.manual_seed(99)
+        assert all(rows[number, 3]["image"].equal(first[number]) for number in reversed(range(8)))
+        assert len({image.numpy().tobytes() for image in first}) > 5
+
+    def test_grey_and_colour(self, image_folder):
+        grey = View(ImageFolder(image_folder), EvalTransform(16), 1, 16, seed=0)
+        assert grey[0, 0]["image"].shape == (1, 16, 16)
+        assert view(image_folder)[0, 0]["image"].shape == (3, 16, 16)
+
+    def test_a_transform_that_gives_something_else(self, image_folder):
+        with pytest.raises(ConfigError, match=r"made \(3, 8, 8\) torch.float32 of .*\.png; expected \(3, 16, 16\)"):
+            view(image_folder, EvalTransform(8))[0, 0]
+        to_bytes = v2.Compose([v2.Resize(16), v2.ToImage()])
+        with pytest.raises(ConfigError, match="uint8"):
+            view(image_folder, to_bytes)[0, 0]
+
+    def test_collate(self, image_folder):
+        rows = view(image_folder)
+        batch = collate([rows[number, number % 20] for number in (5, 31)])
+        assert batch["image"].shape == (2, 3, 16, 16)
+        assert batch["class_label"].tolist() == [0, 1] and batch["class_label"].dtype == torch.int64
+        assert batch["sample_number"].tolist() == [5, 31] and batch["sample_number"].dtype == np.int64
+        assert batch["broken"] == {} and "caption" not in batch
+
+
+class TestBrokenImages:
+    @pytest.fixture
+    def damaged(self, tmp_path):
+        """Ten images, of which 3, 4 and 9 are broken."""
+        for index in range(10):
+            path = tmp_path / f"{index}.png"
+            Image.new("RGB", (16, 16), (index, 0, 0)).save(path)
+            if index in (3, 4, 9):
+                path.write_bytes(path.read_bytes()[:40])
+        return tmp_path
+
+    def test_the_next_readable_image_takes_the_place(self, damaged):
+        rows = view(damaged, EvalTransform(16))
+        delivered = [round(float((rows[0, index]["image"][0, 0, 0] + 1) * 127.5)) for index in range(10)]
+        assert delivered == [0, 1, 2, 5, 5, 5, 6, 7, 8, 0]
+        assert list(rows[0, 3]["broken"]) == [3, 4]
+
+    def test_each_is_reported_once_with_its_path(self, damaged, caplog):
+        broken, rows = BrokenImages(10, allowed=0.3), view(damaged)
+        with caplog.at_level(logging.WARNING):
+            for _ in range(3):
+                batch = collate([rows[0, index] for index in range(10)])
+                broken.check(batch)
+                assert "broken" not in batch
+        assert len(caplog.messages) == 3
+        assert "3.png: cannot be read" in caplog.messages[0] and "(1 so far)" in caplog.messages[0]
+
+    def test_too_many(self, damaged):
+        broken, rows = BrokenImages(10, allowed=0.2), view(damaged)
+        broken.check(collate([rows[0, 3]]))
+        with pytest.raises(DataError, match=r"3 of 10 .* share of 0\.2 .*max_broken.*9\.png"):
+            broken.check(collate([rows[0, 9]]))
+
+    def test_nothing_readable(self, damaged):
+        for path in damaged.iterdir():
+            path.write_bytes(b"")
+        batch = collate([view(damaged, patience=4)[0, 0]])
+        assert len(batch["broken"]) == 4
+        with pytest.raises(DataError, match="4 of 10 images are broken"):
+            BrokenImages(10, allowed=1.0).check(batch)
