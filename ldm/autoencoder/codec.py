@@ -68,7 +68,10 @@ class Codec(nn.Module):
             )
         params = record["config"]["model"]["params"]
         config = {name: params[name] for name in ("encoder", "decoder")}
-        encoder, decoder = (build(config[name], trust) for name in ("encoder", "decoder"))
+        try:
+            encoder, decoder = (build(config[name], trust, key=f"model.params.{name}") for name in config)
+        except ConfigError as error:
+            raise ConfigError(f"{file}: in the configuration stored there: {error}") from error
         for name, network in (("encoder", encoder), ("decoder", decoder)):
             _fill(network, state["state_dict"], name, file)
         resolution = record["config"].get("data", {}).get("params", {}).get("resolution")

@@ -97,7 +97,7 @@ def test_weight_hash_follows_the_weights_alone(codec, state, runs, other_autoenc
     moved = Codec.load(tmp_path / "moved.ckpt")
     assert moved.weight_hash() == codec.weight_hash() == Codec.load(runs.autoencoder).weight_hash()
     assert Codec.load(other_autoencoder).weight_hash() != codec.weight_hash()
-    for name in moved.state_dict():
+    for name in list(moved.state_dict())[::20]:
         changed = copy.deepcopy(moved)
         weight = changed.state_dict()[name].view(-1)
         weight[0] = torch.nextafter(weight[0], torch.tensor(9.0))
@@ -149,5 +149,5 @@ def test_weights_that_do_not_fit_are_an_error(state, tmp_path, change):
 def test_a_target_outside_the_allow_list_is_refused(state, tmp_path):
     state["ldm"]["config"]["model"]["params"]["decoder"] = {"target": "os.system", "params": {"command": "true"}}
     checkpoint.save(tmp_path / "evil.ckpt", state)
-    with pytest.raises(ConfigError, match=r"os.system"):
+    with pytest.raises(ConfigError, match=r"evil.ckpt: .*model.params.decoder.target: .*os.system"):
         Codec.load(tmp_path / "evil.ckpt")

@@ -1,0 +1,87 @@
+"""Build the latent caches that a stage-2 configuration reads, or check caches byte by byte.
+
+python scripts/cache_latents.py --base configs/diffusion/imagenet_f8_class.yaml [data.params.cache=FOLDER]
+torchrun --nproc-per-node 8 scripts/cache_latents.py --base configs/diffusion/imagenet_f8_class.yaml
+python scripts/cache_latents.py --verify cache/*
+
+A build that was killed goes on where it was, and any number of processes, on any machines that see the folder, may
+work on one cache. Training builds what is missing by itself: this script is for doing so beforehand, or elsewhere.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.progress import Progress
+
+from ldm import distributed
+from ldm.commandline import Parser, split_overrides
+from ldm.errors import ConfigError, LdmError
+
+
+def build(base: Sequence[Path], overrides: Sequence[str], trust: Sequence[str]) -> None:
+    """Build the caches of the configuration's data module, and print where they are."""
+    from ldm import config
+    from ldm.data.latent_datamodule import LatentDataModule
+
+    loaded = config.load(base, overrides, trust)
+    loaded.check()
+    data = config.build(loaded.resolved()["data"], trust, key="data")
+    if not isinstance(data, LatentDataModule):
+        wanted, found = (f"{kind.__module__}.{kind.__qualname__}" for kind in (LatentDataModule, type(data)))
+        raise ConfigError(f"data.target: expected {wanted}, found {found}: only stage 2 reads a latent cache.")
+    data.prepare_data()
+    data.setup()
+    if distributed.is_main():
+        for cache in (data.train_cache, data.validation_cache):
+            if cache is not None:
+                print(f"{cache.folder}: {len(cache)} items of {cache.plan.shape}, {len(cache.manifest.broken)} broken")
+
+
+def verify(folder: Path) -> None:
+    """Check a cache whole, and print that it is sound."""
+    from ldm.data import latents
+
+    with Progress() as bar:
+        task = bar.add_task(str(folder))
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        manifest = latents.verify(folder, show)
+    print(f"{folder}: sound, {manifest.num_items} items")
+
+
+def verify_all(folders: Sequence[Path]) -> int:
+    """Check every cache, whatever is wrong with the ones before; returns the exit code."""
+    code = 0
+    for folder in folders:
+        try:
+            verify(folder)
+        except LdmError as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = error.exit_code
+    return code
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code (ldm/errors.py)."""
+    parser = Parser(prog="cache_latents.py", description="Build or check latent caches.", allow_abbrev=False)
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("-b", "--base", nargs="+", type=Path, metavar="YAML", help="stage-2 configuration")
+    task.add_argument("--verify", nargs="+", type=Path, metavar="FOLDER", help="caches to read and check whole")
+    parser.add_argument("--trust", nargs="+", default=[], metavar="PACKAGE", help="packages that targets may name")
+    try:
+        overrides, words = split_overrides(argv)
+        options = parser.parse_strictly(words)
+        if options.verify:
+            return verify_all(options.verify)
+        build(options.base, overrides, options.trust)
+    except LdmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
