@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torchvision
 
-from ldm.data.arrays import DEBIAN_FASHION_MNIST, CIFAR10, MNIST, ArrayImages, FashionMNIST
+from ldm.data.arrays import CIFAR10, DEBIAN_FASHION_MNIST, MNIST, ArrayImages, FashionMNIST
 from ldm.errors import DataError
 
 
@@ -42,7 +42,8 @@ def test_idx_files(tmp_path, pictures, zipped, below):
     assert (len(dataset), dataset.num_classes) == (5, 10)
     assert dataset.class_names[9] == "Ankle boot"
     item = dataset[2]
-    assert item["class_label"] == 9 and item["image"].mode == "L"
+    assert item["class_label"] == 9
+    assert item["image"].mode == "L"
     assert (np.asarray(item["image"]) == pictures[0][2]).all()
 
 

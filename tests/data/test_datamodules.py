@@ -1,4 +1,4 @@
-"""The data module of stage 1: batches, draws, the clock through a trainer, and workers that take no notice of signals."""
+"""The data module of stage 1: batches, draws, the clock in a trainer, workers that ignore signals."""
 
 import logging
 import multiprocessing
@@ -128,7 +128,8 @@ def test_training_follows_the_clock(fit):
 def test_validation_is_the_same_every_time_in_every_run(fit):
     recorder, _ = fit(8)
     passes = [recorder.validated[i : i + 1] for i in range(len(recorder.validated))]
-    assert len(passes) == 3 and passes[0] == passes[1] == passes[2]
+    assert len(passes) == 3
+    assert passes[0] == passes[1] == passes[2]
     numbers, _, uniforms = recorder.validated[0]
     assert numbers == list(range(5))
     assert uniforms == Draws(VALIDATION_SEED, range(5), 6).uniform("t").tolist()

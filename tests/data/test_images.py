@@ -50,7 +50,8 @@ class TestReadImage:
         assert corner(write(tmp_path / "b.png", Image.new("RGBA", (4, 4), (*RED, 255)))) == ("RGB", RED)
         assert corner(write(tmp_path / "c.png", Image.new("LA", (4, 4), (0, 0)))) == ("RGB", (255, 255, 255))
         mode, half = corner(write(tmp_path / "d.png", Image.new("RGBA", (4, 4), (0, 0, 0, 128))))
-        assert mode == "RGB" and abs(half[0] - 127) <= 1
+        assert mode == "RGB"
+        assert abs(half[0] - 127) <= 1
 
     def test_palette(self, tmp_path):
         palette = Image.new("RGB", (4, 4), RED).convert("P", palette=Image.Palette.ADAPTIVE)
@@ -65,7 +66,8 @@ class TestReadImage:
         frames = [Image.new("RGB", (4, 4), colour) for colour in (RED, (0, 0, 255))]
         path = write(tmp_path / "a.gif", frames[0], save_all=True, append_images=frames[1:])
         mode, pixel = corner(path)
-        assert mode == "RGB" and np.abs(np.subtract(pixel, RED)).max() <= 8
+        assert mode == "RGB"
+        assert np.abs(np.subtract(pixel, RED)).max() <= 8
 
     def test_pixel_limit_is_read_from_the_header(self, tmp_path):
         path = write(tmp_path / "bomb.png", Image.new("L", (300, 300)))
@@ -119,7 +121,8 @@ class TestImageFolder:
         write(tmp_path / "a.png")
         write(tmp_path / "b.png")
         folder = ImageFolder(tmp_path)
-        assert folder.num_classes is None and folder.class_names is None
+        assert folder.num_classes is None
+        assert folder.class_names is None
         assert set(folder[0]) == {"image"}
 
     def test_subfolders_need_not_be_classes(self, tmp_path):

@@ -21,7 +21,8 @@ def test_what_is_in_it(tmp_path):
     dataset = OpenMoji(folder=tmp_path, validation_fraction=0)
     assert 3_700 < len(dataset) < 4_200
     sizes = Counter(emoji.label for emoji in dataset.emoji)
-    assert sorted(sizes) == list(range(dataset.num_classes)) and len(dataset.class_names) == dataset.num_classes
+    assert sorted(sizes) == list(range(dataset.num_classes))
+    assert len(dataset.class_names) == dataset.num_classes
     assert min(sizes.values()) >= 60
     assert all(emoji.code in dataset._drawings for emoji in dataset.emoji)
     assert len({emoji.code for emoji in dataset.emoji}) == len(dataset)
@@ -56,7 +57,8 @@ def test_pictures(tmp_path):
     index = next(i for i, emoji in enumerate(dataset.emoji) if emoji.code == "1F600")
     item = dataset[index]
     assert item["caption"] == "grinning face"
-    assert item["image"].mode == "RGB" and item["image"].size == (24, 24)
+    assert item["image"].mode == "RGB"
+    assert item["image"].size == (24, 24)
     pixels = np.asarray(item["image"])
     assert pixels[0, 0].tolist() == [255, 255, 255]
     assert np.abs(pixels[8, 12].astype(int) - [0xFC, 0xEA, 0x2B]).max() < 3, "the forehead is yellow"

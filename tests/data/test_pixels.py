@@ -26,7 +26,8 @@ class TestTransforms:
     def test_range_and_layout(self):
         image = Image.new("RGB", (8, 8), (0, 255, 51))
         pixels = EvalTransform(8)(image)
-        assert type(pixels) is torch.Tensor and pixels.dtype == torch.float32
+        assert type(pixels) is torch.Tensor
+        assert pixels.dtype == torch.float32
         torch.testing.assert_close(pixels[:, 3, 4], torch.tensor([-1.0, 1.0, -0.6]))
         assert EvalTransform(8)(Image.new("L", (8, 8), 255)).shape == (1, 8, 8)
 
@@ -53,7 +54,9 @@ class TestTransforms:
         ramp = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8), (16, 1)))
         torch.manual_seed(0)
         starts = {int((TrainTransform(16, random_crop=True, flip=0)(ramp)[0, 0, 0] + 1) * 127.5) for _ in range(200)}
-        assert min(starts) <= 3 and max(starts) >= 45 and len(starts) > 30
+        assert min(starts) <= 3
+        assert max(starts) >= 45
+        assert len(starts) > 30
 
     def test_describe_names_what_decides_the_pixels(self):
         assert EvalTransform(16, "lanczos").describe() == {
@@ -64,7 +67,7 @@ class TestTransforms:
         }
 
     def test_unknown_interpolation(self):
-        with pytest.raises(ConfigError, match="bicubic.*'cubic'"):
+        with pytest.raises(ConfigError, match=r"bicubic.*'cubic'"):
             TrainTransform(16, interpolation="cubic")
 
 
@@ -95,9 +98,12 @@ class TestView:
         rows = view(image_folder)
         batch = collate([rows[number, number % 20] for number in (5, 31)])
         assert batch["image"].shape == (2, 3, 16, 16)
-        assert batch["class_label"].tolist() == [0, 1] and batch["class_label"].dtype == torch.int64
-        assert batch["sample_number"].tolist() == [5, 31] and batch["sample_number"].dtype == np.int64
-        assert batch["broken"] == {} and "caption" not in batch
+        assert batch["class_label"].tolist() == [0, 1]
+        assert batch["class_label"].dtype == torch.int64
+        assert batch["sample_number"].tolist() == [5, 31]
+        assert batch["sample_number"].dtype == np.int64
+        assert batch["broken"] == {}
+        assert "caption" not in batch
 
 
 class TestBrokenImages:
@@ -125,7 +131,8 @@ class TestBrokenImages:
                 broken.check(batch)
                 assert "broken" not in batch
         assert len(caplog.messages) == 3
-        assert "3.png: cannot be read" in caplog.messages[0] and "(1 so far)" in caplog.messages[0]
+        assert "3.png: cannot be read" in caplog.messages[0]
+        assert "(1 so far)" in caplog.messages[0]
 
     def test_too_many(self, damaged):
         broken, rows = BrokenImages(10, allowed=0.2), view(damaged)

@@ -88,7 +88,8 @@ def test_it_has_no_length():
 
 def test_addresses_are_plain_integers():
     ((number, item), *_) = next(iter(ElasticBatchSampler(4, 2, 0)))
-    assert type(number) is int and type(item) is int
+    assert type(number) is int
+    assert type(item) is int
 
 
 def test_batches_that_cannot_be_shared():
@@ -100,7 +101,7 @@ def test_batches_that_cannot_be_shared():
         accumulation(10, None, 4)
     with pytest.raises(ConfigError, match="Use batch_size 4, or"):
         accumulation(2, None, 4)
-    with pytest.raises(ConfigError, match="micro_batch_size: 3 does not divide .* 1, 2, 5, 10"):
+    with pytest.raises(ConfigError, match=r"micro_batch_size: 3 does not divide .* 1, 2, 5, 10"):
         accumulation(10, 3, 1)
     for batch_size, micro in ((0, None), (-4, None), (4, 0)):
         with pytest.raises(ConfigError, match="positive"):

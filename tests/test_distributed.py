@@ -1,0 +1,73 @@
+"""Ranks: from the launcher's environment, alone, and in a real group of two."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from ldm import distributed
+
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS")
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Set the launcher's environment to exactly what is given."""
+
+    def launch(**values: str) -> None:
+        for name in VARIABLES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    return launch
+
+
+@pytest.mark.parametrize(
+    ("environment", "rank", "world"),
+    [
+        ({}, 0, 1),
+        ({"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}, 3, 4),  # torchrun, two nodes
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, 1, 2),  # Lightning's launcher
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "5", "LOCAL_RANK": "1"}, 5, 8),  # srun
+        ({"SLURM_NTASKS": "8"}, 0, 1),  # within an allocation, but not started by srun
+        ({"RANK": "3"}, 0, 1),  # a left-over
+    ],
+)
+def test_before_the_group_exists(launched, environment, rank, world):
+    launched(**environment)
+    assert (distributed.rank(), distributed.world_size()) == (rank, world)
+    assert distributed.is_main() == (rank == 0)
+
+
+def test_alone_everything_is_a_no_op(launched):
+    launched()
+    assert distributed.max_over_ranks(5) == 5
+    assert distributed.gather({"a": 1}) == [{"a": 1}]
+    distributed.barrier()
+
+
+def _member(rank: int, store: str, results) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    seen = distributed.rank(), distributed.world_size(), distributed.is_main()
+    highest = distributed.max_over_ranks((rank + 1) * 2**40)
+    gathered = distributed.gather(f"from {rank}")
+    distributed.barrier()
+    results.put((rank, seen, highest, gathered))
+    results.close()
+    results.join_thread()
+    dist.destroy_process_group()
+
+
+@pytest.mark.timeout(60)
+def test_two_ranks(tmp_path, launched):
+    # The group's own numbers count, whatever the environment says.
+    launched(WORLD_SIZE="7", RANK="6")
+    results = mp.get_context("fork").Queue()
+    mp.start_processes(_member, (str(tmp_path / "store"), results), nprocs=2, start_method="fork")
+    everything = ["from 0", "from 1"]
+    assert sorted(results.get(timeout=10) for _ in range(2)) == [
+        (0, (0, 2, True), 2 * 2**40, everything),
+        (1, (1, 2, False), 2 * 2**40, everything),
+    ]
