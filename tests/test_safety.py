@@ -381,11 +381,11 @@ def test_two_ranks_stop_after_the_same_step(tmp_path: Path, number: int, workers
     (tmp_path / "driver.py").write_text(_DRIVER)  # a file: Lightning starts it once more for the second rank
     command = [sys.executable, str(tmp_path / "driver.py"), root, str(tmp_path), str(workers)]
     with subprocess.Popen(command, start_new_session=True) as run:
-        limit = threading.Timer(120, run.kill)
-        limit.start()
         while not (tmp_path / "started").exists() and run.poll() is None:
             time.sleep(0.1)
         time.sleep(1)
+        limit = threading.Timer(60, run.kill)
+        limit.start()
         if target == "group":
             os.killpg(run.pid, number)
         else:

@@ -1,0 +1,171 @@
+"""ldm.loggers: the metrics file survives kill -9 and resume; nothing that happens to wandb reaches training."""
+
+import csv
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ldm.loggers import FencedWandb, MetricsFile, read_metrics
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_one_row_a_step_and_columns_as_they_come(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "metrics.csv"
+    file = MetricsFile(path)
+    file.log_metrics({"train/loss": 0.5, "epoch": 0}, step=49)
+    file.log_metrics({"train/loss": 0.25}, step=99)
+    file.log_metrics({"val/loss": 1 / 3}, step=99)
+    file.log_metrics({"train/loss": float("nan")}, step=149)
+    assert table(path) == [
+        {"step": "49", "train/loss": "0.5", "val/loss": ""},
+        {"step": "99", "train/loss": "0.25", "val/loss": "0.333333333"},
+        {"step": "149", "train/loss": "nan", "val/loss": ""},
+    ]
+    assert os.listdir(path.parent) == ["metrics.csv"]
+
+
+def test_a_row_that_becomes_shorter_leaves_no_rest(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.csv")
+    file.log_metrics({"a": 0.123456789}, step=1)
+    file.log_metrics({"a": 2}, step=1)
+    assert (tmp_path / "metrics.csv").read_text() == "step,a\n1,2\n"
+
+
+def test_a_resumed_run_drops_what_it_will_write_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    first = MetricsFile(path)
+    for step in range(9, 60, 10):
+        first.log_metrics({"train/loss": step}, step=step)
+    with path.open("a") as file:
+        file.write("69,4")  # a power cut in the middle of a row
+    second = MetricsFile(path)
+    second.log_metrics({"val/loss": 1.0}, step=29)
+    second.log_metrics({"train/loss": 39}, step=39)
+    expected = [("9", "9", ""), ("19", "19", ""), ("29", "", "1"), ("39", "39", "")]
+    assert [(row["step"], row["train/loss"], row["val/loss"]) for row in table(path)] == expected
+
+
+def test_a_resumed_run_that_logs_nothing_leaves_the_file(tmp_path: Path) -> None:
+    MetricsFile(tmp_path / "metrics.csv").log_metrics({"a": 1}, step=1)
+    MetricsFile(tmp_path / "metrics.csv").log_metrics({"epoch": 0}, step=0)
+    assert read_metrics(tmp_path / "metrics.csv") == [{"step": "1", "a": "1"}]
+
+
+def test_kill_9_leaves_a_readable_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    for _ in range(10):
+        child = os.fork()
+        if child == 0:
+            try:
+                file = MetricsFile(path)
+                for step in range(100_000):
+                    file.log_metrics({"a": step, f"b{step // 50}": 2}, step=step)
+            finally:
+                os._exit(1)
+        time.sleep(0.1)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        rows = read_metrics(path)
+        assert [int(row["step"]) for row in rows] == list(range(len(rows)))
+        assert len(rows) > 10
+
+
+def test_a_disk_that_fails_is_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = MetricsFile(tmp_path / "a file" / "metrics.csv")
+    (tmp_path / "a file").write_text("not a folder")
+    with caplog.at_level(logging.WARNING):
+        for step in range(3):
+            file.log_metrics({"a": 1}, step=step)
+    assert len(caplog.records) == 1
+    assert "training goes on" in caplog.text
+
+
+_RUN = """
+import os, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from ldm.loggers import FencedWandb
+folder, fault = Path(sys.argv[2]), sys.argv[3]
+logger = FencedWandb(folder, project="test", time_limit=float(sys.argv[4]))
+started = time.monotonic()
+logger.log_hyperparams({"lr": 0.1})
+logger.log_metrics({"loss": 1.0}, step=0)
+logger.finalize("success")
+start = time.monotonic() - started
+if fault != "none":
+    children = [int(pid) for pid in os.popen(f"ps -o pid= --ppid {os.getpid()} -C wandb-core").read().split()]
+    cores = [pid for pid in children if b"wandb-core" in Path(f"/proc/{pid}/cmdline").read_bytes()
+             and str(os.getpid()).encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\\0")]
+    os.kill(cores[0], getattr(signal, fault))
+    time.sleep(0.2)
+started = time.monotonic()
+for step in range(1, 500):
+    logger.log_metrics({"loss": 1.0 / step}, step=step)
+logger.log_image("samples", [], step=step)
+print("trained: start", round(start), "loop", round(time.monotonic() - started), flush=True)
+"""
+
+
+def run_with_wandb(
+    folder: Path, fault: str = "none", limit: float = 30, **environment: str
+) -> tuple[subprocess.CompletedProcess, float]:
+    """A process that logs to wandb while `fault` happens to it, and how long it took."""
+    root = str(Path(__file__).parents[1])
+    keep = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    env = keep | {"HOME": str(folder), "WANDB_CACHE_DIR": str(folder / "cache")} | environment
+    command = [sys.executable, "-c", _RUN, root, str(folder), fault, str(limit)]
+    started = time.monotonic()
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
+    return done, time.monotonic() - started
+
+
+@pytest.mark.slow
+def test_without_an_account_wandb_is_offline_and_says_how_to_sync(tmp_path: Path) -> None:
+    done, _ = run_with_wandb(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"wandb sync {tmp_path / 'wandb' / 'offline-run'}" in done.stdout
+    assert "trained: " in done.stdout
+    assert list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert "Traceback" not in done.stderr
+    assert "lost" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["SIGKILL", "SIGSTOP"])
+def test_a_dead_or_hanging_service_is_survived(tmp_path: Path, fault: str) -> None:
+    done, _ = run_with_wandb(tmp_path, fault, limit=10)
+    assert done.returncode == 0, done.stderr
+    assert "loop 0" in done.stdout or "loop 1" in done.stdout
+    assert "Traceback" not in done.stderr
+    if fault == "SIGKILL":
+        assert "training goes on without it" in done.stderr
+
+
+@pytest.mark.slow
+def test_an_unreachable_server_means_offline(tmp_path: Path) -> None:
+    account = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    done, _ = run_with_wandb(tmp_path, limit=20, **account)
+    assert done.returncode == 0, done.stderr
+    assert "trained: " in done.stdout
+    assert "wandb sync" in done.stdout
+
+
+def test_calls_beyond_the_queue_are_counted_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = FencedWandb(tmp_path, time_limit=0.2)
+    monkeypatch.setattr(logger, "_connect", lambda: time.sleep(3600))
+    started = time.monotonic()
+    for step in range(1500):
+        logger.log_metrics({"a": 1.0}, step=step)
+    logger.finalize("success")
+    assert time.monotonic() - started < 5
+    assert logger.lost == 501  # a thousand are kept for later; the last one asked whether all were sent
