@@ -40,7 +40,7 @@ class _Decay(Constant):
 
     def remaining(self, step: int) -> float:
         """1 up to the peak ... 0 from step `steps` on."""
-        peak = max(self.warm_up - 1, 0)
+        peak = min(max(self.warm_up - 1, 0), self.steps - 1)
         return 0.0 if step >= self.steps else min(1.0, (self.steps - step) / (self.steps - peak))
 
 

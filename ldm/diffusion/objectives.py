@@ -215,7 +215,8 @@ class DDPM(nn.Module):
             self._on_device[key] = torch.tensor(self._tables[name], dtype=torch.float32, device=t.device)
         table = self._on_device[key]
         below = t.detach().floor().clamp(0, self.steps - 1).long()
-        return torch.lerp(table[below], table[below + 1], (t - below).float())
+        # take(), because indexing by a scalar tensor would read it back from the device.
+        return torch.lerp(table.take(below), table.take(below + 1), (t - below).float())
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave the tables' device copies behind."""

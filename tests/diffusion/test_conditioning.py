@@ -1,0 +1,48 @@
+"""Conditioning slots, and the conditioners that fill them."""
+
+import pytest
+import torch
+
+from ldm.diffusion.conditioning import ClassToken, ClassVector, Conditioning, Unconditional
+
+
+def test_where_chooses_whole_rows():
+    ours = Conditioning(torch.zeros(3, 2), torch.zeros(3, 4, 2), torch.zeros(3, 1, 2, 2))
+    theirs = Conditioning(torch.ones(3, 2), torch.ones(3, 4, 2), torch.ones(3, 1, 2, 2))
+    chosen = ours.where(torch.tensor([True, False, True]), theirs)
+    for slot in (chosen.vector, chosen.tokens, chosen.spatial):
+        assert slot.flatten(1).amax(1).tolist() == slot.flatten(1).amin(1).tolist() == [0, 1, 0]
+
+
+def test_cat_joins_rows_and_keeps_empty_slots_empty():
+    joined = Conditioning(vector=torch.zeros(2, 3)).cat(Conditioning(vector=torch.ones(1, 3)))
+    assert joined.vector.shape == (3, 3)
+    assert joined.tokens is None
+    assert joined.spatial is None
+
+
+def test_a_slot_filled_on_one_side_is_an_error():
+    with pytest.raises(ValueError, match="vector"):
+        Conditioning(vector=torch.zeros(2, 3)).cat(Conditioning())
+
+
+@pytest.mark.parametrize(
+    ("conditioner", "slot", "shape"), [(ClassVector, "vector", (8,)), (ClassToken, "tokens", (1, 8))]
+)
+def test_classes_and_the_null_class(conditioner, slot, shape):
+    module = conditioner(num_classes=3, channels=8)
+    told = getattr(module({"class_label": torch.tensor([0, 2, 2, 1])}), slot)
+    untold = getattr(module.null(4), slot)
+    assert told.shape == untold.shape == (4, *shape)
+    torch.testing.assert_close(told[1], told[2])
+    assert not torch.equal(told[0], told[1])
+    # "No class" is a row of its own, the same for all, and learned.
+    torch.testing.assert_close(untold[0], untold[3])
+    assert not any(torch.equal(untold[0], row) for row in told)
+    untold.sum().backward()
+    assert module.table.weight.grad.abs().sum(1).gt(0).tolist() == [False, False, False, True]
+
+
+def test_unconditional_fills_nothing():
+    assert Unconditional()({"class_label": torch.zeros(2)}) == Unconditional().null(2) == Conditioning()
+    assert not [*Unconditional().parameters()]

@@ -1,0 +1,210 @@
+"""The UNet: published sizes, parity with diffusers' blocks, and what it promises about its inputs."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention as DiffusersAttention
+from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+
+from ldm.diffusion.conditioning import Conditioning
+from ldm.diffusion.unet import ResBlock, SelfAttention, SpatialTransformer, UNet
+from ldm.errors import ConfigError
+from ldm.layers import attend, group_norm, sinusoid
+
+
+def randomise(module):
+    """Every parameter away from its start, so that zeroed layers count too."""
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return module.eval()
+
+
+def copy_into(reference, ours, names):
+    """Load the parameters of `ours` into `reference`, renamed; all of both must be used."""
+    state = {}
+    for name, value in ours.state_dict().items():
+        place = next(key for key in names if name.startswith(key))
+        target = name.replace(place, names[place], 1)
+        state[target] = value.reshape(reference.state_dict()[target].shape)
+    reference.load_state_dict(state)
+
+
+def tiny(**changes):
+    parameters = dict(in_channels=4, channels=32, channel_multipliers=(1, 2), blocks_per_level=1, attention_levels=(1,))
+    return randomise(UNet(**{**parameters, "heads": 4, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "count"),
+    [
+        # Rombach et al. 2022, tables 12 and 13; the exact figures are those of the authors' code.
+        (dict(in_channels=3, channels=224, channel_multipliers=(1, 2, 3, 4), attention_levels=(1, 2, 3),
+              head_channels=32), 274_056_163),
+        (dict(in_channels=4, channels=192, channel_multipliers=(1, 2, 2, 4, 4), attention_levels=(0, 1, 2, 3),
+              heads=8, scale_shift=True, resample_in_blocks=True), 294_966_916),
+        (dict(in_channels=4, channels=256, channel_multipliers=(1, 2, 4), attention_levels=(0, 1, 2),
+              head_channels=32, context_channels=512), 394_984_196),
+    ],
+    ids=["celebahq_f4", "lsun_churches_f8", "imagenet_f8_class"],
+)  # fmt: skip
+def test_published_parameter_counts(parameters, count):
+    with torch.device("meta"):
+        net = UNet(**parameters)
+    assert sum(p.numel() for p in net.parameters()) == count
+
+
+@pytest.mark.parametrize("scale_shift", [False, True])
+@pytest.mark.parametrize("resize", [1, 2, 0.5])
+def test_res_block_equals_diffusers(scale_shift, resize):
+    torch.manual_seed(0)
+    c_in, c_out = (128, 256) if resize == 1 else (128, 128)
+    ours = randomise(ResBlock(c_in, c_out, 64, scale_shift=scale_shift, resize=resize))
+    reference = ResnetBlock2D(
+        in_channels=c_in,
+        out_channels=c_out,
+        temb_channels=64,
+        eps=1e-5,
+        time_embedding_norm="scale_shift" if scale_shift else "default",
+        up=resize == 2,
+        down=resize == 0.5,
+    ).eval()
+    # diffusers' own resizing inside the block is the same repetition and pooling, without parameters.
+    names = {"norm_in": "norm1", "conv_in": "conv1", "embedding": "time_emb_proj", "norm_out": "norm2"}
+    copy_into(reference, ours, {**names, "conv_out": "conv2", "shortcut": "conv_shortcut"})
+    x, embedding = torch.randn(2, c_in, 8, 8), torch.randn(2, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x, F.silu(embedding), None), reference(x, embedding), rtol=1e-4, atol=1e-4)
+
+
+def test_self_attention_equals_diffusers():
+    torch.manual_seed(0)
+    ours = randomise(SelfAttention(128, 4))
+    reference = DiffusersAttention(
+        128, heads=4, dim_head=32, bias=True, norm_num_groups=32, eps=1e-5, residual_connection=True
+    ).eval()
+    state = ours.state_dict()
+    weights, biases = state["qkv.weight"].flatten(1).chunk(3), state["qkv.bias"].chunk(3)
+    mapped = {"group_norm.weight": state["norm.weight"], "group_norm.bias": state["norm.bias"]}
+    for name, weight, bias in zip(("to_q", "to_k", "to_v"), weights, biases, strict=True):
+        mapped |= {f"{name}.weight": weight, f"{name}.bias": bias}
+    mapped |= {"to_out.0.weight": state["out.weight"].flatten(1), "to_out.0.bias": state["out.bias"]}
+    reference.load_state_dict(mapped)
+    x = torch.randn(2, 128, 4, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x, torch.empty(0), None), reference(x), rtol=1e-4, atol=1e-4)
+
+
+def test_transformer_block_equals_diffusers():
+    torch.manual_seed(0)
+    ours = randomise(SpatialTransformer(128, 48, 4))
+    reference = BasicTransformerBlock(128, 4, 32, cross_attention_dim=48).eval()
+    names = {"norm_self": "norm1", "norm_cross": "norm2", "norm_feed": "norm3"}
+    for ours_name, theirs in (("attend_self", "attn1"), ("attend_cross", "attn2")):
+        names |= {f"{ours_name}.query": f"{theirs}.to_q", f"{ours_name}.key": f"{theirs}.to_k"}
+        names |= {f"{ours_name}.value": f"{theirs}.to_v", f"{ours_name}.out": f"{theirs}.to_out.0"}
+    names |= {"feed.widen": "ff.net.0.proj", "feed.narrow": "ff.net.2"}
+    frame = {"norm.", "conv_in", "conv_out"}
+    inner = {name: value for name, value in ours.state_dict().items() if not name.startswith(tuple(frame))}
+    holder = type("Holder", (), {"state_dict": lambda self: inner})()
+    copy_into(reference, holder, names)
+    x, tokens = torch.randn(2, 128, 4, 4), torch.randn(2, 3, 48)
+    with torch.no_grad():
+        inside = ours.conv_in(ours.norm(x)).flatten(2).transpose(1, 2)
+        expected = x + ours.conv_out(reference(inside, encoder_hidden_states=tokens).transpose(1, 2).reshape_as(x))
+        torch.testing.assert_close(ours(x, torch.empty(0), tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_sinusoid_equals_diffusers():
+    levels = torch.tensor([0.0, 1.0, 12.5, 999.0])
+    expected = get_timestep_embedding(levels, 64, flip_sin_to_cos=True, downscale_freq_shift=0)
+    torch.testing.assert_close(sinusoid(levels, 64), expected)
+    assert sinusoid(levels, 65).shape == (4, 65)
+
+
+@pytest.mark.parametrize("pixels", [16, 128, 129])
+def test_both_ways_of_attention_agree(pixels):
+    q, k, v = torch.randn(3, 2, 4, pixels, 8).unbind(0)
+    torch.testing.assert_close(attend(q, k, v), F.scaled_dot_product_attention(q, k, v), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(8, 2), (48, 12), (64, 16), (128, 32), (192, 32), (224, 32)])
+def test_groups_of_the_norm(channels, groups):
+    assert group_norm(channels).num_groups == groups
+
+
+def test_starts_as_zero():
+    net = UNet(4, 32, (1, 2), 1, (1,), heads=4)
+    out = net(torch.randn(2, 4, 8, 8), torch.tensor([1.0, 2.0]), Conditioning())
+    assert out.shape == (2, 4, 8, 8)
+    assert not out.any()
+
+
+def test_rows_do_not_mix_and_nothing_is_random():
+    net = tiny(vector_channels=16, context_channels=12, spatial_channels=2, scale_shift=True, resample_in_blocks=True)
+    x, level = torch.randn(3, 4, 8, 8), torch.tensor([0.0, 500.0, 999.0])
+    vector, tokens, spatial = torch.randn(3, 16), torch.randn(3, 5, 12), torch.randn(3, 2, 8, 8)
+    with torch.no_grad():
+        together = net(x, level, Conditioning(vector, tokens, spatial))
+        alone = net(x[1:2], level[1:2], Conditioning(vector[1:2], tokens[1:2], spatial[1:2]))
+        torch.testing.assert_close(together[1:2], alone, rtol=1e-4, atol=1e-5)
+        # Every input is heard.
+        for changed in (
+            net(x, level + 1, Conditioning(vector, tokens, spatial)),
+            net(x, level, Conditioning(vector + 1, tokens, spatial)),
+            net(x, level, Conditioning(vector, tokens * 2, spatial)),
+            net(x, level, Conditioning(vector, tokens, spatial + 1)),
+        ):
+            assert (changed - together).abs().flatten(1).amax(1).min() > 1e-4
+
+
+@pytest.mark.parametrize("context_channels", [None, 12])
+def test_checkpointing_changes_nothing_but_memory(context_channels):
+    tokens = None if context_channels is None else torch.randn(2, 3, 12)
+    x, level = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.0])
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(1)
+        net = tiny(context_channels=context_channels, dropout=0.3, checkpointing=checkpointing).train()
+        torch.manual_seed(2)
+        with torch.autocast("cpu", torch.bfloat16):  # the second pass must see it too
+            out = net(x, level, Conditioning(tokens=tokens))
+        out.float().square().sum().backward()
+        gradients.append([parameter.grad for parameter in net.parameters()])
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, again, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "shape", "conditioning", "words"),
+    [
+        ({}, (2, 3, 8, 8), Conditioning(), ["in_channels", "3, 8, 8"]),
+        ({}, (2, 4, 9, 8), Conditioning(), ["divisible by 2", "9"]),
+        ({}, (2, 4, 8, 8), Conditioning(vector=torch.zeros(2, 16)), ["vector_channels=None", "16"]),
+        ({"vector_channels": 8}, (2, 4, 8, 8), Conditioning(), ["vector_channels=8", "None"]),
+        ({"context_channels": 8}, (2, 4, 8, 8), Conditioning(tokens=torch.zeros(2, 1, 9)), ["context_channels=8", "9"]),
+        ({"spatial_channels": 1}, (2, 4, 8, 8), Conditioning(), ["spatial_channels=1"]),
+    ],
+)
+def test_inputs_that_do_not_fit_are_named(changes, shape, conditioning, words):
+    with pytest.raises(ConfigError) as caught:
+        tiny(**changes)(torch.zeros(shape), torch.zeros(shape[0]), conditioning)
+    assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"heads": None}, ["heads", "head_channels"]),
+        ({"head_channels": 8}, ["exactly one"]),
+        ({"heads": 5}, ["64 channels", "heads=5"]),
+        ({"heads": None, "head_channels": 48}, ["head_channels=48"]),
+        ({"attention_levels": (2,)}, ["attention_levels", "0..1"]),
+    ],
+)
+def test_parameters_that_contradict_are_named(changes, words):
+    with pytest.raises(ConfigError) as caught:
+        tiny(**changes)
+    assert all(word in str(caught.value) for word in words)
