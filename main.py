@@ -53,6 +53,8 @@ def work(options: Options) -> int:
     start = resume.start(options)
     start.config.check()
     steps = max_steps(start.config)
+    if not options.train and start.folder is None and start.checkpoint is None:
+        raise ConfigError("Without training there is nothing to validate: name a run or a checkpoint with --resume.")
     for note in start.notes:
         print(note)
     if start.folder and options.train and not options.dry_run and finished(start, steps):
@@ -65,10 +67,13 @@ def work(options: Options) -> int:
     data, tree, facts = prepare(start.config, options)
     if start.folder:
         resume.check_facts(start.folder, facts, options.allow_change)
-    if options.dry_run:
-        from ldm import dry_run
+    from ldm import dry_run, trainer
 
-        print(dry_run.report(tree, facts, options.trust))
+    outline = dry_run.meta_model(tree, options.trust)
+    dry_run.check_fit(outline, tree, facts, start.config.origin)
+    trainer.make_trainer(tree, data, outline, trust=options.trust)
+    if options.dry_run:
+        print(dry_run.report(outline, tree, facts))
         return 0
     return train(options, start, tree, data, facts)
 
@@ -117,7 +122,9 @@ def train(options: Options, start: resume.Start, tree: dict[str, Any], data: Any
             held.enter_context(folder.owned())
             run.check_space(folder.checkpoints, trainer.space_needed(model))
             resume.save(folder, start.source, tree, facts)
-        lightning = trainer.make_trainer(tree, folder, data, model, options.project, options.trust)
+        callbacks = trainer.make_callbacks(tree, folder, options.trust)
+        loggers = trainer.make_loggers(tree, folder, options.project, options.trust)
+        lightning = trainer.make_trainer(tree, data, model, callbacks, loggers, options.trust, folder.path)
         if not options.train:
             trainer.validate(lightning, model, data, folder, start.checkpoint)
             return 0

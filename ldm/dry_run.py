@@ -1,9 +1,10 @@
-"""What a configuration would train, without training it: parameters, shapes and FLOPs, on torch's meta device.
+"""What a configuration would train, without training it: whether the data fits the model, parameters, shapes, FLOPs.
 
-The meta device computes shapes alone, so that the largest model costs no memory and a second or two.
+All of it happens on torch's meta device, which computes shapes alone: the largest model costs no memory and a second.
 """
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,30 +12,73 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.config import build, to_yaml
+from ldm.errors import ConfigError, LdmError
 from ldm.randomness import Draws
 
 # Batch normalisation refuses a single value a channel, so one image is not enough; FLOPs are linear in the number.
 _ROWS = 2
+# Parameters of models that have to agree with a fact of the data, wherever they occur.
+_TIED = {"in_channels": "channels", "out_channels": "channels", "num_classes": "num_classes"}
 
 
-def report(tree: Mapping[str, Any], facts: Mapping[str, Any], trust: Sequence[str] = ()) -> str:
+def meta_model(tree: Mapping[str, Any], trust: Sequence[str] = ()) -> Any:
+    """The module of `tree["model"]`, in training mode, without values."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*copying from a non-meta parameter.*")
+        return build(tree["model"], trust, key="model").train()
+
+
+def check_fit(model: Any, tree: Mapping[str, Any], facts: Mapping[str, Any], origin: Callable[[str], str]) -> None:
+    """Pass a batch without values through the model.
+
+    Args:
+        model: of `meta_model`.
+        origin: dotted key -> where it was written.
+
+    Raises:
+        ConfigError: it does not pass, or labels are out of range; names the keys that disagree with the data.
+    """
+    tied = [(key, value, fact) for key, value, fact in _tied(tree["model"], "model") if facts.get(fact) is not None]
+    batch = meta_batch(facts)
+    try:
+        # An index out of range is not seen without values. (More classes than the data's are as well.)
+        if any(value < facts[fact] for _, value, fact in tied if fact == "num_classes"):
+            raise ValueError("labels out of range")
+        model.total_loss(batch)
+    except (LdmError, RuntimeError, ValueError, IndexError) as error:
+        shapes = ", ".join(f"{name} {shape}" for name, shape, _ in _shapes(batch, facts))
+        lines = [f"model: a global batch of {shapes} does not pass through it: {str(error).splitlines()[0]}."]
+        lines += [
+            f"  {key} ({origin(key)}) is {value}, the data has {facts[fact]}: write ${{data:{fact}}}"
+            for key, value, fact in tied
+            if value != facts[fact]
+        ]
+        raise ConfigError("\n".join(lines)) from error
+
+
+def _tied(node: Any, key: str) -> Iterator[tuple[str, int, str]]:
+    """(dotted key, value, fact) of every parameter that is named in _TIED."""
+    if isinstance(node, Mapping):
+        for name, value in node.items():
+            if name in _TIED and isinstance(value, int):
+                yield f"{key}.{name}", value, _TIED[name]
+            yield from _tied(value, f"{key}.{name}")
+
+
+def report(model: Any, tree: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     """The resolved configuration, then parameter counts, the batch's shapes and the FLOPs of one optimizer step.
 
     Args:
+        model: of `meta_model`.
         tree: the configuration with every reference filled in.
         facts: what the data said of itself.
     """
-    with torch.device("meta"):
-        model = build(tree["model"], trust, key="model")
     batch = meta_batch(facts)
     flops = step_flops(model, batch) * facts["batch_size"] / _ROWS
     lines = [to_yaml(dict(tree)), "parameters"]
     lines += [f"  {name:<34}{count / 1e6:>10.2f} M" for name, count in parameter_counts(model).items()]
-    lines += ["", f"batch (global, {facts['batch_size']} of {facts['num_items']} items)"]
-    for name, value in batch.items():
-        if isinstance(value, Tensor):
-            shape = (facts["batch_size"], *value.shape[1:])
-            lines.append(f"  {name:<34}{shape!s:>14} {str(value.dtype).removeprefix('torch.')}")
+    lines += ["", f"global batch, of {facts['num_items']} items"]
+    lines += [f"  {name:<34}{shape!s:>20} {kind}" for name, shape, kind in _shapes(batch, facts)]
     lines += ["", f"first optimizer step: {flops / 1e9:,.1f} GFLOPs, forward and backward (a multiply-add counts 2)"]
     return "\n".join(lines)
 
@@ -53,7 +97,6 @@ def meta_batch(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def step_flops(model: Any, batch: Mapping[str, Any]) -> int:
     """Floating point operations of `model.total_loss(batch)` and its backward pass."""
-    model.train()
     with FlopCounterMode(display=False) as counter:
         model.total_loss(batch).backward()
     return int(counter.get_total_flops())
@@ -67,6 +110,15 @@ def parameter_counts(model: nn.Module, depth: int = 2) -> dict[str, int]:
         if name and name.count(".") < depth and _count(module) >= max(1, total / 100):
             counts[name] = _count(module)
     return counts
+
+
+def _shapes(batch: Mapping[str, Any], facts: Mapping[str, Any]) -> list[tuple[str, tuple[int, ...], str]]:
+    """(name, shape of the global batch, type) of each tensor."""
+    tensors = [(name, value) for name, value in batch.items() if isinstance(value, Tensor)]
+    return [
+        (name, (facts["batch_size"], *value.shape[1:]), str(value.dtype).removeprefix("torch."))
+        for name, value in tensors
+    ]
 
 
 def _count(module: nn.Module) -> int:

@@ -11,6 +11,9 @@
 """
 
 import errno
+import logging
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -19,12 +22,15 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from ldm import checkpoint
 from ldm.config import build
 from ldm.errors import CheckpointError, ConfigError, LdmError, ResourceError
+from ldm.loggers import FencedWandb, MetricsFile
 from ldm.run import RunFolder, RunState
 from ldm.safety import AtomicCheckpointIO, FiniteGuard, Provenance, StopOnSignal
 from ldm.saving import Checkpoints, set_aside_later
@@ -42,49 +48,120 @@ def build_model(tree: Mapping[str, Any], trust: Sequence[str] = ()) -> Any:
 
 
 def make_trainer(
-    tree: Mapping[str, Any], folder: RunFolder, data: Any, model: Any, project: str, trust: Sequence[str] = ()
+    tree: Mapping[str, Any],
+    data: Any,
+    model: Any,
+    callbacks: Sequence[pl.Callback] = (),
+    loggers: Sequence[Logger] = (),
+    trust: Sequence[str] = (),
+    folder: Path | None = None,
 ) -> pl.Trainer:
     """A Trainer whose steps, intervals and accumulation mean the same on any number of devices.
 
     Args:
         tree: the configuration with every reference filled in.
         data: data module, for the accumulation.
-        model: module, which says whether it accumulates by itself.
+        model: module, which says whether it accumulates by itself; its weights are not touched.
+        folder: the run folder.
+
+    Raises:
+        ConfigError: Lightning refuses an argument.
     """
-    section = tree.get("lightning") or {}
+    section = tree["lightning"]
     arguments: dict[str, Any] = {"enable_model_summary": False, "log_every_n_steps": 50} | section["trainer"]
+    _check_arguments(arguments, model)
     max_steps = arguments["max_steps"]
-    plugins = build(arguments.pop("plugins", None) or [], trust, key="lightning.trainer.plugins")
     interval = min(arguments.pop("val_check_interval", None) or max(1, max_steps // 10), max_steps)
-    if not isinstance(interval, int):
-        raise ConfigError(
-            f"lightning.trainer.val_check_interval: expected a number of optimizer steps, found {interval!r}"
-        )
+    plugins = build(arguments.pop("plugins", None) or [], trust, key="lightning.trainer.plugins")
     strategy = build(section.get("strategy") or "auto", trust, key="lightning.strategy")
-    trainer = pl.Trainer(
-        **arguments,
-        strategy=strategy,
-        logger=[],
-        callbacks=make_callbacks(section.get("callbacks") or {}, tree, folder, trust),
-        plugins=[AtomicCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])],
-        default_root_dir=folder.path,
-        max_epochs=-1,
-        check_val_every_n_epoch=None,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-    )
-    # Known only now: the world size is the strategy's. Lightning counts both in batches.
-    accumulation = data.accumulation(trainer.world_size)
-    trainer.val_check_interval = interval * accumulation
-    if model.automatic_optimization:
-        trainer.accumulate_grad_batches = accumulation
+    steps = _Steps()
+    try:
+        with _muted():
+            trainer = pl.Trainer(
+                **arguments,
+                strategy=strategy,
+                logger=list(loggers),
+                callbacks=[steps, *callbacks],
+                plugins=[AtomicCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])],
+                enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+                default_root_dir=folder,
+                max_epochs=-1,
+                check_val_every_n_epoch=None,
+                use_distributed_sampler=False,
+                num_sanity_val_steps=0,
+            )
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        raise ConfigError(f"lightning.trainer: {error}") from error
+    # Known only now: the world size is the strategy's. Lightning counts the interval in batches.
+    steps.accumulation = data.accumulation(trainer.world_size)
+    trainer.val_check_interval = interval * steps.accumulation
     return trainer
 
 
-def make_callbacks(
-    nodes: Mapping[str, Any], tree: Mapping[str, Any], folder: RunFolder, trust: Sequence[str] = ()
-) -> list[pl.Callback]:
-    """The defaults, changed by name by `nodes`."""
+class _Steps(pl.Callback):
+    """Tells the trainer how many batches make a step.
+
+    Not by its argument, since Lightning refuses that of a module with manual optimisation, though its loggers count
+    steps by it.
+    """
+
+    accumulation = 1
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trainer.accumulate_grad_batches = self.accumulation
+
+
+def _check_arguments(arguments: Mapping[str, Any], model: Any) -> None:
+    interval = arguments.get("val_check_interval")
+    if interval is not None and (type(interval) is not int or interval < 1):
+        raise ConfigError(
+            f"lightning.trainer.val_check_interval: expected a number of optimizer steps, found {interval!r}."
+        )
+    if arguments.get("gradient_clip_val") and not model.automatic_optimization:
+        raise ConfigError(
+            "lightning.trainer.gradient_clip_val: this model has two optimizers and clips by itself; "
+            "write model.params.gradient_clip."
+        )
+
+
+@contextmanager
+def _muted() -> Iterator[None]:
+    """Within the block Lightning does not advertise."""
+    logger = logging.getLogger("pytorch_lightning.utilities.rank_zero")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def make_loggers(tree: Mapping[str, Any], folder: RunFolder, project: str, trust: Sequence[str] = ()) -> list[Logger]:
+    """metrics.csv, and the configuration's; without a word about them wandb (unless WANDB_MODE is disabled)."""
+    section = tree["lightning"]
+    mode = os.environ.get("WANDB_MODE")
+    if "logger" in section:
+        chosen = build(section["logger"] or [], trust, key="lightning.logger")
+        further = (
+            list(chosen.values()) if isinstance(chosen, dict) else chosen if isinstance(chosen, list) else [chosen]
+        )
+    elif mode == "disabled":
+        further = []
+    else:
+        name = folder.path.name
+        further = [FencedWandb(folder.path, project, name, id=_wandb_id(name), offline=mode == "offline")]
+    for logger in further:
+        logger.log_hyperparams(dict(tree))
+    return [MetricsFile(folder.metrics_file), *further]
+
+
+def _wandb_id(name: str) -> str:
+    return re.sub(r"[^\w-]", "-", name)
+
+
+def make_callbacks(tree: Mapping[str, Any], folder: RunFolder, trust: Sequence[str] = ()) -> list[pl.Callback]:
+    """The defaults, changed by name by the configuration."""
+    nodes = tree["lightning"].get("callbacks") or {}
     default: dict[str, pl.Callback | None] = {
         "provenance": Provenance(tree),
         "finite": FiniteGuard(folder.checkpoints),

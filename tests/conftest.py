@@ -69,7 +69,7 @@ def autoencoder_tree(image_folder) -> Tree:
             seed="${seed}",
             num_validation=4,
         ),
-        "lightning": {"trainer": copy.deepcopy(TRAINER)},
+        "lightning": {"trainer": copy.deepcopy(TRAINER), "logger": None},
     }
 
 
@@ -107,5 +107,5 @@ def diffusion_tree(image_folder) -> Tree:
             seed="${seed}",
             num_validation=4,
         ),
-        "lightning": {"trainer": copy.deepcopy(TRAINER)},
+        "lightning": {"trainer": copy.deepcopy(TRAINER), "logger": None},
     }

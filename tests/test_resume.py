@@ -142,7 +142,7 @@ def test_killed_and_resumed_is_the_same_run(stage, killed_after, workers, micro_
     assert order == expected
     assert_same(final(killed), final(straight))
     assert final(killed)["ldm"]["images_seen"] == 6 * STEPS
-    if False: assert metrics(killed, after=killed_after) == metrics(straight, after=killed_after)
+    assert metrics(killed, after=killed_after) == metrics(straight, after=killed_after)
 
 
 @pytest.mark.parametrize("stage", ["autoencoder", "diffusion"], indirect=True)

@@ -1,0 +1,223 @@
+"""main.py as its users meet it: what a run leaves, what a mistake is answered with, and how it exits."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import main
+from ldm import checkpoint
+from ldm.config import to_yaml
+from ldm.run import RunFolder
+
+ROOT = Path(main.__file__).parent
+
+
+@pytest.fixture
+def stage1(autoencoder_tree, tmp_path, monkeypatch) -> dict[str, Any]:
+    """Stage 1, two steps long, written to stage1.yaml in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    autoencoder_tree["lightning"]["trainer"] |= {"max_steps": 2, "val_check_interval": 2, "log_every_n_steps": 1}
+    Path("stage1.yaml").write_text(to_yaml(autoencoder_tree))
+    return autoencoder_tree
+
+
+def run_folder() -> RunFolder:
+    (path,) = Path("logs").iterdir()
+    return RunFolder(path)
+
+
+def train(*words: str) -> int:
+    return main.main(["--base", "stage1.yaml", *words])
+
+
+def refused(capsys: pytest.CaptureFixture[str], code: int, *words: str) -> str:
+    """What is said when `words` end with `code`, before there is a run."""
+    assert train(*words) == code
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert "Traceback" not in message
+    assert not Path("logs").exists() or not any(Path("logs").iterdir())
+    return message
+
+
+def test_a_run_leaves_its_folder(stage1, capsys):
+    assert train("-n", "cats", "-f", "_dogs", "data.params.batch_size=4") == 0
+    folder = run_folder()
+    assert folder.name == "cats_dogs"
+    assert f"{folder.path}: finished at step 2" in capsys.readouterr().out
+    state = folder.read_state()
+    assert state is not None
+    assert (state.status, state.step, state.exit_code) == ("finished", 2, 0)
+    saved = checkpoint.load(folder.path / str(state.resume_from))
+    tree = saved["ldm"]["config"]
+    assert tree["data"]["params"]["batch_size"] == 4
+    assert tree["model"]["params"]["encoder"]["params"]["in_channels"] == 3
+    assert saved["ldm"]["metrics"]["val/psnr"] > 0  # saved after the last validation
+    assert saved["ldm"]["latents"] is not None
+    assert "val/psnr" in folder.metrics_file.read_text().splitlines()[0]
+    assert json.loads(folder.facts_file.read_text())["num_items"] == 16
+    assert {path.name for path in folder.images.iterdir()} == {"train", "val"}
+
+
+def test_training_is_off_and_on(stage1, capsys):
+    assert "--resume" in refused(capsys, 2, "-t", "false")
+    assert train() == 0
+    folder = run_folder()
+    before = folder.read_state()
+    assert main.main(["-r", str(folder.path), "--no-train"]) == 0
+    assert "val/psnr" in capsys.readouterr().out
+    assert folder.read_state() == before
+    assert main.main(["-r", str(folder.path)]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_dry_run_tells_and_leaves_nothing(stage1, capsys):
+    assert train("--dry-run", "seed=5") == 0
+    said = capsys.readouterr().out
+    assert "seed: 5" in said
+    assert "in_channels: 3" in said
+    for part in ("encoder", "decoder", "(6, 3, 16, 16) float32", "GFLOPs"):
+        assert part in said
+    assert not Path("logs").exists()
+
+
+def test_the_rate_scales_with_the_global_batch_once(stage1, capsys):
+    assert train("--scale-lr") == 0
+    folder = run_folder()
+    assert "model.params.optimizer.params.lr to 0.006" in capsys.readouterr().out
+    assert main.main(["-r", str(folder.path), "lightning.trainer.max_steps=3"]) == 0
+    saved = checkpoint.load(checkpoint.find(folder.path))
+    assert saved["global_step"] == 3
+    # The schedule was as long as the run when it began, and is at its end.
+    assert saved["optimizer_states"][0]["param_groups"][0]["initial_lr"] == pytest.approx(6e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--bose", "x.yaml"], 2, ["--bose", "--base"]),
+        (["--base", "stage2.yaml"], 2, ["stage2.yaml", "stage1.yaml"]),
+        (["modle.x=1"], 2, ["modle", "command line", "model"]),
+        (["data.params.batchsize=2"], 2, ["data.params.batchsize", "batch_size"]),
+        (["data.params.batch_size=many"], 2, ["data.params.batch_size", "many", "int"]),
+        (["data.params.micro_batch_size=4"], 2, ["micro_batch_size", "4", "6"]),
+        (["model.params.encoder.target=os.system"], 2, ["os.system", "refused"]),
+        (["lightning.trainer.max_stpes=3"], 2, ["max_stpes", "max_steps"]),
+        (["lightning.trainer.max_steps=0"], 2, ["lightning.trainer.max_steps"]),
+        (["lightning.trainer.accelerator=abacus"], 2, ["abacus"]),
+        (["lightning.trainer.gradient_clip_val=1.0"], 2, ["clip"]),
+        (["model.params.encoder.params.in_channels=4"], 2, ["in_channels", "4", "${data:channels}", "command line"]),
+        (["data.params.resolution=15"], 2, ["image (6, 3, 15, 15)"]),
+        (["-n", "a/b"], 2, ["a/b"]),
+        (["data.params.train.params.root=nowhere"], 3, ["nowhere"]),
+        (["data.params.num_validation=20"], 3, ["20"]),
+        (["-r", "nowhere"], 4, ["nowhere"]),
+        (["-l", "/proc/logs"], 6, ["/proc/logs", "--logdir"]),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value),
+)
+def test_mistakes_are_answered_before_there_is_a_run(stage1, capsys, words, code, said):
+    message = refused(capsys, code, *words)
+    for part in said:
+        assert part in message
+
+
+def test_an_empty_folder_of_images(stage1, capsys, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "0 images" in refused(capsys, 3, "data.params.train.params.root=empty")
+
+
+def test_an_unsafe_environment_is_refused(stage1, capsys, monkeypatch):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    assert "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD" in refused(capsys, 4)
+
+
+def test_a_loss_that_is_not_finite(stage1, capsys):
+    assert train("model.params.optimizer.params.lr=1e30", "lightning.trainer.max_steps=9") == 5
+    assert "not finite" in capsys.readouterr().err
+    state = run_folder().read_state()
+    assert state is not None
+    assert (state.status, state.exit_code) == ("failed", 5)
+
+
+def test_damaged_checkpoints(stage1, capsys):
+    assert train() == 0
+    folder = run_folder()
+    (file,) = folder.checkpoints.iterdir()
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    words = ["-r", str(folder.path), "lightning.trainer.max_steps=4"]
+    assert main.main(words) == 4
+    message = capsys.readouterr().err
+    assert file.name in message
+    assert "damaged" in message
+    # It is never started from step 0 instead, however often one tries.
+    assert main.main(words) == 4
+
+
+def test_an_older_checkpoint_named_by_hand(stage1):
+    every = "{target: ldm.saving.Checkpoints, params: {every: 1}}"
+    assert train(f"lightning.callbacks.checkpoints={every}", "lightning.trainer.max_steps=3") == 0
+    folder = run_folder()
+    assert {file.name for file in folder.checkpoints.iterdir()} == {"step=00000002.ckpt", "step=00000003.ckpt"}
+    named = folder.checkpoints / "step=00000002.ckpt"
+    assert main.main(["-r", str(named), "lightning.trainer.max_steps=3"]) == 0
+    assert {file.name for file in folder.checkpoints.iterdir()} == {
+        *("step=00000002.ckpt", "step=00000003.ckpt", "step=00000003.ckpt.superseded"),
+    }
+
+
+def test_a_checkpoint_from_elsewhere_starts_a_new_run(stage1, tmp_path):
+    assert train() == 0
+    elsewhere = tmp_path / "downloaded.ckpt"
+    checkpoint.find(run_folder().path).rename(elsewhere)
+    assert main.main(["-r", str(elsewhere), "-l", "new", "lightning.trainer.max_steps=3"]) == 0
+    (folder,) = (tmp_path / "new").iterdir()
+    saved = checkpoint.load(checkpoint.find(folder))
+    assert saved["global_step"] == 3
+    assert saved["ldm"]["images_seen"] == 18
+
+
+# Each of these starts a process of its own, and so waits for torch to be imported.
+
+
+def start(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "main.py"), *words]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
+
+
+def test_a_mistake_takes_less_than_five_seconds(stage1):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    ended = start("--base", "stage1.yaml", "data.params.batchsize=2")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert ended.returncode == 2
+    assert "did you mean 'batch_size'" in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+    # Of the processor, not of the clock on a wall that other tests share.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
+
+
+def test_debug_shows_the_traceback(stage1):
+    ended = start("--base", "stage1.yaml", "--debug", "modle.x=1")
+    assert ended.returncode == 2
+    assert "Traceback" in ended.stderr
+    assert "error: modle" in ended.stderr
+
+
+def test_a_second_process_is_refused(stage1):
+    assert train() == 0
+    folder = run_folder()
+    with folder.owned():
+        ended = start("-r", str(folder.path), "lightning.trainer.max_steps=4")
+    assert ended.returncode == 8
+    assert f"process {os.getpid()} on " in ended.stderr
+    state = folder.read_state()
+    assert state is not None
+    assert state.step == 2
