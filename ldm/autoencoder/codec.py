@@ -143,10 +143,16 @@ def _fill(network: nn.Module, state_dict: Mapping[str, Tensor], name: str, file:
 @contextmanager
 def _full_precision() -> Iterator[None]:
     """Convolutions and products in IEEE fp32, by algorithms that give the same bits each time."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    backends: Any = torch.backends
+    kernels = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
+    precisions = [kernel.fp32_precision for kernel in kernels]
+    choice = backends.cudnn.benchmark, backends.cudnn.deterministic
+    for kernel in kernels:
+        kernel.fp32_precision = "ieee"
+    backends.cudnn.benchmark, backends.cudnn.deterministic = False, True
     try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            yield
+        yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        backends.cudnn.benchmark, backends.cudnn.deterministic = choice
+        for kernel, precision in zip(kernels, precisions, strict=True):
+            kernel.fp32_precision = precision

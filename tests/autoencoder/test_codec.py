@@ -63,12 +63,14 @@ def test_encodes_in_fp32_under_autocast(codec, images):
         assert torch.equal(a, b)
 
 
-def test_the_precision_setting_around_it_is_restored(codec, images):
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_encodes_in_true_fp32_whatever_setting_surrounds_it(codec, images, precision):
+    expected = codec.encode(images)
     before = torch.get_float32_matmul_precision()
     try:
-        torch.set_float32_matmul_precision("medium")
-        codec.encode(images)
-        assert torch.get_float32_matmul_precision() == "medium"
+        torch.set_float32_matmul_precision(precision)
+        assert torch.equal(codec.encode(images)[0], expected[0])
+        assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision(before)
 
