@@ -223,7 +223,9 @@ class FiniteGuard(pl.Callback):
     ) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor):
-            self._current.losses.append(loss.detach())
+            # Lightning has divided it by the number of micro-batches, where the optimisation is its own.
+            divided_by = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+            self._current.losses.append(loss.detach() * divided_by)
         if isinstance(batch, Mapping) and "draws" in batch:
             self._current.samples.append(batch["draws"].numbers)
         if trainer.global_step == self._done:

@@ -1,0 +1,228 @@
+"""ldm.callbacks: pictures land where they should and show what they should; speed and progress are told truly."""
+
+import io
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+from rich.console import Console
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ldm.callbacks import ImageLogger, Progress, SampleLogger, Throughput, to_uint8
+from ldm.data.latents import Manifest
+from ldm.errors import ConfigError
+from ldm.evaluation.generate import Pipeline, generate
+from ldm.loggers import MetricsFile, read_metrics
+from ldm.randomness import Draws
+
+SIDE = 6
+
+
+class Data(pl.LightningDataModule):
+    """Endless batches of five images; each is all of one value, its sample number over 100."""
+
+    def __init__(self, pause: float = 0.0) -> None:
+        super().__init__()
+        self.pause = pause
+
+    def batches(self, rows: list[int]) -> dict[str, Any]:
+        time.sleep(self.pause)
+        return {
+            "image": torch.tensor(rows).float().div(100).view(-1, 1, 1, 1).expand(-1, 3, SIDE, SIDE),
+            "caption": [f"number {row}" for row in rows],
+            "sample_number": np.array(rows),
+        }
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(range(1000), batch_size=5, collate_fn=self.batches)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(range(10), batch_size=5, collate_fn=self.batches)
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        return batch | {"draws": Draws(0, batch.pop("sample_number"), 5)}
+
+
+class Shows(pl.LightningModule):
+    """Shows the input and its negative, and remembers in which mode it was asked."""
+
+    def __init__(self, pause: float = 0.0) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+        self.pause = pause
+        self.asked: list[tuple[bool, int, int]] = []
+
+    def images(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        assert len(batch["draws"]) == len(batch["caption"]) == len(batch["image"])
+        self.asked.append((self.training, len(batch["image"]), int(batch["draws"].numbers[0])))
+        assert not torch.is_grad_enabled()
+        return {"input": batch["image"], "negative": -batch["image"]}
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        time.sleep(self.pause)
+        return self.layer(torch.ones(1, 1)).sum() * 0 + 2.5
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.log("val/loss", 0.125)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(folder: Path, module: pl.LightningModule, callbacks: Iterable[pl.Callback], **kwargs: Any) -> pl.Trainer:
+    options: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": any(isinstance(callback, Progress) for callback in callbacks),
+        "limit_val_batches": 0,
+        "log_every_n_steps": 4,
+    }
+    data = kwargs.pop("data", None) or Data()
+    trainer = pl.Trainer(default_root_dir=folder, callbacks=list(callbacks), **(options | kwargs))
+    trainer.fit(module, data)
+    return trainer
+
+
+def picture(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_sheets_of_training_and_validation_images(tmp_path: Path) -> None:
+    module = Shows()
+    validating = {"limit_val_batches": 1.0, "check_val_every_n_epoch": None, "val_check_interval": 3}
+    fit(tmp_path, module, [ImageLogger(every_n_steps=4, num_images=2)], max_steps=8, **validating)
+    names = [f"train/input-negative_{step:08d}.png" for step in (4, 8)]
+    names += [f"val/input-negative_{step:08d}.png" for step in (3, 6)]
+    found = sorted(str(path.relative_to(tmp_path / "images")) for path in (tmp_path / "images").rglob("*.png"))
+    assert found == names
+    # Not in training mode, two images each: the newest batch's in training, always the first ones' in validation.
+    assert module.asked == [(False, 2, 0), (False, 2, 15), (False, 2, 0), (False, 2, 35)]
+    assert module.training
+    sheet = picture(tmp_path / "images" / names[0])
+    assert sheet.shape == (2 * SIDE + 6, 2 * SIDE + 6, 3)
+    middle, second = 2 + SIDE // 2, 4 + SIDE + SIDE // 2
+    values = [15, 16, -15, -16]  # the fourth batch
+    places = [(middle, middle), (middle, second), (second, middle), (second, second)]
+    for value, place in zip(values, places, strict=True):
+        assert (sheet[place] == round((value / 100 + 1) * 127.5)).all()
+
+
+def test_a_folder_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "images").write_text("a file where the folder should be")
+    trainer = fit(tmp_path, Shows(), [ImageLogger(every_n_steps=2)], max_steps=4)
+    assert trainer.global_step == 4
+    assert "training goes on" in caplog.text
+
+
+def test_a_step_of_several_micro_batches_is_shown_once(tmp_path: Path) -> None:
+    module = Shows()
+    fit(tmp_path, module, [ImageLogger(every_n_steps=2)], max_steps=5, accumulate_grad_batches=3)
+    assert [first for _, _, first in module.asked] == [25, 55]
+
+
+def test_levels_are_clamped_and_rounded() -> None:
+    images = torch.tensor([-2.0, -1.0, 0.0, 1.0, 1.5]).view(5, 1, 1, 1)
+    assert [image.item() for image in to_uint8(images)] == [0, 0, 128, 255, 255]
+
+
+@pytest.mark.parametrize("classes", [None, [2, 0]])
+def test_samples_are_those_of_the_averaged_weights(tmp_path: Path, runs: Any, classes: list[int] | None) -> None:
+    module = runs.module
+    saved = Pipeline.load(runs.diffusion)
+    trainer = SimpleNamespace(
+        default_root_dir=tmp_path,
+        datamodule=SimpleNamespace(manifest=saved.manifest),
+        global_step=6,
+        is_global_zero=True,
+        loggers=[],
+        precision_plugin=pl.plugins.Precision(),
+    )
+    callback = SampleLogger(every_n_steps=3, classes=classes, seeds=[7, 8, 9], steps=2, guidance_scale=2.0)
+    module.train()
+    callback.on_train_batch_end(trainer, module)
+    sheet = picture(tmp_path / "images" / "val" / "samples_00000006.png")
+    rows = len(classes or [0])
+    labels = None if classes is None else [2, 2, 2, 0, 0, 0]
+    wanted = list(generate(saved, [7, 8, 9] * rows, labels, steps=2, guidance_scale=2.0))
+    side = wanted[0].image.shape[0]
+    assert sheet.shape[:2] == (rows * (side + 2) + 2, 3 * (side + 2) + 2)
+    for place, sample in enumerate(wanted):
+        top, left = (2 + index * (side + 2) for index in divmod(place, 3))
+        assert np.abs(sheet[top : top + side, left : left + side] - sample.image).max() <= 1
+    assert isinstance(saved.manifest, Manifest)
+
+
+def test_samples_need_a_diffusion_model(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="expected a LatentDiffusion, found a Shows"):
+        fit(tmp_path, Shows(), [SampleLogger(every_n_steps=1)], max_steps=1)
+
+
+def test_throughput_counts_images_and_waiting(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.csv"
+    module, data = Shows(pause=0.01), Data(pause=0.03)
+    fit(tmp_path, module, [Throughput(every_n_steps=4)], max_steps=12, data=data, logger=MetricsFile(file))
+    rows = [row for row in read_metrics(file) if "images_per_second" in row]
+    assert [row["step"] for row in rows] == ["3", "7", "11"]
+    # Between five images in 40 ms and, on a busy machine, a good deal fewer.
+    assert 20 < float(rows[1]["images_per_second"]) <= 5 / 0.04
+    assert 0.3 < float(rows[1]["data_wait"]) < 0.95
+
+
+def test_saves_do_not_pass_for_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 100.0, 101.0, 103.0, 104.0])
+    monkeypatch.setattr("ldm.callbacks.time.monotonic", lambda: next(clock))
+    logged: dict[str, float] = {}
+    module: Any = SimpleNamespace(log_dict=lambda values, **_: logged.update(values))
+    batch = {"draws": Draws(0, range(6), 6)}
+    callback = Throughput(every_n_steps=3)
+    for step in (1, 2, 3):
+        trainer: Any = SimpleNamespace(global_step=step - 1, world_size=2)
+        callback.on_train_batch_start(trainer, module, batch, 0)
+        trainer.global_step = step
+        callback.on_train_batch_end(trainer, module, None, batch, 0)
+        if step == 1:
+            callback.on_save_checkpoint(trainer, module, {})
+    # Three steps of a second each, and a wait of two seconds; the 99 seconds of the save are no one's.
+    assert logged == {"images_per_second": pytest.approx(3 * 12 / 5), "data_wait": pytest.approx(2 / 5)}
+
+
+def a_progress(terminal: bool, **pauses: float) -> tuple[Progress, io.StringIO]:
+    progress, text = Progress(**pauses), io.StringIO()
+    progress._console = Console(file=text, force_terminal=terminal, width=120)
+    return progress, text
+
+
+def test_a_log_file_gets_a_line_now_and_then(tmp_path: Path) -> None:
+    progress, text = a_progress(terminal=False, log_seconds=3600)
+    progress._pause = 3600
+    validating = {"limit_val_batches": 1.0, "check_val_every_n_epoch": None, "val_check_interval": 20}
+    fit(tmp_path, Shows(), [progress], max_steps=40, accumulate_grad_batches=1, **validating)
+    lines = [line for line in text.getvalue().splitlines() if line]
+    assert lines[0] == "step 20: val/loss 0.125"
+    assert lines[1].startswith("step 40/40: loss 2.5  ")
+    assert lines[1].endswith(" images/s")
+    assert len(lines) == 3
+
+
+def test_a_terminal_gets_a_bar_with_the_loss_of_the_whole_batch(tmp_path: Path) -> None:
+    progress, text = a_progress(terminal=True)
+    fit(tmp_path, Shows(), [progress], max_steps=4, accumulate_grad_batches=2)
+    assert "4/4" in text.getvalue()
+    assert "loss 2.5 " in text.getvalue()
+
+
+def test_a_rank_that_is_not_the_first_is_silent(tmp_path: Path) -> None:
+    progress, text = a_progress(terminal=True)
+    progress.disable()
+    fit(tmp_path, Shows(), [progress], max_steps=4)
+    assert text.getvalue() == ""
