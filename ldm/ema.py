@@ -53,9 +53,10 @@ class EMA(nn.Module):
 
     def __init__(self, model: nn.Module, profile: Profile) -> None:
         super().__init__()
-        self.average = copy.deepcopy(model).float().eval().requires_grad_(False)
+        self.average = copy.deepcopy(model).float().requires_grad_(False)
         self.profile = profile
         self.images_seen = 0
+        self.train(False)
 
     @torch.no_grad()
     def update(self, model: nn.Module, images: int) -> None:
