@@ -22,10 +22,10 @@ PREDICTIONS = [Eps(), X0(), V()]
 @pytest.mark.parametrize(
     ("schedule", "reference"),
     [
-        (Linear(), dict(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)),
-        (SqrtLinear(), dict(beta_schedule="scaled_linear", beta_start=0.0015, beta_end=0.0195)),
-        (SqrtLinear(0.00085, 0.012), dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)),
-        (Cosine(), dict(beta_schedule="squaredcos_cap_v2")),
+        (Linear(), {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}),
+        (SqrtLinear(), {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195}),
+        (SqrtLinear(0.00085, 0.012), {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}),
+        (Cosine(), {"beta_schedule": "squaredcos_cap_v2"}),
     ],
     ids=["linear", "sqrt_linear", "sqrt_linear_sd", "cosine"],
 )

@@ -33,7 +33,13 @@ def copy_into(reference, ours, names):
 
 
 def tiny(**changes):
-    parameters = dict(in_channels=4, channels=32, channel_multipliers=(1, 2), blocks_per_level=1, attention_levels=(1,))
+    parameters = {
+        "in_channels": 4,
+        "channels": 32,
+        "channel_multipliers": (1, 2),
+        "blocks_per_level": 1,
+        "attention_levels": (1,),
+    }
     return randomise(UNet(**{**parameters, "heads": 4, **changes}))
 
 
@@ -41,12 +47,12 @@ def tiny(**changes):
     ("parameters", "count"),
     [
         # Rombach et al. 2022, tables 12 and 13; the exact figures are those of the authors' code.
-        (dict(in_channels=3, channels=224, channel_multipliers=(1, 2, 3, 4), attention_levels=(1, 2, 3),
-              head_channels=32), 274_056_163),
-        (dict(in_channels=4, channels=192, channel_multipliers=(1, 2, 2, 4, 4), attention_levels=(0, 1, 2, 3),
-              heads=8, scale_shift=True, resample_in_blocks=True), 294_966_916),
-        (dict(in_channels=4, channels=256, channel_multipliers=(1, 2, 4), attention_levels=(0, 1, 2),
-              head_channels=32, context_channels=512), 394_984_196),
+        ({"in_channels": 3, "channels": 224, "channel_multipliers": (1, 2, 3, 4), "attention_levels": (1, 2, 3),
+              "head_channels": 32}, 274_056_163),
+        ({"in_channels": 4, "channels": 192, "channel_multipliers": (1, 2, 2, 4, 4), "attention_levels": (0, 1, 2, 3),
+              "heads": 8, "scale_shift": True, "resample_in_blocks": True}, 294_966_916),
+        ({"in_channels": 4, "channels": 256, "channel_multipliers": (1, 2, 4), "attention_levels": (0, 1, 2),
+              "head_channels": 32, "context_channels": 512}, 394_984_196),
     ],
     ids=["celebahq_f4", "lsun_churches_f8", "imagenet_f8_class"],
 )  # fmt: skip

@@ -1,0 +1,199 @@
+"""Stage 2 under Lightning, on latents made up here: the clock, accumulation, dropped labels, the average, resuming."""
+
+from functools import partial
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader
+
+from ldm.diffusion.conditioning import ClassVector
+from ldm.diffusion.module import LatentDiffusion
+from ldm.diffusion.objectives import DDPM, SqrtLinear
+from ldm.diffusion.unet import UNet
+from ldm.ema import EMA, HalfLife
+from ldm.randomness import Draws
+from ldm.schedule import Linear
+
+BATCH, SHAPE = 8, (2, 4, 4)
+
+
+def make_batch(numbers, device="cpu"):
+    """What a data module gives for these sample numbers; latents that depend on the number alone."""
+    draws = Draws(0, numbers, BATCH, device)
+    labels = torch.tensor(draws.numbers % 3).to(device)
+    return {"latent": draws.normal("data", SHAPE) + 1, "class_label": labels, "draws": draws}
+
+
+class Manifest:
+    def to_dict(self):
+        return {"plan": "made up"}
+
+
+class Latents(pl.LightningDataModule):
+    """Sample numbers in order, from `start`, in micro-batches."""
+
+    manifest = Manifest()
+
+    def __init__(self, micro, start=0):
+        super().__init__()
+        self.micro, self.start = micro, start
+
+    def _numbers(self, first, last):
+        return DataLoader(range(first, last), batch_size=self.micro, collate_fn=list)
+
+    def train_dataloader(self):
+        return self._numbers(self.start, 10_000)
+
+    def val_dataloader(self):
+        return self._numbers(0, BATCH)
+
+    def transfer_batch_to_device(self, batch, device, dataloader_idx):
+        return make_batch(batch, device)
+
+
+def make_module(**changes):
+    torch.manual_seed(0)
+    parameters = {
+        "network": UNet(2, 8, (1, 2), 1, (1,), heads=2, vector_channels=4),
+        "conditioner": ClassVector(3, 4),
+        "objective": DDPM(SqrtLinear()),
+        "optimizer": partial(torch.optim.AdamW, lr=1e-2, fused=True),
+        "ema": partial(EMA, profile=HalfLife(100)),
+        "label_dropout": 0.3,
+    }
+    module = LatentDiffusion(**{**parameters, **changes})
+    for parameter in module.denoiser.parameters():  # so that labels matter from the first step
+        torch.nn.init.normal_(parameter, std=0.3)
+    module.ema = EMA(module.denoiser, HalfLife(100))
+    return module
+
+
+def fit(module, data, steps, tmp_path, ckpt_path=None, **options):
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        **{"limit_val_batches": 0, **options},
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    return trainer
+
+
+def assert_same_state(ours, theirs, **tolerance):
+    for (name, left), right in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        if isinstance(left, torch.Tensor):
+            torch.testing.assert_close(left, right, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        else:
+            assert left == right
+
+
+def test_accumulation_is_one_big_batch(tmp_path):
+    # Not Adam: it blows rounding up where a gradient is zero, such as that of a key's bias.
+    whole, parts = (make_module(optimizer=partial(torch.optim.SGD, lr=1e-3, momentum=0.9)) for _ in range(2))
+    fit(whole, Latents(BATCH), 4, tmp_path)
+    fit(parts, Latents(BATCH // 4), 4, tmp_path, accumulate_grad_batches=4)
+    assert whole.ema.images_seen == parts.ema.images_seen == 4 * BATCH
+    assert_same_state(whole, parts, rtol=1e-4, atol=1e-6)
+
+
+def test_five_and_seven_steps_are_twelve(tmp_path):
+    module_of = partial(make_module, schedule=Linear(12, warm_up=3))
+    straight = module_of()
+    fit(straight, Latents(BATCH), 12, tmp_path)
+    trainer = fit(module_of(), Latents(BATCH), 5, tmp_path)
+    trainer.save_checkpoint(tmp_path / "five.ckpt")
+    assert torch.load(tmp_path / "five.ckpt", weights_only=True)["global_step"] == 5
+    resumed = module_of()
+    fit(resumed, Latents(BATCH, start=5 * BATCH), 12, tmp_path, ckpt_path=tmp_path / "five.ckpt")
+    assert_same_state(straight, resumed, rtol=0, atol=0)
+
+
+def test_a_resumed_schedule_is_the_configured_one(tmp_path):
+    trainer = fit(make_module(schedule=Linear(5)), Latents(BATCH), 5, tmp_path)
+    trainer.save_checkpoint(tmp_path / "five.ckpt")
+    longer = make_module(schedule=Linear(20))
+    trainer = fit(longer, Latents(BATCH, start=5 * BATCH), 10, tmp_path, ckpt_path=tmp_path / "five.ckpt")
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-2 * 0.5)
+
+
+def test_everything_random_depends_on_the_sample_number_alone():
+    module = make_module(label_dropout=0.5)
+    together = module.total_loss(make_batch(range(40, 48)))
+    alone = [module.total_loss(make_batch([number])) for number in range(40, 48)]
+    torch.testing.assert_close(together, torch.stack(alone).mean())
+    assert len({loss.item() for loss in alone}) == 8
+
+
+def test_dropped_labels_train_the_null_row():
+    for dropout, rows in ((0.0, [True, True, True, False]), (1.0, [False, False, False, True])):
+        module = make_module(label_dropout=dropout)
+        module.total_loss(make_batch(range(BATCH))).backward()
+        gradient = module.denoiser["conditioner"].table.weight.grad
+        assert (gradient.abs().sum(1) > 0).tolist() == rows
+
+
+def test_share_of_dropped_labels():
+    numbers = range(2000)
+    dropped = Draws(0, numbers, BATCH).uniform("label_dropout") < 0.1
+    assert dropped.float().mean().item() == pytest.approx(0.1, abs=0.02)
+
+
+def test_average_follows_the_weights(tmp_path):
+    module = make_module(ema=partial(EMA, profile=HalfLife(100)))
+    expected = {name: value.clone() for name, value in module.denoiser.state_dict().items()}
+
+    class ByHand(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            # ... after the step: the first module update comes before this hook.
+            keep = HalfLife(100)(batch_idx * BATCH, BATCH)
+            for name, value in module.denoiser.state_dict().items():
+                expected[name].mul_(keep).add_(value, alpha=1 - keep)
+
+    fit(module, Latents(BATCH), 6, tmp_path, callbacks=[ByHand()])
+    for name, value in module.ema.average.state_dict().items():
+        torch.testing.assert_close(value, expected[name])
+    assert not torch.equal(module.ema.average["conditioner"].table.weight, module.denoiser["conditioner"].table.weight)
+    assert not module.ema.training
+
+
+def test_training_learns_and_validation_repeats(tmp_path):
+    module = make_module()
+    data, options = Latents(BATCH), {"limit_val_batches": 1, "num_sanity_val_steps": 0}
+    untrained = fit(module, data, 0, tmp_path, **options)
+    before = [untrained.validate(module, datamodule=data, verbose=False)[0] for _ in range(2)]
+    assert before[0] == before[1]
+    assert before[0]["val/loss"] == before[0]["val/loss_ema"]
+    trainer = fit(module, data, 30, tmp_path, **options)
+    after = trainer.validate(module, datamodule=data, verbose=False)[0]
+    assert after["val/loss"] < 0.8 * before[0]["val/loss"]
+    assert after["val/loss_ema"] != after["val/loss"]
+
+
+def test_checkpoint_facts_are_plain(tmp_path):
+    module = make_module()
+    fit(module, Latents(BATCH), 2, tmp_path, limit_val_batches=1, num_sanity_val_steps=0, val_check_interval=2)
+    facts = module.checkpoint_facts()
+    assert facts["kind"] == "diffusion"
+    assert facts["latents"] == {"plan": "made up"}
+    assert {"val/loss", "val/loss_ema"} <= facts["metrics"].keys()
+    assert all(type(value) is float for value in facts["metrics"].values())
+
+
+def test_a_step_never_reads_the_device():
+    """On the meta device there are no values: reading one would be an error."""
+    with torch.device("meta"):
+        module = make_module()
+    module.total_loss(make_batch([0, 1], "meta")).backward()
+    module.ema.update(module.denoiser, BATCH)
+
+
+def test_bf16_training_keeps_float32_weights(tmp_path):
+    module = make_module()
+    fit(module, Latents(BATCH), 2, tmp_path, precision="bf16-mixed")
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
