@@ -109,9 +109,9 @@ def prepare(config: Config, options: Options) -> tuple[Any, dict[str, Any], dict
 
 def train(options: Options, start: resume.Start, tree: dict[str, Any], data: Any, facts: dict[str, Any]) -> int:
     """Build the model, take the run folder, and fit."""
-    from ldm import distributed, trainer
+    from ldm import distributed, outcome, trainer
 
-    with trainer.explained(), ExitStack() as held:
+    with outcome.explained(), ExitStack() as held:
         model = trainer.build_model(tree, options.trust)
         folder = start.folder
         if folder is None:
@@ -120,15 +120,15 @@ def train(options: Options, start: resume.Start, tree: dict[str, Any], data: Any
             folder = run.create(options.logdir, start.name, options.postfix) if main_rank else RunFolder(options.logdir)
         if distributed.is_main():
             held.enter_context(folder.owned())
-            run.check_space(folder.checkpoints, trainer.space_needed(model))
+            run.check_space(folder.checkpoints, outcome.space_needed(model))
             resume.save(folder, start.source, tree, facts)
-        callbacks = trainer.make_callbacks(tree, folder, options.trust)
+        callbacks = trainer.make_callbacks(tree, folder, model, facts, options.trust)
         loggers = trainer.make_loggers(tree, folder, options.project, options.trust)
         lightning = trainer.make_trainer(tree, data, model, callbacks, loggers, options.trust, folder.path)
         if not options.train:
-            trainer.validate(lightning, model, data, folder, start.checkpoint)
+            outcome.validate(lightning, model, data, folder, start.checkpoint)
             return 0
-        state = trainer.run(lightning, model, data, folder, start.checkpoint, test=options.test)
+        state = outcome.run(lightning, model, data, folder, start.checkpoint, test=options.test)
         if lightning.is_global_zero:
             print(f"{folder.path}: {state.status} at step {state.step} {state.reason}".rstrip())
         return state.exit_code or 0

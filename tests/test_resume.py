@@ -99,11 +99,10 @@ def final(run_folder: Path) -> dict[str, Any]:
 
 
 def metrics(run_folder: Path, after: int) -> list[tuple[str, str, str]]:
-    """(step, name, value) of every logged number but those of the clock on the wall."""
+    """(step, name, value) of every logged number but the speeds."""
     with (run_folder / "metrics.csv").open(newline="") as handle:
         rows = [row for row in csv.DictReader(handle) if int(row["step"]) > after]
-    wall = ("epoch", "step", "time")
-    names = {name for row in rows for name in row if name not in wall and not name.startswith("throughput/")}
+    names = {name for row in rows for name in row} - {"step", "images_per_second", "data_wait"}
     return sorted((row["step"], name, row[name]) for row in rows for name in names if row[name])
 
 

@@ -1,0 +1,129 @@
+"""From a Trainer to a run's outcome: where it goes on from, how it ended, what a library's error means to a user."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.model_helpers import is_overridden
+
+from ldm import checkpoint
+from ldm.errors import CheckpointError, ConfigError, LdmError, ResourceError
+from ldm.run import RunFolder, RunState
+from ldm.saving import set_aside_later
+from ldm.signals import Stopped
+
+# Two checkpoints are kept, and a third is being written.
+_FILES = 3
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def run(
+    trainer: pl.Trainer, model: Any, data: Any, folder: RunFolder, named: Path | None, *, test: bool = True
+) -> RunState:
+    """Train from `named`, else from the folder's newest checkpoint, else from the start.
+
+    Leaves the outcome, which it returns, in run_state.json, also where it raises.
+
+    Raises:
+        LdmError: something the user can mend; the checkpoints stand.
+    """
+    file = named or checkpoint.newest(folder.checkpoints)
+    if trainer.is_global_zero:
+        checkpoint.sweep(folder.checkpoints)
+        if named is not None and named.parent.resolve() == folder.checkpoints.resolve():
+            set_aside_later(folder.checkpoints, checkpoint.load(named)["global_step"])
+    record(trainer, folder, RunState("running", resume_from=_within(folder, file)))
+    try:
+        trainer.fit(model, datamodule=data, ckpt_path=file, weights_only=True)
+        if test and is_overridden("test_step", model):
+            trainer.test(model, datamodule=data)
+    except Stopped as stopped:
+        reason = f"by {stopped.signal.name}"
+        return record(trainer, folder, RunState("stopped", trainer.global_step, reason, 128 + stopped.signal))
+    except BaseException as error:
+        known = explain(error)
+        reason = str(known or f"{type(error).__name__}: {error}").splitlines()[0]
+        code = known.exit_code if known else 1
+        record(trainer, folder, RunState("failed", trainer.global_step, reason, code))
+        raise
+    if trainer.global_step < trainer.max_steps:
+        return record(trainer, folder, RunState("stopped", trainer.global_step, "before max_steps, as configured", 0))
+    return record(trainer, folder, RunState("finished", trainer.global_step, "", 0))
+
+
+def validate(trainer: pl.Trainer, model: Any, data: Any, folder: RunFolder, named: Path | None) -> None:
+    """Validate `named`, else the folder's newest checkpoint; Lightning prints and the loggers keep the metrics."""
+    file = named or checkpoint.newest(folder.checkpoints)
+    if file is None:
+        raise ConfigError("Without training there is nothing to validate: name a run or a checkpoint with --resume.")
+    trainer.validate(model, datamodule=data, ckpt_path=file, weights_only=True)
+
+
+def record(trainer: pl.Trainer, folder: RunFolder, state: RunState) -> RunState:
+    """Write run_state.json on the main rank; of a run that has ended, with the checkpoint to resume from."""
+    if not trainer.is_global_zero:
+        return state
+    if state.status != "running":
+        with suppress(CheckpointError):  # all damaged: nothing to resume from
+            state = replace(state, resume_from=_within(folder, checkpoint.newest(folder.checkpoints)))
+    folder.write_state(state)
+    return state
+
+
+def _within(folder: RunFolder, file: Path | None) -> str | None:
+    if file is None:
+        return None
+    return str(file.relative_to(folder.path)) if file.is_relative_to(folder.path) else str(file)
+
+
+def space_needed(model: Any) -> int:
+    """Bytes of the checkpoints that lie in a run folder at one time: weights and Adam's two moments, in float32."""
+    weights = sum(tensor.numel() for tensor in model.state_dict().values() if isinstance(tensor, torch.Tensor))
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return _FILES * 4 * (weights + 2 * trained)
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Within the block, errors of libraries that a user can mend become LdmErrors."""
+    try:
+        yield
+    except Exception as error:
+        known = explain(error)
+        if known is None or known is error:
+            raise
+        raise known from error
+
+
+def explain(error: BaseException) -> LdmError | None:
+    """The error as one that the user can mend; None where it is a bug."""
+    text = str(error).strip()
+    first_line = text.splitlines()[0] if text else type(error).__name__
+    match error:
+        case LdmError():
+            # A loader worker's error comes with its traceback before the message.
+            return (
+                type(error)(text.rpartition(f"{type(error).__name__}: ")[2]) if "Original Traceback" in text else error
+            )
+        case MisconfigurationException():
+            return ConfigError(f"lightning.trainer: {text}")
+        case torch.OutOfMemoryError() | MemoryError():
+            return ResourceError(
+                f"out of memory: {first_line}\nLower data.params.micro_batch_size, or the model's size."
+            )
+        case OSError() if error.errno in _NO_ROOM:
+            return ResourceError(f"{error.filename or 'a file'}: {error.strerror}. Make room, or permit writing there.")
+        case RuntimeError() if "DataLoader worker" in text:
+            return ResourceError(
+                f"a data loader's worker died, likely for want of memory: {first_line}\n"
+                "Resume with fewer data.params.num_workers."
+            )
+        case RuntimeError() if text.startswith("Error(s) in loading state_dict"):
+            return CheckpointError(f"the checkpoint is of another model than the configuration describes: {text}")
+    return None
