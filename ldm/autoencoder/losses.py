@@ -93,37 +93,38 @@ class AutoencoderLoss(nn.Module):
         return self.discriminator is not None and step >= self.adversarial_start
 
     def forward(
-        self, images: Tensor, reconstruction: Tensor, posterior: DiagonalGaussian, last_weight: Tensor, step: int
+        self, images: Tensor, reconstruction: Tensor, posterior: DiagonalGaussian, last_layer: nn.Conv2d, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar whose one backward fills every gradient, and what to log.
 
         Args:
             images: (N, C, H, W) in [-1, 1].
-            reconstruction: (N, C, H, W), made by the layer of `last_weight`.
+            reconstruction: (N, C, H, W), the output of `last_layer`.
             posterior: of the images.
-            last_weight: weight of the decoder's last convolution.
+            last_layer: the decoder's.
             step: number of the optimizer step, counted from 0.
 
         Returns:
             the total, whose value is generator plus discriminator loss; detached scalars by name.
         """
         target = images.float()
-        leaf = reconstruction.detach().float().requires_grad_()  # (N, C, H, W)
-        error, parts = self.error(target, leaf)  # mean over the batch of the sum over an image
-        (gradient,) = torch.autograd.grad(error, leaf)  # (N, C, H, W)
+        # A view, because the hooks of FLOP counters and the like cannot follow autograd.grad to a leaf.
+        copy = reconstruction.detach().float().requires_grad_().view_as(reconstruction)  # (N, C, H, W)
+        error, parts = self.error(target, copy)  # mean over the batch of the sum over an image
+        (gradient,) = torch.autograd.grad(error, copy)  # (N, C, H, W)
         error = error.detach()
         precision = (-self.logvar).exp()
-        nll = error * precision + self.logvar * leaf[0].numel()
+        nll = error * precision + self.logvar * copy[0].numel()
         gradient = gradient * precision.detach()
         kl = posterior.kl().mean()
         logs = {"nll": nll.detach(), "kl": kl.detach(), "logvar": self.logvar.detach(), **parts}
         total = nll + self.kl_weight * kl
         if self.adversarial_at(step):
             assert self.discriminator is not None
-            fake = self.discriminator(leaf).float()
+            fake = self.discriminator(copy).float()
             generator = self.adversarial.generator(fake)
-            (push,) = torch.autograd.grad(generator, leaf, retain_graph=True)  # (N, C, H, W)
-            weight = self.adversarial_weight * _balance(reconstruction, last_weight, gradient, push)
+            (push,) = torch.autograd.grad(generator, copy, retain_graph=True)  # (N, C, H, W)
+            weight = self.adversarial_weight * _balance(reconstruction, last_layer.weight, gradient, push)
             gradient = gradient + weight * push
             real = self.discriminator(target).float()
             discriminator = self.adversarial.discriminator(real, fake)

@@ -118,8 +118,7 @@ class AutoencoderKL(pl.LightningModule):
 
     def _losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         reconstruction, posterior = self.reconstruct(batch)
-        weight = self.decoder.last_layer.weight
-        return self.loss(batch["image"], reconstruction, posterior, weight, self.global_step)
+        return self.loss(batch["image"], reconstruction, posterior, self.decoder.last_layer, self.global_step)
 
     def _accumulation(self) -> int:
         return self.trainer.datamodule.accumulation(self.trainer.world_size)  # type: ignore[attr-defined]

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.autoencoder.discriminator import PatchDiscriminator
 from ldm.autoencoder.losses import AutoencoderLoss, Hinge, Vanilla
@@ -31,7 +32,7 @@ class Model(nn.Module):
 
     def ours(self, images: Tensor, step: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
         reconstruction, posterior = self.run(images)
-        return self.loss(images, reconstruction, posterior, self.decoder.last_layer.weight, step)
+        return self.loss(images, reconstruction, posterior, self.decoder.last_layer, step)
 
     def gradients(self) -> dict[str, Tensor | None]:
         return {name: parameter.grad for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -131,6 +132,13 @@ def test_the_discriminator_sleeps_until_its_start(images):
     model.ours(images, step=5)[0].backward()
     assert len(calls) == 2
     assert all(parameter.grad is not None for parameter in model.loss.discriminator.parameters())
+
+
+def test_flops_can_be_counted_through_the_inner_gradients():
+    model = Model(perceptual=LPIPS(pretrained=False), discriminator=PatchDiscriminator(3, 8, 2), adversarial_start=0)
+    with FlopCounterMode(display=False) as counter:
+        model.ours(torch.rand(2, 3, 16, 16))[0].backward()
+    assert counter.get_total_flops() > 0
 
 
 def test_networks_run_forward_once(images):
