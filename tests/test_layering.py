@@ -21,7 +21,7 @@ LEVELS = {
         "diffusion.conditioning",
     ],
     2: ["data.datamodules", "data.latent_datamodule", "autoencoder.module", "diffusion.module"],
-    3: ["evaluation.generate", "evaluation.features", "evaluation.metrics"],
+    3: ["evaluation.generate", "evaluation.features", "evaluation.metrics", "evaluation.quality"],
     4: ["callbacks", "loggers", "safety"],
     5: ["trainer"],
 }

@@ -1,0 +1,60 @@
+import pytest
+import torch
+
+from ldm.evaluation.features import Classifier, judge, train_classifier, unit_range
+from ldm.evaluation.metrics import accuracy
+
+
+def striped(number: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noisy 16 px images of two classes: stripes across or down."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 2, (number,), generator=generator)
+    across = (torch.arange(16) // 2 % 2).float().expand(16, 16) * 120
+    images = torch.where(labels[:, None, None] == 0, across, across.T)
+    noise = torch.rand(number, 16, 16, generator=generator) * 130
+    return (images + noise).to(torch.uint8)[:, None], labels
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return train_classifier(*striped(256, seed=0), 2, epochs=8, batch_size=32, width=8)
+
+
+def test_a_classifier_learns_what_it_is_shown(trained):
+    images, labels = striped(100, seed=1)
+    assert accuracy(judge(trained, images).logits, labels) > 0.95
+
+
+def test_training_is_a_function_of_its_arguments(trained):
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    again = train_classifier(*striped(256, seed=0), 2, epochs=8, batch_size=32, width=8)
+    assert torch.equal(torch.get_rng_state(), before)
+    for ours, theirs in zip(trained.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+    other = train_classifier(*striped(256, seed=0), 2, epochs=1, batch_size=32, width=8, seed=1)
+    assert not torch.equal(other.head.weight, trained.head.weight)
+
+
+def test_features_are_the_input_of_the_last_layer(trained):
+    images, _ = striped(10, seed=2)
+    seen = judge(trained, images)
+    assert seen.features.shape == (10, 32)
+    torch.testing.assert_close(seen.logits, seen.features @ trained.head.weight.T + trained.head.bias)
+    torch.testing.assert_close(seen.logits, trained(unit_range(images)))
+
+
+def test_an_image_is_judged_apart_from_its_batch(trained):
+    images, _ = striped(10, seed=2)
+    torch.testing.assert_close(judge(trained, images, batch_size=3).features, judge(trained, images).features)
+    assert not judge(trained, images).features.requires_grad
+
+
+def test_bytes_become_the_range_of_the_autoencoder():
+    assert unit_range(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1.0, 1.0]
+
+
+def test_fewer_images_than_a_batch_are_still_learnt_from():
+    model = train_classifier(*striped(10, seed=3), 2, epochs=1, batch_size=32, width=8)
+    assert isinstance(model, Classifier)
+    assert not model.training

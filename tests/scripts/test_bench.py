@@ -1,0 +1,99 @@
+import json
+import re
+
+import pytest
+import torch
+
+from ldm.autoencoder.lpips import LPIPS
+from ldm.data.arrays import DEBIAN_FASHION_MNIST
+from scripts import bench
+
+
+@pytest.mark.parametrize("size", [bench.Size(), bench.TINY], ids=["full", "tiny"])
+def test_the_networks_compared_are_of_the_same_size(size):
+    images, latents = torch.zeros(2, 3, 32, 32), torch.zeros(2, 4, 8, 8)
+    perceptual = torch.nn.Identity()  # of no one's size
+    autoencoders = bench.our_autoencoder(size, images, perceptual), bench.usual_autoencoder(size, images, perceptual)
+    unets = bench.our_unet(size, latents), bench.usual_unet(size, latents)
+    for ours, theirs in (autoencoders, unets):
+        assert ours.parameters == pytest.approx(theirs.parameters, rel=0.02)
+
+
+def test_every_step_trains_what_it_should():
+    """Each optimizer's weights move, and no gradient is left for the next step."""
+    torch.manual_seed(0)
+    images, latents = torch.rand(2, 3, 32, 32) * 2 - 1, torch.randn(2, 4, 8, 8)
+    moved = []
+
+    class Spy(torch.optim.SGD):
+        def __init__(self, parameters):
+            super().__init__(parameters, lr=1e-3)
+
+        def step(self):
+            weights = [weight for group in self.param_groups for weight in group["params"]]
+            moved.append(sum(weight.grad is not None and bool(weight.grad.any()) for weight in weights) / len(weights))
+            super().step()
+
+    original, bench.Optimizer = bench.Optimizer, Spy
+    try:
+        perceptual = LPIPS(pretrained=False)
+        for make in (bench.our_autoencoder, bench.usual_autoencoder):
+            make(bench.TINY, images, perceptual).step()
+        for make in (bench.our_unet, bench.usual_unet):
+            contestant = make(bench.TINY, latents)
+            contestant.step()
+            contestant.step()
+    finally:
+        bench.Optimizer = original
+    # Two optimizers of each autoencoder, then two steps of each UNet, whose first moves only what is not behind a zero.
+    assert len(moved) == 8
+    assert min(moved[:4]) > 0.9
+    assert moved[5] > moved[4]
+    assert moved[7] > 0.9
+
+
+def test_steps_print_a_table(capsys):
+    assert bench.main(["steps", "--tiny", "--repeats", "1", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert re.match(r"\d{4}-\d\d-\d\d, .+ threads, torch \S+, diffusers \S+; medians of 1", lines[0])
+    assert lines[2].startswith("| step | precision |")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[4:]]
+    assert [(row[0].split(",")[0], row[1]) for row in rows] == [
+        *(("autoencoder", "fp32"), ("autoencoder", "bf16"), ("UNet", "fp32"), ("UNet", "bf16"))
+    ]
+    for row in rows:
+        ours, theirs = (float(cell.split()[0]) for cell in row[2:4])
+        assert float(row[4]) == pytest.approx(theirs / ours, rel=0.5)
+
+
+@pytest.mark.parametrize("arguments", [["speed"], ["steps", "--tinny"], []])
+def test_mistakes_are_one_message(arguments, capsys):
+    assert bench.main(arguments) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DEBIAN_FASHION_MNIST.is_dir(), reason="the package dataset-fashion-mnist is not installed")
+def test_quality_from_nothing_to_the_table(tmp_path, monkeypatch, capsys):
+    """The whole path, small: 2,000 images and a few steps teach neither stage much, but more than nothing."""
+    monkeypatch.chdir(tmp_path)  # where the latent cache goes
+    subset = "{target: ldm.data.images.Subset, params: {dataset: {target: ldm.data.arrays.FashionMNIST}, indices: %s}}"
+    small = [
+        "lightning.trainer.max_steps=100",
+        "lightning.trainer.val_check_interval=100",
+        "lightning.logger=null",
+        f"data.params.train={subset % [*range(2000)]}",
+        "data.params.num_validation=100",
+    ]
+    few = ["--number", "5", "--epochs", "1", "--steps", "4", "--guidance", "1", "2"]
+    assert bench.main(["quality", "--device", "cpu", *few, *small]) == 0
+    output = capsys.readouterr().out
+    (record,) = tmp_path.glob("logs/*_fashion_mnist_diffusion/quality/quality.json")
+    found = json.loads(record.read_text())
+    rows = found["rows"]
+    assert found["classifier_test_accuracy"] > 0.8
+    assert rows["real"]["accuracy"] > 0.7
+    assert rows["reconstructions of these"]["accuracy"] > 0.4
+    assert rows["real"]["distance"] < rows["samples, guidance 1"]["distance"]
+    assert "| samples, guidance 2 |" in output
+    assert (record.parent / "pictures.png").stat().st_size > 1000
