@@ -133,6 +133,7 @@ class FencedWandb(WandbLogger):
         time_limit: float = 30.0,
     ) -> None:
         super().__init__(name=name, save_dir=save_dir, project=project, id=id, offline=offline)
+        del self._wandb_init["anonymous"]  # Lightning passes it, wandb warns of it
         self._limit = time_limit
         self._errands: queue.Queue[Callable[[], None]] = queue.Queue(maxsize=1000)
         self._thread: threading.Thread | None = None
