@@ -8,7 +8,8 @@
 
 Every object is a node `{target: dotted.Class, params: {...}}`; `partial: true` makes it a factory with some
 arguments filled in. A fact is stated once and referred to: `${a.b}` is another key, `${data:channels}` what the
-data says about itself, `${newest:logs/*_name}` the newest run folder that matches.
+data says about itself, `${newest:logs/*_name}` the newest run folder that matches. OmegaConf looks up the keys, and
+sees nothing else: none of its resolvers can be reached, and what the data says of itself is never read as `${...}`.
 
     config = load([Path("a.yaml")], ["data.params.batch_size=64"])
     config.check()                                        # before anything is built
@@ -17,17 +18,24 @@ data says about itself, `${newest:logs/*_name}` the newest run folder that match
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from ldm import config_check
-from ldm.config_read import Node, apply, dotted, from_plain, merge, nearest, read, show, to_yaml
+from ldm.config_read import Node, apply, dotted, from_plain, merge, nearest, read, to_yaml
 from ldm.config_target import build
 from ldm.errors import ConfigError
 
 __all__ = ["Config", "build", "from_tree", "load", "to_yaml"]
+
+# The names and indices that lead to a value.
+Keys = tuple[str | int, ...]
 
 
 def load(files: Sequence[Path], overrides: Sequence[str] = (), trust: Sequence[str] = ()) -> "Config":
@@ -88,103 +96,99 @@ class Config:
         return plain
 
     def _interpolate(self, facts: Mapping[str, object] | None) -> tuple[Node, list[str]]:
-        work = _Interpolation(self.root, facts, self._newest)
-        return work.node(self.root, ""), work.problems
+        problems: list[str] = []
 
+        def each(root: Node, change: Callable[[str, Keys], Any]) -> Node:
+            def safely(node: Node, keys: Keys) -> Node:
+                key = dotted(*keys)
+                try:
+                    return from_plain(change(str(node.value), keys), node.origin, key)
+                except ConfigError as error:
+                    problems.append(f"{key} ({node.origin}): {error}")
+                    return Node("\\${data:}", node.origin)  # like a fact not known yet: nothing more is said about it
 
-# ---- ${...} ---------------------------------------------------------------------------------------------------
+            return _change_texts(root, safely)
 
-_EXPRESSION = re.compile(r"\$\{([^${}]*)\}")
+        root = each(self.root, lambda text, keys: _escape(text))
+        tree = OmegaConf.create(root.plain())
+        root = each(root, lambda text, keys: self._look_up(tree, text, keys))
+        return each(root, lambda text, keys: self._fill(text, keys, facts)), problems
 
-
-class _Interpolation:
-    """One pass over the tree; collects problems instead of stopping at the first."""
-
-    def __init__(self, root: Node, facts: Mapping[str, object] | None, newest: dict[str, str]) -> None:
-        self.root = root
-        self.facts = facts
-        self.newest = newest
-        self.problems: list[str] = []
-        self.chain: list[str] = []  # the keys whose values are being looked up, to find circles
-
-    def node(self, node: Node, key: str) -> Node:
-        if isinstance(node.value, dict):
-            return Node({name: self.node(child, dotted(key, name)) for name, child in node.value.items()}, node.origin)
-        if isinstance(node.value, list):
-            return Node([self.node(child, dotted(key, i)) for i, child in enumerate(node.value)], node.origin)
-        if not isinstance(node.value, str) or "${" not in node.value:
-            return node
+    def _look_up(self, tree: DictConfig, text: str, keys: Keys) -> Any:
+        """What OmegaConf makes of the escaped `text` that stands at `keys`."""
+        others = [match["key"] for match in _EXPRESSION.finditer(text) if match["key"]]
         try:
-            return Node(self._text(node.value, key), node.origin)
-        except ConfigError as error:
-            # A key that is referred to is visited more than once.
-            if (problem := f"{key} ({node.origin}): '{node.value}': {error}") not in self.problems:
-                self.problems.append(problem)
-            return Node("${data:}", node.origin)  # like a fact not known yet: nothing more is said about it
+            value = reduce(getitem, keys, tree)
+            if not _EXPRESSION.fullmatch(text):
+                for other in others:
+                    _as_text(OmegaConf.select(tree, other), other)
+            return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        except RecursionError as error:
+            raise ConfigError(f"'{text}' refers to itself") from error
+        except OmegaConfBaseException as error:
+            for other in others:
+                _find(self.root, other)  # knows the nearest name
+            raise ConfigError(f"'{text}': {str(error).splitlines()[0]}") from error
 
-    def _text(self, text: str, key: str) -> Any:
-        if "${" in _EXPRESSION.sub("", text):
-            raise ConfigError("expected ${a.b}, ${data:fact} or ${newest:glob}, not nested and with its closing }")
+    def _fill(self, text: str, keys: Keys, facts: Mapping[str, object] | None) -> Any:
+        """`text` with its facts (if they are known) and runs."""
+
+        def value(match: re.Match[str]) -> Any:
+            name = match["argument"]
+            if match["resolver"] == "newest":
+                if name not in self._newest:
+                    self._newest[name] = newest_run(name)
+                return self._newest[name]
+            if keys[0] == "data":
+                raise ConfigError("the data cannot refer to its own facts; write the value here")
+            if facts is None:
+                return match[0]
+            if name not in facts:
+                raise ConfigError(f"the data states no fact '{name}'; {nearest(name, facts)}")
+            return facts[name]
+
         if whole := _EXPRESSION.fullmatch(text):
-            return self._value(whole[1].strip(), key).value
-        pieces = []
-        for match in _EXPRESSION.finditer(text):
-            piece = self._value(match[1].strip(), key)
-            if isinstance(piece.value, dict | list):
-                raise ConfigError(f"{match[0]} is {show(piece)}, which cannot stand inside a text")
-            pieces.append(str(piece.value))
-        return _EXPRESSION.sub(lambda _: pieces.pop(0), text)
+            return value(whole)
+        return _EXPRESSION.sub(lambda match: _as_text(value(match), match["argument"]), text)
 
-    def _value(self, expression: str, key: str) -> Node:
-        resolver, colon, argument = expression.partition(":")
-        if not colon:
-            return self._reference(expression)
-        if resolver == "data":
-            return self._fact(argument, key)
-        if resolver == "newest":
-            if argument not in self.newest:
-                self.newest[argument] = newest_run(argument)
-            return Node(self.newest[argument], "")
-        raise ConfigError(
-            f"'{resolver}:' is refused (a configuration is saved and logged, so it takes no secrets from the "
-            "environment); expected ${a.b}, ${data:fact} or ${newest:glob}"
-        )
 
-    def _reference(self, other: str) -> Node:
-        if other in self.chain:
-            raise ConfigError(f"refers to itself: {' -> '.join([*self.chain, other])}")
-        self.chain.append(other)
-        try:
-            found = _find(self.root, other)
-            count = len(self.problems)
-            value = self.node(found, other)
-            if len(self.problems) > count:
-                raise ConfigError(f"{other} ({found.origin}) cannot be resolved")
-            return value
-        finally:
-            self.chain.pop()
+def _change_texts(node: Node, change: Callable[[Node, Keys], Node], keys: Keys = ()) -> Node:
+    """The tree with `change(text, its keys)` in place of each text that holds a `${`."""
+    if isinstance(node.value, dict):
+        return Node({name: _change_texts(of, change, (*keys, name)) for name, of in node.value.items()}, node.origin)
+    if isinstance(node.value, list):
+        return Node([_change_texts(of, change, (*keys, i)) for i, of in enumerate(node.value)], node.origin)
+    return change(node, keys) if isinstance(node.value, str) and "${" in node.value else node
 
-    def _fact(self, name: str, key: str) -> Node:
-        if key.split(".")[0] == "data" or any(other.split(".")[0] == "data" for other in self.chain):
-            raise ConfigError("the data cannot refer to its own facts; write the value here")
-        if self.facts is None:
-            return Node(f"${{data:{name}}}", "")
-        if name not in self.facts:
-            raise ConfigError(f"the data states no fact '{name}'; {nearest(name, self.facts)}")
-        return from_plain(self.facts[name], "the data's facts", name)
+
+# `${a.b}`, `${data:fact}` or `${newest:glob}`; nothing else is allowed.
+_EXPRESSION = re.compile(r"\$\{\s*((?P<key>[\w-]+(\.[\w-]+)*)|(?P<resolver>data|newest):(?P<argument>[^${}]+?))\s*\}")
+
+
+def _escape(text: str) -> str:
+    """`text` as OmegaConf shall see it: only the references to keys are left for it to resolve."""
+    if "${" in (rest := _EXPRESSION.sub("", text)):
+        other = re.search(r"\$\{\s*(?!data:|newest:)([\w.]*:)", rest)
+        why = "a configuration is saved and logged, so it takes no secrets from the environment"
+        refused = f"'{other[1]}' is refused ({why}); " if other else ""
+        allowed = "${a.b}, ${data:fact} or ${newest:glob}, not nested and with its closing }"
+        raise ConfigError(f"'{text}': {refused}expected {allowed}")
+    # A backslash before ${ escapes it, and so is doubled itself.
+    return re.sub(rf"(\\*)({_EXPRESSION.pattern})", lambda m: m[1] * 2 + ("\\" if m["resolver"] else "") + m[2], text)
+
+
+def _as_text(value: object, name: str) -> str:
+    if isinstance(value, dict | list | tuple) or OmegaConf.is_config(value):
+        raise ConfigError(f"'{name}' is a mapping or list, which cannot stand inside a text")
+    return str(value)
 
 
 def _find(root: Node, key: str) -> Node:
     node, seen = root, ""
     for name in key.split("."):
-        children: dict[str, Node] = {}
-        if isinstance(node.value, dict):
-            children = node.value
-        elif isinstance(node.value, list):
-            children = {str(i): child for i, child in enumerate(node.value)}
-        if name not in children:
-            raise ConfigError(f"there is no key '{dotted(seen, name)}'; {nearest(name, children)}")
-        node, seen = children[name], dotted(seen, name)
+        if name not in node.children:
+            raise ConfigError(f"there is no key '{dotted(seen, name)}'; {nearest(name, node.children)}")
+        node, seen = node.children[name], dotted(seen, name)
     return node
 
 

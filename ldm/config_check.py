@@ -46,19 +46,19 @@ def _problem(key: str, node: Node, text: str) -> str:
 def names(root: Node, trust: Sequence[str]) -> list[str]:
     """Problems in the sections, the shape of nodes and the names of targets; imports nothing."""
     problems = list(_unknown(root, "", _SECTIONS))
-    sections = root.value if isinstance(root.value, dict) else {}
+    sections = root.children
     for section in ("model", "data"):
         if section not in sections:
             problems.append(f"{section} ({root.origin}): missing; expected {section}: {{target: ..., params: ...}}")
-        elif not _is_node(sections[section]):
+        elif not sections[section].is_object:
             found = show(sections[section])
             problems.append(_problem(section, sections[section], f"expected a mapping with 'target', found {found}"))
     if "seed" not in sections:
         problems.append(f"seed ({root.origin}): missing; write seed: 23")
     for section, kind in (("seed", int), ("name", str)):
         node = sections.get(section)
-        if node and node.value != "${data:}" and not (section == "name" and node.value is None):
-            problems += [_problem(section, node, m.text) for m in mismatches(node, kind, section, _no_class)]
+        if node and not (section == "name" and node.value is None):
+            problems += [_problem(*wrong) for wrong in mismatches(node, kind, section, lambda target, partial: None)]
     problems += _lightning_names(sections.get("lightning"))
     for key, node in _nodes(root, ""):
         problems += _node_names(key, node, trust)
@@ -74,7 +74,7 @@ def _lightning_names(node: Node | None) -> Iterator[str]:
     yield from _unknown(node, "lightning", _LIGHTNING)
     trainer = node.value.get("trainer")
     if trainer and trainer.value is not None:
-        if not isinstance(trainer.value, dict) or _is_node(trainer):
+        if not isinstance(trainer.value, dict) or trainer.is_object:
             yield _problem(
                 "lightning.trainer", trainer, f"expected a mapping of Trainer arguments, found {show(trainer)}"
             )
@@ -86,28 +86,27 @@ def _lightning_names(node: Node | None) -> Iterator[str]:
     for section in ("logger", "callbacks"):
         yield from _objects(node.value.get(section), f"lightning.{section}")
     strategy = node.value.get("strategy")
-    if strategy and not (_is_node(strategy) or isinstance(strategy.value, str | None)):
+    if strategy and not (strategy.is_object or isinstance(strategy.value, str | None)):
         yield _problem("lightning.strategy", strategy, f"expected a name such as ddp or a node, found {show(strategy)}")
 
 
 def _objects(node: Node | None, key: str) -> Iterator[str]:
     """`logger` and `callbacks` are a node, a list of nodes, or a mapping of names to nodes (null: none)."""
-    if node is None or node.value is None or _is_node(node):
+    if node is None or node.value is None or node.is_object:
         return
     if not isinstance(node.value, dict | list):
         yield _problem(
             key, node, f"expected a node, a list of nodes or a mapping of names to nodes, found {show(node)}"
         )
         return
-    for name, child in _children(node):
-        if not _is_node(child) and child.value is not None:
+    for name, child in node.children.items():
+        if not child.is_object and child.value is not None:
             yield _problem(dotted(key, name), child, f"expected a mapping with 'target', found {show(child)}")
 
 
 def _node_names(key: str, node: Node, trust: Sequence[str]) -> Iterator[str]:
-    assert isinstance(node.value, dict)
     yield from _unknown(node, key, _NODE)
-    params, partial, target = (node.value.get(name) for name in ("params", "partial", "target"))
+    params, partial, target = (node.children.get(name) for name in ("params", "partial", "target"))
     if params and not isinstance(params.value, dict | None):
         yield _problem(f"{key}.params", params, f"expected a mapping, found {show(params)}")
     if partial and not isinstance(partial.value, bool):
@@ -123,25 +122,15 @@ def _node_names(key: str, node: Node, trust: Sequence[str]) -> Iterator[str]:
 
 
 def _unknown(node: Node, key: str, valid: Sequence[str]) -> Iterator[str]:
-    for name, child in _children(node):
+    for name, child in node.children.items():
         if name not in valid:
             yield _problem(dotted(key, name), child, f"unknown key '{name}'; {nearest(name, valid)}")
 
 
-def _children(node: Node) -> list[tuple[str, Node]]:
-    if isinstance(node.value, dict):
-        return list(node.value.items())
-    return [(str(i), child) for i, child in enumerate(node.value)] if isinstance(node.value, list) else []
-
-
-def _is_node(node: Node) -> bool:
-    return isinstance(node.value, dict) and "target" in node.value
-
-
 def _nodes(node: Node, key: str) -> Iterator[tuple[str, Node]]:
-    if _is_node(node):
+    if node.is_object:
         yield key, node
-    for name, child in _children(node):
+    for name, child in node.children.items():
         yield from _nodes(child, dotted(key, name))
 
 
@@ -170,49 +159,39 @@ def full_look_up(trust: Sequence[str]) -> LookUp:
 
 def parameters(root: Node, look_up: LookUp) -> list[str]:
     """Problems in every node's params, by the signatures and hints of the classes."""
-    problems: list[str] = []
-    for key, node in _nodes(root, ""):
-        problems += _node_parameters(key, node, look_up)
-    sections = root.value if isinstance(root.value, dict) else {}
-    lightning = sections.get("lightning")
-    trainer = lightning.value.get("trainer") if lightning and isinstance(lightning.value, dict) else None
+    problems = [problem for key, node in _nodes(root, "") for problem in _node_parameters(key, node, look_up)]
+    lightning = root.children.get("lightning")
+    trainer = lightning.children.get("trainer") if lightning else None
     if trainer and isinstance(trainer.value, dict) and (signature := look_up(_TRAINER, False)):
         given = {name: child for name, child in trainer.value.items() if name not in _NOT_IN_TRAINER}
         problems += _arguments("lightning.trainer", Node(given, trainer.origin), _TRAINER, signature, look_up)
     return problems
 
 
-def _no_class(target: str, partial: bool) -> None:
-    return None
-
-
 def _node_parameters(key: str, node: Node, look_up: LookUp) -> Iterator[str]:
-    assert isinstance(node.value, dict)
-    target, partial, params = (node.value.get(name) for name in ("target", "partial", "params"))
-    assert target is not None
-    is_partial = partial is not None and partial.value is True
+    target = node.children["target"]
     try:
-        signature = look_up(str(target.value), is_partial)
+        signature = look_up(str(target.value), node.is_partial)
     except ConfigError as error:
         yield _problem(f"{key}.target", target, str(error))
         return
     if signature is None:
         return
+    params = node.children.get("params")
     given = params if params and isinstance(params.value, dict) else Node({}, node.origin)
     yield from _arguments(f"{key}.params", given, str(target.value), signature, look_up)
-    if not is_partial:
-        assert isinstance(given.value, dict)
+    if not node.is_partial:
         for name, parameter in signature.parameters.items():
-            if parameter.required and name not in given.value:
+            if parameter.required and name not in given.children:
                 text = f"missing; {target.value} requires it, expected {spell(parameter.hint)}"
                 yield _problem(f"{key}.params.{name}", given, text)
 
 
 def _arguments(key: str, given: Node, target: str, signature: Signature, look_up: LookUp) -> Iterator[str]:
-    for name, value in _children(given):
+    for name, value in given.children.items():
         if name in signature.parameters:
-            for wrong in mismatches(value, signature.parameters[name].hint, dotted(key, name), look_up):
-                yield _problem(wrong.key, wrong.node, wrong.text)
+            wrong = mismatches(value, signature.parameters[name].hint, dotted(key, name), look_up)
+            yield from (_problem(*mismatch) for mismatch in wrong)
         elif not signature.open:
             text = f"{target} has no parameter '{name}'; {nearest(name, signature.parameters)}"
             yield _problem(dotted(key, name), value, text)

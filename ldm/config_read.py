@@ -25,6 +25,23 @@ class Node:
     value: "dict[str, Node] | list[Node] | Scalar"
     origin: str
 
+    @property
+    def children(self) -> "dict[str, Node]":
+        """The values inside by name or index; none in a scalar."""
+        if isinstance(self.value, list):
+            return {str(i): child for i, child in enumerate(self.value)}
+        return self.value if isinstance(self.value, dict) else {}
+
+    @property
+    def is_object(self) -> bool:
+        """Whether this is `{target: ..., params: ..., partial: ...}`."""
+        return isinstance(self.value, dict) and "target" in self.value
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether this object is a factory."""
+        return "partial" in self.children and self.children["partial"].value is True
+
     def plain(self) -> Any:
         """The value as plain Python containers, all of them new."""
         if isinstance(self.value, dict):
@@ -50,9 +67,9 @@ def from_plain(value: Any, origin: str, key: str = "") -> Node:
     )
 
 
-def dotted(key: str, name: str | int) -> str:
+def dotted(*keys: str | int) -> str:
     """`a.b` and `c` -> `a.b.c`."""
-    return f"{key}.{name}" if key else str(name)
+    return ".".join(str(key) for key in keys if key != "")
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -159,7 +176,7 @@ def _convert(node: yaml.Node, name: str, numbered: bool, key: str) -> Node:
             children[child] = replace(_convert(value_node, name, numbered, dotted(key, child)), origin=where)
         return Node(children, origin)
     if isinstance(node, yaml.ScalarNode):
-        return Node(_scalar(kind, node.value, f"{key or 'the value'} ({origin})"), origin)
+        return Node(_scalar(node, f"{key or 'the value'} ({origin})"), origin)
     raise ConfigError(f"{key or 'the value'} ({origin}): the tag {node.tag} is refused; remove it")
 
 
@@ -172,23 +189,18 @@ def _key(node: yaml.Node, where: str, parent: str) -> str:
     return str(node.value)
 
 
-def _scalar(kind: str, text: str, where: str) -> Scalar:
-    match kind:
-        case "str":
-            return text
-        case "null":
-            return None
-        case "bool":
-            return text.lower() == "true"
-        case "int":
-            return int(text.replace("_", ""), 8 if text.startswith("0o") else 16 if text.startswith("0x") else 10)
-        case "float":
-            lower = text.lower().replace(".inf", "inf").replace(".nan", "nan")
-            return float(lower)
-        case _ if kind == _AMBIGUOUS:
-            fix = f"write {int(text)}" if text.lstrip("+-").isdigit() else "write true or false"
-            raise ConfigError(f"{where}: '{text}' is ambiguous in YAML; {fix}, or quote it if it is text: '{text}'")
-    raise ConfigError(f"{where}: the tag {kind} is refused; expected plain text, a number, true/false or null")
+def _scalar(node: yaml.ScalarNode, where: str) -> Scalar:
+    text, kind = node.value, node.tag.removeprefix("tag:yaml.org,2002:")
+    if kind == _AMBIGUOUS:
+        fix = f"write {int(text)}" if text.lstrip("+-").isdigit() else "write true or false"
+        raise ConfigError(f"{where}: '{text}' is ambiguous in YAML; {fix}, or quote it if it is text: '{text}'")
+    if kind not in ("str", "null", "bool", "int", "float"):
+        raise ConfigError(f"{where}: the tag {kind} is refused; expected plain text, a number, true/false or null")
+    try:
+        value: Scalar = yaml.constructor.SafeConstructor().construct_object(node)
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"{where}: '{text}' is no {kind}; remove the tag") from error
+    return value
 
 
 def read(path: Path) -> Node:
@@ -232,16 +244,12 @@ def merge(base: Node, over: Node) -> Node:
     """
     if not isinstance(base.value, dict) or not isinstance(over.value, dict):
         return over
-    if "target" in over.value and "target" in base.value and _target(over) != _target(base):
+    if over.is_object and base.is_object and over.value["target"].value != base.value["target"].value:
         return over
     merged = dict(base.value)
     for key, child in over.value.items():
         merged[key] = merge(merged[key], child) if key in merged else child
     return Node(merged, base.origin if base.value else over.origin)
-
-
-def _target(node: Node) -> Any:
-    return node.value["target"].value if isinstance(node.value, dict) else None
 
 
 def apply(root: Node, overrides: Sequence[str]) -> Node:
@@ -251,8 +259,8 @@ def apply(root: Node, overrides: Sequence[str]) -> Node:
     """
     parsed = [_override(text) for text in overrides]
     parsed.sort(key=lambda item: (False, len(item[0])) if item[0][-1] == "target" else (True, 0))
-    for path, value in parsed:
-        root = _set(root, path, value, "")
+    for keys, value in parsed:
+        root = merge(root, _nested(root, keys, value, ""))
     return root
 
 
@@ -265,10 +273,11 @@ def _override(text: str) -> tuple[list[str], Node]:
     return key.split("."), node or Node(None, origin)
 
 
-def _set(node: Node, path: list[str], value: Node, key: str) -> Node:
-    if not path:
-        return merge(node, value)
-    name, rest = path[0], path[1:]
+def _nested(node: Node, keys: list[str], value: Node, key: str) -> Node:
+    """`value` inside the mappings (or the changed list) that put it at `keys` of `node`."""
+    if not keys:
+        return value
+    name, rest = keys[0], keys[1:]
     here = dotted(key, name)
     if isinstance(node.value, list):
         if not re.fullmatch(r"[0-9]+", name) or int(name) >= len(node.value):
@@ -277,14 +286,11 @@ def _set(node: Node, path: list[str], value: Node, key: str) -> Node:
                 f"{len(node.value) - 1}, found '{name}'"
             )
         items = list(node.value)
-        items[int(name)] = _set(items[int(name)], rest, value, here)
+        items[int(name)] = merge(items[int(name)], _nested(items[int(name)], rest, value, here))
         return Node(items, node.origin)
     if node.value is not None and not isinstance(node.value, dict):
         raise ConfigError(
             f"{here} ({value.origin}): {key} is {show(node)} ({node.origin}), which has no keys; write {key}=..."
         )
-    children = dict(node.value or {})
-    if name == "target" and not rest and "target" in children and children["target"].value != value.value:
-        return Node({"target": value}, value.origin)  # as in `merge`
-    children[name] = _set(children.get(name, Node(None, value.origin)), rest, value, here)
-    return Node(children, node.origin)
+    child = node.children.get(name, Node(None, value.origin))
+    return Node({name: _nested(child, rest, value, here)}, value.origin)

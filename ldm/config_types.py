@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ldm.config_read import Node, dotted, show
 from ldm.errors import ConfigError
@@ -40,8 +40,7 @@ class Signature:
 LookUp = Callable[[str, bool], Signature | None]
 
 
-@dataclass(frozen=True)
-class Mismatch:
+class Mismatch(NamedTuple):
     """A value at `key` that does not fit."""
 
     key: str
@@ -62,7 +61,7 @@ def mismatches(node: Node, hint: Any, key: str, look_up: LookUp) -> list[Mismatc
         return _union(node, hint, key, look_up)
     kind = typing.get_origin(hint) or hint
     wrong = [Mismatch(key, node, f"expected {spell(hint)}, found {show(node)}{_fix(node, kind)}")]
-    if isinstance(node.value, dict) and "target" in node.value:
+    if node.is_object:
         return _object(node, kind, key, look_up)
     if isinstance(node.value, list):
         return _list(node.value, hint, key, look_up) if kind in _SEQUENCES else wrong
@@ -127,10 +126,7 @@ def _dict(items: dict[str, Node], hint: Any, key: str, look_up: LookUp) -> list[
 
 def _object(node: Node, kind: Any, key: str, look_up: LookUp) -> list[Mismatch]:
     """A node: is the class it makes the one that is asked for?"""
-    assert isinstance(node.value, dict)
-    partial = node.value.get("partial")
-    is_partial = partial is not None and partial.value is True
-    target = str(node.value["target"].value)
+    target, is_partial = str(node.children["target"].value), node.is_partial
     if not inspect.isclass(kind) or getattr(kind, "_is_protocol", False) or (is_partial and kind not in _PLAIN):
         return []
     try:

@@ -101,3 +101,23 @@ def test_a_tree_from_elsewhere_is_plain_or_refused() -> None:
     assert made.origin("a.2.b") == "last.ckpt"
     with pytest.raises(ConfigError, match=r"last.ckpt: a.0: expected .*found PosixPath"):
         config.from_tree({"a": [Path("x")]}, "last.ckpt")
+
+
+def test_no_resolver_of_omegaconf_is_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "hunter2")
+    secret = "${oc.env:SECRET}"
+    for text in (secret, "x ${oc.env:SECRET}", "${oc.env:${a}}", "\\${oc.env:SECRET}", "${.a}", "${a[0]}", "${${a}}"):
+        with pytest.raises(ConfigError, match=r"^b \(file\): .*expected \$\{a.b\}"):
+            config.from_tree({"a": [1], "b": text}, "file").resolved()
+    # Neither through what the data says of itself nor by putting an expression together.
+    tree = {"a": "$", "b": "${a}{oc.env:SECRET}", "c": {"d": "${b}"}, "e": "${c}", "f": "${data:n}", "g": "x${f}"}
+    made = config.from_tree(tree, "file").resolved({"n": secret})
+    assert made == {"a": "$", "b": secret, "c": {"d": secret}, "e": {"d": secret}, "f": secret, "g": f"x{secret}"}
+    assert type(made["e"]) is dict
+
+
+def test_backslashes_stay_as_they_are() -> None:
+    tree = {"n": 3, "a": r"c:\d\${n}\ ", "b": r"\\${n}${data:m}", "c": r"\${data:m}", "d": r"\n"}
+    made = config.from_tree(tree, "file")
+    assert made.resolved() == {"n": 3, "a": r"c:\d\3\ ", "b": r"\\3${data:m}", "c": r"\${data:m}", "d": r"\n"}
+    assert made.resolved({"m": 4})["c"] == r"\4"

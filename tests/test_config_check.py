@@ -164,7 +164,14 @@ BAD: dict[str, tuple[tuple[str, str] | str, str, int | None, tuple[str, ...]]] =
     "override through a value": ("seed.x=1", "seed.x", None, ("int 23", "base.yaml:2", "seed=")),
     # references
     "reference": (("channels: 8", "channels: ${sed}"), "model.params.channels", 6, ("'sed'", "did you mean 'seed'?")),
-    "circle": (("name: house", "name: ${name}"), "name", 1, ("itself",)),
+    "circle": (("name: house", "name: ${name}"), "name", 1, ("'${name}'", "Recursive interpolation")),
+    "circle of two": (
+        model("text: ${model.params.last}", "last: ['${model.params.text}']"), "model.params.text", 7, ("parent node",)
+    ),
+    "circle of mappings": (
+        model("table: {a: '${model.params.last}'}", "last: {b: '${model.params.table}'}"), "model.params.last.b", 8,
+        ("refers to itself",),
+    ),
     "environment": (model("text: ${oc.env:HOME}"), "model.params.text", 7, ("'oc.env:'", "refused")),
     "unclosed": (model("text: ${seed"), "model.params.text", 7, ("closing }",)),
     "no run": (model("path: ${newest:logs/*_kl}"), "model.params.path", 7, ("logs/*_kl", "train 'kl' first")),
