@@ -11,8 +11,12 @@ ROOT = Path(__file__).parents[1]
 
 # A file imports only from levels below its own; within level 1 a package's files may import each other.
 LEVELS = {
-    0: ["errors", "config", "distributed", "randomness", "layers", "ema", "schedule", "checkpoint", "run", "signals"],
+    0: [
+        *("errors", "distributed", "randomness", "layers", "ema", "schedule", "checkpoint", "run", "signals"),
+        *("config", "config_read", "config_target", "config_types", "config_signature", "config_check", "commandline"),
+    ],
     1: [
+        *("resume", "dry_run", "data.arrays", "data.pixels"),
         *("data.images", "data.openmoji", "data.latents", "data.sampler"),
         *("data.latent_files", "data.latent_build", "data.latent_reader"),
         *("autoencoder.networks", "autoencoder.posterior", "autoencoder.lpips", "autoencoder.discriminator"),
@@ -22,8 +26,8 @@ LEVELS = {
     ],
     2: ["data.datamodules", "data.latent_datamodule", "autoencoder.module", "diffusion.module"],
     3: ["evaluation.generate", "evaluation.features", "evaluation.metrics", "evaluation.quality"],
-    4: ["callbacks", "loggers", "safety"],
-    5: ["trainer"],
+    4: ["callbacks", "loggers", "safety", "saving"],
+    5: ["trainer", "outcome"],
 }
 LEVEL_OF = {f"ldm.{name}": level for level, names in LEVELS.items() for name in names}
 
@@ -31,7 +35,8 @@ LEVEL_OF = {f"ldm.{name}": level for level, names in LEVELS.items() for name in 
 FENCED = {
     "pytorch_lightning": {
         *("ldm.autoencoder.module", "ldm.diffusion.module", "ldm.data.datamodules"),
-        *("ldm.callbacks", "ldm.loggers", "ldm.safety", "ldm.trainer", "main"),
+        *("ldm.callbacks", "ldm.loggers", "ldm.safety", "ldm.saving", "ldm.trainer", "main"),
+        "ldm.outcome",
     },
     "omegaconf": {"ldm.config"},
     "torch.distributed": {"ldm.distributed"},
