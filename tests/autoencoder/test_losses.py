@@ -42,7 +42,7 @@ def textbook(model: Model, images: Tensor) -> tuple[Tensor, Tensor]:
     """Generator pass and discriminator pass, each with its own forward and backward, as the lineage writes them."""
     loss = model.loss
     reconstruction, posterior = model.run(images)
-    error = (images - reconstruction).abs()
+    error = (images - reconstruction).abs() + loss.l2_weight * (images - reconstruction) ** 2
     if loss.perceptual is not None:
         error = error + loss.perceptual_weight * loss.perceptual(images, reconstruction).view(-1, 1, 1, 1)
     nll = (error / loss.logvar.exp() + loss.logvar).sum() / images.shape[0]
@@ -83,6 +83,7 @@ def test_one_backward_gives_the_textbook_gradients(adversarial, perceptual, imag
     ours = Model(
         perceptual=perceptual,
         perceptual_weight=0.7,
+        l2_weight=0.3,
         kl_weight=0.1,
         discriminator=PatchDiscriminator(3, 8, 2),
         adversarial=adversarial,
