@@ -123,7 +123,8 @@ def train(options: Options, start: resume.Start, tree: dict[str, Any], data: Any
             run.check_space(folder.checkpoints, outcome.space_needed(model))
             resume.save(folder, start.source, tree, facts)
         callbacks = trainer.make_callbacks(tree, folder, model, facts, options.trust)
-        loggers = trainer.make_loggers(tree, folder, options.project, options.trust)
+        # A validation alone has no step of its own in the metrics file.
+        loggers = trainer.make_loggers(tree, folder, options.project, options.trust) if options.train else []
         lightning = trainer.make_trainer(tree, data, model, callbacks, loggers, options.trust, folder.path)
         if not options.train:
             outcome.validate(lightning, model, data, folder, start.checkpoint)

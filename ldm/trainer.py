@@ -13,6 +13,7 @@
 import logging
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,6 +65,8 @@ def make_trainer(
     Raises:
         ConfigError: Lightning refuses an argument.
     """
+    for text in ("Found .* module.* in eval mode", ".*isinstance.treespec", ".*does not have many workers"):
+        warnings.filterwarnings("ignore", text, module="pytorch_lightning")  # meant, its own affair, measured
     section = tree["lightning"]
     arguments: dict[str, Any] = {"enable_model_summary": False, "log_every_n_steps": LOG_EVERY} | section["trainer"]
     interval = _interval(arguments)
@@ -74,7 +77,7 @@ def make_trainer(
         )
     plugins = build(arguments.pop("plugins", None) or [], trust, key="lightning.trainer.plugins")
     strategy = build(section.get("strategy") or "auto", trust, key="lightning.strategy")
-    steps = _Steps()
+    steps = _Steps(arguments["log_every_n_steps"])
     try:
         with _muted():
             trainer = pl.Trainer(
@@ -99,16 +102,24 @@ def make_trainer(
 
 
 class _Steps(pl.Callback):
-    """Tells the trainer how many batches make a step.
+    """Makes Lightning count optimizer steps, from 1, in what it logs, with and without manual optimisation."""
 
-    Not by its argument, since Lightning refuses that of a module with manual optimisation, though its loggers count
-    steps by it.
-    """
-
-    accumulation = 1
+    def __init__(self, log_every: int) -> None:
+        self.accumulation = 1
+        self.log_every = log_every
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Not by the trainer's argument, which is refused where optimisation is manual, though loggers count by it.
         trainer.accumulate_grad_batches = self.accumulation
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        number = trainer.global_step + 1
+        if number % self.log_every == 0:
+            pl_module.log("step", float(number))  # Lightning's name for what a row is numbered by
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            pl_module.log("step", float(trainer.global_step))
 
 
 @contextmanager

@@ -75,7 +75,7 @@ def autoencoder_tree(image_folder) -> Tree:
 
 @pytest.fixture
 def diffusion_tree(image_folder) -> Tree:
-    """Stage 2 on the newest run of the above: class-conditional, with dropout and an average."""
+    """Stage 2 on the newest run of the above: class-conditional, with dropout and an average, without samples."""
     network = node(
         "ldm.diffusion.unet.UNet",
         in_channels="${data:channels}",
@@ -107,5 +107,5 @@ def diffusion_tree(image_folder) -> Tree:
             seed="${seed}",
             num_validation=4,
         ),
-        "lightning": {"trainer": copy.deepcopy(TRAINER), "logger": None},
+        "lightning": {"trainer": copy.deepcopy(TRAINER), "logger": None, "callbacks": {"images": None}},
     }

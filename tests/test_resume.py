@@ -1,6 +1,5 @@
 """A resumed run is the same run, bit for bit: weights, average, optimizer, schedule, order of the data, metrics."""
 
-import csv
 import os
 import shutil
 import signal
@@ -16,6 +15,7 @@ from ldm.autoencoder.module import AutoencoderKL
 from ldm.config import to_yaml
 from ldm.data.datamodules import ElasticDataModule
 from ldm.diffusion.module import LatentDiffusion
+from ldm.loggers import read_metrics
 from ldm.signals import STOPPING
 
 STEPS = 12
@@ -94,16 +94,19 @@ def as_killed_after(run_folder: Path, step: int, place: Path) -> Path:
 
 def final(run_folder: Path) -> dict[str, Any]:
     state = checkpoint.load(run_folder / "checkpoints" / f"step={STEPS:08d}.ckpt")
+    state["ldm"]["metrics"] = {
+        name: value for name, value in state["ldm"]["metrics"].items() if name.startswith("val/")
+    }
     # How often Lightning began an epoch or a batch anew differs, and means nothing here.
     return {key: value for key, value in state.items() if key not in ("loops", "epoch")}
 
 
 def metrics(run_folder: Path, after: int) -> list[tuple[str, str, str]]:
     """(step, name, value) of every logged number but the speeds."""
-    with (run_folder / "metrics.csv").open(newline="") as handle:
-        rows = [row for row in csv.DictReader(handle) if int(row["step"]) > after]
-    names = {name for row in rows for name in row} - {"step", "images_per_second", "data_wait"}
-    return sorted((row["step"], name, row[name]) for row in rows for name in names if row[name])
+    rows = [row for row in read_metrics(run_folder / "metrics.csv") if int(row["step"]) > after]
+    assert {int(row["step"]) for row in rows} == {step for step in range(after + 1, STEPS + 1) if step % 2 == 0}
+    speeds = ("step", "images_per_second", "data_wait")
+    return sorted((row["step"], name, value) for row in rows for name, value in row.items() if name not in speeds)
 
 
 def assert_same(ours: Any, theirs: Any, key: str = "") -> None:
