@@ -73,14 +73,15 @@ def test_mistakes_are_one_message(arguments, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(not DEBIAN_FASHION_MNIST.is_dir(), reason="the package dataset-fashion-mnist is not installed")
 def test_quality_from_nothing_to_the_table(tmp_path, monkeypatch, capsys):
     """The whole path, small: 2,000 images and a few steps teach neither stage much, but more than nothing."""
     monkeypatch.chdir(tmp_path)  # where the latent cache goes
     subset = "{target: ldm.data.images.Subset, params: {dataset: {target: ldm.data.arrays.FashionMNIST}, indices: %s}}"
     small = [
-        "lightning.trainer.max_steps=100",
-        "lightning.trainer.val_check_interval=100",
+        "lightning.trainer.max_steps=60",
+        "lightning.trainer.val_check_interval=60",
         "lightning.logger=null",
         f"data.params.train={subset % [*range(2000)]}",
         "data.params.num_validation=100",
