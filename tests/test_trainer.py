@@ -1,0 +1,132 @@
+"""The Trainer means by its numbers what the configuration means by them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning import LightningModule
+from pytorch_lightning.strategies import DDPStrategy
+
+from ldm import trainer
+from ldm.callbacks import Progress, Throughput
+from ldm.errors import ConfigError
+from ldm.loggers import FencedWandb, MetricsFile
+from ldm.run import RunFolder
+from ldm.safety import AtomicCheckpointIO, FiniteGuard, Provenance, StopOnSignal
+from ldm.saving import Checkpoints
+
+
+class Data:
+    """Cuts a step into four micro-batches for one rank, two for two."""
+
+    def accumulation(self, world_size: int) -> int:
+        return 4 // world_size
+
+
+class Manual(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+def tree(**arguments: Any) -> dict[str, Any]:
+    return {"seed": 1, "lightning": {"trainer": {"accelerator": "cpu", "devices": 1, "max_steps": 100} | arguments}}
+
+
+def make(config: dict[str, Any], model: Any = None) -> Any:
+    return trainer.make_trainer(config, Data(), model or LightningModule())
+
+
+def test_intervals_count_optimizer_steps():
+    assert make(tree(val_check_interval=5)).val_check_interval == 20
+    assert make(tree()).val_check_interval == 40  # ten times in a run
+    assert make(tree(val_check_interval=999)).val_check_interval == 400  # once, at its end
+    assert make(tree(max_steps=3)).val_check_interval == 4
+
+
+def test_the_world_size_is_shared_out_before_accumulation():
+    config = tree(devices=2, val_check_interval=5)
+    config["lightning"]["strategy"] = {
+        "target": "pytorch_lightning.strategies.DDPStrategy",
+        "params": {"static_graph": True},
+    }
+    made = make(config)
+    assert isinstance(made.strategy, DDPStrategy)
+    assert made.world_size == 2
+    assert made.val_check_interval == 10
+
+
+def test_what_is_fixed():
+    made = make(tree())
+    assert made.max_steps == 100
+    assert made.max_epochs == -1
+    assert made.check_val_every_n_epoch is None
+    assert isinstance(made.strategy.checkpoint_io, AtomicCheckpointIO)
+
+
+@pytest.mark.parametrize("interval", [0.5, True, "1", -3])
+def test_an_interval_that_is_no_number_of_steps(interval):
+    with pytest.raises(ConfigError, match="val_check_interval"):
+        make(tree(val_check_interval=interval))
+
+
+def test_what_lightning_refuses_is_a_config_error():
+    with pytest.raises(ConfigError, match=r"lightning\.trainer: .*abacus"):
+        make(tree(accelerator="abacus"))
+    with pytest.raises(ConfigError, match="cards"):
+        make(tree(cards=1))
+    with pytest.raises(ConfigError, match=r"model\.params\.gradient_clip"):
+        make(tree(gradient_clip_val=1.0), Manual())
+    assert make(tree(gradient_clip_val=1.0)).gradient_clip_val == 1.0
+
+
+def callbacks(section: dict[str, Any], tmp_path: Path) -> list[Any]:
+    config = tree()
+    config["lightning"]["callbacks"] = section
+    return trainer.make_callbacks(config, RunFolder(tmp_path), LightningModule(), {"num_classes": None})
+
+
+def test_a_run_is_kept_without_a_line_of_yaml(tmp_path):
+    kinds = [type(callback) for callback in callbacks({}, tmp_path)]
+    assert kinds == [Provenance, FiniteGuard, StopOnSignal, Throughput, Progress, Checkpoints]
+
+
+def test_callbacks_are_replaced_added_and_left_out_by_name(tmp_path):
+    made = callbacks(
+        {
+            "checkpoints": {"target": "ldm.saving.Checkpoints", "params": {"every": 7}},
+            "progress": None,
+            "mine": {"target": "pytorch_lightning.callbacks.Timer", "params": {"duration": "00:01:00:00"}},
+        },
+        tmp_path,
+    )
+    names = [type(callback).__name__ for callback in made]
+    assert names == ["Provenance", "FiniteGuard", "StopOnSignal", "Throughput", "Checkpoints", "Timer"]
+    assert made[-2].every == 7
+
+
+def test_metrics_are_always_written_and_wandb_is_a_choice(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path)
+    started: list[str] = []
+    monkeypatch.setattr(FencedWandb, "log_hyperparams", lambda self, params: started.append(self.version))
+
+    def kinds(config: dict[str, Any]) -> list[type]:
+        return [type(logger) for logger in trainer.make_loggers(config, folder, "project")]
+
+    assert kinds(tree()) == [MetricsFile, FencedWandb]
+    assert started == [tmp_path.name]
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert kinds(tree()) == [MetricsFile]
+    without = tree()
+    without["lightning"]["logger"] = None
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert kinds(without) == [MetricsFile]
+
+
+def test_first_weights_are_a_function_of_the_seed():
+    node = {"target": "torch.nn.Linear", "params": {"in_features": 3, "out_features": 3}}
+    torch.manual_seed(99)
+    first, same, other = (trainer.build_model({"seed": seed, "model": node}).weight for seed in (1, 1, 2))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
