@@ -103,7 +103,7 @@ class AutoencoderLoss(nn.Module):
 
         Args:
             images: (N, C, H, W) in [-1, 1].
-            reconstruction: (N, C, H, W), the output of `last_layer`.
+            reconstruction: (N, C, H, W), of which `last_layer` computed the values.
             posterior: of the images.
             last_layer: the decoder's.
             step: number of the optimizer step, counted from 0.

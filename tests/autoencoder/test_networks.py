@@ -132,3 +132,15 @@ def test_attention_mixes_positions_and_residual_blocks_do_not_mix_far():
     attention.norm = block.norm1 = block.norm2 = nn.Identity()
     assert not torch.equal(attention(images)[..., 7, 7], attention(changed)[..., 7, 7])
     assert torch.equal(block(images)[..., 7, 7], block(changed)[..., 7, 7])
+
+
+@pytest.mark.parametrize("patch_size", [2, 4])
+def test_patches_take_the_place_of_the_first_levels(patch_size):
+    torch.manual_seed(0)
+    encoder = Encoder(3, 8, (1, 2), 1, 2, patch_size=patch_size)
+    decoder = Decoder(3, 8, (1, 2), 1, 2, patch_size=patch_size)
+    assert encoder.down_factor == decoder.up_factor == 2 * patch_size
+    images = torch.randn(1, 3, 32, 16)
+    moments = encoder(images)
+    assert moments.shape == (1, 4, 16 // patch_size, 8 // patch_size)
+    assert decoder(moments[:, :2]).shape == images.shape
