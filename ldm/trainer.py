@@ -28,7 +28,8 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from ldm.autoencoder.module import AutoencoderKL
 from ldm.callbacks import ImageLogger, Progress, SampleLogger, Throughput
 from ldm.config import build
-from ldm.diffusion.module import LatentDiffusion
+from ldm.diffusion.conditioning import Unconditional
+from ldm.diffusion.module import LatentDiffusion, parts
 from ldm.errors import ConfigError
 from ldm.loggers import FencedWandb, MetricsFile
 from ldm.run import RunFolder
@@ -188,7 +189,8 @@ def _pictures(model: Any, interval: int, facts: Mapping[str, Any], trust: Sequen
         return ImageLogger(interval)
     if not isinstance(model, LatentDiffusion):
         return None
-    count = facts.get("num_classes")
+    # The data may have classes that the model does not ask for.
+    count = None if isinstance(parts(model.denoiser)[1], Unconditional) else facts.get("num_classes")
     # Up to 32 pictures of 50 network calls.
     return SampleLogger(interval, None if count is None else range(min(count, 4)), trust=trust)
 

@@ -1,0 +1,118 @@
+"""Every shipped configuration: its model is built at full size (on the meta device), and it trains two tiny steps."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import main
+from ldm.config import Config, build, load
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = {str(path.relative_to(ROOT / "configs")): path for path in sorted((ROOT / "configs").rglob("*.yaml"))}
+STAGE_1 = [name for name in CONFIGS if "autoencoder" in name]
+STAGE_2 = [name for name in CONFIGS if "autoencoder" not in name]
+
+# Millions of parameters as published: encoder and decoder (Rombach et al. 2022 and its released models), the UNet.
+PUBLISHED = {
+    "autoencoder/kl_f4.yaml": {"encoder": 22.4, "decoder": 33.0},
+    "autoencoder/kl_f8.yaml": {"encoder": 34.2, "decoder": 49.5},
+    "autoencoder/kl_f16.yaml": {"encoder": 28.3, "decoder": 41.3},
+    "autoencoder/kl_f32.yaml": {"encoder": 42.6, "decoder": 61.2},
+    "diffusion/celebahq_f4.yaml": {"denoiser.network": 274},
+    "diffusion/lsun_churches_f8.yaml": {"denoiser.network": 294},
+    "diffusion/imagenet_f8_class.yaml": {"denoiser.network": 395},
+}
+# The latents of each stage-2 configuration's own stage 1: channels, side.
+LATENTS = {
+    "diffusion/celebahq_f4.yaml": (3, 64),
+    "diffusion/imagenet_f8_class.yaml": (4, 32),
+    "diffusion/lsun_churches_f8.yaml": (4, 32),
+    "fashion_mnist/diffusion.yaml": (4, 8),
+    "quickstart/diffusion.yaml": (4, 8),
+}
+
+
+def shipped(name: str) -> Config:
+    # No run of stage 1 exists here; its place is all that the model needs to know.
+    return load([CONFIGS[name]], ["data.params.autoencoder=logs/none"] if name in STAGE_2 else [])
+
+
+def facts(name: str) -> dict[str, int]:
+    channels, side = LATENTS.get(name, (1 if "fashion_mnist" in name else 3, 32))
+    return {"channels": channels, "resolution": side, "num_classes": 1000, "batch_size": 8, "num_items": 100}
+
+
+def test_every_config_is_of_one_stage():
+    assert set(LATENTS) == set(STAGE_2), "a new stage-2 configuration: say in LATENTS what latents it is for"
+    assert STAGE_1
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_header_says_how_to_run_it(name):
+    header = [line for line in CONFIGS[name].read_text().splitlines() if line.startswith("#")]
+    assert any(f"main.py --base configs/{name}" in line for line in header)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_builds_at_full_size_with_the_published_number_of_parameters(name):
+    config = shipped(name)
+    config.check(facts(name))
+    with torch.device("meta"):
+        # The weights of LPIPS' trunk are a download; its architecture is all that is built here.
+        tree = config.resolved(facts(name))["model"]
+        perceptual = tree["params"].get("loss", {}).get("params", {}).get("perceptual")
+        if perceptual:
+            perceptual["params"] = {**perceptual.get("params", {}), "pretrained": False}
+        model = build(tree, key="model")
+    for part, millions in PUBLISHED.get(name, {}).items():
+        count = sum(parameter.numel() for parameter in model.get_submodule(part).parameters()) / 1e6
+        # As many digits as the source gives; the lineage rounds 394.98 up and 294.97 down.
+        assert count == pytest.approx(millions, abs=0.06 if millions < 100 else 1.0), (part, count)
+
+
+def overrides(name: str, image_folder: Path) -> list[str]:
+    """What makes two steps of the configuration take a second."""
+    folder = {"target": "ldm.data.images.ImageFolder", "params": {"root": str(image_folder)}}
+    data = {"train": folder, "num_validation": 4, "batch_size": 2, "resolution": 64, "num_workers": 0}
+    if name in STAGE_1 and "transform:" in CONFIGS[name].read_text():
+        data["transform"] = None
+    if "validation:" in CONFIGS[name].read_text().replace("num_validation:", ""):
+        data["validation"] = None
+    trainer = {"max_steps": 2, "val_check_interval": 2, "limit_val_batches": 1, "accelerator": "cpu", "devices": 1}
+    words = [f"data.params.{key}={json.dumps(value)}" for key, value in data.items()]
+    words += [f"lightning.trainer.{key}={json.dumps(value)}" for key, value in trainer.items()]
+    return [*words, "lightning.logger=null"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STAGE_1)
+def test_stage_1_trains_two_steps(name, image_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["model.params.encoder.params.channels=16", *overrides(name, image_folder)]
+    words.append("data.params.channels=3")
+    text = CONFIGS[name].read_text()
+    if "perceptual:" in text:
+        words.append("model.params.loss.params.perceptual.params.pretrained=false")
+    if "adversarial_start:" in text:
+        words.append("model.params.loss.params.adversarial_start=1")
+    assert main.main(["--base", str(CONFIGS[name]), *words]) == 0
+    check_run(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STAGE_2)
+def test_stage_2_trains_two_steps(name, image_folder, runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["model.params.network.params.channels=32", *overrides(name, image_folder)]
+    words.append(f"data.params.autoencoder={runs.autoencoder}")
+    assert main.main(["--base", str(CONFIGS[name]), *words]) == 0
+    check_run(tmp_path)
+
+
+def check_run(root: Path) -> None:
+    (run,) = (root / "logs").iterdir()
+    assert json.loads((run / "run_state.json").read_text())["status"] == "finished"
+    assert list((run / "checkpoints").glob("*.ckpt"))
+    assert "val/" in (run / "metrics.csv").read_text()
