@@ -122,8 +122,9 @@ def validation_batches(length: int, micro_batch_size: int, rank: int = 0, world_
     The number of an item is its index, so its draws are the same in every validation of every run. (Equally many,
     because a rank with one batch less would leave the others waiting in a collective. With fewer items than ranks
     every rank validates all of them.) Batches hold at most `micro_batch_size` items unless that makes some empty.
+    Their order is shuffled, always in the same way: data sets are sorted by class, and the first batch is looked at.
     """
-    numbers = np.arange(length)
+    numbers = permutation(0, 0, length)
     if length < world_size:
         return [[(int(i), int(i)) for i in numbers]]
     rounds = min(-(-length // (world_size * micro_batch_size)), length // world_size)
