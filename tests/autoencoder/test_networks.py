@@ -108,11 +108,13 @@ def test_groups_adapt_to_narrow_networks(channels, groups):
     assert group_norm(channels).num_groups == groups
 
 
-def test_last_layer_writes_the_image():
-    decoder = Decoder(3, 8, (1, 2), 1, 2)
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_last_layer_writes_the_image(patch_size):
+    decoder = Decoder(3, 8, (1, 2), 1, 2, patch_size=patch_size)
     written = []
     decoder.last_layer.register_forward_hook(lambda module, args, output: written.append(output))
-    assert decoder(torch.randn(1, 2, 4, 4)) is written[0]
+    image = decoder(torch.randn(1, 2, 4, 4))
+    assert torch.equal(image, nn.functional.pixel_shuffle(written[0], patch_size))
 
 
 def test_dropout_is_active_in_training_alone():
