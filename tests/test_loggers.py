@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,7 @@ if fault != "none":
     cores = [pid for pid in children if b"wandb-core" in Path(f"/proc/{pid}/cmdline").read_bytes()
              and str(os.getpid()).encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\\0")]
     os.kill(cores[0], getattr(signal, fault))
+    Path(sys.argv[5]).write_text(str(cores[0]))
     time.sleep(0.2)
 started = time.monotonic()
 for step in range(1, 500):
@@ -123,10 +125,18 @@ def run_with_wandb(
     root = str(Path(__file__).parents[1])
     keep = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     env = keep | {"HOME": str(folder), "WANDB_CACHE_DIR": str(folder / "cache")} | environment
-    command = [sys.executable, "-c", _RUN, root, str(folder), fault, str(limit)]
+    core = folder / "core.pid"
+    command = [sys.executable, "-c", _RUN, root, str(folder), fault, str(limit), str(core)]
+    out, err = folder / "out.txt", folder / "err.txt"
     started = time.monotonic()
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
-    return done, time.monotonic() - started
+    # Files, not pipes: a stopped service outlives the process and would hold a pipe open.
+    with out.open("w") as stdout, err.open("w") as stderr:
+        code = subprocess.run(command, env=env, stdout=stdout, stderr=stderr, timeout=400).returncode
+    took = time.monotonic() - started
+    if core.exists():
+        with suppress(ProcessLookupError):
+            os.kill(int(core.read_text()), signal.SIGKILL)
+    return subprocess.CompletedProcess(command, code, out.read_text(), err.read_text()), took
 
 
 @pytest.mark.slow
