@@ -23,10 +23,13 @@ $(VENV)/installed: $(LOCK) pyproject.toml
 
 setup: $(VENV)/installed  ## install the locked packages into .venv
 
+# `--resume auto` goes on where an interrupted quickstart was and does nothing where it is done.
 quickstart: $(VENV)/installed  ## emoji: train both stages, sample, print where the pictures are
-	$(PYTHON) main.py --base configs/quickstart/autoencoder.yaml
-	$(PYTHON) main.py --base configs/quickstart/diffusion.yaml
-	$(PYTHON) scripts/sample.py -r 'logs/*_emoji_diffusion' -n 8 --guidance 2 --steps 50
+	$(PYTHON) main.py --resume auto --base configs/quickstart/autoencoder.yaml
+	$(PYTHON) main.py --resume auto --base configs/quickstart/diffusion.yaml
+	$(PYTHON) scripts/sample.py -r 'logs/*_emoji_diffusion' -n 12 --guidance 2 --steps 50
+	@echo "Reconstructions:" $$(ls -d logs/*_emoji_autoencoder | tail -1)/images/val/*.png
+	@echo "Samples:" $$(ls -d logs/*_emoji_diffusion | tail -1)/samples/*/grid.png
 
 test: $(VENV)/installed lint  ## lint, types and every test
 	$(PYTHON) -m pytest
