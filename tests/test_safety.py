@@ -3,14 +3,14 @@
 import os
 import re
 import signal
-import subprocess
-import sys
-import threading
+import socket
 import time
+import traceback
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -251,17 +251,20 @@ def in_a_child(work: Callable[[], None]) -> int:
     """Run `work` in a fork of this process; its exit status, as main.py's would be (negative: died of a signal)."""
     child = os.fork()
     if child == 0:
-        try:
-            work()
-        except SystemExit as stop:
-            os._exit(int(stop.code or 0))
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
+        end_like_a_process(work)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def end_like_a_process(work: Callable[[], None]) -> NoReturn:
+    """Do `work` in a forked child, and leave with the code that the interpreter would."""
+    try:
+        work()
+    except SystemExit as stop:
+        os._exit(int(stop.code or 0))
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
 
 
 def send_at(first: int, number: int) -> Callable[[np.ndarray], None]:
@@ -363,43 +366,60 @@ def test_the_third_request_ends_at_once_but_a_doubled_signal_is_one(capfd: pytes
     assert re.findall("SIGTERM: stopping.*", printed)[1:] == ["SIGTERM: stopping at once; the last checkpoint stands"]
 
 
-_DRIVER = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from pathlib import Path
-import importlib.util
-spec = importlib.util.spec_from_file_location("test_safety", Path(sys.argv[1]) / "tests" / "test_safety.py")
-tests = importlib.util.module_from_spec(spec)
-sys.modules["test_safety"] = tests
-spec.loader.exec_module(tests)
-folder, workers = Path(sys.argv[2]), int(sys.argv[3])
-module = tests.Automatic(on_batch=lambda numbers: numbers[0] == 0 and (folder / "started").touch())
-options = {"devices": 2, "strategy": "ddp", "num_sanity_val_steps": 0}
-trainer = tests.a_trainer(folder, 1_000_000, [tests.StopOnSignal(folder)], **options)
-trainer.fit(module, tests.PointData(4, seed=1, num_workers=workers))
-"""
+def two_ranks(folder: Path, workers: int) -> list[int]:
+    """Two processes in a group of their own that train together, as torchrun would start them; their ids."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
+    launcher |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+    def train(rank: int) -> None:
+        os.environ.update(launcher | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        module = Automatic(on_batch=lambda numbers: numbers[0] > BATCH and (folder / f"started.{rank}").touch())
+        options = {"devices": 2, "strategy": "ddp", "num_sanity_val_steps": 0}
+        trainer = a_trainer(folder, 1_000_000, [StopOnSignal(folder)], **options)
+        trainer.fit(module, PointData(BATCH, seed=1, num_workers=workers))
+
+    children: list[int] = []
+    for rank in range(2):
+        child = os.fork()
+        if child == 0:
+            os.setpgid(0, children[0] if children else 0)
+            end_like_a_process(partial(train, rank))
+        children.append(child)
+    return children
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("target", ["main", "group"])
+def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not (done := condition()) and time.monotonic() < end:
+        time.sleep(0.05)
+    return done
+
+
+@pytest.mark.parametrize("target", ["first", "second", "group"])
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 2), (signal.SIGUSR1, 0), (signal.SIGINT, 2)])
 def test_two_ranks_stop_after_the_same_step(tmp_path: Path, number: int, workers: int, target: str) -> None:
-    root = str(Path(__file__).parents[1])
-    (tmp_path / "driver.py").write_text(_DRIVER)  # a file: Lightning starts it once more for the second rank
-    command = [sys.executable, str(tmp_path / "driver.py"), root, str(tmp_path), str(workers)]
-    with subprocess.Popen(command, start_new_session=True) as run:
-        while not (tmp_path / "started").exists() and run.poll() is None:
-            time.sleep(0.1)
-        time.sleep(1)
-        limit = threading.Timer(60, run.kill)
-        limit.start()
+    children = two_ranks(tmp_path, workers)
+    codes: dict[int, int] = {}
+
+    def ended() -> bool:
+        for child in set(children) - set(codes):
+            found, status = os.waitpid(child, os.WNOHANG)
+            if found:
+                codes[child] = os.waitstatus_to_exitcode(status)
+        return len(codes) == 2
+
+    try:
+        assert wait_until(lambda: all((tmp_path / f"started.{rank}").exists() for rank in range(2)), 120)
         if target == "group":
-            os.killpg(run.pid, number)
+            os.killpg(children[0], number)
         else:
-            run.send_signal(number)
-        sent = time.monotonic()
-        code = run.wait()
-        limit.cancel()
-    assert code == 128 + number
-    assert time.monotonic() - sent < 20
-    assert checkpoint.load(tmp_path / "stopped.ckpt")["global_step"] > 0
+            os.kill(children[target == "second"], number)
+        assert wait_until(ended, 60)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(children[0], signal.SIGKILL)
+    assert list(codes.values()) == [128 + number] * 2
+    assert checkpoint.load(tmp_path / "stopped.ckpt")["global_step"] > 1
