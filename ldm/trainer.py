@@ -66,8 +66,10 @@ def make_trainer(
     Raises:
         ConfigError: Lightning refuses an argument.
     """
-    for text in ("Found .* module.* in eval mode", ".*isinstance.treespec", ".*does not have many workers"):
-        warnings.filterwarnings("ignore", text, module="pytorch_lightning")  # meant, its own affair, measured
+    # The average stays in eval mode; Lightning's own affair; measured; our sampler finds its place by itself.
+    meant = ("Found .* module.* in eval mode", ".*isinstance.treespec", ".*does not have many workers")
+    for text in (*meant, "You're resuming from a checkpoint that ended before the epoch"):
+        warnings.filterwarnings("ignore", text, module="pytorch_lightning")
     section = tree["lightning"]
     arguments: dict[str, Any] = {"enable_model_summary": False, "log_every_n_steps": LOG_EVERY} | section["trainer"]
     interval = _interval(arguments)

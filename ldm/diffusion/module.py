@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
-import torch
 from pytorch_lightning import LightningModule
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
@@ -101,5 +100,5 @@ class LatentDiffusion(LightningModule):
         return {
             "kind": "diffusion",
             "latents": self.trainer.datamodule.manifest.to_dict(),  # type: ignore[attr-defined]  # Lightning's own
-            "metrics": {name: float(value) for name, value in metrics.items() if torch.numel(value) == 1},
+            "metrics": {name: float(value) for name, value in metrics.items() if name.startswith("val/")},
         }
