@@ -240,15 +240,15 @@ class FencedWandb(WandbLogger):
     def _connect(self) -> None:
         import wandb
 
-        if self._offline or not wandb.login(prompt=False):
-            self._start("offline")
-            return
-        try:
-            self._start("online")
-        except wandb.errors.CommError as error:
-            log.warning("wandb: no connection (%s); logging offline", error)
-            _quietly(wandb.teardown)
-            self._start("offline")
+        if not self._offline:
+            try:
+                if wandb.login(prompt=False):
+                    self._start("online")
+                    return
+            except Exception as error:  # a refused key, a server that is away or silent, ...
+                log.warning("wandb: not online (%s: %s)", type(error).__name__, error)
+                _quietly(wandb.teardown)
+        self._start("offline")
 
     def _start(self, mode: str) -> None:
         import wandb

@@ -104,9 +104,10 @@ logger.log_metrics({"loss": 1.0}, step=0)
 logger.finalize("success")
 start = time.monotonic() - started
 if fault != "none":
-    children = [int(pid) for pid in os.popen(f"ps -o pid= --ppid {os.getpid()} -C wandb-core").read().split()]
-    cores = [pid for pid in children if b"wandb-core" in Path(f"/proc/{pid}/cmdline").read_bytes()
-             and str(os.getpid()).encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\\0")]
+    while logger._experiment is None:  # a busy machine
+        time.sleep(0.1)
+    lines = [line.split() for line in os.popen("ps -eo pid,args") if "wandb-core" in line]
+    cores = [int(line[0]) for line in lines if str(os.getpid()) in line[1:]]
     os.kill(cores[0], getattr(signal, fault))
     Path(sys.argv[5]).write_text(str(cores[0]))
     time.sleep(0.2)
