@@ -21,13 +21,13 @@ import shutil
 import socket
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.errors import CheckpointError, NumericError, ResourceError
 
@@ -295,3 +295,20 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def fill(module: nn.Module, state_dict: Mapping[str, Tensor], name: str, file: Path) -> None:
+    """Load the checkpoint's weights `name`.*, all of them, into `module`.
+
+    Raises:
+        CheckpointError: they do not fit; names `file`.
+    """
+    prefix = f"{name}."
+    own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+    try:
+        module.load_state_dict(own)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{file}: the weights of the {name} do not fit the configuration stored beside them: {error}. "
+            f"The file was put together by hand, or by another version of ldm."
+        ) from error

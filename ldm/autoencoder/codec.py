@@ -73,7 +73,7 @@ class Codec(nn.Module):
         except ConfigError as error:
             raise ConfigError(f"{file}: in the configuration stored there: {error}") from error
         for name, network in (("encoder", encoder), ("decoder", decoder)):
-            _fill(network, state["state_dict"], name, file)
+            checkpoint.fill(network, state["state_dict"], name, file)
         resolution = record["config"].get("data", {}).get("params", {}).get("resolution")
         return cls(encoder, decoder, config, resolution, record.get("latents"), str(file))
 
@@ -125,19 +125,6 @@ class Codec(nn.Module):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
-
-
-def _fill(network: nn.Module, state_dict: Mapping[str, Tensor], name: str, file: Path) -> None:
-    """Load `name`.* of the checkpoint's weights, all of them, into `network`."""
-    prefix = f"{name}."
-    own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-    try:
-        network.load_state_dict(own)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{file}: the weights of the {name} do not fit the configuration stored beside them: {error}. "
-            f"The file was put together by hand, or by another version of ldm."
-        ) from error
 
 
 @contextmanager

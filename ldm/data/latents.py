@@ -213,6 +213,7 @@ def verify(folder: Path | str, progress: Callable[[int, int], None] = lambda don
 
 
 def shard_path(folder: Path, shard: int, suffix: str = ".bin") -> Path:
+    """The file of shard number `shard`, or with ".json" its sidecar."""
     return folder / f"shard-{shard:05d}{suffix}"
 
 
@@ -227,6 +228,7 @@ def check_size(folder: Path, manifest: Manifest, shard: int) -> None:
 
 
 def check_bytes(folder: Path, manifest: Manifest, shard: int) -> None:
+    """DataError unless the shard's bytes have the checksum of the manifest."""
     path, crc = shard_path(folder, shard), 0
     with path.open("rb", buffering=0) as file:
         while data := file.read(_CHUNK):

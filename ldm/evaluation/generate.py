@@ -98,8 +98,8 @@ class Pipeline:
         params = record["config"]["model"]["params"]
         denoiser = nn.ModuleDict({name: build(params[name], trust) for name in ("network", "conditioner")})
         objective = build(params["objective"], trust)
-        _fill(denoiser, state["state_dict"], "ema.average." if ema else "denoiser.", file)
-        _fill(objective, state["state_dict"], "objective.", file)
+        checkpoint.fill(denoiser, state["state_dict"], "ema.average" if ema else "denoiser", file)
+        checkpoint.fill(objective, state["state_dict"], "objective", file)
         manifest = Manifest.from_dict(record["latents"])
         codec = _codec(manifest, autoencoder, file, trust)
         origin = {"checkpoint": str(file), "step": record["step"], "weights": "ema" if ema else "raw"}
@@ -224,18 +224,6 @@ def _diffusion_record(state: Mapping[str, Any], file: Path) -> dict[str, Any]:
             f"Name the run folder of a stage-2 run."
         )
     return record
-
-
-def _fill(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, file: Path) -> None:
-    """Load the checkpoint's weights under `prefix`, all of them, into `module`."""
-    own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-    try:
-        module.load_state_dict(own)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{file}: the weights '{prefix}*' do not fit the configuration stored beside them: {error}. "
-            f"The file was put together by hand, or by another version of ldm."
-        ) from error
 
 
 def _codec(manifest: Manifest, given: Path | str | None, file: Path, trust: Sequence[str]) -> Codec:
