@@ -6,10 +6,12 @@ import io
 import logging
 import queue
 import threading
+import urllib.request
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.loggers.logger import DummyExperiment
@@ -243,6 +245,7 @@ class FencedWandb(WandbLogger):
         if not self._offline:
             try:
                 if wandb.login(prompt=False):
+                    _knock(wandb.setup().settings.base_url, self._limit / 4)
                     self._start("online")
                     return
             except Exception as error:  # a refused key, a server that is away or silent, ...
@@ -264,6 +267,14 @@ class FencedWandb(WandbLogger):
             print(f"wandb: {run.url}")
         else:
             print(f"wandb: offline; to send this run: wandb sync {Path(run.dir).parent}")
+
+
+def _knock(url: str, time_limit: float) -> None:
+    """Raise OSError unless a server answers: wandb itself would go on trying for longer than its time limit."""
+    try:
+        urllib.request.urlopen(url, timeout=time_limit).close()
+    except HTTPError:
+        pass  # an answer, if not a kind one
 
 
 def _quietly(errand: Callable[[], Any]) -> None:
