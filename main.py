@@ -96,6 +96,7 @@ def finished(start: resume.Start, steps: int) -> bool:
 def prepare(config: Config, options: Options) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """The data module, the configuration with every reference filled in, and what the data said of itself."""
     data = build(config.resolved()["data"], options.trust, key="data")
+    data.trust = options.trust
     facts = data.facts()
     tree = config.resolved(facts)
     if options.scale_lr:

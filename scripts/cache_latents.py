@@ -30,6 +30,7 @@ def build(base: Sequence[Path], overrides: Sequence[str], trust: Sequence[str]) 
     if not isinstance(data, LatentDataModule):
         wanted, found = (f"{kind.__module__}.{kind.__qualname__}" for kind in (LatentDataModule, type(data)))
         raise ConfigError(f"data.target: expected {wanted}, found {found}: only stage 2 reads a latent cache.")
+    data.trust = trust
     data.prepare_data()
     data.setup()
     if distributed.is_main():

@@ -1,6 +1,6 @@
 """Lightning data modules: global batches in elastic order, with the randomness of each batch attached to it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,8 @@ class ElasticDataModule(LightningDataModule):
         self.seed = seed
         self.micro_batch_size = micro_batch_size
         self.num_workers = num_workers
+        self.trust: Sequence[str] = ()
+        """Packages besides ldm's own that the configuration inside a checkpoint may name (`--trust`)."""
         self._resumed = {"images_seen": 0, "step": 0}
         self.accumulation(1)
 
@@ -163,14 +165,15 @@ class ImageDataModule(ElasticDataModule):
         self._broken = BrokenImages(len(self.train_dataset), max_broken)
         self._broken_validation = BrokenImages(len(self.validation_dataset or ()), max_broken)
 
-    def facts(self) -> dict[str, int | None]:
-        """What configurations refer to as `${data:...}`."""
+    def facts(self) -> dict[str, int | str | None]:
+        """What configurations refer to as `${data:...}`, and what a resumed run must find again."""
         return {
             "channels": self.channels,
             "resolution": self.resolution,
             "num_classes": self.train_dataset.num_classes,
             "batch_size": self.batch_size,
             "num_items": len(self.train_dataset),
+            "source": self.train_dataset.fingerprint(),
         }
 
     def prepare_data(self) -> None:

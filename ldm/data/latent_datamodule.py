@@ -79,8 +79,8 @@ class LatentDataModule(ElasticDataModule):
         self._transform = transform
         self._codec: Codec | None = None
 
-    def facts(self) -> dict[str, int | None]:
-        """What configurations refer to as `${data:...}`; needs the autoencoder's checkpoint, but no cache."""
+    def facts(self) -> dict[str, int | str | None]:
+        """What configurations refer to as `${data:...}`, and what a resumed run must find again; needs the autoencoder's checkpoint, but no cache."""
         codec = self._load()
         channels, resolution, _ = codec.latent_shape(self.image_resolution)
         return {
@@ -89,6 +89,7 @@ class LatentDataModule(ElasticDataModule):
             "num_classes": self.train_dataset.num_classes,
             "batch_size": self.batch_size,
             "num_items": len(self.train_dataset),
+            "source": self.train_dataset.fingerprint(),
             "down_factor": codec.encoder.down_factor,
             "image_resolution": self.image_resolution,
             "image_channels": codec.encoder.in_channels,
@@ -182,7 +183,7 @@ class LatentDataModule(ElasticDataModule):
 
     def _load(self) -> Codec:
         if self._codec is None:
-            self._codec = Codec.load(self.autoencoder)
+            self._codec = Codec.load(self.autoencoder, self.trust)
         return self._codec
 
     def _datasets(self) -> dict[str, ImageDataset]:

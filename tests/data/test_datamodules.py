@@ -76,9 +76,12 @@ def fit(make):
 
 
 def test_facts(make):
-    facts = {"channels": 3, "resolution": 16, "num_classes": 2, "batch_size": 6, "num_items": 15}
-    assert make().facts() == facts
-    assert make(channels=1, num_validation=0).facts() == facts | {"channels": 1, "num_items": 20}
+    data, whole = make(), make(channels=1, num_validation=0)
+    source = data.train_dataset.fingerprint()
+    facts = {"channels": 3, "resolution": 16, "num_classes": 2, "batch_size": 6, "num_items": 15, "source": source}
+    assert data.facts() == facts
+    assert whole.facts() == facts | {"channels": 1, "num_items": 20, "source": whole.train_dataset.fingerprint()}
+    assert whole.facts()["source"] != source
 
 
 def test_wrong_parameters(make, image_folder, tmp_path):

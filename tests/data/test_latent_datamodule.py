@@ -82,12 +82,14 @@ def latents_of(module, codec, items, mirrored):
 
 
 def test_facts_need_no_cache(make, here):
-    assert make().facts() == {
+    data = make()
+    assert data.facts() == {
         "channels": 4,
         "resolution": 4,
         "num_classes": 3,
         "batch_size": 4,
         "num_items": 10,
+        "source": data.train_dataset.fingerprint(),
         "down_factor": 4,
         "image_resolution": 16,
         "image_channels": 3,
