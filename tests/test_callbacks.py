@@ -109,8 +109,9 @@ def test_sheets_of_training_and_validation_images(tmp_path: Path) -> None:
     assert module.asked == [(False, 2, 0), (False, 2, 15), (False, 2, 0), (False, 2, 35)]
     assert module.training
     sheet = picture(tmp_path / "images" / names[0])
-    assert sheet.shape == (2 * SIDE + 6, 2 * SIDE + 6, 3)
-    middle, second = 2 + SIDE // 2, 4 + SIDE + SIDE // 2
+    shown = 64 // SIDE * SIDE  # small pictures are enlarged
+    assert sheet.shape == (2 * shown + 6, 2 * shown + 6, 3)
+    middle, second = 2 + shown // 2, 4 + shown + shown // 2
     values = [15, 16, -15, -16]  # the fourth batch
     places = [(middle, middle), (middle, second), (second, middle), (second, second)]
     for value, place in zip(values, places, strict=True):

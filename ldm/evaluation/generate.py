@@ -33,6 +33,9 @@ from ldm.randomness import Draws
 if TYPE_CHECKING:  # sampling from a checkpoint needs nothing of the training code
     from ldm.diffusion.module import LatentDiffusion
 
+LEGIBLE = 64
+"""Pixels: the side below which a picture on a screen is hard to make out."""
+
 SEED = 0
 """Of every generation: the images' own seeds take the place of sample numbers."""
 
@@ -245,7 +248,12 @@ def _codec(manifest: Manifest, given: Path | str | None, file: Path, trust: Sequ
 
 
 def grid(images: Sequence[np.ndarray], columns: int, gap: int = 2) -> np.ndarray:
-    """Pictures (H,W,C) uint8 of one size, row by row on white, `gap` pixels apart: one picture (H',W',C)."""
+    """Pictures (H,W,C) uint8 of one size, row by row on white, `gap` pixels apart: one picture (H',W',C).
+
+    Small ones are enlarged by whole pixels, to about `LEGIBLE`.
+    """
+    times = max(1, LEGIBLE // max(images[0].shape[:2]))
+    images = [image.repeat(times, axis=0).repeat(times, axis=1) for image in images]
     height, width, channels = images[0].shape
     rows = -(-len(images) // columns)
     shape = (rows * (height + gap) + gap, columns * (width + gap) + gap, channels)

@@ -62,8 +62,8 @@ def test_the_report_as_table_and_picture(report):
     assert lines[-1].endswith("% | 0 |")
     assert len(lines) == 7
     sheet = report.sheet(columns=2)
-    assert sheet.shape == (2 + 3 * 18, 4 * (2 + 2 * 18), 3)
-    assert np.array_equal(sheet[2:18, 2:18], report.pictures["real"].images[0].permute(1, 2, 0).numpy())
+    assert sheet.shape == (2 + 3 * 66, 4 * (2 + 2 * 66), 3)
+    assert np.array_equal(sheet[2:66:4, 2:66:4], report.pictures["real"].images[0].permute(1, 2, 0).numpy())
 
 
 def test_pixels_are_read_as_the_autoencoder_gets_them():

@@ -89,7 +89,7 @@ def test_grey_pictures_of_an_unconditional_model_in_a_square(make_runs, run):
     code, out = run("-n", "5", "--npz", source=make_runs(channels=1, classes=None).diffusion)
     assert code == 0
     assert Image.open(out / "000003.png").mode == "L"
-    assert pixels(out / "grid.png").shape == (2 + 2 * 18, 2 + 3 * 18)
+    assert pixels(out / "grid.png").shape == (2 + 2 * 66, 2 + 3 * 66)
     assert np.load(out / "samples.npz")["arr_0"].shape == (5, 16, 16, 3)
 
 
