@@ -4,6 +4,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -49,12 +50,10 @@ class Attention(nn.Module):
         self.out = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
-        q, k, v = map(self._split, (self.query(x), self.key(tokens), self.value(tokens)))
+        q, k, v = self.query(x), self.key(tokens), self.value(tokens)  # (N, L, C), twice (N, M, C)
+        q, k, v = (rearrange(part, "n l (h d) -> n h l d", h=self.heads) for part in (q, k, v))
         h = attend(q, k, v)  # (N, heads, L, C / heads)
-        return self.out(h.transpose(1, 2).flatten(2))  # (N, L, C)
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (N, heads, L or M, C / heads)
+        return self.out(rearrange(h, "n h l d -> n l (h d)"))  # (N, L, C)
 
 
 class GatedFeedForward(nn.Module):
