@@ -9,6 +9,7 @@ import threading
 import urllib.request
 from argparse import Namespace
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -271,10 +272,8 @@ class FencedWandb(WandbLogger):
 
 def _knock(url: str, time_limit: float) -> None:
     """Raise OSError unless a server answers: wandb itself would go on trying for longer than its time limit."""
-    try:
+    with suppress(HTTPError):  # an answer, if not a kind one
         urllib.request.urlopen(url, timeout=time_limit).close()
-    except HTTPError:
-        pass  # an answer, if not a kind one
 
 
 def _quietly(errand: Callable[[], Any]) -> None:

@@ -80,7 +80,10 @@ class LatentDataModule(ElasticDataModule):
         self._codec: Codec | None = None
 
     def facts(self) -> dict[str, int | str | None]:
-        """What configurations refer to as `${data:...}`, and what a resumed run must find again; needs the autoencoder's checkpoint, but no cache."""
+        """What configurations refer to as `${data:...}`, and what a resumed run must find again.
+
+        Needs the autoencoder's checkpoint, but no cache.
+        """
         codec = self._load()
         channels, resolution, _ = codec.latent_shape(self.image_resolution)
         return {
