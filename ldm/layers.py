@@ -18,8 +18,11 @@ def sinusoid(noise_level: Tensor, channels: int, longest_period: float = 10_000.
 
 
 def group_norm(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
-    """32 groups, or fewer where a group would have less than 4 channels or the channels do not divide."""
-    return nn.GroupNorm(math.gcd(channels, min(32, channels // 4)), channels, eps=eps)
+    """32 groups where the channels allow groups of four or more, as in the published models (128 channels and up).
+
+    Narrower networks get fewer groups: with a channel or two in a group the norm would erase each one's mean.
+    """
+    return nn.GroupNorm(math.gcd(channels, min(32, max(1, channels // 4))), channels, eps=eps)
 
 
 def zeroed(module: nn.Module) -> nn.Module:

@@ -11,19 +11,15 @@ channels.
 Everything runs in plain NCHW: on the CPU GroupNorm in channels_last is 4 (float32) to 18 (bfloat16) times slower.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.layers import group_norm
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """32 groups where the channels allow groups of four or more, as in the published models (128 channels and up).
-
-    Narrower networks get fewer groups: with a channel or two in a group the norm would erase each one's mean.
-    """
-    return nn.GroupNorm(math.gcd(channels, min(32, max(1, channels // 4))), channels, eps=1e-6)
+EPS = 1e-6
+"""Of all norms here, as in the published models."""
 
 
 class ResBlock(nn.Module):
@@ -31,9 +27,9 @@ class ResBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = group_norm(in_channels, eps=EPS)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = group_norm(out_channels, eps=EPS)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         same = in_channels == out_channels
@@ -50,7 +46,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, eps=EPS)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -154,7 +150,7 @@ class Encoder(nn.Module):
             self.levels.append(nn.Sequential(*layers))
             previous = width
         self.middle = _middle(previous, dropout)
-        self.norm_out = group_norm(previous)
+        self.norm_out = group_norm(previous, eps=EPS)
         self.conv_out = nn.Conv2d(previous, 2 * latent_channels, 3, padding=1)
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
 
@@ -202,7 +198,7 @@ class Decoder(nn.Module):
                 layers.append(Upsample(width))
             self.levels.append(nn.Sequential(*layers))
             previous = width
-        self.norm_out = group_norm(previous)
+        self.norm_out = group_norm(previous, eps=EPS)
         self.conv_out = nn.Conv2d(previous, out_channels * patch_size**2, 3, padding=1)
 
     @property

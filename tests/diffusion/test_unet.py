@@ -5,14 +5,12 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention as DiffusersAttention
-from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from ldm.diffusion.conditioning import Conditioning
 from ldm.diffusion.unet import ResBlock, SelfAttention, SpatialTransformer, UNet
 from ldm.errors import ConfigError
-from ldm.layers import attend, group_norm, sinusoid
 
 
 def randomise(module):
@@ -121,24 +119,6 @@ def test_transformer_block_equals_diffusers():
         inside = ours.conv_in(ours.norm(x)).flatten(2).transpose(1, 2)
         expected = x + ours.conv_out(reference(inside, encoder_hidden_states=tokens).transpose(1, 2).reshape_as(x))
         torch.testing.assert_close(ours(x, torch.empty(0), tokens), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_sinusoid_equals_diffusers():
-    levels = torch.tensor([0.0, 1.0, 12.5, 999.0])
-    expected = get_timestep_embedding(levels, 64, flip_sin_to_cos=True, downscale_freq_shift=0)
-    torch.testing.assert_close(sinusoid(levels, 64), expected)
-    assert sinusoid(levels, 65).shape == (4, 65)
-
-
-@pytest.mark.parametrize("pixels", [16, 128, 129])
-def test_both_ways_of_attention_agree(pixels):
-    q, k, v = torch.randn(3, 2, 4, pixels, 8).unbind(0)
-    torch.testing.assert_close(attend(q, k, v), F.scaled_dot_product_attention(q, k, v), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(("channels", "groups"), [(8, 2), (48, 12), (64, 16), (128, 32), (192, 32), (224, 32)])
-def test_groups_of_the_norm(channels, groups):
-    assert group_norm(channels).num_groups == groups
 
 
 def test_starts_as_zero():

@@ -1,0 +1,29 @@
+"""ldm.layers: parity of the parts that networks share."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.models.embeddings import get_timestep_embedding
+
+from ldm.layers import attend, group_norm, sinusoid
+
+
+def test_sinusoid_equals_diffusers():
+    levels = torch.tensor([0.0, 1.0, 12.5, 999.0])
+    expected = get_timestep_embedding(levels, 64, flip_sin_to_cos=True, downscale_freq_shift=0)
+    torch.testing.assert_close(sinusoid(levels, 64), expected)
+    assert sinusoid(levels, 65).shape == (4, 65)
+
+
+@pytest.mark.parametrize("pixels", [16, 128, 129])
+def test_both_ways_of_attention_agree(pixels):
+    q, k, v = torch.randn(3, 2, 4, pixels, 8).unbind(0)
+    torch.testing.assert_close(attend(q, k, v), F.scaled_dot_product_attention(q, k, v), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups"),
+    [(512, 32), (224, 32), (192, 32), (128, 32), (64, 16), (48, 12), (36, 9), (32, 8), (8, 2), (3, 1)],
+)
+def test_groups_of_the_norm(channels, groups):
+    assert group_norm(channels).num_groups == groups
