@@ -17,10 +17,12 @@ from pytorch_lightning.core.optimizer import LightningOptimizer
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from torch.optim import Optimizer
 
-from ldm import checkpoint, sharding, shards
+from ldm import checkpoint, distributed, sharding, shards
 
 TIMEOUT = 300.0
 """Seconds that a rank waits for another before it takes it for lost; Lightning's own default is half an hour."""
+START = 600.0
+"""Seconds that it waits at least for the first meeting: a rank may have to wait for its machine, and imports."""
 
 
 class DDP(DDPStrategy):
@@ -32,7 +34,12 @@ class DDP(DDPStrategy):
     """
 
     def __init__(self, timeout: float = TIMEOUT, backend: str | None = None) -> None:
-        super().__init__(timeout=timedelta(seconds=timeout), process_group_backend=backend)
+        super().__init__(timeout=timedelta(seconds=max(timeout, START)), process_group_backend=backend)
+        self.timeout = timeout
+
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        distributed.set_timeout(self.timeout)
 
 
 class FSDP2(ModelParallelStrategy):
@@ -46,7 +53,8 @@ class FSDP2(ModelParallelStrategy):
     """
 
     def __init__(self, timeout: float = TIMEOUT, backend: str | None = None, sharded_checkpoints: bool = False) -> None:
-        super().__init__(tensor_parallel_size=1, timeout=timedelta(seconds=timeout), process_group_backend=backend)
+        waits = timedelta(seconds=max(timeout, START))
+        super().__init__(tensor_parallel_size=1, timeout=waits, process_group_backend=backend)
         self.sharded_checkpoints = sharded_checkpoints
         self.timeout = timeout
 
@@ -58,6 +66,7 @@ class FSDP2(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes  # by itself it would be the number of nodes
         super().setup_environment()
+        distributed.set_timeout(self.timeout)  # also of the mesh's own groups
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
