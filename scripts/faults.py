@@ -63,13 +63,14 @@ def main(argv: Sequence[str]) -> int:
         console.print(f"{len(CATALOGUE)} faults in the catalogue, {len(faults)} to try; scratch in {folder}")
         warm_up(folder)
         began = time.monotonic()
-        results = sorted(_tried(faults, folder, options, console), key=lambda result: result.number)
-        took = time.monotonic() - began
-    print(table(results))
-    print(f"\n{summary(results, took, options)}")
-    if options.json:
-        record = {"summary": summary(results, took, options), "results": [asdict(result) for result in results]}
-        options.json.write_text(json.dumps(record, indent=2) + "\n")
+        results: list[Result] = []
+        for result in _tried(faults, folder, options, console):
+            results = sorted([*results, result], key=lambda one: one.number)
+            told = summary(results, time.monotonic() - began, options)
+            if options.json:
+                record = {"summary": told, "results": [asdict(one) for one in results]}
+                options.json.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"{table(results)}\n\n{told}")
     return int(any(result.verdict == "fail" for result in results))
 
 
@@ -160,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", default=[], metavar="FAULT", help="numbers, or parts of names")
     parser.add_argument("--quick", action="store_true", help="a sample of each fault instead of the full figures")
     parser.add_argument("--jobs", type=int, default=1, help="faults tried at a time (default: 1)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too, as they come")
     parser.add_argument("--keep", action="store_true", help="leave the scratch folders of failed faults")
     parser.add_argument("--list", action="store_true", help="list the faults and leave")
     return parser

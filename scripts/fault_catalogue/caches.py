@@ -127,7 +127,7 @@ def stale(place: Place) -> str:
 
     Expected: code 3 before the first step, naming the fact, what is expected and what was found.
     """
-    for key, (change, words) in list(STALE.items())[: place.count(len(STALE), quick=3)]:
+    for key, (change, words) in place.some(STALE.items(), quick=2):
         with place.trial(key):
             lab = place.new("lab")
             for name in ("pictures", "autoencoder", "cache"):
@@ -157,7 +157,7 @@ def not_fitting(place: Place) -> str:
         "data.params.resolution=15": ("data.params.resolution", "2"),
         f"{network}.channel_multipliers=[1,1,1,1,1,1]": ("network",),
     }
-    for word, said in cases.items():
+    for word, said in place.some(cases.items(), quick=2):
         with place.trial(word):
             run = Run(place.new("run"), stage2(place.lab))
             child = run.start(word)
@@ -212,7 +212,7 @@ def builders(place: Place) -> str:
     took = time.monotonic() - began
     whole = _files(lab / "whole")
     kills = 0
-    for number in range(place.count(50, quick=2)):
+    for number in range(place.count(50, quick=1)):
         with place.trial(f"killed {number}"):
             cache, world = place.new("cache"), 1 + number % 2
             diary = _count_encodings(place.new("diary") / "diary")

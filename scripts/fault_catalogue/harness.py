@@ -14,16 +14,18 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from inspect import cleandoc
 from pathlib import Path
+from typing import TypeVar
 
 from scripts.fault_catalogue import processes
 from scripts.fault_catalogue.processes import Child, Wrong
 
 Body = Callable[["Place"], str]
+Item = TypeVar("Item")
 
 
 class NotTried(Exception):
@@ -125,6 +127,10 @@ class Place:
     def count(self, full: int, quick: int) -> int:
         """How many times: the catalogue's figure, or a sample."""
         return quick if self.quick else full
+
+    def some(self, items: Iterable[Item], quick: int) -> list[Item]:
+        """All of them, or the first so many as a sample."""
+        return list(items)[: quick if self.quick else None]
 
     def new(self, name: str) -> Path:
         """A new folder whose name begins with `name`, which every user may read."""

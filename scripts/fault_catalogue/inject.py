@@ -1,6 +1,5 @@
 """Hooks for a run's processes: what goes wrong inside of them. Each imports ldm where it is called, in that process."""
 
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -113,6 +112,14 @@ def both(*hooks: Hook) -> Hook:
     return hook
 
 
-def ignore(number: int) -> None:
-    """A handler's place."""
-    signal.signal(number, signal.SIG_IGN)
+def environments_as_started() -> Hook:
+    """The kernel shows of a fork the environment of what it was forked from; here ranks see each other's own."""
+
+    def hook() -> None:
+        import os
+
+        from ldm import ranks
+
+        vars(ranks)["_environment"] = lambda process: dict(os.environ)
+
+    return hook

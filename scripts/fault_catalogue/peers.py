@@ -7,7 +7,7 @@ import time
 from ldm import checkpoint
 from scripts.fault_catalogue import machine
 from scripts.fault_catalogue.harness import Place, fault
-from scripts.fault_catalogue.inject import before_each_step, slow_steps
+from scripts.fault_catalogue.inject import before_each_step, both, environments_as_started, slow_steps
 from scripts.fault_catalogue.processes import Child, Wrong, demand, descendants, fork, torchrun, wait_until
 from scripts.fault_catalogue.runs import AGENT, MAIN, Run, all_gone, demand_same, last_line, ranks
 from scripts.fault_catalogue.tiny import Tree, stage2, two_ranks
@@ -21,11 +21,11 @@ def _tree(place: Place, steps: int = 100_000) -> Tree:
     return two_ranks(stage2(place.lab, steps=steps, every=3, validate=10), TIMEOUT)
 
 
-def _under_way(place: Place, launcher: str, workers: int = 0, fresh: bool = False) -> tuple[Run, Child]:
+def _under_way(place: Place, launcher: str, workers: int = 0) -> tuple[Run, Child]:
     """A run on two ranks that has saved."""
     run = Run(place.new("run"), _tree(place))
-    words = [f"data.params.num_workers={workers}"]
-    child = run.start(*words, launcher=launcher, hook=None if fresh else slow_steps(0.02), fresh=fresh)
+    words, hook = [f"data.params.num_workers={workers}"], both(slow_steps(0.02), environments_as_started())
+    child = run.start(*words, launcher=launcher, hook=hook)
     run.wait_for_step(place.random.randint(4, 12), child, 120)
     demand(len(ranks(child, launcher)) == 2, "there are no two ranks")
     return run, child
@@ -44,7 +44,8 @@ def _demand_peer_error(run: Run) -> None:
 def _demand_intact(run: Run) -> None:
     """The last checkpoint is good, and the run can go on from it."""
     before = checkpoint.load(run.newest())["global_step"]
-    run.complete(f"lightning.trainer.max_steps={before + 3}", "lightning.trainer.devices=1")
+    alone = ("lightning.trainer.devices=1", "lightning.trainer.num_nodes=1")
+    run.complete(f"lightning.trainer.max_steps={before + 3}", *alone)
     demand(checkpoint.load(run.newest())["global_step"] == before + 3, "it did not go on from the last checkpoint")
 
 
@@ -80,8 +81,7 @@ def rank_stopped(place: Place) -> str:
     for launcher, rank in (("lightning", 0), ("torchrun", 1), ("lightning", 1), ("torchrun", 0))[: place.count(4, 1)]:
         for number in range(place.count(2, quick=1)):
             with place.trial(f"{launcher}, rank {rank}, {number}"):
-                # What ends a stopped rank looks at the environment that a process was started with: no forks here.
-                run, child = _under_way(place, launcher, fresh=True)
+                run, child = _under_way(place, launcher)
                 os.kill(ranks(child, launcher)[rank], signal.SIGSTOP)
                 slowest = max(slowest, all_gone(child, TIMEOUT + 10))
                 _demand_peer_error(run)
@@ -145,7 +145,7 @@ def launcher_killed(place: Place) -> str:
     """
     slowest = 0.0
     for launcher in LAUNCHERS:
-        for number in range(place.count(10, quick=1)):
+        for number in range(place.count(5, quick=1)):
             with place.trial(f"{launcher} {number}"):
                 run, child = _under_way(place, launcher, workers=2)
                 child.send(signal.SIGKILL)

@@ -68,13 +68,13 @@ def damaged(place: Place) -> str:
     Expected: a damaged file is named, and ends the run with 3 or, where a share of them is allowed, is replaced in the
     same way with 0 and 2 workers, on 2 ranks and after a resume; an unusual one is read.
     """
-    for name, make in BROKEN.items():
+    for name, make in place.some(BROKEN.items(), quick=1):
         with place.trial(f"{name} refused"):
             _, tree = _with(place, {name: make}, max_broken=0.0)
             child = Run(place.new("run"), tree).start()
             code, text = child.wait(60), child.output()
             demand(code == 3 and name in text, f"exit code {code}: {last_line(text)}")
-    for name, make in UNUSUAL.items():
+    for name, make in place.some(UNUSUAL.items(), quick=1):
         with place.trial(f"{name} read"):
             _, tree = _with(place, {name: make}, max_broken=0.0)
             Run(place.new("run"), tree).complete()
@@ -117,7 +117,7 @@ def bombs(place: Place) -> str:
     Expected: refused by their header, named with size and limit, code 3; reading takes less than 100 MB.
     """
     grown = 0.0
-    for side in (20_000, 13_300, 7_100):
+    for side in place.some((13_300, 20_000, 7_100), quick=1):
         with place.trial(f"{side} x {side}"):
             folder, tree = _with(place, {"bomb.png": lambda path, side=side: _bomb(path, side)}, max_broken=0.0)  # type: ignore[misc]
             weight = place.new("rss") / "megabytes"
@@ -128,7 +128,8 @@ def bombs(place: Place) -> str:
             child = Run(place.new("run"), tree).start()
             code, text = child.wait(60), child.output()
             demand(code == 3, f"exit code {code}: {last_line(text)}")
-            demand("bomb.png" in text and str(side) in text and "50000000" in text, f"it says: {last_line(text)}")
+            pixels = str(side) in text or str(side * side) in text
+            demand("bomb.png" in text and pixels and "limit" in text, f"it says: {last_line(text)}")
     return f"refused; {grown:.1f} MB at most"
 
 
@@ -166,8 +167,8 @@ def nothing(place: Place) -> str:
         "all held out": ("data.params.num_validation=20", "20"),
         "empty validation": (f"data.params.validation={folder(empty)}", "0 images"),
     }
-    for stage in (stage1, stage2):
-        for name, (word, said) in cases.items():
+    for stage in place.some((stage1, stage2), quick=1):
+        for name, (word, said) in place.some(cases.items(), quick=2):
             with place.trial(f"{stage.__name__}: {name}"):
                 run = Run(place.new("run"), stage(place.lab))
                 child = run.start(word, *(["data.params.num_validation=0"] if name == "empty validation" else []))
@@ -202,7 +203,7 @@ def labels(place: Place) -> str:
         "extra": lambda found: np.append(found, np.uint8(1)),
         "impossible": lambda found: np.where(np.arange(20) == 7, np.uint8(10), found),
     }
-    for name, change in changes.items():
+    for name, change in place.some(changes.items(), quick=1):
         with place.trial(name):
             root = place.new("idx")
             _labels(change, root)

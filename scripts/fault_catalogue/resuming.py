@@ -20,12 +20,12 @@ def chains_of_kills(place: Place) -> str:
 
     Expected: weights, average, optimizer, rate and logged losses equal those of the undisturbed run, bit for bit.
     """
-    tree = stage2(place.lab, steps=60, every=3, validate=20, num_workers=2)
+    tree = stage2(place.lab, steps=30, every=3, validate=10, num_workers=2)
     straight = Run(place.new("straight"), tree)
     began = time.monotonic()
     straight.complete()
     whole = time.monotonic() - began
-    kills, wanted = 0, place.count(100, quick=4)
+    kills, wanted = 0, place.count(100, quick=2)
     while kills < wanted:
         with place.trial(f"chain after {kills} kills"):
             run = Run(place.new("chain"), tree)
@@ -57,20 +57,18 @@ def mid_epoch_resume(place: Place) -> str:
 
     Expected: weights, average, optimizer, rate, images seen and every logged loss equal the undisturbed run's.
     """
-    for workers in (0, 2):
-        for pieces in (1, 2):
-            micro = {"num_workers": workers, "micro_batch_size": 6 // pieces}
-            straight = Run(place.new("straight"), stage2(place.lab, steps=40, every=1, keep=99, validate=10, **micro))
-            straight.complete()
-            rows, end = straight.metrics(), straight.final()
-            for step in mid_epoch(place.random, 40, place.count(30, quick=1)):
-                with place.trial(f"step {step}, {workers} workers, {pieces} micro-batches"):
-                    run = straight.copy(place.new("resumed"), step)
-                    run.complete()
-                    demand_same(run.final(), end)
-                    later = [row for row in rows if int(row[0]) > step]
-                    demand(run.metrics(after=step) == later, "logged numbers differ")
-                    shutil.rmtree(run.place)
+    for workers, pieces in place.some(((2, 2), (0, 1), (0, 2), (2, 1)), quick=1):
+        micro = {"num_workers": workers, "micro_batch_size": 6 // pieces}
+        straight = Run(place.new("straight"), stage2(place.lab, steps=36, every=1, keep=99, validate=9, **micro))
+        straight.complete()
+        rows, end = straight.metrics(), straight.final()
+        for step in mid_epoch(place.random, 36, place.count(30, quick=2)):
+            with place.trial(f"step {step}, {workers} workers, {pieces} micro-batches"):
+                run = straight.copy(place.new("resumed"), step)
+                run.complete()
+                demand_same(run.final(), end)
+                demand(run.metrics(after=step) == [row for row in rows if int(row[0]) > step], "logged numbers differ")
+                shutil.rmtree(run.place)
     return "bit for bit, and every logged loss"
 
 
@@ -80,7 +78,7 @@ def border_resume(place: Place) -> str:
 
     Expected: no step more or less; the same end; a finished run says "nothing to do" and ends with 0.
     """
-    for workers in (0, 2):
+    for workers in place.some((0, 2), quick=1):
         tree = stage2(place.lab, steps=2 * GROUP + 4, every=1, keep=99, validate=5, num_workers=workers)
         straight = Run(place.new("straight"), tree)
         straight.complete()
@@ -112,7 +110,7 @@ def world_sizes(place: Place) -> str:
     # Adam divides by a gradient's size, and so makes a whole step of what rounding leaves of a vanishing one.
     tree["model"]["params"]["optimizer"] = node("torch.optim.SGD", partial=True, lr=0.05)
     alone = _told(place, tree, "single")
-    for launcher in ("lightning", "torchrun"):
+    for launcher in place.some(("lightning", "torchrun"), quick=1):
         with place.trial(f"2 -> 1 -> 2, {launcher}"):
             run, folder = Run(place.new(launcher), tree), place.new("diary")
             for world, until in legs:
@@ -157,7 +155,7 @@ def changed_at_resume(place: Place) -> str:
         "lightning.trainer.precision": "lightning.trainer.precision=bf16-mixed",
         "data": "another picture",
     }
-    for key, change in changes.items():
+    for key, change in place.some(changes.items(), quick=2):
         with place.trial(key):
             run = first.copy(place.new("changed"))
             words = [change] if "=" in change else []
@@ -201,7 +199,7 @@ def times(place: Place) -> str:
     """
     straight = Run(place.new("straight"), stage2(place.lab, steps=12, every=3, keep=9))
     straight.complete()
-    for kind in ("reversed", "equal", "future"):
+    for kind in place.some(("reversed", "equal", "future"), quick=1):
         with place.trial(kind):
             run = straight.copy(place.new("times"))
             for file in run.folder.checkpoints.iterdir():

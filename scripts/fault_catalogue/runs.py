@@ -81,7 +81,6 @@ class Run:
         environment: Mapping[str, str] | None = None,
         hook: Hook | None = None,
         agent: Sequence[str] = (),
-        fresh: bool = False,
     ) -> Child:
         """Start it, or go on with it where it has begun.
 
@@ -91,18 +90,13 @@ class Run:
             environment: additional variables.
             hook: done in every process of it before main.py: what is to go wrong.
             agent: further words for torchrun itself.
-            fresh: by new interpreters instead of forks of this one; without the hook.
         """
         self._starts += 1
         line = ["--base", str(self.file), "--logdir", str(self.logs), "--resume", "auto", *words]
         options = ["--standalone", "--nproc-per-node", "2", *AGENT, *agent] if launcher == "torchrun" else []
 
         def work() -> None:
-            if fresh:
-                os.environ.update(environment or {})
-                words = ["-m", "torch.distributed.run", *options] if options else []
-                os.execv(sys.executable, [sys.executable, *words, str(MAIN), *line])
-            elif options:
+            if options:
                 torchrun(options, [str(MAIN), *line], environment, hook)
             else:
                 python(MAIN, line, environment, hook)

@@ -59,7 +59,7 @@ def not_finite(place: Place) -> str:
     Expected: one bad step changes no weight, is counted and skipped, and the run ends well; a row of them ends with 5
     and names step, sample numbers and picture files; no file ever holds a value that is not finite.
     """
-    for kind in ("loss NaN", "loss infinite", "gradient NaN"):
+    for kind in place.some(("loss NaN", "gradient NaN", "loss infinite"), quick=1):
         with place.trial(f"{kind} once"):
             run = Run(place.new("once"), stage2(place.lab, steps=12, every=1, keep=99))
             text = run.complete(hook=_poison(kind, lambda step: step == 6)).output()
@@ -93,7 +93,7 @@ def worker_killed(place: Place) -> str:
     straight = Run(place.new("straight"), stage2(place.lab, steps=60, every=5, num_workers=2))
     straight.complete()
     slowest = 0.0
-    for number in range(place.count(10, quick=2)):
+    for number in range(place.count(10, quick=1)):
         with place.trial(f"kill {number}"):
             run = Run(place.new("run"), straight.tree)
             child = run.start(hook=slow_steps(0.02))
@@ -116,7 +116,7 @@ def two_runs(place: Place) -> str:
     """
     straight = Run(place.new("straight"), stage2(place.lab, steps=40, every=5, num_workers=2))
     straight.complete()
-    for number in range(place.count(20, quick=2)):
+    for number in range(place.count(20, quick=1)):
         with place.trial(f"second start {number}"):
             run = Run(place.new("run"), straight.tree)
             child = run.start(hook=slow_steps(0.04))
@@ -147,9 +147,7 @@ def logger_outage(place: Place) -> str:
     straight = Run(place.new("straight"), stage2(place.lab, steps=20))
     straight.complete()
     waited, skipped = 0.0, []
-    for kind in ("none", "refused", "silent", "disk full", "service killed")[place.quick :]:
-        if place.quick and kind not in ("refused", "service killed"):
-            continue
+    for kind in place.some(("service killed", "none", "refused", "silent", "disk full"), quick=1):
         try:
             with place.trial(kind):
                 waited = max(waited, _with_wandb(place, straight, kind))
