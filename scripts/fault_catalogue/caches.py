@@ -13,7 +13,8 @@ from ldm.data.latent_files import read_sealed, seal
 from ldm.data.latents import verify
 from ldm.errors import DataError
 from scripts.fault_catalogue.harness import Place, fault
-from scripts.fault_catalogue.processes import ROOT, Child, Hook, demand, fork, python, wait_until
+from scripts.fault_catalogue.interpreter import ROOT, Hook, python
+from scripts.fault_catalogue.processes import Child, demand, fork, wait_until
 from scripts.fault_catalogue.runs import Run, last_line
 from scripts.fault_catalogue.tiny import Tree, pictures, stage1, stage2
 
@@ -226,22 +227,27 @@ def builders(place: Place) -> str:
             demand(_files(cache) == whole, "the bytes differ")
     for number in range(place.count(5, quick=1)):
         with place.trial(f"two builders {number}"):
-            cache, diary = place.new("cache"), place.new("diary") / "diary"
-            for builder in [_builder(place, tree, cache, hook=_count_encodings(diary)) for _ in range(2)]:
+            cache, lines = place.new("cache"), place.new("diary") / "diary"
+            for builder in [_builder(place, tree, cache, hook=_count_encodings(lines)) for _ in range(2)]:
                 _demand_built(builder)
             demand(_files(cache) == whole, "the bytes differ")
-            encoded = len(diary.read_text().splitlines())
+            encoded = len(lines.read_text().splitlines())
             demand(encoded == 2 * 44, f"{encoded} encodings of 44 pictures in two orientations")
         with place.trial(f"a rank lost {number}"):
-            cache = place.new("cache")
-            hook = _count_encodings(place.new("diary") / "diary")
-            ranks = [_builder(place, tree, cache, rank, 2, hook) for rank in range(2)]
-            wait_until(lambda cache=cache: any(cache.rglob("shard-*.json")), 30)
-            ranks[place.random.randint(0, 1)].send(signal.SIGKILL)
-            codes = sorted(rank.wait(60) for rank in ranks)
-            demand(codes == [-signal.SIGKILL, 0], f"exit codes {codes}")
-            demand(_files(cache) == whole, "the bytes differ")
+            _lose_a_rank(place, tree, whole)
     return f"{kills} kills; the same bytes, nothing encoded twice"
+
+
+def _lose_a_rank(place: Place, tree: Tree, whole: dict[str, bytes]) -> None:
+    """One of two ranks dies early; the other has to do its share, too."""
+    cache = place.new("cache")
+    hook = _count_encodings(place.new("diary") / "diary")
+    ranks = [_builder(place, tree, cache, rank, 2, hook) for rank in range(2)]
+    wait_until(lambda: any(cache.rglob("shard-*.json")), 30)
+    ranks[place.random.randint(0, 1)].send(signal.SIGKILL)
+    codes = sorted(rank.wait(60) for rank in ranks)
+    demand(codes == [-signal.SIGKILL, 0], f"exit codes {codes}")
+    demand(_files(cache) == whole, "the bytes differ")
 
 
 def _demand_built(child: Child) -> None:

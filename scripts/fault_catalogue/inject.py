@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from scripts.fault_catalogue.processes import Hook
+from scripts.fault_catalogue.interpreter import Hook
 
 Action = Callable[[Any, dict[str, Any]], None]
 """Called with the module and the batch."""
@@ -62,7 +62,7 @@ def slow_saves(seconds: float, begun: Path | None = None) -> Hook:
             while time.monotonic() < end:  # a signal may cut a sleep short
                 time.sleep(0.02)
 
-        torch.save = slow
+        vars(torch)["save"] = slow
 
     return hook
 

@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 from scripts.fault_catalogue.harness import Place, fault
-from scripts.fault_catalogue.processes import ROOT, demand
+from scripts.fault_catalogue.interpreter import ROOT
+from scripts.fault_catalogue.processes import demand
 from scripts.fault_catalogue.runs import Run, last_line
 from scripts.fault_catalogue.tiny import stage1
 

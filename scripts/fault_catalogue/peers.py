@@ -3,12 +3,14 @@
 import os
 import signal
 import time
+from functools import partial
 
 from ldm import checkpoint
 from scripts.fault_catalogue import machine
 from scripts.fault_catalogue.harness import Place, fault
 from scripts.fault_catalogue.inject import before_each_step, both, environments_as_started, slow_steps
-from scripts.fault_catalogue.processes import Child, Wrong, demand, descendants, fork, torchrun, wait_until
+from scripts.fault_catalogue.interpreter import torchrun
+from scripts.fault_catalogue.processes import Child, Wrong, demand, descendants, fork, wait_until
 from scripts.fault_catalogue.runs import AGENT, MAIN, Run, all_gone, demand_same, last_line, ranks
 from scripts.fault_catalogue.tiny import Tree, stage2, two_ranks
 
@@ -96,28 +98,28 @@ def network_cut(place: Place) -> str:
 
     Expected: both ranks gone within 30 s; code 7 in run_state.json; the checkpoint is good.
     """
-    slowest = agents = 0.0
+    slowest = longest = 0.0
     for how in ("link down", "black hole"):
         for number in range(place.count(2, quick=1)):
             with place.trial(f"{how} {number}"):
                 nodes = machine.TwoNodes()
                 try:
-                    run, children = _on_two_nodes(place, nodes)
+                    run, agents = _on_two_nodes(place, nodes)
                     nodes.cut(how)
                     began = time.monotonic()
-                    gone = wait_until(
-                        lambda children=children: not any(descendants(c.pid) for c in children), TIMEOUT + 10
-                    )
-                    demand(gone, "a rank is still alive after 30 s")
+                    demand(_ranks_gone(agents, TIMEOUT + 10), "a rank is still alive after 30 s")
                     slowest = max(slowest, time.monotonic() - began)
-                    ended = wait_until(lambda children=children: all(c.code is not None for c in children), 30)
-                    agents = max(agents, time.monotonic() - began)
-                    demand(ended, "an agent is still alive 60 s after the cut")
+                    demand(all(agent.ended(30) for agent in agents), "an agent is still alive 60 s after the cut")
+                    longest = max(longest, time.monotonic() - began)
                     _demand_peer_error(run)
                     _demand_intact(run)
                 finally:
                     nodes.remove()
-    return f"ranks gone after at most {slowest:.1f} s, agents after {agents:.1f} s"
+    return f"ranks gone after at most {slowest:.1f} s, agents after {longest:.1f} s"
+
+
+def _ranks_gone(agents: list[Child], seconds: float) -> bool:
+    return wait_until(lambda: not any(descendants(agent.pid) for agent in agents), seconds)
 
 
 def _on_two_nodes(place: Place, nodes: machine.TwoNodes) -> tuple[Run, list[Child]]:
@@ -132,9 +134,9 @@ def _on_two_nodes(place: Place, nodes: machine.TwoNodes) -> tuple[Run, list[Chil
         where += ["--master-addr", nodes.addresses[0], "--master-port", "29511"]
         torchrun(where, line, nodes.environment(node), slow_steps(0.02))
 
-    children = [fork(lambda node=node: agent(node), run.place / f"log.node{node}") for node in range(2)]
-    run.wait_for_step(6, children[0])
-    return run, children
+    agents = [fork(partial(agent, node), run.place / f"log.node{node}") for node in range(2)]
+    run.wait_for_step(6, agents[0], 120)
+    return run, agents
 
 
 @fault(23, "launcher killed")

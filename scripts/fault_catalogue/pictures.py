@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -52,7 +53,7 @@ UNUSUAL: dict[str, Callable[[Path], object]] = {
 }
 
 
-def _with(place: Place, files: dict[str, Callable[[Path], object]], **data: object) -> tuple[Path, Tree]:
+def _with(place: Place, files: dict[str, Callable[[Path], object]], **data: Any) -> tuple[Path, Tree]:
     """A folder of pictures with these among them, and stage 1 on it: two epochs."""
     lab = place.new("lab")
     pictures(lab / "pictures")

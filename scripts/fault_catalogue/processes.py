@@ -1,31 +1,19 @@
-"""Processes that faults happen to: forked with the imports done, watched, and ended with all that they started.
-
-A new interpreter needs seconds to import torch; a fork of one that has done so needs milliseconds. `python` does in
-such a fork what the interpreter would do for a script, and `Started` lets the launchers (torchrun's agent, Lightning's
-own) start their ranks in the same way: as their own children, in sessions of their own, with their environment.
-"""
+"""Processes that faults happen to: forked, watched, and ended with all that they have started."""
 
 import atexit
 import ctypes
-import multiprocessing.util
 import os
-import runpy
 import signal
-import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-ROOT = Path(__file__).parents[2]
-Hook = Callable[[], None]
-
 _PR_SET_CHILD_SUBREAPER = 36
-_hook: Hook | None = None
 
 
 class Wrong(Exception):
@@ -67,7 +55,7 @@ class Child:
 
     def wait(self, seconds: float) -> int:
         """Its exit code. Raises Wrong if it lives for longer than so many seconds."""
-        demand(wait_until(lambda: self.code is not None, seconds), f"still alive after {seconds:.0f} s")
+        demand(self.ended(seconds), f"still alive after {seconds:.0f} s")
         assert self._code is not None
         return self._code
 
@@ -81,6 +69,14 @@ class Child:
         with suppress(ProcessLookupError):
             os.killpg(self.pid, number)
 
+    def ended(self, seconds: float) -> bool:
+        """Whether it ends within so many seconds."""
+        return wait_until(lambda: self.code is not None, seconds)
+
+    def says(self, text: str, seconds: float) -> bool:
+        """Whether it prints this within so many seconds."""
+        return wait_until(lambda: text in self.output(), seconds)
+
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
@@ -91,132 +87,19 @@ def fork(work: Callable[[], None], log: Path) -> Child:
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
-        _leave_with(lambda: (os.setpgid(0, 0), _redirect(log), work()))
+
+        def all_of_it() -> None:
+            os.setpgid(0, 0)
+            _redirect(log)
+            work()
+
+        leave_with(all_of_it)
     with suppress(OSError):  # whoever of the two comes first
         os.setpgid(pid, pid)
     return Child(pid, log)
 
 
-def python(
-    script: Path, words: Sequence[str], environment: Mapping[str, str] | None = None, hook: Hook | None = None
-) -> None:
-    """Be `python script words` from here on, but for the libraries' imports, which this process has done already.
-
-    Args:
-        script: file to run as `__main__`.
-        words: its arguments.
-        environment: additional variables.
-        hook: done first, here and in every rank that a launcher starts from here: what is to go wrong.
-    """
-    _become([str(script), *words], environment, hook)
-    sys.path.insert(0, str(script.parent))
-    if hook is not None:
-        hook()
-    runpy.run_path(str(script), run_name="__main__")
-
-
-def torchrun(
-    options: Sequence[str], words: Sequence[str], environment: Mapping[str, str] | None = None, hook: Hook | None = None
-) -> None:
-    """Be torchrun's agent from here on, with `options`; its ranks run the script `words`, with the hook."""
-    from torch.distributed.run import main
-
-    _become(["torchrun", *options, *words], environment, hook)
-    main(sys.argv[1:])
-
-
-def _become(line: list[str], environment: Mapping[str, str] | None, hook: Hook | None) -> None:
-    global _hook
-    _hook = hook
-    _warm_launchers()
-    atexit.register(multiprocessing.util._exit_function)  # as its import does, which was made before the fork
-    os.environ.update(environment or {})
-    sys.argv = line
-
-
-class Started:
-    """What launchers use of `subprocess.Popen`, starting `[python, (-u,) script, *words]` by a fork."""
-
-    def __init__(
-        self,
-        args: Sequence[str],
-        env: Mapping[str, str] | None = None,
-        cwd: str | None = None,
-        stdout: Any = None,
-        stderr: Any = None,
-        start_new_session: bool = False,
-    ) -> None:
-        place = next(index for index, word in enumerate(args) if word.endswith(".py"))
-        script, words = Path(args[place]), list(args[place + 1 :])
-        self.args = args
-        self.returncode: int | None = None
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self.pid = os.fork()
-        if self.pid == 0:
-            if start_new_session:
-                os.setsid()
-            for number, file in ((1, stdout), (2, stderr)):
-                if file is not None:
-                    os.dup2(file.fileno(), number)
-            _leave_with(lambda: _as_new_interpreter(script, words, dict(os.environ if env is None else env), cwd))
-
-    def poll(self) -> int | None:
-        if self.returncode is None:
-            with suppress(ChildProcessError):
-                found, status = os.waitpid(self.pid, os.WNOHANG)
-                if found:
-                    self.returncode = os.waitstatus_to_exitcode(status)
-        return self.returncode
-
-    def wait(self, timeout: float | None = None) -> int:
-        end = None if timeout is None else time.monotonic() + timeout
-        while self.poll() is None:
-            if end is not None and time.monotonic() >= end:
-                raise subprocess.TimeoutExpired(list(self.args), timeout or 0.0)
-            time.sleep(0.01)
-        assert self.returncode is not None
-        return self.returncode
-
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
-
-
-def _warm_launchers() -> None:
-    """Let the launchers of this process start their ranks by `Started`."""
-    from pytorch_lightning.strategies.launchers import subprocess_script
-    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
-
-    class Module:
-        Popen = Started
-
-    vars(subprocess_script)["subprocess"] = Module
-    vars(subprocess_handler)["Popen"] = Started
-
-
-def _as_new_interpreter(script: Path, words: list[str], environment: dict[str, str], cwd: str | None) -> None:
-    """Leave behind what a fork has from the launcher and a new interpreter would not have."""
-    for number in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}:
-        if callable(signal.getsignal(number)):
-            signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.closerange(3, 1024)
-    os.environ.clear()
-    if cwd:
-        os.chdir(cwd)
-    for name in [name for name in sys.modules if name.split(".")[0] in ("ldm", "main")]:
-        del sys.modules[name]
-    python(script, words, environment, _hook)
-
-
-def _leave_with(work: Callable[[], Any]) -> NoReturn:
+def leave_with(work: Callable[[], Any]) -> NoReturn:
     """Do `work` and leave as an interpreter would, with its exit code, but without what this one would clear up."""
     code = 1
     atexit._clear()

@@ -9,7 +9,7 @@ from pathlib import Path
 from ldm import checkpoint
 from scripts.fault_catalogue.harness import Place, fault
 from scripts.fault_catalogue.inject import diary, slow_steps
-from scripts.fault_catalogue.processes import demand, wait_until
+from scripts.fault_catalogue.processes import demand
 from scripts.fault_catalogue.runs import Run, demand_same, essence, last_line, no_leftovers
 from scripts.fault_catalogue.tiny import GROUP, Tree, mid_epoch, node, pictures, stage2
 
@@ -42,7 +42,7 @@ def _killed_until_done(place: Place, run: Run, whole: float, most: int) -> int:
     while True:
         child = run.start()
         if kills < most:
-            wait_until(lambda child=child: child.code is not None, place.random.uniform(0.1, 1.0) * whole)
+            child.ended(place.random.uniform(0.1, 1.0) * whole)
             child.send(signal.SIGKILL)
         code = child.wait(120)
         if code == 0:
@@ -187,7 +187,7 @@ def average(place: Place) -> str:
                     {k: v for k, v in one["state_dict"].items() if k.startswith("ema.")} for one in (ours, theirs)
                 ]
                 demand(len(averages[0]) > 2, "there is no average in the checkpoint")
-                demand_same(*averages, what=f"the average in {file.name}")
+                demand_same(averages[0], averages[1], f"the average in {file.name}")
     return "equal in every later checkpoint"
 
 
@@ -218,7 +218,7 @@ def times(place: Place) -> str:
 
         def jump() -> None:
             now, began = time.time, time.monotonic()
-            time.time = lambda: now() - 86_400 * (time.monotonic() > began + 0.5)  # type: ignore[assignment]
+            time.time = lambda: now() - 86_400 * (time.monotonic() > began + 0.5)
             slow_steps(0.05)()
 
         run.complete(hook=jump)

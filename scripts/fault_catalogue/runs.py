@@ -17,19 +17,8 @@ from ldm.config import to_yaml
 from ldm.errors import CheckpointError
 from ldm.loggers import read_metrics
 from ldm.run import RunFolder, RunState
-from scripts.fault_catalogue.processes import (
-    ROOT,
-    Child,
-    Hook,
-    Wrong,
-    children,
-    demand,
-    descendants,
-    fork,
-    python,
-    torchrun,
-    wait_until,
-)
+from scripts.fault_catalogue.interpreter import ROOT, Hook, python, torchrun
+from scripts.fault_catalogue.processes import Child, Wrong, children, demand, descendants, fork, wait_until
 from scripts.fault_catalogue.tiny import Tree, pictures, stage1, stage2
 
 _SPEEDS = ("step", "images_per_second", "data_wait")

@@ -19,7 +19,7 @@ from ldm.errors import CheckpointError
 from scripts.fault_catalogue import machine
 from scripts.fault_catalogue.harness import NotTried, Place, fault
 from scripts.fault_catalogue.inject import slow_steps
-from scripts.fault_catalogue.processes import demand, fork, wait_until
+from scripts.fault_catalogue.processes import demand, fork
 from scripts.fault_catalogue.runs import Run, demand_same, last_line, no_leftovers
 from scripts.fault_catalogue.tiny import stage2
 
@@ -118,8 +118,7 @@ def disk_full(place: Place) -> str:
             child = run.start(hook=slow_steps(0.02))
             run.wait_for_step(8, child)
             filler = machine.fill(disk)
-            noticed = wait_until(lambda child=child: "needed" in child.output(), 30)
-            demand(noticed, f"nobody noticed: {last_line(child.output())}")
+            demand(child.says("needed", 30), f"nobody noticed: {last_line(child.output())}")
             demand(checkpoint.load(run.newest())["global_step"] > 0, "no old checkpoint")
             if again:
                 filler.unlink()

@@ -117,8 +117,8 @@ def asynchronous(place: Place) -> str:
             names = sorted(file.name for file in run.folder.checkpoints.glob("step=*.ckpt"))
             demand(len(names) == 4, f"saved: {names}")
             for name in names:
-                files = (one.folder.checkpoints / name for one in (run, waiting))
-                demand_same(*map(essence, files), what=name)
+                ours, theirs = (essence(one.folder.checkpoints / name) for one in (run, waiting))
+                demand_same(ours, theirs, name)
     return "each of its own step"
 
 

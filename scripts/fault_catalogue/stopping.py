@@ -11,7 +11,8 @@ from pathlib import Path
 from ldm import checkpoint
 from scripts.fault_catalogue.harness import Place, fault
 from scripts.fault_catalogue.inject import both, in_validation, slow_saves, slow_steps
-from scripts.fault_catalogue.processes import ROOT, Child, Wrong, demand, descendants, wait_until
+from scripts.fault_catalogue.interpreter import ROOT
+from scripts.fault_catalogue.processes import Child, Wrong, demand, descendants, wait_until
 from scripts.fault_catalogue.runs import Run, all_gone, demand_same, last_line, no_leftovers, ranks
 from scripts.fault_catalogue.tiny import Tree, stage2, two_ranks
 

@@ -45,7 +45,7 @@ def lightning(steps: int, every: int, keep: int, validate: int, **callbacks: Tre
 
 def stage1(lab: Path, steps: int = 4, every: int = 1000, keep: int = 2, validate: int = 1000, **data: Any) -> Tree:
     """An autoencoder of 16 px, f = 2, with a discriminator from step 4."""
-    networks = {"channels": 8, "channel_multipliers": [1, 1], "blocks_per_level": 1, "latent_channels": 2}
+    networks: Tree = {"channels": 8, "channel_multipliers": [1, 1], "blocks_per_level": 1, "latent_channels": 2}
     discriminator = node("ldm.autoencoder.discriminator.PatchDiscriminator", in_channels=3, channels=8, layers=1)
     return {
         "name": "tiny_autoencoder",

@@ -17,7 +17,8 @@ from ldm import checkpoint
 from scripts.fault_catalogue import machine
 from scripts.fault_catalogue.harness import NotTried, Place, fault
 from scripts.fault_catalogue.inject import after_backward, before_each_step, slow_steps
-from scripts.fault_catalogue.processes import Hook, children, demand, descendants, wait_until
+from scripts.fault_catalogue.interpreter import Hook
+from scripts.fault_catalogue.processes import children, demand, descendants, wait_until
 from scripts.fault_catalogue.runs import Run, all_gone, demand_same, last_line, no_leftovers
 from scripts.fault_catalogue.tiny import BATCH, stage2
 
@@ -67,7 +68,7 @@ def not_finite(place: Place) -> str:
             _demand_finite(run)
             before, after = (run.final(run.folder.checkpoints / f"step={step:08d}.ckpt") for step in (6, 7))
             weights = [{k: v for k, v in one["state_dict"].items() if "denoiser" in k} for one in (before, after)]
-            demand_same(*weights, what="a weight after the skipped step")
+            demand_same(weights[0], weights[1], "a weight after the skipped step")
         with place.trial(f"{kind} from step 7 on"):
             run = Run(place.new("always"), stage2(place.lab, steps=100, every=2, keep=99))
             child = run.start(hook=_poison(kind, lambda step: step >= 6))
