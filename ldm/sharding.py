@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -120,6 +121,7 @@ def read(state: dict[str, Any], folder: Path, mesh: DeviceMesh) -> dict[str, Any
     tensors = {
         key: empty_dtensor(*entry.size, dtype=entry.properties.dtype, device_mesh=mesh, placements=[Shard(0)])
         for key, entry in known.items()
+        if isinstance(entry, TensorStorageMetadata)  # safetensors hold nothing else
     }
     dcp.load(tensors, storage_reader=reader)
     loaded: dict[str, Any] = plain.replaced(state, lambda key, leaf: tensors.get(key, leaf))

@@ -89,13 +89,14 @@ def await_all(folder: Path, world: int, timeout: float) -> dict[str, str]:
         NumericError, ResourceError: a rank could not write its file.
         PeerError: a rank was not heard of within `timeout` seconds.
     """
-    names, notes = [_name(rank, world) for rank in range(world)], {}
+    names = [_name(rank, world) for rank in range(world)]
+    notes: dict[str, dict[str, str]] = {}
     end = time.monotonic() + timeout
     while len(notes) < world:
         for name in names:
-            note = (folder / name).with_suffix(".json")
-            if name not in notes and note.exists():
-                notes[name] = json.loads(note.read_text())
+            file = (folder / name).with_suffix(".json")
+            if name not in notes and file.exists():
+                notes[name] = json.loads(file.read_text())
         if len(notes) < world:
             if time.monotonic() > end:
                 missing = ", ".join(name for name in names if name not in notes)
