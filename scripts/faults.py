@@ -87,7 +87,7 @@ def summary(results: Sequence[Result], seconds: float, options: argparse.Namespa
 def _tried(faults: Sequence[Fault], folder: Path, options: argparse.Namespace, console: Console) -> Iterator[Result]:
     """Try them, with a line for each that is done and for each that is under way."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         tasks = {fault.number: progress.add_task(fault.name, visible=False, start=False) for fault in faults}
 
         def watch(under_way: Sequence[Attempt]) -> None:

@@ -150,6 +150,7 @@ class Place:
             self.tried -= 1
             raise
         except Wrong as wrong:
+            note(f"FAILED {name}: {wrong}")
             self.failures.append(f"{name}: {wrong}")
         except Exception as error:
             traceback.print_exc()
@@ -259,7 +260,7 @@ def run_all(
                         shutil.rmtree(one.folder, ignore_errors=True)
                     yield result
             watch(under_way)
-            time.sleep(0.05)
+            time.sleep(0.1)
     finally:
         for one in under_way:
             one.end()

@@ -1,6 +1,5 @@
 """Faults of sharded and of asynchronous saves, and of the queue that starts a run again."""
 
-import json
 import os
 import signal
 import time
@@ -11,7 +10,7 @@ from scripts.fault_catalogue.harness import Place, fault
 from scripts.fault_catalogue.inject import diary, slow_saves, slow_steps
 from scripts.fault_catalogue.processes import demand
 from scripts.fault_catalogue.runs import Run, all_gone, demand_same, essence, last_line, no_leftovers
-from scripts.fault_catalogue.tiny import Tree, node, stage2
+from scripts.fault_catalogue.tiny import Tree, elastic, node, stage2
 
 
 def _sharded(place: Place, steps: int = 24, every: int = 4) -> Tree:
@@ -73,7 +72,7 @@ def sharded(place: Place) -> str:
             demand_same(run.final(), straight.final())
     for launcher in place.some(("torchrun", "lightning"), quick=1):
         with place.trial(f"2 -> 1 -> 2, {launcher}"):
-            _on_other_ranks(place, tree, launcher)
+            _on_other_ranks(place, launcher)
     return "the newest whole one is used"
 
 
@@ -86,10 +85,8 @@ def _harm(shard: Path, harm: str) -> None:
     shard.write_bytes(data if harm == "flipped" else data[: len(data) // 2])
 
 
-def _on_other_ranks(place: Place, tree: Tree, launcher: str) -> None:
-    tree, one_rank = json.loads(json.dumps(tree)), ("lightning.trainer.devices=1", "lightning.strategy=auto")
-    tree["model"]["params"]["schedule"]["params"]["steps"] = 24
-    tree["model"]["params"]["optimizer"] = node("torch.optim.SGD", partial=True, lr=0.05)  # as in resuming.py
+def _on_other_ranks(place: Place, launcher: str) -> None:
+    tree, one_rank = elastic(_sharded(place)), ("lightning.trainer.devices=1", "lightning.strategy=auto")
     straight = Run(place.new("alone"), tree)
     straight.complete(*one_rank)
     run, folder = Run(place.new("elastic"), tree), place.new("diary")

@@ -25,7 +25,7 @@ GRACE = 30.0
 """Seconds that the issue grants a run to leave."""
 
 
-def _tree(place: Place, steps: int = 45, workers: int = 0) -> Tree:
+def _tree(place: Place, steps: int = 30, workers: int = 0) -> Tree:
     # Saves and validations often, so that signals meet them.
     return stage2(place.lab, steps=steps, every=4, validate=6, num_workers=workers)
 
@@ -60,7 +60,7 @@ def single(place: Place) -> str:
                 run = Run(place.new("run"), straight.tree)
                 words = [f"data.params.num_workers={workers}"]
                 child = run.start(*words)
-                run.wait_for_step(place.random.randint(1, 25), child)
+                run.wait_for_step(place.random.randint(1, 16), child)
                 (child.send if target == "main" else child.send_group)(name)
                 slowest = max(slowest, all_gone(child, GRACE))
                 _demand_stopped(run, child.code, name)
@@ -88,7 +88,7 @@ def two(place: Place) -> str:
                 run = Run(place.new("run"), straight.tree)
                 words = [f"data.params.num_workers={workers}"]
                 child = run.start(*words, launcher=launcher)
-                run.wait_for_step(place.random.randint(1, 25), child)
+                run.wait_for_step(place.random.randint(1, 16), child)
                 _send(child, launcher, target, name)
                 slowest = max(slowest, all_gone(child, GRACE))
                 _demand_stopped(run, child.code, name, launcher)
