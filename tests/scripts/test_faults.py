@@ -179,6 +179,33 @@ def test_a_disk_that_loses_power_is_noticed_to_lose_what_was_not_synced(tmp_path
     assert tried(3, tmp_path / "unsynced").verdict == "fail"
 
 
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory) -> Path:
+    """What all faults start from."""
+    folder = tmp_path_factory.mktemp("lab")
+    runs.prepare(folder, folder / "modules")
+    return folder
+
+
+BROKEN = {
+    9: ("ldm.sealed.fault", lambda path: None),
+    17: ("ldm.signals.listen", lambda: False),
+    26: ("ldm.finite.FiniteGuard.on_before_optimizer_step", lambda *_: None),
+    33: ("ldm.data.latents.check_bytes", lambda *_: None),
+    34: ("ldm.data.latents.Plan.demand", lambda *_: None),
+    39: ("fcntl.lockf", lambda *_: None),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", BROKEN)
+def test_a_fault_fails_where_its_guard_is_taken_away(number, lab, tmp_path, monkeypatch):
+    monkeypatch.setattr(*BROKEN[number])
+    result = tried(number, tmp_path / "place", lab)
+    assert result.verdict == "fail"
+    assert result.failures
+
+
 # ---- the program --------------------------------------------------------------------------------------------------
 
 
