@@ -45,7 +45,7 @@ def sharded(place: Place) -> str:
     straight.complete(launcher="lightning")
     folders = list(straight.folder.checkpoints.glob("*.shards"))
     demand(folders, "there are no shards")
-    for number in range(place.count(20, quick=1)):
+    for number in place.repeats(20, quick=1):
         with place.trial(f"killed {number}"):
             run = Run(place.new("run"), tree)
             child = run.start(
@@ -107,7 +107,7 @@ def asynchronous(place: Place) -> str:
     tree = stage2(place.lab, steps=24, every=6, keep=9)
     waiting = Run(place.new("waiting"), tree)
     waiting.complete("lightning.callbacks.checkpoints.params.asynchronous=false")
-    for number in range(place.count(5, quick=1)):
+    for number in place.repeats(5, quick=1):
         with place.trial(f"run {number}"):
             run = Run(place.new("run"), tree)
             run.complete(hook=slow_saves(0.3))
@@ -127,7 +127,7 @@ def requeued(place: Place) -> str:
     """
     straight = Run(place.new("straight"), stage2(place.lab, steps=40, every=5))
     straight.complete()
-    for number in range(place.count(5, quick=1)):
+    for number in place.repeats(5, quick=1):
         with place.trial(f"run {number}"):
             tools, asked = place.new("bin"), place.new("asked") / "asked"
             (tools / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
