@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.diffusion.conditioning import Conditioner
-from ldm.diffusion.objectives import DDPM, Network
+from ldm.diffusion.objectives import Network, Objective
 from ldm.ema import EMA
 from ldm.schedule import Constant
 
@@ -42,7 +42,7 @@ class LatentDiffusion(LightningModule):
         self,
         network: nn.Module,
         conditioner: nn.Module,
-        objective: DDPM,
+        objective: Objective,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         ema: Callable[[nn.Module], EMA],
         schedule: Callable[[int], float] | None = None,
