@@ -23,7 +23,7 @@ LEVELS = {
         *("autoencoder.losses", "autoencoder.codec"),
         *("diffusion.unet", "diffusion.objectives", "diffusion.guidance", "diffusion.samplers"),
         *("diffusion.paths", "diffusion.predictions", "diffusion.weightings", "diffusion.noise_levels"),
-        *("diffusion.noise_schedules", "diffusion.grids"),
+        *("diffusion.noise_schedules", "diffusion.grids", "diffusion.dit"),
         "diffusion.conditioning",
     ],
     2: ["data.datamodules", "data.latent_datamodule", "autoencoder.module", "diffusion.module"],

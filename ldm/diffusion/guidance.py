@@ -81,7 +81,7 @@ def classifier(
 
 
 def inpaint(denoise: Denoiser, known: Tensor, mask: Tensor) -> Denoiser:
-    """`known` (N, ...) where `mask` is true, the estimate elsewhere; what is known comes out exactly, by any sampler."""
+    """`known` (N, ...) where `mask` is true, the estimate elsewhere; any sampler ends with what is known."""
     return lambda x, t: torch.where(mask, known, denoise(x, t))
 
 

@@ -2,8 +2,8 @@
 
 t runs one way everywhere: t = 0 is data, `last` the last noise level. A noisy latent is x_t = alpha(t) x0 + sigma(t)
 noise; samplers know an objective by alpha, sigma, time, denoise and grid alone. An objective is a path (paths.py), a
-prediction (predictions.py), a weighting (weightings.py) and a distribution of noise levels (noise_levels.py). Three sets
-of them have names: DDPM, EDM and Flow.
+prediction (predictions.py), a weighting (weightings.py) and a distribution of noise levels (noise_levels.py). Three
+sets of them have names: DDPM, EDM and Flow.
 """
 
 from typing import Protocol

@@ -1,8 +1,8 @@
 """From noise to data. Each sampler is written once for every objective, in terms of alpha, sigma and the estimated x0.
 
 A sampler is f(denoise, objective, x, times, ...) -> x0, with x at times[0] and denoise(x (N, ...), t ()) -> x0. Times
-are on the host, decrease strictly and end at 0 (grids.py): no loop waits for the device. Noise drawn on the way is keyed
-by the row's own number, so that an image does not depend on its batch.
+are on the host, decrease strictly and end at 0 (grids.py): no loop waits for the device. Noise drawn on the way is
+keyed by the row's own number, so that an image does not depend on its batch.
 """
 
 import math
@@ -171,9 +171,9 @@ def unipc(
     """A predictor and corrector of high order with one call of `denoise` a step (UniPC: Zhao et al. 2023).
 
     With lambda = ln(alpha / sigma), x_s = sigma_s / sigma_t x_t + sigma_s times the integral of e^lambda x0(lambda)
-    from t to s. The predictor puts the polynomial through the last `order` estimates of x0 under the integral; the corrector
-    does the step again once x0 is known at its end, with one point more. At first there are fewer points; the last
-    step, to the data, is of first order.
+    from t to s. The predictor puts the polynomial through the last `order` estimates of x0 under the integral; the
+    corrector does the step again once x0 is known at its end, with one point more. At first there are fewer points;
+    the last step, to the data, is of first order.
     """
     logs = _log_ratios(objective, times)
     known: deque[tuple[float, Tensor]] = deque(maxlen=order)  # (lambda, x0), newest last
