@@ -2,8 +2,8 @@
 
 A latent is cut into patches, each a token; the noise level and the conditioning vector shift, scale and gate every
 block (adaLN-Zero). The modern form changes four things, a switch each: RMSNorm, SwiGLU, rotary positions, normalised
-queries and keys. Published sizes (channels, depth, heads): S 384, 12, 6; B 768, 12, 12; L 1024, 24, 16; XL 1152, 28, 16;
-the conditioner's class vector has `channels` channels.
+queries and keys. Published sizes (channels, depth, heads): S 384, 12, 6; B 768, 12, 12; L 1024, 24, 16; XL 1152, 28,
+16; the conditioner's class vector has `channels` channels.
 """
 
 from collections.abc import Callable
@@ -216,7 +216,7 @@ class DiT(nn.Module):
 
 
 def positions(rows: int, columns: int, channels: int, device: torch.device) -> Tensor:
-    """Fixed embeddings of the places of a grid: (rows * columns, channels) float32; half for the columns, half the rows.
+    """Fixed embeddings of the places of a grid: (rows * columns, channels) float32; columns first, then rows.
 
     Of each half, sines, then cosines, at frequencies from 1 down to 1 / 10,000.
     """
