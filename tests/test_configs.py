@@ -112,6 +112,8 @@ def test_stage_1_trains_two_steps(name, image_folder, tmp_path, monkeypatch):
 def test_stage_2_trains_two_steps(name, image_folder, runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["model.params.network.params.channels=32", *overrides(name, image_folder)]
+    if "ldm.diffusion.dit.DiT" in CONFIGS[name].read_text():
+        words += ["model.params.network.params.depth=2", "model.params.network.params.heads=4"]
     words.append(f"data.params.autoencoder={runs.autoencoder}")
     assert main.main(["--base", str(CONFIGS[name]), *words]) == 0
     check_run(tmp_path)

@@ -84,8 +84,8 @@ class _ClassTable(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         self.table = nn.Embedding(num_classes + 1, channels)
-        if std != 1.0:
-            nn.init.normal_(self.table.weight, std=std)
+        with torch.no_grad():
+            self.table.weight.mul_(std)
 
     def rows(self, batch: Mapping[str, Any]) -> Tensor:
         """(N, D) from batch["class_label"], (N,) integers in [0, num_classes)."""
