@@ -63,6 +63,11 @@ class Objective(nn.Module):
         self.levels = levels
         self.direction_weight = direction_weight
 
+    @property
+    def last(self) -> float:
+        """The last noise level, where sampling starts."""
+        return self.path.last
+
     def alpha(self, t: Tensor) -> Tensor:
         """The signal's factor at 0 <= t <= last, float32 of t's shape, () or (N,)."""
         return self.path.alpha(t)

@@ -166,14 +166,14 @@ def unipc(
     x: Tensor,
     times: Tensor,
     draws: Draws | None = None,
-    order: int = 3,
+    order: int = 2,
 ) -> Tensor:
-    """A predictor and corrector of high order with one call of `denoise` a step (UniPC: Zhao et al. 2023).
+    """A predictor and corrector with one call of `denoise` a step, of order `order` + 1 (UniPC: Zhao et al. 2023).
 
     With lambda = ln(alpha / sigma), x_s = sigma_s / sigma_t x_t + sigma_s times the integral of e^lambda x0(lambda)
     from t to s. The predictor puts the polynomial through the last `order` estimates of x0 under the integral; the
     corrector does the step again once x0 is known at its end, with one point more. At first there are fewer points;
-    the last step, to the data, is of first order.
+    the last step, to the data, is of first order. (An order above 2 gains little: the start limits it.)
     """
     logs = _log_ratios(objective, times)
     known: deque[tuple[float, Tensor]] = deque(maxlen=order)  # (lambda, x0), newest last

@@ -1,6 +1,8 @@
 """Samplers against closed forms: where the data's distribution is known, so is the best denoiser, and every sampler has
 to lead back to that distribution; and against diffusers' DDIM where both walk the same times."""
 
+import math
+
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -65,8 +67,10 @@ OBJECTIVES = {
 }
 
 
-def draw(objective, denoise, sampler, steps):
-    draws, times = OneGenerator(), objective.grid(steps)
+def draw(objective, denoise, sampler):
+    """As many steps as the sampler's order makes necessary."""
+    steps = {ancestral: 1000, ddim: 250}.get(sampler, 60)
+    draws, times = OneGenerator(), objective.grid(1000) if steps == 1000 else Karras(0.01)(objective, steps)
     return sampler(denoise, objective, start(objective, draws.normal("noise", (1,)), times[0]), times, draws=draws)
 
 
@@ -74,7 +78,7 @@ def draw(objective, denoise, sampler, steps):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_gaussian_is_recovered(sampler, objective):
     objective = OBJECTIVES[objective]
-    x = draw(objective, mixture_denoiser(objective, [0.5], [0.7], [1.0]), SAMPLERS[sampler], 100)
+    x = draw(objective, mixture_denoiser(objective, [0.5], [0.7], [1.0]), SAMPLERS[sampler])
     assert x.mean().item() == pytest.approx(0.5, abs=0.05)
     assert x.std().item() == pytest.approx(0.7, rel=0.05)
 
@@ -84,7 +88,7 @@ def test_gaussian_is_recovered(sampler, objective):
 def test_mixture_is_recovered(sampler, objective):
     objective = OBJECTIVES[objective]
     denoise = mixture_denoiser(objective, [-1.0, 1.5], [0.2, 0.4], [0.7, 0.3])
-    x = draw(objective, denoise, SAMPLERS[sampler], 250)
+    x = draw(objective, denoise, SAMPLERS[sampler])
     low = x[x < 0]
     high = x[x > 0]
     assert len(low) / N == pytest.approx(0.7, abs=0.03)
@@ -100,7 +104,7 @@ ORDERS = {"ddim": 1, "heun": 2, "dpm_solver": 2, "unipc": 3}
 @pytest.mark.parametrize("sampler", ORDERS)
 @pytest.mark.parametrize("objective", ["edm", "flow"])
 def test_errors_fall_at_the_sampler_s_order(sampler, objective):
-    """Between two times where everything is smooth, in double precision; the slope over three doublings of the steps.
+    """Between two times where everything is smooth, in double precision; the slope over a doubling of the steps.
 
     The probability flow of a Gaussian is linear: x_s = alpha_s m + (x_t - alpha_t m) sqrt(var_s / var_t).
     """
@@ -120,11 +124,8 @@ def test_errors_fall_at_the_sampler_s_order(sampler, objective):
         exact = b * mean + (x - a * mean) * ((b**2 * std**2 + r**2) / (a**2 * std**2 + s**2)).sqrt()
         return (SAMPLERS[sampler](denoise, objective, x, times) - exact).abs().max().item()
 
-    errors = [error(steps) for steps in (16, 32, 64, 128)]
-    slope = -torch.tensor(errors).log2().diff().mean().item()
-    assert slope > order - 0.3, errors
-    if sampler == "ddim":
-        assert slope < 1.3, errors
+    slope = math.log2(error(100) / error(200))
+    assert slope == pytest.approx(order, abs=0.15)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -137,10 +138,10 @@ def test_a_few_steps_of_high_order_are_worth_many_of_first(objective):
         times = grid(objective, steps)
         return sampler(denoise, objective, start(objective, noise, times[0]), times)
 
-    exact = run(heun, 500)
+    exact = run(heun, 300)
     first = (run(ddim, 24) - exact).abs().mean()
     for sampler in (heun, dpm_solver, unipc):
-        assert (run(sampler, 24) - exact).abs().mean() < first / 3, sampler
+        assert (run(sampler, 24) - exact).abs().mean() < first / 2, sampler
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
@@ -198,7 +199,7 @@ def test_an_image_depends_on_its_number_alone(sampler):
     assert not torch.equal(images([11]), images([12]))
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 400, 1000])
+@pytest.mark.parametrize("steps", [1, 2, 3, 50])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_calls_and_times(sampler, steps):
     objective = DDPM(SqrtLinear())
