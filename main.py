@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from ldm import commandline, resume, run
+from ldm import commandline, process, resume, run, signals
 from ldm.commandline import Options
 from ldm.config import Config, build
 from ldm.errors import CheckpointError, ConfigError, LdmError
@@ -64,7 +64,9 @@ def work(options: Options) -> int:
         return 0
     if not options.dry_run:
         run.check_writable(start.folder.path if start.folder else options.logdir)
+    signals.stop_if_asked()
     data, tree, facts = prepare(start.config, options)
+    signals.stop_if_asked()
     if start.folder:
         resume.check_facts(start.folder, facts, options.allow_change)
     from ldm import dry_run, trainer
@@ -114,6 +116,7 @@ def train(options: Options, start: resume.Start, tree: dict[str, Any], data: Any
 
     with outcome.explained(), ExitStack() as held:
         model = trainer.build_model(tree, options.trust)
+        signals.stop_if_asked()
         folder = start.folder
         if folder is None:
             # The other ranks write nothing, so that theirs need not exist.
@@ -127,6 +130,7 @@ def train(options: Options, start: resume.Start, tree: dict[str, Any], data: Any
         # A validation alone has no step of its own in the metrics file.
         loggers = trainer.make_loggers(tree, folder, options.project, options.trust) if options.train else []
         lightning = trainer.make_trainer(tree, data, model, callbacks, loggers, options.trust, folder.path)
+        signals.stop_if_asked()
         if not options.train:
             outcome.validate(lightning, model, data, folder, start.checkpoint)
             return 0
@@ -137,4 +141,4 @@ def train(options: Options, start: resume.Start, tree: dict[str, Any], data: Any
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    process.run(main)

@@ -128,11 +128,14 @@ class SampleLogger(pl.Callback):
         if self._codec is None:
             self._codec = Codec.load(self._autoencoder or manifest.plan.autoencoder["path"], self._trust)
         pipeline = Pipeline.from_module(pl_module, self._codec.to(pl_module.device), manifest)
-        mine = slice(distributed.rank(), None, distributed.world_size())
-        labels = None if self._labels is None else self._labels[mine]
+        world, number = distributed.world_size(), len(self._seeds)
+        # As many on each rank, some twice: where the weights are sharded, all ranks call the network together.
+        mine = [place % number for place in range(distributed.rank(), -(-number // world) * world, world)]
+        seeds = [self._seeds[place] for place in mine]
+        labels = None if self._labels is None else [self._labels[place] for place in mine]
         scale = self._guidance_scale
         with trainer.precision_plugin.forward_context():
-            samples = list(generate(pipeline, self._seeds[mine], labels, steps=self._steps, guidance_scale=scale))
+            samples = list(generate(pipeline, seeds, labels, steps=self._steps, guidance_scale=scale))
         shares = distributed.gather([sample.image for sample in samples])
         if trainer.is_global_zero:
             images = [shares[place % len(shares)][place // len(shares)] for place in range(len(self._seeds))]

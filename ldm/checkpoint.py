@@ -1,51 +1,35 @@
-"""One self-describing file per checkpoint: written aside and synced, proven by a checksum before it is used.
-
-A file is what `torch.save` writes, plus a seal of 35 bytes behind the zip archive (zip readers skip it):
-
-    newline "ldm" space step (20 digits) space crc32 (8 hex digits) newline
-
-The CRC covers every byte before itself, so any single flipped byte and any truncation is found, headers and padding
-included; torch checks none of it on reading. The step in the seal lets the newest file of a folder be found without
-unpickling anything. Only tensors and plain containers go in, so `weights_only=True` always loads what was saved.
+"""A run's checkpoints: each one sealed, self-describing file, proven by its checksum before it is used.
 
 A checkpoint is a dict: Lightning's keys (`state_dict`, `optimizer_states`, `loops`, ...) plus "ldm", which holds
-{"format", "kind", "config", "step", "images_seen", "versions", "latents", "metrics"}.
+{"format", "kind", "config", "step", "images_seen", "versions", "latents", "metrics"}. Only tensors and plain containers
+go in, so `weights_only=True` always loads what was saved.
+
+Where every rank saves its own share, the file is small and names its shards ({"shards": {"folder", "files"}}, see
+ldm/shards.py); whoever loads it finds no difference.
 """
 
-import fcntl
 import logging
-import os
-import pickle
-import re
 import shutil
-import socket
-import zlib
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ldm.errors import CheckpointError, NumericError, ResourceError
+from ldm import plain, sealed, shards
+from ldm.errors import CheckpointError, ResourceError
 
 SUFFIX = ".ckpt"
 _QUARANTINE = ".corrupt"
-_SEAL = re.compile(rb"\nldm (\d{20}) ([0-9a-f]{8})\n")
-_SEAL_BYTES = 35
-_CRC_BYTES = 9  # the seal's end, which the CRC cannot cover: eight digits and a newline
-_CHUNK = 1 << 20
-_UNSAFE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
-_LEAVES = (type(None), bool, int, float, complex, str, bytes, Tensor, torch.nn.Parameter, torch.dtype, torch.device)
-_CONTAINERS = (dict, OrderedDict, list, tuple, set, torch.Size)
 
 log = logging.getLogger(__name__)
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Publish `state` at `path`: the old file or the new one is there at any moment, and the new one is durable.
+
+    With `state["shard"]` (see ldm/shards.py) every rank calls this, and only rank 0 publishes the file, after all
+    shards. No rank talks to another but by way of the disk.
 
     Args:
         path: the file; missing folders are made.
@@ -55,51 +39,60 @@ def save(path: Path, state: dict[str, Any]) -> None:
         CheckpointError: a value that `weights_only=True` could not load again, named by its key.
         NumericError: a weight under `state["state_dict"]` is not finite.
         ResourceError: no space, no permission, a broken disk; the old file is intact.
+        PeerError: another rank did not write its shard in time; the old file is intact.
     """
     path = Path(path)
-    _check_plain(state)
-    _check_finite(state.get("state_dict", {}))
-    step = int(state.get("ldm", {}).get("step", state.get("global_step", 0)))
-    needed = _size(state)
-    temporary = path.with_name(f"{path.name}.tmp.{socket.gethostname()}.{os.getpid()}")
+    shard = state.get("shard")
+    if shard is None:
+        _seal(path, state)
+        return
+    folder = shards.folder_of(path, shard["folder"])
+    if shard["rank"] != 0:
+        shards.publish(folder, shard)
+        return
+    before = _shards_of(path)
+    rest = {key: value for key, value in state.items() if key != "shard"}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        if free < needed:
-            raise OSError("not enough space")
-        _write(temporary, state, step)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise ResourceError(_cannot_save(path, error, needed)) from error
-    finally:
-        with suppress(OSError):  # after the rename there is none
-            temporary.unlink()
+        shards.publish(folder, shard)
+        files = shards.await_all(folder, shard["world"], shard["timeout"])
+        _seal(path, rest | {"shards": {"folder": folder.name, "files": files}})
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if before is not None:
+        shutil.rmtree(before, ignore_errors=True)
 
 
-def load(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
+def load(path: Path, map_location: Any = "cpu", assemble: bool = True) -> dict[str, Any]:
     """The checkpoint at `path`, after its checksum was verified; never runs code from the file.
 
     Args:
         path: a file that `save` wrote.
         map_location: as in `torch.load`.
+        assemble: put the shards' tensors, whole, in their places; False leaves None there, and the key "shards".
 
     Raises:
         CheckpointError: missing, truncated, damaged, of another program, or holding more than plain data.
     """
     path = Path(path)
-    if os.environ.get(_UNSAFE):
-        raise CheckpointError(f"{path}: not loaded while {_UNSAFE} is set: it lets a checkpoint run code. Unset it.")
-    reason = _fault(path)
-    if reason is not None:
+    if (reason := fault(path)) is not None:
         raise CheckpointError(f"{path}: {reason}. Choose another checkpoint of the run, or its folder for the newest.")
-    with path.open("rb") as file:
-        try:
-            state: dict[str, Any] = torch.load(file, map_location=map_location, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            first_line = str(error).strip().splitlines()[0]
-            raise CheckpointError(f"{path}: not a checkpoint that can be loaded safely: {first_line}") from error
-    return state
+    state = sealed.read(path, map_location)
+    if not assemble or "shards" not in state:
+        return state
+    named = state.pop("shards")
+    tensors = shards.assembled(shards.folder_of(path, named["folder"]), named["files"], str(map_location))
+    whole: dict[str, Any] = plain.replaced(state, lambda key, leaf: tensors.get(key, leaf))
+    return whole
+
+
+def fault(path: Path) -> str | None:
+    """Why the checkpoint cannot be trusted, or None; reads every byte of it, its shards included."""
+    reason = sealed.fault(path)
+    if reason is not None:
+        return reason
+    named = sealed.read(path, mapped=True).get("shards")
+    return shards.fault(shards.folder_of(path, named["folder"]), named["files"]) if named else None
 
 
 def newest(folder: Path) -> Path | None:
@@ -112,15 +105,15 @@ def newest(folder: Path) -> Path | None:
         CheckpointError: there are checkpoints, but every one is damaged.
     """
     folder = Path(folder)
-    files = sorted(folder.glob(f"*{SUFFIX}"), key=lambda file: (_sealed_step(file), file.name), reverse=True)
+    files = sorted(folder.glob(f"*{SUFFIX}"), key=lambda file: (sealed.step(file), file.name), reverse=True)
     for file in files:
-        reason = _fault(file)
+        reason = fault(file)
         if reason is None:
             return file
         _quarantine(file, reason)
     damaged = sorted(folder.glob(f"*{SUFFIX}{_QUARANTINE}"))
     if damaged:
-        listing = "\n".join(f"  {file.name}: {_fault(file) or 'set aside earlier'}" for file in damaged)
+        listing = "\n".join(f"  {file.name}: {fault(file) or 'set aside earlier'}" for file in damaged)
         raise CheckpointError(
             f"{folder}: every checkpoint is damaged:\n{listing}\n"
             f"Nothing is started from step 0 in their place: put a good copy there, or remove them to start afresh."
@@ -146,155 +139,29 @@ def find(path: Path) -> Path:
     return found
 
 
+def remove(path: Path) -> None:
+    """Remove a checkpoint, and then its shards; of a link to one only the link."""
+    folder = None if path.is_symlink() else _shards_of(path)
+    path.unlink(missing_ok=True)
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def sweep(folder: Path) -> list[Path]:
-    """Remove the temporary files of savers that died; returns them. A living saver holds a lock on its own."""
-    swept = []
-    for file in sorted(Path(folder).glob(f"*{SUFFIX}.tmp.*")):
-        try:
-            with file.open("rb") as handle:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                file.unlink()
-        except OSError:
-            continue  # its owner lives, or another rank was faster
-        swept.append(file)
+    """Remove what savers that died have left: temporary files, shards that no checkpoint names; returns them.
+
+    A living saver of a single file holds a lock on its own. Shards have none: call this where no other process saves.
+    """
+    folder = Path(folder)
+    swept = [file for file in sorted(folder.glob(f"*{SUFFIX}.tmp.*")) if sealed.abandoned(file)]
+    for left in sorted(folder.glob(f"*{SUFFIX}.*{shards.SUFFIX}")):
+        owner = f"{left.name.partition(SUFFIX)[0]}{SUFFIX}"
+        # Also one that was set aside keeps its shards; so does one that cannot be read, in case it is mended.
+        files = [file for file in folder.glob(f"{owner}*") if file.is_file()]
+        if not any(sealed.fault(file) or _shards_of(file) == left for file in files):
+            shutil.rmtree(left, ignore_errors=True)
+            swept.append(left)
     return swept
-
-
-class _Summing:
-    """A binary file that keeps the CRC-32 of what passes through it, and the error that stopped it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.crc = 0
-        self.error: OSError | None = None
-
-    def write(self, data: bytes | memoryview) -> int:
-        self.crc = zlib.crc32(data, self.crc)
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-def _write(temporary: Path, state: dict[str, Any], step: int) -> None:
-    with temporary.open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells `sweep` that the owner lives
-        summing = _Summing(file)
-        try:
-            torch.save(state, cast(IO[bytes], summing))  # it needs no more than write and flush
-        except RuntimeError as error:  # what torch makes of a full disk
-            raise summing.error or error from error
-        summing.write(b"\nldm %020d " % step)
-        summing.write(b"%08x\n" % summing.crc)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _fault(path: Path) -> str | None:
-    """Why the file cannot be trusted, or None; reads all of it (about 2 GB/s where it is cached)."""
-    try:
-        with path.open("rb", buffering=0) as file:
-            size = file.seek(0, os.SEEK_END)
-            seal = _read_seal(file)
-            if size == 0:
-                return "empty file"
-            if seal is None:
-                return "truncated, damaged, or not saved by ldm (no seal at its end)"
-            file.seek(0)
-            crc, left = 0, size - _CRC_BYTES
-            while left and (data := file.read(min(_CHUNK, left))):
-                crc, left = zlib.crc32(data, crc), left - len(data)
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    return None if crc == int(seal[2], 16) else f"damaged: its bytes sum to {crc:08x}, expected {seal[2].decode()}"
-
-
-def _read_seal(file: Any) -> re.Match[bytes] | None:
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - _SEAL_BYTES))
-    return _SEAL.fullmatch(file.read(_SEAL_BYTES))
-
-
-def _sealed_step(path: Path) -> int:
-    """The step in the seal, unproven; higher than any step where there is no seal, so that it is looked at first."""
-    try:
-        with path.open("rb", buffering=0) as file:
-            seal = _read_seal(file)
-    except OSError:
-        seal = None
-    return int(seal[1]) if seal else 10**20
-
-
-def _quarantine(file: Path, reason: str) -> None:
-    aside = file.with_name(file.name + _QUARANTINE)
-    try:
-        file.rename(aside)
-        outcome = f"kept aside as {aside.name}"
-    except OSError as error:
-        outcome = f"left in place ({error.strerror})"
-    log.warning("checkpoint %s: %s; %s, the one before it is used", file, reason, outcome)
-
-
-def _walk(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-    """Every leaf with its dotted key; a container of a foreign type counts as a leaf."""
-    if type(value) not in _CONTAINERS:
-        yield key, value
-    elif isinstance(value, dict):
-        for name, item in value.items():
-            yield f"{key}: a key", name
-            yield from _walk(item, f"{key}.{name}" if key else str(name))
-    else:
-        for index, item in enumerate(value):
-            yield from _walk(item, f"{key}[{index}]")
-
-
-def _check_plain(state: dict[str, Any]) -> None:
-    for key, value in _walk(state, ""):
-        if type(value) not in _LEAVES and type(value) not in _CONTAINERS:
-            kind = f"{type(value).__module__}.{type(value).__qualname__}"
-            raise CheckpointError(
-                f"checkpoint key {key}: {kind} cannot be saved; expected a tensor, number, string or a plain "
-                f"container of them, which load without running code. Convert it (float(x), str(x), dict(x), ...)."
-            )
-
-
-def _check_finite(weights: dict[str, Any]) -> None:
-    for name, value in weights.items():
-        if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise NumericError(
-                f"checkpoint key state_dict.{name}: not finite, so nothing was saved; the last checkpoint stands."
-            )
-
-
-def _size(state: dict[str, Any]) -> int:
-    """About how many bytes `state` will take: the storages, each once, and a margin for keys and headers."""
-    storages, leaves = {}, 0
-    for _, value in _walk(state, ""):
-        leaves += 1
-        if isinstance(value, Tensor) and value.device.type != "meta":
-            storage = value.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values()) + 256 * leaves + _CHUNK
-
-
-def _cannot_save(path: Path, error: OSError, needed: int) -> str:
-    text = f"{path}: cannot save the checkpoint: {error.strerror or error}"
-    if path.parent.is_dir():
-        free = shutil.disk_usage(path.parent).free
-        text += f"; free {free} bytes, needed about {needed} bytes"
-    return f"{text}. An older file there is intact. Make room or permit writing in {path.parent}, then resume."
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def fill(module: nn.Module, state_dict: Mapping[str, Tensor], name: str, file: Path) -> None:
@@ -312,3 +179,44 @@ def fill(module: nn.Module, state_dict: Mapping[str, Tensor], name: str, file: P
             f"{file}: the weights of the {name} do not fit the configuration stored beside them: {error}. "
             f"The file was put together by hand, or by another version of ldm."
         ) from error
+
+
+def _seal(path: Path, state: dict[str, Any]) -> None:
+    plain.check_plain(state)
+    plain.check_finite({f"state_dict.{name}": value for name, value in state.get("state_dict", {}).items()})
+    step = int(state.get("ldm", {}).get("step", state.get("global_step", 0)))
+    needed = plain.size(state)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(path.parent).free < needed:
+            raise OSError("not enough space")
+        sealed.write(path, state, step)
+    except OSError as error:
+        raise ResourceError(_cannot_save(path, error, needed)) from error
+
+
+def _shards_of(path: Path) -> Path | None:
+    """The folder of shards that the file at `path` names, if it can be read."""
+    try:
+        named = sealed.read(path, mapped=True).get("shards")
+        return shards.folder_of(path, named["folder"]) if named else None
+    except (OSError, CheckpointError):
+        return None
+
+
+def _quarantine(file: Path, reason: str) -> None:
+    aside = file.with_name(file.name + _QUARANTINE)
+    try:
+        file.rename(aside)
+        outcome = f"kept aside as {aside.name}"
+    except OSError as error:
+        outcome = f"left in place ({error.strerror})"
+    log.warning("checkpoint %s: %s; %s, the one before it is used", file, reason, outcome)
+
+
+def _cannot_save(path: Path, error: OSError, needed: int) -> str:
+    text = f"{path}: cannot save the checkpoint: {error.strerror or error}"
+    if path.parent.is_dir():
+        free = shutil.disk_usage(path.parent).free
+        text += f"; free {free} bytes, needed about {needed} bytes"
+    return f"{text}. An older file there is intact. Make room or permit writing in {path.parent}, then resume."

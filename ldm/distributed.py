@@ -1,15 +1,35 @@
 """Rank, world size and the few collectives ldm needs; every function is a no-op when the process is alone.
 
-The only file that imports torch.distributed. Before the process group exists (main.py building the data, a
-script under torchrun) rank and world size come from the launcher's environment, so that work can be shared
+With ldm/sharding.py the only file that imports torch.distributed. Before the process group exists (main.py building
+the data, a script under torchrun) rank and world size come from the launcher's environment, so that work can be shared
 out without holding a collective open.
 """
 
 import os
+import re
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+_LOST = re.compile(
+    # gloo, the store where ranks meet, and NCCL, in their own words
+    r"Connection (closed|reset|refused) by peer|Connection reset|Broken pipe|Timed out (waiting|after)|wait timeout|"
+    r"Socket Timeout|failed to recv|ncclRemoteError|NCCL communicator was aborted|collective operation timeout|"
+    r"client socket has (failed|timed out)|remote process exited|timeout caused pair closure"
+)
+
+
+_host: tuple[Any, Any] = (None, None)  # the group of all ranks, and the same ranks by way of their hosts
+
+
+def _host_group() -> Any:
+    """All ranks, over the hosts' sockets: no device is waited for, and a rank that dies is noticed at once."""
+    global _host
+    if _host[0] is not dist.group.WORLD:
+        _host = (dist.group.WORLD, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout() or 0)))
+    return _host[1]
 
 
 def _grouped() -> bool:
@@ -36,17 +56,48 @@ def world_size() -> int:
     return int(os.environ.get("SLURM_NTASKS", "1") if "SLURM_PROCID" in os.environ else 1)
 
 
+def launched() -> tuple[int, int] | None:
+    """(machines, processes on each) where torchrun or srun has started this process; None: nobody says."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        each = int(os.environ["LOCAL_WORLD_SIZE"])
+        return int(os.environ["WORLD_SIZE"]) // each, each
+    if "SLURM_PROCID" in os.environ and "SLURM_NTASKS" in os.environ:
+        machines = int(os.environ.get("SLURM_NNODES", "1"))
+        return machines, int(os.environ["SLURM_NTASKS"]) // machines
+    return None
+
+
 def is_main() -> bool:
     """True on the one process that writes run files and prints."""
     return rank() == 0
 
 
-def max_over_ranks(value: int, device: torch.device | str = "cpu") -> int:
-    """The largest `value` of all ranks; reads it back, so it waits for the device."""
+def set_timeout(seconds: float) -> None:
+    """How long a rank waits for another before it takes it for lost, in every group of ranks that there is."""
+    for group in list(dist.distributed_c10d._world.pg_map) if _grouped() else ():
+        dist.set_timeout(timedelta(seconds=seconds), group)
+
+
+def timeout() -> float | None:
+    """Seconds that a rank waits for another before it takes it for lost; None for a process alone."""
+    if not _grouped():
+        return None
+    group = dist.distributed_c10d._get_default_group()
+    waits: timedelta = group._get_backend(group._device_types[0]).options._timeout
+    return waits.total_seconds()
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether the error says that another rank is gone, or has not answered in time."""
+    return isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
+
+
+def max_over_ranks(value: int) -> int:
+    """The largest `value` of all ranks; waits for them, but for no device."""
     if not _grouped():
         return value
-    tensor = torch.tensor(value, device=device, dtype=torch.int64)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    tensor = torch.tensor(value, dtype=torch.int64)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_host_group())
     return int(tensor)
 
 

@@ -1,6 +1,10 @@
 """From a Trainer to a run's outcome: where it goes on from, how it ended, what a library's error means to a user."""
 
 import errno
+import signal
+import socket
+import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -9,13 +13,15 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
-from ldm import checkpoint
-from ldm.errors import CheckpointError, ConfigError, LdmError, ResourceError
+from ldm import checkpoint, distributed, ranks, signals
+from ldm.errors import CheckpointError, ConfigError, LdmError, PeerError, ResourceError
 from ldm.run import RunFolder, RunState
-from ldm.saving import set_aside_later
+from ldm.saving import files_of, set_aside_later
 from ldm.signals import Stopped
 
 # Two checkpoints are kept, and a third is being written.
@@ -38,6 +44,8 @@ def run(
         checkpoint.sweep(folder.checkpoints)
         if named is not None and named.parent.resolve() == folder.checkpoints.resolve():
             set_aside_later(folder.checkpoints, checkpoint.load(named)["global_step"])
+    home = _Home(folder)
+    trainer.callbacks.insert(0, home)  # type: ignore[attr-defined]  # Lightning sets it where mypy does not see
     record(trainer, folder, RunState("running", resume_from=_within(folder, file)))
     try:
         trainer.fit(model, datamodule=data, ckpt_path=file, weights_only=True)
@@ -47,14 +55,67 @@ def run(
         reason = f"by {stopped.signal.name}"
         return record(trainer, folder, RunState("stopped", trainer.global_step, reason, 128 + stopped.signal))
     except BaseException as error:
-        known = explain(error)
-        reason = str(known or f"{type(error).__name__}: {error}").splitlines()[0]
-        code = known.exit_code if known else 1
-        record(trainer, folder, RunState("failed", trainer.global_step, reason, code))
-        raise
+        return _failed(trainer, home.folder, error)
+    finally:
+        ranks.end_children(home.children)
     if trainer.global_step < trainer.max_steps:
         return record(trainer, folder, RunState("stopped", trainer.global_step, "before max_steps, as configured", 0))
     return record(trainer, folder, RunState("finished", trainer.global_step, "", 0))
+
+
+def _failed(trainer: pl.Trainer, folder: RunFolder, error: BaseException) -> RunState:
+    """Record why the run ends, and raise it again; the first rank that fails knows best.
+
+    A rank that loses the others after it was asked to stop has stopped: they were asked too, and went first.
+    """
+    known = explain(error)
+    if isinstance(known, PeerError) and (number := signals.received()):
+        reason = f"by {signal.Signals(number).name}, where ranks could not agree on a step to save"
+        return record_first(trainer, folder, RunState("stopped", trainer.global_step, reason, 128 + number))
+    reason = str(known or f"{type(error).__name__}: {error}").splitlines()[0]
+    record_first(trainer, folder, RunState("failed", trainer.global_step, reason, known.exit_code if known else 1))
+    raise error
+
+
+class _Home(pl.Callback):
+    """Tells every rank where the run is, so that any of them can say how it ended, and watches over those started here.
+
+    Attributes:
+        folder: the run folder; known on all ranks from `setup` on.
+        children: the ranks that this process has started (by Lightning's own launcher).
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self.children: list[subprocess.Popen[bytes]] = []
+        self._watch: ranks.Watch | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.folder = RunFolder(Path(trainer.strategy.broadcast(str(self.folder.path))))
+        launcher = trainer.strategy.launcher
+        if self._watch is None and isinstance(launcher, _SubprocessScriptLauncher) and launcher.procs:
+            self.children = launcher.procs
+            for thread in threading.enumerate():
+                if isinstance(thread, _ChildProcessObserver):
+                    # It would kill this process, at most five seconds after a child has left, in the middle of its end.
+                    thread._child_processes = []
+            self._watch = ranks.Watch(self.children, lambda reason: self._died(trainer, reason))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._release()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._release()
+        if distributed.is_lost_peer(exception):
+            files_of(trainer).abandon()
+
+    def _release(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+
+    def _died(self, trainer: pl.Trainer, reason: str) -> None:
+        state = RunState("failed", trainer.global_step, reason, PeerError.exit_code)
+        record_first(trainer, self.folder, state)
 
 
 def validate(trainer: pl.Trainer, model: Any, data: Any, folder: RunFolder, named: Path | None) -> None:
@@ -70,9 +131,23 @@ def record(trainer: pl.Trainer, folder: RunFolder, state: RunState) -> RunState:
     if not trainer.is_global_zero:
         return state
     if state.status != "running":
-        with suppress(CheckpointError):  # all damaged: nothing to resume from
-            state = replace(state, resume_from=_within(folder, checkpoint.newest(folder.checkpoints)))
+        state = _resumable(folder, state)
     folder.write_state(state)
+    return state
+
+
+def record_first(trainer: pl.Trainer, folder: RunFolder, state: RunState) -> RunState:
+    """As `record`, for an end that not all ranks may come to: whichever is first, also for a main rank that is gone."""
+    before = folder.read_state()
+    if trainer.is_global_zero if before is None else before.status == "running":
+        state = _resumable(folder, state)
+        folder.write_state(state)
+    return state
+
+
+def _resumable(folder: RunFolder, state: RunState) -> RunState:
+    with suppress(CheckpointError):  # all damaged: nothing to resume from
+        return replace(state, resume_from=_within(folder, checkpoint.newest(folder.checkpoints)))
     return state
 
 
@@ -113,6 +188,14 @@ def explain(error: BaseException) -> LdmError | None:
             )
         case MisconfigurationException():
             return ConfigError(f"lightning.trainer: {text}")
+        case RuntimeError() if distributed.is_lost_peer(error):
+            waits = distributed.timeout()
+            return PeerError(
+                f"rank {distributed.rank()} of {distributed.world_size()} on {socket.gethostname()}: another rank died"
+                f"{'' if waits is None else f', or did not answer within {waits:g} s'} ({first_line}).\n"
+                "Its own output may say why. The last checkpoint stands: go on with --resume. Where ranks are merely "
+                "slow, raise lightning.strategy.params.timeout (seconds)."
+            )
         case torch.OutOfMemoryError() | MemoryError():
             return ResourceError(
                 f"out of memory: {first_line}\nLower data.params.micro_batch_size, or the model's size."

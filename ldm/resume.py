@@ -100,6 +100,8 @@ def check_facts(folder: RunFolder, facts: Mapping[str, Any], allowed: Sequence[s
     if not folder.facts_file.is_file():
         return
     changes = differences(json.loads(folder.facts_file.read_text()), json.loads(json.dumps(dict(facts))))
+    # Some facts repeat a key of the configuration, which may have been allowed by its own name.
+    changes = {key: change for key, change in changes.items() if f"data.params.{key}" not in allowed}
     _refuse({f"data ({key})": change for key, change in changes.items()}, folder.path, allowed)
 
 

@@ -212,11 +212,15 @@ def check_space(folder: Path, needed: int) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Write a small text file so that a reader, or a power cut, finds the old one or the new one, never a part."""
     temporary = path.with_name(f"{path.name}.tmp.{socket.gethostname()}.{os.getpid()}")
-    with temporary.open("w") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    finally:
+        with suppress(OSError):  # after the rename there is none
+            temporary.unlink()
 
 
 def check_name(name: str) -> None:

@@ -1,4 +1,9 @@
-"""What processes do with signals: the main process notes that it should stop, loader workers take no notice."""
+"""What processes do with signals: a run notes that it should stop and does so where it is safe, workers take no notice.
+
+Handlers belong to the process, so the state here does too. A handler only sets a flag, since the main thread may be in
+the middle of a collective or of a save. A thread hears of each signal at once, also while the main thread is inside of
+a library's call that may never return: it tells the user, and ends the process at the third request.
+"""
 
 import os
 import signal
@@ -6,6 +11,9 @@ import sys
 import threading
 import time
 from types import FrameType
+from typing import Any
+
+from ldm import ranks
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """The polite requests to stop: of schedulers, launchers, terminals and people."""
@@ -15,60 +23,118 @@ _SAME_REQUEST = 1.0  # seconds: torchrun passes on what the process group has re
 
 
 class Stopped(SystemExit):
-    """The run stopped because of a signal, after a good save; left alone, the process exits with 128 + its number."""
+    """The run stopped because of a signal, with nothing lost; left alone, the process exits with 128 + its number."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
         self.signal = signal.Signals(number)
 
 
-class Listener:
-    """Notes the first signal that asks to stop; whoever does the work looks at `received` where stopping is safe.
-
-    Attributes:
-        received: the signal's number, or 0.
-    """
+class _Listener:
+    """Handlers of the signals of `STOPPING`, and the thread that hears of them; gone with `close`."""
 
     def __init__(self) -> None:
         self.received = 0
-        self._requests = 0
-        self._last = 0.0
+        self._pipe = os.pipe()
+        os.set_blocking(self._pipe[1], False)
+        signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        # What is ignored stays so: nohup asks for it.
+        before = {number: signal.getsignal(number) for number in STOPPING}
+        self._before: dict[signal.Signals, Any] = {
+            number: handler for number, handler in before.items() if handler is not signal.SIG_IGN
+        }
+        for number in self._before:
+            signal.signal(number, self._note)
+        threading.Thread(target=self._hear, args=(self._pipe[0],), name="signals", daemon=True).start()
 
-    def install(self) -> None:
-        """Handle the signals of `STOPPING` from now on, in place of whoever did.
-
-        Two are left as they are: a SIGUSR that already has a handler (Lightning's, which saves and requeues under
-        SLURM), and a SIGHUP that is ignored (nohup).
-        """
-        for number in STOPPING:
-            current = signal.getsignal(number)
-            requeues = number in (signal.SIGUSR1, signal.SIGUSR2) and callable(current)
-            if not requeues and not (number == signal.SIGHUP and current is signal.SIG_IGN):
-                signal.signal(number, self._note)
+    def close(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)
+        os.close(self._pipe[1])  # the thread reads the end of it, and leaves
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        # Nothing more than a note: the main thread may be in the middle of a collective, or of a save.
-        now = time.monotonic()
-        if self._requests and now - self._last < _SAME_REQUEST:
-            return
-        self._last = now
-        self._requests += 1
-        name = signal.Signals(number).name
-        if self._requests == 1:
-            self.received = number
-            _say(f"{name}: stopping after this step, with a checkpoint (twice more: stop at once)")
-        elif self._requests >= _PATIENCE:
-            _say(f"{name}: stopping at once; the last checkpoint stands")
-            os._exit(128 + number)
+        self.received = self.received or number
+
+    def _hear(self, pipe: int) -> None:
+        requests, last = 0, 0.0
+        while numbers := os.read(pipe, 1):
+            number = numbers[0]
+            if number not in STOPPING or (requests and time.monotonic() - last < _SAME_REQUEST):
+                continue
+            last = time.monotonic()
+            requests += 1
+            name = signal.Signals(number).name
+            if requests == 1:
+                _say(f"{name}: stopping at the next safe place (twice more: stop at once)")
+                if ranks.has_launching_parent():
+                    os.kill(os.getppid(), number)  # it decides for all
+            elif requests >= _PATIENCE:
+                _say(f"{name}: stopping at once; the last checkpoint stands")
+                os._exit(128 + number)
+        os.close(pipe)
+
+
+_listener: _Listener | None = None
+
+
+def listen() -> bool:
+    """From now on the signals of `STOPPING` are requests to stop; False: they were already.
+
+    Only for the main thread, as early as can be.
+    """
+    global _listener
+    if _listener is not None:
+        return False
+    _listener = _Listener()
+    return True
+
+
+def listen_no_more() -> None:
+    """Give the signals back to whoever had them before `listen`, and forget what was received."""
+    global _listener
+    if _listener is not None:
+        _listener.close()
+        _listener = None
+
+
+def received() -> int:
+    """The number of the first request to stop, or 0."""
+    return 0 if _listener is None else _listener.received
+
+
+def stop_if_asked() -> None:
+    """For a place where the process may end with nothing lost, and needs nobody's consent.
+
+    A rank that was started by another one has to stay until that one leaves: it would be missed.
+
+    Raises:
+        Stopped: somebody asked.
+    """
+    if received() and not ranks.has_launching_parent():
+        raise Stopped(received())
+
+
+def _forget_in_child() -> None:
+    # A forked child must not write into its parent's pipe. It keeps the handlers, which note what nobody asks for:
+    # a signal to the whole group is the parent's affair, until the child has handlers of its own.
+    global _listener
+    if _listener is not None:
+        signal.set_wakeup_fd(-1)
+        _listener = None
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def ignore_in_worker(worker_id: int) -> None:
-    """A DataLoader's `worker_init_fn`: leave every request to stop to the main process.
+    """A DataLoader's `worker_init_fn`: leave every request to stop to the main process, and die with it.
 
     A signal to the process group would otherwise kill the workers first, and the main process would end with
     "worker exited unexpectedly" instead of saving. Only the parent's own SIGTERM ends a worker: with it
     multiprocessing clears up at exit, and then waits for ever for a worker that takes no notice.
     """
+    ranks.die_with_parent()
     for number in STOPPING:
         if number != signal.SIGTERM:
             signal.signal(number, signal.SIG_IGN)
@@ -85,5 +151,5 @@ def _end_for(parent: int) -> None:
 
 
 def _say(text: str) -> None:
-    # print() may not be called again from within itself, as a handler might.
+    # Not by print(), which the main thread may be in the middle of.
     os.write(2, f"\n{text}\n".encode())

@@ -4,9 +4,10 @@
       trainer: {max_steps: 10000, precision: bf16-mixed, val_check_interval: 500, ...}   # Lightning's own arguments
       logger: {target: ...}            # beside metrics.csv, which is always written; null: nothing else
       callbacks: {name: {target: ...}} # added to the defaults, or in place of the one of that name; null: without it
-      strategy: ddp                    # a name of Lightning's, or a node
+      strategy: {target: ldm.strategies.FSDP2}   # several devices or ranks have ldm.strategies.DDP without a word
 
-`val_check_interval` counts optimizer steps; accumulation follows from the data's batch sizes. What keeps a run's work
+`val_check_interval` counts optimizer steps; accumulation follows from the data's batch sizes. Where torchrun or srun
+has started the processes, their number is not asked of `devices` and `num_nodes`. What keeps a run's work
 (checkpoints, clean stops, finite weights, the metrics file) needs no line of YAML.
 """
 
@@ -23,18 +24,22 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from ldm import distributed
 from ldm.autoencoder.module import AutoencoderKL
 from ldm.callbacks import ImageLogger, Progress, SampleLogger, Throughput
 from ldm.config import build
 from ldm.diffusion.conditioning import Unconditional
 from ldm.diffusion.module import LatentDiffusion, parts
 from ldm.errors import ConfigError
+from ldm.finite import FiniteGuard
 from ldm.loggers import FencedWandb, MetricsFile
 from ldm.run import RunFolder
-from ldm.safety import AtomicCheckpointIO, FiniteGuard, Provenance, StopOnSignal
-from ldm.saving import Checkpoints
+from ldm.safety import Provenance, StopOnSignal
+from ldm.saving import AtomicCheckpointIO, Checkpoints
+from ldm.strategies import DDP, FSDP2
 
 LOG_EVERY = 50
 """Optimizer steps between two rows of metrics, where the configuration does not say."""
@@ -72,36 +77,64 @@ def make_trainer(
         warnings.filterwarnings("ignore", text, module="pytorch_lightning")
     section = tree["lightning"]
     arguments: dict[str, Any] = {"enable_model_summary": False, "log_every_n_steps": LOG_EVERY} | section["trainer"]
+    if (counts := distributed.launched()) is not None:
+        arguments |= dict(zip(("num_nodes", "devices"), counts, strict=True))
     interval = _interval(arguments)
-    if arguments.get("gradient_clip_val") and not model.automatic_optimization:
-        raise ConfigError(
-            "lightning.trainer.gradient_clip_val: this model has two optimizers and clips by itself; "
-            "write model.params.gradient_clip."
-        )
     plugins = build(arguments.pop("plugins", None) or [], trust, key="lightning.trainer.plugins")
     strategy = build(section.get("strategy") or "auto", trust, key="lightning.strategy")
+    _check_model(model, arguments, strategy)
     steps = _Steps(arguments["log_every_n_steps"])
+    arguments |= {
+        "val_check_interval": interval,
+        "logger": list(loggers),
+        "callbacks": [steps, *callbacks],
+        "plugins": [AtomicCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])],
+        "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
+        "default_root_dir": folder,
+        "max_epochs": -1,
+        "check_val_every_n_epoch": None,
+        "use_distributed_sampler": False,
+        "num_sanity_val_steps": 0,
+    }
     try:
         with _muted():
-            trainer = pl.Trainer(
-                **arguments | {"val_check_interval": interval},
-                strategy=strategy,
-                logger=list(loggers),
-                callbacks=[steps, *callbacks],
-                plugins=[AtomicCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])],
-                enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
-                default_root_dir=folder,
-                max_epochs=-1,
-                check_val_every_n_epoch=None,
-                use_distributed_sampler=False,
-                num_sanity_val_steps=0,
-            )
+            trainer = _trainer(strategy, arguments)
     except (MisconfigurationException, TypeError, ValueError) as error:
         raise ConfigError(f"lightning.trainer: {error}") from error
     # Known only now: the world size is the strategy's. Lightning counts the interval in batches.
     steps.accumulation = data.accumulation(trainer.world_size)
     trainer.val_check_interval = interval * steps.accumulation
     return trainer
+
+
+def _trainer(strategy: Any, arguments: dict[str, Any]) -> pl.Trainer:
+    trainer = pl.Trainer(**arguments, strategy=DDP() if strategy == "ddp" else strategy)
+    if strategy == "auto" and isinstance(trainer.strategy, DDPStrategy):
+        # Lightning knows how many devices there are, but would wait half an hour for one that is lost.
+        trainer = pl.Trainer(**arguments, strategy=DDP())
+    return trainer
+
+
+def _check_model(model: Any, arguments: Mapping[str, Any], strategy: Any) -> None:
+    """Refuse what the model cannot be trained under."""
+    if arguments.get("gradient_clip_val") and isinstance(model, AutoencoderKL | LatentDiffusion):
+        raise ConfigError(
+            "lightning.trainer.gradient_clip_val: this model clips by itself, also with fused optimizers and sharded "
+            "gradients; write model.params.gradient_clip."
+        )
+    if not isinstance(strategy, FSDP2):
+        return
+    if isinstance(model, AutoencoderKL):
+        raise ConfigError(
+            "lightning.strategy: FSDP2 is for stage 2. An autoencoder is small, and its two optimizers share one "
+            "backward pass: train it with {target: ldm.strategies.DDP}, or leave lightning.strategy out."
+        )
+    precision = arguments.get("precision")
+    if precision not in (None, 32, "32", "32-true", "bf16-mixed"):
+        raise ConfigError(
+            f"lightning.trainer.precision: FSDP2 computes in 32-true or bf16-mixed (bf16 parameters in compute, "
+            f"float32 where they are kept), found {precision}."
+        )
 
 
 class _Steps(pl.Callback):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from ldm import distributed
+from ldm import distributed, process, signals
 from ldm.commandline import Parser, split_overrides
 from ldm.errors import ConfigError, LdmError
 
@@ -47,6 +47,7 @@ def verify(folder: Path) -> None:
         task = bar.add_task(str(folder))
 
         def show(done: int, total: int) -> None:
+            signals.stop_if_asked()
             bar.update(task, completed=done, total=total)
 
         manifest = latents.verify(folder, show)
@@ -85,4 +86,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    process.run(lambda: main(sys.argv[1:]))

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ldm import process, signals
 from ldm.commandline import Parser
 from ldm.config import newest_run
 from ldm.data.images import read_image
@@ -225,6 +226,7 @@ def make(pipeline: Pipeline, missing: Sequence[Order], folder: Path, options: An
     )
     for made in samples:
         save(folder, made)
+        signals.stop_if_asked()
 
 
 def main(argv: Sequence[str]) -> int:
@@ -239,4 +241,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    process.run(lambda: main(sys.argv[1:]))

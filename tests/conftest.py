@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-pytest_plugins = ["tests.tiny_runs"]
+pytest_plugins = ["tests.tiny_runs", "tests.forked"]
 
 Tree = dict[str, Any]
 

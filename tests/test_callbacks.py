@@ -16,10 +16,11 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ldm import distributed
 from ldm.callbacks import ImageLogger, Progress, SampleLogger, Throughput, to_uint8
 from ldm.data.latents import Manifest
 from ldm.errors import ConfigError
-from ldm.evaluation.generate import Pipeline, generate
+from ldm.evaluation.generate import Pipeline, generate, grid
 from ldm.loggers import MetricsFile, read_metrics
 from ldm.randomness import Draws
 
@@ -136,31 +137,53 @@ def test_levels_are_clamped_and_rounded() -> None:
     assert [image.item() for image in to_uint8(images)] == [0, 0, 128, 255, 255]
 
 
-@pytest.mark.parametrize("classes", [None, [2, 0]])
-def test_samples_are_those_of_the_averaged_weights(tmp_path: Path, runs: Any, classes: list[int] | None) -> None:
-    module = runs.module
-    saved = Pipeline.load(runs.diffusion)
-    trainer = SimpleNamespace(
-        default_root_dir=tmp_path,
-        datamodule=SimpleNamespace(manifest=saved.manifest),
+def a_sampling_trainer(folder: Path, manifest: Manifest) -> Any:
+    return SimpleNamespace(
+        default_root_dir=folder,
+        datamodule=SimpleNamespace(manifest=manifest),
         global_step=6,
         is_global_zero=True,
         loggers=[],
         precision_plugin=pl.plugins.Precision(),
     )
+
+
+@pytest.mark.parametrize("classes", [None, [2, 0]])
+def test_samples_are_those_of_the_averaged_weights(tmp_path: Path, runs: Any, classes: list[int] | None) -> None:
+    module = runs.module
+    saved = Pipeline.load(runs.diffusion)
     callback = SampleLogger(every_n_steps=3, classes=classes, seeds=[7, 8, 9], steps=2, guidance_scale=2.0)
     module.train()
-    callback.on_train_batch_end(trainer, module)
+    callback.on_train_batch_end(a_sampling_trainer(tmp_path, saved.manifest), module)
     sheet = picture(tmp_path / "images" / "val" / "samples_00000006.png")
-    rows = len(classes or [0])
     labels = None if classes is None else [2, 2, 2, 0, 0, 0]
-    wanted = list(generate(saved, [7, 8, 9] * rows, labels, steps=2, guidance_scale=2.0))
-    side = wanted[0].image.shape[0]
-    assert sheet.shape[:2] == (rows * (side + 2) + 2, 3 * (side + 2) + 2)
-    for place, sample in enumerate(wanted):
-        top, left = (2 + index * (side + 2) for index in divmod(place, 3))
-        assert np.abs(sheet[top : top + side, left : left + side] - sample.image).max() <= 1
+    samples = generate(saved, [7, 8, 9] * len(classes or [0]), labels, steps=2, guidance_scale=2.0)
+    wanted = grid([sample.image for sample in samples], columns=3)
+    assert sheet.shape == wanted.shape
+    assert np.abs(sheet.astype(int) - wanted).max() <= 1
     assert isinstance(saved.manifest, Manifest)
+
+
+def test_all_ranks_make_as_many_samples(tmp_path: Path, runs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the weights are sharded a rank with one less would leave the others waiting."""
+    saved = Pipeline.load(runs.diffusion)
+    shares: dict[int, list[np.ndarray]] = {}
+
+    def gather(share: list[np.ndarray]) -> list[list[np.ndarray]]:
+        shares[distributed.rank()] = share
+        return [shares[rank] for rank in sorted(shares)]
+
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "gather", gather)
+    trainer = a_sampling_trainer(tmp_path, saved.manifest)
+    for rank in (1, 0):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        trainer.is_global_zero = rank == 0
+        SampleLogger(seeds=[7, 8, 9], steps=2).show(trainer, runs.module)
+    assert len(shares[0]) == len(shares[1]) == 2
+    sheet = picture(tmp_path / "images" / "val" / "samples_00000006.png")
+    wanted = grid([sample.image for sample in generate(saved, [7, 8, 9], steps=2)], columns=3)
+    assert np.abs(sheet.astype(int) - wanted).max() <= 1
 
 
 def test_samples_need_a_diffusion_model(tmp_path: Path) -> None:

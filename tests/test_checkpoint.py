@@ -21,7 +21,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ldm import checkpoint
+from ldm import checkpoint, plain
 from ldm.errors import CheckpointError, NumericError, ResourceError
 
 
@@ -172,7 +172,7 @@ class _Harm:
 def test_a_malicious_file_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sealed: bool) -> None:
     monkeypatch.chdir(tmp_path)
     if sealed:  # an attacker can compute a checksum too
-        monkeypatch.setattr(checkpoint, "_check_plain", lambda state: None)
+        monkeypatch.setattr(plain, "check_plain", lambda state: None)
         checkpoint.save(tmp_path / "a.ckpt", {"state_dict": {}, "x": _Harm()})
     else:
         (tmp_path / "a.ckpt").write_bytes(pickle.dumps(_Harm()))

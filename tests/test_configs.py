@@ -5,12 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from pytorch_lightning.strategies import Strategy
 
 import main
 from ldm.config import Config, build, load
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = {str(path.relative_to(ROOT / "configs")): path for path in sorted((ROOT / "configs").rglob("*.yaml"))}
+FILES = {str(path.relative_to(ROOT / "configs")): path for path in sorted((ROOT / "configs").rglob("*.yaml"))}
+FRAGMENTS = [name for name in FILES if name.startswith("cluster/")]  # to merge after a whole configuration
+CONFIGS = {name: path for name, path in FILES.items() if name not in FRAGMENTS}
 STAGE_1 = [name for name in CONFIGS if "autoencoder" in name]
 STAGE_2 = [name for name in CONFIGS if "autoencoder" not in name]
 
@@ -55,10 +58,19 @@ def test_every_config_is_of_one_stage():
     assert STAGE_1
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", FILES)
 def test_header_says_how_to_run_it(name):
-    header = [line for line in CONFIGS[name].read_text().splitlines() if line.startswith("#")]
-    assert any(f"main.py --base configs/{name}" in line for line in header)
+    header = [line for line in FILES[name].read_text().splitlines() if line.startswith("#")]
+    assert any("main.py --base configs/" in line and f"configs/{name}" in line for line in header)
+
+
+@pytest.mark.parametrize("fragment", FRAGMENTS)
+@pytest.mark.parametrize("name", STAGE_2)
+def test_fragments_merge_with_every_config_of_stage_2(name, fragment):
+    config = load([CONFIGS[name], FILES[fragment]], ["data.params.autoencoder=logs/none"])
+    config.check(facts(name))
+    strategy = build(config.resolved(facts(name))["lightning"]["strategy"], key="lightning.strategy")
+    assert isinstance(strategy, Strategy)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

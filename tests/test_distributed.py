@@ -7,7 +7,7 @@ import torch.multiprocessing as mp
 
 from ldm import distributed
 
-VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS")
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_NNODES")
 
 
 @pytest.fixture
@@ -38,6 +38,21 @@ def test_before_the_group_exists(launched, environment, rank, world):
     launched(**environment)
     assert (distributed.rank(), distributed.world_size()) == (rank, world)
     assert distributed.is_main() == (rank == 0)
+
+
+@pytest.mark.parametrize(
+    ("environment", "sizes"),
+    [
+        ({}, None),
+        ({"WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "2"}, (3, 2)),  # torchrun
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, None),  # Lightning's launcher, which asks the configuration
+        ({"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_NNODES": "2"}, (2, 4)),  # srun
+        ({"SLURM_NTASKS": "8", "SLURM_NNODES": "2"}, None),  # within an allocation, but not started by srun
+    ],
+)
+def test_machines_and_processes_on_each(launched, environment, sizes):
+    launched(**environment)
+    assert distributed.launched() == sizes
 
 
 def test_alone_everything_is_a_no_op(launched):

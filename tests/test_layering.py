@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS = {
     0: [
         *("errors", "distributed", "randomness", "layers", "ema", "schedule", "checkpoint", "run", "signals"),
+        *("plain", "sealed", "shards", "sharding", "snapshot", "ranks", "slurm", "process"),
         *("config", "config_read", "config_target", "config_types", "config_signature", "config_check", "commandline"),
     ],
     1: [
@@ -28,7 +29,7 @@ LEVELS = {
     ],
     2: ["data.datamodules", "data.latent_datamodule", "autoencoder.module", "diffusion.module"],
     3: ["evaluation.generate", "evaluation.features", "evaluation.metrics", "evaluation.quality"],
-    4: ["callbacks", "loggers", "safety", "saving"],
+    4: ["callbacks", "loggers", "safety", "saving", "finite", "strategies"],
     5: ["trainer", "outcome"],
 }
 LEVEL_OF = {f"ldm.{name}": level for level, names in LEVELS.items() for name in names}
@@ -37,11 +38,11 @@ LEVEL_OF = {f"ldm.{name}": level for level, names in LEVELS.items() for name in 
 FENCED = {
     "pytorch_lightning": {
         *("ldm.autoencoder.module", "ldm.diffusion.module", "ldm.data.datamodules"),
-        *("ldm.callbacks", "ldm.loggers", "ldm.safety", "ldm.saving", "ldm.trainer", "main"),
-        "ldm.outcome",
+        *("ldm.callbacks", "ldm.loggers", "ldm.safety", "ldm.saving", "ldm.finite", "ldm.trainer", "main"),
+        *("ldm.outcome", "ldm.strategies"),
     },
     "omegaconf": {"ldm.config"},
-    "torch.distributed": {"ldm.distributed"},
+    "torch.distributed": {"ldm.distributed", "ldm.sharding"},
     "diffusers": {"scripts.bench"},
     "wandb": {"ldm.loggers"},
 }

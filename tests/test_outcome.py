@@ -1,13 +1,25 @@
-"""What a library's error means to a user."""
+"""What a library's error means to a user, and how a run says that it ended, whoever is left to say so."""
 
 import errno
+import os
+import signal
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from ldm import outcome
-from ldm.errors import CheckpointError, ConfigError, DataError, ResourceError
+from ldm import checkpoint, outcome, signals
+from ldm.errors import CheckpointError, ConfigError, DataError, LdmError, PeerError, ResourceError
+from ldm.run import RunFolder, RunState
+from ldm.safety import StopOnSignal
+from ldm.saving import Checkpoints
+from tests.points import Automatic, PointData, a_trainer, ranks_at, wait_until
 
 FROM_A_WORKER = """Caught DataError in DataLoader worker process 0.
 Original Traceback (most recent call last):
@@ -26,6 +38,8 @@ ldm.errors.DataError: a.png: broken
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), ResourceError, "num_workers"),
         (RuntimeError("Error(s) in loading state_dict for X: ..."), CheckpointError, "another model"),
         (DataError(FROM_A_WORKER), DataError, "a.png: broken"),
+        (RuntimeError("[pair.cc:538] Connection closed by peer [127.0.0.1]:1"), PeerError, "rank 0 of 1 on"),
+        (RuntimeError("Timed out waiting 20000ms for recv operation to complete"), PeerError, "timeout"),
     ],
 )
 def test_errors_that_a_user_can_mend(error, kind, said):
@@ -49,3 +63,99 @@ def test_space_is_counted_for_three_files_of_weights_and_moments():
     assert outcome.space_needed(model) == 3 * 4 * (100 + 200)
     model.requires_grad_(False)
     assert outcome.space_needed(model) == 3 * 4 * 100
+
+
+# ---------------------------------------------------------------------- ranks that are lost
+
+TIMEOUT = 8.0
+
+
+def a_run(folder: RunFolder, on_batch: Callable[[int], Callable[[Any], Any]]) -> Callable[[int], None]:
+    """Two ranks that train for ever, as main.py would; rank r calls on_batch(r) with the numbers of each batch."""
+    folder.make()
+
+    def train(rank: int) -> None:
+        signals.listen()
+        callbacks = [StopOnSignal(folder.checkpoints), Checkpoints(every=20)]
+        strategy = DDPStrategy(timeout=timedelta(seconds=TIMEOUT))
+        options: dict[str, Any] = {"devices": 2, "strategy": strategy, "enable_checkpointing": True}
+        trainer = a_trainer(folder.path, 1_000_000, callbacks, **options)
+        # Only the first rank knows the folder of a new run.
+        own = folder if rank == 0 else RunFolder(folder.path.parent)
+        try:
+            with outcome.explained():
+                state = outcome.run(trainer, Automatic(on_batch=on_batch(rank)), PointData(4, seed=1), own, None)
+        except LdmError as error:
+            (folder.path / f"said.{rank}").write_text(str(error))
+            os._exit(error.exit_code)  # as ranks.leave does
+        os._exit(state.exit_code or 0)
+
+    return train
+
+
+def nothing(rank: int) -> Callable[[Any], Any]:
+    return lambda numbers: None
+
+
+def saved_once(folder: RunFolder) -> bool:
+    return any(folder.checkpoints.glob("*.ckpt"))
+
+
+def assert_last_checkpoint_stands(folder: RunFolder) -> RunState:
+    state = folder.read_state()
+    assert state is not None
+    assert state.resume_from is not None
+    assert checkpoint.load(folder.path / state.resume_from)["global_step"] % 20 == 0
+    return state
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_rank_ends_the_others_who_say_so(tmp_path: Path, number: int, lost: int) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with ranks_at(a_run(folder, nothing)) as ranks:
+        assert wait_until(lambda: saved_once(folder), 100)
+        ranks.send(number, lost)
+        limit = 10 if number == signal.SIGKILL else TIMEOUT + 10
+        assert wait_until(lambda: ranks.ended(1 - lost), limit)
+    assert ranks.codes[1 - lost] == 7
+    state = assert_last_checkpoint_stands(folder)
+    assert (state.status, state.exit_code) == ("failed", 7)
+    assert f"rank {1 - lost} of 2 on {os.uname().nodename}: another rank died" in state.reason
+    said = (folder.path / f"said.{1 - lost}").read_text()
+    assert f"did not answer within {TIMEOUT:g} s" in said
+    assert "lightning.strategy.params.timeout" in said
+    assert not (tmp_path / "run_state.json").exists()
+
+
+@pytest.mark.parametrize("guilty", [0, 1])
+def test_the_rank_that_fails_says_why(tmp_path: Path, guilty: int) -> None:
+    folder = RunFolder(tmp_path / "run")
+
+    def on_batch(rank: int) -> Callable[[Any], Any]:
+        def fail(numbers: Any) -> None:
+            if rank == guilty and numbers[0] > 200:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        return fail
+
+    with ranks_at(a_run(folder, on_batch)) as ranks:
+        assert wait_until(ranks.ended, 100)
+    assert ranks.codes == {guilty: 6, 1 - guilty: 7}
+    state = assert_last_checkpoint_stands(folder)
+    assert (state.status, state.exit_code) == ("failed", 6)
+    assert "out of memory" in state.reason
+
+
+def test_who_is_asked_to_stop_and_has_nobody_to_agree_with_has_stopped(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+
+    with ranks_at(a_run(folder, nothing)) as ranks:
+        assert wait_until(lambda: saved_once(folder), 100)
+        ranks.send(signal.SIGSTOP, 1)
+        time.sleep(0.5)
+        ranks.send(signal.SIGTERM, 0)
+        assert wait_until(lambda: ranks.ended(0), TIMEOUT + 10)
+    assert ranks.codes[0] == 128 + signal.SIGTERM
+    state = assert_last_checkpoint_stands(folder)
+    assert (state.status, state.exit_code) == ("stopped", 143)

@@ -1,149 +1,23 @@
-"""ldm.safety and ldm.signals: a signal gives one checkpoint that resumes exactly, no weight ever meets a NaN."""
+"""ldm.safety: checkpoints say where they come from, and a signal gives one checkpoint that resumes exactly."""
 
 import os
-import re
 import signal
-import socket
 import time
-import traceback
-from collections.abc import Callable, Iterable
-from contextlib import suppress
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
-from torch.optim import SGD, AdamW, Optimizer
-from torch.utils.data import DataLoader, Dataset
+from lightning_fabric.plugins.environments import SLURMEnvironment
+from pytorch_lightning.strategies import DDPStrategy
 
 from ldm import checkpoint, signals
-from ldm.data.datamodules import ElasticDataModule
-from ldm.errors import CheckpointError, NumericError
-from ldm.safety import AtomicCheckpointIO, FiniteGuard, Provenance, StopOnSignal
-
-BATCH = 4
-MakeOptimizer = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
-FUSED: MakeOptimizer = partial(AdamW, lr=0.1, fused=True)
-
-
-class Points(Dataset):
-    def __getitem__(self, address: tuple[int, int]) -> dict[str, Any]:
-        number, index = address
-        return {"x": np.float32([index / 100, 1.0]), "sample_number": number}
-
-
-def stack(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    x = torch.from_numpy(np.stack([row["x"] for row in rows]))
-    return {"x": x, "sample_number": np.array([row["sample_number"] for row in rows])}
-
-
-class PointData(ElasticDataModule):
-    """100 points in elastic order; a validation of three batches."""
-
-    def train_dataloader(self) -> DataLoader:
-        return self.training_loader(Points(), 100, stack)
-
-    def val_dataloader(self) -> DataLoader:
-        return self.validation_loader(Points(), 3 * self.batch_size // self.accumulation(1), stack)
-
-    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        self.attach_draws(batch, batch["x"].device)
-        return batch
-
-
-class Automatic(pl.LightningModule):
-    """One optimizer, stepped by Lightning. `poison` is the first sample number whose loss is NaN."""
-
-    def __init__(self, optimizer: MakeOptimizer = FUSED, poison: int = -1, on_batch: Callable = lambda _: None) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = torch.nn.Linear(2, 1)
-        self.other = torch.nn.Linear(2, 1)
-        self.make_optimizer = optimizer
-        self.poison = poison
-        self.on_batch = on_batch  # called with the sample numbers of each training batch
-        self.validated: list[float] = []
-
-    def loss(self, batch: dict[str, Any], layer: torch.nn.Module) -> Tensor:
-        loss = (layer(batch["x"]) + batch["draws"].normal("noise", (1,))).square().mean()
-        return loss * float("nan") if self.poison in batch["draws"].numbers else loss
-
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Any:
-        self.on_batch(batch["draws"].numbers)
-        loss = self.loss(batch, self.layer) + self.loss(batch, self.other)
-        self.log("train/loss", loss.detach())
-        return loss
-
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        if not self.trainer.sanity_checking:
-            self.on_validation(batch_idx)
-        self.log("val/loss", self.loss(batch, self.layer), batch_size=len(batch["x"]))
-
-    def on_validation(self, batch_idx: int) -> None:
-        pass
-
-    def on_validation_end(self) -> None:
-        if not self.trainer.sanity_checking:
-            self.validated.append(float(self.trainer.callback_metrics["val/loss"]))
-
-    def configure_optimizers(self) -> Any:
-        return self.make_optimizer(self.parameters())
-
-    def checkpoint_facts(self) -> dict[str, Any]:
-        return {"kind": "test", "latents": None, "metrics": {}}
-
-
-class Manual(Automatic):
-    """Two optimizers stepped by hand, the second uncounted; only the first one's loss is ever NaN."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.automatic_optimization = False
-
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Any:
-        self.on_batch(batch["draws"].numbers)
-        first, second = self.optimizers()
-        second._on_before_step = second._on_after_step = lambda: None
-        loss = self.loss(batch, self.layer)
-        finite = self.other(batch["x"]).square().mean()
-        self.manual_backward(loss + finite)
-        for optimizer in (first, second):
-            optimizer.step()
-            optimizer.zero_grad()
-        return {"loss": loss.detach()}
-
-    def configure_optimizers(self) -> Any:
-        return [self.make_optimizer(layer.parameters()) for layer in (self.layer, self.other)]
-
-
-def a_trainer(folder: Path, max_steps: int, callbacks: Iterable[pl.Callback] = (), **kwargs: Any) -> pl.Trainer:
-    options = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "use_distributed_sampler": False,
-        "limit_val_batches": 0,
-        "plugins": [AtomicCheckpointIO()],
-        "check_val_every_n_epoch": None,
-        "val_check_interval": 5,
-    }
-    return pl.Trainer(default_root_dir=folder, max_steps=max_steps, callbacks=list(callbacks), **(options | kwargs))
-
-
-def weights(module: torch.nn.Module) -> list[Tensor]:
-    return [value.detach().clone() for value in module.state_dict().values()]
-
-
-def same(left: list[Tensor], right: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
-
+from ldm.errors import CheckpointError
+from ldm.safety import Provenance, StopOnSignal
+from tests.points import BATCH, Automatic, PointData, a_trainer, in_a_child, ranks_at, same, wait_until, weights
 
 # ---------------------------------------------------------------------- checkpoints
 
@@ -175,96 +49,7 @@ def test_a_damaged_file_is_refused_at_resume(tmp_path: Path) -> None:
         a_trainer(tmp_path, 4).fit(Automatic(), PointData(BATCH, seed=1), ckpt_path=tmp_path / "last.ckpt")
 
 
-def test_the_first_save_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[Path] = []
-    monkeypatch.setattr("ldm.safety.load", lambda path: read.append(path))
-    files = AtomicCheckpointIO()
-    for step in (1, 2):
-        files.save_checkpoint({"global_step": step}, tmp_path / f"{step}.ckpt")
-    assert read == [tmp_path / "1.ckpt"]
-    files.remove_checkpoint(tmp_path / "1.ckpt")
-    assert os.listdir(tmp_path) == ["2.ckpt"]
-
-
-# ---------------------------------------------------------------------- numbers
-
-
-@pytest.mark.parametrize("kind", [Automatic, Manual])
-@pytest.mark.parametrize("optimizer", [FUSED, partial(AdamW, lr=0.1), partial(SGD, lr=0.1, momentum=0.9)])
-def test_a_gradient_that_is_not_finite_reaches_no_weight(
-    tmp_path: Path, kind: type[Automatic], optimizer: MakeOptimizer
-) -> None:
-    clean = kind(optimizer)
-    a_trainer(tmp_path, 5).fit(clean, PointData(BATCH, seed=1))
-    module = kind(optimizer, poison=5 * BATCH + 2)  # in the sixth step
-    with pytest.raises(NumericError, match=r"step 6: .*loss nan.*sample numbers 20 to 23.*finite\.ckpt"):
-        a_trainer(tmp_path, 12, [FiniteGuard(tmp_path)]).fit(module, PointData(BATCH, seed=1))
-    assert same(weights(module.layer), weights(clean.layer))
-    # The batch is skipped at resume, the rest goes on.
-    resumed = kind(optimizer, poison=5 * BATCH + 2)
-    trainer = a_trainer(tmp_path, 12, [FiniteGuard(tmp_path)])
-    trainer.fit(resumed, PointData(BATCH, seed=1), ckpt_path=tmp_path / "finite.ckpt")
-    assert trainer.global_step == 12
-    assert all(bool(weight.isfinite().all()) for weight in weights(resumed))
-    states = [state for opt in trainer.optimizers for state in opt.state.values()]
-    assert all(bool(torch.as_tensor(value).isfinite().all()) for state in states for value in state.values())
-
-
-def test_a_bad_micro_batch_is_found_when_its_step_is_made(tmp_path: Path) -> None:
-    data = PointData(BATCH, seed=1, micro_batch_size=2)
-    module = Automatic(poison=2 * BATCH)
-    trainer = a_trainer(tmp_path, 6, [FiniteGuard(tmp_path)], accumulate_grad_batches=2, gradient_clip_val=1.0)
-    with pytest.raises(NumericError, match=r"step 3: .*loss nan, [\d.]+; sample numbers 8 to 9, 10 to 11"):
-        trainer.fit(module, data)
-    assert checkpoint.load(tmp_path / "finite.ckpt")["global_step"] == 3
-
-
-def test_the_host_does_not_look_at_every_step_on_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    guard = FiniteGuard(tmp_path, every_n_steps=4)
-    looked: list[int] = []
-    stop = guard._stop_if_bad
-    monkeypatch.setattr(guard, "_stop_if_bad", lambda *args: (looked.append(args[0].global_step), stop(*args)))
-    module = Automatic(poison=4 * BATCH)
-    monkeypatch.setattr(Automatic, "device", torch.device("meta"), raising=False)
-    with pytest.raises(NumericError, match="step 5: "):
-        a_trainer(tmp_path, 12, [guard]).fit(module, PointData(BATCH, seed=1))
-    assert looked[:2] == [4, 8]
-    assert all(bool(weight.isfinite().all()) for weight in weights(module))
-
-
-def test_a_save_looks_first(tmp_path: Path) -> None:
-    guard = FiniteGuard(tmp_path)
-    trainer = a_trainer(tmp_path, 1, [guard])
-    trainer.fit(Automatic(), PointData(BATCH, seed=1))
-    guard._current.bad.append(torch.tensor(True))
-    guard._steps.append(guard._current)
-    with pytest.raises(NumericError):
-        trainer.save_checkpoint(tmp_path / "last.ckpt")
-    assert not (tmp_path / "last.ckpt").exists()
-    assert (tmp_path / "finite.ckpt").exists()
-
-
 # ---------------------------------------------------------------------- signals
-
-
-def in_a_child(work: Callable[[], None]) -> int:
-    """Run `work` in a fork of this process; its exit status, as main.py's would be (negative: died of a signal)."""
-    child = os.fork()
-    if child == 0:
-        end_like_a_process(work)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def end_like_a_process(work: Callable[[], None]) -> NoReturn:
-    """Do `work` in a forked child, and leave with the code that the interpreter would."""
-    try:
-        work()
-    except SystemExit as stop:
-        os._exit(int(stop.code or 0))
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
 
 
 def send_at(first: int, number: int) -> Callable[[np.ndarray], None]:
@@ -336,90 +121,104 @@ def test_the_handlers_of_before_are_back_after_a_run(tmp_path: Path) -> None:
     assert [signal.getsignal(number) for number in signals.STOPPING] == before
 
 
-def test_a_requeue_handler_is_left_alone() -> None:
-    def installing() -> None:
-        requeued = []
-        signal.signal(signal.SIGUSR1, lambda *_: requeued.append(1))
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        listener = signals.Listener()
-        listener.install()
-        for number in (signal.SIGUSR1, signal.SIGHUP):
-            os.kill(os.getpid(), number)
-        assert (requeued, listener.received) == ([1], 0)
-        os.kill(os.getpid(), signal.SIGUSR2)
-        assert listener.received == signal.SIGUSR2
+@pytest.mark.parametrize("moment", ["setup", "on_fit_start", "on_train_start"])
+def test_a_signal_before_the_first_step_ends_the_run_with_nothing_to_save(tmp_path: Path, moment: str) -> None:
+    def interrupted() -> None:
+        class Sends(pl.Callback):
+            pass
 
-    assert in_a_child(installing) == 0
+        setattr(Sends, moment, lambda self, *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+        signals.listen()
+        a_trainer(tmp_path, 12, [Sends(), StopOnSignal(tmp_path)]).fit(Automatic(), PointData(BATCH, seed=1))
+
+    assert in_a_child(interrupted) == 128 + signal.SIGTERM
+    assert not list(tmp_path.glob("*.ckpt"))
 
 
-def test_the_third_request_ends_at_once_but_a_doubled_signal_is_one(capfd: pytest.CaptureFixture) -> None:
-    def stubborn() -> None:
-        listener = signals.Listener()
-        listener.install()
-        for pause in (0, 0, 0, 1.1, 1.1):
-            time.sleep(pause)
-            os.kill(os.getpid(), signal.SIGTERM)
-        os._exit(0)
+def test_a_signal_ends_a_validation_alone(tmp_path: Path) -> None:
+    class Stopping(Automatic):
+        def on_validation(self, batch_idx: int) -> None:
+            if batch_idx == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            (tmp_path / f"batch.{batch_idx}").touch()
 
-    assert in_a_child(stubborn) == 128 + signal.SIGTERM
-    printed = capfd.readouterr().err
-    assert re.findall("SIGTERM: stopping.*", printed)[1:] == ["SIGTERM: stopping at once; the last checkpoint stands"]
+    def interrupted() -> None:
+        trainer = a_trainer(tmp_path, 20, [StopOnSignal(tmp_path)], limit_val_batches=1.0)
+        trainer.validate(Stopping(), PointData(BATCH, seed=1), verbose=False)
+
+    assert in_a_child(interrupted) == 128 + signal.SIGTERM
+    assert {path.name for path in tmp_path.iterdir()} == {"batch.0", "batch.1"}
 
 
-def two_ranks(folder: Path, workers: int) -> list[int]:
-    """Two processes in a group of their own that train together, as torchrun would start them; their ids."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
-    launcher |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def test_lightning_installs_no_handler_not_even_under_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"NTASKS": 1, "NTASKS_PER_NODE": 1, "PROCID": 0, "LOCALID": 0, "NODEID": 0, "JOB_ID": 7}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+
+    class Looks(pl.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            handlers = [signal.getsignal(number) for number in signals.STOPPING]
+            assert {handler.__module__ for handler in handlers} == {"ldm.signals"}  # type: ignore[union-attr]
+            (tmp_path / "looked").touch()
+
+    def trains() -> None:
+        trainer = a_trainer(tmp_path, 1, [StopOnSignal(tmp_path), Looks()], strategy="ddp")
+        assert isinstance(trainer.strategy, DDPStrategy)
+        assert isinstance(trainer.strategy.cluster_environment, SLURMEnvironment)
+        trainer.fit(Automatic(), PointData(BATCH, seed=1))
+
+    assert in_a_child(trains) == 0  # with a process group of its own
+    assert (tmp_path / "looked").exists()
+
+
+def trains(folder: Path, workers: int, **arguments: Any) -> Callable[[int], None]:
+    """Two ranks that train until they are stopped; `started.<rank>` tells that they do."""
 
     def train(rank: int) -> None:
-        os.environ.update(launcher | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        signals.listen()
         module = Automatic(on_batch=lambda numbers: numbers[0] > BATCH and (folder / f"started.{rank}").touch())
-        options = {"devices": 2, "strategy": "ddp", "num_sanity_val_steps": 0}
-        trainer = a_trainer(folder, 1_000_000, [StopOnSignal(folder)], **options)
+        options: dict[str, Any] = {"devices": 2, "strategy": "ddp", "num_sanity_val_steps": 0}
+        trainer = a_trainer(folder, 1_000_000, [StopOnSignal(folder)], **options | arguments)
         trainer.fit(module, PointData(BATCH, seed=1, num_workers=workers))
 
-    children: list[int] = []
-    for rank in range(2):
-        child = os.fork()
-        if child == 0:
-            os.setpgid(0, children[0] if children else 0)
-            end_like_a_process(partial(train, rank))
-        children.append(child)
-    return children
+    return train
 
 
-def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while not (done := condition()) and time.monotonic() < end:
-        time.sleep(0.05)
-    return done
+def started(folder: Path) -> bool:
+    return all((folder / f"started.{rank}").exists() for rank in range(2))
 
 
-@pytest.mark.parametrize("target", ["first", "second", "group"])
+@pytest.mark.parametrize("target", [0, 1, None])
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 2), (signal.SIGUSR1, 0), (signal.SIGINT, 2)])
-def test_two_ranks_stop_after_the_same_step(tmp_path: Path, number: int, workers: int, target: str) -> None:
-    children = two_ranks(tmp_path, workers)
-    codes: dict[int, int] = {}
-
-    def ended() -> bool:
-        for child in set(children) - set(codes):
-            found, status = os.waitpid(child, os.WNOHANG)
-            if found:
-                codes[child] = os.waitstatus_to_exitcode(status)
-        return len(codes) == 2
-
-    try:
-        assert wait_until(lambda: all((tmp_path / f"started.{rank}").exists() for rank in range(2)), 120)
-        if target == "group":
-            os.killpg(children[0], number)
-        else:
-            os.kill(children[target == "second"], number)
-        assert wait_until(ended, 60)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(children[0], signal.SIGKILL)
-    assert list(codes.values()) == [128 + number] * 2
+def test_two_ranks_stop_after_the_same_step(tmp_path: Path, number: int, workers: int, target: int | None) -> None:
+    with ranks_at(trains(tmp_path, workers)) as ranks:
+        assert wait_until(lambda: started(tmp_path), 120)
+        ranks.send(number, target)
+        assert wait_until(ranks.ended, 60)
+    assert ranks.codes == {0: 128 + number, 1: 128 + number}
     assert checkpoint.load(tmp_path / "stopped.ckpt")["global_step"] > 1
+
+
+@pytest.mark.parametrize("target", [0, 1, None])
+def test_two_ranks_stop_together_before_the_first_step(tmp_path: Path, target: int | None) -> None:
+    class Waits(Automatic):
+        """Makes the moment before the process group, and before the first step, long."""
+
+        def __init__(self, rank: int) -> None:
+            super().__init__()
+            self.rank = rank
+
+        def setup(self, stage: str) -> None:
+            (tmp_path / f"started.{self.rank}").touch()
+            time.sleep(2)
+
+    def train(rank: int) -> None:
+        signals.listen()
+        trainer = a_trainer(tmp_path, 1_000_000, [StopOnSignal(tmp_path)], devices=2, strategy="ddp")
+        trainer.fit(Waits(rank), PointData(BATCH, seed=1))
+
+    with ranks_at(train) as ranks:
+        assert wait_until(lambda: started(tmp_path), 120)
+        ranks.send(signal.SIGTERM, target)
+        assert wait_until(ranks.ended, 60)
+    assert ranks.codes == {0: 128 + signal.SIGTERM, 1: 128 + signal.SIGTERM}
+    assert not list(tmp_path.glob("*.ckpt"))

@@ -1,5 +1,12 @@
 """When checkpoints are written and which are kept, under a real Trainer with a model of one number."""
 
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +16,10 @@ from pytorch_lightning import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from ldm import checkpoint
-from ldm.errors import ConfigError
-from ldm.safety import AtomicCheckpointIO
-from ldm.saving import Checkpoints, set_aside_later
+from ldm.errors import ConfigError, ResourceError
+from ldm.safety import StopOnSignal
+from ldm.saving import AtomicCheckpointIO, Checkpoints, set_aside_later
+from tests.points import Automatic, PointData, a_trainer, ranks_at, wait_until
 
 
 class One(LightningModule):
@@ -32,13 +40,15 @@ class One(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(folder: Path, callback: Checkpoints, scores: tuple[float, ...] = (3.0, 1.0, 2.0), **arguments: Any) -> One:
+def fit(
+    folder: Path, callback: Checkpoints, scores: tuple[float, ...] = (3.0, 1.0, 2.0), *more: Any, **arguments: Any
+) -> One:
     """6 steps, with a validation after each second one."""
     model = One(list(scores))
     trainer = Trainer(
         **{"max_steps": 6, "val_check_interval": 2} | arguments,
         accelerator="cpu",
-        callbacks=[callback],
+        callbacks=[*more, callback],
         plugins=[AtomicCheckpointIO()],
         logger=False,
         default_root_dir=folder,
@@ -74,7 +84,27 @@ def test_steps_are_counted_and_not_batches(tmp_path):
 @pytest.mark.parametrize(("higher", "step"), [(False, 4), (True, 2)])
 def test_the_best_is_kept(tmp_path, higher, step):
     fit(tmp_path, Checkpoints(keep=1, monitor="val/score", higher_is_better=higher))
-    assert saved(tmp_path) == {"best.ckpt": step, "step=00000006.ckpt": 6}
+    assert saved(tmp_path) == {"best.ckpt": step, f"step={step:08d}.ckpt": step, "step=00000006.ckpt": 6}
+    assert (tmp_path / "checkpoints" / "best.ckpt").readlink() == Path(f"step={step:08d}.ckpt")
+
+
+def test_some_of_the_best_are_kept(tmp_path):
+    scores = (3.0, 5.0, 4.0, float("nan"), 2.0, 6.0)
+    fit(tmp_path, Checkpoints(keep=1, monitor="val/score", keep_best=2), scores, max_steps=12)
+    assert saved(tmp_path) == {"best.ckpt": 10, **{f"step={step:08d}.ckpt": step for step in (2, 10, 12)}}
+
+
+def test_milestones_are_never_removed(tmp_path):
+    fit(tmp_path, Checkpoints(every=2, keep=1, keep_every=3), (1.0,) * 6, max_steps=12)
+    assert sorted(saved(tmp_path).values()) == [3, 6, 9, 12]
+
+
+def test_what_a_stop_has_saved_is_kept_as_long_as_any_other(tmp_path):
+    folder = tmp_path / "checkpoints"
+    for name, step in {"stopped.ckpt": 3, "finite.ckpt": 1, "mine.ckpt": 1}.items():
+        checkpoint.save(folder / name, {"global_step": step})
+    fit(tmp_path, Checkpoints(every=4))
+    assert saved(tmp_path) == {"mine.ckpt": 1, "step=00000004.ckpt": 4, "step=00000006.ckpt": 6}
 
 
 def test_the_best_so_far_survives_a_resume(tmp_path):
@@ -82,25 +112,217 @@ def test_the_best_so_far_survives_a_resume(tmp_path):
     fit(tmp_path, first)
     second = Checkpoints(monitor="val/score")
     second.load_state_dict(first.state_dict())
-    fit(tmp_path, second, scores=(1.5, 2.0, 3.0))
+    fit(tmp_path, second, (1.5, 2.0, 3.0))
     assert saved(tmp_path)["best.ckpt"] == 4
     other = Checkpoints(monitor="val/other")  # another metric starts anew
     other.load_state_dict(first.state_dict())
-    assert other.state_dict()["best"] == float("inf")
+    assert other.state_dict()["scores"] == {}
 
 
 def test_a_metric_that_does_not_exist(tmp_path):
     with pytest.raises(ConfigError, match="val/scores"):
         fit(tmp_path, Checkpoints(monitor="val/scores"))
-    with pytest.raises(ConfigError, match="every=0"):
-        Checkpoints(every=0)
+    for name in ("every", "keep", "keep_every", "keep_best"):
+        with pytest.raises(ConfigError, match=f"{name}=0"):
+            Checkpoints(**{name: 0})
 
 
 def test_later_checkpoints_are_set_aside(tmp_path):
     fit(tmp_path, Checkpoints(every=2, keep=9))
     folder = tmp_path / "checkpoints"
+    (folder / "best.ckpt").symlink_to("step=00000006.ckpt")
     aside = set_aside_later(folder, 4)
+    assert not (folder / "best.ckpt").is_symlink()
     assert [path.name for path in aside] == ["step=00000006.ckpt.superseded"]
     newest = checkpoint.newest(folder)
     assert newest is not None
     assert newest.name == "step=00000004.ckpt"
+
+
+# ---------------------------------------------------------------------- in the background
+
+
+class Gate:
+    """Stands before the writing of each checkpoint: counts, waits, fails."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool] = lambda step: False) -> None:
+        self.open = threading.Event()
+        self.open.set()
+        self.tried: list[int] = []
+        self._fails = fails
+        self._save = checkpoint.save
+        monkeypatch.setattr(checkpoint, "save", self)
+
+    def __call__(self, path: Path, state: dict[str, Any]) -> None:
+        self.tried.append(state["global_step"])
+        self.open.wait(30)
+        if self._fails(state["global_step"]):
+            raise ResourceError(f"{path}: free 1 bytes, needed about 9 bytes")
+        self._save(path, state)
+
+
+def test_training_goes_on_during_a_save_and_the_save_is_of_its_own_step(tmp_path, monkeypatch):
+    gate, files = Gate(monkeypatch), AtomicCheckpointIO()
+    files.asynchronous = True
+    weight = torch.zeros(1000)
+    gate.open.clear()
+    files.save_checkpoint({"global_step": 1, "state_dict": {"weight": weight}}, tmp_path / "1.ckpt")
+    weight += 1  # the next step
+    second = threading.Thread(
+        target=files.save_checkpoint, args=({"global_step": 2, "state_dict": {"weight": weight}}, tmp_path / "2.ckpt")
+    )
+    second.start()
+    time.sleep(0.2)
+    assert gate.tried == [1]  # one at a time
+    assert not (tmp_path / "1.ckpt").exists()
+    gate.open.set()
+    second.join()
+    assert files.wait() is None
+    for step in (1, 2):
+        state = checkpoint.load(tmp_path / f"{step}.ckpt")
+        assert torch.equal(state["state_dict"]["weight"], torch.full((1000,), step - 1.0))
+
+
+def test_the_first_save_is_read_back(tmp_path, monkeypatch):
+    read: list[Path] = []
+    monkeypatch.setattr(checkpoint, "load", read.append)
+    files = AtomicCheckpointIO()
+    for step in (1, 2):
+        files.save_checkpoint({"global_step": step}, tmp_path / f"{step}.ckpt")
+    assert read == [tmp_path / "1.ckpt"]
+    files.remove_checkpoint(tmp_path / "1.ckpt")
+    assert os.listdir(tmp_path) == ["2.ckpt"]
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_the_end_waits_for_all_saves(tmp_path, asynchronous):
+    fit(tmp_path, Checkpoints(every=2, keep=9, asynchronous=asynchronous))
+    assert sorted(saved(tmp_path).values()) == [2, 4, 6]
+
+
+# ---------------------------------------------------------------------- no room
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_full_disk_leaves_the_old_checkpoint_and_training_goes_on(tmp_path, monkeypatch, caplog, asynchronous):
+    gate = Gate(monkeypatch, fails=lambda step: step in (2, 3, 5))
+    callback = Checkpoints(every=1, keep=1, asynchronous=asynchronous)
+    fit(tmp_path, callback, (1.0,) * 6, StopOnSignal(tmp_path), val_check_interval=100)
+    assert gate.tried == [1, 2, 3, 4, 5, 6]
+    assert saved(tmp_path) == {"step=00000006.ckpt": 6}
+    said = [record.getMessage() for record in caplog.records if record.name == "ldm.saving"]
+    assert [line.partition(":")[0] for line in said] == [f"NOT SAVED ({n} of 3 in a row)" for n in (1, 2, 1)]
+    assert "free 1 bytes, needed about 9 bytes" in said[0]
+    assert "tries again at the next interval" in said[0]
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_the_third_failure_in_a_row_ends_the_run(tmp_path, monkeypatch, asynchronous):
+    gate = Gate(monkeypatch, fails=lambda step: step > 1)
+    callback = Checkpoints(every=1, keep=1, asynchronous=asynchronous)
+    with pytest.raises(ResourceError, match="needed about 9 bytes"):
+        fit(tmp_path, callback, (1.0,) * 60, StopOnSignal(tmp_path), val_check_interval=100, max_steps=60)
+    assert gate.tried[:4] == [1, 2, 3, 4]
+    assert len(gate.tried) <= 5
+    assert saved(tmp_path) == {"step=00000001.ckpt": 1}
+
+
+def test_the_last_save_has_one_try(tmp_path, monkeypatch):
+    Gate(monkeypatch, fails=lambda step: step == 6)
+    with pytest.raises(ResourceError):
+        fit(tmp_path, Checkpoints(every=5))
+    assert saved(tmp_path) == {"step=00000005.ckpt": 5}
+
+
+def test_what_is_no_want_of_room_ends_the_run_at_once(tmp_path, monkeypatch):
+    def broken(path: Path, state: dict[str, Any]) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(checkpoint, "save", broken)
+    with pytest.raises(KeyError, match="a bug"):
+        fit(tmp_path, Checkpoints(every=1), (1.0,) * 60, StopOnSignal(tmp_path), val_check_interval=100, max_steps=60)
+
+
+@pytest.mark.parametrize("ends", ["stop", "intervals", "end"])
+def test_two_ranks_end_together_where_one_cannot_save(tmp_path, monkeypatch, ends):
+    Gate(monkeypatch, fails=lambda step: True)
+
+    def train(rank: int) -> None:
+        def halfway(numbers: Any) -> None:
+            if ends == "stop" and rank == 1 and numbers[0] > 20:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        callbacks = [StopOnSignal(tmp_path), Checkpoints(every=5 if ends == "intervals" else 1000)]
+        steps = 20 if ends == "end" else 1_000_000
+        trainer = a_trainer(tmp_path, steps, callbacks, devices=2, strategy="ddp", enable_checkpointing=True)
+        try:
+            trainer.fit(Automatic(on_batch=halfway), PointData(4, seed=1))
+        except ResourceError as error:
+            raise SystemExit(error.exit_code) from None
+
+    with ranks_at(train) as ranks:
+        assert wait_until(ranks.ended, 100)
+    assert ranks.codes == {0: 6, 1: 6}
+    assert not list(tmp_path.rglob("*.ckpt*"))
+
+
+# ---------------------------------------------------------------------- kill -9
+
+
+def saves_for_ever(folder: Path, acknowledged: int) -> None:
+    """Saves as training does; writes each step that is on the disk to the pipe."""
+    callback, files = Checkpoints(keep=2), AtomicCheckpointIO()
+    callback._folder = folder
+    files.asynchronous = True
+    weight, step = torch.zeros(1 << 20), 0
+    last: list[int] = []
+
+    def published() -> None:
+        callback._tidy()
+        os.write(acknowledged, f"{last[0]}\n".encode())
+
+    files.published = published
+    while True:
+        step += 1
+        weight.fill_(step)
+        files.wait()
+        last[:] = [step]
+        state = {"global_step": step, "state_dict": {"weight": weight}}
+        files.save_checkpoint(state, folder / f"step={step:08d}.ckpt")
+
+
+def kill_while_saving(folder: Path, seconds: float) -> None:
+    folder.mkdir(parents=True)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        killer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
+        killer.start()
+        saves_for_ever(folder, writing)
+    os.close(writing)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    with os.fdopen(reading) as pipe:
+        steps = [int(line) for line in pipe.read().split("\n")[:-1]]
+    newest = checkpoint.newest(folder)
+    if steps:
+        assert newest is not None
+        state = checkpoint.load(newest)
+        assert state["global_step"] >= steps[-1]
+        assert bool((state["state_dict"]["weight"] == state["global_step"]).all())
+    assert not list(folder.glob("*.corrupt"))
+    checkpoint.sweep(folder)
+    assert not list(folder.glob("*.tmp.*"))
+    assert len(list(folder.iterdir())) <= 3
+
+
+@pytest.mark.parametrize("number", [3, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("place", ["temporary", "/dev/shm"])
+def test_kill_9_during_a_save_in_the_background(tmp_path, place, number):
+    folder = tmp_path if place == "temporary" else Path(place) / f"ldm-test-{os.getpid()}"
+    draw = random.Random(number)
+    try:
+        for trial in range(number):
+            kill_while_saving(folder / str(trial), draw.uniform(0.0, 0.3))
+            shutil.rmtree(folder / str(trial))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from ldm import distributed
 from ldm.data.images import ImageDataset, hold_out
 from ldm.data.pixels import BrokenImages, EvalTransform, TrainTransform, Transform, View, collate
-from ldm.data.sampler import ElasticBatchSampler, accumulation, validation_batches
+from ldm.data.sampler import ElasticBatchSampler, accumulation, items, validation_batches
 from ldm.errors import ConfigError, DataError
 from ldm.randomness import Draws
 from ldm.signals import ignore_in_worker
@@ -38,6 +38,7 @@ class ElasticDataModule(LightningDataModule):
         self.trust: Sequence[str] = ()
         """Packages besides ldm's own that the configuration inside a checkpoint may name (`--trust`)."""
         self._resumed = {"images_seen": 0, "step": 0}
+        self._num_items = 0
         self.accumulation(1)
 
     def accumulation(self, world_size: int) -> int:
@@ -72,6 +73,7 @@ class ElasticDataModule(LightningDataModule):
             length: number of items.
             collate_fn: rows, or what `__getitems__` gave -> batch with `sample_number` (N,) int64 on the host.
         """
+        self._num_items = length
         world = distributed.world_size()
         sampler = ElasticBatchSampler(
             length,
@@ -106,6 +108,15 @@ class ElasticDataModule(LightningDataModule):
             persistent_workers=self.num_workers > 0,
             worker_init_fn=ignore_in_worker,
         )
+
+    def sources(self, numbers: Sequence[int]) -> list[str]:
+        """Where the training images with these sample numbers come from, each once, for messages."""
+        found = items(numbers, self.seed, self._num_items) if self._num_items else []
+        return list(dict.fromkeys(self.source(item) for item in found))
+
+    def source(self, item: int) -> str:
+        """What to call an item of the training data set; its path, where it has one."""
+        return f"item {item}"
 
     def attach_draws(self, batch: dict[str, Any], device: torch.device) -> Draws:
         """Replace a batch's `sample_number` by `draws`; in training also seed the ambient generators."""
@@ -175,6 +186,9 @@ class ImageDataModule(ElasticDataModule):
             "num_items": len(self.train_dataset),
             "source": self.train_dataset.fingerprint(),
         }
+
+    def source(self, item: int) -> str:
+        return self.train_dataset.path(item)
 
     def prepare_data(self) -> None:
         """Make the files ready, once a machine."""

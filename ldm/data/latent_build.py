@@ -24,6 +24,7 @@ from torch import Tensor
 from ldm.data.latent_files import Claims, publish, read_sealed, seal
 from ldm.data.latents import MANIFEST, PLAN, Manifest, Plan, check_size, shard_path
 from ldm.errors import DataError
+from ldm.signals import stop_if_asked
 
 LARGEST = float(np.finfo(np.float16).max)
 _PLAN_CLAIM, _MANIFEST_CLAIM = 1 << 40, 1 << 41  # beyond any shard's number
@@ -96,6 +97,7 @@ def build(
     Raises:
         DataError: the folder holds another cache; too many broken items; a label out of range; moments beyond fp16.
         ResourceError: the folder cannot be written.
+        Stopped: a signal asked to stop; the shard under way is given up, those before it are kept.
     """
     folder = Path(folder)
     finished = _finished(folder, plan)
@@ -107,6 +109,7 @@ def build(
         writer = _Writer(folder, plan, encode, source, progress)
         order = sorted(range(plan.num_shards), key=lambda shard: (shard % world_size != rank, shard))
         while missing := [shard for shard in order if not writer.published(shard)]:
+            stop_if_asked()
             if not sum(_write_if_free(writer, claims, shard) for shard in missing):
                 time.sleep(_POLL_SECONDS)  # the rest is in other hands
             writer.report(0)
@@ -191,6 +194,7 @@ class _Writer:
         broken: dict[str, str] = {}
         captions = [""] * len(items)
         for batch in self.source.batches(items, self.plan.encode_batch):
+            stop_if_asked()
             good = [(item, sample) for item, sample in batch if not isinstance(sample, DataError)]
             broken.update({str(item): str(sample) for item, sample in batch if isinstance(sample, DataError)})
             _demand_few(self.folder, broken, self.source.max_broken)

@@ -144,6 +144,10 @@ class LatentDataModule(ElasticDataModule):
         cache = _opened(self.validation_cache)
         return self.validation_loader(LatentDataset(cache, VALIDATION_SEED, flip=False), len(cache), _as_gathered)
 
+    def source(self, item: int) -> str:
+        # A row of the cache: broken images have none.
+        return self.train_dataset.path(int(_opened(self.train_cache).items([item])[0]))
+
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Draw the latents: z = mean + std * noise, whitened."""
         mean, std = batch.pop("moments").float().unbind(1)  # each (N,c,h,w)

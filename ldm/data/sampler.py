@@ -6,7 +6,7 @@ Sample number p counts the images the run has seen over all ranks; epoch p // n 
 A are: micro-batch a of rank r holds p + (a W + r) m + [0, m).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import count
 
@@ -55,6 +55,17 @@ def accumulation(batch_size: int, micro_batch_size: int | None, world_size: int)
         )
     share = batch_size // world_size
     return next(pieces for pieces in divisors(share) if share // pieces <= micro_batch_size)
+
+
+def items(numbers: Sequence[int], seed: int, length: int) -> list[int]:
+    """Which items of a data set of `length` the sample numbers stand for."""
+    order = _order(seed, length)
+    return [int(order(number // length)[number % length]) for number in numbers]
+
+
+def _order(seed: int, length: int) -> Callable[[int], np.ndarray]:
+    """Epoch -> permutation; the last two stay, since both are alive at their border (a million items: 10 ms, 8 MB)."""
+    return lru_cache(maxsize=2)(lambda epoch: permutation(seed, epoch, length))
 
 
 class ElasticBatchSampler(Sampler[list[Address]]):
@@ -106,8 +117,7 @@ class ElasticBatchSampler(Sampler[list[Address]]):
         return self.batch_size // (self.world_size * self.accumulation)
 
     def __iter__(self) -> Iterator[list[Address]]:
-        # Two epochs are alive at their border; a permutation of a million items takes 10 ms and 8 MB.
-        order = lru_cache(maxsize=2)(lambda epoch: permutation(self.seed, epoch, self.length))
+        order = _order(self.seed, self.length)
         micro = self.micro_batch_size
         for step in count(self.position(), self.batch_size):
             for piece in range(self.accumulation):

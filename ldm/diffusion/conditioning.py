@@ -57,7 +57,10 @@ class Conditioner(Protocol):
         ...
 
     def null(self, n: int) -> Conditioning:
-        """What stands in the slots of `n` rows when nothing is said; the shapes of `__call__`."""
+        """What stands in the slots of `n` rows when nothing is said; the shapes of `__call__`.
+
+        Not a view of a parameter: where parameters are sharded, their memory is let go after this.
+        """
         ...
 
 
@@ -92,7 +95,7 @@ class _ClassTable(nn.Module):
         return self.table(batch["class_label"])
 
     def null_rows(self, n: int) -> Tensor:
-        return self.table.weight[-1:].expand(n, -1)
+        return self.table(torch.full((n,), self.num_classes, device=self.table.weight.device))
 
 
 class ClassVector(_ClassTable):

@@ -3,15 +3,20 @@
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
+import torch
 from pytorch_lightning import LightningModule
+from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from ldm import sharding
 from ldm.diffusion.conditioning import Conditioner
 from ldm.diffusion.objectives import Network, Objective
 from ldm.ema import EMA
+from ldm.errors import ConfigError
 from ldm.schedule import Constant
 
 Batch = dict[str, Any]
@@ -36,6 +41,7 @@ class LatentDiffusion(LightningModule):
         schedule: optimizer step (from 0) -> factor of the learning rate; None: constant.
         ema: model -> its running average.
         label_dropout: share of rows trained without their conditioning, for classifier-free guidance.
+        gradient_clip: largest norm of the gradient; None does not clip.
     """
 
     def __init__(
@@ -47,6 +53,7 @@ class LatentDiffusion(LightningModule):
         ema: Callable[[nn.Module], EMA],
         schedule: Callable[[int], float] | None = None,
         label_dropout: float = 0.0,
+        gradient_clip: float | None = None,
     ) -> None:
         super().__init__()
         self.denoiser = nn.ModuleDict({"network": network, "conditioner": conditioner})
@@ -55,7 +62,36 @@ class LatentDiffusion(LightningModule):
         self.make_optimizer = optimizer
         self.schedule = schedule
         self.label_dropout = label_dropout
+        self.gradient_clip = gradient_clip
         self._images_per_step = 0
+
+    def configure_model(self) -> None:
+        """Where the strategy has a mesh of ranks: keep only this rank's rows of the denoiser and of its average."""
+        if self.device_mesh is None:
+            return
+        mesh = self.device_mesh["data_parallel"]
+        # Otherwise autocast alone converts, as on one device.
+        compute = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+        for denoiser in (self.denoiser, self.ema.average):
+            network, conditioner = cast(nn.ModuleDict, denoiser).values()
+            if not isinstance(network, sharding.InBlocks):
+                raise ConfigError(
+                    f"lightning.strategy: FSDP2 gathers a network block by block, and {type(network).__name__} has no "
+                    f"method blocks() that lists them; train it with ldm.strategies.DDP"
+                )
+            sharding.shard(network, mesh, network.blocks(), compute)
+            sharding.shard(conditioner, mesh, methods=["null"])
+        sharding.shard(self.objective, mesh, methods=["loss"])
+
+    def on_fit_start(self) -> None:
+        plugin = self.trainer.precision_plugin
+        scaled = isinstance(plugin, MixedPrecision) and plugin.scaler is not None
+        groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
+        if scaled and any(group.get("fused") for group in groups):
+            raise ConfigError(
+                "model.params.optimizer.params.fused: in fp16 a fused optimizer undoes the loss scaling by itself, so "
+                "gradients can be neither measured nor clipped before; leave it out, or use precision bf16-mixed"
+            )
 
     def total_loss(self, batch: Batch) -> Tensor:
         """The training loss, a scalar: mean over the batch, with dropped labels."""
@@ -73,6 +109,14 @@ class LatentDiffusion(LightningModule):
         # Not in the progress bar: Lightning's would read it back, and wait for the device, on every step.
         self.log("train/loss", loss.detach(), batch_size=len(batch["latent"]))
         return loss
+
+    def configure_gradient_clipping(self, optimizer: Optimizer, *_: Any, **__: Any) -> None:
+        """Lightning's place for it, once a global batch; its own way refuses fused optimizers, and knows no shards."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = sharding.total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        if self.gradient_clip is not None:
+            clip_grads_with_norm_(parameters, self.gradient_clip, norm)
+        self.log("train/gradient", norm, batch_size=1)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Lightning calls this once a global batch, after accumulation: the place to count the average's images."""

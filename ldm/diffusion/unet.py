@@ -246,6 +246,10 @@ class UNet(nn.Module):
             h = self._run(chain, torch.cat([h, skips.pop()], dim=1), embedding, conditioning.tokens)
         return self.conv_out(F.silu(self.norm_out(h)))  # (N, in_channels, H, W)
 
+    def blocks(self) -> list[nn.Module]:
+        """The parts that hold nearly all of the weights and run one after another, for sharding."""
+        return [*self.down, self.middle, *self.up]
+
     def _run(self, chain: nn.Module, h: Tensor, embedding: Tensor, tokens: Tensor | None) -> Tensor:
         if not (self.checkpointing and torch.is_grad_enabled()):
             return chain(h, embedding, tokens)

@@ -14,6 +14,7 @@ from pytorch_lightning import LightningModule, Trainer
 
 from ldm.data.datamodules import VALIDATION_SEED, ImageDataModule
 from ldm.data.images import ImageFolder
+from ldm.data.pixels import EvalTransform
 from ldm.errors import ConfigError, DataError
 from ldm.randomness import Draws
 from ldm.signals import ignore_in_worker
@@ -117,6 +118,18 @@ def test_all_ranks_together_see_what_one_sees(make, monkeypatch):
         assert torch.cat([first["class_label"], second["class_label"]]).equal(alone["class_label"])
     shares = [first_batches(rank, 2, "val_dataloader") for rank in range(2)]
     assert sorted(n for share in shares for batch in share for n in batch["sample_number"].tolist()) == list(range(5))
+
+
+def test_sample_numbers_lead_to_their_files(make, image_folder):
+    module = make()
+    batches = [batch for batch, _ in zip(module.train_dataloader(), range(4), strict=False)]
+    for batch in batches:
+        files = module.sources(batch["sample_number"].tolist())
+        for file, image in zip(files, batch["image"], strict=True):
+            whole = EvalTransform(16)(Image.open(file).convert("RGB"))
+            assert image.equal(whole) or image.equal(whole.flip(-1))
+    assert len(module.sources([0, 15, 0, 3])) == 3  # 15 items an epoch: 15 is of the second one
+    assert make().sources([0]) == []  # before there is a loader
 
 
 def test_training_follows_the_clock(fit):

@@ -228,6 +228,17 @@ def test_broken_images_are_left_out_up_to_a_limit(make):
     assert sorted(labels.tolist()) == sorted(4 * [item % 3 for item in range(10) if item != 6])
 
 
+def test_sample_numbers_lead_to_their_files(make):
+    module = make(Pictures(10, broken=(6,)), max_broken=0.1)
+    module.setup()
+    batches = first(module.train_dataloader(), 4)
+    for batch in batches:
+        files = module.sources(batch["sample_number"].tolist())
+        assert [int(Path(file).stem) % 3 for file in files] == batch["class_label"].tolist()
+    assert len(module.sources(range(9))) == 9
+    assert "memory/6.png" not in module.sources(range(9))
+
+
 def test_grey_autoencoders_get_grey_images(make_runs):
     grey = make_runs(channels=1)
     module = LatentDataModule(Pictures(6), grey.autoencoder, batch_size=2, resolution=16)

@@ -15,12 +15,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ldm import signals
 from ldm.data.latent_build import Source, build, shard_items
 from ldm.data.latent_files import Claims, publish, read_sealed, seal
 from ldm.data.latent_reader import LatentCache, LatentDataset
 from ldm.data.latents import MANIFEST, PLAN, Manifest, Plan, verify
 from ldm.errors import DataError, ResourceError
 from ldm.randomness import Draws
+from tests.points import in_a_child
 
 SHAPE = (2, 4, 3)
 PLAN_FACTS = Plan(
@@ -341,6 +343,23 @@ def test_fifty_kills(whole, tmp_path):
         if kills >= 50:
             break
     assert kills >= 50
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_a_build_at_the_border_of_a_batch(whole, tmp_path, number):
+    def asked(images):
+        if len(list((tmp_path / "w").glob("shard*.json"))) == 2:
+            os.kill(os.getpid(), number)
+        return encode(images)
+
+    def interrupted():
+        signals.listen()
+        build(tmp_path / "w", PLAN_FACTS, asked, Source(read))
+
+    assert in_a_child(interrupted) == 128 + number
+    assert len(list((tmp_path / "w").glob("shard*.json"))) == 2
+    build(tmp_path / "w", PLAN_FACTS, encode, Source(read))
+    assert content(tmp_path / "w") == content(whole)
 
 
 def test_leftovers_of_a_dead_writer_are_swept(whole, tmp_path):

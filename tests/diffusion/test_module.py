@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
 from ldm.diffusion.conditioning import ClassVector
@@ -13,6 +14,7 @@ from ldm.diffusion.noise_schedules import SqrtLinear
 from ldm.diffusion.objectives import DDPM
 from ldm.diffusion.unet import UNet
 from ldm.ema import EMA, HalfLife
+from ldm.errors import ConfigError
 from ldm.randomness import Draws
 from ldm.schedule import Linear
 
@@ -198,3 +200,22 @@ def test_bf16_training_keeps_float32_weights(tmp_path):
     fit(module, Latents(BATCH), 2, tmp_path, precision="bf16-mixed")
     assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
     assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
+def test_gradients_are_clipped_by_norm(tmp_path):
+    module = make_module(optimizer=partial(torch.optim.SGD, lr=1.0), gradient_clip=1e-3)
+    before = torch.cat([parameter.detach().flatten() for parameter in module.denoiser.parameters()])
+    trainer = fit(module, Latents(BATCH // 2), 1, tmp_path, accumulate_grad_batches=2)
+    moved = torch.cat([parameter.detach().flatten() for parameter in module.denoiser.parameters()]) - before
+    assert moved.norm().item() == pytest.approx(1e-3, rel=1e-2)
+    assert trainer.callback_metrics["train/gradient"] > 0.1  # before clipping
+
+
+def test_a_fused_optimizer_is_clipped_in_bf16_and_refused_in_fp16(tmp_path):
+    module = make_module(gradient_clip=1e-3)
+    trainer = fit(module, Latents(BATCH), 1, tmp_path, precision="bf16-mixed")
+    moments = torch.cat([state["exp_avg"].flatten() for state in trainer.optimizers[0].state.values()])
+    assert moments.norm().item() == pytest.approx(1e-4, rel=1e-2)  # a tenth of the gradient
+    fp16 = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    with pytest.raises(ConfigError, match="fused"):
+        fit(make_module(), Latents(BATCH), 1, tmp_path, plugins=[fp16])

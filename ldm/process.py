@@ -1,0 +1,42 @@
+"""What every program of ldm does around its own work: hear of signals, be tied to its launcher, leave quickly."""
+
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from ldm import ranks, signals, slurm
+from ldm.errors import PeerError
+from ldm.signals import Stopped
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Be the process that does `main`, which returns its exit code; never returns.
+
+    A program that SLURM has warned (SIGUSR1) puts its job back into the queue, once it has stopped with nothing lost.
+    """
+    signals.listen()
+    ranks.tie_to_starter()
+    code = _done(main)
+    if code == 128 + signal.SIGUSR1 and (job := slurm.job()) is not None:
+        from ldm import distributed  # torch, which a quick answer does not wait for
+
+        if distributed.is_main():
+            slurm.requeue(job)
+    if code == PeerError.exit_code:
+        ranks.end_stopped()
+    ranks.leave(code)
+
+
+def _done(main: Callable[[], int]) -> int:
+    try:
+        return main()
+    except Stopped as stopped:
+        print(f"stopped by {stopped.signal.name}; nothing is lost, the same command goes on", file=sys.stderr)
+        return 128 + stopped.signal
+    except SystemExit as end:  # of --help
+        return int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        return 1

@@ -1,0 +1,144 @@
+"""The processes of one run on one machine: none outlives the others, and none takes long to leave.
+
+A rank process was started by torchrun, by SLURM, by hand, or by rank 0 itself (Lightning's own launcher). torchrun's
+workers and rank 0's children die with the process that started them, however that dies.
+"""
+
+import atexit
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
+
+from ldm.errors import PeerError
+
+_STARTER = "LDM_STARTER"
+"""In the environment of rank 0's children: the process that they belong to."""
+
+_AGENT = "TORCHELASTIC_RUN_ID"
+_PR_SET_PDEATHSIG = 1
+
+
+def tie_to_starter() -> None:
+    """Called by main.py at its start: die with the launcher, or be known to the ranks that this process will start."""
+    if _AGENT in os.environ:
+        die_with_parent()
+    elif has_launching_parent():
+        die_with_parent(int(os.environ[_STARTER]))
+    else:
+        os.environ[_STARTER] = str(os.getpid())
+
+
+def has_launching_parent() -> bool:
+    """Whether this process is a rank that was started by rank 0."""
+    return _STARTER in os.environ and _AGENT not in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """Have the kernel kill this process when its parent dies (Linux; elsewhere nothing happens).
+
+    Args:
+        parent: the parent's id where it is known: it may have died before this was called.
+    """
+    if sys.platform != "linux":
+        return
+    parent = parent or os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(128 + signal.SIGKILL)
+
+
+class Watch:
+    """Ends this process when a rank that it has started is gone and it does not find out by itself.
+
+    A dead peer is noticed at once where sockets connect the ranks, but not by every device's library.
+
+    Args:
+        children: the ranks.
+        told: called with the reason before the end, in another thread.
+        grace: seconds between a child's death and the end.
+    """
+
+    def __init__(
+        self, children: Sequence[subprocess.Popen[bytes]], told: Callable[[str], None], grace: float = 8.0
+    ) -> None:
+        self._children = children
+        self._told = told
+        self._grace = grace
+        self._over = threading.Event()
+        threading.Thread(target=self._look, name="watch", daemon=True).start()
+
+    def close(self) -> None:
+        """From now on the children may go."""
+        self._over.set()
+
+    def _look(self) -> None:
+        while not self._over.wait(0.5):
+            # Nobody leaves with 0, or because of a signal, without all the others.
+            gone = [child for child in self._children if child.poll() is not None and 0 != child.returncode < 128]
+            if gone and not self._over.wait(self._grace):
+                self._told(f"the rank with process id {gone[0].pid} ended with {gone[0].returncode}")
+                os._exit(PeerError.exit_code)
+
+
+def end_children(children: Sequence[subprocess.Popen[bytes]], seconds: float = 3.0) -> None:
+    """Wait for the ranks that this process has started; kill those that are still there after so long."""
+    deadline = time.monotonic() + seconds
+    for child in children:
+        try:
+            child.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            child.kill()
+
+
+def end_stopped() -> None:
+    """After a peer did not answer: end the ranks of this machine that never will, because they are stopped.
+
+    torchrun would wait half a minute for its own; nobody waits for a stopped rank 0 of Lightning's launcher.
+    """
+    if has_launching_parent():
+        suspects = [os.getppid()]
+    elif _AGENT in os.environ:
+        suspects = [*_siblings()]
+    else:
+        return
+    for rank in suspects:
+        if _state(rank) == "T":
+            with suppress(ProcessLookupError):
+                os.kill(rank, signal.SIGKILL)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process now, exit hooks included, but without the seconds that libraries take to clear up memory.
+
+    Nor does it wait in the destructor of a process group whose other ranks are gone.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+def _siblings() -> Iterator[int]:
+    """The other processes that this one's parent has started."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            # pid (name) state ppid ...; the name may hold anything.
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == os.getppid() and folder.name != str(os.getpid()):
+                yield int(folder.name)
+
+
+def _state(process: int) -> str:
+    """One letter, T where the process is stopped; empty where it is gone."""
+    with suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    return ""

@@ -1,0 +1,153 @@
+"""Parameters cut up over the ranks (FSDP2), and the ways from there to whole tensors, to files, and back.
+
+A sharded parameter is a DTensor: each rank holds some of its rows (dimension 0, as torch.chunk deals them out), and so
+it does of its gradient and of the optimizer's moments. Before a block runs, its rows are gathered from all ranks, and
+let go after it. Functions here that talk to other ranks say so: every rank has to call them, in the same order.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import empty as empty_dtensor
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+
+from ldm import distributed, plain
+
+
+@runtime_checkable
+class InBlocks(Protocol):
+    """A network that says which of its parts are gathered one at a time; together they should hold most of it."""
+
+    def blocks(self) -> Sequence[nn.Module]: ...
+
+
+def shard(
+    module: nn.Module,
+    mesh: DeviceMesh,
+    blocks: Sequence[nn.Module] = (),
+    compute: torch.dtype | None = None,
+    methods: Sequence[str] = (),
+) -> None:
+    """Keep on this rank only its rows of every parameter of `module`; all ranks hold the same ones before.
+
+    Args:
+        module: not sharded again if it is already.
+        mesh: the ranks, in one dimension.
+        blocks: its parts that are gathered by themselves.
+        compute: type of the gathered parameters, the rows being kept in their own; None: the same. Norms and biases
+            keep theirs, as under autocast. Inputs are never converted (a noise level would lose its digits), and
+            gradients are averaged over the ranks in float32.
+        methods: those besides `forward` that use parameters. What they return may not be a view of one.
+    """
+    if isinstance(module, FSDPModule) or next(module.parameters(), None) is None:
+        return
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+        param_dtype_override_fn=_own_type_of_vectors,
+    )
+    for part in (*blocks, module):
+        # Also after a forward without a backward: who looks at the parameters then shall find the rows.
+        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    for method in methods:
+        register_fsdp_forward_method(module, method)
+
+
+def _own_type_of_vectors(parameter: nn.Parameter) -> torch.dtype | None:
+    return parameter.dtype if parameter.ndim < 2 else None
+
+
+def total_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """The 2-norm of all gradients together, all ranks' rows of them: a plain scalar, on their device (collective)."""
+    norm = get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def gathered(value: Any) -> Any:
+    """A copy of the containers with whole tensors, on the CPU of rank 0; None in their place elsewhere (collective)."""
+
+    def gather(key: str, leaf: Any) -> Any:
+        if not isinstance(leaf, DTensor):
+            return leaf
+        whole = leaf.full_tensor()  # one at a time: more need not fit
+        return whole.cpu() if distributed.is_main() else None
+
+    return plain.replaced(value, gather)
+
+
+def cut(state: Mapping[str, Any], folder: str, timeout: float) -> dict[str, Any]:
+    """A checkpoint as `checkpoint.save` takes it from each rank: this rank's rows aside, None in their place.
+
+    Args:
+        folder: name of the shards' folder, the same on all ranks.
+        timeout: seconds that rank 0 may wait for the files of the others.
+    """
+    tensors: dict[str, Tensor] = {}
+    offsets: dict[str, list[int]] = {}
+
+    def take(key: str, leaf: Any) -> Any:
+        if not isinstance(leaf, DTensor):
+            return leaf
+        tensors[key] = leaf.to_local()
+        rows = -(-leaf.shape[0] // leaf.device_mesh.size())
+        offsets[key] = [min(rows * leaf.device_mesh.get_local_rank(), leaf.shape[0]), *[0] * (leaf.ndim - 1)]
+        return None
+
+    rest: dict[str, Any] = plain.replaced(dict(state), take)
+    place = {"rank": distributed.rank(), "world": distributed.world_size(), "folder": folder, "timeout": timeout}
+    return {**rest, "shard": {**place, "tensors": tensors, "offsets": offsets}}
+
+
+def read(state: dict[str, Any], folder: Path, mesh: DeviceMesh) -> dict[str, Any]:
+    """Put into a checkpoint, loaded without its shards, this rank's rows of their tensors (collective).
+
+    Args:
+        state: what `checkpoint.load(path, assemble=False)` gave.
+        folder: of the shards, written by any number of ranks.
+        mesh: the ranks, in one dimension.
+    """
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    known = reader.read_metadata().state_dict_metadata
+    tensors = {
+        key: empty_dtensor(*entry.size, dtype=entry.properties.dtype, device_mesh=mesh, placements=[Shard(0)])
+        for key, entry in known.items()
+        if isinstance(entry, TensorStorageMetadata)  # safetensors hold nothing else
+    }
+    dcp.load(tensors, storage_reader=reader)
+    loaded: dict[str, Any] = plain.replaced(state, lambda key, leaf: tensors.get(key, leaf))
+    return loaded
+
+
+def load_weights(module: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:
+    """`module.load_state_dict` for whole or sharded tensors, into whatever the module holds."""
+    own = module.state_dict()
+    module.load_state_dict({name: _like(value, own.get(name)) for name, value in state_dict.items()}, strict=strict)
+
+
+def load_optimizer(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
+    """`optimizer.load_state_dict` for whole or sharded tensors; those of a parameter's shape are cut up as it is."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {
+        index: {name: _like(value, parameters[index]) for name, value in entry.items()}
+        for index, entry in state_dict["state"].items()
+    }
+    optimizer.load_state_dict({**state_dict, "state": state})
+
+
+def _like(value: Any, pattern: Any) -> Any:
+    """A whole tensor cut up as `pattern` is, where it is of its shape; no rank asks another."""
+    if not isinstance(pattern, DTensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
+        return value
+    if value.shape != pattern.shape:
+        return value
+    return distribute_tensor(value.to(pattern.device), pattern.device_mesh, pattern.placements, src_data_rank=None)

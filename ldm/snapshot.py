@@ -1,0 +1,52 @@
+"""A copy of a state on the host, for a background thread to write while training changes the original."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm import plain
+
+
+class HostMemory:
+    """Copies states into memory of its own, the same from copy to copy: getting it costs more than copying.
+
+    From a GPU the copies run side by side into pinned memory. A copy is good until the next one is made.
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[str, Tensor] = {}
+
+    def copy(self, state: dict[str, Any]) -> dict[str, Any]:
+        """`state` with its tensors copied, those that are one as one; waits for the device."""
+        old, self._memory = self._memory, {}
+        seen: dict[tuple[Any, ...], Tensor] = {}
+        devices: set[torch.device] = set()
+
+        def copied(key: str, leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            source = leaf.detach()
+            place = (source.device, source.data_ptr(), source.shape, source.stride(), source.dtype)
+            if place not in seen or not source.numel():
+                seen[place] = self._memory[key] = _room(source, old.get(key)).copy_(source, non_blocking=True)
+                devices.add(source.device)
+            return seen[place]
+
+        copy: dict[str, Any] = plain.replaced(state, copied)
+        for device in devices:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        return copy
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self._memory = {}
+
+
+def _room(source: Tensor, old: Tensor | None) -> Tensor:
+    """`old` where it fits, else new memory on the host."""
+    same = old is not None and old.shape == source.shape and old.dtype == source.dtype
+    if old is not None and same and old.stride() == source.stride() and old.is_pinned() == source.is_cuda:
+        return old
+    return torch.empty_like(source, device="cpu", pin_memory=source.is_cuda)

@@ -1,0 +1,112 @@
+"""How several processes share the training of one model: each holds all of it (DDP), or a part (FSDP2).
+
+    lightning:
+      strategy: {target: ldm.strategies.FSDP2, params: {timeout: 300, sharded_checkpoints: true}}
+
+Without a line of YAML several devices or ranks use `DDP()`. The data, the mathematics and the checkpoints are the same
+under either and on one device: a run may go on under another strategy and on another number of ranks.
+"""
+
+import secrets
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.core.optimizer import LightningOptimizer
+from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
+from torch.optim import Optimizer
+
+from ldm import checkpoint, distributed, sharding, shards
+
+TIMEOUT = 300.0
+"""Seconds that a rank waits for another before it takes it for lost; Lightning's own default is half an hour."""
+START = 600.0
+"""Seconds that it waits at least for the first meeting: a rank may have to wait for its machine, and imports."""
+
+
+class DDP(DDPStrategy):
+    """Every rank holds the whole model, and gradients are averaged.
+
+    Args:
+        timeout: seconds that a rank waits for another before the run ends.
+        backend: "gloo" or "nccl"; None: what suits the device.
+    """
+
+    def __init__(self, timeout: float = TIMEOUT, backend: str | None = None) -> None:
+        super().__init__(timeout=timedelta(seconds=max(timeout, START)), process_group_backend=backend)
+        self.timeout = timeout
+
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        distributed.set_timeout(self.timeout)
+
+
+class FSDP2(ModelParallelStrategy):
+    """Every rank holds its rows of each parameter of the denoiser and of its average; for stage 2.
+
+    Args:
+        timeout: seconds that a rank waits for another before the run ends.
+        backend: "gloo" or "nccl"; None: what suits the device.
+        sharded_checkpoints: every rank saves its own rows; otherwise rank 0 gathers them into one file, the same that
+            DDP writes. Either can be resumed on any number of ranks and under any strategy.
+    """
+
+    def __init__(self, timeout: float = TIMEOUT, backend: str | None = None, sharded_checkpoints: bool = False) -> None:
+        waits = timedelta(seconds=max(timeout, START))
+        super().__init__(tensor_parallel_size=1, timeout=waits, process_group_backend=backend)
+        self.sharded_checkpoints = sharded_checkpoints
+        self.timeout = timeout
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Lightning's own class does it while it loads the file; here it is done by `load_optimizer_state_dict`."""
+        return True
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes  # by itself it would be the number of nodes
+        super().setup_environment()
+        distributed.set_timeout(self.timeout)  # also of the mesh's own groups
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return self._saved(self.lightning_module.state_dict())
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return self._saved(inner.state_dict())
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Hand the state to the writer: on rank 0, or each rank its own share."""
+        if not self.sharded_checkpoints:
+            if self.is_global_zero:
+                self.checkpoint_io.save_checkpoint(checkpoint, filepath)
+            return
+        # Only rank 0 knows the run folder; each save has shards of its own, so that it never touches the last one's.
+        path, token = self.broadcast((str(filepath), secrets.token_hex(4)))
+        folder = f"{Path(path).name}.{token}{shards.SUFFIX}"
+        self.checkpoint_io.save_checkpoint(sharding.cut(checkpoint, folder, self.timeout), path)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """The state; of a sharded checkpoint only this rank's rows are read."""
+        path = Path(self.broadcast(str(checkpoint_path)))
+        state = checkpoint.load(path, assemble=False)
+        named = state.pop("shards", None)
+        if named is None:
+            return state
+        return sharding.read(state, shards.folder_of(path, named["folder"]), self.device_mesh["data_parallel"])
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.lightning_module is not None
+        sharding.load_weights(self.lightning_module, checkpoint["state_dict"], strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            sharding.load_optimizer(optimizer, state)
+
+    def teardown(self) -> None:
+        super().teardown()
+        self.checkpoint_io.teardown()  # which Lightning's class forgets
+
+    def _saved(self, state: Any) -> Any:
+        return state if self.sharded_checkpoints else sharding.gathered(state)

@@ -1,0 +1,293 @@
+"""The number of ranks, of micro-batches, and how the model lies on the ranks: none of it changes the run.
+
+Compared exactly, sample by sample: images after crop and flip, latents, labels, and every draw (posterior, timestep,
+noise, dropped labels). Losses are compared within TOLERANCE: the ranks and micro-batches add the same numbers up in
+another order, float32 rounds each sum by up to 6e-8 of it, and a few steps of training carry that on. (Adam divides by
+a gradient's size, so that where it is next to nothing rounding could decide a step: hence the large eps.) In bf16 a
+weight that rounding has moved may become another number of 8 bits: BF16.
+"""
+
+import hashlib
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import main
+from ldm import checkpoint
+from ldm.autoencoder.module import AutoencoderKL
+from ldm.config import to_yaml
+from ldm.diffusion.module import LatentDiffusion
+from ldm.randomness import Draws
+from tests.forked import Forked
+
+STEPS = 6
+BATCH = 6
+TOLERANCE = 1e-6  # seen: 7e-8
+BF16 = 1e-4  # seen: 5e-6
+ALONE = "lightning.strategy=null"
+DDP, FSDP2, SHARDED = (
+    f"lightning.strategy={{target: ldm.strategies.{name}, params: {{timeout: 60{more}}}}}"
+    for name, more in (("DDP", ""), ("FSDP2", ""), ("FSDP2", ", sharded_checkpoints: true"))
+)
+SEED = 23  # of the configurations in conftest.py
+
+
+class Diary(NamedTuple):
+    """What was trained on: {(sample number, what): digest}, {sample number: mean loss of its micro-batch}."""
+
+    seen: dict[tuple[int, str], str]
+    losses: dict[int, float]
+
+    def between(self, first: int, last: int) -> "Diary":
+        """Of the steps from `first` up to `last`."""
+        numbers = range(first * BATCH, last * BATCH)
+        seen = {key: value for key, value in self.seen.items() if key[0] in numbers}
+        return Diary(seen, {number: loss for number, loss in self.losses.items() if number in numbers})
+
+
+def digest(row: Any) -> str:
+    return hashlib.sha256(np.ascontiguousarray(row).tobytes()).hexdigest()
+
+
+def observe() -> Diary:
+    """Have this process write down what it trains on, by wrapping what it calls."""
+    diary = Diary({}, {})
+
+    def note(draws: Draws, what: str, rows: Tensor) -> None:
+        if draws.seed != SEED:
+            return  # validation
+        for number, row in zip(draws.numbers.tolist(), rows.detach().cpu(), strict=True):
+            assert diary.seen.setdefault((number, what), digest(row)) == digest(row), f"{what} of {number} changed"
+
+    def wrap_draw(name: str) -> None:
+        drawn = getattr(Draws, name)
+
+        def wrapped(self: Draws, purpose: str, *args: Any) -> Tensor:
+            rows: Tensor = drawn(self, purpose, *args)
+            note(self, purpose, rows)
+            return rows
+
+        setattr(Draws, name, wrapped)
+
+    def wrap_step(module: Any, key: str) -> None:
+        step = module.training_step
+
+        def wrapped(self: Any, batch: dict[str, Any], batch_idx: int) -> Any:
+            for name in (key, "class_label"):
+                note(batch["draws"], name, batch[name])
+            result = step(self, batch, batch_idx)
+            loss = result["loss"] if isinstance(result, dict) else result
+            diary.losses.update(dict.fromkeys(batch["draws"].numbers.tolist(), float(loss)))
+            return result
+
+        module.training_step = wrapped
+
+    for name in ("normal", "uniform", "stratified"):
+        wrap_draw(name)
+    wrap_step(LatentDiffusion, "latent")
+    wrap_step(AutoencoderKL, "image")
+    return diary
+
+
+def training(rank: int, words: list[str]) -> Diary:
+    """In a forked child."""
+    diary = observe()
+    assert main.main(words) == 0
+    return diary
+
+
+class Run:
+    """One run, in pieces on any number of ranks."""
+
+    def __init__(self, forked: Forked, tree: dict[str, Any], place: Path) -> None:
+        place.mkdir(parents=True)
+        self.forked = forked
+        self.file = place / "run.yaml"
+        self.file.write_text(to_yaml(tree))
+        self.logdir = place / "logs"
+
+    @property
+    def folder(self) -> Path:
+        (found,) = self.logdir.iterdir()
+        return found
+
+    def go(self, world: int, *words: str, to: int = STEPS) -> Diary:
+        """Train on to step `to` with `world` ranks."""
+        start = ["--resume", str(self.folder)] if self.logdir.exists() else ["--base", str(self.file)]
+        words = (*start, "--logdir", str(self.logdir), f"lightning.trainer.max_steps={to}", *words)
+        shares = self.forked(world, partial(training, words=list(words)))
+        whole = Diary({}, {})
+        for share in shares:
+            assert not whole.losses.keys() & share.losses.keys(), "two ranks trained on one sample"
+            whole.seen.update(share.seen)
+            whole.losses.update(share.losses)
+        # A loader is one batch ahead of training.
+        return Diary({key: value for key, value in whole.seen.items() if key[0] in whole.losses}, whole.losses)
+
+    def killed_after(self, step: int, place: Path) -> "Run":
+        """A copy of the run as it was right after the save of `step`."""
+        place.mkdir()
+        copy = Run(self.forked, {}, place / "killed")
+        shutil.copytree(self.logdir, copy.logdir)
+        for file in (copy.folder / "checkpoints").glob("*.ckpt"):
+            if file.name != f"step={step:08d}.ckpt":
+                checkpoint.remove(file)
+        (copy.folder / "run_state.json").unlink()
+        return copy
+
+    def final(self) -> dict[str, Any]:
+        state = checkpoint.load(self.folder / "checkpoints" / f"step={STEPS:08d}.ckpt")
+        # How often Lightning began an epoch or a batch anew differs, and so do speeds.
+        return {key: state[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step")}
+
+
+def assert_same_run(ours: Diary, theirs: Diary, tolerance: float = TOLERANCE) -> None:
+    assert ours.seen.keys() == theirs.seen.keys()
+    assert [key for key in ours.seen if ours.seen[key] != theirs.seen[key]] == []
+    assert ours.losses.keys() == theirs.losses.keys()
+    # Micro-batches are of one size, so the mean over a step's samples is the step's loss.
+    steps = [
+        np.array([diary.losses[number] for number in sorted(diary.losses)]).reshape(-1, BATCH).mean(1)
+        for diary in (ours, theirs)
+    ]
+    np.testing.assert_allclose(*steps, rtol=tolerance, atol=0)
+
+
+def assert_equal(ours: Any, theirs: Any, key: str = "") -> None:
+    """Bit for bit."""
+    if isinstance(ours, Tensor):
+        assert ours.dtype == theirs.dtype, key
+        assert torch.equal(ours, theirs), key
+    elif isinstance(ours, dict):
+        assert list(ours) == list(theirs), key
+        for name in ours:
+            assert_equal(ours[name], theirs[name], f"{key}.{name}")
+    elif isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs), key
+        for index, pair in enumerate(zip(ours, theirs, strict=True)):
+            assert_equal(*pair, f"{key}[{index}]")
+    else:
+        assert ours == theirs, key
+
+
+@pytest.fixture(scope="module")
+def stage_1(tmp_path_factory) -> Path:
+    """Filled in by the first test that needs a trained autoencoder."""
+    return tmp_path_factory.mktemp("stage1")
+
+
+@pytest.fixture(scope="module")
+def made() -> dict[str, Diary]:
+    """What several tests compare with."""
+    return {}
+
+
+@pytest.fixture
+def diffusion(diffusion_tree, autoencoder_tree, stage_1, forked) -> dict[str, Any]:
+    """Stage 2 without dropout, whose draws belong to a rank and not to a sample."""
+    if not (stage_1 / "autoencoder").exists():
+        Run(forked, autoencoder_tree, stage_1 / "autoencoder").go(1)
+    (autoencoder,) = (stage_1 / "autoencoder" / "logs").iterdir()
+    params = diffusion_tree["data"]["params"]
+    params |= {"autoencoder": str(autoencoder), "cache": str(stage_1 / "cache")}
+    diffusion_tree["model"]["params"]["network"]["params"]["dropout"] = 0.0
+    diffusion_tree["model"]["params"]["optimizer"]["params"] |= {"fused": True, "eps": 1e-3}
+    diffusion_tree["model"]["params"]["gradient_clip"] = 0.5
+    return quick(diffusion_tree)
+
+
+@pytest.fixture
+def autoencoder(autoencoder_tree) -> dict[str, Any]:
+    """Stage 1 before its adversarial branch, whose weight depends on how a batch is cut up."""
+    autoencoder_tree["model"]["params"]["loss"]["params"]["adversarial_start"] = 100
+    autoencoder_tree["model"]["params"]["optimizer"]["params"]["eps"] = 1e-3
+    autoencoder_tree["model"]["params"].pop("schedule")
+    return quick(autoencoder_tree)
+
+
+def quick(tree: dict[str, Any]) -> dict[str, Any]:
+    """Without pictures; one validation; a checkpoint at every third step."""
+    tree["lightning"]["trainer"] |= {"val_check_interval": 4, "log_every_n_steps": 1, "enable_progress_bar": False}
+    node = {"target": "ldm.saving.Checkpoints", "params": {"every": 3, "keep": 9}}
+    tree["lightning"]["callbacks"] = {"images": None, "checkpoints": node}
+    return tree
+
+
+def kinds(diary: Diary) -> set[str]:
+    """What was written down, of every sample."""
+    found = {kind for _, kind in diary.seen}
+    assert diary.seen.keys() == {(number, kind) for number in range(STEPS * BATCH) for kind in found}
+    return found
+
+
+def test_stage_1_on_one_rank_on_two_and_in_pieces(forked, autoencoder, tmp_path):
+    alone = Run(forked, autoencoder, tmp_path / "alone").go(1)
+    assert kinds(alone) == {"image", "class_label", "posterior"}
+    assert_same_run(Run(forked, autoencoder, tmp_path / "pieces").go(1, "data.params.micro_batch_size=2"), alone)
+    assert_same_run(Run(forked, autoencoder, tmp_path / "two").go(2, DDP), alone)
+
+
+@pytest.fixture
+def alone(forked, diffusion, stage_1, made) -> Diary:
+    """Stage 2 in one process."""
+    if "alone" not in made:
+        made["alone"] = Run(forked, diffusion, stage_1 / "alone").go(1)
+        drawn = {"flip", "posterior", "timestep", "noise", "label_dropout"}
+        assert kinds(made["alone"]) == {"latent", "class_label"} | drawn
+    return made["alone"]
+
+
+@pytest.mark.parametrize(
+    ("world", "words"),
+    [
+        pytest.param(1, ["data.params.micro_batch_size=2"], id="pieces"),
+        pytest.param(2, [DDP], id="DDP"),
+        pytest.param(2, [FSDP2], id="FSDP2"),
+        pytest.param(3, [FSDP2, "data.params.micro_batch_size=1"], id="FSDP2 in pieces", marks=pytest.mark.slow),
+    ],
+)
+def test_stage_2_on_ranks_and_in_pieces(forked, diffusion, alone, tmp_path, world, words):
+    assert_same_run(Run(forked, diffusion, tmp_path / "run").go(world, *words), alone)
+
+
+@pytest.mark.slow
+def test_bf16_on_shards_rounds_as_it_does_under_autocast(forked, diffusion, tmp_path):
+    bf16 = "lightning.trainer.precision=bf16-mixed"
+    ddp = Run(forked, diffusion, tmp_path / "ddp").go(2, bf16, DDP)
+    assert_same_run(Run(forked, diffusion, tmp_path / "fsdp2").go(2, bf16, FSDP2), ddp, BF16)
+
+
+@pytest.mark.slow
+def test_a_run_moves_between_ranks_and_strategies(forked, diffusion, alone, tmp_path):
+    """2 -> 1 -> 2 ranks, DDP -> FSDP2 -> DDP, whole and sharded checkpoints, in the middle of epochs of 16 samples."""
+    run = Run(forked, diffusion, tmp_path / "run")
+    way = [(2, DDP), (1, ALONE), (2, SHARDED), (3, FSDP2), (2, DDP), (1, FSDP2)]
+    for step, (world, strategy) in enumerate(way):
+        assert_same_run(run.go(world, strategy, to=step + 1), alone.between(step, step + 1))
+    assert run.final()["global_step"] == STEPS == len(way)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", [DDP, FSDP2, SHARDED], ids=["DDP", "FSDP2", "sharded"])
+def test_killed_and_resumed_on_two_ranks_is_the_same_run(forked, diffusion, tmp_path, strategy):
+    straight = Run(forked, diffusion, tmp_path / "straight")
+    diary = straight.go(2, strategy)
+    killed = straight.killed_after(3, tmp_path / "copy")
+    assert_same_run(killed.go(2), diary.between(3, STEPS), tolerance=0)
+    assert_equal(killed.final(), straight.final())
+
+
+@pytest.mark.slow
+def test_stage_1_killed_and_resumed_on_two_ranks_is_the_same_run(forked, autoencoder, tmp_path):
+    autoencoder["model"]["params"]["loss"]["params"]["adversarial_start"] = 2
+    straight = Run(forked, autoencoder, tmp_path / "straight")
+    diary = straight.go(2, DDP)
+    killed = straight.killed_after(3, tmp_path / "copy")
+    assert_same_run(killed.go(2), diary.between(3, STEPS), tolerance=0)
+    assert_equal(killed.final(), straight.final())

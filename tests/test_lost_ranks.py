@@ -1,0 +1,164 @@
+"""Whole programs under each launcher: a rank that is lost ends the run, or is replaced, and nobody is left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import main
+from ldm import checkpoint
+from ldm.config import to_yaml
+from ldm.run import RunFolder, RunState
+from tests.points import wait_until
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(main.__file__).parent
+TIMEOUT = 15.0
+START = 200.0  # seconds, on a busy machine
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+
+
+class Program:
+    """main.py on two ranks, in a session of its own."""
+
+    def __init__(self, launcher: list[str], *words: str) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        command = [*launcher, str(ROOT / "main.py"), "--base", "stage1.yaml", *words]
+        with Path("log").open("wb") as log:
+            self.top = subprocess.Popen(
+                command, env=environment, start_new_session=True, stdout=log, stderr=subprocess.STDOUT
+            )
+
+    def processes(self) -> dict[int, str]:
+        """{process id: rank, or "" for a launcher} of all that live in the session, loader workers too."""
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                state, _, _, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+                if int(session) == self.top.pid and state != "Z":
+                    environment = (folder / "environ").read_text().split("\0")
+                    variables = dict(line.split("=", 1) for line in environment if "=" in line)
+                    found[int(folder.name)] = variables.get("LOCAL_RANK", "")
+        return found
+
+    def rank(self, number: int) -> int:
+        """The process id of a rank; rank 0 of Lightning's launcher was started without a number."""
+        found = [process for process, rank in self.processes().items() if rank == str(number)]
+        return min(found) if found else self.top.pid
+
+    def end(self) -> None:
+        for process in self.processes():
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+
+@pytest.fixture
+def stage1(autoencoder_tree, tmp_path, monkeypatch) -> dict[str, Any]:
+    """Stage 1 on two ranks, for ever, saved every 10 steps, written to stage1.yaml in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    trainer = {"max_steps": 1_000_000, "val_check_interval": 1_000_000, "log_every_n_steps": 10, "devices": 2}
+    autoencoder_tree["lightning"]["trainer"] |= trainer
+    autoencoder_tree["lightning"]["strategy"] = {"target": "ldm.strategies.DDP", "params": {"timeout": TIMEOUT}}
+    autoencoder_tree["lightning"]["callbacks"] = {
+        "checkpoints": {"target": "ldm.saving.Checkpoints", "params": {"every": 10}}
+    }
+    Path("stage1.yaml").write_text(to_yaml(autoencoder_tree))
+    return autoencoder_tree
+
+
+@pytest.fixture
+def programs(stage1) -> Iterator[list[Program]]:
+    """Filled by the test; all of them are ended after it."""
+    started: list[Program] = []
+    yield started
+    for program in started:
+        program.end()
+        print(Path("log").read_text()[-4000:])
+
+
+def folder() -> RunFolder | None:
+    runs = [*Path("logs").glob("*")]
+    return RunFolder(runs[0]) if runs else None
+
+
+def step() -> int:
+    """Of the newest checkpoint; 0 before the first one."""
+    run = folder()
+    newest = None if run is None else checkpoint.newest(run.checkpoints)
+    return 0 if newest is None else int(checkpoint.load(newest)["global_step"])
+
+
+def state() -> RunState:
+    run = folder()
+    found = None if run is None else run.read_state()
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("launcher", ["torchrun", "lightning"])
+def test_a_lost_rank_ends_the_run_and_nobody_stays(programs, launcher, lost, number):
+    program = Program(TORCHRUN if launcher == "torchrun" else [sys.executable])
+    programs.append(program)
+    assert wait_until(lambda: step() > 0, START)
+    before = time.monotonic()
+    os.kill(program.rank(lost), number)
+    limit = 10 if number == signal.SIGKILL else TIMEOUT + 10
+    assert wait_until(lambda: program.top.poll() is not None, limit + 5)
+    assert wait_until(lambda: not program.processes(), 5)
+    assert time.monotonic() - before < limit
+    if launcher == "lightning" and (lost == 0):
+        assert program.top.returncode == -signal.SIGKILL  # the first rank is the program
+    else:
+        assert program.top.returncode == (1 if launcher == "torchrun" else 7)
+    if (launcher, lost, number) != ("lightning", 0, signal.SIGKILL):  # there its children die in the same moment
+        assert (state().status, state().exit_code) == ("failed", 7)
+    assert step() > 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("target", ["first", "second", "group"])
+def test_lightnings_launcher_stops_as_one(programs, target, number):
+    program = Program([sys.executable])
+    programs.append(program)
+    assert wait_until(lambda: step() > 0, START)
+    before = time.monotonic()
+    if target == "group":
+        os.killpg(program.top.pid, number)
+    else:
+        os.kill(program.rank(int(target == "second")), number)
+    assert program.top.wait(30) == 128 + number
+    assert wait_until(lambda: not program.processes(), 5)
+    assert time.monotonic() - before < 30
+    assert (state().status, state().exit_code) == ("stopped", 128 + number)
+    assert checkpoint.load(checkpoint.find(Path("logs").resolve() / os.listdir("logs")[0]))["global_step"] > 10
+
+
+def test_the_launcher_killed_takes_its_ranks_along(programs):
+    program = Program(TORCHRUN)
+    programs.append(program)
+    assert wait_until(lambda: step() > 0, START)
+    program.top.kill()
+    program.top.wait()
+    assert wait_until(lambda: not program.processes(), 5)
+
+
+def test_torchrun_replaces_a_lost_rank_and_the_run_goes_on(programs):
+    steps = 60
+    words = ("-r", "auto", f"lightning.trainer.max_steps={steps}")
+    program = Program([*TORCHRUN, "--max-restarts=1"], *words)
+    programs.append(program)
+    assert wait_until(lambda: step() > 0, START)
+    os.kill(program.rank(1), signal.SIGKILL)
+    assert program.top.wait(START) == 0
+    assert (state().status, state().step) == ("finished", steps)
+    assert len([*Path("logs").iterdir()]) == 1
