@@ -89,7 +89,7 @@ def mixture(times: Sequence[float], exponents: Sequence[float], time: float, exp
     """
     t, g = np.asarray(times, dtype=np.float64) / time, np.asarray(exponents, dtype=np.float64)
     products = _overlap(t[:, None], g[:, None], t, g)  # (n, n)
-    wanted = _overlap(t, g, np.float64(1), np.float64(exponent))  # (n,)
+    wanted = _overlap(t, g, np.ones(1), np.full(1, exponent))  # (n,)
     return np.linalg.solve(products, wanted)
 
 

@@ -143,7 +143,7 @@ class DiT(nn.Module):
         make_feed = SwiGLU if swiglu else FeedForward
         self.embed = nn.Sequential(nn.Linear(_FREQUENCIES, channels), nn.SiLU(), nn.Linear(channels, channels))
         self.patches = nn.Linear((in_channels + spatial_channels) * patch_size**2, channels)
-        self.blocks = nn.ModuleList(
+        self.layers = nn.ModuleList(
             Block(
                 channels,
                 SelfAttention(channels, heads, normalise_attention),
@@ -162,11 +162,15 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for layer in (self.embed[0], self.embed[2]):
-            nn.init.normal_(layer.weight, std=0.02)
+        for name, weight in self.embed.named_parameters():
+            if name.endswith("weight"):
+                nn.init.normal_(weight, std=0.02)
         # Every block starts as the identity, and the whole as zero.
-        for last in (*(block.modulation for block in self.blocks), self.modulation_out, self.out):
-            zeroed(last)
+        for module in self.modules():
+            if isinstance(module, Block):
+                zeroed(module.modulation)
+        zeroed(self.modulation_out)
+        zeroed(self.out)
 
     def forward(self, x: Tensor, noise_level: Tensor, conditioning: Conditioning) -> Tensor:
         self._check(x, conditioning)
@@ -184,11 +188,15 @@ class DiT(nn.Module):
             rotation = rotations(rows, columns, self.head_channels, x.device)  # (2, L, C / heads)
         else:
             tokens = tokens + positions(rows, columns, self.channels, x.device)  # (N, L, C)
-        for block in self.blocks:
+        for block in self.layers:
             tokens = self._run(block, tokens, told, rotation)  # (N, L, C)
         shift, scale = self.modulation_out(told)[:, None].chunk(2, dim=-1)  # 2 x (N, 1, C)
         tokens = self.out(self.norm_out(tokens) * (1 + scale) + shift)  # (N, L, in_channels p p)
         return rearrange(tokens, "n (h w) (c p q) -> n c (h p) (w q)", h=rows, p=p, q=p)  # (N, in_channels, H, W)
+
+    def blocks(self) -> list[nn.Module]:
+        """The parts that hold nearly all of the weights and run one after another, for sharding."""
+        return [*self.layers]
 
     def _run(self, block: nn.Module, tokens: Tensor, told: Tensor, rotation: Tensor | None) -> Tensor:
         if not (self.checkpointing and torch.is_grad_enabled()):

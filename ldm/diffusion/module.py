@@ -72,7 +72,7 @@ class LatentDiffusion(LightningModule):
         mesh = self.device_mesh["data_parallel"]
         # Otherwise autocast alone converts, as on one device.
         compute = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
-        for denoiser in (self.denoiser, self.ema.average):
+        for denoiser in (self.denoiser, self.ema.average, *self.ema.others):
             network, conditioner = cast(nn.ModuleDict, denoiser).values()
             if not isinstance(network, sharding.InBlocks):
                 raise ConfigError(

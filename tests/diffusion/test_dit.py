@@ -65,7 +65,7 @@ def test_equals_diffusers():
 
     copy("pos_embed.proj", mine["patches.weight"].reshape(64, 4, 2, 2), mine["patches.bias"])
     for i in range(3):
-        block, theirs = f"blocks.{i}", f"transformer_blocks.{i}"
+        block, theirs = f"layers.{i}", f"transformer_blocks.{i}"
         for ours_name, name in (("embed.0", "linear_1"), ("embed.2", "linear_2")):
             place = f"{theirs}.norm1.emb.timestep_embedder.{name}"
             copy(place, mine[f"{ours_name}.weight"], mine[f"{ours_name}.bias"])
@@ -96,7 +96,7 @@ def test_starts_as_zero_and_with_blocks_that_change_nothing():
     x = torch.randn(2, 4, 8, 8)
     assert not net(x, torch.tensor([1.0, 2.0]), Conditioning()).any()
     tokens = torch.randn(2, 16, 64)
-    assert torch.equal(net.blocks[0](tokens, torch.randn(2, 64), None), tokens)
+    assert torch.equal(net.layers[0](tokens, torch.randn(2, 64), None), tokens)
 
 
 def test_rotation_sees_only_distances():
@@ -166,4 +166,4 @@ def test_a_picture_as_condition():
 
 
 def test_blocks_are_blocks():
-    assert all(isinstance(block, Block) for block in DiT(4, 2, 64, 3, 4).blocks)
+    assert all(isinstance(block, Block) for block in DiT(4, 2, 64, 3, 4).blocks())
