@@ -112,7 +112,7 @@ class RunFolder:
 
     @contextmanager
     def owned(self) -> Iterator[None]:
-        """Within the block this process alone may write to the folder.
+        """Within the block this process alone may write to the folder; what a killed one left half written is removed.
 
         The lock is a record lock: the kernel drops it when this process dies, however it dies, and forked loader
         workers that outlive it do not hold it. (Closing any other handle on the file would drop it too, so nothing
@@ -130,7 +130,14 @@ class RunFolder:
             handle.truncate(0)
             handle.write(json.dumps(_whoami()) + "\n")
             handle.flush()
+            self._sweep()
             yield
+
+    def _sweep(self) -> None:
+        """Remove what a writer of small files left that was killed; checkpoints have a sweep of their own."""
+        for folder in (self.path, self.config_file.parent):
+            for leftover in folder.glob("*.tmp.*"):
+                leftover.unlink(missing_ok=True)
 
 
 def create(logdir: Path, name: str, postfix: str = "") -> RunFolder:

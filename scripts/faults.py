@@ -2,7 +2,8 @@
 
     python scripts/faults.py                        # every fault, at the full figures; as root for disks and networks
     python scripts/faults.py --quick                # a sample of each, in minutes
-    python scripts/faults.py --only 1 8 "rank killed" --json faults.json
+    python scripts/faults.py --only 1 8 "rank killed" --minutes 10 --jobs 2 --json faults.json
+    python scripts/faults.py --table faults.json    # several files make one table
 
 Each fault is tried on real runs of main.py, small ones, in processes of its own, all of which are killed at its end.
 The table that is printed at the end is Markdown. Exit code 1: some promise did not hold.
@@ -12,6 +13,7 @@ import argparse
 import gc
 import importlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -34,7 +36,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ldm.ranks import leave
 from scripts.fault_catalogue import processes
-from scripts.fault_catalogue.harness import CATALOGUE, Attempt, Fault, Result, chosen, run_all, table
+from scripts.fault_catalogue.attempts import Attempt, run_all
+from scripts.fault_catalogue.harness import CATALOGUE, Fault, Figures, Result, chosen, table
 
 PARTS = (
     *("saving", "resuming", "stopping", "peers", "training"),
@@ -58,6 +61,12 @@ def main(argv: Sequence[str]) -> int:
     if options.list:
         print("\n".join(f"{fault.number:3} {fault.name}" for fault in faults))
         return 0
+    if options.table:
+        records = [json.loads(file.read_text()) for file in options.table]
+        found = {one["number"]: Result.from_dict(one) for record in records for one in record["results"]}
+        print(table([found[number] for number in sorted(found)]))
+        print("\n".join(f"\n{record['summary']}" for record in records))
+        return 0
     console = Console(stderr=True)
     with _ended_on_signals(), _scratch(options.keep) as folder:
         console.print(f"{len(CATALOGUE)} faults in the catalogue, {len(faults)} to try; scratch in {folder}")
@@ -79,6 +88,8 @@ def summary(results: Sequence[Result], seconds: float, options: argparse.Namespa
     counts = [f"{sum(result.verdict == verdict for result in results)} {verdict}" for verdict in MARKS]
     trials = f"{sum(result.passed for result in results)} of {sum(result.tried for result in results)} trials passed"
     figures = "a sample (--quick)" if options.quick else "the full figures"
+    if options.minutes < math.inf:
+        figures += f", at most {options.minutes:g} minutes of trials a fault"
     where = f"{os.cpu_count()} CPU cores, {platform.system()} {platform.release().split('-')[0]}"
     when = time.strftime("%Y-%m-%d", time.gmtime())
     return f"{when}, {where}, {figures}: {', '.join(counts)}; {trials} in {seconds / 60:.0f} minutes."
@@ -87,8 +98,10 @@ def summary(results: Sequence[Result], seconds: float, options: argparse.Namespa
 def _tried(faults: Sequence[Fault], folder: Path, options: argparse.Namespace, console: Console) -> Iterator[Result]:
     """Try them, with a line for each that is done and for each that is under way."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         tasks = {fault.number: progress.add_task(fault.name, visible=False, start=False) for fault in faults}
+
+        figures = Figures(options.quick, options.minutes)
 
         def watch(under_way: Sequence[Attempt]) -> None:
             for one in under_way:
@@ -96,7 +109,7 @@ def _tried(faults: Sequence[Fault], folder: Path, options: argparse.Namespace, c
                 progress.start_task(task)
                 progress.update(task, visible=True, description=text)
 
-        for result in run_all(faults, folder, options.quick, options.jobs, watch):
+        for result in run_all(faults, folder, figures, options.jobs, watch):
             progress.update(tasks[result.number], visible=False)
             line = (
                 f"{MARKS[result.verdict]} {result.number:2} {result.name}: {result.observed} ({result.seconds:.0f} s)"
@@ -160,8 +173,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="faults.py", description="Break runs in every way of the catalogue.")
     parser.add_argument("--only", nargs="+", default=[], metavar="FAULT", help="numbers, or parts of names")
     parser.add_argument("--quick", action="store_true", help="a sample of each fault instead of the full figures")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="repeat the trials of a fault for so long only")
     parser.add_argument("--jobs", type=int, default=1, help="faults tried at a time (default: 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too, as they come")
+    parser.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="try nothing: print what --json has kept")
     parser.add_argument("--keep", action="store_true", help="leave the scratch folders of failed faults")
     parser.add_argument("--list", action="store_true", help="list the faults and leave")
     return parser

@@ -27,10 +27,12 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
 
 
 class Program:
-    """main.py on two ranks, in a session of its own."""
+    """main.py on two ranks, in a process group of its own."""
 
     def __init__(self, launcher: list[str], *words: str) -> None:
+        self.mark = f"{Path.cwd()}:{time.monotonic()}"
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        environment["LDM_TEST"] = self.mark
         command = [*launcher, str(ROOT / "main.py"), "--base", "stage1.yaml", *words]
         with Path("log").open("wb") as log:
             self.top = subprocess.Popen(
@@ -38,14 +40,13 @@ class Program:
             )
 
     def processes(self) -> dict[int, str]:
-        """{process id: rank, or "" for a launcher} of all that live in the session, loader workers too."""
+        """{process id: rank, or "" for a launcher} of all that it has started and that live, loader workers too."""
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
-                state, _, _, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
-                if int(session) == self.top.pid and state != "Z":
-                    environment = (folder / "environ").read_text().split("\0")
-                    variables = dict(line.split("=", 1) for line in environment if "=" in line)
+                environment = (folder / "environ").read_text(errors="replace").split("\0")
+                variables = dict(line.split("=", 1) for line in environment if "=" in line)
+                if variables.get("LDM_TEST") == self.mark:
                     found[int(folder.name)] = variables.get("LOCAL_RANK", "")
         return found
 
@@ -89,11 +90,16 @@ def folder() -> RunFolder | None:
     return RunFolder(runs[0]) if runs else None
 
 
-def step() -> int:
-    """Of the newest checkpoint; 0 before the first one."""
+def saved() -> bool:
     run = folder()
-    newest = None if run is None else checkpoint.newest(run.checkpoints)
-    return 0 if newest is None else int(checkpoint.load(newest)["global_step"])
+    return run is not None and any(run.checkpoints.glob("*.ckpt"))
+
+
+def step() -> int:
+    """Of the newest checkpoint, which is whole."""
+    run = folder()
+    assert run is not None
+    return int(checkpoint.load(checkpoint.find(run.path))["global_step"])
 
 
 def state() -> RunState:
@@ -109,7 +115,7 @@ def state() -> RunState:
 def test_a_lost_rank_ends_the_run_and_nobody_stays(programs, launcher, lost, number):
     program = Program(TORCHRUN if launcher == "torchrun" else [sys.executable])
     programs.append(program)
-    assert wait_until(lambda: step() > 0, START)
+    assert wait_until(saved, START)
     before = time.monotonic()
     os.kill(program.rank(lost), number)
     limit = 10 if number == signal.SIGKILL else TIMEOUT + 10
@@ -130,7 +136,7 @@ def test_a_lost_rank_ends_the_run_and_nobody_stays(programs, launcher, lost, num
 def test_lightnings_launcher_stops_as_one(programs, target, number):
     program = Program([sys.executable])
     programs.append(program)
-    assert wait_until(lambda: step() > 0, START)
+    assert wait_until(saved, START)
     before = time.monotonic()
     if target == "group":
         os.killpg(program.top.pid, number)
@@ -140,13 +146,13 @@ def test_lightnings_launcher_stops_as_one(programs, target, number):
     assert wait_until(lambda: not program.processes(), 5)
     assert time.monotonic() - before < 30
     assert (state().status, state().exit_code) == ("stopped", 128 + number)
-    assert checkpoint.load(checkpoint.find(Path("logs").resolve() / os.listdir("logs")[0]))["global_step"] > 10
+    assert step() > 10
 
 
 def test_the_launcher_killed_takes_its_ranks_along(programs):
     program = Program(TORCHRUN)
     programs.append(program)
-    assert wait_until(lambda: step() > 0, START)
+    assert wait_until(saved, START)
     program.top.kill()
     program.top.wait()
     assert wait_until(lambda: not program.processes(), 5)
@@ -157,7 +163,7 @@ def test_torchrun_replaces_a_lost_rank_and_the_run_goes_on(programs):
     words = ("-r", "auto", f"lightning.trainer.max_steps={steps}")
     program = Program([*TORCHRUN, "--max-restarts=1"], *words)
     programs.append(program)
-    assert wait_until(lambda: step() > 0, START)
+    assert wait_until(saved, START)
     os.kill(program.rank(1), signal.SIGKILL)
     assert program.top.wait(START) == 0
     assert (state().status, state().step) == ("finished", steps)

@@ -91,8 +91,13 @@ def test_a_second_process_is_refused_and_told_who(tmp_path):
     finally:
         holder.kill()
         holder.wait()
+    leftovers = [folder.path / "run_state.json.tmp.host.1", folder.config_file.with_name("facts.json.tmp.host.2")]
+    for leftover in leftovers:
+        leftover.touch()
     with folder.owned():  # a dead owner's lock is free
         assert json.loads((folder.path / "lock").read_text())["pid"] == os.getpid()
+        assert not any(leftover.exists() for leftover in leftovers)
+    assert folder.config_file.exists()
 
 
 def test_unwritable_and_full_folders(tmp_path):

@@ -35,7 +35,7 @@ def bit_rot(place: Place) -> str:
     Expected: both name the damaged file; the run ends with 3 at the first read.
     """
     cache = Path(shutil.copytree(place.lab / "cache", place.folder / "cache"))
-    for number in range(place.count(100, quick=30)):
+    for number in place.repeats(100, quick=30):
         with place.trial(f"flip {number}"):
             file, good = _flip_one(cache / "train", place.random)
             try:
@@ -46,7 +46,7 @@ def bit_rot(place: Place) -> str:
                 demand(False, f"a flipped bit in {file.name} was not found")
             finally:
                 file.write_bytes(good)
-    for number in range(place.count(5, quick=1)):
+    for number in place.repeats(5, quick=1):
         with place.trial(f"run {number}"):
             file, good = _flip_one(cache / "train", place.random, "*.bin")
             child = Run(place.new("run"), stage2(place.lab, cache=str(cache))).start()
@@ -213,7 +213,7 @@ def builders(place: Place) -> str:
     took = time.monotonic() - began
     whole = _files(lab / "whole")
     kills = 0
-    for number in range(place.count(50, quick=1)):
+    for number in place.repeats(50, quick=1):
         with place.trial(f"killed {number}"):
             cache, world = place.new("cache"), 1 + number % 2
             diary = _count_encodings(place.new("diary") / "diary")
@@ -225,7 +225,7 @@ def builders(place: Place) -> str:
                     kills += rank.wait(10) == -signal.SIGKILL
             _demand_built(_builder(place, tree, cache))
             demand(_files(cache) == whole, "the bytes differ")
-    for number in range(place.count(5, quick=1)):
+    for number in place.repeats(5, quick=1):
         with place.trial(f"two builders {number}"):
             cache, lines = place.new("cache"), place.new("diary") / "diary"
             for builder in [_builder(place, tree, cache, hook=_count_encodings(lines)) for _ in range(2)]:

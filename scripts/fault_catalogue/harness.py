@@ -5,24 +5,21 @@ makes trials (`with place.trial("..."):` around code that raises `Wrong` where a
 remark on what was observed. The counts, not the function, decide whether the fault is passed.
 """
 
-import json
-import os
+import math
 import random
-import shutil
-import signal
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from inspect import cleandoc
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from scripts.fault_catalogue import processes
-from scripts.fault_catalogue.processes import Child, Wrong
+from scripts.fault_catalogue.processes import Wrong
 
 Body = Callable[["Place"], str]
 Item = TypeVar("Item")
@@ -75,6 +72,11 @@ class Result:
     seconds: float
     failures: tuple[str, ...] = ()
 
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> "Result":
+        """What `asdict` made, by way of JSON."""
+        return cls(**{**record, "failures": tuple(record["failures"])})
+
 
 CATALOGUE: dict[int, Fault] = {}
 
@@ -105,20 +107,36 @@ def chosen(words: Sequence[str]) -> list[Fault]:
     return sorted(found.values() if words else CATALOGUE.values(), key=lambda f: f.number)
 
 
+@dataclass(frozen=True)
+class Figures:
+    """How often things are tried.
+
+    Attributes:
+        quick: a sample instead of the catalogue's figures.
+        minutes: after so many a fault that repeats something comes to its end.
+    """
+
+    quick: bool = False
+    minutes: float = math.inf
+
+
 class Place:
     """Where one fault is tried: a scratch folder, the counts, and what all faults share.
 
     Attributes:
         folder: scratch, empty, on the disk of the temporary folder.
         lab: what tiny.prepare made for all faults, to be read only.
-        quick: a sample instead of the full figures.
+        figures: how often things are tried.
+        cut_short: whether time was up before that.
         random: seeded by the fault's number.
     """
 
-    def __init__(self, fault: Fault, folder: Path, lab: Path, quick: bool) -> None:
+    def __init__(self, fault: Fault, folder: Path, lab: Path, figures: Figures) -> None:
         self.folder = folder
         self.lab = lab
-        self.quick = quick
+        self.figures = figures
+        self.cut_short = False
+        self._end = time.monotonic() + 60 * figures.minutes
         self.random = random.Random(fault.number)
         self.passed = 0
         self.tried = 0
@@ -126,11 +144,19 @@ class Place:
 
     def count(self, full: int, quick: int) -> int:
         """How many times: the catalogue's figure, or a sample."""
-        return quick if self.quick else full
+        return quick if self.figures.quick else full
+
+    def repeats(self, full: int, quick: int) -> Iterator[int]:
+        """0, 1, ...: as often as the catalogue says, or a sample; at least once, and then until time is up."""
+        for number in range(self.count(full, quick)):
+            if number and time.monotonic() > self._end:
+                self.cut_short = True
+                return
+            yield number
 
     def some(self, items: Iterable[Item], quick: int) -> list[Item]:
         """All of them, or the first so many as a sample."""
-        return list(items)[: quick if self.quick else None]
+        return list(items)[: quick if self.figures.quick else None]
 
     def new(self, name: str) -> Path:
         """A new folder whose name begins with `name`, which every user may read."""
@@ -150,6 +176,7 @@ class Place:
             self.tried -= 1
             raise
         except Wrong as wrong:
+            note(f"FAILED {name}: {wrong}")
             self.failures.append(f"{name}: {wrong}")
         except Exception as error:
             traceback.print_exc()
@@ -158,13 +185,15 @@ class Place:
             (self.folder / "count").write_text(f"{self.passed} of {self.tried}")
 
 
-def attempt(fault: Fault, folder: Path, lab: Path, quick: bool) -> Result:
+def attempt(fault: Fault, folder: Path, lab: Path, figures: Figures) -> Result:
     """Try one fault here and now."""
     folder.mkdir(parents=True, exist_ok=True)
-    place = Place(fault, folder, lab, quick)
+    place = Place(fault, folder, lab, figures)
     began = time.monotonic()
     try:
         remark, verdict = fault.body(place), None
+        if place.cut_short:
+            remark += f" (stopped after {figures.minutes:g} minutes, before the full number of trials)"
     except NotTried as reason:
         remark, verdict = str(reason), "not tried"
     except Exception as error:
@@ -172,97 +201,19 @@ def attempt(fault: Fault, folder: Path, lab: Path, quick: bool) -> Result:
         remark, verdict = f"{type(error).__name__}: {error}", "fail"
     if verdict is None:
         verdict = "pass" if place.tried and place.passed == place.tried else "fail"
-    return _result(fault, verdict, remark, place.passed, place.tried, time.monotonic() - began, place.failures)
+    return told(fault, verdict, remark, place.passed, place.tried, time.monotonic() - began, place.failures)
 
 
-class Attempt:
-    """A fault being tried in a process of its own, which is the parent of all that the fault starts."""
-
-    def __init__(self, fault: Fault, folder: Path, lab: Path, quick: bool) -> None:
-        self.fault = fault
-        self.folder = folder
-        self.began = time.monotonic()
-        folder.mkdir(parents=True)
-
-        def work() -> None:
-            processes.adopt_orphans()
-            os.chdir(folder)
-            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-                signal.signal(number, signal.SIG_DFL)  # whatever nohup or a shell has made of them
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            result = attempt(fault, folder / "scratch", lab, quick)
-            processes.end_descendants(os.getpid())
-            (folder / "result.tmp").write_text(json.dumps(asdict(result)))
-            (folder / "result.tmp").rename(folder / "result.json")
-
-        self.child: Child = processes.fork(work, folder / "log")
-
-    @property
-    def count(self) -> str:
-        """How many trials have passed so far."""
-        with suppress(OSError):
-            return (self.folder / "scratch" / "count").read_text()
-        return ""
-
-    def result(self) -> Result | None:
-        """What came of it; None while it is under way."""
-        seconds = time.monotonic() - self.began
-        if self.child.code is None and seconds < self.fault.limit:
-            return None
-        late = self.child.code is None
-        self.end()
-        with suppress(OSError):
-            record = json.loads((self.folder / "result.json").read_text())
-            return Result(**record | {"failures": tuple(record["failures"])})
-        why = f"not done after {self.fault.limit:.0f} s" if late else f"its process ended with {self.child.code}"
-        return _result(self.fault, "fail", f"{why}; {self.count} trials passed", 0, 0, seconds, [])
-
-    def end(self) -> None:
-        """Kill it, with everything below it."""
-        if self.child.code is None:
-            self.child.send(signal.SIGSTOP)  # so that it starts nothing more; orphans still fall to it
-            processes.end_descendants(self.child.pid)
-            self.child.send(signal.SIGKILL)
-            self.child.wait(30)
-
-
-def _result(
+def told(
     fault: Fault, verdict: str, remark: str, passed: int, tried: int, seconds: float, failures: Sequence[str]
 ) -> Result:
+    """The result of a fault, its counts before the remark."""
     counts = f"{passed} of {tried}" if tried else ""
     observed = ": ".join(part for part in (counts, remark) if part)
     return Result(
         *(fault.number, fault.name, fault.injected, fault.expected, verdict, observed),
         *(passed, tried, round(seconds, 1), tuple(failures)),
     )
-
-
-def run_all(
-    faults: Sequence[Fault], folder: Path, quick: bool, jobs: int, watch: Callable[[Sequence[Attempt]], None]
-) -> Iterator[Result]:
-    """Try the faults, several at a time, and give each result as it comes.
-
-    Args:
-        folder: holds `lab`; for scratch folders, of which that of a fault that is passed is removed.
-        watch: called often with what is under way.
-    """
-    waiting, under_way = list(faults), list[Attempt]()
-    try:
-        while waiting or under_way:
-            while waiting and len(under_way) < jobs:
-                next_one = waiting.pop(0)
-                under_way.append(Attempt(next_one, folder / str(next_one.number), folder / "lab", quick))
-            for one in list(under_way):
-                if result := one.result():
-                    under_way.remove(one)
-                    if result.verdict == "pass":
-                        shutil.rmtree(one.folder, ignore_errors=True)
-                    yield result
-            watch(under_way)
-            time.sleep(0.05)
-    finally:
-        for one in under_way:
-            one.end()
 
 
 def table(results: Sequence[Result]) -> str:

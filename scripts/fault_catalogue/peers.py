@@ -15,6 +15,7 @@ from scripts.fault_catalogue.runs import AGENT, MAIN, Run, all_gone, demand_same
 from scripts.fault_catalogue.tiny import Tree, stage2, two_ranks
 
 LAUNCHERS = ("lightning", "torchrun")
+CELLS = (("lightning", 1), ("torchrun", 0), ("lightning", 0), ("torchrun", 1))
 TIMEOUT = 20.0
 """Seconds of the process group's patience in these trials; 300 by default."""
 
@@ -59,17 +60,16 @@ def rank_killed(place: Place) -> str:
     checkpoint is good and the run goes on from it.
     """
     slowest = 0.0
-    for launcher in LAUNCHERS:
-        for rank in (0, 1):
-            for number in range(place.count(5, quick=1)):
-                with place.trial(f"{launcher}, rank {rank}, {number}"):
-                    run, child = _under_way(place, launcher, workers=2 * (number % 2))
-                    os.kill(ranks(child, launcher)[rank], signal.SIGKILL)
-                    slowest = max(slowest, all_gone(child, 10))
-                    demand(child.code != 0, "exit code 0")
-                    if (launcher, rank) != ("lightning", 0):  # its launcher, with which everything ends at once
-                        _demand_peer_error(run)
-                    _demand_intact(run)
+    for number in place.repeats(5, quick=1):
+        for launcher, rank in place.some(CELLS, quick=2):
+            with place.trial(f"{launcher}, rank {rank}, {number}"):
+                run, child = _under_way(place, launcher, workers=2 * (number % 2))
+                os.kill(ranks(child, launcher)[rank], signal.SIGKILL)
+                slowest = max(slowest, all_gone(child, 10))
+                demand(child.code != 0, "exit code 0")
+                if (launcher, rank) != ("lightning", 0):  # its launcher, with which everything ends at once
+                    _demand_peer_error(run)
+                _demand_intact(run)
     return f"all gone after at most {slowest:.1f} s"
 
 
@@ -80,8 +80,8 @@ def rank_stopped(place: Place) -> str:
     Expected: all processes, the stopped one too, gone within 30 s; code 7 in run_state.json; the checkpoint is good.
     """
     slowest = 0.0
-    for launcher, rank in (("lightning", 0), ("torchrun", 1), ("lightning", 1), ("torchrun", 0))[: place.count(4, 1)]:
-        for number in range(place.count(2, quick=1)):
+    for number in place.repeats(2, quick=1):
+        for launcher, rank in place.some(CELLS, quick=1):
             with place.trial(f"{launcher}, rank {rank}, {number}"):
                 run, child = _under_way(place, launcher)
                 os.kill(ranks(child, launcher)[rank], signal.SIGSTOP)
@@ -100,7 +100,7 @@ def network_cut(place: Place) -> str:
     """
     slowest = longest = 0.0
     for how in ("link down", "black hole"):
-        for number in range(place.count(2, quick=1)):
+        for number in place.repeats(2, quick=1):
             with place.trial(f"{how} {number}"):
                 nodes = machine.TwoNodes()
                 try:
@@ -147,7 +147,7 @@ def launcher_killed(place: Place) -> str:
     """
     slowest = 0.0
     for launcher in LAUNCHERS:
-        for number in range(place.count(5, quick=1)):
+        for number in place.repeats(5, quick=1):
             with place.trial(f"{launcher} {number}"):
                 run, child = _under_way(place, launcher, workers=2)
                 child.send(signal.SIGKILL)
@@ -172,7 +172,7 @@ def one_rank_fails(place: Place) -> str:
 
     slowest = 0.0
     for launcher in LAUNCHERS:
-        for number in range(place.count(3, quick=1)):
+        for number in place.repeats(3, quick=1):
             with place.trial(f"{launcher} {number}"):
                 run = Run(place.new("run"), _tree(place))
                 child = run.start(launcher=launcher, hook=before_each_step(fail))
@@ -194,7 +194,7 @@ def full_on_two_ranks(place: Place) -> str:
     """
     machine.private_mounts()
     for launcher in LAUNCHERS:
-        for number in range(place.count(3, quick=1)):
+        for number in place.repeats(3, quick=1):
             with place.trial(f"{launcher} {number}"):
                 disk = machine.small_disk(place.new("disk"), 12)
                 run = Run(place.new("run"), _tree(place, steps=60), logs=disk / "logs")
@@ -219,7 +219,7 @@ def restarted(place: Place) -> str:
     straight = Run(place.new("straight"), _tree(place, steps=40))
     straight.complete(launcher="torchrun")
     environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    for number in range(place.count(6, quick=1)):
+    for number in place.repeats(6, quick=1):
         with place.trial(f"run {number}"):
             run = Run(place.new("run"), straight.tree)
             how = {"launcher": "torchrun", "environment": environment, "hook": slow_steps(0.02)}

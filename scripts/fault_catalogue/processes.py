@@ -130,13 +130,13 @@ def _redirect(log: Path) -> None:
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
 
 
-def wait_until(condition: Callable[[], object], seconds: float) -> bool:
+def wait_until(condition: Callable[[], object], seconds: float, every: float = 0.01) -> bool:
     """Whether the condition came true in time."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() >= end:
             return False
-        time.sleep(0.01)
+        time.sleep(every)
     return True
 
 

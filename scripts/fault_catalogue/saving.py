@@ -50,8 +50,8 @@ def killed_while_saving(place: Place) -> str:
         folders["other"] = Path(tempfile.mkdtemp(dir="/dev/shm"))
     halves = 0
     try:
-        for name, folder in folders.items():
-            for number in range(place.count(100, quick=8)):
+        for number in place.repeats(100, quick=8):
+            for name, folder in folders.items():
                 with place.trial(f"{name} file system, kill {number}"):
                     halves += _kill_one_saver(place, folder)
     finally:
@@ -85,8 +85,9 @@ def power_cut(place: Place) -> str:
     image, live, dead = (place.folder / name for name in ("disk.img", "live", "dead"))
     machine.ext4_image(image, 64)
     machine.mount_image(image, live)
-    for step in range(1, 1 + place.count(20, quick=3)):
-        with place.trial(f"cut {step}"):
+    for number in place.repeats(20, quick=3):
+        with place.trial(f"cut {number}"):
+            step = number + 1
             checkpoint.save(live / "last.ckpt", _state(step))
             shutil.copyfile(image, place.folder / "cut.img")
             subprocess.run(["fsck.ext4", "-p", place.folder / "cut.img"], capture_output=True)
@@ -110,7 +111,7 @@ def disk_full(place: Place) -> str:
     machine.private_mounts()
     straight = Run(place.new("straight"), stage2(place.lab, steps=60, every=5))
     straight.complete()
-    for number in range(place.count(10, quick=2)):
+    for number in place.repeats(10, quick=2):
         again = number % 2 == 0
         with place.trial("room again" if again else "no room"):
             disk = machine.small_disk(place.new("disk"), 12)
@@ -140,7 +141,7 @@ def temporary_full(place: Place) -> str:
     Expected: every save succeeds; nothing is ever staged outside of the run folder.
     """
     machine.private_mounts()
-    for number in range(place.count(5, quick=1)):
+    for number in place.repeats(5, quick=1):
         with place.trial(f"run {number}"):
             full = machine.small_disk(place.new("tmp"), 1)
             machine.fill(full)
@@ -234,7 +235,7 @@ def flipped(place: Place) -> str:
     newest = whole.newest()
     good = newest.read_bytes()
     target = place.folder / "flipped.ckpt"
-    for number in range(place.count(100, quick=30)):
+    for number in place.repeats(100, quick=30):
         with place.trial(f"flip {number}"):
             target.write_bytes(_flip(good, place.random))
             try:
@@ -243,7 +244,7 @@ def flipped(place: Place) -> str:
                 demand(target.name in str(error), f"the file is not named: {error}")
                 continue
             demand(False, "a damaged file was loaded")
-    for number in range(place.count(10, quick=1)):
+    for number in place.repeats(10, quick=1):
         with place.trial(f"resume {number}"):
             run = whole.copy(place.new("resume"))
             file = run.folder.checkpoints / newest.name

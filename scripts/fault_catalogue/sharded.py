@@ -1,6 +1,5 @@
 """Faults of sharded and of asynchronous saves, and of the queue that starts a run again."""
 
-import json
 import os
 import signal
 import time
@@ -11,7 +10,7 @@ from scripts.fault_catalogue.harness import Place, fault
 from scripts.fault_catalogue.inject import diary, slow_saves, slow_steps
 from scripts.fault_catalogue.processes import demand
 from scripts.fault_catalogue.runs import Run, all_gone, demand_same, essence, last_line, no_leftovers
-from scripts.fault_catalogue.tiny import Tree, node, stage2
+from scripts.fault_catalogue.tiny import Tree, elastic, node, stage2
 
 
 def _sharded(place: Place, steps: int = 24, every: int = 4) -> Tree:
@@ -46,7 +45,7 @@ def sharded(place: Place) -> str:
     straight.complete(launcher="lightning")
     folders = list(straight.folder.checkpoints.glob("*.shards"))
     demand(folders, "there are no shards")
-    for number in range(place.count(20, quick=1)):
+    for number in place.repeats(20, quick=1):
         with place.trial(f"killed {number}"):
             run = Run(place.new("run"), tree)
             child = run.start(
@@ -73,7 +72,7 @@ def sharded(place: Place) -> str:
             demand_same(run.final(), straight.final())
     for launcher in place.some(("torchrun", "lightning"), quick=1):
         with place.trial(f"2 -> 1 -> 2, {launcher}"):
-            _on_other_ranks(place, tree, launcher)
+            _on_other_ranks(place, launcher)
     return "the newest whole one is used"
 
 
@@ -86,10 +85,8 @@ def _harm(shard: Path, harm: str) -> None:
     shard.write_bytes(data if harm == "flipped" else data[: len(data) // 2])
 
 
-def _on_other_ranks(place: Place, tree: Tree, launcher: str) -> None:
-    tree, one_rank = json.loads(json.dumps(tree)), ("lightning.trainer.devices=1", "lightning.strategy=auto")
-    tree["model"]["params"]["schedule"]["params"]["steps"] = 24
-    tree["model"]["params"]["optimizer"] = node("torch.optim.SGD", partial=True, lr=0.05)  # as in resuming.py
+def _on_other_ranks(place: Place, launcher: str) -> None:
+    tree, one_rank = elastic(_sharded(place)), ("lightning.trainer.devices=1", "lightning.strategy=auto")
     straight = Run(place.new("alone"), tree)
     straight.complete(*one_rank)
     run, folder = Run(place.new("elastic"), tree), place.new("diary")
@@ -110,7 +107,7 @@ def asynchronous(place: Place) -> str:
     tree = stage2(place.lab, steps=24, every=6, keep=9)
     waiting = Run(place.new("waiting"), tree)
     waiting.complete("lightning.callbacks.checkpoints.params.asynchronous=false")
-    for number in range(place.count(5, quick=1)):
+    for number in place.repeats(5, quick=1):
         with place.trial(f"run {number}"):
             run = Run(place.new("run"), tree)
             run.complete(hook=slow_saves(0.3))
@@ -130,7 +127,7 @@ def requeued(place: Place) -> str:
     """
     straight = Run(place.new("straight"), stage2(place.lab, steps=40, every=5))
     straight.complete()
-    for number in range(place.count(5, quick=1)):
+    for number in place.repeats(5, quick=1):
         with place.trial(f"run {number}"):
             tools, asked = place.new("bin"), place.new("asked") / "asked"
             (tools / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')

@@ -25,7 +25,7 @@ GRACE = 30.0
 """Seconds that the issue grants a run to leave."""
 
 
-def _tree(place: Place, steps: int = 45, workers: int = 0) -> Tree:
+def _tree(place: Place, steps: int = 30, workers: int = 0) -> Tree:
     # Saves and validations often, so that signals meet them.
     return stage2(place.lab, steps=steps, every=4, validate=6, num_workers=workers)
 
@@ -53,14 +53,14 @@ def single(place: Place) -> str:
     straight = Run(place.new("straight"), _tree(place))
     straight.complete()
     slowest = 0.0
-    for target in ("main", "group"):
-        for number in range(place.count(20, quick=1)):
+    for number in place.repeats(20, quick=1):
+        for target in ("main", "group"):
             name, workers = SIGNALS[number % 5], 2 * (number // 5 % 2)
             with place.trial(f"{name.name} to the {target}, {workers} workers"):
                 run = Run(place.new("run"), straight.tree)
                 words = [f"data.params.num_workers={workers}"]
                 child = run.start(*words)
-                run.wait_for_step(place.random.randint(1, 25), child)
+                run.wait_for_step(place.random.randint(1, 16), child)
                 (child.send if target == "main" else child.send_group)(name)
                 slowest = max(slowest, all_gone(child, GRACE))
                 _demand_stopped(run, child.code, name)
@@ -78,25 +78,25 @@ def two(place: Place) -> str:
     """
     straight = Run(place.new("straight"), two_ranks(_tree(place)))
     straight.complete(launcher="lightning")
-    told = []
-    for launcher, target in place.some(TARGETS, quick=2):
-        before, slowest = place.passed, 0.0
-        tries = place.count(20, quick=1)
-        for number in range(tries):
+    cells = place.some(TARGETS, quick=2)
+    passed, slowest = dict.fromkeys(cells, 0), 0.0
+    for number in place.repeats(20, quick=1):
+        for launcher, target in cells:
             name, workers = SIGNALS[number % 5], 2 * (number // 5 % 2)
             with place.trial(f"{launcher}: {name.name} to {target}, {workers} workers"):
                 run = Run(place.new("run"), straight.tree)
                 words = [f"data.params.num_workers={workers}"]
                 child = run.start(*words, launcher=launcher)
-                run.wait_for_step(place.random.randint(1, 25), child)
+                run.wait_for_step(place.random.randint(1, 16), child)
                 _send(child, launcher, target, name)
                 slowest = max(slowest, all_gone(child, GRACE))
                 _demand_stopped(run, child.code, name, launcher)
                 if number % 5 == 0:
                     run.complete(*words, launcher=launcher)
                     demand_same(run.final(), straight.final())
-        told.append(f"{launcher} {target} {place.passed - before}/{tries} ({slowest:.1f} s)")
-    return ", ".join(told)
+                passed[launcher, target] += 1
+    told = "; ".join(f"{launcher}, {target}: {passed[launcher, target]} of {number + 1}" for launcher, target in cells)
+    return f"{told}; gone after at most {slowest:.1f} s"
 
 
 def _send(child: Child, launcher: str, target: str, number: int) -> None:
@@ -116,7 +116,7 @@ def warning(place: Place) -> str:
 
     Expected: saved, and code 138.
     """
-    for number in range(place.count(5, quick=1)):
+    for number in place.repeats(5, quick=1):
         with place.trial(f"run {number}"):
             run = Run(place.new("run"), _tree(place, steps=100_000))
             child = run.start()
@@ -135,7 +135,7 @@ def awkward(place: Place) -> str:
     Expected: the save under way is completed; the third request ends at once; before there is anything to save the
     code is 128 + the signal, too, and nothing hangs.
     """
-    for number in range(place.count(3, quick=1)):
+    for number in place.repeats(3, quick=1):
         with place.trial(f"second signal {number}"):
             _second_signal(place)
         with place.trial(f"third signal {number}"):
@@ -144,7 +144,7 @@ def awkward(place: Place) -> str:
             _during_a_save(place)
         with place.trial(f"during a validation {number}"):
             _during_a_validation(place)
-    for number in range(place.count(10, quick=1)):
+    for number in place.repeats(10, quick=1):
         with place.trial(f"at the start {number}"):
             _at_the_start(place, SIGNALS[number % 5])
     return "saved where there was something to save"
@@ -250,7 +250,7 @@ def short_grace(place: Place) -> str:
     """
     straight = Run(place.new("straight"), _tree(place))
     straight.complete()
-    for number in range(place.count(5, quick=1)):
+    for number in place.repeats(5, quick=1):
         with place.trial(f"run {number}"):
             begun = place.new("mark") / "begun"
             run = Run(place.new("run"), straight.tree)

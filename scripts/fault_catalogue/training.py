@@ -94,7 +94,7 @@ def worker_killed(place: Place) -> str:
     straight = Run(place.new("straight"), stage2(place.lab, steps=60, every=5, num_workers=2))
     straight.complete()
     slowest = 0.0
-    for number in range(place.count(10, quick=1)):
+    for number in place.repeats(10, quick=1):
         with place.trial(f"kill {number}"):
             run = Run(place.new("run"), straight.tree)
             child = run.start(hook=slow_steps(0.02))
@@ -117,7 +117,7 @@ def two_runs(place: Place) -> str:
     """
     straight = Run(place.new("straight"), stage2(place.lab, steps=40, every=5, num_workers=2))
     straight.complete()
-    for number in range(place.count(20, quick=1)):
+    for number in place.repeats(20, quick=1):
         with place.trial(f"second start {number}"):
             run = Run(place.new("run"), straight.tree)
             child = run.start(hook=slow_steps(0.04))

@@ -14,10 +14,21 @@ import torch
 from ldm import checkpoint
 from scripts import faults
 from scripts.fault_catalogue import harness, interpreter, processes, runs
-from scripts.fault_catalogue.harness import CATALOGUE, Attempt, Fault, NotTried, Place, attempt, chosen, run_all, table
+from scripts.fault_catalogue.attempts import Attempt, run_all
+from scripts.fault_catalogue.harness import (
+    CATALOGUE,
+    Fault,
+    Figures,
+    NotTried,
+    Place,
+    attempt,
+    chosen,
+    table,
+)
 from scripts.fault_catalogue.processes import Wrong, demand, fork, wait_until
 
 ROOT = Path(faults.__file__).parents[1]
+QUICK = Figures(quick=True)
 
 for part in faults.PARTS:
     __import__(f"scripts.fault_catalogue.{part}")
@@ -53,7 +64,7 @@ def test_a_fault_says_what_is_expected():
 
 
 def test_trials_are_counted_and_decide(tmp_path):
-    result = attempt(a_fault(two_of_three), tmp_path / "a", tmp_path, quick=True)
+    result = attempt(a_fault(two_of_three), tmp_path / "a", tmp_path, QUICK)
     assert (result.verdict, result.passed, result.tried) == ("fail", 2, 3)
     assert result.failures == ("trial 1: it | broke",)
     assert result.observed == "2 of 3: seen"
@@ -70,8 +81,27 @@ def test_trials_are_counted_and_decide(tmp_path):
         with place.trial("one"):
             raise NotTried("no such machine")
 
-    verdicts = [attempt(a_fault(body), tmp_path / "b", tmp_path, True).verdict for body in (nothing, crash, elsewhere)]
+    verdicts = [attempt(a_fault(body), tmp_path / "b", tmp_path, QUICK).verdict for body in (nothing, crash, elsewhere)]
     assert verdicts == ["fail", "fail", "not tried"]
+
+
+def test_repeats_are_a_sample_or_end_with_their_time(tmp_path):
+    def repeats(figures: Figures) -> list[int]:
+        return list(Place(CATALOGUE[1], tmp_path, tmp_path, figures).repeats(5, quick=2))
+
+    assert repeats(Figures()) == [0, 1, 2, 3, 4]
+    assert repeats(QUICK) == [0, 1]
+    assert repeats(Figures(minutes=0.0)) == [0]
+
+    def repeated(place: Place) -> str:
+        for number in place.repeats(5, quick=2):
+            with place.trial(f"trial {number}"):
+                pass
+        return "seen"
+
+    result = attempt(a_fault(repeated), tmp_path, tmp_path, Figures(minutes=0.0))
+    assert (result.verdict, result.tried) == ("pass", 1)
+    assert "stopped after 0 minutes" in result.observed
 
 
 def sleeps(place: Place) -> str:
@@ -91,7 +121,7 @@ def mine() -> list[int]:
 def test_what_a_fault_starts_ends_with_it(tmp_path):
     processes.adopt_orphans()
     before = set(mine())
-    under_way = Attempt(a_fault(sleeps, limit=2.0), tmp_path / "1", tmp_path, quick=True)
+    under_way = Attempt(a_fault(sleeps, limit=2.0), tmp_path / "1", tmp_path, QUICK)
     assert wait_until(lambda: len(set(mine()) - before) == 2, 30)
     while (result := under_way.result()) is None:
         time.sleep(0.05)
@@ -102,7 +132,7 @@ def test_what_a_fault_starts_ends_with_it(tmp_path):
 def test_faults_run_beside_each_other_and_all_end_when_the_catalogue_is_stopped(tmp_path):
     processes.adopt_orphans()
     quick = [Fault(n, f"fault {n}", "", "", two_of_three, 60.0) for n in range(3)]
-    results = list(run_all(quick, tmp_path, True, 2, lambda under_way: None))
+    results = list(run_all(quick, tmp_path, QUICK, 2, lambda under_way: None))
     assert sorted(result.number for result in results) == [0, 1, 2]
     before = set(mine())
 
@@ -111,7 +141,7 @@ def test_faults_run_beside_each_other_and_all_end_when_the_catalogue_is_stopped(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        list(run_all([a_fault(sleeps)], tmp_path, True, 1, interrupted))
+        list(run_all([a_fault(sleeps)], tmp_path, QUICK, 1, interrupted))
     assert set(mine()) <= before
 
 
@@ -152,7 +182,7 @@ def test_states_are_compared_bit_for_bit():
 
 
 def tried(number: int, place: Path, lab: Path = Path()) -> harness.Result:
-    return attempt(CATALOGUE[number], place, lab, quick=True)
+    return attempt(CATALOGUE[number], place, lab, QUICK)
 
 
 def test_kills_are_survived_by_our_saves_and_not_by_plain_ones(tmp_path, monkeypatch):
@@ -177,6 +207,33 @@ def test_a_disk_that_loses_power_is_noticed_to_lose_what_was_not_synced(tmp_path
     assert ours.verdict == "pass", ours.failures
     monkeypatch.setattr(os, "fsync", lambda handle: None)
     assert tried(3, tmp_path / "unsynced").verdict == "fail"
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory) -> Path:
+    """What all faults start from."""
+    folder = tmp_path_factory.mktemp("lab")
+    runs.prepare(folder, folder / "modules")
+    return folder
+
+
+BROKEN = {
+    9: ("ldm.sealed.fault", lambda path: None),
+    17: ("ldm.signals.listen", lambda: False),
+    26: ("ldm.finite.FiniteGuard.on_before_optimizer_step", lambda *_: None),
+    33: ("ldm.data.latents.check_bytes", lambda *_: None),
+    34: ("ldm.data.latents.Plan.demand", lambda *_: None),
+    39: ("fcntl.lockf", lambda *_: None),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", BROKEN)
+def test_a_fault_fails_where_its_guard_is_taken_away(number, lab, tmp_path, monkeypatch):
+    monkeypatch.setattr(*BROKEN[number])
+    result = tried(number, tmp_path / "place", lab)
+    assert result.verdict == "fail"
+    assert result.failures
 
 
 # ---- the program --------------------------------------------------------------------------------------------------
