@@ -1,14 +1,18 @@
-"""A running average of a model's weights, counted in images.
+"""Running averages of a model's weights, counted in images; any width of average afterwards, from snapshots of two.
 
 Early weights are near the random start, so an average with a long memory would look like noise for long: every profile
 here starts with no memory and lengthens it.
 """
 
 import copy
+from collections.abc import Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from ldm.errors import ConfigError
 
 
 class Profile(Protocol):
@@ -43,30 +47,89 @@ class Decay:
         return min(self.decay, (1 + updates) / (10 + updates))
 
 
+class PowerFunction:
+    """A weight's share grows as a power of the images seen when it was taken in (Karras et al. 2024, "EDM2", sec. 3.1).
+
+    The average's memory is a fixed share of the training so far, so that its early value is never random noise, and any
+    other width can be put together from snapshots of two of these (`mixture`).
+
+    Args:
+        width: relative standard deviation of the shares, sigma_rel: 0.05 and 0.1 are the paper's two.
+    """
+
+    def __init__(self, width: float) -> None:
+        self.exponent = power_exponent(width)
+
+    def __call__(self, images_seen: int, images: int) -> float:
+        return float((images_seen / (images_seen + images)) ** (self.exponent + 1))
+
+
+def power_exponent(width: float) -> float:
+    """The exponent gamma of a power-function average of relative standard deviation `width`, 0 < width < 0.28.
+
+    sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), EDM2, eq. 123-126; the largest root.
+    """
+    if not 0 < width < 12**-0.5:
+        raise ConfigError(
+            f"EMA: width {width:g}: expected more than 0 and less than {12**-0.5:.3f} (all weights alike)"
+        )
+    return float(np.roots([1, 7, 16 - width**-2, 12 - width**-2]).real.max())
+
+
+def mixture(times: Sequence[float], exponents: Sequence[float], time: float, exponent: float) -> np.ndarray:
+    """Shares (n,) of n snapshots whose sum comes nearest to the power-function average of `exponent` at `time`.
+
+    Least squares over the shares of the weights at all times (EDM2, algorithm 3).
+
+    Args:
+        times: images seen at each snapshot, > 0.
+        exponents: of each snapshot's own average.
+        time: images seen at the average that is wanted, at most the latest snapshot's.
+        exponent: of the average that is wanted.
+    """
+    t, g = np.asarray(times, dtype=np.float64) / time, np.asarray(exponents, dtype=np.float64)
+    products = _overlap(t[:, None], g[:, None], t, g)  # (n, n)
+    wanted = _overlap(t, g, np.ones(1), np.full(1, exponent))  # (n,)
+    return np.linalg.solve(products, wanted)
+
+
+def _overlap(t: np.ndarray, g: np.ndarray, u: np.ndarray, h: np.ndarray) -> np.ndarray:
+    """The integral of (g + 1) tau^g / t^(g + 1) times (h + 1) tau^h / u^(h + 1), up to the earlier of t and u."""
+    earlier, later, power = np.minimum(t, u), np.maximum(t, u), np.where(t < u, h, g)
+    return (g + 1) * (h + 1) / (g + h + 1) * (earlier / later) ** power / later
+
+
 class EMA(nn.Module):
-    """Holds the average as the submodule `average`: a float32 copy, always in eval mode, never trained.
+    """Holds averages as submodules: float32 copies, always in eval mode, never trained.
+
+    Args:
+        model: what to average.
+        profile: of `average`, the one that samples are made with.
+        others: of further averages, for `scripts/reconstruct_ema.py`.
 
     Attributes:
         average: the averaged model.
+        others: further averages.
         images_seen: images counted so far; kept on the host (reading it never waits) and saved with the weights.
     """
 
-    def __init__(self, model: nn.Module, profile: Profile) -> None:
+    def __init__(self, model: nn.Module, profile: Profile, others: Sequence[Profile] = ()) -> None:
         super().__init__()
         self.average = copy.deepcopy(model).float().requires_grad_(False)
-        self.profile = profile
+        self.others = nn.ModuleList(copy.deepcopy(self.average) for _ in others)
+        self.profiles = [profile, *others]
         self.images_seen = 0
         self.train(False)
 
     @torch.no_grad()
     def update(self, model: nn.Module, images: int) -> None:
         """Take in the weights after an optimizer step over `images` images (the global batch)."""
-        keep = self.profile(self.images_seen, images)
-        averages: list[Tensor] = [*self.average.parameters()]
-        weights = [w.to(a.dtype) for a, w in zip(averages, model.parameters(), strict=True)]
-        torch._foreach_lerp_(averages, weights, 1 - keep)
-        for ours, theirs in zip(self.average.buffers(), model.buffers(), strict=True):
-            ours.copy_(theirs)
+        for average, profile in zip([self.average, *self.others], self.profiles, strict=True):
+            averages: list[Tensor] = [*average.parameters()]
+            weights = [w.to(a.dtype) for a, w in zip(averages, model.parameters(), strict=True)]
+            torch._foreach_lerp_(averages, weights, 1 - profile(self.images_seen, images))
+            for ours, theirs in zip(average.buffers(), model.buffers(), strict=True):
+                ours.copy_(theirs)
         self.images_seen += images
 
     def train(self, mode: bool = True) -> "EMA":

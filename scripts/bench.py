@@ -37,7 +37,8 @@ from ldm.autoencoder.posterior import DiagonalGaussian
 from ldm.commandline import Parser, split_overrides
 from ldm.data.arrays import FashionMNIST
 from ldm.diffusion.conditioning import Conditioning
-from ldm.diffusion.objectives import DDPM, SqrtLinear
+from ldm.diffusion.noise_schedules import SqrtLinear
+from ldm.diffusion.objectives import DDPM
 from ldm.diffusion.unet import UNet
 from ldm.errors import LdmError
 from ldm.evaluation.generate import Pipeline

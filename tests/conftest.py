@@ -94,7 +94,7 @@ def diffusion_tree(image_folder) -> Tree:
             "ldm.diffusion.module.LatentDiffusion",
             network=network,
             conditioner=node("ldm.diffusion.conditioning.ClassVector", num_classes="${data:num_classes}", channels=8),
-            objective=node("ldm.diffusion.objectives.DDPM", schedule=node("ldm.diffusion.objectives.SqrtLinear")),
+            objective=node("ldm.diffusion.objectives.DDPM", schedule=node("ldm.diffusion.noise_schedules.SqrtLinear")),
             optimizer=node("torch.optim.AdamW", partial=True, lr=1e-3),
             ema=node("ldm.ema.EMA", partial=True, profile=node("ldm.ema.Decay")),
             label_dropout=0.1,

@@ -26,11 +26,17 @@ PUBLISHED = {
     "diffusion/celebahq_f4.yaml": {"denoiser.network": 274},
     "diffusion/lsun_churches_f8.yaml": {"denoiser.network": 294},
     "diffusion/imagenet_f8_class.yaml": {"denoiser.network": 395},
+    "diffusion/dit_xl2_imagenet256.yaml": {"denoiser": 675},
+    "diffusion/sit_xl2_imagenet256.yaml": {"denoiser": 675},
+    "diffusion/lightningdit_xl1_f16.yaml": {"denoiser": 675},
 }
 # The latents of each stage-2 configuration's own stage 1: channels, side.
 LATENTS = {
     "diffusion/celebahq_f4.yaml": (3, 64),
+    "diffusion/dit_xl2_imagenet256.yaml": (4, 32),
     "diffusion/imagenet_f8_class.yaml": (4, 32),
+    "diffusion/lightningdit_xl1_f16.yaml": (16, 16),
+    "diffusion/sit_xl2_imagenet256.yaml": (4, 32),
     "diffusion/lsun_churches_f8.yaml": (4, 32),
     "fashion_mnist/diffusion.yaml": (4, 8),
     "quickstart/diffusion.yaml": (4, 8),
@@ -118,6 +124,8 @@ def test_stage_1_trains_two_steps(name, image_folder, tmp_path, monkeypatch):
 def test_stage_2_trains_two_steps(name, image_folder, runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["model.params.network.params.channels=32", *overrides(name, image_folder)]
+    if "ldm.diffusion.dit.DiT" in CONFIGS[name].read_text():
+        words += ["model.params.network.params.depth=2", "model.params.network.params.heads=4"]
     words.append(f"data.params.autoencoder={runs.autoencoder}")
     assert main.main(["--base", str(CONFIGS[name]), *words]) == 0
     check_run(tmp_path)

@@ -1,10 +1,12 @@
 """The running average against its closed form, its warm-up, and what it must not confuse."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from ldm.ema import EMA, Decay, HalfLife
+from ldm.ema import EMA, Decay, HalfLife, PowerFunction, mixture, power_exponent
+from ldm.errors import ConfigError
 
 
 class Steady:
@@ -135,3 +137,75 @@ def test_update_never_reads_the_device():
         ema = EMA(net, HalfLife(10))
         ema.update(net, images=4)
     assert ema.images_seen == 4
+
+
+@pytest.mark.parametrize("width", [0.01, 0.05, 0.1, 0.25])
+def test_power_function_has_the_width_asked_for(width):
+    """The shares of the weights at all times, as the updates leave them: their mean and standard deviation."""
+    profile, steps = PowerFunction(width), 4000
+    shares = np.zeros(steps)
+    for step in range(steps):
+        keep = profile(step * 32, 32)
+        shares *= keep
+        shares[step] = 1 - keep
+    times = (np.arange(steps) + 0.5) / steps
+    mean = (shares * times).sum()
+    assert shares.sum() == pytest.approx(1)
+    assert np.sqrt((shares * (times - mean) ** 2).sum()) == pytest.approx(width, rel=0.01)
+
+
+@pytest.mark.parametrize("width", [0.0, 0.29, -1.0])
+def test_widths_that_no_power_function_has(width):
+    with pytest.raises(ConfigError, match="width"):
+        power_exponent(width)
+
+
+def test_two_averages_are_those_of_two():
+    net = model(1.0)
+    both, first, second = (
+        EMA(net, PowerFunction(0.05), [PowerFunction(0.1)]),
+        EMA(net, PowerFunction(0.05)),
+        EMA(net, PowerFunction(0.1)),
+    )
+    for value in (2.0, 4.0, 8.0):
+        set_to(net, value)
+        for ema in (both, first, second):
+            ema.update(net, images=10)
+    assert average(both) == average(first)
+    assert both.others[0][0].weight[0, 0] == average(second)
+    again = EMA(model(), PowerFunction(0.05), [PowerFunction(0.1)])
+    again.load_state_dict(both.state_dict())
+    assert again.others[0][0].weight[0, 0] == average(second)
+
+
+@pytest.mark.parametrize("width", [0.04, 0.075, 0.12, 0.2])
+@pytest.mark.parametrize("at", [1.0, 0.75])
+def test_any_width_afterwards(width, at):
+    """Against the average kept all along, of weights that drift and shake."""
+    rng, steps = np.random.default_rng(0), 1600
+    weights = np.cumsum(rng.normal(size=(steps, 20)) * 0.03, 0) + rng.normal(size=(steps, 20)) * 0.3
+    profiles = [PowerFunction(0.05), PowerFunction(0.1)]
+    wanted = PowerFunction(width)
+    averages, direct = [np.zeros(20), np.zeros(20)], np.zeros(20)
+    snapshots, times, exponents = [], [], []
+    for step in range(int(at * steps)):
+        images = step * 8
+        keep = wanted(images, 8)
+        direct = keep * direct + (1 - keep) * weights[step]
+        for i, profile in enumerate(profiles):
+            keep = profile(images, 8)
+            averages[i] = keep * averages[i] + (1 - keep) * weights[step]
+        if (step + 1) % 50 == 0:
+            snapshots += [average.copy() for average in averages]
+            times += [images + 8] * 2
+            exponents += [profile.exponent for profile in profiles]
+    shares = mixture(times, exponents, times[-1], wanted.exponent)
+    made = (shares[:, None] * np.stack(snapshots)).sum(0)
+    assert shares.sum() == pytest.approx(1, abs=0.02)
+    assert np.abs(made - direct).max() < 0.02 * weights.std()
+
+
+def test_a_snapshot_of_the_width_asked_for_is_taken_as_it_is():
+    exponents = [power_exponent(0.05), power_exponent(0.1)] * 2
+    shares = mixture([500, 500, 1000, 1000], exponents, 1000, power_exponent(0.1))
+    np.testing.assert_allclose(shares, [0, 0, 0, 1], atol=1e-6)

@@ -23,6 +23,8 @@ LEVELS = {
         *("autoencoder.networks", "autoencoder.posterior", "autoencoder.lpips", "autoencoder.discriminator"),
         *("autoencoder.losses", "autoencoder.codec"),
         *("diffusion.unet", "diffusion.objectives", "diffusion.guidance", "diffusion.samplers"),
+        *("diffusion.paths", "diffusion.predictions", "diffusion.weightings", "diffusion.noise_levels"),
+        *("diffusion.noise_schedules", "diffusion.grids", "diffusion.dit"),
         "diffusion.conditioning",
     ],
     2: ["data.datamodules", "data.latent_datamodule", "autoencoder.module", "diffusion.module"],

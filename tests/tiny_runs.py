@@ -65,8 +65,8 @@ def save_diffusion(folder: Path, autoencoder: Path, classes: list[str] | None) -
         # v keeps an untrained network's samples in range, where eps would send them to the clamp.
         "objective": node(
             "diffusion.objectives.DDPM",
-            schedule=node("diffusion.objectives.SqrtLinear"),
-            prediction=node("diffusion.objectives.V"),
+            schedule=node("diffusion.noise_schedules.SqrtLinear"),
+            prediction=node("diffusion.predictions.V"),
         ),
     }
     parts = [build(params[name]) for name in ("network", "conditioner", "objective")]

@@ -75,12 +75,20 @@ class Unconditional(nn.Module):
 
 
 class _ClassTable(nn.Module):
-    """One learned row a class, and one more, the last, for "no class"."""
+    """One learned row a class, and one more, the last, for "no class".
 
-    def __init__(self, num_classes: int, channels: int) -> None:
+    Args:
+        num_classes: labels are 0 .. num_classes - 1.
+        channels: of a row.
+        std: of the rows' first, normal values.
+    """
+
+    def __init__(self, num_classes: int, channels: int, std: float = 1.0) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.table = nn.Embedding(num_classes + 1, channels)
+        with torch.no_grad():
+            self.table.weight.mul_(std)
 
     def rows(self, batch: Mapping[str, Any]) -> Tensor:
         """(N, D) from batch["class_label"], (N,) integers in [0, num_classes)."""

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ldm import sharding
 from ldm.diffusion.conditioning import Conditioner
-from ldm.diffusion.objectives import DDPM, Network
+from ldm.diffusion.objectives import Network, Objective
 from ldm.ema import EMA
 from ldm.errors import ConfigError
 from ldm.schedule import Constant
@@ -48,7 +48,7 @@ class LatentDiffusion(LightningModule):
         self,
         network: nn.Module,
         conditioner: nn.Module,
-        objective: DDPM,
+        objective: Objective,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         ema: Callable[[nn.Module], EMA],
         schedule: Callable[[int], float] | None = None,
@@ -72,7 +72,7 @@ class LatentDiffusion(LightningModule):
         mesh = self.device_mesh["data_parallel"]
         # Otherwise autocast alone converts, as on one device.
         compute = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
-        for denoiser in (self.denoiser, self.ema.average):
+        for denoiser in (self.denoiser, self.ema.average, *self.ema.others):
             network, conditioner = cast(nn.ModuleDict, denoiser).values()
             if not isinstance(network, sharding.InBlocks):
                 raise ConfigError(

@@ -1,17 +1,22 @@
 """What a denoiser is trained on: how data becomes noise, what the network predicts, how errors are weighed.
 
-t runs one way everywhere: t = 0 is data, t = T (`steps`) the last noise level. A noisy latent is
-x_t = alpha(t) x0 + sigma(t) noise; samplers know an objective by alpha, sigma, denoise and grid alone.
+t runs one way everywhere: t = 0 is data, `last` the last noise level. A noisy latent is x_t = alpha(t) x0 + sigma(t)
+noise; samplers know an objective by alpha, sigma, time, denoise and grid alone. An objective is a path (paths.py), a
+prediction (predictions.py), a weighting (weightings.py) and a distribution of noise levels (noise_levels.py). Three
+sets of them have names: DDPM, EDM and Flow.
 """
 
-import math
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy as np
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.diffusion.conditioning import Conditioning
+from ldm.diffusion.noise_levels import LogNormal, NoiseLevels, Uniform
+from ldm.diffusion.noise_schedules import NoiseSchedule
+from ldm.diffusion.paths import Discrete, Exploding, Path, Straight
+from ldm.diffusion.predictions import Eps, Preconditioned, Prediction, Velocity
+from ldm.diffusion.weightings import VLB, Level, Plain, Weighting
 from ldm.errors import ConfigError
 from ldm.randomness import Draws
 
@@ -22,136 +27,105 @@ class Network(Protocol):
     def __call__(self, x: Tensor, noise_level: Tensor, conditioning: Conditioning) -> Tensor: ...
 
 
-class Objective(Protocol):
-    """What training and samplers need; times are float32, () or (N,)."""
-
-    def alpha(self, t: Tensor) -> Tensor: ...
-
-    def sigma(self, t: Tensor) -> Tensor: ...
-
-    def loss(self, net: Network, x0: Tensor, conditioning: Conditioning, draws: Draws) -> Tensor:
-        """(N,) losses of a batch."""
-        ...
-
-    def denoise(self, net: Network, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The network's estimate of x0, float32, the shape of x."""
-        ...
-
-    def grid(self, steps: int) -> Tensor:
-        """(steps + 1,) strictly decreasing times on the host: the last noise level first, data (0) last."""
-        ...
-
-
 def rowwise(values: Tensor, like: Tensor) -> Tensor:
     """() or (N,) values in a shape that multiplies the rows of `like` (N, ...)."""
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
-# How fast the signal fades: betas(steps) -> (steps,) float64, the variances of the single noising steps.
+class Objective(nn.Module):
+    """Any path, prediction, weighting and distribution of noise levels together.
+
+    A module so that a weighting with parameters is seen; it has none of its own.
+
+    Args:
+        path: how data becomes noise.
+        prediction: what the network's output means.
+        weighting: squared errors -> losses.
+        levels: which noise levels training visits.
+        direction_weight: of 1 - cosine(output, target) over the channels, added to the loss (Yao et al. 2025,
+            "LightningDiT"); meant for `Velocity`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        prediction: Prediction,
+        weighting: Weighting,
+        levels: NoiseLevels,
+        direction_weight: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if isinstance(weighting, VLB) and path.step == 0:
+            raise ConfigError("objective: the variational bound adds up steps of t, which this path does not have")
+        self.path = path
+        self.prediction = prediction
+        self.weighting = weighting
+        self.levels = levels
+        self.direction_weight = direction_weight
+
+    @property
+    def last(self) -> float:
+        """The last noise level, where sampling starts."""
+        return self.path.last
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """The signal's factor at 0 <= t <= last, float32 of t's shape, () or (N,)."""
+        return self.path.alpha(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """The noise's factor at 0 <= t <= last, float32 of t's shape, () or (N,)."""
+        return self.path.sigma(t)
+
+    def time(self, ratio: Tensor) -> Tensor:
+        """The t at which sigma / alpha is `ratio`; on the host."""
+        return self.path.time(ratio)
+
+    def grid(self, steps: int) -> Tensor:
+        """(steps + 1,) strictly decreasing times on the host: the last noise level first, data (0) last.
+
+        Raises:
+            ConfigError: a number of steps that there cannot be.
+        """
+        return self.path.grid(steps)
+
+    def loss(self, net: Network, x0: Tensor, conditioning: Conditioning, draws: Draws) -> Tensor:
+        """Weighted squared error of the prediction at the levels visited, mean over all but the batch: (N,)."""
+        t = self.path.visit(self.levels(draws.stratified("timestep")))  # (N,)
+        noise = draws.normal("noise", x0.shape[1:])
+        alpha, sigma = self.alpha(t), self.sigma(t)
+        a, s = rowwise(alpha, x0), rowwise(sigma, x0)
+        output = self._output(net, a * x0 + s * noise, t, conditioning)
+        target = self.prediction.target(x0, noise, a, s)
+        error = (output - target).square().flatten(1).mean(1)
+        before = self._snr((t - self.path.step).clamp(min=0))
+        loss = self.weighting(error, Level(self._snr(t), before, self.prediction.gain(alpha, sigma)))
+        if self.direction_weight > 0:
+            loss = loss + self.direction_weight * (1 - F.cosine_similarity(output, target, dim=1)).flatten(1).mean(1)
+        return loss
+
+    def denoise(self, net: Network, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The network's estimate of x0, float32, from x (N, ...) at t, () or (N,), 0 < t <= last."""
+        t = t.to(x.device, non_blocking=True).expand(len(x))
+        output = self._output(net, x, t, conditioning)
+        return self.prediction.x0(output, x, rowwise(self.alpha(t), x), rowwise(self.sigma(t), x))
+
+    def _output(self, net: Network, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        return net(rowwise(self.path.input_scale(t), x) * x, self.path.told(t), conditioning).float()
+
+    def _snr(self, t: Tensor) -> Tensor:
+        return (self.alpha(t) / self.sigma(t)).square()
 
 
-class NoiseSchedule(Protocol):
-    """The single steps x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) noise of DDPM (Ho et al. 2020, eq. 2)."""
-
-    def betas(self, steps: int) -> np.ndarray: ...
-
-
-class Linear:
-    """beta linear in t (Ho et al. 2020)."""
-
-    def __init__(self, start: float = 1e-4, end: float = 0.02) -> None:
-        self.start, self.end = start, end
-
-    def betas(self, steps: int) -> np.ndarray:
-        return np.linspace(self.start, self.end, steps)
-
-
-class SqrtLinear:
-    """sqrt(beta) linear in t: the "linear" of latent diffusion's code; 0.0015..0.0195 for its f4 and f8 models."""
-
-    def __init__(self, start: float = 0.0015, end: float = 0.0195) -> None:
-        self.start, self.end = start, end
-
-    def betas(self, steps: int) -> np.ndarray:
-        return np.linspace(math.sqrt(self.start), math.sqrt(self.end), steps) ** 2
-
-
-class Cosine:
-    """alpha falls as a quarter of a cosine (Nichol and Dhariwal 2021, eq. 17)."""
-
-    def __init__(self, offset: float = 0.008, largest_beta: float = 0.999) -> None:
-        self.offset, self.largest_beta = offset, largest_beta
-
-    def betas(self, steps: int) -> np.ndarray:
-        place = (np.arange(steps + 1) / steps + self.offset) / (1 + self.offset)
-        squared_alpha = np.cos(place * math.pi / 2) ** 2
-        return np.minimum(1 - squared_alpha[1:] / squared_alpha[:-1], self.largest_beta)
-
-
-# What the network's output means.
-
-
-class Prediction(Protocol):
-    """The training target, and the way back from the output to x0; alpha and sigma multiply rows."""
-
-    def target(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor: ...
-
-    def x0(self, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor: ...
-
-
-class Eps:
-    """The noise (Ho et al. 2020)."""
-
-    def target(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return noise
-
-    def x0(self, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return (x - sigma * output) / alpha
-
-
-class X0:
-    """The data."""
-
-    def target(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return x0
-
-    def x0(self, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return output
-
-
-class V:
-    """v = alpha noise - sigma x0 (Salimans and Ho 2022); the way back needs alpha^2 + sigma^2 = 1."""
-
-    def target(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return alpha * noise - sigma * x0
-
-    def x0(self, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return alpha * x - sigma * output
-
-
-class Weighting(Protocol):
-    """(N,) factors of the squared errors at the levels alpha (N,), sigma (N,)."""
-
-    def __call__(self, alpha: Tensor, sigma: Tensor) -> Tensor: ...
-
-
-class Plain:
-    """Every noise level counts alike (L_simple of Ho et al. 2020)."""
-
-    def __call__(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return torch.ones_like(alpha)
-
-
-class DDPM(nn.Module):
+class DDPM(Objective):
     """Denoising diffusion in `steps` discrete levels (Ho et al. 2020); variance-preserving: alpha^2 + sigma^2 = 1.
-
-    A module only so that a weighting with parameters is seen; it has none of its own, and its tables are no state.
 
     Args:
         schedule: how fast the signal fades.
         prediction: what the network's output means (default: the noise).
-        weighting: factors of the squared errors (default: 1).
+        weighting: squared errors -> losses (default: as they are).
+        levels: which noise levels training visits (default: all alike).
         steps: T, the number of noise levels.
+        direction_weight: see Objective.
     """
 
     def __init__(
@@ -159,65 +133,55 @@ class DDPM(nn.Module):
         schedule: NoiseSchedule,
         prediction: Prediction | None = None,
         weighting: Weighting | None = None,
+        levels: NoiseLevels | None = None,
         steps: int = 1000,
+        direction_weight: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.steps = steps
-        self.prediction: Prediction = Eps() if prediction is None else prediction
-        self.weighting: Weighting = Plain() if weighting is None else weighting
-        squared_alpha = np.concatenate([[1.0], np.cumprod(1 - schedule.betas(steps))])  # t = 0..T
-        # Kept off the state dict and out of .to(dtype): a bf16 model still needs these in full.
-        self._tables = {"alpha": np.sqrt(squared_alpha), "sigma": np.sqrt(1 - squared_alpha)}
-        self._on_device: dict[tuple[str, torch.device], Tensor] = {}
+        path = Discrete(schedule, steps)
+        super().__init__(path, prediction or Eps(), weighting or Plain(), levels or Uniform(), direction_weight)
 
-    def alpha(self, t: Tensor) -> Tensor:
-        """The signal's factor at 0 <= t <= T, float32 of t's shape: exact at whole t, linear in between."""
-        return self._look_up("alpha", t)
 
-    def sigma(self, t: Tensor) -> Tensor:
-        """The noise's factor at 0 <= t <= T, float32 of t's shape: exact at whole t, linear in between."""
-        return self._look_up("sigma", t)
+class EDM(Objective):
+    """Karras et al. 2022: preconditioned, with log-normal noise levels; the loss's weights are in the prediction.
 
-    def loss(self, net: Network, x0: Tensor, conditioning: Conditioning, draws: Draws) -> Tensor:
-        """Weighted squared error of the prediction at random levels 1..T, mean over all but the batch: (N,)."""
-        t = (draws.stratified("timestep") * self.steps).floor().add(1).clamp(max=self.steps)  # (N,)
-        noise = draws.normal("noise", x0.shape[1:])
-        alpha, sigma = self.alpha(t), self.sigma(t)
-        a, s = rowwise(alpha, x0), rowwise(sigma, x0)
-        output = net(a * x0 + s * noise, self._noise_level(t), conditioning).float()
-        error = output - self.prediction.target(x0, noise, a, s)
-        return self.weighting(alpha, sigma) * error.square().flatten(1).mean(1)
+    Args:
+        levels: which noise levels training visits (default: the paper's).
+        weighting: squared errors of the preconditioned output -> losses (default: as they are; EDM2: `Uncertainty`).
+        sigma_data: standard deviation of the data; latents out of a cache are whitened: 1.
+        sigma_min, sigma_max, rho: of the sampling levels.
+    """
 
-    def denoise(self, net: Network, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The network's estimate of x0, float32, from x (N, ...) at t, () or (N,), 0 < t <= T."""
-        t = t.expand(len(x))
-        output = net(x, self._noise_level(t), conditioning).float()
-        return self.prediction.x0(output, x, rowwise(self.alpha(t), x), rowwise(self.sigma(t), x))
+    def __init__(
+        self,
+        levels: NoiseLevels | None = None,
+        weighting: Weighting | None = None,
+        sigma_data: float = 1.0,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        rho: float = 7.0,
+    ) -> None:
+        path = Exploding(sigma_data, sigma_min, sigma_max, rho)
+        super().__init__(path, Preconditioned(sigma_data), weighting or Plain(), levels or LogNormal())
 
-    def grid(self, steps: int) -> Tensor:
-        """Whole times from T to 0 in exactly `steps` steps, as even as they can be: (steps + 1,) float32.
 
-        Raises:
-            ConfigError: unless 1 <= steps <= T.
-        """
-        if not 1 <= steps <= self.steps:
-            raise ConfigError(f"sampling steps: expected 1 to {self.steps} (the objective's levels), got {steps}")
-        return torch.tensor([-(-self.steps * left // steps) for left in range(steps, -1, -1)], dtype=torch.float32)
+class Flow(Objective):
+    """Rectified flow, the linear interpolant with velocity prediction (Liu et al. 2023; Ma et al. 2024, "SiT").
 
-    @staticmethod
-    def _noise_level(t: Tensor) -> Tensor:
-        """What the network is told. The lineage counts its levels from 0, so published weights work unchanged."""
-        return t - 1
+    Args:
+        prediction: what the network's output means (default: the velocity).
+        weighting: squared errors -> losses (default: as they are).
+        levels: which noise levels training visits (default: all alike).
+        direction_weight: see Objective.
+        told_scale: the network is told told_scale * t.
+    """
 
-    def _look_up(self, name: str, t: Tensor) -> Tensor:
-        key = (name, t.device)
-        if key not in self._on_device:
-            self._on_device[key] = torch.tensor(self._tables[name], dtype=torch.float32, device=t.device)
-        table = self._on_device[key]
-        below = t.detach().floor().clamp(0, self.steps - 1).long()
-        # take(), because indexing by a scalar tensor would read it back from the device.
-        return torch.lerp(table.take(below), table.take(below + 1), (t - below).float())
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles leave the tables' device copies behind."""
-        return {**super().__getstate__(), "_on_device": {}}
+    def __init__(
+        self,
+        prediction: Prediction | None = None,
+        weighting: Weighting | None = None,
+        levels: NoiseLevels | None = None,
+        direction_weight: float = 0.0,
+        told_scale: float = 1000.0,
+    ) -> None:
+        path = Straight(told_scale)
+        super().__init__(path, prediction or Velocity(), weighting or Plain(), levels or Uniform(), direction_weight)

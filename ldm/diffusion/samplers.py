@@ -1,15 +1,28 @@
 """From noise to data. Each sampler is written once for every objective, in terms of alpha, sigma and the estimated x0.
 
-A sampler is f(denoise, objective, noise, steps, ...) -> x0, with denoise(x (N, ...), t ()) -> x0. No loop waits for the
-device. Noise drawn on the way is keyed by the row's own number, so that an image does not depend on its batch.
+A sampler is f(denoise, objective, x, times, ...) -> x0, with x at times[0] and denoise(x (N, ...), t ()) -> x0. Times
+are on the host, decrease strictly and end at 0 (grids.py): no loop waits for the device. Noise drawn on the way is
+keyed by the row's own number, so that an image does not depend on its batch.
 """
 
+import math
+from collections import deque
+from itertools import pairwise
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from ldm.diffusion.guidance import Denoiser
 from ldm.diffusion.objectives import Objective
 from ldm.randomness import Draws
+
+
+def start(objective: Objective, noise: Tensor, t: Tensor, x0: Tensor | None = None) -> Tensor:
+    """Where sampling begins: at t (), from `x0` (N, ...), or from nothing but that data has mean 0 and variance 1."""
+    if x0 is None:
+        return noise * torch.hypot(objective.alpha(t), objective.sigma(t))
+    return objective.alpha(t) * x0 + objective.sigma(t) * noise
 
 
 def first_order_step(
@@ -24,7 +37,8 @@ def first_order_step(
     """From time t to s < t: x_s = alpha_s x0 + sigma_s eps, with eps = (x_t - alpha_t x0) / sigma_t.
 
     With eta > 0 a part of eps is replaced by `fresh` noise, of eta times the standard deviation of the true posterior
-    q(x_s | x_t, x0): eta = 0 is DDIM (Song et al. 2021, eq. 12), and Euler's method for EDM and flows; eta = 1 is DDPM.
+    q(x_s | x_t, x0): eta = 0 is DDIM (Song et al. 2021, eq. 12), and Euler's method for EDM and flows; eta = 1 is DDPM,
+    and the reverse SDE of any path.
 
     Args:
         x: (N, ...) at time t.
@@ -46,30 +60,166 @@ def first_order_step(
 def ddim(
     denoise: Denoiser,
     objective: Objective,
-    noise: Tensor,
-    steps: int,
-    eta: float = 0.0,
+    x: Tensor,
+    times: Tensor,
     draws: Draws | None = None,
+    eta: float = 0.0,
 ) -> Tensor:
-    """DDIM (Song et al. 2021) in exactly `steps` calls of `denoise`.
+    """DDIM (Song et al. 2021), which is Euler's method for EDM and flows; one call of `denoise` a step.
 
     Args:
-        noise: (N, ...) standard normal, float32.
+        x: (N, ...) float32 at times[0].
+        times: (steps + 1,) on the host.
+        draws: the rows' randomness on x's device; needed where eta > 0.
         eta: 0 = deterministic ... 1 = ancestral.
-        draws: the rows' randomness on noise's device; needed where eta > 0.
     """
-    if eta > 0 and draws is None:
-        raise ValueError("eta > 0 adds noise on the way: pass draws")
-    times = objective.grid(steps).to(noise.device)
-    # The spread of noisy whitened data at the last level: 1 where variance is preserved.
-    x = noise * torch.hypot(objective.alpha(times[0]), objective.sigma(times[0]))
-    for i in range(steps):
-        last = i == steps - 1
-        fresh = None if draws is None or eta == 0 or last else draws.normal(f"step{i}", x.shape[1:])
-        x = first_order_step(objective, x, denoise(x, times[i]), times[i], times[i + 1], eta, fresh)
+    for i, (t, s) in enumerate(pairwise(times)):
+        x = first_order_step(objective, x, denoise(x, t), t, s, eta, _fresh(draws, eta, i, x, s))
     return x
 
 
-def ancestral(denoise: Denoiser, objective: Objective, noise: Tensor, steps: int, draws: Draws) -> Tensor:
-    """DDPM's own sampler (Ho et al. 2020, algorithm 2), with the posterior's variance, on a grid of `steps`."""
-    return ddim(denoise, objective, noise, steps, eta=1.0, draws=draws)
+def ancestral(denoise: Denoiser, objective: Objective, x: Tensor, times: Tensor, draws: Draws) -> Tensor:
+    """DDPM's own sampler (Ho et al. 2020, algorithm 2), with the posterior's variance; the SDE of flows and EDM."""
+    return ddim(denoise, objective, x, times, draws, eta=1.0)
+
+
+@torch.no_grad()
+def heun(
+    denoise: Denoiser,
+    objective: Objective,
+    x: Tensor,
+    times: Tensor,
+    draws: Draws | None = None,
+    churn: float = 0.0,
+    churn_from: float = 0.0,
+    churn_to: float = math.inf,
+    inflation: float = 1.0,
+) -> Tensor:
+    """EDM's second-order sampler (Karras et al. 2022, algorithm 2); two calls of `denoise` a step but the last.
+
+    Args:
+        x: (N, ...) float32 at times[0].
+        times: (steps + 1,) on the host.
+        draws: the rows' randomness on x's device; needed where churn > 0.
+        churn: noise added on the way, S_churn.
+        churn_from, churn_to: the ratios sigma / alpha between which it is added, S_min and S_max.
+        inflation: of the noise added, S_noise.
+    """
+    gamma = min(churn / (len(times) - 1), math.sqrt(2) - 1)
+    for i, (t, s) in enumerate(pairwise(times)):
+        ratio = objective.sigma(t) / objective.alpha(t)
+        if gamma > 0 and churn_from <= float(ratio) <= churn_to and math.isfinite(float(ratio)):
+            noisier = objective.time(ratio * (1 + gamma))
+            more = (objective.sigma(noisier) / objective.alpha(noisier)) ** 2 - ratio**2
+            fresh = _drawn(draws, i, x)
+            x = objective.alpha(noisier) * (x / objective.alpha(t) + inflation * more.clamp(min=0).sqrt() * fresh)
+            t = noisier
+        x0 = denoise(x, t)
+        ahead = first_order_step(objective, x, x0, t, s)
+        x = ahead if float(objective.sigma(s)) == 0 else _trapezoid(objective, x, x0, denoise(ahead, s), ahead, t, s)
+    return x
+
+
+def _trapezoid(
+    objective: Objective, x: Tensor, x0: Tensor, x0_ahead: Tensor, ahead: Tensor, t: Tensor, s: Tensor
+) -> Tensor:
+    """The step t -> s along the mean of the slopes at both ends."""
+    alpha_t, sigma_t, alpha_s, sigma_s = objective.alpha(t), objective.sigma(t), objective.alpha(s), objective.sigma(s)
+    if float(alpha_t) == 0:  # pure noise: d(x / sigma) = x0 d(alpha / sigma)
+        return sigma_s / sigma_t * x + alpha_s * (x0 + x0_ahead) / 2
+    # Elsewhere as the paper: d(x / alpha) = eps d(sigma / alpha).
+    eps, eps_ahead = (x - alpha_t * x0) / sigma_t, (ahead - alpha_s * x0_ahead) / sigma_s
+    return alpha_s / alpha_t * x + (sigma_s - alpha_s / alpha_t * sigma_t) * (eps + eps_ahead) / 2
+
+
+@torch.no_grad()
+def dpm_solver(
+    denoise: Denoiser,
+    objective: Objective,
+    x: Tensor,
+    times: Tensor,
+    draws: Draws | None = None,
+    eta: float = 0.0,
+) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022), and with eta = 1 its SDE form; second order with one call of `denoise` a step.
+
+    The estimated data is carried on to the middle of the step, in ln(alpha / sigma), from its last two values. The
+    first and the last step are of first order.
+    """
+    before: Tensor | None = None
+    logs = _log_ratios(objective, times)
+    for i, (t, s) in enumerate(pairwise(times)):
+        x0 = denoise(x, t)
+        carried = x0
+        if before is not None and math.isfinite(logs[i + 1]):
+            ahead = (logs[i + 1] - logs[i]) / (2 * (logs[i] - logs[i - 1]))
+            carried = x0 + ahead * (x0 - before)
+        x = first_order_step(objective, x, carried, t, s, eta, _fresh(draws, eta, i, x, s))
+        before = x0
+    return x
+
+
+@torch.no_grad()
+def unipc(
+    denoise: Denoiser,
+    objective: Objective,
+    x: Tensor,
+    times: Tensor,
+    draws: Draws | None = None,
+    order: int = 2,
+) -> Tensor:
+    """A predictor and corrector with one call of `denoise` a step, of order `order` + 1 (UniPC: Zhao et al. 2023).
+
+    With lambda = ln(alpha / sigma), x_s = sigma_s / sigma_t x_t + sigma_s times the integral of e^lambda x0(lambda)
+    from t to s. The predictor puts the polynomial through the last `order` estimates of x0 under the integral; the
+    corrector does the step again once x0 is known at its end, with one point more. At first there are fewer points;
+    the last step, to the data, is of first order. (An order above 2 gains little: the start limits it.)
+    """
+    logs = _log_ratios(objective, times)
+    known: deque[tuple[float, Tensor]] = deque(maxlen=order)  # (lambda, x0), newest last
+    begin = x
+    for i, (t, s) in enumerate(pairwise(times)):
+        x0 = denoise(x, t)
+        if i > 0 and len(known) > 0 and math.isfinite(logs[i - 1]):
+            # The step that led here, again, with the estimate at its end.
+            x = _integrate(objective, begin, [*known, (logs[i], x0)], times[i - 1], t, logs[i - 1], logs[i])
+        if math.isfinite(logs[i]):
+            known.append((logs[i], x0))
+        begin = x
+        if math.isfinite(logs[i + 1]) and math.isfinite(logs[i]):
+            x = _integrate(objective, x, [*known], t, s, logs[i], logs[i + 1])
+        else:
+            x = first_order_step(objective, x, x0, t, s)
+    return x
+
+
+def _integrate(
+    objective: Objective, x: Tensor, known: list[tuple[float, Tensor]], t: Tensor, s: Tensor, here: float, there: float
+) -> Tensor:
+    """sigma_s / sigma_t x + alpha_s sum_j w_j x0_j: the integral of the polynomial through (lambda_j, x0_j)."""
+    h = there - here
+    places = np.array([(log - here) / h for log, _ in known])
+    # moments[k] = h * integral of e^(-h (1 - u)) u^k over u in [0, 1], by parts.
+    moments = [-math.expm1(-h)]
+    for k in range(1, len(known)):
+        moments.append(1 - k / h * moments[-1])
+    weights = np.linalg.solve(np.vander(places, increasing=True).T, np.array(moments))
+    update = sum(float(weight) * x0 for weight, (_, x0) in zip(weights, known, strict=True))
+    return objective.sigma(s) / objective.sigma(t) * x + objective.alpha(s) * update
+
+
+def _log_ratios(objective: Objective, times: Tensor) -> list[float]:
+    """ln(alpha / sigma) of each time, on the host; -inf where there is only noise, inf where there is none."""
+    alpha, sigma = objective.alpha(times).double(), objective.sigma(times).double()
+    return (alpha / sigma).log().tolist()
+
+
+def _fresh(draws: Draws | None, eta: float, step: int, x: Tensor, s: Tensor) -> Tensor | None:
+    """Noise for a step to s, where there is to be any."""
+    return _drawn(draws, step, x) if eta > 0 and float(s) > 0 else None
+
+
+def _drawn(draws: Draws | None, step: int, x: Tensor) -> Tensor:
+    if draws is None:
+        raise ValueError("noise on the way needs draws: pass the rows' randomness")
+    return draws.normal(f"step{step}", x.shape[1:])

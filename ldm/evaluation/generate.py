@@ -24,9 +24,10 @@ from ldm.autoencoder.codec import Codec
 from ldm.config import build
 from ldm.data.latents import Manifest
 from ldm.diffusion.conditioning import Conditioner
+from ldm.diffusion.grids import Default, Grid
 from ldm.diffusion.guidance import Denoiser, classifier_free
 from ldm.diffusion.objectives import Objective
-from ldm.diffusion.samplers import ddim
+from ldm.diffusion.samplers import ddim, start
 from ldm.errors import CheckpointError, ConfigError, NumericError
 from ldm.randomness import Draws
 
@@ -41,10 +42,10 @@ SEED = 0
 
 
 class Sampler(Protocol):
-    """From standard normal `noise` (N,c,h,w) to data of that shape in `steps` calls; see diffusion/samplers.py."""
+    """From `x` (N,c,h,w) at times[0] to data of that shape; see diffusion/samplers.py."""
 
     def __call__(
-        self, denoise: Denoiser, objective: Objective, noise: Tensor, steps: int, *, draws: Draws
+        self, denoise: Denoiser, objective: Objective, x: Tensor, times: Tensor, *, draws: Draws
     ) -> Tensor: ...
 
 
@@ -138,6 +139,7 @@ def generate(
     *,
     sampler: Sampler = ddim,
     steps: int = 50,
+    grid: Grid | None = None,
     guidance_scale: float = 1.0,
     batch_size: int = 64,
     progress: bool = False,
@@ -148,7 +150,8 @@ def generate(
         seeds: any integers of 64 bits; the same seed gives the same starting noise, whatever the class.
         labels: as many classes, each in [0, num_classes); None: of no class, also from a conditional model.
         sampler: such as `ddim`, `ancestral` or `partial(ddim, eta=0.5)`.
-        steps: calls of the network a picture.
+        steps: of the sampler, each one call of the network (heun: two).
+        grid: where the steps lie between noise and data; None: as the objective has them.
         guidance_scale: 1 = none; above: classifier-free guidance, at twice the cost.
         batch_size: pictures made at once; decides speed and memory only.
         progress: show a progress bar.
@@ -159,11 +162,11 @@ def generate(
     """
     _check_labels(pipeline, seeds, labels)
     scale = 1.0 if labels is None else guidance_scale
-    starts = range(0, len(seeds), batch_size)
-    for start in track(starts, "sampling", disable=not progress):
-        rows = slice(start, start + batch_size)
+    times = (grid or Default())(pipeline.objective, steps)
+    for first in track(range(0, len(seeds), batch_size), "sampling", disable=not progress):
+        rows = slice(first, first + batch_size)
         few = None if labels is None else labels[rows]
-        images = _images(pipeline, seeds[rows], few, sampler, steps, scale)
+        images = _images(pipeline, seeds[rows], few, sampler, times, scale)
         yield from map(Sample, seeds[rows], [None] * len(images) if few is None else few, images)
 
 
@@ -174,7 +177,7 @@ def _images(
     seeds: Sequence[int],
     labels: Sequence[int] | None,
     sampler: Sampler,
-    steps: int,
+    times: Tensor,
     scale: float,
 ) -> np.ndarray:
     """(N,H,W,C) uint8."""
@@ -185,7 +188,8 @@ def _images(
         told = null if labels is None else conditioner({"class_label": torch.tensor(labels, device=device)})
         denoise = classifier_free(partial(pipeline.objective.denoise, network), told, null, scale)
         noise = Draws(SEED, seeds, number).normal("noise", pipeline.manifest.plan.shape).to(device)
-        latents = sampler(denoise, pipeline.objective, noise, steps, draws=Draws(SEED, seeds, number, device))
+        x = start(pipeline.objective, noise, times[0])
+        latents = sampler(denoise, pipeline.objective, x, times, draws=Draws(SEED, seeds, number, device))
         images = pipeline.codec.decode(pipeline.manifest.unwhiten(latents))
     if not bool(torch.isfinite(images).all()):
         raise NumericError(f"a sample of the seeds {list(seeds)} is not finite: the weights are damaged or diverged")

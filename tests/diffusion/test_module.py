@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader
 
 from ldm.diffusion.conditioning import ClassVector
 from ldm.diffusion.module import LatentDiffusion
-from ldm.diffusion.objectives import DDPM, SqrtLinear
+from ldm.diffusion.noise_schedules import SqrtLinear
+from ldm.diffusion.objectives import DDPM
 from ldm.diffusion.unet import UNet
 from ldm.ema import EMA, HalfLife
 from ldm.errors import ConfigError

@@ -1,4 +1,4 @@
-"""DDPM: its noise schedules against diffusers, its formulas against closed forms, its grid for every length."""
+"""Objectives: their formulas against closed forms, and what they promise of their times."""
 
 import copy
 import pickle
@@ -6,42 +6,21 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ldm.diffusion.conditioning import Conditioning
-from ldm.diffusion.objectives import DDPM, X0, Cosine, Eps, Linear, SqrtLinear, V, rowwise
+from ldm.diffusion.noise_levels import LogitNormal
+from ldm.diffusion.noise_schedules import Linear, SqrtLinear, ZeroTerminal
+from ldm.diffusion.objectives import DDPM, EDM, Flow, rowwise
+from ldm.diffusion.paths import Discrete
+from ldm.diffusion.predictions import X0, Eps, V
+from ldm.diffusion.weightings import VLB, MinSNR, Uncertainty
 from ldm.errors import ConfigError
 from ldm.randomness import Draws
 
 NOTHING = Conditioning()
 PREDICTIONS = [Eps(), X0(), V()]
-
-
-@pytest.mark.parametrize(
-    ("schedule", "reference"),
-    [
-        (Linear(), {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}),
-        (SqrtLinear(), {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195}),
-        (SqrtLinear(0.00085, 0.012), {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}),
-        (Cosine(), {"beta_schedule": "squaredcos_cap_v2"}),
-    ],
-    ids=["linear", "sqrt_linear", "sqrt_linear_sd", "cosine"],
-)
-def test_schedules_equal_diffusers(schedule, reference):
-    objective = DDPM(schedule)
-    levels = torch.arange(1, 1001).float()  # ours count the data as level 0
-    expected = DDPMScheduler(1000, **reference).alphas_cumprod
-    torch.testing.assert_close(objective.alpha(levels), expected.sqrt(), rtol=2e-5, atol=1e-6)
-    torch.testing.assert_close(objective.sigma(levels), (1 - expected).sqrt(), rtol=2e-4, atol=1e-6)
-
-
-def test_cosine_follows_its_formula():
-    t = torch.arange(0, 990).double()
-    angle = (t / 1000 + 0.008) / 1.008 * torch.pi / 2
-    expected = (angle.cos() / angle[0].cos()).float()
-    torch.testing.assert_close(DDPM(Cosine()).alpha(t.float()), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("steps", [1, 7, 1000])
@@ -103,10 +82,12 @@ def test_loss_is_the_error_of_the_prediction(prediction):
     torch.testing.assert_close(seen["x"], a * x0 + s * draws.normal("noise", (2, 4, 4)))
 
 
-def test_weighting_multiplies_each_row():
-    def by_sigma(alpha, sigma):
-        assert alpha.shape == sigma.shape == (8,)
-        return sigma
+def test_weighting_is_told_each_row_s_level():
+    def by_noise(error, level):
+        assert error.shape == level.snr.shape == level.snr_before.shape == level.gain.shape == (8,)
+        assert (level.snr_before > level.snr).all()
+        torch.testing.assert_close(level.gain, level.snr.rsqrt())  # of eps
+        return error / (1 + level.snr)
 
     levels = []
 
@@ -115,8 +96,8 @@ def test_weighting_multiplies_each_row():
         return torch.zeros_like(x)
 
     draws, x0 = Draws(0, range(8), 8), torch.randn(8, 2, 4, 4)
-    plain, weighted = (DDPM(SqrtLinear(), weighting=w).loss(net, x0, NOTHING, draws) for w in (None, by_sigma))
-    torch.testing.assert_close(weighted, plain * DDPM(SqrtLinear()).sigma(levels[0]))
+    plain, weighted = (DDPM(SqrtLinear(), weighting=w).loss(net, x0, NOTHING, draws) for w in (None, by_noise))
+    torch.testing.assert_close(weighted, plain * DDPM(SqrtLinear()).sigma(levels[0]) ** 2)
 
 
 @pytest.mark.parametrize("steps", [1, 10, 250])
@@ -145,9 +126,9 @@ def test_a_row_depends_on_its_number_alone():
 @given(st.integers(1, 1200).flatmap(lambda levels: st.tuples(st.just(levels), st.integers(1, levels))))
 def test_grid_has_exactly_the_steps_asked_for(lengths):
     levels, steps = lengths
-    objective = DDPM.__new__(DDPM)  # the grid needs no tables: 1200 of them would take long
-    objective.__dict__["steps"] = levels
-    grid = objective.grid(steps)
+    path = Discrete.__new__(Discrete)  # the grid needs no tables: 1200 of them would take long
+    path.steps = levels
+    grid = path.grid(steps)
     assert grid.shape == (steps + 1,)
     assert grid[0] == levels
     assert grid[-1] == 0
@@ -171,3 +152,134 @@ def test_tables_are_no_state():
         assert twin.alpha(torch.tensor(3.0)) == objective.alpha(torch.tensor(3.0))
     # A half-precision model keeps full-precision levels.
     assert objective.bfloat16().sigma(torch.tensor(1.0)).item() == pytest.approx(np.sqrt(0.0015), rel=1e-6)
+
+
+OBJECTIVES = {
+    "ddpm": DDPM(SqrtLinear()),
+    "zero terminal": DDPM(ZeroTerminal(SqrtLinear()), V()),
+    "edm": EDM(),
+    "flow": Flow(),
+}
+
+
+@pytest.fixture(params=OBJECTIVES)
+def objective(request):
+    return OBJECTIVES[request.param]
+
+
+def test_the_path_leads_from_data_to_noise(objective):
+    t = torch.linspace(0, 1, 101) * objective.last
+    ratio = objective.sigma(t) / objective.alpha(t)
+    assert (objective.alpha(t[0]), objective.sigma(t[0])) == (1, 0)
+    assert (ratio.diff() > 0).all()
+    assert ratio[-1] > 10
+
+
+def test_time_is_the_inverse_of_the_ratio(objective):
+    ratio = torch.tensor([0.0, 0.05, 0.2, 1.0, 7.0])
+    t = objective.time(ratio)
+    torch.testing.assert_close(objective.sigma(t) / objective.alpha(t), ratio, rtol=1e-4, atol=1e-6)
+    assert objective.time(torch.tensor(1e9)) == pytest.approx(objective.last)
+    assert objective.time(torch.tensor(torch.inf)) == objective.last
+
+
+def test_loss_is_that_of_the_optimal_denoiser_s_error(objective):
+    """For Gaussian data the best x0 is known, and so is its squared error: s^2 sigma^2 / (alpha^2 s^2 + sigma^2)."""
+    spread, batch = 0.7, 4096
+    draws = Draws(0, range(batch), batch)
+    x0 = spread * torch.randn(batch, 1, 4, 4)
+    seen = {}
+
+    def best(x, told, conditioning):
+        seen["x"], t = x, seen["t"]
+        a, s = rowwise(objective.alpha(t), x), rowwise(objective.sigma(t), x)
+        noisy = x / rowwise(objective.path.input_scale(t), x)
+        estimate = a * spread**2 / (a**2 * spread**2 + s**2) * noisy
+        eps = (noisy - a * estimate) / s
+        return objective.prediction.target(estimate, eps, a, s)
+
+    t = seen["t"] = objective.path.visit(objective.levels(draws.stratified("timestep")))
+    losses = objective.loss(best, x0, NOTHING, draws)
+    a, s = objective.alpha(t), objective.sigma(t)
+    error = spread**2 * s**2 / (a**2 * spread**2 + s**2)
+    expected = error / objective.prediction.gain(a, s) ** 2
+    assert losses.mean().item() == pytest.approx(expected.mean().item(), rel=0.05)
+    assert torch.isfinite(losses).all()
+
+
+def test_all_objectives_agree_on_the_same_denoiser():
+    """Told alike, at the same ratio of noise to signal, they estimate the same data from the same picture."""
+    x0, noise = torch.randn(6, 2, 3, 3), torch.randn(6, 2, 3, 3)
+    estimate = x0 + 0.1 * torch.randn(6, 2, 3, 3)
+    for objective in OBJECTIVES.values():
+        t = objective.time(torch.tensor([0.01, 0.1, 0.5, 1.0, 3.0, 8.0]))
+        a, s = rowwise(objective.alpha(t), x0), rowwise(objective.sigma(t), x0)
+        x = a * x0 + s * noise
+        output = objective.prediction.target(estimate, (x - a * estimate) / s, a, s)
+        back = objective.denoise(lambda x, told, conditioning, output=output: output, x, t, NOTHING)
+        torch.testing.assert_close(back, estimate, rtol=1e-3, atol=1e-3)
+
+
+def test_flow_predicts_noise_minus_data_at_even_levels():
+    draws, x0 = Draws(0, range(64), 64), torch.randn(64, 2, 4, 4)
+    told = []
+
+    def net(x, level, conditioning):
+        told.append(level)
+        return draws.normal("noise", (2, 4, 4)) - x0
+
+    assert Flow().loss(net, x0, NOTHING, draws).abs().max() == 0
+    places = (told[0] / 1000).sort().values
+    assert (places.diff() - 1 / 64).abs().max() < 1e-5
+
+
+def test_edm_scales_the_input_to_variance_one():
+    x0, draws = torch.randn(512, 1, 8, 8), Draws(0, range(512), 512)
+    seen = []
+
+    def net(x, level, conditioning):
+        seen.append((x, level))
+        return torch.zeros_like(x)
+
+    EDM().loss(net, x0, NOTHING, draws)
+    x, level = seen[0]
+    assert x.std(dim=(1, 2, 3)).mean().item() == pytest.approx(1, abs=0.02)
+    # ln(sigma) / 4 on the scale of a thousand: the middle of the log-normal is told as 250 * -1.2.
+    assert level.mean().item() == pytest.approx(-300, abs=10)
+
+
+def test_levels_and_weighting_are_those_passed_in():
+    draws, x0 = Draws(0, range(256), 256), torch.randn(256, 1, 2, 2)
+
+    def levels_of(objective):
+        told = []
+
+        def net(x, level, conditioning):
+            told.append(level)
+            return torch.zeros_like(x)
+
+        objective.loss(net, x0, NOTHING, draws)
+        return told[0]
+
+    assert levels_of(Flow(levels=LogitNormal())).std() < levels_of(Flow()).std()
+    assert levels_of(DDPM(SqrtLinear(), levels=LogitNormal())).std() < levels_of(DDPM(SqrtLinear())).std()
+    net = lambda x, level, conditioning: torch.zeros_like(x)  # noqa: E731
+    plain, least = (Flow(weighting=weighting).loss(net, x0, NOTHING, draws) for weighting in (None, MinSNR()))
+    assert (plain != least).any()
+    assert [*EDM(weighting=Uncertainty(MinSNR())).parameters()]
+
+
+def test_direction_counts_on_top():
+    draws, x0 = Draws(0, range(8), 8), torch.randn(8, 4, 2, 2)
+    target = draws.normal("noise", (4, 2, 2)) - x0
+
+    def against(x, level, conditioning):
+        return -target
+
+    plain, with_direction = (Flow(direction_weight=w).loss(against, x0, NOTHING, draws) for w in (0.0, 0.5))
+    torch.testing.assert_close(with_direction, plain + 0.5 * 2)  # the cosine is -1 everywhere
+
+
+def test_the_bound_needs_steps():
+    with pytest.raises(ConfigError, match="variational bound"):
+        EDM(weighting=VLB())

@@ -57,7 +57,8 @@ def test_images_are_the_decoded_samples(pipeline):
     network, conditioner = pipeline.denoiser["network"], pipeline.denoiser["conditioner"]
     with torch.no_grad():
         told = conditioner({"class_label": torch.tensor([1])})
-        latent = ddim(lambda x, t: pipeline.objective.denoise(network, x, t, told), pipeline.objective, noise, 4)
+        times = pipeline.objective.grid(4)
+        latent = ddim(lambda x, t: pipeline.objective.denoise(network, x, t, told), pipeline.objective, noise, times)
         image = pipeline.codec.decode(latent * 2.0 + 0.5)[0]
     expected = ((image.permute(1, 2, 0) + 1) / 2 * 255).numpy()
     found = pictures(pipeline, [5], [1], guidance_scale=1.0)[0]

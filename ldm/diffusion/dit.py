@@ -1,0 +1,261 @@
+"""The diffusion transformer (Peebles and Xie 2023, "DiT") and its modern form (Yao et al. 2025, "LightningDiT").
+
+A latent is cut into patches, each a token; the noise level and the conditioning vector shift, scale and gate every
+block (adaLN-Zero). The modern form changes four things, a switch each: RMSNorm, SwiGLU, rotary positions, normalised
+queries and keys. Published sizes (channels, depth, heads): S 384, 12, 6; B 768, 12, 12; L 1024, 24, 16; XL 1152, 28,
+16; the conditioner's class vector has `channels` channels.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ldm.diffusion.conditioning import Conditioning
+from ldm.errors import ConfigError
+from ldm.layers import attend, sinusoid, zeroed
+
+_FREQUENCIES = 256
+"""Width of the noise level's embedding, as published."""
+
+
+class SelfAttention(nn.Module):
+    """Tokens (N, L, C) look at one another; `rotation` (2, L, C / heads) turns queries and keys by their places."""
+
+    def __init__(self, channels: int, heads: int, normalise: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.norm_q = nn.RMSNorm(channels // heads, eps=1e-6) if normalise else nn.Identity()
+        self.norm_k = nn.RMSNorm(channels // heads, eps=1e-6) if normalise else nn.Identity()
+        self.out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "n l (three h d) -> three n h l d", three=3, h=self.heads)
+        q, k = self.norm_q(q), self.norm_k(k)  # each (N, heads, L, C / heads)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)  # each (N, heads, L, C / heads)
+        h = attend(q, k, v)  # (N, heads, L, C / heads)
+        return self.out(rearrange(h, "n h l d -> n l (h d)"))  # (N, L, C)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers around a GELU: (N, L, C)."""
+
+    def __init__(self, channels: int, ratio: float) -> None:
+        super().__init__()
+        self.widen = nn.Linear(channels, int(ratio * channels))
+        self.narrow = nn.Linear(int(ratio * channels), channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.gelu(self.widen(x), approximate="tanh")  # (N, L, ratio C)
+        return self.narrow(h)  # (N, L, C)
+
+
+class SwiGLU(nn.Module):
+    """Two linear layers, gated by a SiLU between (Shazeer 2020), two thirds as wide for the same size: (N, L, C)."""
+
+    def __init__(self, channels: int, ratio: float) -> None:
+        super().__init__()
+        width = int(ratio * channels * 2 / 3)
+        self.widen = nn.Linear(channels, 2 * width)
+        self.narrow = nn.Linear(width, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.widen(x).chunk(2, dim=-1)  # 2 x (N, L, 2/3 ratio C)
+        return self.narrow(F.silu(gate) * value)  # (N, L, C)
+
+
+class Block(nn.Module):
+    """Attention, then a feed-forward network, each normalised, shifted, scaled and gated by `told` (N, C)."""
+
+    def __init__(
+        self, channels: int, attention: nn.Module, feed: nn.Module, make_norm: Callable[[int], nn.Module]
+    ) -> None:
+        super().__init__()
+        self.norm_attention = make_norm(channels)
+        self.attention = attention
+        self.norm_feed = make_norm(channels)
+        self.feed = feed
+        self.modulation = zeroed(nn.Linear(channels, 6 * channels))
+
+    def forward(self, x: Tensor, told: Tensor, rotation: Tensor | None) -> Tensor:
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.modulation(told)[:, None].chunk(
+            6, dim=-1
+        )  # (N, 1, C)
+        h = self.attention(self.norm_attention(x) * (1 + scale_a) + shift_a, rotation)  # (N, L, C)
+        x = x + gate_a * h  # (N, L, C)
+        h = self.feed(self.norm_feed(x) * (1 + scale_f) + shift_f)  # (N, L, C)
+        return x + gate_f * h  # (N, L, C)
+
+
+class DiT(nn.Module):
+    """net(x (N,C,H,W), noise_level (N,), conditioning) -> (N,C,H,W), deterministic in its inputs.
+
+    Height and width must be divisible by `patch_size`.
+
+    Args:
+        in_channels: channels of x, and of the output.
+        patch_size: side of the patches that become tokens.
+        channels: width; also that of the conditioning vector, where there is one.
+        depth: number of blocks.
+        heads: attention heads.
+        feed_ratio: width of the feed-forward networks in units of `channels`.
+        spatial_channels: channels of the conditioning picture, concatenated to x.
+        rms_norm: RMSNorm with a learned scale instead of LayerNorm without.
+        swiglu: gated feed-forward networks.
+        rotary: positions turn queries and keys (Su et al. 2021, along both axes) instead of being added to the tokens.
+        normalise_attention: RMSNorm of queries and keys (Dehghani et al. 2023), which keeps long training stable.
+        checkpointing: compute activations again in the backward pass instead of keeping them.
+
+    Raises:
+        ConfigError: parameters that contradict one another, or an input that does not fit them.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        patch_size: int,
+        channels: int,
+        depth: int,
+        heads: int,
+        feed_ratio: float = 4.0,
+        spatial_channels: int = 0,
+        rms_norm: bool = False,
+        swiglu: bool = False,
+        rotary: bool = False,
+        normalise_attention: bool = False,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if channels % (4 * heads):
+            raise ConfigError(f"DiT: channels={channels} must be divisible by 4 x heads={heads}")
+        self.in_channels, self.patch_size, self.channels = in_channels, patch_size, channels
+        self.spatial_channels, self.rotary, self.checkpointing = spatial_channels, rotary, checkpointing
+        self.head_channels = channels // heads
+        make_norm = (
+            partial(nn.RMSNorm, eps=1e-6) if rms_norm else partial(nn.LayerNorm, eps=1e-6, elementwise_affine=False)
+        )
+        make_feed = SwiGLU if swiglu else FeedForward
+        self.embed = nn.Sequential(nn.Linear(_FREQUENCIES, channels), nn.SiLU(), nn.Linear(channels, channels))
+        self.patches = nn.Linear((in_channels + spatial_channels) * patch_size**2, channels)
+        self.layers = nn.ModuleList(
+            Block(
+                channels,
+                SelfAttention(channels, heads, normalise_attention),
+                make_feed(channels, feed_ratio),
+                make_norm,
+            )
+            for _ in range(depth)
+        )
+        self.norm_out = make_norm(channels)
+        self.modulation_out = nn.Linear(channels, 2 * channels)
+        self.out = nn.Linear(channels, in_channels * patch_size**2)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for name, weight in self.embed.named_parameters():
+            if name.endswith("weight"):
+                nn.init.normal_(weight, std=0.02)
+        # Every block starts as the identity, and the whole as zero.
+        for module in self.modules():
+            if isinstance(module, Block):
+                zeroed(module.modulation)
+        zeroed(self.modulation_out)
+        zeroed(self.out)
+
+    def forward(self, x: Tensor, noise_level: Tensor, conditioning: Conditioning) -> Tensor:
+        self._check(x, conditioning)
+        if conditioning.spatial is not None:
+            x = torch.cat([x, conditioning.spatial], dim=1)  # (N, in_channels + spatial_channels, H, W)
+        p = self.patch_size
+        rows, columns = x.shape[2] // p, x.shape[3] // p
+        told = self.embed(sinusoid(noise_level, _FREQUENCIES))  # (N, C)
+        if conditioning.vector is not None:
+            told = told + conditioning.vector  # (N, C)
+        told = F.silu(told)  # (N, C), activated here once for all blocks
+        tokens = self.patches(rearrange(x, "n c (h p) (w q) -> n (h w) (c p q)", p=p, q=p))  # (N, L, C)
+        rotation = None
+        if self.rotary:
+            rotation = rotations(rows, columns, self.head_channels, x.device)  # (2, L, C / heads)
+        else:
+            tokens = tokens + positions(rows, columns, self.channels, x.device)  # (N, L, C)
+        for block in self.layers:
+            tokens = self._run(block, tokens, told, rotation)  # (N, L, C)
+        shift, scale = self.modulation_out(told)[:, None].chunk(2, dim=-1)  # 2 x (N, 1, C)
+        tokens = self.out(self.norm_out(tokens) * (1 + scale) + shift)  # (N, L, in_channels p p)
+        return rearrange(tokens, "n (h w) (c p q) -> n c (h p) (w q)", h=rows, p=p, q=p)  # (N, in_channels, H, W)
+
+    def blocks(self) -> list[nn.Module]:
+        """The parts that hold nearly all of the weights and run one after another, for sharding."""
+        return [*self.layers]
+
+    def _run(self, block: nn.Module, tokens: Tensor, told: Tensor, rotation: Tensor | None) -> Tensor:
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            return block(tokens, told, rotation)
+        # Not re-entrant: the second pass sees the autocast of the first.
+        return checkpoint(block, tokens, told, rotation, use_reentrant=False, preserve_rng_state=False)
+
+    def _check(self, x: Tensor, conditioning: Conditioning) -> None:
+        """Shapes only: costs nothing and never waits for the device."""
+        if x.shape[1] != self.in_channels or x.shape[2] % self.patch_size or x.shape[3] % self.patch_size:
+            raise ConfigError(
+                f"DiT: expects a latent of {self.in_channels} channels (in_channels) with sides divisible by "
+                f"{self.patch_size} (patch_size), got {[*x.shape[1:]]}: change the network or the data"
+            )
+        if conditioning.tokens is not None:
+            raise ConfigError("DiT: reads no tokens; use a conditioner that fills the vector (ClassVector), or a UNet")
+        if conditioning.vector is not None and conditioning.vector.shape[-1] != self.channels:
+            found = conditioning.vector.shape[-1]
+            raise ConfigError(f"DiT: channels={self.channels}, but the conditioner's vector slot has width {found}")
+        width = 0 if conditioning.spatial is None else conditioning.spatial.shape[1]
+        if width != self.spatial_channels:
+            raise ConfigError(
+                f"DiT: spatial_channels={self.spatial_channels}, but the conditioner's spatial slot has width {width}"
+            )
+
+
+def positions(rows: int, columns: int, channels: int, device: torch.device) -> Tensor:
+    """Fixed embeddings of the places of a grid: (rows * columns, channels) float32; columns first, then rows.
+
+    Of each half, sines, then cosines, at frequencies from 1 down to 1 / 10,000.
+    """
+    y, x = _places(rows, columns, device)
+    quarter = channels // 4
+    frequencies = 10_000.0 ** (-torch.arange(quarter, device=device) / quarter)  # (channels / 4,)
+    parts = [place[:, None] * frequencies for place in (x, y)]  # each (L, channels / 4)
+    return torch.cat([wave(part) for part in parts for wave in (torch.sin, torch.cos)], dim=1)  # (L, channels)
+
+
+def rotations(rows: int, columns: int, channels: int, device: torch.device) -> Tensor:
+    """Cosines and sines of the angles that turn a head's pairs of channels: (2, rows * columns, channels) float32.
+
+    A quarter of the pairs' channels each: rows, columns (axial); pairs are (i, i + channels / 2).
+    """
+    y, x = _places(rows, columns, device)
+    quarter = channels // 4
+    frequencies = 10_000.0 ** (-torch.arange(quarter, device=device) / quarter)  # (channels / 4,)
+    angles = torch.cat([y[:, None] * frequencies, x[:, None] * frequencies], dim=1)  # (L, channels / 2)
+    angles = torch.cat([angles, angles], dim=1)  # (L, channels)
+    return torch.stack([angles.cos(), angles.sin()])  # (2, L, channels)
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Each pair of channels (i, i + D / 2) of (N, heads, L, D) turned by its angle; float32 inside."""
+    cosine, sine = rotation  # each (L, D)
+    first, second = x.float().chunk(2, dim=-1)  # 2 x (N, heads, L, D / 2)
+    return (x * cosine + torch.cat([-second, first], dim=-1) * sine).to(x.dtype)  # (N, heads, L, D)
+
+
+def _places(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row and column number of each place, row by row: each (rows * columns,) float32."""
+    y, x = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
+    return y.flatten().float(), x.flatten().float()

@@ -1,0 +1,82 @@
+"""Where a sampler stops between noise and data: grid(objective, steps) -> (steps + 1,) strictly decreasing times, the
+objective's last noise level first, 0 last, on the host."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.noise_levels import shifted
+from ldm.diffusion.objectives import Objective
+from ldm.errors import ConfigError
+
+
+class Grid(Protocol):
+    """Raises ConfigError for a number of steps that there cannot be."""
+
+    def __call__(self, objective: Objective, steps: int) -> Tensor: ...
+
+
+class Default:
+    """The objective's own: even whole times for DDPM, Karras' for EDM, even times for flows."""
+
+    def __call__(self, objective: Objective, steps: int) -> Tensor:
+        return objective.grid(steps)
+
+
+class Power:
+    """t proportional to (place)^power: 1 is uniform, 2 quadratic (Song et al. 2021, appendix D.2: finer near data)."""
+
+    def __init__(self, power: float) -> None:
+        self.power = power
+
+    def __call__(self, objective: Objective, steps: int) -> Tensor:
+        objective.grid(steps)  # refuses what cannot be
+        return _times(objective, torch.linspace(1, 0, steps + 1, dtype=torch.float64) ** self.power)
+
+
+class Shift:
+    """Even places moved towards noise, for large latents: s place / (1 + (s - 1) place) (Esser et al. 2024)."""
+
+    def __init__(self, shift: float) -> None:
+        self.shift = shift
+
+    def __call__(self, objective: Objective, steps: int) -> Tensor:
+        objective.grid(steps)
+        return _times(objective, shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64), self.shift))
+
+
+class Karras:
+    """Even steps in ratio^(1/rho), with ratio = sigma / alpha (Karras et al. 2022, eq. 5), for any objective.
+
+    Args:
+        ratio_min: the last but one; the last is 0.
+        ratio_max: the first but one, where the objective begins with pure noise; else its last level is the first.
+        rho: the larger, the more steps near the data.
+    """
+
+    def __init__(self, ratio_min: float = 0.002, ratio_max: float = 80.0, rho: float = 7.0) -> None:
+        self.ratio_min, self.ratio_max, self.rho = ratio_min, ratio_max, rho
+
+    def __call__(self, objective: Objective, steps: int) -> Tensor:
+        objective.grid(steps)
+        last = torch.tensor(objective.last)
+        largest = min(self.ratio_max, float(objective.sigma(last) / objective.alpha(last)))
+        ends = largest ** (1 / self.rho), self.ratio_min ** (1 / self.rho)
+        place = torch.arange(steps, dtype=torch.float64) / max(1, steps - 1)
+        ratios = (ends[0] + place * (ends[1] - ends[0])) ** self.rho
+        times = objective.time(ratios.float())
+        times[0] = last
+        return _checked(torch.cat([times, torch.zeros(1)]))
+
+
+def _times(objective: Objective, places: Tensor) -> Tensor:
+    return _checked((places * objective.last).float())
+
+
+def _checked(times: Tensor) -> Tensor:
+    if not bool((times.diff() < 0).all()):
+        raise ConfigError(
+            f"sampling steps: this grid's {len(times) - 1} steps are too many; two of its times are equal"
+        )
+    return times

@@ -1,0 +1,72 @@
+"""Which noise levels training visits: maps stratified uniforms (N,) in [0, 1) to (N,) places on an objective's scale.
+
+For DDPM and flows a place is the share of the way from data (0) to noise (1); for EDM it is the noise's standard
+deviation itself.
+"""
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class NoiseLevels(Protocol):
+    """The quantile function of a distribution of noise levels."""
+
+    def __call__(self, uniform: Tensor) -> Tensor: ...
+
+
+class Uniform:
+    """Every place alike."""
+
+    def __call__(self, uniform: Tensor) -> Tensor:
+        return uniform
+
+
+class LogitNormal:
+    """logit(place) is normal: more of the middle (Esser et al. 2024, "Scaling Rectified Flow Transformers", eq. 19)."""
+
+    def __init__(self, mean: float = 0.0, std: float = 1.0) -> None:
+        self.mean, self.std = mean, std
+
+    def __call__(self, uniform: Tensor) -> Tensor:
+        return torch.sigmoid(self.mean + self.std * _normal(uniform))
+
+
+class LogNormal:
+    """ln(sigma) is normal (Karras et al. 2022, "EDM"; its values. EDM2: -0.4 and 1.0)."""
+
+    def __init__(self, mean: float = -1.2, std: float = 1.2) -> None:
+        self.mean, self.std = mean, std
+
+    def __call__(self, uniform: Tensor) -> Tensor:
+        return torch.exp(self.mean + self.std * _normal(uniform))
+
+
+class Shifted:
+    """Another distribution of places, moved towards noise: larger latents need more of it to hide the same content.
+
+    place -> s place / (1 + (s - 1) place) with s = sqrt(dimensions / 4096) (Esser et al. 2024, eq. 23; Ma et al. 2025).
+
+    Args:
+        dimensions: numbers in one latent, c h w.
+        levels: the distribution to shift.
+    """
+
+    def __init__(self, dimensions: int, levels: NoiseLevels) -> None:
+        self.shift = math.sqrt(dimensions / 4096)
+        self.levels = levels
+
+    def __call__(self, uniform: Tensor) -> Tensor:
+        return shifted(self.levels(uniform), self.shift)
+
+
+def shifted(place: Tensor, shift: float) -> Tensor:
+    """place in [0, 1] -> shift place / (1 + (shift - 1) place), which keeps 0 and 1."""
+    return shift * place / (1 + (shift - 1) * place)
+
+
+def _normal(uniform: Tensor) -> Tensor:
+    """The standard normal's quantile; at most 5.3 standard deviations from the middle, so that all stays finite."""
+    return torch.special.ndtri(uniform.double().clamp(5e-8, 1 - 5e-8)).to(uniform.dtype)

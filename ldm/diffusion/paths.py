@@ -1,0 +1,200 @@
+"""The ways from data to noise: x_t = alpha(t) x0 + sigma(t) noise, from t = 0 (data) to t = `last`.
+
+Times are float32, () or (N,), on any device; what comes back has their shape.
+"""
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.diffusion.noise_schedules import NoiseSchedule
+from ldm.errors import ConfigError
+
+
+class Path(Protocol):
+    last: float
+    """The last noise level, where sampling starts."""
+    step: float
+    """One of the steps that the variational bound adds up."""
+
+    def alpha(self, t: Tensor) -> Tensor: ...
+
+    def sigma(self, t: Tensor) -> Tensor: ...
+
+    def time(self, ratio: Tensor) -> Tensor:
+        """The t at which sigma / alpha is `ratio`, at most `last`."""
+        ...
+
+    def visit(self, place: Tensor) -> Tensor:
+        """The time of a place on the scale that training draws from (noise_levels.py)."""
+        ...
+
+    def told(self, t: Tensor) -> Tensor:
+        """What the network is told of t."""
+        ...
+
+    def input_scale(self, t: Tensor) -> Tensor:
+        """What the network's input is multiplied by."""
+        ...
+
+    def grid(self, steps: int) -> Tensor:
+        """(steps + 1,) strictly decreasing times on the host, `last` first, 0 last: where samplers stop by default."""
+        ...
+
+
+class Discrete:
+    """DDPM's (Ho et al. 2020): alpha^2 + sigma^2 = 1 at `steps` levels, t = 1 .. steps; linear between them.
+
+    Args:
+        schedule: how fast the signal fades.
+        steps: T, the number of noise levels.
+    """
+
+    step = 1.0
+
+    def __init__(self, schedule: NoiseSchedule, steps: int = 1000) -> None:
+        self.steps = steps
+        self.last = float(steps)
+        squared_alpha = np.concatenate([[1.0], np.cumprod(1 - schedule.betas(steps))])  # t = 0..T
+        # No buffers of a module: those would follow .to(bfloat16), and a bf16 model still needs these in full.
+        self._tables = {"alpha": np.sqrt(squared_alpha), "sigma": np.sqrt(1 - squared_alpha)}
+        self._on_device: dict[tuple[str, torch.device], Tensor] = {}
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self._look_up("alpha", t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self._look_up("sigma", t)
+
+    def time(self, ratio: Tensor) -> Tensor:
+        alpha, sigma = self._tables["alpha"], self._tables["sigma"]
+        wanted = np.minimum(ratio.double().cpu().numpy(), 1e30)
+        with np.errstate(divide="ignore"):  # nothing may be left of the signal at the last level
+            above = np.searchsorted(sigma / alpha, wanted).clip(1, self.steps)
+        # alpha and sigma are linear between two levels: so is what is zero where sigma / alpha is the ratio.
+        low, high = (wanted * alpha[level] - sigma[level] for level in (above - 1, above))
+        return torch.as_tensor(above - 1 + (low / (low - high)).clip(0, 1), dtype=torch.float32, device=ratio.device)
+
+    def visit(self, place: Tensor) -> Tensor:
+        return (place * self.steps).floor().add(1).clamp(max=self.steps)
+
+    def told(self, t: Tensor) -> Tensor:
+        """The lineage counts its levels from 0, so published weights work unchanged."""
+        return t - 1
+
+    def input_scale(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def grid(self, steps: int) -> Tensor:
+        """Whole times, as even as they can be.
+
+        Raises:
+            ConfigError: unless 1 <= steps <= T.
+        """
+        if not 1 <= steps <= self.steps:
+            raise ConfigError(f"sampling steps: expected 1 to {self.steps} (the objective's levels), got {steps}")
+        return torch.tensor([-(-self.steps * left // steps) for left in range(steps, -1, -1)], dtype=torch.float32)
+
+    def _look_up(self, name: str, t: Tensor) -> Tensor:
+        key = (name, t.device)
+        if key not in self._on_device:
+            self._on_device[key] = torch.tensor(self._tables[name], dtype=torch.float32, device=t.device)
+        table = self._on_device[key]
+        below = t.detach().floor().clamp(0, self.steps - 1).long()
+        # take(), because indexing by a scalar tensor would read it back from the device.
+        return torch.lerp(table.take(below), table.take(below + 1), (t - below).float())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave the tables' device copies behind."""
+        return {**vars(self), "_on_device": {}}
+
+
+class Exploding:
+    """EDM's (Karras et al. 2022): alpha = 1, and t is the noise's standard deviation itself.
+
+    Args:
+        sigma_data: standard deviation of the data, for the scale of the network's input.
+        sigma_min: the last but one of the sampling levels; the last is 0.
+        sigma_max: where sampling starts.
+        rho: how the levels between are spread: the larger, the more of them near sigma_min.
+    """
+
+    step = 0.0
+
+    def __init__(
+        self, sigma_data: float = 1.0, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
+    ) -> None:
+        self.sigma_data, self.sigma_min, self.rho = sigma_data, sigma_min, rho
+        self.last = sigma_max
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t
+
+    def time(self, ratio: Tensor) -> Tensor:
+        return ratio.clamp(max=self.last)
+
+    def visit(self, place: Tensor) -> Tensor:
+        return place
+
+    def told(self, t: Tensor) -> Tensor:
+        """ln(t) / 4, as in the paper, but on the scale of the other paths' 0..1000: t is told by the same embedding."""
+        return 250.0 * t.log()
+
+    def input_scale(self, t: Tensor) -> Tensor:
+        return (t**2 + self.sigma_data**2).rsqrt()
+
+    def grid(self, steps: int) -> Tensor:
+        """Even steps in t^(1/rho) from sigma_max to sigma_min, then 0 (eq. 5)."""
+        _demand(steps)
+        ends = self.last ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
+        place = torch.arange(steps, dtype=torch.float64) / max(1, steps - 1)
+        levels = (ends[0] + place * (ends[1] - ends[0])) ** self.rho
+        return torch.cat([levels, torch.zeros(1, dtype=torch.float64)]).float()
+
+
+class Straight:
+    """Rectified flow's (Liu et al. 2023; Lipman et al. 2023): alpha = 1 - t, sigma = t, for 0 <= t <= 1.
+
+    Args:
+        told_scale: the network is told told_scale * t.
+    """
+
+    last = 1.0
+    step = 1e-3
+
+    def __init__(self, told_scale: float = 1000.0) -> None:
+        self.told_scale = told_scale
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t
+
+    def time(self, ratio: Tensor) -> Tensor:
+        return 1 / (1 + 1 / ratio)
+
+    def visit(self, place: Tensor) -> Tensor:
+        # At t = 0 there is nothing to learn, and an infinite signal-to-noise ratio to weigh it with.
+        return place.clamp(1e-5, 1.0)
+
+    def told(self, t: Tensor) -> Tensor:
+        return self.told_scale * t
+
+    def input_scale(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def grid(self, steps: int) -> Tensor:
+        """Even steps from 1 to 0."""
+        _demand(steps)
+        return torch.linspace(1, 0, steps + 1)
+
+
+def _demand(steps: int) -> None:
+    if steps < 1:
+        raise ConfigError(f"sampling steps: expected 1 or more, got {steps}")

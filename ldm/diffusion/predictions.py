@@ -1,0 +1,98 @@
+"""What a network's output means: the training target, and the way back from the output to the data.
+
+All hold for any noisy latent x = alpha x0 + sigma noise; with alpha^2 + sigma^2 = 1 (DDPM) or alpha + sigma = 1 (flow)
+they are the papers' formulas.
+"""
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Prediction(Protocol):
+    """alpha and sigma multiply rows: () or (N, 1, ...)."""
+
+    def target(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor: ...
+
+    def x0(self, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor: ...
+
+    def gain(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """By how much the error of x0 is smaller than the output's: x0 = ... +- gain * output; the shape of alpha."""
+        ...
+
+
+class Eps:
+    """The noise (Ho et al. 2020)."""
+
+    def target(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return noise
+
+    def x0(self, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return (x - sigma * output) / alpha
+
+    def gain(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return sigma / alpha
+
+
+class X0:
+    """The data."""
+
+    def target(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return x0
+
+    def x0(self, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return output
+
+    def gain(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return alpha.new_ones(alpha.shape)
+
+
+class V:
+    """v = alpha noise - sigma x0 (Salimans and Ho 2022, appendix D)."""
+
+    def target(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return alpha * noise - sigma * x0
+
+    def x0(self, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return (alpha * x - sigma * output) / (alpha**2 + sigma**2)
+
+    def gain(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return sigma / (alpha**2 + sigma**2)
+
+
+class Velocity:
+    """noise - x0: along a straight path from data to noise, the speed (Lipman et al. 2023; Liu et al. 2023)."""
+
+    def target(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return noise - x0
+
+    def x0(self, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return (x - sigma * output) / (alpha + sigma)
+
+    def gain(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return sigma / (alpha + sigma)
+
+
+class Preconditioned:
+    """EDM's output F: x0 = c_skip x + c_out F, with the coefficients of Karras et al. 2022, table 1 (alpha = 1).
+
+    Its squared error counts 1 / c_out^2 of that of x0, which is the weighting of the paper.
+
+    Args:
+        sigma_data: standard deviation of the data; latents out of a cache are whitened: 1.
+    """
+
+    def __init__(self, sigma_data: float = 1.0) -> None:
+        self.sigma_data = sigma_data
+
+    def target(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return (x0 - self._skip(sigma) * (alpha * x0 + sigma * noise)) / self.gain(alpha, sigma)
+
+    def x0(self, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return self._skip(sigma) * x + self.gain(alpha, sigma) * output
+
+    def gain(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return sigma * self.sigma_data / (sigma**2 + self.sigma_data**2).sqrt()
+
+    def _skip(self, sigma: Tensor) -> Tensor:
+        return self.sigma_data**2 / (sigma**2 + self.sigma_data**2)

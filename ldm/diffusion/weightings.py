@@ -1,0 +1,128 @@
+"""How much an error counts at each noise level: squared errors of the network's output (N,) -> losses (N,).
+
+What matters of a level is its signal-to-noise ratio snr = alpha^2 / sigma^2. Papers state weights for the error of eps,
+x0 or v; here they are stated once, as weights of the squared error of x0, and hold for every prediction.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ldm.layers import sinusoid
+
+
+@dataclass(frozen=True)
+class Level:
+    """Where the rows of a batch stand.
+
+    Attributes:
+        snr: (N,) alpha^2 / sigma^2.
+        snr_before: (N,) the same one of the objective's steps closer to the data.
+        gain: (N,) by how much the error of x0 is smaller than the output's (Prediction.gain).
+    """
+
+    snr: Tensor
+    snr_before: Tensor
+    gain: Tensor
+
+
+class Weighting(Protocol):
+    def __call__(self, error: Tensor, level: Level) -> Tensor: ...
+
+
+class Plain:
+    """The output's error as it is: L_simple of Ho et al. 2020 for eps, EDM's weights for its own F."""
+
+    def __call__(self, error: Tensor, level: Level) -> Tensor:
+        return error
+
+
+class MinSNR:
+    """min(snr, gamma) of the error of x0 (Hang et al. 2023)."""
+
+    def __init__(self, gamma: float = 5.0) -> None:
+        self.gamma = gamma
+
+    def __call__(self, error: Tensor, level: Level) -> Tensor:
+        return error * level.gain**2 * level.snr.clamp(max=self.gamma)
+
+
+class SoftMinSNR:
+    """gamma snr / (gamma + snr) of the error of x0 (Crowson et al. 2024, "Hourglass").
+
+    The same as `Sigmoid` with bias ln(gamma).
+    """
+
+    def __init__(self, gamma: float = 4.0) -> None:
+        self.gamma = gamma
+
+    def __call__(self, error: Tensor, level: Level) -> Tensor:
+        return error * level.gain**2 / (1 / self.gamma + 1 / level.snr)
+
+
+class Sigmoid(SoftMinSNR):
+    """sigmoid(bias - ln snr) of the error of eps (Kingma and Gao 2023; Hoogeboom et al. 2024)."""
+
+    def __init__(self, bias: float = 0.0) -> None:
+        super().__init__(math.exp(bias))
+
+
+class P2:
+    """1 / (k + snr)^gamma of the error of eps: less for the finest details (Choi et al. 2022)."""
+
+    def __init__(self, gamma: float = 1.0, k: float = 1.0) -> None:
+        self.gamma, self.k = gamma, k
+
+    def __call__(self, error: Tensor, level: Level) -> Tensor:
+        return error * level.gain**2 * level.snr / (self.k + level.snr) ** self.gamma
+
+
+class KarrasWeighting:
+    """1 / sigma_data^2 + snr of the error of x0: EDM's weights (Karras et al. 2022), for any other prediction."""
+
+    def __init__(self, sigma_data: float = 1.0) -> None:
+        self.sigma_data = sigma_data
+
+    def __call__(self, error: Tensor, level: Level) -> Tensor:
+        return error * level.gain**2 * (level.snr + self.sigma_data**-2)
+
+
+class VLB:
+    """The variational bound: half the snr that a step gains, of the error of x0 (Kingma et al. 2021, eq. 13).
+
+    In nats a dimension, for levels visited uniformly, times the number of steps; the first step, whose gain is
+    infinite, counts with its own snr.
+    """
+
+    def __call__(self, error: Tensor, level: Level) -> Tensor:
+        # Infinity only where the step before is the data itself.
+        gained = torch.where(level.snr_before.isinf(), level.snr, level.snr_before - level.snr)
+        return error * level.gain**2 * gained / 2
+
+
+class Uncertainty(nn.Module):
+    """Another weighting's loss over exp(u) + u, with u a learned function of the level (Karras et al. 2024, "EDM2").
+
+    It makes every level's loss contribute alike. u starts at 0, where it changes nothing.
+
+    Args:
+        weighting: what it stands upon.
+        channels: of the features of ln(snr) that u is linear in.
+    """
+
+    def __init__(self, weighting: Weighting, channels: int = 128) -> None:
+        super().__init__()
+        self.weighting = weighting
+        self.channels = channels
+        self.u = nn.Linear(channels, 1)
+        nn.init.zeros_(self.u.weight)
+        nn.init.zeros_(self.u.bias)
+
+    def forward(self, error: Tensor, level: Level) -> Tensor:
+        logarithm = level.snr.log().clamp(-20, 20)  # (N,)
+        with torch.autocast(error.device.type, enabled=False):
+            u = self.u(sinusoid(logarithm, self.channels, longest_period=100.0)).squeeze(1)  # (N,)
+        return self.weighting(error, level) / u.exp() + u
