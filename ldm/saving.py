@@ -93,7 +93,7 @@ class AtomicCheckpointIO(CheckpointIO):
             checkpoint.save(path, state)
             if distributed.is_main():
                 if not self._proven:
-                    checkpoint.load(path)
+                    checkpoint.load(path, assemble=False)
                     self._proven = True
                 self.published()
         except Exception as error:

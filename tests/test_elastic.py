@@ -23,6 +23,7 @@ from ldm import checkpoint
 from ldm.autoencoder.module import AutoencoderKL
 from ldm.config import to_yaml
 from ldm.diffusion.module import LatentDiffusion
+from ldm.evaluation.generate import Pipeline, generate
 from ldm.randomness import Draws
 from tests.forked import Forked
 
@@ -35,6 +36,7 @@ DDP, FSDP2, SHARDED = (
     f"lightning.strategy={{target: ldm.strategies.{name}, params: {{timeout: 60{more}}}}}"
     for name, more in (("DDP", ""), ("FSDP2", ""), ("FSDP2", ", sharded_checkpoints: true"))
 )
+SHEET = {"every_n_steps": 4, "classes": [0, 1], "seeds": [7, 8, 9], "steps": 2}  # no multiple of three ranks
 SEED = 23  # of the configurations in conftest.py
 
 
@@ -141,8 +143,11 @@ class Run:
         (copy.folder / "run_state.json").unlink()
         return copy
 
+    def state(self, step: int = STEPS) -> dict[str, Any]:
+        return checkpoint.load(self.folder / "checkpoints" / f"step={step:08d}.ckpt")
+
     def final(self) -> dict[str, Any]:
-        state = checkpoint.load(self.folder / "checkpoints" / f"step={STEPS:08d}.ckpt")
+        state = self.state()
         # How often Lightning began an epoch or a batch anew differs, and so do speeds.
         return {key: state[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step")}
 
@@ -199,7 +204,7 @@ def diffusion(diffusion_tree, autoencoder_tree, stage_1, forked) -> dict[str, An
     diffusion_tree["model"]["params"]["network"]["params"]["dropout"] = 0.0
     diffusion_tree["model"]["params"]["optimizer"]["params"] |= {"fused": True, "eps": 1e-3}
     diffusion_tree["model"]["params"]["gradient_clip"] = 0.5
-    return quick(diffusion_tree)
+    return quick(diffusion_tree, {"target": "ldm.callbacks.SampleLogger", "params": SHEET})
 
 
 @pytest.fixture
@@ -208,14 +213,14 @@ def autoencoder(autoencoder_tree) -> dict[str, Any]:
     autoencoder_tree["model"]["params"]["loss"]["params"]["adversarial_start"] = 100
     autoencoder_tree["model"]["params"]["optimizer"]["params"]["eps"] = 1e-3
     autoencoder_tree["model"]["params"].pop("schedule")
-    return quick(autoencoder_tree)
+    return quick(autoencoder_tree, None)
 
 
-def quick(tree: dict[str, Any]) -> dict[str, Any]:
-    """Without pictures; one validation; a checkpoint at every third step."""
+def quick(tree: dict[str, Any], images: dict[str, Any] | None) -> dict[str, Any]:
+    """One validation; a checkpoint at every third step."""
     tree["lightning"]["trainer"] |= {"val_check_interval": 4, "log_every_n_steps": 1, "enable_progress_bar": False}
     node = {"target": "ldm.saving.Checkpoints", "params": {"every": 3, "keep": 9}}
-    tree["lightning"]["callbacks"] = {"images": None, "checkpoints": node}
+    tree["lightning"]["callbacks"] = {"images": images, "checkpoints": node}
     return tree
 
 
@@ -281,6 +286,20 @@ def test_killed_and_resumed_on_two_ranks_is_the_same_run(forked, diffusion, tmp_
     killed = straight.killed_after(3, tmp_path / "copy")
     assert_same_run(killed.go(2), diary.between(3, STEPS), tolerance=0)
     assert_equal(killed.final(), straight.final())
+    assert [path.name for path in (straight.folder / "images" / "val").iterdir()] == ["samples_00000004.png"]
+
+
+@pytest.mark.slow
+def test_a_sharded_checkpoint_is_validated_and_sampled_from(forked, diffusion, tmp_path):
+    run = Run(forked, diffusion, tmp_path / "run")
+    run.go(2, SHARDED, to=3)
+    assert list((run.folder / "checkpoints").glob("*.shards/*.safetensors"))
+    forked(2, partial(training, words=["--resume", str(run.folder), "--train", "false"]))
+    pipeline = Pipeline.load(run.folder)
+    assert len(list(generate(pipeline, seeds=[1, 2], labels=[0, 1], steps=2))) == 2
+    weights = run.state(3)["state_dict"]
+    for name, weight in pipeline.denoiser.state_dict().items():
+        assert torch.equal(weight, weights[f"ema.average.{name}"])
 
 
 @pytest.mark.slow
