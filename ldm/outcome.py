@@ -55,7 +55,7 @@ def run(
         reason = f"by {stopped.signal.name}"
         return record(trainer, folder, RunState("stopped", trainer.global_step, reason, 128 + stopped.signal))
     except BaseException as error:
-        return _failed(trainer, home.folder, error)
+        return _failed(trainer, home, error)
     finally:
         ranks.end_children(home.children)
     if trainer.global_step < trainer.max_steps:
@@ -63,13 +63,14 @@ def run(
     return record(trainer, folder, RunState("finished", trainer.global_step, "", 0))
 
 
-def _failed(trainer: pl.Trainer, folder: RunFolder, error: BaseException) -> RunState:
+def _failed(trainer: pl.Trainer, home: "_Home", error: BaseException) -> RunState:
     """Record why the run ends, and raise it again; the first rank that fails knows best.
 
-    A rank that loses the others after it was asked to stop has stopped: they were asked too, and went first.
+    A rank that was asked to stop before the first step, and loses the others there, has stopped: they were asked too,
+    and went first. From the first step on nobody goes alone: torchrun asks the others to stop when a rank was lost.
     """
-    known = explain(error)
-    if isinstance(known, PeerError) and (number := signals.received()):
+    known, folder = explain(error), home.folder
+    if isinstance(known, PeerError) and (number := signals.received()) and not home.under_way:
         reason = f"by {signal.Signals(number).name}, where ranks could not agree on a step to save"
         return record_first(trainer, folder, RunState("stopped", trainer.global_step, reason, 128 + number))
     reason = str(known or f"{type(error).__name__}: {error}").splitlines()[0]
@@ -83,11 +84,13 @@ class _Home(pl.Callback):
     Attributes:
         folder: the run folder; known on all ranks from `setup` on.
         children: the ranks that this process has started (by Lightning's own launcher).
+        under_way: whether all ranks have come to the first step.
     """
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
         self.children: list[subprocess.Popen[bytes]] = []
+        self.under_way = False
         self._watch: ranks.Watch | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -100,6 +103,9 @@ class _Home(pl.Callback):
                     # It would kill this process, at most five seconds after a child has left, in the middle of its end.
                     thread._child_processes = []
             self._watch = ranks.Watch(self.children, lambda reason: self._died(trainer, reason))
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self.under_way = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._release()
