@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -70,16 +71,18 @@ def test_space_is_counted_for_three_files_of_weights_and_moments():
 TIMEOUT = 8.0
 
 
-def a_run(folder: RunFolder, on_batch: Callable[[int], Callable[[Any], Any]]) -> Callable[[int], None]:
+def a_run(
+    folder: RunFolder, on_batch: Callable[[int], Callable[[Any], Any]], *callbacks: pl.Callback
+) -> Callable[[int], None]:
     """Two ranks that train for ever, as main.py would; rank r calls on_batch(r) with the numbers of each batch."""
     folder.make()
 
     def train(rank: int) -> None:
         signals.listen()
-        callbacks = [StopOnSignal(folder.checkpoints), Checkpoints(every=20)]
+        own_ones = [StopOnSignal(folder.checkpoints), *callbacks, Checkpoints(every=20)]
         strategy = DDPStrategy(timeout=timedelta(seconds=TIMEOUT))
         options: dict[str, Any] = {"devices": 2, "strategy": strategy, "enable_checkpointing": True}
-        trainer = a_trainer(folder.path, 1_000_000, callbacks, **options)
+        trainer = a_trainer(folder.path, 1_000_000, own_ones, **options)
         # Only the first rank knows the folder of a new run.
         own = folder if rank == 0 else RunFolder(folder.path.parent)
         try:
@@ -147,15 +150,26 @@ def test_the_rank_that_fails_says_why(tmp_path: Path, guilty: int) -> None:
     assert "out of memory" in state.reason
 
 
-def test_who_is_asked_to_stop_and_has_nobody_to_agree_with_has_stopped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_rank_that_is_asked_to_stop_and_loses_the_others(tmp_path: Path, begun: bool) -> None:
+    """Before the first step they were asked too, and went first; later torchrun asks because a rank was lost."""
     folder = RunFolder(tmp_path / "run")
 
-    with ranks_at(a_run(folder, nothing)) as ranks:
-        assert wait_until(lambda: saved_once(folder), 100)
+    def train(rank: int) -> None:
+        class Slow(pl.Callback):
+            def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+                (tmp_path / f"started.{rank}").touch()
+                time.sleep(0.0 if begun else 3.0)
+
+        a_run(folder, nothing, Slow())(rank)
+
+    with ranks_at(train) as ranks:
+        begins = [tmp_path / f"started.{rank}" for rank in range(2)]
+        assert wait_until(lambda: saved_once(folder) if begun else all(path.exists() for path in begins), 100)
         ranks.send(signal.SIGSTOP, 1)
-        time.sleep(0.5)
         ranks.send(signal.SIGTERM, 0)
         assert wait_until(lambda: ranks.ended(0), TIMEOUT + 10)
-    assert ranks.codes[0] == 128 + signal.SIGTERM
-    state = assert_last_checkpoint_stands(folder)
-    assert (state.status, state.exit_code) == ("stopped", 143)
+    assert ranks.codes[0] == (7 if begun else 128 + signal.SIGTERM)
+    state = folder.read_state()
+    assert state is not None
+    assert (state.status, state.exit_code) == (("failed", 7) if begun else ("stopped", 143))
