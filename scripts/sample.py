@@ -27,12 +27,22 @@ from ldm import process, signals
 from ldm.commandline import Parser
 from ldm.config import newest_run
 from ldm.data.images import read_image
-from ldm.diffusion.samplers import ancestral, ddim
+from ldm.diffusion.grids import Default, Grid, Karras, Power
+from ldm.diffusion.samplers import ancestral, ddim, dpm_solver, heun, unipc
 from ldm.errors import ConfigError, LdmError
 from ldm.evaluation.generate import Pipeline, Sample, Sampler, generate, grid
 from ldm.run import write_whole
 
-SAMPLERS: dict[str, Sampler] = {"ddim": ddim, "ancestral": ancestral}
+SAMPLERS: dict[str, Sampler] = {
+    "ddim": ddim,
+    "euler": ddim,
+    "ancestral": ancestral,
+    "heun": heun,
+    "dpm": dpm_solver,
+    "dpm-sde": partial(dpm_solver, eta=1.0),
+    "unipc": unipc,
+}
+GRIDS: dict[str, Grid] = {"default": Default(), "uniform": Power(1), "quadratic": Power(2), "karras": Karras()}
 SHOWN = 16
 """The grid has at most so many rows and columns."""
 
@@ -67,8 +77,9 @@ def parse(argv: Sequence[str]) -> Any:
     )
     add("--seed", type=_seed, default=0, help="of the first picture, counted up from there (default: 0)")
     add("--seeds", nargs="+", type=_seed, metavar="SEED", help="these seeds instead of -n and --seed")
-    add("--steps", type=_count, default=50, help="calls of the network a picture (default: 50)")
-    add("--sampler", choices=SAMPLERS, default="ddim", help="(default: ddim)")
+    add("--steps", type=_count, default=50, help="of the sampler, a call of the network each, heun two (default: 50)")
+    add("--sampler", choices=SAMPLERS, default="ddim", help="(default: ddim, which is Euler's for EDM and flows)")
+    add("--grid", choices=GRIDS, default="default", help="where the steps lie (default: as the objective has them)")
     add("--eta", type=float, default=0.0, help="fresh noise on the way, ddim only: 0 none (default) ... 1 ancestral")
     add("--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1 (default): none")
     add("--raw", action="store_true", help="the weights of the last step instead of their running average")
@@ -185,8 +196,9 @@ def sample(options: Any) -> list[Path]:
     labels = chosen_classes(options.classes, pipeline.num_classes, names)
     seeds = [*dict.fromkeys(options.seeds or range(options.seed, options.seed + options.number))]
     orders = [Order(label, seed) for label in labels for seed in seeds]
-    settings = {**pipeline.origin, **{key: getattr(options, key) for key in ("sampler", "steps", "eta", "guidance")}}
-    pipeline.objective.grid(options.steps)  # refuses a number of steps it does not have, before anything is written
+    chosen = ("sampler", "grid", "steps", "eta", "guidance")
+    settings = {**pipeline.origin, **{key: getattr(options, key) for key in chosen}}
+    GRIDS[options.grid](pipeline.objective, options.steps)  # refuses a wrong number, before anything is written
     folder: Path = options.out or default_folder(settings)
     claim(folder, settings)
     images = [{"file": order.file, **order._asdict(), "name": order.name(names)} for order in orders]
@@ -207,7 +219,8 @@ def default_folder(settings: Mapping[str, Any]) -> Path:
     place = Path(settings["checkpoint"]).parent
     run = place.parent if place.name == "checkpoints" else place
     eta = f"-eta{settings['eta']:g}" if settings["eta"] else ""
-    name = f"step{settings['step']}-{settings['weights']}-{settings['sampler']}{settings['steps']}{eta}"
+    grid = "" if settings["grid"] == "default" else f"-{settings['grid']}"
+    name = f"step{settings['step']}-{settings['weights']}-{settings['sampler']}{settings['steps']}{grid}{eta}"
     return run / "samples" / f"{name}-guidance{settings['guidance']:g}"
 
 
@@ -220,6 +233,7 @@ def make(pipeline: Pipeline, missing: Sequence[Order], folder: Path, options: An
         labels if pipeline.num_classes is not None else None,
         sampler=partial(ddim, eta=options.eta) if options.eta else SAMPLERS[options.sampler],
         steps=options.steps,
+        grid=GRIDS[options.grid],
         guidance_scale=options.guidance,
         batch_size=options.batch_size,
         progress=True,

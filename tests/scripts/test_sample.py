@@ -72,10 +72,11 @@ def test_pictures_of_other_settings_are_left_alone(run, capsys):
 
 def test_each_setting_has_a_folder_of_its_own_by_default(runs, capsys):
     arguments = ["-r", str(runs.diffusion.parent / "*_tiny_diffusion"), "--classes", "0", "-n", "1", *QUICK]
-    for more in ([], ["--sampler", "ancestral"], ["--eta", "0.5"]):
+    for more in ([], ["--sampler", "ancestral"], ["--eta", "0.5"], ["--sampler", "unipc", "--grid", "karras"]):
         assert sample.main([*arguments, *more]) == 0
     folders = sorted(path.name for path in (runs.diffusion / "samples").iterdir())
-    assert folders == [f"step7-ema-{name}-guidance2" for name in ("ancestral2", "ddim2-eta0.5", "ddim2")]
+    settings = ("ancestral2", "ddim2-eta0.5", "ddim2", "unipc2-karras")
+    assert folders == [f"step7-ema-{name}-guidance2" for name in settings]
     assert "samples/step7-ema-ddim2-guidance2/grid.png" in capsys.readouterr().out
 
 
@@ -103,7 +104,7 @@ def test_grey_pictures_of_an_unconditional_model_in_a_square(make_runs, run):
         (["--steps", "2000"], 2, "1 to 1000"),
         (["--eta", "0.5", "--sampler", "ancestral"], 2, "--eta"),
         (["--eta", "1.5"], 2, "0 to 1"),
-        (["--sampler", "euler"], 2, "ancestral"),
+        (["--sampler", "plms"], 2, "ancestral"),
         (["--guidence", "2"], 2, "--guidance"),
         (["--seeds", "-1"], 2, "--seeds"),
     ],
