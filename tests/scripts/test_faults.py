@@ -248,13 +248,13 @@ def test_it_lists_and_names_what_there_is_not(capsys):
 
 def program(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "scripts" / "faults.py"), *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=500)
+    return subprocess.run(command, capture_output=True, text=True, timeout=580)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("only", ["1 7 8 9", "2 10 14", "15 17", "16 20", "26 28 39", "34 36 38"])
+@pytest.mark.parametrize("only", ["1 2 7 8 9 10 14", "15 16 17 20 23", "26 28 33 34 36 38 39"])
 def test_a_sample_of_the_catalogue_holds(only, tmp_path):
-    ended = program("--quick", "--json", str(tmp_path / "results.json"), "--only", *only.split())
+    ended = program("--quick", "--jobs", "2", "--json", str(tmp_path / "results.json"), "--only", *only.split())
     assert ended.returncode == 0, ended.stdout + ended.stderr
     results = json.loads((tmp_path / "results.json").read_text())["results"]
     assert [str(result["number"]) for result in results] == only.split()
