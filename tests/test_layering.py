@@ -29,7 +29,7 @@ LEVELS = {
     ],
     2: ["data.datamodules", "data.latent_datamodule", "autoencoder.module", "diffusion.module"],
     3: ["evaluation.generate", "evaluation.features", "evaluation.metrics", "evaluation.quality"],
-    4: ["callbacks", "loggers", "safety", "saving", "finite", "strategies"],
+    4: ["averages", "callbacks", "loggers", "safety", "saving", "finite", "strategies"],
     5: ["trainer", "outcome"],
 }
 LEVEL_OF = {f"ldm.{name}": level for level, names in LEVELS.items() for name in names}
@@ -38,7 +38,16 @@ LEVEL_OF = {f"ldm.{name}": level for level, names in LEVELS.items() for name in 
 FENCED = {
     "pytorch_lightning": {
         *("ldm.autoencoder.module", "ldm.diffusion.module", "ldm.data.datamodules"),
-        *("ldm.callbacks", "ldm.loggers", "ldm.safety", "ldm.saving", "ldm.finite", "ldm.trainer", "main"),
+        *(
+            "ldm.averages",
+            "ldm.callbacks",
+            "ldm.loggers",
+            "ldm.safety",
+            "ldm.saving",
+            "ldm.finite",
+            "ldm.trainer",
+            "main",
+        ),
         *("ldm.outcome", "ldm.strategies"),
     },
     "omegaconf": {"ldm.config"},

@@ -1,0 +1,120 @@
+"""Averages of a run's past: kept while it trains, put together to any width afterwards (scripts/reconstruct_ema.py)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import Tensor
+
+from ldm import checkpoint, sharding
+from ldm.diffusion.module import LatentDiffusion
+from ldm.ema import PowerFunction, mixture, power_exponent
+from ldm.errors import CheckpointError, ConfigError
+
+FOLDER = "averages"
+"""In the run folder."""
+
+
+class AverageSnapshots(pl.Callback):
+    """Writes all averages of a diffusion model to `averages/step=<step>.ckpt` at intervals, in half precision.
+
+    They have to be power functions, best two of them (widths 0.05 and 0.1), since others cannot be made of one alone.
+
+    Args:
+        every: optimizer steps between two snapshots; a run of 50 of them can be put together well (EDM2, appendix C.3).
+    """
+
+    def __init__(self, every: int) -> None:
+        if every < 1:
+            raise ConfigError(f"averages: every must be 1 or more, found {every}")
+        self._every = every
+        self._step = 0
+        self._folder = Path()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._folder = Path(trainer.strategy.broadcast(str(trainer.default_root_dir))) / FOLDER
+        _exponents(pl_module)  # at once, not after the first thousand steps
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if trainer.global_step == self._step or trainer.global_step % self._every:
+            return
+        self._step = trainer.global_step
+        assert isinstance(pl_module, LatentDiffusion)
+        ema = pl_module.ema
+        averages = sharding.gathered([dict(average.state_dict()) for average in (ema.average, *ema.others)])
+        if trainer.is_global_zero:
+            state = {
+                "averages": [{name: _half(value) for name, value in average.items()} for average in averages],
+                "exponents": _exponents(pl_module),
+                "images_seen": ema.images_seen,
+                "ldm": {"kind": "averages", "step": self._step},
+            }
+            checkpoint.save(self._folder / f"step={self._step:08d}{checkpoint.SUFFIX}", state)
+
+
+def _exponents(module: pl.LightningModule) -> list[float]:
+    if not isinstance(module, LatentDiffusion):
+        raise ConfigError(f"averages: expected a LatentDiffusion, found a {type(module).__name__}")
+    exponents = []
+    for profile in module.ema.profiles:
+        if not isinstance(profile, PowerFunction):
+            raise ConfigError(
+                f"model.params.ema.params: snapshots of averages need ldm.ema.PowerFunction as every profile, found "
+                f"{type(profile).__name__}"
+            )
+        exponents.append(profile.exponent)
+    return exponents
+
+
+def _half(value: Tensor) -> Tensor:
+    return value.half() if value.is_floating_point() else value
+
+
+def snapshots(run: Path) -> list[Path]:
+    """The snapshots of a run folder, by step.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    found = sorted((run / FOLDER).glob(f"step=*{checkpoint.SUFFIX}"))
+    if not found:
+        raise CheckpointError(
+            f"{run / FOLDER}: no snapshots of averages. Train with lightning.callbacks.averages={{target: "
+            f"ldm.averages.AverageSnapshots, params: {{every: ...}}}}"
+        )
+    return found
+
+
+def reconstruct(files: Sequence[Path], width: float) -> dict[str, Tensor]:
+    """The average of relative width `width` at the time of the last of the snapshots, in float32.
+
+    Raises:
+        ConfigError: no power function is that wide.
+    """
+    wanted = power_exponent(width)
+    times: list[float] = []
+    exponents: list[float] = []
+    for file in files:  # read twice, since all of them together may not fit into memory
+        state = checkpoint.load(file)
+        times += [state["images_seen"]] * len(state["exponents"])
+        exponents += state["exponents"]
+    shares = iter(mixture(times, exponents, times[-1], wanted).tolist())
+    total: dict[str, Tensor] = {}
+    for file in files:
+        for average in checkpoint.load(file)["averages"]:
+            _add(total, average, next(shares))
+    return {name: value.float() if value.is_floating_point() else value for name, value in total.items()}
+
+
+def _add(total: dict[str, Tensor], average: dict[str, Tensor], share: float) -> None:
+    for name, value in average.items():
+        if not value.is_floating_point():
+            total[name] = value  # a counter: the latest
+        elif name in total:
+            total[name].add_(value.double(), alpha=share)
+        else:
+            total[name] = value.double() * share

@@ -1,0 +1,58 @@
+"""scripts/reconstruct_ema.py: from snapshots to a checkpoint that samples."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm import checkpoint
+from ldm.ema import power_exponent
+from ldm.evaluation.generate import Pipeline
+from scripts import reconstruct_ema as script
+
+
+@pytest.fixture
+def run(make_runs):
+    """A stage-2 run with three snapshots of two averages."""
+    runs = make_runs()
+    for step in (10, 20, 30):
+        average = {name: value * step for name, value in runs.module.ema.average.state_dict().items()}
+        state = {
+            "averages": [average, {name: value / 2 for name, value in average.items()}],
+            "exponents": [power_exponent(0.05), power_exponent(0.1)],
+            "images_seen": step * 8,
+        }
+        checkpoint.save(runs.diffusion / "averages" / f"step={step:08d}.ckpt", state)
+    return runs
+
+
+def test_what_it_writes_can_be_sampled_from(run, capsys):
+    assert script.main(["-r", str(run.diffusion), "--width", "0.1", "0.05", "--step", "20"]) == 0
+    wide, narrow = (Path(line) for line in capsys.readouterr().out.split())
+    assert wide == run.diffusion / "averages" / "width=0.1_step=00000020.ckpt"
+    weights = run.module.ema.average.state_dict()
+    for path, factor in ((wide, 10), (narrow, 20)):
+        pipeline = Pipeline.load(path)
+        assert pipeline.origin["step"] == 20
+        for name, value in pipeline.denoiser.state_dict().items():
+            torch.testing.assert_close(value, weights[name] * factor, rtol=1e-4, atol=1e-5)
+    # The run's own checkpoints are left alone.
+    assert checkpoint.find(run.diffusion).parent.name == "checkpoints"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--width", "0.5"], 2, "less than 0.289"),
+        (["--width", "0.1", "--step", "15"], 2, "there are 10, 20, 30"),
+        (["--wdith", "0.1"], 2, "--width"),
+    ],
+)
+def test_mistakes_are_one_message(run, capsys, arguments, code, message):
+    assert script.main(["-r", str(run.diffusion), *arguments]) == code
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_without_snapshots(runs, capsys):
+    assert script.main(["-r", str(runs.diffusion), "--width", "0.1"]) == 4
+    assert "AverageSnapshots" in capsys.readouterr().err
