@@ -137,7 +137,7 @@ class FencedWandb(WandbLogger):
     ) -> None:
         super().__init__(name=name, save_dir=save_dir, project=project, id=id, offline=offline)
         del self._wandb_init["anonymous"]  # Lightning passes it, wandb warns of it
-        self._limit = time_limit
+        self._limit = self._limit_at_end = time_limit
         self._errands: queue.Queue[Callable[[], None]] = queue.Queue(maxsize=1000)
         self._thread: threading.Thread | None = None
         self._exit_code = 0
@@ -173,12 +173,16 @@ class FencedWandb(WandbLogger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Wait, up to the time limit, until everything logged so far is with wandb; the run stays open."""
+        """Wait, up to the time limit, until everything logged so far is with wandb; the run stays open.
+
+        A run that was stopped or has failed is in a hurry: its launcher waits half a minute, and it has saved before.
+        """
         self._exit_code = 0 if status == "success" else 1
+        self._limit_at_end = self._limit / (1 if status == "success" else 4)
         if self._thread is not None:
             sent = threading.Event()
             self._submit(sent.set)
-            sent.wait(self._limit)
+            sent.wait(self._limit_at_end)
 
     def close(self) -> None:
         """End wandb's run, within the time limit; done by itself when the process exits."""
@@ -195,11 +199,11 @@ class FencedWandb(WandbLogger):
                 ended.set()
 
         self._submit(end)
-        ended.wait(self._limit)
+        ended.wait(self._limit_at_end)
         # Also when the above hangs or failed: it begins by taking back wandb's own exit hook, which would do so too.
         teardown = threading.Thread(target=_quietly, args=(lambda: wandb.teardown(self._exit_code),), daemon=True)
         teardown.start()
-        teardown.join(self._limit)
+        teardown.join(self._limit_at_end)
         self._thread = self._experiment = None
         if self.lost:
             log.warning("wandb: %d calls were lost; metrics.csv and images/ have everything", self.lost)

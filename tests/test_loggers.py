@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -180,3 +181,15 @@ def test_calls_beyond_the_queue_are_counted_not_waited_for(tmp_path: Path, monke
     logger.finalize("success")
     assert time.monotonic() - started < 5
     assert logger.lost == 501  # a thousand are kept for later; the last one asked whether all were sent
+
+
+def test_a_run_that_was_stopped_waits_for_wandb_but_a_quarter_as_long(tmp_path, monkeypatch):
+    logger = FencedWandb(tmp_path, time_limit=2.0)
+    monkeypatch.setattr(logger, "_connect", lambda: None)
+    hung = threading.Event()
+    logger._submit(lambda: hung.wait(20) and None)
+    for status, least, most in (("failed", 0.4, 1.5), ("success", 1.9, 5.0)):
+        begin = time.monotonic()
+        logger.finalize(status)
+        assert least < time.monotonic() - begin < most
+    hung.set()
