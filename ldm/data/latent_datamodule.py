@@ -1,6 +1,7 @@
 """The data module of stage 2: latents out of a cache, which it builds first where there is none."""
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +21,8 @@ from ldm.data.latent_reader import LatentCache, LatentDataset
 from ldm.data.latents import Manifest, Plan
 from ldm.data.pixels import EvalTransform
 from ldm.errors import ConfigError, DataError
+
+_LOG_SECONDS = 30.0
 
 
 class LatentDataModule(ElasticDataModule):
@@ -228,14 +231,23 @@ def _has_captions(dataset: ImageDataset) -> bool:
 
 @contextmanager
 def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on the main rank, shown once there is progress: gives a function of (done, total)."""
+    """Progress of the main rank, once there is any: gives a function of (done, total).
+
+    A bar in a terminal, a line now and then in a log file, where building may take hours.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bar = Progress(*columns, disable=not distributed.is_main())
     task = bar.add_task(title)
+    said = time.monotonic()
 
     def show(done: int, total: int) -> None:
-        bar.start()
+        nonlocal said
         bar.update(task, completed=done, total=total)
+        if bar.console.is_terminal:
+            bar.start()
+        elif distributed.is_main() and time.monotonic() - said > _LOG_SECONDS:
+            said = time.monotonic()
+            print(f"{title}: {done}/{total}", flush=True)
 
     try:
         yield show

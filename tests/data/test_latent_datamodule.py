@@ -298,3 +298,9 @@ def test_the_manifest_can_go_into_a_checkpoint(make, here):
     module.setup()
     checkpoint.save(here / "x.ckpt", {"ldm": {"latents": module.manifest.to_dict()}})
     assert Manifest.from_dict(checkpoint.load(here / "x.ckpt")["ldm"]["latents"]) == module.manifest
+
+
+def test_a_log_file_hears_of_the_building_now_and_then(make, here, capsys, monkeypatch):
+    monkeypatch.setattr("ldm.data.latent_datamodule._LOG_SECONDS", 0.0)
+    make(encode_batch_size=2).setup()
+    assert "train latents: 4/10\n" in capsys.readouterr().out
