@@ -262,6 +262,29 @@ def test_stage_2_on_ranks_and_in_pieces(forked, diffusion, alone, tmp_path, worl
 
 
 @pytest.mark.slow
+def test_a_transformer_and_a_learned_weighting_on_shards(forked, diffusion, tmp_path):
+    """What else may hold parameters: further averages, and the objective; activations computed again are gathered."""
+    params = diffusion["model"]["params"]
+    sizes = {"in_channels": "${data:channels}", "patch_size": 2, "channels": 16, "depth": 2, "heads": 2}
+    params["network"] = {"target": "ldm.diffusion.dit.DiT", "params": sizes | {"rms_norm": True, "checkpointing": True}}
+    params["conditioner"]["params"]["channels"] = 16
+    plain = {"target": "ldm.diffusion.weightings.Plain"}
+    learned = {"target": "ldm.diffusion.weightings.Uncertainty", "params": {"weighting": plain, "channels": 8}}
+    params["objective"]["params"]["weighting"] = learned
+    params["ema"]["params"]["others"] = [{"target": "ldm.ema.PowerFunction", "params": {"width": 0.1}}]
+    alone = Run(forked, diffusion, tmp_path / "alone")
+    diary = alone.go(1)
+    shards = Run(forked, diffusion, tmp_path / "shards")
+    assert_same_run(shards.go(2, SHARDED), diary)
+    ours, theirs = shards.state()["state_dict"], alone.state()["state_dict"]
+    assert ours.keys() == theirs.keys()
+    assert theirs["objective.weighting.u.weight"].any()
+    for name in theirs:
+        if isinstance(theirs[name], Tensor):
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
 def test_bf16_on_shards_rounds_as_it_does_under_autocast(forked, diffusion, tmp_path):
     bf16 = "lightning.trainer.precision=bf16-mixed"
     ddp = Run(forked, diffusion, tmp_path / "ddp").go(2, bf16, DDP)

@@ -123,6 +123,7 @@ class Uncertainty(nn.Module):
 
     def forward(self, error: Tensor, level: Level) -> Tensor:
         logarithm = level.snr.log().clamp(-20, 20)  # (N,)
-        with torch.autocast(error.device.type, enabled=False):
-            u = self.u(sinusoid(logarithm, self.channels, longest_period=100.0)).squeeze(1)  # (N,)
+        features = sinusoid(logarithm, self.channels, longest_period=100.0)  # (N, channels)
+        # Not by calling the layer, which autocast would round to bf16; on meta, where a dry run is, it has no off.
+        u = (features * self.u.weight).sum(1) + self.u.bias  # (N,)
         return self.weighting(error, level) / u.exp() + u
