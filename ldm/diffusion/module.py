@@ -112,7 +112,8 @@ class LatentDiffusion(LightningModule):
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *_: Any, **__: Any) -> None:
         """Lightning's place for it, once a global batch; its own way refuses fused optimizers, and knows no shards."""
-        logged = (self.global_step + 1) % self.trainer.log_every_n_steps == 0
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector of Lightning's
+        logged = (self.global_step + 1) % every == 0
         if self.gradient_clip is None and not logged:
             return  # measuring takes a pass over all gradients
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
