@@ -133,9 +133,8 @@ class SampleLogger(pl.Callback):
         mine = [place % number for place in range(distributed.rank(), -(-number // world) * world, world)]
         seeds = [self._seeds[place] for place in mine]
         labels = None if self._labels is None else [self._labels[place] for place in mine]
-        scale = self._guidance_scale
         with trainer.precision_plugin.forward_context():
-            samples = list(generate(pipeline, seeds, labels, steps=self._steps, guidance_scale=scale))
+            samples = list(generate(pipeline, seeds, labels, steps=self._steps, guidance_scale=self._guidance_scale))
         shares = distributed.gather([sample.image for sample in samples])
         if trainer.is_global_zero:
             images = [shares[place % len(shares)][place // len(shares)] for place in range(len(self._seeds))]
