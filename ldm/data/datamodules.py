@@ -13,7 +13,7 @@ from ldm.data.pixels import BrokenImages, EvalTransform, TrainTransform, Transfo
 from ldm.data.sampler import ElasticBatchSampler, accumulation, items, validation_batches
 from ldm.errors import ConfigError, DataError
 from ldm.randomness import Draws
-from ldm.signals import ignore_in_worker
+from ldm.signals import held_back, ignore_in_worker
 
 VALIDATION_SEED = 0x76616C6964
 """Validation uses the same draws in every run, whatever its seed, so that runs can be compared."""
@@ -99,7 +99,7 @@ class ElasticDataModule(LightningDataModule):
     def _loader(
         self, dataset: Dataset[Any], batches: Any, collate_fn: Callable[..., Any]
     ) -> DataLoader[dict[str, Any]]:
-        return DataLoader(
+        return _Loader(
             dataset,
             batch_sampler=batches,
             num_workers=self.num_workers,
@@ -127,6 +127,14 @@ class ElasticDataModule(LightningDataModule):
         if training:
             draws.seed_ambient()
         return draws
+
+
+class _Loader(DataLoader[dict[str, Any]]):
+    """Its workers hear of no SIGTERM before they know what to make of it; torch's own handler would end them."""
+
+    def __iter__(self) -> Any:
+        with held_back():
+            return super().__iter__()
 
 
 class ImageDataModule(ElasticDataModule):

@@ -217,3 +217,14 @@ def test_workers_end_for_their_parent_and_for_nobody_else():
         assert process.exitcode == 0
     finally:
         os.kill(process.pid, signal.SIGKILL) if process.is_alive() else None
+
+
+def test_a_worker_takes_no_signal_before_it_knows_what_to_make_of_it(make, tmp_path, monkeypatch):
+    def note(worker_id: int) -> None:
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        (tmp_path / "blocked").write_text(str(signal.SIGTERM in blocked))
+
+    monkeypatch.setattr("ldm.data.datamodules.ignore_in_worker", note)
+    next(iter(make(num_workers=1).train_dataloader()))
+    assert (tmp_path / "blocked").read_text() == "True"
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
