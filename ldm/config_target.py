@@ -81,7 +81,9 @@ def _describe(found: Any) -> str:
 
 
 def _defines(module: ModuleType, name: str, value: Any) -> bool:
-    return inspect.isclass(value) and value.__module__ == module.__name__ and not name.startswith("_")
+    """Whether the module, or a package by one of its modules, is where this class belongs."""
+    within = inspect.isclass(value) and f"{value.__module__}.".startswith(f"{module.__name__}.")
+    return within and not name.startswith("_")
 
 
 def _import(name: str) -> ModuleType:

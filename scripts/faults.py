@@ -122,12 +122,10 @@ def _tried(faults: Sequence[Fault], folder: Path, options: argparse.Namespace, c
 
 def warm_up(folder: Path) -> None:
     """Make what all faults share, and import whatever a run imports, so that forks need not."""
-    import torch
 
     import ldm.trainer  # noqa: F401
     from scripts.fault_catalogue.runs import prepare
 
-    torch.set_num_threads(1)
     processes.adopt_orphans()
     listing = folder / "modules"
     child = processes.fork(lambda: prepare(folder / "lab", listing), folder / "log.lab")
