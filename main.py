@@ -51,6 +51,7 @@ def work(options: Options) -> int:
     if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
         raise CheckpointError("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set: it lets a checkpoint run code. Unset it.")
     start = resume.start(options)
+    signals.stop_if_asked()
     start.config.check()
     steps = max_steps(start.config)
     if not options.train and start.folder is None and start.checkpoint is None:

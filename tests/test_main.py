@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from ldm import checkpoint
 from ldm.config import to_yaml
 from ldm.loggers import read_metrics
 from ldm.run import RunFolder
+from tests.points import wait_until
 
 ROOT = Path(main.__file__).parent
 
@@ -226,3 +228,25 @@ def test_a_second_process_is_refused(stage1):
     state = folder.read_state()
     assert state is not None
     assert state.step == 2
+
+
+def catches(process: int, number: int) -> bool:
+    """Whether the process has a handler for the signal."""
+    status = Path(f"/proc/{process}/status").read_text()
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_from_the_first_moment_on_ends_the_start_with_nothing_begun(stage1, number):
+    command = [sys.executable, str(ROOT / "main.py"), "--base", "stage1.yaml"]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert wait_until(lambda: catches(child.pid, number), 60)
+        child.send_signal(number)
+        _, printed = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert child.returncode == 128 + number
+    assert f"stopped by {number.name}; nothing is lost" in printed
+    assert not [*Path().glob("logs/*")]
