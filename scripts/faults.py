@@ -122,7 +122,6 @@ def _tried(faults: Sequence[Fault], folder: Path, options: argparse.Namespace, c
 
 def warm_up(folder: Path) -> None:
     """Make what all faults share, and import whatever a run imports, so that forks need not."""
-
     import ldm.trainer  # noqa: F401
     from scripts.fault_catalogue.runs import prepare
 
