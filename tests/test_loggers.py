@@ -107,7 +107,7 @@ start = time.monotonic() - started
 if fault != "none":
     while logger._experiment is None:  # a busy machine
         time.sleep(0.1)
-    lines = [line.split() for line in os.popen("ps -eo pid,args") if "wandb-core" in line]
+    lines = [line.split() for line in os.popen("ps -ww -eo pid,args") if "wandb-core" in line]
     cores = [int(line[0]) for line in lines if str(os.getpid()) in line[1:]]
     os.kill(cores[0], getattr(signal, fault))
     Path(sys.argv[5]).write_text(str(cores[0]))
