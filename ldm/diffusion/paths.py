@@ -14,6 +14,8 @@ from ldm.errors import ConfigError
 
 
 class Path(Protocol):
+    """alpha, sigma and what goes with their times; alpha falls and sigma rises from t = 0 to t = `last`."""
+
     last: float
     """The last noise level, where sampling starts."""
     step: float

@@ -30,6 +30,8 @@ class Level:
 
 
 class Weighting(Protocol):
+    """weighting(error (N,), level) -> (N,) losses; `error` is the mean squared error of the network's output."""
+
     def __call__(self, error: Tensor, level: Level) -> Tensor: ...
 
 
