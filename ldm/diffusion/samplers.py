@@ -180,7 +180,7 @@ def unipc(
     begin = x
     for i, (t, s) in enumerate(pairwise(times)):
         x0 = denoise(x, t)
-        if i > 0 and len(known) > 0 and math.isfinite(logs[i - 1]):
+        if known:  # from the second step on, unless the first began with pure noise
             # The step that led here, again, with the estimate at its end.
             x = _integrate(objective, begin, [*known, (logs[i], x0)], times[i - 1], t, logs[i - 1], logs[i])
         if math.isfinite(logs[i]):
