@@ -17,7 +17,7 @@ $(VENV)/installed: $(LOCK) pyproject.toml
 	$(BASE_PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'ldm needs Python 3.11 or newer')"
 	test -x $(PYTHON) || $(BASE_PYTHON) -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check uv
-	$(VENV)/bin/uv pip install --quiet --python $(PYTHON) --require-hashes -r $(LOCK)
+	$(VENV)/bin/uv pip install --quiet --compile-bytecode --python $(PYTHON) --require-hashes -r $(LOCK)
 	$(VENV)/bin/uv pip install --quiet --python $(PYTHON) --no-deps --no-build-isolation --editable .
 	touch $@
 
@@ -32,10 +32,10 @@ quickstart: $(VENV)/installed  ## emoji: train both stages, sample, print where 
 	@echo "Samples:" $$(ls -d logs/*_emoji_diffusion | tail -1)/samples/*/grid.png
 
 test: $(VENV)/installed lint  ## lint, types and every test
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist worksteal
 
 test-quick: $(VENV)/installed  ## the tests that take seconds
-	$(PYTHON) -m pytest -m "not slow"
+	$(PYTHON) -m pytest -n 2 --dist worksteal -m "not slow"
 
 lint: $(VENV)/installed  ## ruff (lint and format) and mypy
 	$(VENV)/bin/ruff check .

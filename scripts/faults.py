@@ -28,7 +28,6 @@ from pathlib import Path
 from types import FrameType
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.update(WANDB_MODE="disabled", WANDB_SILENT="true")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from rich.console import Console
@@ -180,4 +179,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    os.environ.update(WANDB_MODE="disabled", WANDB_SILENT="true")
     leave(main(sys.argv[1:]))  # without the libraries' farewells

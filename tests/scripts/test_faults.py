@@ -34,6 +34,11 @@ for part in faults.PARTS:
     __import__(f"scripts.fault_catalogue.{part}")
 
 
+@pytest.fixture(autouse=True)
+def without_wandb(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+
+
 def a_fault(body: harness.Body, limit: float = 60.0) -> Fault:
     return Fault(7, "a fault", "something happens", "nothing breaks", body, limit)
 
