@@ -51,7 +51,6 @@ class AtomicCheckpointIO(CheckpointIO):
         self._failed = 0  # saves in a row
         self._proven = False
         self._memory = HostMemory()
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._under_way: Future[None] | None = None
         self._needs_peers = False
 
@@ -59,7 +58,11 @@ class AtomicCheckpointIO(CheckpointIO):
         self.wait()
         self._needs_peers = "shard" in checkpoint
         state = self._memory.copy(checkpoint) if self.asynchronous else checkpoint
-        self._under_way = self._thread.submit(self._write, state, Path(path))
+        # A thread for each save, which ends with it: what it computes leaves OpenMP threads behind for as long as it
+        # lives, and with more of them than cores none waits actively any more; training then takes twice as long.
+        thread = ThreadPoolExecutor(1, "checkpoint")
+        self._under_way = thread.submit(self._write, state, Path(path))
+        thread.shutdown(wait=False)
         if not self.asynchronous:
             self.wait()
             if self.failure is not None and distributed.world_size() == 1:

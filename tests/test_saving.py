@@ -183,6 +183,16 @@ def test_training_goes_on_during_a_save_and_the_save_is_of_its_own_step(tmp_path
         assert torch.equal(state["state_dict"]["weight"], torch.full((1000,), step - 1.0))
 
 
+def test_no_thread_outlives_its_save(tmp_path):
+    """Its OpenMP team would: two threads too many, and training on a CPU takes twice as long from then on."""
+    files = AtomicCheckpointIO()
+    files.asynchronous = True
+    for step in (1, 2):
+        files.save_checkpoint({"global_step": step}, tmp_path / f"{step}.ckpt")
+    files.wait()
+    assert wait_until(lambda: not any(thread.name.startswith("checkpoint") for thread in threading.enumerate()), 5)
+
+
 def test_the_first_save_is_read_back(tmp_path, monkeypatch):
     read: list[Path] = []
     monkeypatch.setattr(checkpoint, "load", lambda path, **_: read.append(path))
