@@ -25,7 +25,8 @@ from ldm import distributed
 from ldm.autoencoder.codec import Codec
 from ldm.diffusion.module import LatentDiffusion
 from ldm.errors import ConfigError
-from ldm.evaluation.generate import Pipeline, generate, grid
+from ldm.evaluation.generate import Pipeline, generate, grid, load_codec
+from ldm.evaluation.steering import Guidance
 from ldm.randomness import Draws
 
 log = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ class SampleLogger(pl.Callback):
         self._labels = None if classes is None else [label for label in classes for _ in seeds]
         self._seeds = list(seeds) if classes is None else list(seeds) * len(classes)
         self._steps = steps
-        self._guidance_scale = guidance_scale
+        self._guidance = Guidance(guidance_scale)
         self._autoencoder = autoencoder
         self._trust = trust
         self._codec: Codec | None = None
@@ -126,7 +127,7 @@ class SampleLogger(pl.Callback):
             raise ConfigError(f"SampleLogger: expected a LatentDiffusion, found a {type(pl_module).__name__}.")
         manifest = trainer.datamodule.manifest  # type: ignore[attr-defined]  # Lightning's own, set by fit
         if self._codec is None:
-            self._codec = Codec.load(self._autoencoder or manifest.plan.autoencoder["path"], self._trust)
+            self._codec = load_codec(manifest, self._autoencoder, "the preview of samples", self._trust)
         pipeline = Pipeline.from_module(pl_module, self._codec.to(pl_module.device), manifest)
         world, number = distributed.world_size(), len(self._seeds)
         # As many on each rank, some twice: where the weights are sharded, all ranks call the network together.
@@ -134,7 +135,7 @@ class SampleLogger(pl.Callback):
         seeds = [self._seeds[place] for place in mine]
         labels = None if self._labels is None else [self._labels[place] for place in mine]
         with trainer.precision_plugin.forward_context():
-            samples = list(generate(pipeline, seeds, labels, steps=self._steps, guidance_scale=self._guidance_scale))
+            samples = list(generate(pipeline, seeds, labels, steps=self._steps, guidance=self._guidance))
         shares = distributed.gather([sample.image for sample in samples])
         if trainer.is_global_zero:
             images = [shares[place % len(shares)][place // len(shares)] for place in range(len(self._seeds))]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from ldm import ranks, signals, slurm
-from ldm.errors import PeerError
+from ldm.errors import LdmError, PeerError
 from ldm.signals import Stopped
 
 
@@ -27,6 +27,15 @@ def run(main: Callable[[], int]) -> NoReturn:
     if code == PeerError.exit_code:
         ranks.end_stopped()
     ranks.leave(code)
+
+
+def answer(work: Callable[[], int | None]) -> int:
+    """The exit code of a script's `work`: what it returns (None: 0), or an LdmError's, which is told in one line."""
+    try:
+        return work() or 0
+    except LdmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
 
 
 def _done(main: Callable[[], int]) -> int:

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm import run
+from ldm import process, run
 from ldm.autoencoder.discriminator import PatchDiscriminator
 from ldm.autoencoder.losses import AutoencoderLoss
 from ldm.autoencoder.lpips import LPIPS
@@ -40,7 +40,6 @@ from ldm.diffusion.conditioning import Conditioning
 from ldm.diffusion.noise_schedules import SqrtLinear
 from ldm.diffusion.objectives import DDPM
 from ldm.diffusion.unet import UNet
-from ldm.errors import LdmError
 from ldm.evaluation.generate import Pipeline
 from ldm.evaluation.quality import compare, markdown
 from ldm.randomness import Draws
@@ -308,13 +307,12 @@ def parse(argv: Sequence[str]) -> Any:
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code (ldm/errors.py)."""
-    try:
+
+    def work() -> None:
         options = parse(argv)
         print({"steps": steps, "quality": quality}[options.what](options))
-    except LdmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+
+    return process.answer(work)
 
 
 if __name__ == "__main__":

@@ -73,16 +73,16 @@ def main(argv: Sequence[str]) -> int:
     task.add_argument("-b", "--base", nargs="+", type=Path, metavar="YAML", help="stage-2 configuration")
     task.add_argument("--verify", nargs="+", type=Path, metavar="FOLDER", help="caches to read and check whole")
     parser.add_argument("--trust", nargs="+", default=[], metavar="PACKAGE", help="packages that targets may name")
-    try:
+
+    def work() -> int | None:
         overrides, words = split_overrides(argv)
         options = parser.parse_strictly(words)
         if options.verify:
             return verify_all(options.verify)
         build(options.base, overrides, options.trust)
-    except LdmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+        return None
+
+    return process.answer(work)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from ldm import process
 from ldm.commandline import Parser
-from ldm.errors import DataError, LdmError
+from ldm.errors import DataError
 
 Curve = tuple[list[int], list[float]]
 NOT_PLOTTED = {"step", "epoch", "time"}
@@ -112,16 +113,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, or its metrics.csv")
     parser.add_argument("-o", "--output", type=Path, help="the picture (default: metrics.png in the first run)")
     parser.add_argument("--only", nargs="+", default=[], metavar="METRIC", help="draw these panels alone")
-    try:
+
+    def work() -> None:
         options = parser.parse_strictly(argv)
         first: Path = options.runs[0]
         output: Path = options.output or (first.parent if first.is_file() else first) / "metrics.png"
         plot(options.runs, output, options.only)
-    except LdmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    print(output)
-    return 0
+        print(output)
+
+    return process.answer(work)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any
 from ldm import checkpoint, process
 from ldm.averages import FOLDER, reconstruct, snapshots
 from ldm.commandline import Parser
-from ldm.errors import CheckpointError, ConfigError, LdmError
+from ldm.errors import CheckpointError, ConfigError
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,15 +31,14 @@ def main(argv: Sequence[str]) -> int:
     add("-r", "--run", required=True, type=Path, metavar="RUN", help="run folder")
     add("--width", required=True, nargs="+", type=float, help="relative widths, more than 0 and less than 0.28")
     add("--step", type=int, help="of the snapshot at whose time the average is wanted (default: the latest)")
-    try:
+
+    def work() -> None:
         options = parser.parse_strictly(argv)
         files = up_to(snapshots(options.run), options.step)
         for width in options.width:
             print(write(options.run, files, width))
-    except LdmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+
+    return process.answer(work)
 
 
 def up_to(files: Sequence[Path], step: int | None) -> list[Path]:

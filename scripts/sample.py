@@ -3,6 +3,9 @@
     python scripts/sample.py -r logs/<run>                                  # 8 of every class
     python scripts/sample.py -r logs/<run> --classes 3 dress --steps 30 --guidance 2
     python scripts/sample.py -r 'logs/*_my_diffusion' -n 100 --npz          # newest run that matches; for evaluation
+    python scripts/sample.py -r logs/<run> --guidance 2 --worse logs/<smaller run> --interval 0.2 3
+    python scripts/sample.py -r logs/<run> --image photo.png --strength 0.5 # image to image
+    python scripts/sample.py -r logs/<run> --image photo.png --mask m.png   # what is white in m.png is painted anew
 
 Writes a PNG for each picture, grid.png (a row a class), samples.json (what was used) and, asked to, samples.npz (arr_0:
 (N,H,W,3) uint8, class by class). A picture depends on its seed and class alone, so a run that was interrupted, or is
@@ -13,9 +16,10 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,10 +31,11 @@ from ldm import process, signals
 from ldm.commandline import Parser
 from ldm.config import newest_run
 from ldm.data.images import read_image
-from ldm.diffusion.grids import Default, Grid, Karras, Power
+from ldm.diffusion.grids import Default, Grid, Karras, Power, Shift
 from ldm.diffusion.samplers import ancestral, ddim, dpm_solver, heun, unipc
-from ldm.errors import ConfigError, LdmError
+from ldm.errors import ConfigError
 from ldm.evaluation.generate import Pipeline, Sample, Sampler, generate, grid
+from ldm.evaluation.steering import Guidance, Original
 from ldm.run import write_whole
 
 SAMPLERS: dict[str, Sampler] = {
@@ -42,7 +47,13 @@ SAMPLERS: dict[str, Sampler] = {
     "dpm-sde": partial(dpm_solver, eta=1.0),
     "unipc": unipc,
 }
-GRIDS: dict[str, Grid] = {"default": Default(), "uniform": Power(1), "quadratic": Power(2), "karras": Karras()}
+GRIDS: dict[str, Callable[[Pipeline], Grid]] = {
+    "default": lambda pipeline: Default(),
+    "uniform": lambda pipeline: Power(1),
+    "quadratic": lambda pipeline: Power(2),
+    "shifted": lambda pipeline: Shift(math.sqrt(math.prod(pipeline.manifest.plan.shape) / 4096)),
+    "karras": lambda pipeline: Karras(),
+}
 SHOWN = 16
 """The grid has at most so many rows and columns."""
 
@@ -82,6 +93,19 @@ def parse(argv: Sequence[str]) -> Any:
     add("--grid", choices=GRIDS, default="default", help="where the steps lie (default: as the objective has them)")
     add("--eta", type=float, default=0.0, help="fresh noise on the way, ddim only: 0 none (default) ... 1 ancestral")
     add("--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1 (default): none")
+    add("--rescale", type=float, default=0.0, help="0 (default) ... 1: keep large scales from burning pictures out")
+    add(
+        "--interval",
+        type=float,
+        nargs=2,
+        default=[0.0, math.inf],
+        metavar=("LOW", "HIGH"),
+        help="guide between these ratios sigma / alpha alone (default: everywhere)",
+    )
+    add("--worse", metavar="RUN", help="guide away from this smaller or less trained model (autoguidance)")
+    add("--image", type=Path, metavar="FILE", help="begin with this picture instead of noise alone")
+    add("--strength", type=float, help="of --image, above 0 to 1: how much of it is lost (default: 0.6; with --mask 1)")
+    add("--mask", type=Path, metavar="FILE", help="with --image: paint anew what is white in this picture")
     add("--raw", action="store_true", help="the weights of the last step instead of their running average")
     add("--autoencoder", type=Path, metavar="RUN", help="stage-1 run or checkpoint, if it has moved")
     add("--batch-size", type=_count, default=64, help="pictures made at once; changes speed alone (default: 64)")
@@ -92,6 +116,9 @@ def parse(argv: Sequence[str]) -> Any:
     options = parser.parse_strictly(argv)
     if options.eta and options.sampler != "ddim":
         raise ConfigError(f"--eta {options.eta:g}: only the sampler ddim has it, found --sampler {options.sampler}.")
+    for flag in ("mask", "strength"):
+        if options.image is None and getattr(options, flag) is not None:
+            raise ConfigError(f"--{flag} {getattr(options, flag)}: belongs to --image FILE, which is missing.")
     if not 0 <= options.eta <= 1:
         raise ConfigError(f"--eta: expected 0 to 1, found {options.eta:g}.")
     return options
@@ -187,23 +214,25 @@ def _read(path: Path) -> np.ndarray:
 
 def sample(options: Any) -> list[Path]:
     """Do what the command line asks for; returns the files to look at."""
-    run = newest_run(options.run) if "*" in options.run else options.run
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = Pipeline.load(
-        run, ema=not options.raw, autoencoder=options.autoencoder, device=device, trust=options.trust
+        _found(options.run), ema=not options.raw, autoencoder=options.autoencoder, device=device, trust=options.trust
     )
     names = pipeline.manifest.plan.class_names
     labels = chosen_classes(options.classes, pipeline.num_classes, names)
     seeds = [*dict.fromkeys(options.seeds or range(options.seed, options.seed + options.number))]
     orders = [Order(label, seed) for label in labels for seed in seeds]
+    guidance, original = steering(pipeline, options, device)
     chosen = ("sampler", "grid", "steps", "eta", "guidance")
-    settings = {**pipeline.origin, **{key: getattr(options, key) for key in chosen}}
-    GRIDS[options.grid](pipeline.objective, options.steps)  # refuses a wrong number, before anything is written
+    settings = {**pipeline.origin, **{key: getattr(options, key) for key in chosen}, **steered(options, guidance)}
+    times = GRIDS[options.grid](pipeline)(pipeline.objective, options.steps)
+    guidance.check(pipeline, times)  # both refuse what cannot be, before anything is written
     folder: Path = options.out or default_folder(settings)
     claim(folder, settings)
     images = [{"file": order.file, **order._asdict(), "name": order.name(names)} for order in orders]
     write_whole(folder / "samples.json", json.dumps({"settings": settings, "images": images}, indent=1) + "\n")
-    make(pipeline, [order for order in orders if not (folder / order.file).is_file()], folder, options)
+    missing = [order for order in orders if not (folder / order.file).is_file()]
+    make(pipeline, missing, folder, options, guidance, original)
     picture(sheet(folder, labels, seeds)).save(folder / "grid.png")
     written = [folder / "grid.png"]
     if options.npz:
@@ -214,6 +243,10 @@ def sample(options: Any) -> list[Path]:
     return written
 
 
+def _found(run: str) -> Path | str:
+    return newest_run(run) if "*" in run else run
+
+
 def default_folder(settings: Mapping[str, Any]) -> Path:
     """<run>/samples/<settings>: other settings, another folder."""
     place = Path(settings["checkpoint"]).parent
@@ -221,10 +254,71 @@ def default_folder(settings: Mapping[str, Any]) -> Path:
     eta = f"-eta{settings['eta']:g}" if settings["eta"] else ""
     grid = "" if settings["grid"] == "default" else f"-{settings['grid']}"
     name = f"step{settings['step']}-{settings['weights']}-{settings['sampler']}{settings['steps']}{grid}{eta}"
-    return run / "samples" / f"{name}-guidance{settings['guidance']:g}"
+    more = "".join(f"-{key}{_worded(settings[key])}" for key in STEERED if key in settings)
+    return run / "samples" / f"{name}-guidance{settings['guidance']:g}{more}"
 
 
-def make(pipeline: Pipeline, missing: Sequence[Order], folder: Path, options: Any) -> None:
+def _worded(value: Any) -> str:
+    """A setting in a folder's name: of a file its own name and a bit of its hash."""
+    if isinstance(value, Mapping):
+        return f"_{Path(value['file']).stem}_{value['sha256'][:6]}"
+    if isinstance(value, str):
+        return f"_{sha256(value.encode()).hexdigest()[:6]}"
+    return "_".join(f"{one:g}" for one in value) if isinstance(value, list) else f"{value:g}"
+
+
+STEERED = ("rescale", "interval", "worse", "image", "strength", "mask")
+"""Settings that are recorded where they were asked for."""
+
+
+def steering(pipeline: Pipeline, options: Any, device: str) -> tuple[Guidance, Original | None]:
+    """What the command line says of guidance, and of a picture to begin with."""
+    worse = None
+    if options.worse is not None:
+        worse = Pipeline.load(
+            _found(options.worse),
+            ema=not options.raw,
+            autoencoder=options.autoencoder,
+            device=device,
+            trust=options.trust,
+        )
+    low, high = options.interval
+    guidance = Guidance(options.guidance, options.rescale, low, high, worse)
+    if options.image is None:
+        return guidance, None
+    strength = options.strength if options.strength is not None else 0.6 if options.mask is None else 1.0
+    return guidance, Original.read(pipeline.manifest, options.image, strength, options.mask)
+
+
+def steered(options: Any, guidance: Guidance) -> dict[str, Any]:
+    """The settings of STEERED that were asked for, in plain values; files by name and hash."""
+    settings: dict[str, Any] = {}
+    if options.rescale:
+        settings["rescale"] = options.rescale
+    if options.interval != [0.0, math.inf]:
+        settings["interval"] = options.interval
+    if guidance.worse is not None:
+        settings["worse"] = guidance.worse.origin["checkpoint"]
+    for key in ("image", "mask"):
+        if (file := getattr(options, key)) is not None:
+            settings[key] = _known(file)
+    if options.strength is not None:
+        settings["strength"] = options.strength
+    return settings
+
+
+def _known(file: Path) -> dict[str, str]:
+    return {"file": str(file), "sha256": sha256(file.read_bytes()).hexdigest()}
+
+
+def make(
+    pipeline: Pipeline,
+    missing: Sequence[Order],
+    folder: Path,
+    options: Any,
+    guidance: Guidance,
+    original: Original | None,
+) -> None:
     """Make the missing pictures, each written as soon as its batch is done."""
     labels = [order.label for order in missing if order.label is not None]
     samples = generate(
@@ -233,8 +327,9 @@ def make(pipeline: Pipeline, missing: Sequence[Order], folder: Path, options: An
         labels if pipeline.num_classes is not None else None,
         sampler=partial(ddim, eta=options.eta) if options.eta else SAMPLERS[options.sampler],
         steps=options.steps,
-        grid=GRIDS[options.grid],
-        guidance_scale=options.guidance,
+        grid=GRIDS[options.grid](pipeline),
+        guidance=guidance,
+        original=original,
         batch_size=options.batch_size,
         progress=True,
     )
@@ -245,13 +340,7 @@ def make(pipeline: Pipeline, missing: Sequence[Order], folder: Path, options: An
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code (ldm/errors.py)."""
-    try:
-        for path in sample(parse(argv)):
-            print(path)
-    except LdmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return process.answer(lambda: print(*sample(parse(argv)), sep="\n"))
 
 
 if __name__ == "__main__":

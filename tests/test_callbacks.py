@@ -21,6 +21,7 @@ from ldm.callbacks import ImageLogger, Progress, SampleLogger, Throughput, to_ui
 from ldm.data.latents import Manifest
 from ldm.errors import ConfigError
 from ldm.evaluation.generate import Pipeline, generate, grid
+from ldm.evaluation.steering import Guidance
 from ldm.loggers import MetricsFile, read_metrics
 from ldm.randomness import Draws
 
@@ -157,7 +158,7 @@ def test_samples_are_those_of_the_averaged_weights(tmp_path: Path, runs: Any, cl
     callback.on_train_batch_end(a_sampling_trainer(tmp_path, saved.manifest), module)
     sheet = picture(tmp_path / "images" / "val" / "samples_00000006.png")
     labels = None if classes is None else [2, 2, 2, 0, 0, 0]
-    samples = generate(saved, [7, 8, 9] * len(classes or [0]), labels, steps=2, guidance_scale=2.0)
+    samples = generate(saved, [7, 8, 9] * len(classes or [0]), labels, steps=2, guidance=Guidance(2.0))
     wanted = grid([sample.image for sample in samples], columns=3)
     assert sheet.shape == wanted.shape
     assert np.abs(sheet.astype(int) - wanted).max() <= 1

@@ -12,8 +12,10 @@ from ldm.config import Config, build, load
 
 ROOT = Path(__file__).parents[1]
 FILES = {str(path.relative_to(ROOT / "configs")): path for path in sorted((ROOT / "configs").rglob("*.yaml"))}
-FRAGMENTS = [name for name in FILES if name.startswith("cluster/")]  # to merge after a whole configuration
-CONFIGS = {name: path for name, path in FILES.items() if name not in FRAGMENTS}
+# To merge after a whole configuration: any of stage 2, or the one of FashionMNIST.
+FRAGMENTS = [name for name in FILES if name.startswith("cluster/")]
+VARIANTS = [name for name in FILES if name.startswith("fashion_mnist/variants/")]
+CONFIGS = {name: path for name, path in FILES.items() if name not in (*FRAGMENTS, *VARIANTS)}
 STAGE_1 = [name for name in CONFIGS if "autoencoder" in name]
 STAGE_2 = [name for name in CONFIGS if "autoencoder" not in name]
 
@@ -29,11 +31,13 @@ PUBLISHED = {
     "diffusion/dit_xl2_imagenet256.yaml": {"denoiser": 675},
     "diffusion/sit_xl2_imagenet256.yaml": {"denoiser": 675},
     "diffusion/lightningdit_xl1_f16.yaml": {"denoiser": 675},
+    "diffusion/edm2_s_imagenet512.yaml": {"denoiser": 280},
 }
 # The latents of each stage-2 configuration's own stage 1: channels, side.
 LATENTS = {
     "diffusion/celebahq_f4.yaml": (3, 64),
     "diffusion/dit_xl2_imagenet256.yaml": (4, 32),
+    "diffusion/edm2_s_imagenet512.yaml": (4, 64),
     "diffusion/imagenet_f8_class.yaml": (4, 32),
     "diffusion/lightningdit_xl1_f16.yaml": (16, 16),
     "diffusion/sit_xl2_imagenet256.yaml": (4, 32),
@@ -71,6 +75,18 @@ def test_fragments_merge_with_every_config_of_stage_2(name, fragment):
     config.check(facts(name))
     strategy = build(config.resolved(facts(name))["lightning"]["strategy"], key="lightning.strategy")
     assert isinstance(strategy, Strategy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_trains_two_steps(variant, image_folder, runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = "fashion_mnist/diffusion.yaml"
+    words = [*overrides(base, image_folder), f"data.params.autoencoder={runs.autoencoder}"]
+    assert main.main(["--base", str(CONFIGS[base]), str(FILES[variant]), *words]) == 0
+    check_run(tmp_path)
+    (run,) = (tmp_path / "logs").iterdir()
+    assert run.name.endswith(f"_fashion_mnist_{Path(variant).stem}")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -124,6 +140,8 @@ def test_stage_1_trains_two_steps(name, image_folder, tmp_path, monkeypatch):
 def test_stage_2_trains_two_steps(name, image_folder, runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["model.params.network.params.channels=32", *overrides(name, image_folder)]
+    if "ldm.diffusion.edm2" in CONFIGS[name].read_text():
+        words += ["model.params.network.params.blocks_per_level=1", "data.params.resolution=32"]
     if "ldm.diffusion.dit.DiT" in CONFIGS[name].read_text():
         words += ["model.params.network.params.depth=2", "model.params.network.params.heads=4"]
     words.append(f"data.params.autoencoder={runs.autoencoder}")

@@ -12,7 +12,18 @@ ROOT = Path(__file__).parents[1]
 # A file imports only from levels below its own; within level 1 a package's files may import each other.
 LEVELS = {
     0: [
-        *("errors", "distributed", "randomness", "layers", "ema", "schedule", "checkpoint", "run", "signals"),
+        *(
+            "errors",
+            "distributed",
+            "randomness",
+            "layers",
+            "ema",
+            "schedule",
+            "optimizers",
+            "checkpoint",
+            "run",
+            "signals",
+        ),
         *("plain", "sealed", "shards", "sharding", "snapshot", "ranks", "slurm", "process"),
         *("config", "config_read", "config_target", "config_types", "config_signature", "config_check", "commandline"),
     ],
@@ -21,14 +32,20 @@ LEVELS = {
         *("data.images", "data.openmoji", "data.latents", "data.sampler"),
         *("data.latent_files", "data.latent_build", "data.latent_reader"),
         *("autoencoder.networks", "autoencoder.posterior", "autoencoder.lpips", "autoencoder.discriminator"),
-        *("autoencoder.losses", "autoencoder.codec"),
+        *("autoencoder.losses", "autoencoder.codec", "autoencoder.quantiser"),
         *("diffusion.unet", "diffusion.objectives", "diffusion.guidance", "diffusion.samplers"),
         *("diffusion.paths", "diffusion.predictions", "diffusion.weightings", "diffusion.noise_levels"),
-        *("diffusion.noise_schedules", "diffusion.grids", "diffusion.dit"),
+        *("diffusion.noise_schedules", "diffusion.grids", "diffusion.dit", "diffusion.edm2"),
         "diffusion.conditioning",
     ],
     2: ["data.datamodules", "data.latent_datamodule", "autoencoder.module", "diffusion.module"],
-    3: ["evaluation.generate", "evaluation.features", "evaluation.metrics", "evaluation.quality"],
+    3: [
+        "evaluation.generate",
+        "evaluation.steering",
+        "evaluation.features",
+        "evaluation.metrics",
+        "evaluation.quality",
+    ],
     4: ["averages", "callbacks", "loggers", "safety", "saving", "finite", "strategies"],
     5: ["trainer", "outcome"],
 }

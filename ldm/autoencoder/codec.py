@@ -11,35 +11,53 @@ from torch import Tensor, nn
 
 from ldm import checkpoint
 from ldm.autoencoder.networks import Decoder, Encoder
-from ldm.autoencoder.posterior import DiagonalGaussian
+from ldm.autoencoder.posterior import DiagonalGaussian, Posterior
+from ldm.autoencoder.quantiser import VectorQuantiser
 from ldm.config import build
 from ldm.errors import CheckpointError, ConfigError
+
+
+class Pixels(nn.Module):
+    """The encoder of a model without a first stage: the images themselves, as moments of a point mass."""
+
+    down_factor = 1
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.in_channels = self.latent_channels = channels
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.cat([images, torch.zeros_like(images)], dim=1)  # (N, 2C, H, W)
 
 
 class Codec(nn.Module):
     """An encoder and a decoder that nothing trains: no gradients, always in eval mode.
 
     Args:
-        encoder: images -> moments.
+        encoder: images -> moments, or the latents that `quantiser` takes.
         decoder: latents -> images.
-        config: {"encoder": node, "decoder": node}, the configuration that builds them again.
+        config: {"encoder": node, "decoder": node}, and a quantiser's, that builds them again; {}: pixels.
         resolution: side of the images it was trained on, where known.
         statistics: per-channel {"mean": [...], "std": [...]} of the latents, as measured in stage 1, or None.
         path: where it was loaded from.
+        quantiser: replaces latents by their codes before they are decoded; None: the posterior is Gaussian.
     """
 
     def __init__(
         self,
-        encoder: Encoder,
-        decoder: Decoder,
+        encoder: Encoder | Pixels,
+        decoder: Decoder | nn.Identity,
         config: Mapping[str, Any],
         resolution: int | None = None,
         statistics: Mapping[str, Any] | None = None,
         path: str = "",
+        quantiser: VectorQuantiser | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
+        self.quantiser = quantiser
+        self.register_buffer("_place", torch.zeros(()), persistent=False)  # pixels have no other tensor
         self.config = dict(config)
         self.resolution = resolution
         self.statistics = statistics
@@ -67,15 +85,21 @@ class Codec(nn.Module):
                 f"Name the run folder of a stage-1 run."
             )
         params = record["config"]["model"]["params"]
-        config = {name: params[name] for name in ("encoder", "decoder")}
+        config = {name: params[name] for name in ("encoder", "decoder", "quantiser") if params.get(name)}
         try:
-            encoder, decoder = (build(config[name], trust, key=f"model.params.{name}") for name in config)
+            parts = {name: build(node, trust, key=f"model.params.{name}") for name, node in config.items()}
         except ConfigError as error:
             raise ConfigError(f"{file}: in the configuration stored there: {error}") from error
-        for name, network in (("encoder", encoder), ("decoder", decoder)):
+        for name, network in parts.items():
             checkpoint.fill(network, state["state_dict"], name, file)
         resolution = record["config"].get("data", {}).get("params", {}).get("resolution")
-        return cls(encoder, decoder, config, resolution, record.get("latents"), str(file))
+        about = config, resolution, record.get("latents"), str(file)
+        return cls(parts["encoder"], parts["decoder"], *about, parts.get("quantiser"))
+
+    @classmethod
+    def pixels(cls, channels: int) -> "Codec":
+        """No first stage: latents are the images, (N,C,H,W) in [-1, 1], without any spread."""
+        return cls(Pixels(channels), nn.Identity(), {})
 
     def train(self, mode: bool = True) -> "Codec":
         """Stays in eval mode, whatever the module around it is told."""
@@ -83,7 +107,7 @@ class Codec(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        return self.get_buffer("_place").device
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,13 +121,21 @@ class Codec(nn.Module):
         """
         images = images.to(self.device, torch.float32)
         with torch.autocast(self.device.type, enabled=False), _full_precision():
-            posterior = DiagonalGaussian(self.encoder(images))
+            posterior = self._posterior(self.encoder(images))
         return posterior.mean, posterior.std
+
+    def _posterior(self, output: Tensor) -> Posterior:
+        if self.quantiser is not None:
+            return self.quantiser(output)
+        return DiagonalGaussian(output, deterministic=isinstance(self.encoder, Pixels))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """(N,c,h,w), not whitened -> images (N,C,H,W) float32 in [-1, 1]; follows the caller's autocast."""
-        images: Tensor = self.decoder(latents.to(self.device))
+        latents = latents.to(self.device)
+        if self.quantiser is not None:
+            latents = self.quantiser(latents).mode()
+        images: Tensor = self.decoder(latents)
         return images.float().clamp(-1.0, 1.0)
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:

@@ -2,7 +2,8 @@
 
     error(x, r)    = |x - r| + l2_weight * (x - r)^2 + perceptual_weight * LPIPS(x, r)   for each pixel and channel
     nll            = sum of error / exp(logvar) + logvar                           over an image, mean over the batch
-    generator      = nll + kl_weight * KL + w * adversarial_weight * adversarial.generator
+    generator      = nll + kl_weight * cost + w * adversarial_weight * adversarial.generator
+    cost           = of the posterior: its KL; with a codebook, latents from their codes           mean over the batch
     discriminator  = adversarial.discriminator(images, detached reconstruction)
     w              = |d nll / d W| / (|d generator term / d W| + 1e-4), at most 1e4;  W: the decoder's last weight
 
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.autoencoder.posterior import DiagonalGaussian
+from ldm.autoencoder.posterior import Posterior
 
 
 class Adversarial(Protocol):
@@ -61,7 +62,8 @@ class AutoencoderLoss(nn.Module):
         perceptual_weight: of it, against a mean absolute difference per value of the image.
         l2_weight: of the squared difference, 0 in the published models. Without a perceptual term it teaches rare
             colours sooner: to the absolute difference a red that comes out brown is hardly worse than a pale red.
-        kl_weight: of the KL against the standard normal, in nats.
+        kl_weight: of the posterior's cost: the KL against the standard normal, in nats; of a codebook, squared
+            distances summed over the latent.
         logvar: starting value of the learned log-variance, which belongs to the generator's optimizer.
         discriminator: images -> logits; None trains without one.
         adversarial: Hinge() or Vanilla().
@@ -97,7 +99,7 @@ class AutoencoderLoss(nn.Module):
         return self.discriminator is not None and step >= self.adversarial_start
 
     def forward(
-        self, images: Tensor, reconstruction: Tensor, posterior: DiagonalGaussian, last_layer: nn.Conv2d, step: int
+        self, images: Tensor, reconstruction: Tensor, posterior: Posterior, last_layer: nn.Conv2d, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar whose one backward fills every gradient, and what to log.
 
@@ -120,9 +122,8 @@ class AutoencoderLoss(nn.Module):
         precision = (-self.logvar).exp()
         nll = error * precision + self.logvar * copy[0].numel()
         gradient = gradient * precision.detach()
-        kl = posterior.kl().mean()
-        logs = {"nll": nll.detach(), "kl": kl.detach(), "logvar": self.logvar.detach(), **parts}
-        total = nll + self.kl_weight * kl
+        logs = {"nll": nll.detach(), **posterior.logs(), "logvar": self.logvar.detach(), **parts}
+        total = nll + self.kl_weight * posterior.cost().mean()
         if self.adversarial_at(step):
             assert self.discriminator is not None
             fake = self.discriminator(copy).float()

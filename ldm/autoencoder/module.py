@@ -15,7 +15,9 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from ldm.autoencoder.losses import AutoencoderLoss
 from ldm.autoencoder.networks import Decoder, Encoder
-from ldm.autoencoder.posterior import DiagonalGaussian
+from ldm.autoencoder.posterior import DiagonalGaussian, Posterior
+from ldm.autoencoder.quantiser import VectorQuantiser
+from ldm.errors import ConfigError
 
 Batch = dict[str, Any]
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -32,7 +34,7 @@ class AutoencoderKL(pl.LightningModule):
     the discriminator's batch statistics where it has any.
 
     Args:
-        encoder: images to moments.
+        encoder: images to moments, or, for a quantiser, to latents.
         decoder: latents to images.
         loss: with the discriminator, if there is one.
         optimizer: makes the optimizer of encoder, decoder and log-variance.
@@ -41,6 +43,7 @@ class AutoencoderKL(pl.LightningModule):
         discriminator_schedule: the same for the discriminator, counted from its own first step.
         gradient_clip: largest norm of each optimizer's gradient; None does not clip. The loss is a sum over an
             image, so a useful threshold grows with the number of pixels.
+        quantiser: a codebook in the Gaussian's place; None: the posterior is a diagonal Gaussian.
     """
 
     def __init__(
@@ -53,11 +56,18 @@ class AutoencoderKL(pl.LightningModule):
         discriminator_optimizer: MakeOptimizer | None = None,
         discriminator_schedule: Schedule | None = None,
         gradient_clip: float | None = None,
+        quantiser: VectorQuantiser | None = None,
     ) -> None:
         super().__init__()
+        if encoder.outputs != (1 if quantiser else 2):
+            raise ConfigError(
+                f"model.params.encoder.params.moments: expected {quantiser is None}, found {quantiser is not None}: "
+                f"a Gaussian needs mean and log-variance, a quantiser the latent itself"
+            )
         self.automatic_optimization = False
         self.encoder = encoder
         self.decoder = decoder
+        self.quantiser = quantiser
         self.loss = loss
         self._recipes = [(optimizer, schedule), (discriminator_optimizer or optimizer, discriminator_schedule)]
         self._gradient_clip = gradient_clip
@@ -68,20 +78,21 @@ class AutoencoderKL(pl.LightningModule):
 
     # ------------------------------------------------------------------ the model
 
-    def encode(self, images: Tensor) -> DiagonalGaussian:
+    def encode(self, images: Tensor) -> Posterior:
         """(N, C, H, W) in [-1, 1] -> the posterior over (N, c, h, w), in float32."""
-        return DiagonalGaussian(self.encoder(images).float())
+        output = self.encoder(images).float()
+        return DiagonalGaussian(output) if self.quantiser is None else self.quantiser(output)
 
     def decode(self, latents: Tensor) -> Tensor:
         """(N, c, h, w) -> (N, C, H, W), about [-1, 1]."""
         return self.decoder(latents)
 
-    def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, DiagonalGaussian]:
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Posterior]:
         """Encode, draw a latent with `noise` (N, c, h, w; drawn here if not given), decode."""
         posterior = self.encode(images)
         return self.decode(posterior.sample(noise)), posterior
 
-    def reconstruct(self, batch: Batch) -> tuple[Tensor, DiagonalGaussian]:
+    def reconstruct(self, batch: Batch) -> tuple[Tensor, Posterior]:
         """forward() with the batch's own posterior draw."""
         return self(batch["image"], _noise(self.encoder, batch, "posterior"))
 
@@ -105,7 +116,8 @@ class AutoencoderKL(pl.LightningModule):
         return {"loss": loss.detach()}
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LambdaLR]]:
-        groups = [[*self.encoder.parameters(), *self.decoder.parameters(), self.loss.logvar]]
+        codebook = [] if self.quantiser is None else [*self.quantiser.parameters()]
+        groups = [[*self.encoder.parameters(), *self.decoder.parameters(), self.loss.logvar, *codebook]]
         if self.loss.discriminator is not None:
             groups.append(list(self.loss.discriminator.parameters()))
         optimizers, schedulers = [], []
@@ -180,8 +192,10 @@ class AutoencoderKL(pl.LightningModule):
         if not self.trainer.sanity_checking:
             self._latents = statistics(sums)
 
-    def evaluate(self, images: Tensor, reconstruction: Tensor, posterior: DiagonalGaussian) -> dict[str, Tensor]:
-        """Reconstruction error and KL in nats an image, L1, LPIPS (where on), PSNR in dB, SSIM: batch means.
+    def evaluate(self, images: Tensor, reconstruction: Tensor, posterior: Posterior) -> dict[str, Tensor]:
+        """Reconstruction error and KL in nats an image (or a codebook's logs), L1, LPIPS (where on), PSNR in dB, SSIM.
+
+        Batch means.
 
         PSNR and SSIM are means of each image's own, of pictures clamped to [-1, 1], in float32.
         """
@@ -194,7 +208,7 @@ class AutoencoderKL(pl.LightningModule):
             assert isinstance(ssim, Tensor)  # a tuple only where its map is asked for
         return {
             "rec_loss": error,
-            "kl": posterior.kl().mean(),
+            **posterior.logs(),
             "psnr": psnr.mean(),
             "ssim": ssim.mean(),
             **parts,
@@ -234,7 +248,7 @@ class AutoencoderKL(pl.LightningModule):
         self._metrics = dict(facts.get("metrics", {}))
 
 
-def latent_sums(posterior: DiagonalGaussian) -> Tensor:
+def latent_sums(posterior: Posterior) -> Tensor:
     """Per channel: how many values, sum of E[z], sum of E[z^2] = mean^2 + var; (3, c) float64, to be added up."""
     mean, var = posterior.mean.double(), posterior.var.double()  # (N, c, h, w)
     over = (0, *range(2, mean.ndim))

@@ -109,7 +109,7 @@ def _middle(channels: int, dropout: float) -> nn.Sequential:
 
 
 class Encoder(nn.Module):
-    """Images to moments: (N, in_channels, H, W) in [-1, 1] -> (N, 2*latent_channels, H/f, W/f), f = down_factor.
+    """Images to moments: (N, in_channels, H, W) in [-1, 1] -> (N, outputs*latent_channels, H/f, W/f), f = down_factor.
 
     Args:
         in_channels: of the image.
@@ -117,10 +117,11 @@ class Encoder(nn.Module):
         channel_multipliers: width of each level, in units of `channels`; one entry a level.
         blocks_per_level: residual blocks of each level.
         attention_levels: levels with self-attention after each block (the published f16 model: its last).
-        latent_channels: of the latent; the moments have twice as many.
+        latent_channels: of the latent.
         dropout: probability within the residual blocks.
         patch_size: side of the squares of pixels that level 0 sees as one position (1 in the published models).
             2 makes the two most expensive resolutions one, at some loss of detail: for small machines.
+        moments: give mean and log-variance, twice the latent's channels; False: the latent itself, for a quantiser.
     """
 
     def __init__(
@@ -133,9 +134,11 @@ class Encoder(nn.Module):
         attention_levels: Sequence[int] = (),
         dropout: float = 0.0,
         patch_size: int = 1,
+        moments: bool = True,
     ) -> None:
         super().__init__()
         self.in_channels = in_channels
+        self.outputs = 2 if moments else 1
         self.latent_channels = latent_channels
         self.patch_size = patch_size
         self.down_factor = patch_size * 2 ** (len(channel_multipliers) - 1)
@@ -151,16 +154,17 @@ class Encoder(nn.Module):
             previous = width
         self.middle = _middle(previous, dropout)
         self.norm_out = group_norm(previous, eps=EPS)
-        self.conv_out = nn.Conv2d(previous, 2 * latent_channels, 3, padding=1)
-        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
+        told = self.outputs * latent_channels
+        self.conv_out = nn.Conv2d(previous, told, 3, padding=1)
+        self.quant_conv = nn.Conv2d(told, told, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         h = F.pixel_unshuffle(images, self.patch_size)  # (N, in_channels*p*p, H/p, W/p), p = patch_size
         h = self.conv_in(h)  # (N, channels, H/p, W/p)
         h = self.levels(h)  # (N, last width, H/f, W/f)
         h = self.middle(h)  # (N, last width, H/f, W/f)
-        h = self.conv_out(F.silu(self.norm_out(h)))  # (N, 2*latent_channels, H/f, W/f)
-        return self.quant_conv(h)  # (N, 2*latent_channels, H/f, W/f)
+        h = self.conv_out(F.silu(self.norm_out(h)))  # (N, outputs*latent_channels, H/f, W/f)
+        return self.quant_conv(h)  # (N, outputs*latent_channels, H/f, W/f)
 
 
 class Decoder(nn.Module):

@@ -1,9 +1,38 @@
 """The diagonal Gaussian over latents that the encoder predicts (Kingma and Welling 2014, arXiv:1312.6114)."""
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class Posterior(Protocol):
+    """What an encoder's output means; `mean` and `std` (N, C, ...) are what the latent cache keeps of it."""
+
+    mean: Tensor
+
+    @property
+    def std(self) -> Tensor: ...
+
+    @property
+    def var(self) -> Tensor: ...
+
+    def sample(self, noise: Tensor | None = None) -> Tensor:
+        """What is decoded in training: (N, C, ...)."""
+        ...
+
+    def mode(self) -> Tensor:
+        """What is decoded at best: (N, C, ...)."""
+        ...
+
+    def cost(self) -> Tensor:
+        """What the loss adds: (N,)."""
+        ...
+
+    def logs(self) -> dict[str, Tensor]:
+        """Detached scalars by name, batch means."""
+        ...
 
 
 class DiagonalGaussian:
@@ -50,6 +79,13 @@ class DiagonalGaussian:
             return 0.5 * _sum(self.mean.square() + self.var - 1.0 - self.logvar)
         ratio = ((self.mean - other.mean).square() + self.var) / other.var
         return 0.5 * _sum(ratio - 1.0 - self.logvar + other.logvar)
+
+    def cost(self) -> Tensor:
+        """The KL against the standard normal, in nats: (N,)."""
+        return self.kl()
+
+    def logs(self) -> dict[str, Tensor]:
+        return {"kl": self.kl().detach().mean()}
 
     def nll(self, x: Tensor) -> Tensor:
         """-log q(x) in nats: (N,). x has the mean's shape."""

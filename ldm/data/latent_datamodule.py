@@ -33,10 +33,11 @@ class LatentDataModule(ElasticDataModule):
 
     Args:
         train: data set of images to train on.
-        autoencoder: run folder or checkpoint of stage 1.
+        autoencoder: run folder or checkpoint of stage 1; None: none, the latents are the pixels themselves.
         batch_size: global batch size.
         seed: the run's seed.
         resolution: side of the images that are encoded; None: what the autoencoder was trained on.
+        channels: of the images where there is no autoencoder: 3 (RGB) or 1 (grey); else the autoencoder's.
         validation: data set of images to validate on.
         num_validation: without `validation`: hold out so many items of `train`, the same in every run.
         micro_batch_size: the most latents on one device at a time, a divisor of `batch_size`; None: no limit.
@@ -53,10 +54,11 @@ class LatentDataModule(ElasticDataModule):
     def __init__(
         self,
         train: ImageDataset,
-        autoencoder: str | Path,
+        autoencoder: str | Path | None,
         batch_size: int,
         seed: int = 0,
         resolution: int | None = None,
+        channels: int = 3,
         validation: ImageDataset | None = None,
         num_validation: int = 0,
         micro_batch_size: int | None = None,
@@ -70,7 +72,8 @@ class LatentDataModule(ElasticDataModule):
     ) -> None:
         super().__init__(batch_size, seed, micro_batch_size, num_workers)
         self.train_dataset, self.validation_dataset = split(train, validation, num_validation)
-        self.autoencoder = Path(autoencoder)
+        self.autoencoder = None if autoencoder is None else Path(autoencoder)
+        self.channels = channels
         self.flip = flip
         self.cache = None if cache is None else Path(cache)
         self.max_broken = max_broken
@@ -106,7 +109,8 @@ class LatentDataModule(ElasticDataModule):
         """Side of the images that are encoded, pixels."""
         known = self._resolution or (self._transform.resolution if self._transform else self._load().resolution)
         if known is None:
-            raise ConfigError(f"data.params.resolution: {self.autoencoder} does not say its resolution: set it here")
+            source = self.autoencoder or "an image"
+            raise ConfigError(f"data.params.resolution: {source} does not say its resolution: set it here")
         return known
 
     @property
@@ -193,7 +197,10 @@ class LatentDataModule(ElasticDataModule):
 
     def _load(self) -> Codec:
         if self._codec is None:
-            self._codec = Codec.load(self.autoencoder, self.trust)
+            if self.autoencoder is None:
+                self._codec = Codec.pixels(self.channels)
+            else:
+                self._codec = Codec.load(self.autoencoder, self.trust)
         return self._codec
 
     def _datasets(self) -> dict[str, ImageDataset]:

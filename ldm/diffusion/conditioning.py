@@ -5,6 +5,7 @@ cross-attention) and a picture (concatenated to the latent). A conditioner turns
 what stands there when nothing is said, which training uses for dropped labels and sampling for guidance.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
@@ -106,6 +107,24 @@ class ClassVector(_ClassTable):
 
     def null(self, n: int) -> Conditioning:
         return Conditioning(vector=self.null_rows(n))
+
+
+class ClassOneHot(nn.Module):
+    """The class as a vector (N, num_classes): sqrt(num_classes) at its place, else 0, so that its mean square is 1.
+
+    No class is all zeros. For networks with a class table of their own (EDM2).
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.register_buffer("rows", math.sqrt(num_classes) * torch.eye(num_classes), persistent=False)
+
+    def forward(self, batch: Mapping[str, Any]) -> Conditioning:
+        return Conditioning(vector=self.get_buffer("rows")[batch["class_label"]])
+
+    def null(self, n: int) -> Conditioning:
+        return Conditioning(vector=self.get_buffer("rows").new_zeros(n, self.num_classes))
 
 
 class ClassToken(_ClassTable):

@@ -1,7 +1,7 @@
 """Stage 2: training a denoiser on latents from the cache. The autoencoder is never loaded here."""
 
-from collections.abc import Callable, Iterable
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from pytorch_lightning import LightningModule
@@ -27,6 +27,13 @@ def parts(denoiser: nn.Module) -> tuple[Network, Conditioner]:
     return cast(nn.ModuleDict, denoiser)["network"], cast(Conditioner, cast(nn.ModuleDict, denoiser)["conditioner"])
 
 
+@runtime_checkable
+class Constrained(Protocol):
+    """A network whose weights are brought back to where they belong after each optimizer step."""
+
+    def constrain(self) -> None: ...
+
+
 class LatentDiffusion(LightningModule):
     """A conditional denoiser under an objective, and its running average.
 
@@ -42,6 +49,8 @@ class LatentDiffusion(LightningModule):
         ema: model -> its running average.
         label_dropout: share of rows trained without their conditioning, for classifier-free guidance.
         gradient_clip: largest norm of the gradient; None does not clip.
+        compile_blocks: let torch.compile translate the network's blocks, for training; their names stay the same. The
+            first step takes a minute or more, each later one less time, on GPUs above all.
     """
 
     def __init__(
@@ -54,6 +63,7 @@ class LatentDiffusion(LightningModule):
         schedule: Callable[[int], float] | None = None,
         label_dropout: float = 0.0,
         gradient_clip: float | None = None,
+        compile_blocks: bool = False,
     ) -> None:
         super().__init__()
         self.denoiser = nn.ModuleDict({"network": network, "conditioner": conditioner})
@@ -63,6 +73,7 @@ class LatentDiffusion(LightningModule):
         self.schedule = schedule
         self.label_dropout = label_dropout
         self.gradient_clip = gradient_clip
+        self.compile_blocks = compile_blocks
         self._images_per_step = 0
 
     def configure_model(self) -> None:
@@ -74,16 +85,16 @@ class LatentDiffusion(LightningModule):
         compute = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
         for denoiser in (self.denoiser, self.ema.average, *self.ema.others):
             network, conditioner = cast(nn.ModuleDict, denoiser).values()
-            if not isinstance(network, sharding.InBlocks):
-                raise ConfigError(
-                    f"lightning.strategy: FSDP2 gathers a network block by block, and {type(network).__name__} has no "
-                    f"method blocks() that lists them; train it with ldm.strategies.DDP"
-                )
-            sharding.shard(network, mesh, network.blocks(), compute)
+            blocks = _blocks(network, "lightning.strategy: FSDP2 gathers", "train it with ldm.strategies.DDP")
+            sharding.shard(network, mesh, blocks, compute)
             sharding.shard(conditioner, mesh, methods=["null"])
         sharding.shard(self.objective, mesh, methods=["loss"])
 
     def on_fit_start(self) -> None:
+        if self.compile_blocks:
+            network, _ = self.denoiser.values()
+            for block in _blocks(network, "model.params.compile_blocks: torch.compile translates", "leave it out"):
+                block.compile()
         plugin = self.trainer.precision_plugin
         scaled = isinstance(plugin, MixedPrecision) and plugin.scaler is not None
         groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
@@ -126,6 +137,9 @@ class LatentDiffusion(LightningModule):
         """Lightning calls this once a global batch, after accumulation: the place to count the average's images."""
         super().optimizer_step(*args, **kwargs)
         self.ema.update(self.denoiser, self._images_per_step)
+        network, _ = self.denoiser.values()
+        if isinstance(network, Constrained):
+            network.constrain()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The loss of raw and averaged weights. A validation item's draws never change: nor do its level and noise."""
@@ -150,3 +164,12 @@ class LatentDiffusion(LightningModule):
             "latents": self.trainer.datamodule.manifest.to_dict(),  # type: ignore[attr-defined]  # Lightning's own
             "metrics": {name: float(value) for name, value in metrics.items() if name.startswith("val/")},
         }
+
+
+def _blocks(network: nn.Module, asking: str, fix: str) -> Sequence[nn.Module]:
+    """The network's blocks; ConfigError, saying who asks and what to do, where it does not list them."""
+    if isinstance(network, sharding.InBlocks):
+        return network.blocks()
+    raise ConfigError(
+        f"{asking} a network block by block, and {type(network).__name__} has no method blocks() that lists them; {fix}"
+    )

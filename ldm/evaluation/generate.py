@@ -10,7 +10,6 @@ The starting noise is drawn on the CPU, so that a seed names the same picture on
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
@@ -25,10 +24,11 @@ from ldm.config import build
 from ldm.data.latents import Manifest
 from ldm.diffusion.conditioning import Conditioner
 from ldm.diffusion.grids import Default, Grid
-from ldm.diffusion.guidance import Denoiser, classifier_free
+from ldm.diffusion.guidance import Denoiser, inpaint
 from ldm.diffusion.objectives import Objective
 from ldm.diffusion.samplers import ddim, start
 from ldm.errors import CheckpointError, ConfigError, NumericError
+from ldm.evaluation.steering import Guidance, Original
 from ldm.randomness import Draws
 
 if TYPE_CHECKING:  # sampling from a checkpoint needs nothing of the training code
@@ -36,6 +36,8 @@ if TYPE_CHECKING:  # sampling from a checkpoint needs nothing of the training co
 
 LEGIBLE = 64
 """Pixels: the side below which a picture on a screen is hard to make out."""
+
+UNGUIDED = Guidance()
 
 SEED = 0
 """Of every generation: the images' own seeds take the place of sample numbers."""
@@ -105,7 +107,7 @@ class Pipeline:
         checkpoint.fill(denoiser, state["state_dict"], "ema.average" if ema else "denoiser", file)
         checkpoint.fill(objective, state["state_dict"], "objective", file)
         manifest = Manifest.from_dict(record["latents"])
-        codec = _codec(manifest, autoencoder, file, trust)
+        codec = load_codec(manifest, autoencoder, file, trust)
         origin = {"checkpoint": str(file), "step": record["step"], "weights": "ema" if ema else "raw"}
         denoiser.requires_grad_(False).eval()
         return cls(denoiser.to(device), objective.to(device), codec.to(device), manifest, origin)
@@ -140,7 +142,8 @@ def generate(
     sampler: Sampler = ddim,
     steps: int = 50,
     grid: Grid | None = None,
-    guidance_scale: float = 1.0,
+    guidance: Guidance = UNGUIDED,
+    original: Original | None = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> Iterator[Sample]:
@@ -152,21 +155,23 @@ def generate(
         sampler: such as `ddim`, `ancestral` or `partial(ddim, eta=0.5)`.
         steps: of the sampler, each one call of the network (heun: two).
         grid: where the steps lie between noise and data; None: as the objective has them.
-        guidance_scale: 1 = none; above: classifier-free guidance, at twice the cost.
+        guidance: how strongly they are led to their classes.
+        original: a picture to begin with (image-to-image, inpainting); None: noise alone.
         batch_size: pictures made at once; decides speed and memory only.
         progress: show a progress bar.
 
     Raises:
-        ConfigError: labels that the model does not know, or a number of steps it does not have.
+        ConfigError: labels that the model does not know, a number of steps it does not have, or guidance by a model
+            of other latents.
         NumericError: the network gave something that is not finite.
     """
     _check_labels(pipeline, seeds, labels)
-    scale = 1.0 if labels is None else guidance_scale
     times = (grid or Default())(pipeline.objective, steps)
+    guidance.check(pipeline, times)
     for first in track(range(0, len(seeds), batch_size), "sampling", disable=not progress):
         rows = slice(first, first + batch_size)
         few = None if labels is None else labels[rows]
-        images = _images(pipeline, seeds[rows], few, sampler, times, scale)
+        images = _images(pipeline, seeds[rows], few, sampler, times, guidance, original)
         yield from map(Sample, seeds[rows], [None] * len(images) if few is None else few, images)
 
 
@@ -178,19 +183,26 @@ def _images(
     labels: Sequence[int] | None,
     sampler: Sampler,
     times: Tensor,
-    scale: float,
+    guidance: Guidance,
+    original: Original | None,
 ) -> np.ndarray:
     """(N,H,W,C) uint8."""
-    number, device = len(seeds), pipeline.device
-    network, conditioner = pipeline.denoiser["network"], pipeline.conditioner
+    number, device, manifest = len(seeds), pipeline.device, pipeline.manifest
     with _evaluating(pipeline.denoiser):
-        null = conditioner.null(number)
-        told = null if labels is None else conditioner({"class_label": torch.tensor(labels, device=device)})
-        denoise = classifier_free(partial(pipeline.objective.denoise, network), told, null, scale)
-        noise = Draws(SEED, seeds, number).normal("noise", pipeline.manifest.plan.shape).to(device)
-        x = start(pipeline.objective, noise, times[0])
+        classes = None if labels is None else torch.tensor(labels, device=device)
+        denoise = guidance.denoiser(pipeline, classes, number)
+        noise = Draws(SEED, seeds, number).normal("noise", manifest.plan.shape).to(device)
+        known = None
+        if original is not None:
+            times = original.times(times)
+            known = manifest.whiten(pipeline.codec.encode(original.image[None])[0])  # (1,c,h,w)
+            if (kept := original.kept(manifest.plan.shape)) is not None:
+                denoise = inpaint(denoise, known, kept.to(device))
+        x = start(pipeline.objective, noise, times[0], known)
         latents = sampler(denoise, pipeline.objective, x, times, draws=Draws(SEED, seeds, number, device))
-        images = pipeline.codec.decode(pipeline.manifest.unwhiten(latents))
+        images = pipeline.codec.decode(manifest.unwhiten(latents))
+        if original is not None:
+            images = original.around(images)
     if not bool(torch.isfinite(images).all()):
         raise NumericError(f"a sample of the seeds {list(seeds)} is not finite: the weights are damaged or diverged")
     return ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
@@ -233,9 +245,21 @@ def _diffusion_record(state: Mapping[str, Any], file: Path) -> dict[str, Any]:
     return record
 
 
-def _codec(manifest: Manifest, given: Path | str | None, file: Path, trust: Sequence[str]) -> Codec:
-    """The autoencoder that made the latents, proven by its weights' hash."""
+def load_codec(manifest: Manifest, given: Path | str | None, file: Path | str, trust: Sequence[str] = ()) -> Codec:
+    """The autoencoder that made the latents, proven by its weights' hash; none, where they are pixels.
+
+    Args:
+        manifest: of the latents.
+        given: its run folder or checkpoint; None: where it lay when the latents were made.
+        file: who asks, for messages.
+        trust: packages besides ldm's own that its configuration may name.
+
+    Raises:
+        CheckpointError: it is not there, or another.
+    """
     recorded = manifest.plan.autoencoder
+    if not recorded["config"]:
+        return Codec.pixels(manifest.plan.shape[0])
     fix = "Name that autoencoder's run folder or checkpoint with --autoencoder PATH."
     if not (path := given or recorded.get("path")):
         raise CheckpointError(f"{file}: does not say where the autoencoder of its latents lies. {fix}")

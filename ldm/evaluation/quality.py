@@ -18,6 +18,7 @@ from ldm.errors import ConfigError, DataError
 from ldm.evaluation.features import Classifier, judge, train_classifier, unit_range
 from ldm.evaluation.generate import Pipeline, generate, grid
 from ldm.evaluation.metrics import accuracy, frechet_distance
+from ldm.evaluation.steering import Guidance
 
 BATCH = 100
 
@@ -91,21 +92,44 @@ def compare(
     if classes is None:
         raise ConfigError("quality is judged by class, and this model was trained without classes")
     resolution, codec = pipeline.manifest.plan.pixels["resolution"], pipeline.codec
-    known, unseen = (read(dataset, resolution, codec.encoder.in_channels) for dataset in (train, test))
-    kept = len(known.labels) * 9 // 10
-    real = of_each_class(known.take(slice(kept, None)), number, classes)
+    trained = Judge.trained(train, test, resolution, codec.encoder.in_channels, epochs)
+    real = of_each_class(trained.unseen, number, classes)
     pictures = {"real": real, "reconstructions of these": reconstructions(codec, real)}
     for scale in guidance_scales:
         pictures[f"samples, guidance {scale:g}"] = samples(pipeline, number, classes, steps, scale)
-    classifier = train_classifier(*known.take(slice(kept)), classes, epochs=epochs)
-    reference = judge(classifier, unseen.images)
-    scores = {name: _score(classifier, row, reference.features) for name, row in pictures.items()}
-    return Report(pictures, scores, accuracy(reference.logits, unseen.labels))
+    return Report(pictures, {name: trained(row) for name, row in pictures.items()}, trained.test_accuracy)
 
 
-def _score(classifier: Classifier, pictures: Pictures, reference: Tensor) -> Score:
-    seen = judge(classifier, pictures.images)
-    return Score(accuracy(seen.logits, pictures.labels), frechet_distance(seen.features, reference))
+class Judge(NamedTuple):
+    """A classifier of real images: judge(pictures) -> Score.
+
+    Attributes:
+        classifier: it.
+        reference: its features of the test set.
+        test_accuracy: on the test set.
+        unseen: real images of the training set that it was not trained on.
+        classes: how many it knows.
+    """
+
+    classifier: Classifier
+    reference: Tensor
+    test_accuracy: float
+    unseen: Pictures
+    classes: int
+
+    @classmethod
+    def trained(cls, train: ImageDataset, test: ImageDataset, resolution: int, channels: int, epochs: int) -> "Judge":
+        """On all but a tenth of `train`, whose pictures are brought to the resolution and channels of the model's."""
+        known, tested = (read(dataset, resolution, channels) for dataset in (train, test))
+        kept, classes = len(known.labels) * 9 // 10, int(known.labels.max()) + 1
+        classifier = train_classifier(*known.take(slice(kept)), classes, epochs=epochs)
+        reference = judge(classifier, tested.images)
+        told = accuracy(reference.logits, tested.labels)
+        return cls(classifier, reference.features, told, known.take(slice(kept, None)), classes)
+
+    def __call__(self, pictures: Pictures) -> Score:
+        seen = judge(self.classifier, pictures.images)
+        return Score(accuracy(seen.logits, pictures.labels), frechet_distance(seen.features, self.reference))
 
 
 def read(dataset: ImageDataset, resolution: int, channels: int) -> Pictures:
@@ -148,7 +172,7 @@ def samples(pipeline: Pipeline, number: int, num_classes: int, steps: int, guida
         range(len(labels)),
         labels.tolist(),
         steps=steps,
-        guidance_scale=guidance_scale,
+        guidance=Guidance(guidance_scale),
         batch_size=BATCH,
         progress=True,
     )

@@ -8,7 +8,8 @@ import torch
 from pytorch_lightning.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
-from ldm.diffusion.conditioning import ClassVector
+from ldm.diffusion.conditioning import ClassOneHot, ClassVector, Unconditional
+from ldm.diffusion.edm2 import MagnitudePreservingUNet, Weight
 from ldm.diffusion.module import LatentDiffusion
 from ldm.diffusion.noise_schedules import SqrtLinear
 from ldm.diffusion.objectives import DDPM
@@ -219,3 +220,44 @@ def test_a_fused_optimizer_is_clipped_in_bf16_and_refused_in_fp16(tmp_path):
     fp16 = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
     with pytest.raises(ConfigError, match="fused"):
         fit(make_module(), Latents(BATCH), 1, tmp_path, plugins=[fp16])
+
+
+def test_compiled_blocks_train_alike_under_the_same_names(tmp_path, monkeypatch):
+    compiled = []
+    whole = torch.nn.Module.compile
+
+    def compile(module, *args, **options):
+        compiled.append(module)
+        whole(module, *args, backend="aot_eager", **options)  # the default one would need a C++ compiler
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    sgd = partial(torch.optim.SGD, lr=1e-3)
+    plain, other = make_module(optimizer=sgd), make_module(optimizer=sgd, compile_blocks=True)
+    for module in (plain, other):
+        fit(module, Latents(BATCH), 2, tmp_path)
+    assert compiled == other.denoiser["network"].blocks()
+    assert_same_state(plain, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_without_blocks_is_not_compiled(tmp_path):
+    class Bare(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(2, 2, 1)
+
+        def forward(self, x, noise_level, conditioning):
+            return self.conv(x)
+
+    module = make_module(network=Bare(), conditioner=Unconditional(), compile_blocks=True)
+    with pytest.raises(ConfigError, match=r"compile_blocks: .*Bare has no method blocks\(\).*leave it out"):
+        fit(module, Latents(BATCH), 1, tmp_path)
+
+
+def test_constrained_weights_have_unit_length_after_each_step(tmp_path):
+    network = MagnitudePreservingUNet(2, 8, (1, 2), 1, (1,), vector_channels=3)
+    module = make_module(network=network, conditioner=ClassOneHot(3))
+    fit(module, Latents(BATCH), 2, tmp_path)
+    for layer in network.modules():
+        if isinstance(layer, Weight):
+            lengths = layer.weight.flatten(1).square().mean(1).sqrt()
+            torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=1e-3, atol=0)

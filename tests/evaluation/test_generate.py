@@ -12,6 +12,7 @@ from ldm.data.latents import Manifest
 from ldm.diffusion.samplers import ancestral, ddim
 from ldm.errors import CheckpointError, ConfigError, NumericError
 from ldm.evaluation.generate import Pipeline, generate, grid
+from ldm.evaluation.steering import Guidance
 from ldm.randomness import Draws
 
 SEEDS, LABELS = [3, 1, 4, 1, 5, 9, 2, 6], [0, 1, 2, 2, 1, 0, 0, 1]
@@ -24,7 +25,7 @@ def pipeline(runs):
 
 def pictures(pipeline, seeds=SEEDS, labels=LABELS, **options):
     """(N,H,W,C) int16, so that differences do not wrap around."""
-    samples = list(generate(pipeline, seeds, labels, **{"steps": 4, "guidance_scale": 3.0, **options}))
+    samples = list(generate(pipeline, seeds, labels, **{"steps": 4, "guidance": Guidance(3.0), **options}))
     assert [sample.seed for sample in samples] == list(seeds)
     assert [sample.label for sample in samples] == (list(labels) if labels is not None else [None] * len(seeds))
     return np.stack([sample.image for sample in samples]).astype(np.int16)
@@ -47,7 +48,7 @@ def test_seed_class_guidance_and_sampler_all_matter(pipeline):
     assert np.array_equal(images[0], images[3])
     for other in (images[1], images[2]):
         assert np.abs(images[0] - other).max() > 8
-    for options in ({"guidance_scale": 1.0}, {"steps": 5}, {"sampler": ancestral}):
+    for options in ({"guidance": Guidance()}, {"steps": 5}, {"sampler": ancestral}):
         assert np.abs(pictures(pipeline, [0], [0], **options)[0] - images[0]).max() > 1
 
 
@@ -61,7 +62,7 @@ def test_images_are_the_decoded_samples(pipeline):
         latent = ddim(lambda x, t: pipeline.objective.denoise(network, x, t, told), pipeline.objective, noise, times)
         image = pipeline.codec.decode(latent * 2.0 + 0.5)[0]
     expected = ((image.permute(1, 2, 0) + 1) / 2 * 255).numpy()
-    found = pictures(pipeline, [5], [1], guidance_scale=1.0)[0]
+    found = pictures(pipeline, [5], [1], guidance=Guidance())[0]
     assert np.abs(found - expected).max() <= 0.51
 
 
@@ -89,8 +90,8 @@ def test_a_preview_in_training_is_free_of_dropout_and_leaves_the_module_as_it_wa
 
 
 def test_no_labels_is_the_null_class_and_needs_no_guidance(pipeline):
-    alone = pictures(pipeline, [0, 1], None, guidance_scale=1.0)
-    assert np.array_equal(pictures(pipeline, [0, 1], None, guidance_scale=5.0), alone)
+    alone = pictures(pipeline, [0, 1], None, guidance=Guidance())
+    assert np.array_equal(pictures(pipeline, [0, 1], None, guidance=Guidance(5.0)), alone)
     assert np.abs(pictures(pipeline, [0, 1], [0, 0]) - alone).max() > 8
 
 

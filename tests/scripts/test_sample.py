@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from ldm.evaluation.generate import Pipeline, generate
+from ldm.evaluation.steering import Guidance
 from scripts import sample
 
 QUICK = ["--steps", "2", "--guidance", "2"]
@@ -30,7 +31,8 @@ def test_pictures_grid_record_and_arrays(runs, run, capsys):
     files = [f"{label:03d}-{seed:06d}.png" for label in (2, 0) for seed in (5, 6, 7)]
     assert {path.name for path in out.iterdir()} == {*files, "grid.png", "samples.json", "samples.npz"}
     expected = [
-        made.image for made in generate(Pipeline.load(runs.diffusion), [5, 6, 7], [2] * 3, steps=2, guidance_scale=2)
+        made.image
+        for made in generate(Pipeline.load(runs.diffusion), [5, 6, 7], [2] * 3, steps=2, guidance=Guidance(2))
     ]
     arrays = np.load(out / "samples.npz")["arr_0"]
     assert (arrays.shape, arrays.dtype) == ((6, 16, 16, 3), np.uint8)
@@ -128,3 +130,43 @@ def test_wrong_checkpoints_are_one_message(runs, run, other_autoencoder, tmp_pat
 def test_classes_of_an_unconditional_model_are_refused(make_runs, run, capsys):
     assert run("--classes", "0", source=make_runs(classes=None).diffusion)[0] == 2
     assert "without classes" in capsys.readouterr().err
+
+
+def test_steering_is_done_recorded_and_named(runs, tmp_path, capsys):
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
+    Image.new("L", (16, 16), "white").save(tmp_path / "all.png")
+    image = ["--image", str(tmp_path / "red.png")]
+    arguments = ["-r", str(runs.diffusion), "--classes", "1", "-n", "2", *QUICK]
+    wanted = {
+        "-rescale0.5": ["--rescale", "0.5"],
+        "-interval0.1_2": ["--interval", "0.1", "2"],
+        "-worse_": ["--worse", str(runs.diffusion)],
+        "-image_red_": [*image],
+        "-strength0.5": [*image, "--strength", "0.5"],
+        "-mask_all_": [*image, "--mask", str(tmp_path / "all.png")],
+    }
+    for name, more in wanted.items():
+        before = {*(runs.diffusion / "samples").glob("*")}
+        assert sample.main([*arguments, *more]) == 0, capsys.readouterr().err
+        (folder,) = {*(runs.diffusion / "samples").glob("*")} - before
+        assert name in folder.name
+        settings = json.loads((folder / "samples.json").read_text())["settings"]
+        assert name.removeprefix("-").rstrip("0123456789._").split("_")[0] in settings
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--mask", "m.png"], "--mask m.png: belongs to --image FILE"),
+        (["--strength", "0.5"], "--strength 0.5: belongs to --image FILE"),
+        (["--rescale", "2"], "rescale: expected 0 to 1, found 2"),
+        (["--interval", "3", "1"], "interval: expected 0 <= LOW < HIGH"),
+        (["--image", "nothing.png"], "nothing.png"),
+        (["--worse", "nowhere"], "nowhere"),
+    ],
+)
+def test_steering_that_cannot_be_writes_nothing(run, capsys, words, message):
+    code, out = run(*words)
+    assert code in (2, 3, 4)
+    assert message in capsys.readouterr().err
+    assert not out.exists()

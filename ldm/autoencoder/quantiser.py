@@ -1,0 +1,91 @@
+"""A codebook in the Gaussian's place (van den Oord et al. 2017, arXiv:1711.00937, "VQ-VAE"; Esser et al. 2021).
+
+The encoder's vectors are replaced by their nearest codes before they are decoded. Stage 2 learns the encoder's own
+vectors, and the codec's decoder replaces them, as in Rombach et al. 2022 (appendix G).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Quantised:
+    """The latents of a batch beside their nearest codes; speaks as `DiagonalGaussian` does.
+
+    Args:
+        latents: (N, C, h, w) float32, of the encoder.
+        indices: (N, h, w), of each latent's nearest code.
+        codes: (N, C, h, w), those codes.
+        commitment: see VectorQuantiser.
+        size: of the codebook.
+    """
+
+    def __init__(self, latents: Tensor, indices: Tensor, codes: Tensor, commitment: float, size: int) -> None:
+        self.mean = latents
+        self.indices = indices
+        self._codes, self._commitment, self._size = codes, commitment, size
+
+    @property
+    def std(self) -> Tensor:
+        """Zero: nothing is drawn."""
+        return torch.zeros_like(self.mean)
+
+    @property
+    def var(self) -> Tensor:
+        """Zero: nothing is drawn."""
+        return torch.zeros_like(self.mean)
+
+    def sample(self, noise: Tensor | None = None) -> Tensor:
+        """The codes (N, C, h, w), whose gradient goes to the latents as they are (straight through)."""
+        return self.mean + (self._codes - self.mean).detach()
+
+    def mode(self) -> Tensor:
+        """The codes: (N, C, h, w)."""
+        return self._codes
+
+    def cost(self) -> Tensor:
+        """|sg(z) - code|^2 + commitment |z - sg(code)|^2, summed over the latent (VQ-VAE, eq. 3): (N,)."""
+        to_latents = (self._codes - self.mean.detach()).square().flatten(1).sum(1)
+        to_codes = (self.mean - self._codes.detach()).square().flatten(1).sum(1)
+        return to_latents + self._commitment * to_codes
+
+    def logs(self) -> dict[str, Tensor]:
+        """Scalars: the cost; of this batch's codes the perplexity (1 ... size) and the share of the book in use."""
+        indices = self.indices.flatten()
+        ones = torch.ones_like(indices, dtype=torch.float32)
+        counts = ones.new_zeros(self._size).scatter_add(0, indices, ones)
+        share = counts / counts.sum()
+        entropy = -(share * share.clamp_min(1e-12).log()).sum()
+        used = (counts > 0).float().mean()
+        return {"codebook": self.cost().detach().mean(), "perplexity": entropy.exp(), "codes_used": used}
+
+
+class VectorQuantiser(nn.Module):
+    """Latents (N, C, h, w) -> Quantised.
+
+    Args:
+        size: number of codes.
+        channels: of a code and of the latent, C.
+        commitment: how strongly the encoder is drawn to its codes, against the codes to the encoder.
+    """
+
+    def __init__(self, size: int, channels: int, commitment: float = 0.25) -> None:
+        super().__init__()
+        self.size, self.commitment = size, commitment
+        self.codebook = nn.Embedding(size, channels)
+        nn.init.uniform_(self.codebook.weight, -1 / size, 1 / size)
+
+    def forward(self, latents: Tensor) -> Quantised:
+        latents = latents.float()
+        indices = self.nearest(latents)  # (N, h, w)
+        # F.embedding: its gradient reaches the chosen codes alone.
+        codes = F.embedding(indices, self.codebook.weight).movedim(-1, 1)  # (N, C, h, w)
+        return Quantised(latents, indices, codes, self.commitment, self.size)
+
+    @torch.no_grad()
+    def nearest(self, latents: Tensor) -> Tensor:
+        """(N, C, h, w) -> the number of each vector's nearest code, (N, h, w)."""
+        book = self.codebook.weight.float()  # (size, C)
+        # A picture at a time, since all distances at once would be N h w x size numbers; cdist stays in float32.
+        rows = [torch.cdist(latent.flatten(1).t(), book).argmin(1) for latent in latents.float()]  # each (h w,)
+        return torch.stack(rows).unflatten(1, latents.shape[2:])

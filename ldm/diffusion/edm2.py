@@ -1,0 +1,255 @@
+"""The magnitude-preserving UNet of Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion
+Models" (arXiv:2312.02696), configuration G.
+
+Activations keep unit variance by construction instead of by normalisation layers: every weight is used with rows of
+unit length, every sum and concatenation is divided by what it adds. After each optimizer step the weights are
+brought back to that length (`constrain`), so that the learning rate alone says how fast they turn. There are no biases.
+
+Vocabulary: `balance` of a sum is the share of its second term.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ldm.diffusion.conditioning import Conditioning
+from ldm.errors import ConfigError
+from ldm.layers import attend
+
+_EPS = 1e-4
+_SILU = 0.596
+"""Standard deviation of silu(x) for normal x (eq. 81)."""
+_HEAD_CHANNELS = 64
+_LIMIT = 256.0
+"""Activations are clipped there, for the sake of fp16."""
+
+
+def normalised(x: Tensor, dims: Sequence[int]) -> Tensor:
+    """x with a root mean square of 1 over `dims`; the length is measured in float32."""
+    length = torch.linalg.vector_norm(x, dim=[*dims], keepdim=True, dtype=torch.float32)
+    size = math.prod(x.shape[dim] for dim in dims)
+    return x / (_EPS + length / math.sqrt(size)).to(x.dtype)
+
+
+def silu(x: Tensor) -> Tensor:
+    """Keeps unit variance (eq. 81)."""
+    return F.silu(x) / _SILU
+
+
+def mixed(a: Tensor, b: Tensor, balance: float) -> Tensor:
+    """(1 - balance) a + balance b, of unit variance where both are independent and have it (eq. 88)."""
+    return a.lerp(b, balance) / math.hypot(1 - balance, balance)
+
+
+def joined(a: Tensor, b: Tensor, balance: float = 0.5) -> Tensor:
+    """Concatenation along the channels in which each part counts by its share, not by its width (eq. 103)."""
+    total = math.sqrt((a.shape[1] + b.shape[1]) / ((1 - balance) ** 2 + balance**2))
+    shares = total * (1 - balance) / math.sqrt(a.shape[1]), total * balance / math.sqrt(b.shape[1])
+    return torch.cat([shares[0] * a, shares[1] * b], dim=1)
+
+
+class Weight(nn.Module):
+    """A linear layer (size 0) or convolution (size 1 or 3) without bias; rows of unit length times `gain` (eq. 47)."""
+
+    def __init__(self, c_in: int, c_out: int, size: int = 0) -> None:
+        super().__init__()
+        self.size = size
+        self.weight = nn.Parameter(torch.randn(c_out, c_in, *[size, size][: 2 * bool(size)]))
+
+    def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+        weight = normalised(self.weight.float(), self._row_dims)  # float32: its small changes matter
+        weight = (weight * (gain / math.sqrt(self.weight[0].numel()))).to(x.dtype)
+        return F.conv2d(x, weight, padding=self.size // 2) if self.size else x @ weight.t()
+
+    @property
+    def _row_dims(self) -> range:
+        return range(1, self.weight.ndim)
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        """Rows back to unit length (eq. 66)."""
+        self.weight.copy_(normalised(self.weight, self._row_dims))
+
+
+class Block(nn.Module):
+    """Two convolutions beside a shortcut, told the embedding; then, where there are heads, self-attention.
+
+    Args:
+        down: on the way down: x is normalised, and narrowed or widened before everything else.
+        resize: 1, or 2 and 0.5 to double or halve height and width first.
+    """
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        told: int,
+        down: bool,
+        resize: float = 1,
+        attention: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.down, self.resize = down, resize
+        self.dropout = nn.Dropout(dropout)
+        self.shortcut = Weight(c_in, c_out, 1) if c_in != c_out else None
+        self.conv_in = Weight(c_out if down else c_in, c_out, 3)
+        self.embedding = Weight(told, c_out)
+        self.gain = nn.Parameter(torch.zeros(1))  # of one dimension, since numbers cannot be sharded
+        self.conv_out = Weight(c_out, c_out, 3)
+        self.qkv = Weight(c_out, 3 * c_out, 1) if attention else None
+        self.out = Weight(c_out, c_out, 1) if attention else None
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        if self.resize < 1:
+            x = F.avg_pool2d(x, 2)  # (N, C, H / 2, W / 2)
+        elif self.resize > 1:
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")  # (N, C, 2 H, 2 W)
+        if self.down:
+            x = normalised(x if self.shortcut is None else self.shortcut(x), [1])  # (N, C', H, W)
+        h = self.conv_in(silu(x))  # (N, C', H, W)
+        told = self.embedding(embedding, self.gain) + 1  # (N, C')
+        h = silu(h * told[:, :, None, None].to(h.dtype))  # (N, C', H, W)
+        h = self.conv_out(self.dropout(h))  # (N, C', H, W)
+        if not self.down and self.shortcut is not None:
+            x = self.shortcut(x)  # (N, C', H, W)
+        x = mixed(x, h, 0.3)  # (N, C', H, W)
+        if self.qkv is not None and self.out is not None:
+            x = mixed(x, self.out(self._attend(self.qkv(x))), 0.3)  # (N, C', H, W)
+        return x.clamp(-_LIMIT, _LIMIT)
+
+    @staticmethod
+    def _attend(qkv: Tensor) -> Tensor:
+        rows = qkv.shape[2]
+        parts = rearrange(
+            qkv, "n (three h d) y x -> three n h (y x) d", three=3, d=min(_HEAD_CHANNELS, qkv.shape[1] // 3)
+        )
+        q, k, v = normalised(parts, [-1])  # each (N, heads, H W, D), cosine attention
+        return rearrange(attend(q, k, v), "n h (y x) d -> n (h d) y x", y=rows)  # (N, C', H, W)
+
+
+class MagnitudePreservingUNet(nn.Module):
+    """net(x (N,C,H,W), noise_level (N,), conditioning) -> (N,C,H,W), deterministic in its inputs (but for dropout).
+
+    Height and width must be divisible by 2 ** (number of levels - 1). The paper's sizes on latents 4x64x64: XS 128, S
+    192, M 256, L 320, XL 384, XXL 448 channels, with attention at levels 2 and 3.
+
+    Args:
+        in_channels: channels of x, and of the output.
+        channels: width at the first level, a multiple of 64 wherever there is attention.
+        channel_multipliers: width of each level in units of `channels`; each further level has half the resolution.
+        blocks_per_level: blocks a level on the way down (one more on the way up).
+        attention_levels: levels with attention, 0 = full resolution. The middle always has it.
+        vector_channels: width of the conditioning vector, such as `ClassOneHot` gives; None: none.
+        dropout: probability inside blocks.
+        checkpointing: compute activations again in the backward pass instead of keeping them.
+
+    Raises:
+        ConfigError: an input that does not fit the parameters.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        channel_multipliers: Sequence[int] = (1, 2, 3, 4),
+        blocks_per_level: int = 3,
+        attention_levels: Sequence[int] = (2, 3),
+        vector_channels: int | None = None,
+        dropout: float = 0.0,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        widths = [channels * multiplier for multiplier in channel_multipliers]
+        told, last = max(widths), len(widths) - 1
+        self.in_channels, self.vector_channels = in_channels, vector_channels
+        self.checkpointing, self.keep_random_state = checkpointing, dropout > 0
+        self.shrink = 2**last
+        # Random features of the noise level, never trained (eq. 75).
+        self.register_buffer("frequencies", 2 * math.pi * torch.randn(widths[0]))
+        self.register_buffer("phases", 2 * math.pi * torch.rand(widths[0]))
+        self.embed = Weight(widths[0], told)
+        self.embed_vector = None if vector_channels is None else Weight(vector_channels, told)
+        self.conv_in = Weight(in_channels + 1, widths[0], 3)
+
+        c, skips = widths[0], [widths[0]]
+        self.down = nn.ModuleList()
+        for level, width in enumerate(widths):
+            if level > 0:
+                self.down.append(Block(c, c, told, down=True, resize=0.5, dropout=dropout))
+                skips.append(c)
+            for _ in range(blocks_per_level):
+                self.down.append(Block(c, width, told, True, 1, level in attention_levels, dropout))
+                c = width
+                skips.append(c)
+        self.middle = nn.ModuleList(Block(c, c, told, False, 1, attention, dropout) for attention in (True, False))
+        self.up = nn.ModuleList()
+        self.joints = set[int]()  # blocks on the way up that take a skip
+        for level, width in reversed([*enumerate(widths)]):
+            if level < last:
+                self.up.append(Block(c, c, told, down=False, resize=2, dropout=dropout))
+            for _ in range(blocks_per_level + 1):
+                self.joints.add(len(self.up))
+                self.up.append(Block(c + skips.pop(), width, told, False, 1, level in attention_levels, dropout))
+                c = width
+        self.conv_out = Weight(c, in_channels, 3)
+        self.gain_out = nn.Parameter(torch.zeros(1))
+        self.constrain()
+
+    def forward(self, x: Tensor, noise_level: Tensor, conditioning: Conditioning) -> Tensor:
+        self._check(x, conditioning)
+        level = noise_level.float() / 1000
+        waves = level[:, None] * self.get_buffer("frequencies") + self.get_buffer("phases")  # (N, C)
+        embedding = self.embed((waves.cos() * math.sqrt(2)).to(x.dtype))  # (N, told)
+        if self.embed_vector is not None and conditioning.vector is not None:
+            embedding = mixed(embedding, self.embed_vector(conditioning.vector.to(x.dtype)), 0.5)  # (N, told)
+        embedding = silu(embedding)  # (N, told)
+        # A channel of ones stands in for the biases.
+        x = self.conv_in(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))  # (N, channels, H, W)
+        skips = [x]
+        for block in self.down:
+            x = self._run(block, x, embedding)
+            skips.append(x)
+        for block in self.middle:
+            x = self._run(block, x, embedding)  # (N, last width, H / shrink, W / shrink)
+        for place, block in enumerate(self.up):
+            x = self._run(block, joined(x, skips.pop()) if place in self.joints else x, embedding)
+        return self.conv_out(x, self.gain_out)  # (N, in_channels, H, W)
+
+    def blocks(self) -> list[nn.Module]:
+        """The parts that hold nearly all of the weights and run one after another, for sharding."""
+        return [*self.down, *self.middle, *self.up]
+
+    def constrain(self) -> None:
+        """Bring every weight's rows back to unit length; LatentDiffusion calls it after each optimizer step."""
+        for module in self.modules():
+            if isinstance(module, Weight):
+                module.constrain()
+
+    def _run(self, block: nn.Module, x: Tensor, embedding: Tensor) -> Tensor:
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            return block(x, embedding)
+        # Not re-entrant: the second pass sees the autocast of the first and, where there is dropout, its random state.
+        return checkpoint(block, x, embedding, use_reentrant=False, preserve_rng_state=self.keep_random_state)
+
+    def _check(self, x: Tensor, conditioning: Conditioning) -> None:
+        """Shapes only: costs nothing and never waits for the device."""
+        if x.shape[1] != self.in_channels or x.shape[2] % self.shrink or x.shape[3] % self.shrink:
+            raise ConfigError(
+                f"MagnitudePreservingUNet: expects a latent of {self.in_channels} channels (in_channels) with sides "
+                f"divisible by {self.shrink} (levels of channel_multipliers), got {[*x.shape[1:]]}: change the network "
+                f"or the data"
+            )
+        if conditioning.tokens is not None or conditioning.spatial is not None:
+            raise ConfigError("MagnitudePreservingUNet: reads a vector alone (ClassOneHot); use a UNet for tokens")
+        found = None if conditioning.vector is None else conditioning.vector.shape[-1]
+        if found != self.vector_channels:
+            raise ConfigError(
+                f"MagnitudePreservingUNet: vector_channels={self.vector_channels}, but the conditioner's vector slot "
+                f"has width {found}"
+            )

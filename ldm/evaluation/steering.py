@@ -1,0 +1,137 @@
+"""What steers a sample beside its seed and class: guidance, and a picture to begin with."""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm.data.images import read_image
+from ldm.data.latents import Manifest
+from ldm.data.pixels import EvalTransform
+from ldm.diffusion.guidance import Denoiser, autoguidance, classifier_free, within
+from ldm.errors import ConfigError
+
+if TYPE_CHECKING:  # generate.py builds on this file
+    from ldm.evaluation.generate import Pipeline
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How strongly samples are led, and away from what (diffusion/guidance.py).
+
+    Args:
+        scale: 1 = not at all; above: away from no class, or from `worse`, at twice the cost.
+        rescale: 0 ... 1: how far each sample's spread is brought back to the unguided one's.
+        above, up_to: the ratios sigma / alpha between which samples are led.
+        worse: a smaller or less trained model of the same latents and path (autoguidance); None: no class.
+
+    Raises:
+        ConfigError: values that contradict one another.
+    """
+
+    scale: float = 1.0
+    rescale: float = 0.0
+    above: float = 0.0
+    up_to: float = math.inf
+    worse: "Pipeline | None" = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rescale <= 1:
+            raise ConfigError(f"guidance rescale: expected 0 to 1, found {self.rescale:g}")
+        if not 0 <= self.above < self.up_to:
+            raise ConfigError(
+                f"guidance interval: expected 0 <= LOW < HIGH, as ratios sigma / alpha, "
+                f"found {self.above:g} and {self.up_to:g}"
+            )
+        if self.rescale and self.worse is not None:
+            raise ConfigError("guidance rescale: belongs to classifier-free guidance; leave it out with a worse model")
+
+    def check(self, pipeline: "Pipeline", times: Tensor) -> None:
+        """ConfigError unless `worse` speaks of the same latents at the same noise levels."""
+        if self.worse is None:
+            return
+        ours, theirs = pipeline.manifest, self.worse.manifest
+        found = self.worse.origin.get("checkpoint", "the worse model")
+        same = ours.plan.autoencoder["weights"] == theirs.plan.autoencoder["weights"]
+        if not same or (ours.plan.shape, ours.mean, ours.std) != (theirs.plan.shape, theirs.mean, theirs.std):
+            raise ConfigError(f"{found}: was trained on other latents than the model that it is to guide")
+        for name in ("alpha", "sigma"):
+            mine, other = (getattr(one.objective, name)(times) for one in (pipeline, self.worse))
+            if not torch.allclose(mine, other):
+                raise ConfigError(f"{found}: noises latents in another way than the model that it is to guide")
+
+    def denoiser(self, pipeline: "Pipeline", labels: Tensor | None, number: int) -> Denoiser:
+        """For `number` rows of the classes `labels` (number,), None: of no class."""
+        conditional = partial(pipeline.objective.denoise, pipeline.denoiser["network"])
+        null = pipeline.conditioner.null(number)
+        told = null if labels is None else pipeline.conditioner({"class_label": labels})
+        plain = classifier_free(conditional, told, null, 1.0)
+        if self.worse is not None:
+            guided = autoguidance(plain, Guidance().denoiser(self.worse, labels, number), self.scale)
+        elif labels is not None:
+            guided = classifier_free(conditional, told, null, self.scale, self.rescale)
+        else:
+            guided = plain
+        if self.above == 0 and math.isinf(self.up_to):
+            return guided
+        return within(guided, plain, pipeline.objective, self.above, self.up_to)
+
+
+@dataclass(frozen=True)
+class Original:
+    """A picture that samples begin with.
+
+    Args:
+        image: (C,H,W) float in [-1, 1], of the size that the model makes.
+        strength: 0 < strength <= 1: the share of the way to noise that it goes, hence of the sampler's steps; what it
+            keeps of the picture is the rest.
+        free: (H,W) bool: what may change; the rest stays as it is, pixel for pixel. None: all of it.
+
+    Raises:
+        ConfigError: a strength that there is not, or a mask that frees nothing.
+    """
+
+    image: Tensor
+    strength: float = 1.0
+    free: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.strength <= 1:
+            raise ConfigError(f"strength: expected more than 0 and at most 1, found {self.strength:g}")
+        if self.free is not None and not bool(self.free.any()):
+            raise ConfigError("mask: all of it is black, so nothing is to be painted; white is what may change")
+
+    @classmethod
+    def read(cls, manifest: Manifest, image: Path, strength: float, mask: Path | None = None) -> "Original":
+        """From files, brought to the size of the model's pictures; of the mask, white is what may change.
+
+        Raises:
+            DataError: a file that cannot be read.
+        """
+        pixels = manifest.plan.pixels
+        transform = EvalTransform(pixels["resolution"])
+        picture = transform(read_image(image).convert("L" if pixels["channels"] == 1 else "RGB"))
+        free = None if mask is None else transform(read_image(mask).convert("L"))[0] > 0
+        return cls(picture, strength, free)
+
+    def times(self, times: Tensor) -> Tensor:
+        """Of a sampler's (steps + 1,) times those that are left, at least one step."""
+        steps = max(1, round(self.strength * (len(times) - 1)))
+        return times[-steps - 1 :]
+
+    def kept(self, shape: tuple[int, int, int]) -> Tensor | None:
+        """Where a latent (c, h, w) stays as it is: (h, w) bool; a place with any free pixel is free."""
+        if self.free is None:
+            return None
+        return F.adaptive_max_pool2d(self.free[None].float(), shape[1:])[0] == 0
+
+    def around(self, images: Tensor) -> Tensor:
+        """`images` (N,C,H,W) where they are free, the picture elsewhere."""
+        if self.free is None:
+            return images
+        return torch.where(self.free.to(images.device), images, self.image.to(images.device))

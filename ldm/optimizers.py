@@ -1,0 +1,105 @@
+"""Optimizers that know which parameters to decay, and which are matrices; everything else is torch's.
+
+Weight decay pulls matrices towards zero; of a norm's scale, a bias or a single number it only takes away what they are
+for. A parameter of fewer than two dimensions is never decayed here.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+
+def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer: those with decay, those without; an empty one is left out."""
+    listed = list(parameters)
+    groups = [
+        {"params": [parameter for parameter in listed if parameter.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in listed if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW (Loshchilov and Hutter 2019), fused, with decay for matrices and convolutions alone.
+
+    Args:
+        params: all of them.
+        lr: learning rate.
+        betas: of the running averages; (0.9, 0.95) forgets a spike sooner than torch's (0.9, 0.999).
+        eps: added to the root of the second one.
+        weight_decay: of parameters with two dimensions or more.
+        fused: one kernel for all; False where fp16 scales the loss.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        fused: bool = True,
+    ) -> None:
+        super().__init__(decay_groups(params, weight_decay), lr=lr, betas=betas, eps=eps, fused=fused)
+
+
+class Muon(Optimizer):
+    """torch's Muon (Jordan et al. 2024) for matrices, AdamW for all other parameters, as one optimizer.
+
+    Muon makes each matrix' update orthogonal; it knows only two dimensions, so it is for transformers: convolutions,
+    norms, biases and embeddings of one dimension go to AdamW. Its updates are scaled to the size of AdamW's (Liu et al.
+    2025, "Moonlight"), so that one learning rate and one decay serve both.
+
+    Args:
+        params: all of them.
+        lr: learning rate of both.
+        momentum: of Muon.
+        betas: of AdamW.
+        weight_decay: of parameters with two dimensions or more.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.01,
+    ) -> None:
+        listed = list(params)
+        matrices = [parameter for parameter in listed if parameter.ndim == 2]
+        others = [parameter for parameter in listed if parameter.ndim != 2]
+        self._parts: list[Optimizer] = []
+        if matrices:
+            settings: dict[str, Any] = {"momentum": momentum, "weight_decay": weight_decay}
+            self._parts.append(torch.optim.Muon(matrices, lr=lr, adjust_lr_fn="match_rms_adamw", **settings))
+        if others:
+            self._parts.append(AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay, fused=False))
+        super().__init__([group for part in self._parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """Both work on this optimizer's groups and state: they are what is scheduled, saved and loaded."""
+        first = 0
+        for part in self._parts:
+            last = first + len(part.param_groups)
+            part.param_groups = self.param_groups[first:last]
+            part.state = self.state
+            first = last
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self._parts:
+            part.step()
+        return loss

@@ -1,0 +1,195 @@
+"""Train several stage-2 configurations on one autoencoder at equal compute, and let one classifier judge them all.
+
+    python scripts/compare.py --autoencoder logs/<run> --minutes 8
+    python scripts/compare.py --autoencoder logs/<run> --minutes 8 --jobs 2 --out comparison \\
+        --variants configs/fashion_mnist/variants/flow.yaml configs/fashion_mnist/variants/edm.yaml
+
+The base configuration, and each variant merged over it, gets the same time on as many cores: a short run of each says
+how many steps that is. Each is judged several times on its way. Writes comparison.json and comparison.png, and prints a
+Markdown table. What is finished is not done again, so an interrupted comparison goes on.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+import torch
+
+from ldm import process, run
+from ldm.commandline import Parser, split_overrides
+from ldm.data.arrays import FashionMNIST
+from ldm.errors import LdmError
+from ldm.evaluation.generate import Pipeline
+from ldm.evaluation.quality import Judge, markdown, samples
+from ldm.loggers import read_metrics
+
+matplotlib.use("agg")
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs" / "fashion_mnist"
+CALIBRATION = 60
+"""Steps of the run that tells how fast a configuration is."""
+EPILOG = "Words of the form key=value override every configuration."
+
+
+def train(variant: Path | None, folder: Path, steps: int, mark: int, options: Any) -> Path:
+    """The run of `steps` steps in `folder`, saved every `mark` steps; continued where it was interrupted."""
+    checkpoints = {"target": "ldm.saving.Checkpoints", "params": {"every": mark, "keep_every": mark}}
+    overrides = {
+        "data.params.autoencoder": options.autoencoder,
+        "lightning.trainer.max_steps": steps,
+        "lightning.trainer.val_check_interval": mark,
+        "lightning.trainer.log_every_n_steps": 10,
+        "lightning.logger": "null",
+        "lightning.callbacks.images": "null",
+        "lightning.callbacks.checkpoints": json.dumps(checkpoints),
+    }
+    files = [options.base] if variant is None else [options.base, variant]
+    command = [sys.executable, ROOT / "main.py", "--resume", "auto", "--name", "run", "--logdir", folder]
+    words = [f"{key}={value}" for key, value in overrides.items()]
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // options.jobs))}
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "log").open("a") as log:
+        whole = [*command, "--base", *files, *words, *options.overrides]
+        code = subprocess.run(whole, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
+    made = run.newest(folder, "run")
+    if code or made is None:
+        raise LdmError(f"{folder / 'log'}: main.py ended with exit code {code}, and says there why.")
+    return made.path
+
+
+def speed(made: Path) -> float:
+    """Images a second: the median of what the run logged, without its first third."""
+    rows = read_metrics(made / "metrics.csv")
+    told = [float(row["images_per_second"]) for row in rows if "images_per_second" in row]
+    return statistics.median(told[len(told) // 3 :])
+
+
+def train_all(variants: dict[str, Path | None], options: Any) -> dict[str, tuple[Path, float, int]]:
+    """By name: the run, its images a second, and the images of a step."""
+
+    def calibrate(name: str) -> tuple[float, int]:
+        made = train(variants[name], options.out / "speed" / name, CALIBRATION, CALIBRATION, options)
+        return speed(made), json.loads((made / "configs" / "facts.json").read_text())["batch_size"]
+
+    def complete(name: str) -> Path:
+        images_per_second, batch = speeds[name]
+        mark = max(1, round(60 * options.minutes * images_per_second / batch / options.marks))
+        return train(variants[name], options.out / "runs" / name, mark * options.marks, mark, options)
+
+    speeds = side_by_side(variants, calibrate, options.jobs)
+    made = side_by_side(variants, complete, options.jobs)
+    return {name: (made[name], *speeds[name]) for name in variants}
+
+
+def side_by_side(names: Iterable[str], work: Callable[[str], Any], jobs: int) -> dict[str, Any]:
+    """{name: work(name)}, `jobs` at a time."""
+    with ThreadPoolExecutor(jobs) as pool:
+        return dict(zip(names, pool.map(work, names), strict=True))
+
+
+def compare(options: Any) -> str:
+    """Do it all; the table."""
+    variants: dict[str, Path | None] = {options.base.stem: None, **{file.stem: file for file in options.variants}}
+    options.out.mkdir(parents=True, exist_ok=True)
+    trained = train_all(variants, options)
+    file = options.out / "comparison.json"
+    record: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    judge: Judge | None = None
+    for name, (made, images_per_second, batch) in trained.items():
+        entry = record.setdefault(name, {"marks": {}})
+        for saved in sorted((made / "checkpoints").glob("step=*.ckpt")):
+            if saved.name in entry["marks"]:
+                continue
+            pipeline = Pipeline.load(saved, autoencoder=options.autoencoder)
+            plan = pipeline.manifest.plan
+            if judge is None:
+                pictures = FashionMNIST(), FashionMNIST(train=False)
+                judge = Judge.trained(*pictures, plan.pixels["resolution"], plan.pixels["channels"], options.epochs)
+            scores = {
+                f"{scale:g}": judge(samples(pipeline, options.number, judge.classes, options.steps, scale))._asdict()
+                for scale in options.guidance
+            }
+            entry["marks"][saved.name] = {"images": pipeline.origin["step"] * batch, "scores": scores}
+            size = sum(parameter.numel() for parameter in pipeline.denoiser.parameters())
+            entry |= {"parameters": size, "images_per_second": images_per_second}
+            record[name] = entry
+            run.write_whole(file, json.dumps(record, indent=1) + "\n")
+    draw(record, options.out / "comparison.png")
+    return f"{table(record)}\n\n{options.out / 'comparison.png'}"
+
+
+def table(record: dict[str, Any]) -> str:
+    """Markdown: each configuration's last mark, best distance without guidance first."""
+    rows = []
+    for name, entry in record.items():
+        last = max(entry["marks"].values(), key=lambda mark: mark["images"])
+        told = [f"{score['accuracy']:.1%} / {score['distance']:.2f}" for score in last["scores"].values()]
+        size = f"{entry['parameters'] / 1e6:.1f}"
+        images = f"{last['images']:,}"
+        order = next(iter(last["scores"].values()))["distance"]
+        rows.append((order, [name, size, f"{entry['images_per_second']:.0f}", images, *told]))
+    scales = [f"guidance {scale}" for scale in next(iter(next(iter(record.values()))["marks"].values()))["scores"]]
+    header = ["configuration", "parameters, M", "images/s", "images seen", *scales]
+    return markdown(header, [row for _, row in sorted(rows)])
+
+
+def draw(record: dict[str, Any], output: Path) -> None:
+    """Fréchet distance and accuracy, without guidance, against the images seen."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for name, entry in record.items():
+        marks = sorted(entry["marks"].values(), key=lambda mark: mark["images"])
+        scores = [next(iter(mark["scores"].values())) for mark in marks]
+        images = [mark["images"] / 1000 for mark in marks]
+        panels[0].plot(images, [score["distance"] for score in scores], marker=".", label=name)
+        panels[1].plot(images, [100 * score["accuracy"] for score in scores], marker=".", label=name)
+    panels[0].set(title="Fréchet distance to the test set (lower is better)", xlabel="thousand images", yscale="log")
+    panels[1].set(title="classifier accuracy, %", xlabel="thousand images")
+    for panel in panels:
+        panel.grid(alpha=0.3)
+    panels[1].legend(fontsize="small")
+    figure.savefig(output, dpi=110)
+    plt.close(figure)
+
+
+def parse(argv: Sequence[str]) -> Any:
+    parser = Parser(prog="compare.py", description="Compare configurations.", epilog=EPILOG, allow_abbrev=False)
+    add = parser.add_argument
+    add("--autoencoder", type=Path, required=True, metavar="RUN", help="the first stage of all")
+    add("--base", type=Path, default=CONFIGS / "diffusion.yaml", help="(default: configs/fashion_mnist/diffusion.yaml)")
+    add(
+        "--variants",
+        type=Path,
+        nargs="*",
+        default=sorted((CONFIGS / "variants").glob("*.yaml")),
+        help="merged over the base, each alone (default: configs/fashion_mnist/variants)",
+    )
+    add("--minutes", type=float, default=8.0, help="of training, each (default: 8)")
+    add("--jobs", type=int, default=1, help="trained side by side, on a share of the cores each (default: 1)")
+    add("--marks", type=int, default=4, help="how often each is judged (default: 4)")
+    add("--number", type=int, default=100, help="images a class (default: 100)")
+    add("--guidance", type=float, nargs="+", default=[1.0, 2.0], help="scales to sample with (default: 1 2)")
+    add("--steps", type=int, default=30, help="of DDIM or Euler (default: 30)")
+    add("--epochs", type=int, default=4, help="of the classifier (default: 4)")
+    add("--out", type=Path, default=Path("comparison"), help="folder (default: comparison)")
+    overrides, words = split_overrides(argv)
+    options = parser.parse_strictly(words)
+    options.overrides = overrides
+    return options
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code (ldm/errors.py)."""
+    return process.answer(lambda: print(compare(parse(argv))))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

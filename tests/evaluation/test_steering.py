@@ -1,0 +1,132 @@
+"""What leads a sample: guidance in an interval and away from a worse model, and a picture to begin with."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.diffusion.objectives import Flow
+from ldm.diffusion.samplers import ancestral, dpm_solver, heun, unipc
+from ldm.errors import ConfigError, DataError
+from ldm.evaluation.generate import Pipeline, generate
+from ldm.evaluation.steering import Guidance, Original
+
+
+@pytest.fixture(scope="module")
+def pipeline(runs):
+    return Pipeline.load(runs.diffusion)
+
+
+@pytest.fixture(scope="module")
+def raw(runs):
+    return Pipeline.load(runs.diffusion, ema=False)
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    """A file of 24 x 20 pixels, and a mask of its right half."""
+    folder = tmp_path_factory.mktemp("pictures")
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "picture.png")
+    mask = np.zeros((20, 24), dtype=np.uint8)
+    mask[:, 12:] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
+    return folder
+
+
+def pictures(pipeline, guidance, **options):
+    made = generate(pipeline, [1, 2], [0, 2], guidance=guidance, **{"steps": 6, **options})
+    return np.stack([one.image for one in made]).astype(int)
+
+
+def test_an_interval_of_everything_is_all_guidance_and_of_nothing_none(pipeline):
+    guided, plain = pictures(pipeline, Guidance(4.0)), pictures(pipeline, Guidance())
+    assert np.array_equal(pictures(pipeline, Guidance(4.0, above=1e-6, up_to=1e6)), guided)
+    assert np.array_equal(pictures(pipeline, Guidance(4.0, above=1e5, up_to=1e6)), plain)
+    some = pictures(pipeline, Guidance(4.0, above=0.2, up_to=3.0))
+    assert not np.array_equal(some, guided)
+    assert not np.array_equal(some, plain)
+
+
+def test_a_worse_model_that_is_no_worse_changes_nothing(pipeline, raw):
+    plain = pictures(pipeline, Guidance())
+    assert np.abs(pictures(pipeline, Guidance(3.0, worse=pipeline)) - plain).max() <= 1
+    assert np.array_equal(pictures(pipeline, Guidance(0.0, worse=raw)), pictures(raw, Guidance()))
+    assert np.abs(pictures(pipeline, Guidance(3.0, worse=raw)) - plain).max() > 1
+
+
+def test_a_worse_model_of_something_else_is_refused(pipeline, raw):
+    other = replace(raw, manifest=replace(raw.manifest, std=[3.0] * 4))
+    with pytest.raises(ConfigError, match="trained on other latents"):
+        pictures(pipeline, Guidance(2.0, worse=other))
+    with pytest.raises(ConfigError, match="noises latents in another way"):
+        pictures(pipeline, Guidance(2.0, worse=replace(raw, objective=Flow())))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rescale": 1.5}, "rescale: expected 0 to 1, found 1.5"),
+        ({"above": 2.0, "up_to": 1.0}, "interval: expected 0 <= LOW < HIGH.* found 2 and 1"),
+        ({"above": -1.0}, "interval: expected"),
+    ],
+)
+def test_what_cannot_be_is_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        Guidance(2.0, **values)
+
+
+def test_rescale_belongs_to_classifier_free_guidance(pipeline):
+    with pytest.raises(ConfigError, match="leave it out with a worse model"):
+        Guidance(2.0, rescale=0.5, worse=pipeline)
+
+
+def test_a_picture_is_kept_the_more_the_lower_the_strength(pipeline, picture):
+    original = [Original.read(pipeline.manifest, picture / "picture.png", strength) for strength in (0.05, 0.5, 1.0)]
+    assert original[0].image.shape == (3, 16, 16)
+    through = pipeline.codec.decode(pipeline.codec.encode(original[0].image[None])[0])
+    coded = ((through[0] + 1) * 127.5).round().permute(1, 2, 0).numpy()
+    made = [pictures(pipeline, Guidance(), steps=20, original=one) for one in original]
+    gaps = [np.abs(one - coded).mean() for one in made]
+    assert gaps[0] < gaps[1] < gaps[2]
+
+
+@pytest.mark.parametrize(("strength", "steps", "left"), [(1.0, 10, 10), (0.5, 10, 5), (0.01, 10, 1), (0.6, 5, 3)])
+def test_strength_is_a_share_of_the_steps(pipeline, strength, steps, left):
+    times = pipeline.objective.grid(steps)
+    found = Original(torch.zeros(3, 16, 16), strength).times(times)
+    assert len(found) == left + 1
+    assert torch.equal(found, times[-left - 1 :])
+
+
+@pytest.mark.parametrize("sampler", [ancestral, heun, dpm_solver, unipc])
+def test_what_is_outside_the_mask_stays_pixel_for_pixel(pipeline, picture, sampler):
+    original = Original.read(pipeline.manifest, picture / "picture.png", 1.0, picture / "mask.png")
+    made = pictures(pipeline, Guidance(), original=original, sampler=sampler)
+    before = ((original.image + 1) * 127.5).round().permute(1, 2, 0).numpy().astype(int)
+    kept = ~original.free.numpy()
+    assert 0.3 < kept.mean() < 0.6
+    assert np.array_equal(made[:, kept], np.stack([before[kept]] * 2))
+    assert np.abs(made[0] - made[1])[~kept].mean() > 5
+
+
+def test_a_latent_place_with_one_free_pixel_is_free():
+    free = torch.zeros(16, 16, dtype=torch.bool)
+    free[5, 6] = True
+    kept = Original(torch.zeros(3, 16, 16), free=free).kept((4, 4, 4))
+    assert (~kept).nonzero().tolist() == [[1, 1]]
+    assert Original(torch.zeros(3, 16, 16)).kept((4, 4, 4)) is None
+
+
+def test_strengths_and_masks_that_cannot_be(pipeline, picture, tmp_path):
+    for strength in (0.0, 1.1, math.nan):
+        with pytest.raises(ConfigError, match="strength: expected"):
+            Original(torch.zeros(3, 16, 16), strength)
+    Image.new("L", (24, 20)).save(tmp_path / "black.png")
+    with pytest.raises(ConfigError, match="all of it is black"):
+        Original.read(pipeline.manifest, picture / "picture.png", 1.0, tmp_path / "black.png")
+    with pytest.raises(DataError, match=r"nothing\.png"):
+        Original.read(pipeline.manifest, tmp_path / "nothing.png", 1.0)
