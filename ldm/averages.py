@@ -46,9 +46,10 @@ class AverageSnapshots(pl.Callback):
         assert isinstance(pl_module, LatentDiffusion)
         ema = pl_module.ema
         averages = sharding.gathered([dict(average.state_dict()) for average in (ema.average, *ema.others)])
+        learned = {name for name, _ in ema.average.named_parameters()}
         if trainer.is_global_zero:
             state = {
-                "averages": [{name: _half(value) for name, value in average.items()} for average in averages],
+                "averages": [_halved(average, learned) for average in averages],
                 "exponents": _exponents(pl_module),
                 "images_seen": ema.images_seen,
                 "ldm": {"kind": "averages", "step": self._step},
@@ -70,8 +71,9 @@ def _exponents(module: pl.LightningModule) -> list[float]:
     return exponents
 
 
-def _half(value: Tensor) -> Tensor:
-    return value.half() if value.is_floating_point() else value
+def _halved(average: dict[str, Tensor], learned: set[str]) -> dict[str, Tensor]:
+    """Weights in half precision; what is not learned, such as random features, as it is."""
+    return {name: value.half() if name in learned else value for name, value in average.items()}
 
 
 def snapshots(run: Path) -> list[Path]:

@@ -127,7 +127,13 @@ class SampleLogger(pl.Callback):
             raise ConfigError(f"SampleLogger: expected a LatentDiffusion, found a {type(pl_module).__name__}.")
         manifest = trainer.datamodule.manifest  # type: ignore[attr-defined]  # Lightning's own, set by fit
         if self._codec is None:
-            self._codec = load_codec(manifest, self._autoencoder, "the preview of samples", self._trust)
+            self._codec = load_codec(
+                manifest,
+                self._autoencoder,
+                "the preview of samples",
+                self._trust,
+                "in the parameter autoencoder of SampleLogger",
+            )
         pipeline = Pipeline.from_module(pl_module, self._codec.to(pl_module.device), manifest)
         world, number = distributed.world_size(), len(self._seeds)
         # As many on each rank, some twice: where the weights are sharded, all ranks call the network together.

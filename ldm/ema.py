@@ -77,7 +77,7 @@ def power_exponent(width: float) -> float:
 
 
 def mixture(times: Sequence[float], exponents: Sequence[float], time: float, exponent: float) -> np.ndarray:
-    """Shares (n,) of n snapshots whose sum comes nearest to the power-function average of `exponent` at `time`.
+    """Shares (n,), of sum 1, of n snapshots whose sum comes nearest to the power-function average of `exponent`.
 
     Least squares over the shares of the weights at all times (EDM2, algorithm 3).
 
@@ -90,7 +90,8 @@ def mixture(times: Sequence[float], exponents: Sequence[float], time: float, exp
     t, g = np.asarray(times, dtype=np.float64) / time, np.asarray(exponents, dtype=np.float64)
     products = _overlap(t[:, None], g[:, None], t, g)  # (n, n)
     wanted = _overlap(t, g, np.ones(1), np.full(1, exponent))  # (n,)
-    return np.linalg.solve(products, wanted)
+    shares = np.linalg.solve(products, wanted)
+    return shares / shares.sum()  # what never changes comes out as it was
 
 
 def _overlap(t: np.ndarray, g: np.ndarray, u: np.ndarray, h: np.ndarray) -> np.ndarray:

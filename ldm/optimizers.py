@@ -50,7 +50,8 @@ class Muon(Optimizer):
     """torch's Muon (Jordan et al. 2024) for matrices, AdamW for all other parameters, as one optimizer.
 
     Muon makes each matrix' update orthogonal; it knows only two dimensions, so it is for transformers: convolutions,
-    norms, biases and embeddings of one dimension go to AdamW. Its updates are scaled to the size of AdamW's (Liu et al.
+    norms and biases go to AdamW. (Tables of embeddings are matrices, too, and cannot be told from others here.) Its
+    updates are scaled to the size of AdamW's (Liu et al.
     2025, "Moonlight"), so that one learning rate and one decay serve both.
 
     Args:
@@ -79,6 +80,7 @@ class Muon(Optimizer):
         if others:
             self._parts.append(AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay, fused=False))
         super().__init__([group for part in self._parts for group in part.param_groups], {})
+        self._shared = True
         self._share()
 
     def _share(self) -> None:
@@ -89,6 +91,12 @@ class Muon(Optimizer):
             part.param_groups = self.param_groups[first:last]
             part.state = self.state
             first = last
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only while it is made: what comes later would belong to neither."""
+        if "_shared" in vars(self):
+            raise ValueError("Muon: parameters cannot be added to it; make another")
+        super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)

@@ -26,7 +26,7 @@ import torch
 from ldm import process, run
 from ldm.commandline import Parser, split_overrides
 from ldm.data.arrays import FashionMNIST
-from ldm.errors import LdmError
+from ldm.errors import ConfigError, LdmError
 from ldm.evaluation.generate import Pipeline
 from ldm.evaluation.quality import Judge, markdown, samples
 from ldm.loggers import read_metrics
@@ -37,6 +37,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "fashion_mnist"
 CALIBRATION = 60
 """Steps of the run that tells how fast a configuration is."""
+SETTINGS = ("autoencoder", "base", "minutes", "jobs", "marks", "number", "guidance", "steps", "epochs", "overrides")
+"""What decides the figures; recorded beside them."""
 EPILOG = "Words of the form key=value override every configuration."
 
 
@@ -70,6 +72,10 @@ def speed(made: Path) -> float:
     """Images a second: the median of what the run logged, without its first third."""
     rows = read_metrics(made / "metrics.csv")
     told = [float(row["images_per_second"]) for row in rows if "images_per_second" in row]
+    if not told:
+        raise ConfigError(
+            f"{made}: logged no images_per_second in {CALIBRATION} steps; leave the trainer's intervals alone"
+        )
     return statistics.median(told[len(told) // 3 :])
 
 
@@ -99,17 +105,19 @@ def side_by_side(names: Iterable[str], work: Callable[[str], Any], jobs: int) ->
 def compare(options: Any) -> str:
     """Do it all; the table."""
     variants: dict[str, Path | None] = {options.base.stem: None, **{file.stem: file for file in options.variants}}
+    if len(variants) <= len(options.variants):
+        raise ConfigError(f"--variants: two of these files have one name: {' '.join(map(str, options.variants))}")
     options.out.mkdir(parents=True, exist_ok=True)
-    trained = train_all(variants, options)
     file = options.out / "comparison.json"
-    record: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    record = begun(file, {key: str(getattr(options, key)) for key in SETTINGS})
+    trained = train_all(variants, options)
     judge: Judge | None = None
     for name, (made, images_per_second, batch) in trained.items():
-        entry = record.setdefault(name, {"marks": {}})
+        entry = record["configurations"].setdefault(name, {"marks": {}})
         for saved in sorted((made / "checkpoints").glob("step=*.ckpt")):
             if saved.name in entry["marks"]:
                 continue
-            pipeline = Pipeline.load(saved, autoencoder=options.autoencoder)
+            pipeline = Pipeline.load(saved, autoencoder=options.autoencoder, device=options.device)
             plan = pipeline.manifest.plan
             if judge is None:
                 pictures = FashionMNIST(), FashionMNIST(train=False)
@@ -121,10 +129,22 @@ def compare(options: Any) -> str:
             entry["marks"][saved.name] = {"images": pipeline.origin["step"] * batch, "scores": scores}
             size = sum(parameter.numel() for parameter in pipeline.denoiser.parameters())
             entry |= {"parameters": size, "images_per_second": images_per_second}
-            record[name] = entry
             run.write_whole(file, json.dumps(record, indent=1) + "\n")
-    draw(record, options.out / "comparison.png")
-    return f"{table(record)}\n\n{options.out / 'comparison.png'}"
+    draw(record["configurations"], options.out / "comparison.png")
+    return f"{table(record['configurations'])}\n\n{options.out / 'comparison.png'}"
+
+
+def begun(file: Path, settings: dict[str, str]) -> dict[str, Any]:
+    """The record in `file`, or a new one; ConfigError where what is there was made with other settings."""
+    if not file.is_file():
+        return {"settings": settings, "configurations": {}}
+    record: dict[str, Any] = json.loads(file.read_text())
+    there = record["settings"]
+    if different := [
+        f"--{key}: {there.get(key)} there, {now} now" for key, now in settings.items() if there.get(key) != now
+    ]:
+        raise ConfigError(f"{file}: holds a comparison of other settings ({'; '.join(different)}). Name another --out.")
+    return record
 
 
 def table(record: dict[str, Any]) -> str:
@@ -179,6 +199,7 @@ def parse(argv: Sequence[str]) -> Any:
     add("--guidance", type=float, nargs="+", default=[1.0, 2.0], help="scales to sample with (default: 1 2)")
     add("--steps", type=int, default=30, help="of DDIM or Euler (default: 30)")
     add("--epochs", type=int, default=4, help="of the classifier (default: 4)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to sample on (default: cuda or cpu)")
     add("--out", type=Path, default=Path("comparison"), help="folder (default: comparison)")
     overrides, words = split_overrides(argv)
     options = parser.parse_strictly(words)

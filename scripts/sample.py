@@ -119,6 +119,9 @@ def parse(argv: Sequence[str]) -> Any:
     for flag in ("mask", "strength"):
         if options.image is None and getattr(options, flag) is not None:
             raise ConfigError(f"--{flag} {getattr(options, flag)}: belongs to --image FILE, which is missing.")
+    for flag, idle in {"rescale": 0.0, "interval": [0.0, math.inf], "worse": None}.items():
+        if options.guidance == 1 and getattr(options, flag) != idle:
+            raise ConfigError(f"--{flag}: does nothing at --guidance 1, which is no guidance; name a scale.")
     if not 0 <= options.eta <= 1:
         raise ConfigError(f"--eta: expected 0 to 1, found {options.eta:g}.")
     return options
@@ -177,7 +180,10 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
     if not record.is_file():
         raise ConfigError(f"--out {folder}: holds files, but none of sample.py. Name an empty or a new folder.")
     there = json.loads(record.read_text())["settings"]
-    different = [f"{key}: {there.get(key)} there, {now} now" for key, now in settings.items() if there.get(key) != now]
+    keys = dict.fromkeys([*settings, *there])
+    different = [
+        f"{key}: {there.get(key)} there, {settings.get(key)} now" for key in keys if there.get(key) != settings.get(key)
+    ]
     if different:
         differences = "; ".join(different)
         raise ConfigError(f"--out {folder}: holds pictures of other settings ({differences}). Name another folder.")
@@ -224,7 +230,11 @@ def sample(options: Any) -> list[Path]:
     orders = [Order(label, seed) for label in labels for seed in seeds]
     guidance, original = steering(pipeline, options, device)
     chosen = ("sampler", "grid", "steps", "eta", "guidance")
-    settings = {**pipeline.origin, **{key: getattr(options, key) for key in chosen}, **steered(options, guidance)}
+    settings = {
+        **pipeline.origin,
+        **{key: getattr(options, key) for key in chosen},
+        **steered(options, guidance, original),
+    }
     times = GRIDS[options.grid](pipeline)(pipeline.objective, options.steps)
     guidance.check(pipeline, times)  # both refuse what cannot be, before anything is written
     folder: Path = options.out or default_folder(settings)
@@ -290,7 +300,7 @@ def steering(pipeline: Pipeline, options: Any, device: str) -> tuple[Guidance, O
     return guidance, Original.read(pipeline.manifest, options.image, strength, options.mask)
 
 
-def steered(options: Any, guidance: Guidance) -> dict[str, Any]:
+def steered(options: Any, guidance: Guidance, original: Original | None) -> dict[str, Any]:
     """The settings of STEERED that were asked for, in plain values; files by name and hash."""
     settings: dict[str, Any] = {}
     if options.rescale:
@@ -298,12 +308,12 @@ def steered(options: Any, guidance: Guidance) -> dict[str, Any]:
     if options.interval != [0.0, math.inf]:
         settings["interval"] = options.interval
     if guidance.worse is not None:
-        settings["worse"] = guidance.worse.origin["checkpoint"]
+        settings["worse"] = "{checkpoint} step {step} {weights}".format_map(guidance.worse.origin)
     for key in ("image", "mask"):
         if (file := getattr(options, key)) is not None:
             settings[key] = _known(file)
-    if options.strength is not None:
-        settings["strength"] = options.strength
+    if original is not None:
+        settings["strength"] = original.strength
     return settings
 
 

@@ -82,7 +82,7 @@ def test_fragments_merge_with_every_config_of_stage_2(name, fragment):
 def test_a_variant_trains_two_steps(variant, image_folder, runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base = "fashion_mnist/diffusion.yaml"
-    words = [*overrides(base, image_folder), f"data.params.autoencoder={runs.autoencoder}"]
+    words = [*overrides(base, image_folder), f"data.params.autoencoder={runs.autoencoder}", "data.params.resolution=32"]
     assert main.main(["--base", str(CONFIGS[base]), str(FILES[variant]), *words]) == 0
     check_run(tmp_path)
     (run,) = (tmp_path / "logs").iterdir()
@@ -139,9 +139,9 @@ def test_stage_1_trains_two_steps(name, image_folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", STAGE_2)
 def test_stage_2_trains_two_steps(name, image_folder, runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = ["model.params.network.params.channels=32", *overrides(name, image_folder)]
-    if "ldm.diffusion.edm2" in CONFIGS[name].read_text():
-        words += ["model.params.network.params.blocks_per_level=1", "data.params.resolution=32"]
+    edm2 = "ldm.diffusion.edm2" in CONFIGS[name].read_text()
+    words = [f"model.params.network.params.channels={64 if edm2 else 32}", *overrides(name, image_folder)]
+    words += ["model.params.network.params.blocks_per_level=1", "data.params.resolution=32"] if edm2 else []
     if "ldm.diffusion.dit.DiT" in CONFIGS[name].read_text():
         words += ["model.params.network.params.depth=2", "model.params.network.params.heads=4"]
     words.append(f"data.params.autoencoder={runs.autoencoder}")

@@ -285,6 +285,54 @@ def test_a_transformer_and_a_learned_weighting_on_shards(forked, diffusion, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", [DDP, SHARDED], ids=["DDP", "sharded"])
+def test_constrained_weights_on_ranks(forked, diffusion, tmp_path, strategy):
+    """The magnitude-preserving UNet's rows are brought back to unit length where they lie."""
+    params = diffusion["model"]["params"]
+    sizes = {"in_channels": "${data:channels}", "channels": 8, "channel_multipliers": [1, 2], "blocks_per_level": 1}
+    network = {**sizes, "attention_levels": [1], "vector_channels": "${data:num_classes}"}
+    params["network"] = {"target": "ldm.diffusion.edm2.MagnitudePreservingUNet", "params": network}
+    classes = {"num_classes": "${data:num_classes}"}
+    params["conditioner"] = {"target": "ldm.diffusion.conditioning.ClassOneHot", "params": classes}
+    alone = Run(forked, diffusion, tmp_path / "alone")
+    diary = alone.go(1)
+    ranks = Run(forked, diffusion, tmp_path / "ranks")
+    assert_same_run(ranks.go(2, strategy), diary)
+    ours, theirs = ranks.state()["state_dict"], alone.state()["state_dict"]
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    rows = ours["denoiser.network.conv_in.weight"].flatten(1).square().mean(1)
+    torch.testing.assert_close(rows, torch.ones_like(rows), rtol=1e-3, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", [DDP, SHARDED], ids=["DDP", "sharded"])
+def test_muon_on_ranks(forked, diffusion, tmp_path, strategy):
+    params = diffusion["model"]["params"]
+    sizes = {"in_channels": "${data:channels}", "patch_size": 2, "channels": 16, "depth": 2, "heads": 2}
+    params["network"] = {"target": "ldm.diffusion.dit.DiT", "params": sizes}
+    params["conditioner"]["params"]["channels"] = 16
+    params["optimizer"] = {"target": "ldm.optimizers.Muon", "partial": True, "params": {"lr": 1e-3}}
+    straight = Run(forked, diffusion, tmp_path / "straight")
+    diary = straight.go(2, strategy)
+    alone = Run(forked, diffusion, tmp_path / "alone").go(1)
+    # Orthogonal updates are made in bf16, so rounding shows sooner.
+    assert_same_run(diary, alone, 1e-2)
+    killed = straight.killed_after(3, tmp_path / "copy")
+    assert_same_run(killed.go(2), diary.between(3, STEPS), tolerance=0)
+    assert_equal(killed.final(), straight.final())
+
+
+@pytest.mark.slow
+def test_a_codebook_on_ranks(forked, autoencoder, tmp_path):
+    params = autoencoder["model"]["params"]
+    params["encoder"]["params"]["moments"] = False
+    book = {"size": 16, "channels": 2}
+    params["quantiser"] = {"target": "ldm.autoencoder.quantiser.VectorQuantiser", "params": book}
+    alone = Run(forked, autoencoder, tmp_path / "alone").go(1)
+    assert_same_run(Run(forked, autoencoder, tmp_path / "two").go(2, DDP), alone)
+
+
+@pytest.mark.slow
 def test_bf16_on_shards_rounds_as_it_does_under_autocast(forked, diffusion, tmp_path):
     bf16 = "lightning.trainer.precision=bf16-mixed"
     ddp = Run(forked, diffusion, tmp_path / "ddp").go(2, bf16, DDP)

@@ -93,3 +93,8 @@ def test_muon_takes_models_of_one_kind(dims):
     parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     assert bool((parameter < 1).any())
+
+
+def test_muon_takes_no_late_parameters(model):
+    with pytest.raises(ValueError, match="cannot be added"):
+        Muon(model.parameters(), lr=0.1).add_param_group({"params": [nn.Parameter(torch.ones(2))]})

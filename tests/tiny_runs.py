@@ -51,9 +51,9 @@ def save_autoencoder(folder: Path, channels: int = 3, seed: int = 0) -> Path:
     return save_run(folder, module, {"kind": "autoencoder", "config": {"model": {"params": params}}, "latents": None})
 
 
-def save_diffusion(folder: Path, autoencoder: Path, classes: list[str] | None) -> LatentDiffusion:
+def save_diffusion(folder: Path, autoencoder: Path, classes: list[str] | None, seed: int = 1) -> LatentDiffusion:
     """A UNet of random weights, whose average is another network than its last step."""
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     sizes = {"channels": 16, "channel_multipliers": [1, 2], "blocks_per_level": 1, "attention_levels": [1], "heads": 2}
     conditioner = node("diffusion.conditioning.Unconditional")
     if classes:

@@ -64,6 +64,11 @@ class AutoencoderKL(pl.LightningModule):
                 f"model.params.encoder.params.moments: expected {quantiser is None}, found {quantiser is not None}: "
                 f"a Gaussian needs mean and log-variance, a quantiser the latent itself"
             )
+        if quantiser is not None and quantiser.channels != encoder.latent_channels:
+            raise ConfigError(
+                f"model.params.quantiser.params.channels: expected the encoder's latent_channels, "
+                f"{encoder.latent_channels}, found {quantiser.channels}"
+            )
         self.automatic_optimization = False
         self.encoder = encoder
         self.decoder = decoder
@@ -216,13 +221,14 @@ class AutoencoderKL(pl.LightningModule):
 
     @torch.no_grad()
     def images(self, batch: Batch) -> dict[str, Tensor]:
-        """What to look at: input, reconstruction, their difference and decoded draws of the standard normal.
+        """What to look at: input, reconstruction, their difference and decoded normal draws (or their codes).
 
         Each (N, C, H, W) in [-1, 1]; in the difference grey means equal.
         """
         images = batch["image"]
         reconstruction, _ = self.reconstruct(batch)
-        prior = self.decode(_noise(self.encoder, batch, "prior"))
+        draws = _noise(self.encoder, batch, "prior")
+        prior = self.decode(draws if self.quantiser is None else self.quantiser(draws).mode())
         pictures = {
             "input": images,
             "reconstruction": reconstruction,

@@ -71,7 +71,7 @@ class VectorQuantiser(nn.Module):
 
     def __init__(self, size: int, channels: int, commitment: float = 0.25) -> None:
         super().__init__()
-        self.size, self.commitment = size, commitment
+        self.size, self.channels, self.commitment = size, channels, commitment
         self.codebook = nn.Embedding(size, channels)
         nn.init.uniform_(self.codebook.weight, -1 / size, 1 / size)
 

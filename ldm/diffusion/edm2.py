@@ -141,7 +141,7 @@ class MagnitudePreservingUNet(nn.Module):
 
     Args:
         in_channels: channels of x, and of the output.
-        channels: width at the first level, a multiple of 64 wherever there is attention.
+        channels: width at the first level; levels with attention are a multiple of 64 wide, or less.
         channel_multipliers: width of each level in units of `channels`; each further level has half the resolution.
         blocks_per_level: blocks a level on the way down (one more on the way up).
         attention_levels: levels with attention, 0 = full resolution. The middle always has it.
@@ -150,7 +150,7 @@ class MagnitudePreservingUNet(nn.Module):
         checkpointing: compute activations again in the backward pass instead of keeping them.
 
     Raises:
-        ConfigError: an input that does not fit the parameters.
+        ConfigError: a width that heads cannot share, or an input that does not fit the parameters.
     """
 
     def __init__(
@@ -166,6 +166,12 @@ class MagnitudePreservingUNet(nn.Module):
     ) -> None:
         super().__init__()
         widths = [channels * multiplier for multiplier in channel_multipliers]
+        attending = {widths[-1], *(widths[level] for level in attention_levels)}
+        if uneven := sorted(width for width in attending if width > _HEAD_CHANNELS and width % _HEAD_CHANNELS):
+            raise ConfigError(
+                f"MagnitudePreservingUNet: channels={channels} makes a level with attention {uneven[0]} wide; "
+                f"expected a multiple of {_HEAD_CHANNELS}, the width of a head, or less"
+            )
         told, last = max(widths), len(widths) - 1
         self.in_channels, self.vector_channels = in_channels, vector_channels
         self.checkpointing, self.keep_random_state = checkpointing, dropout > 0

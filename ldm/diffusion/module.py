@@ -86,14 +86,19 @@ class LatentDiffusion(LightningModule):
         for denoiser in (self.denoiser, self.ema.average, *self.ema.others):
             network, conditioner = cast(nn.ModuleDict, denoiser).values()
             blocks = _blocks(network, "lightning.strategy: FSDP2 gathers", "train it with ldm.strategies.DDP")
-            sharding.shard(network, mesh, blocks, compute)
+            # A constrained network measures its weights, and rounds them afterwards by itself.
+            sharding.shard(network, mesh, blocks, None if isinstance(network, Constrained) else compute)
             sharding.shard(conditioner, mesh, methods=["null"])
         sharding.shard(self.objective, mesh, methods=["loss"])
 
     def on_fit_start(self) -> None:
         if self.compile_blocks:
             network, _ = self.denoiser.values()
-            for block in _blocks(network, "model.params.compile_blocks: torch.compile translates", "leave it out"):
+            blocks = _blocks(network, "model.params.compile_blocks: torch.compile translates", "leave it out")
+            # Blocks of one class share a limit of translations, beyond which they would run untranslated.
+            limits: Any = torch._dynamo.config
+            limits.recompile_limit = max(limits.recompile_limit, 4 * len(blocks))
+            for block in blocks:
                 block.compile()
         plugin = self.trainer.precision_plugin
         scaled = isinstance(plugin, MixedPrecision) and plugin.scaler is not None

@@ -127,5 +127,6 @@ class Uncertainty(nn.Module):
         logarithm = level.snr.log().clamp(-20, 20)  # (N,)
         features = sinusoid(logarithm, self.channels, longest_period=100.0)  # (N, channels)
         # Not by calling the layer, which autocast would round to bf16; on meta, where a dry run is, it has no off.
-        u = (features * self.u.weight).sum(1) + self.u.bias  # (N,)
+        # Over sqrt(channels), as theirs: else the network's high learning rate throws u about.
+        u = (features * self.u.weight).sum(1) / math.sqrt(self.channels) + self.u.bias  # (N,)
         return self.weighting(error, level) / u.exp() + u

@@ -245,7 +245,13 @@ def _diffusion_record(state: Mapping[str, Any], file: Path) -> dict[str, Any]:
     return record
 
 
-def load_codec(manifest: Manifest, given: Path | str | None, file: Path | str, trust: Sequence[str] = ()) -> Codec:
+def load_codec(
+    manifest: Manifest,
+    given: Path | str | None,
+    file: Path | str,
+    trust: Sequence[str] = (),
+    where: str = "with --autoencoder PATH",
+) -> Codec:
     """The autoencoder that made the latents, proven by its weights' hash; none, where they are pixels.
 
     Args:
@@ -253,6 +259,7 @@ def load_codec(manifest: Manifest, given: Path | str | None, file: Path | str, t
         given: its run folder or checkpoint; None: where it lay when the latents were made.
         file: who asks, for messages.
         trust: packages besides ldm's own that its configuration may name.
+        where: the place to name it, for messages.
 
     Raises:
         CheckpointError: it is not there, or another.
@@ -260,7 +267,7 @@ def load_codec(manifest: Manifest, given: Path | str | None, file: Path | str, t
     recorded = manifest.plan.autoencoder
     if not recorded["config"]:
         return Codec.pixels(manifest.plan.shape[0])
-    fix = "Name that autoencoder's run folder or checkpoint with --autoencoder PATH."
+    fix = f"Name that autoencoder's run folder or checkpoint {where}."
     if not (path := given or recorded.get("path")):
         raise CheckpointError(f"{file}: does not say where the autoencoder of its latents lies. {fix}")
     try:

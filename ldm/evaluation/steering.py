@@ -56,10 +56,13 @@ class Guidance:
         if self.worse is None:
             return
         ours, theirs = pipeline.manifest, self.worse.manifest
+        classes = pipeline.num_classes, self.worse.num_classes
         found = self.worse.origin.get("checkpoint", "the worse model")
         same = ours.plan.autoencoder["weights"] == theirs.plan.autoencoder["weights"]
         if not same or (ours.plan.shape, ours.mean, ours.std) != (theirs.plan.shape, theirs.mean, theirs.std):
             raise ConfigError(f"{found}: was trained on other latents than the model that it is to guide")
+        if classes[1] is not None and classes[1] != classes[0]:
+            raise ConfigError(f"{found}: knows {classes[1]} classes, the model that it is to guide {classes[0]}")
         for name in ("alpha", "sigma"):
             mine, other = (getattr(one.objective, name)(times) for one in (pipeline, self.worse))
             if not torch.allclose(mine, other):
@@ -111,13 +114,21 @@ class Original:
         """From files, brought to the size of the model's pictures; of the mask, white is what may change.
 
         Raises:
+            ConfigError: a mask of another size than the picture.
             DataError: a file that cannot be read.
         """
         pixels = manifest.plan.pixels
         transform = EvalTransform(pixels["resolution"])
-        picture = transform(read_image(image).convert("L" if pixels["channels"] == 1 else "RGB"))
-        free = None if mask is None else transform(read_image(mask).convert("L"))[0] > 0
-        return cls(picture, strength, free)
+        picture, free = read_image(image), None
+        if mask is not None:
+            stencil = read_image(mask)
+            if stencil.size != picture.size:
+                raise ConfigError(
+                    f"{mask}: expected the size of {image}, {picture.width} x {picture.height}, found "
+                    f"{stencil.width} x {stencil.height}"
+                )
+            free = transform(stencil.convert("L"))[0] > 0
+        return cls(transform(picture.convert("L" if pixels["channels"] == 1 else "RGB")), strength, free)
 
     def times(self, times: Tensor) -> Tensor:
         """Of a sampler's (steps + 1,) times those that are left, at least one step."""

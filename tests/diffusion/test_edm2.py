@@ -116,3 +116,10 @@ def test_one_hot_has_unit_mean_square_and_no_parameters():
     assert (vector.argmax(1).tolist(), spread(vector)) == ([3, 7], pytest.approx(1))
     assert not conditioner.null(2).vector.any()
     assert not conditioner.state_dict()
+
+
+def test_a_width_that_heads_cannot_share_is_refused():
+    with pytest.raises(
+        ConfigError, match="channels=96 makes a level with attention 96 wide; expected a multiple of 64"
+    ):
+        MagnitudePreservingUNet(4, 96, (1, 2), attention_levels=(0,))

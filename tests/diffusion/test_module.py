@@ -223,19 +223,22 @@ def test_a_fused_optimizer_is_clipped_in_bf16_and_refused_in_fp16(tmp_path):
 
 
 def test_compiled_blocks_train_alike_under_the_same_names(tmp_path, monkeypatch):
-    compiled = []
+    translated = []
     whole = torch.nn.Module.compile
 
-    def compile(module, *args, **options):
-        compiled.append(module)
-        whole(module, *args, backend="aot_eager", **options)  # the default one would need a C++ compiler
+    def backend(graph, inputs):
+        translated.append(graph)
+        return graph.forward
 
-    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    # The default backend would need a C++ compiler.
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: whole(module, backend=backend))
+    networks = [UNet(2, 8, (1, 2), 2, (1,), heads=2, vector_channels=4) for _ in range(2)]
     sgd = partial(torch.optim.SGD, lr=1e-3)
-    plain, other = make_module(optimizer=sgd), make_module(optimizer=sgd, compile_blocks=True)
+    plain = make_module(optimizer=sgd, network=networks[0])
+    other = make_module(optimizer=sgd, network=networks[1], compile_blocks=True)
     for module in (plain, other):
         fit(module, Latents(BATCH), 2, tmp_path)
-    assert compiled == other.denoiser["network"].blocks()
+    assert len(translated) > 8  # of 12 blocks, some alike; the usual limit is 8
     assert_same_state(plain, other, rtol=1e-4, atol=1e-5)
 
 

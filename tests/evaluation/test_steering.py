@@ -128,5 +128,8 @@ def test_strengths_and_masks_that_cannot_be(pipeline, picture, tmp_path):
     Image.new("L", (24, 20)).save(tmp_path / "black.png")
     with pytest.raises(ConfigError, match="all of it is black"):
         Original.read(pipeline.manifest, picture / "picture.png", 1.0, tmp_path / "black.png")
+    Image.new("L", (20, 20), "white").save(tmp_path / "square.png")
+    with pytest.raises(ConfigError, match=r"square\.png: expected the size of .*24 x 20, found 20 x 20"):
+        Original.read(pipeline.manifest, picture / "picture.png", 1.0, tmp_path / "square.png")
     with pytest.raises(DataError, match=r"nothing\.png"):
         Original.read(pipeline.manifest, tmp_path / "nothing.png", 1.0)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ldm.data.arrays import DEBIAN_FASHION_MNIST
+from ldm.data.arrays import DEBIAN_FASHION_MNIST, FashionMNIST
+from ldm.data.images import Subset
 from scripts import compare
 
 RECORD = {
@@ -52,6 +53,9 @@ def test_two_configurations_are_compared(make_runs, tmp_path, monkeypatch, capsy
     runs = make_runs(channels=1)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(compare, "CALIBRATION", 20)
+    few = [*range(600)]
+    monkeypatch.setattr(compare, "FashionMNIST", lambda train=True: Subset(FashionMNIST(train=train), few))
+    subset = "{target: ldm.data.images.Subset, params: {dataset: {target: ldm.data.arrays.FashionMNIST}, indices: %s}}"
     flow = compare.CONFIGS / "variants" / "flow.yaml"
     words = [
         "--variants",
@@ -68,12 +72,16 @@ def test_two_configurations_are_compared(make_runs, tmp_path, monkeypatch, capsy
         "1",
     ]
     small = ["model.params.network.params.channels=16", "data.params.batch_size=4", "data.params.resolution=16"]
+    small += [f"data.params.train={subset % few}", "data.params.num_validation=20"]
     arguments = ["--autoencoder", str(runs.autoencoder), *words, *small]
     assert compare.main(arguments) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert {line.split("|")[1].strip() for line in lines[2:4]} == {"diffusion", "flow"}
-    record = json.loads(Path("comparison/comparison.json").read_text())
+    record = json.loads(Path("comparison/comparison.json").read_text())["configurations"]
     assert [len(entry["marks"]) for entry in record.values()] == [2, 2]
     assert Path("comparison/comparison.png").is_file()
     monkeypatch.setattr(compare, "samples", lambda *_: pytest.fail("judged again"))
     assert compare.main(arguments) == 0
+    capsys.readouterr()
+    assert compare.main([*arguments, "--guidance", "1", "3"]) == 2
+    assert "--guidance: [1.0, 2.0] there, [1.0, 3.0] now" in capsys.readouterr().err

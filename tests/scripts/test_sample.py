@@ -7,6 +7,7 @@ from PIL import Image
 from ldm.evaluation.generate import Pipeline, generate
 from ldm.evaluation.steering import Guidance
 from scripts import sample
+from tests.tiny_runs import CLASSES, save_diffusion
 
 QUICK = ["--steps", "2", "--guidance", "2"]
 
@@ -133,17 +134,22 @@ def test_classes_of_an_unconditional_model_are_refused(make_runs, run, capsys):
 
 
 def test_steering_is_done_recorded_and_named(runs, tmp_path, capsys):
+    worse = tmp_path / "worse"
+    worse.mkdir()
+    save_diffusion(worse, runs.autoencoder, CLASSES, seed=5)
     Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
-    Image.new("L", (16, 16), "white").save(tmp_path / "all.png")
+    Image.fromarray(np.eye(16, dtype=np.uint8) * 255).save(tmp_path / "line.png")
     image = ["--image", str(tmp_path / "red.png")]
     arguments = ["-r", str(runs.diffusion), "--classes", "1", "-n", "2", *QUICK]
+    assert sample.main(arguments) == 0
+    made = {pixels(runs.diffusion / "samples" / "step7-ema-ddim2-guidance2" / "001-000000.png").tobytes()}
     wanted = {
         "-rescale0.5": ["--rescale", "0.5"],
         "-interval0.1_2": ["--interval", "0.1", "2"],
-        "-worse_": ["--worse", str(runs.diffusion)],
+        "-worse_": ["--worse", str(worse)],
         "-image_red_": [*image],
-        "-strength0.5": [*image, "--strength", "0.5"],
-        "-mask_all_": [*image, "--mask", str(tmp_path / "all.png")],
+        "-strength1": [*image, "--strength", "1"],
+        "-mask_line_": [*image, "--mask", str(tmp_path / "line.png")],
     }
     for name, more in wanted.items():
         before = {*(runs.diffusion / "samples").glob("*")}
@@ -152,6 +158,8 @@ def test_steering_is_done_recorded_and_named(runs, tmp_path, capsys):
         assert name in folder.name
         settings = json.loads((folder / "samples.json").read_text())["settings"]
         assert name.removeprefix("-").rstrip("0123456789._").split("_")[0] in settings
+        made.add(pixels(folder / "001-000000.png").tobytes())
+    assert len(made) == len(wanted) + 1  # each flag makes another picture
 
 
 @pytest.mark.parametrize(
@@ -159,6 +167,7 @@ def test_steering_is_done_recorded_and_named(runs, tmp_path, capsys):
     [
         (["--mask", "m.png"], "--mask m.png: belongs to --image FILE"),
         (["--strength", "0.5"], "--strength 0.5: belongs to --image FILE"),
+        (["--guidance", "1", "--rescale", "0.5"], "--rescale: does nothing at --guidance 1"),
         (["--rescale", "2"], "rescale: expected 0 to 1, found 2"),
         (["--interval", "3", "1"], "interval: expected 0 <= LOW < HIGH"),
         (["--image", "nothing.png"], "nothing.png"),
@@ -170,3 +179,10 @@ def test_steering_that_cannot_be_writes_nothing(run, capsys, words, message):
     assert code in (2, 3, 4)
     assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_a_folder_of_steered_pictures_is_not_continued_without(run, tmp_path, capsys):
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
+    assert run("--classes", "1", "-n", "1", "--image", str(tmp_path / "red.png"))[0] == 0
+    assert run("--classes", "1", "-n", "1")[0] == 2
+    assert "strength: 0.6 there, None now" in capsys.readouterr().err
