@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from ldm.autoencoder.lpips import LPIPS
-from ldm.data.arrays import DEBIAN_FASHION_MNIST
+from ldm.data.arrays import DEBIAN_FASHION_MNIST, FashionMNIST
+from ldm.data.images import Subset
 from scripts import bench
 
 
@@ -78,6 +79,8 @@ def test_mistakes_are_one_message(arguments, capsys):
 def test_quality_from_nothing_to_the_table(tmp_path, monkeypatch, capsys):
     """The whole path, small: 2,000 images and a few steps teach neither stage much, but more than nothing."""
     monkeypatch.chdir(tmp_path)  # where the latent cache goes
+    part = [*range(10_000)]
+    monkeypatch.setattr(bench, "FashionMNIST", lambda train=True: Subset(FashionMNIST(train=train), part))
     subset = "{target: ldm.data.images.Subset, params: {dataset: {target: ldm.data.arrays.FashionMNIST}, indices: %s}}"
     small = [
         "lightning.trainer.max_steps=60",
@@ -86,7 +89,7 @@ def test_quality_from_nothing_to_the_table(tmp_path, monkeypatch, capsys):
         f"data.params.train={subset % [*range(2000)]}",
         "data.params.num_validation=100",
     ]
-    few = ["--number", "5", "--epochs", "1", "--steps", "4", "--guidance", "1", "2"]
+    few = ["--number", "5", "--epochs", "3", "--steps", "4", "--guidance", "1", "2"]
     assert bench.main(["quality", "--device", "cpu", *few, *small]) == 0
     output = capsys.readouterr().out
     (record,) = tmp_path.glob("logs/*_fashion_mnist_diffusion/quality/quality.json")
