@@ -59,7 +59,7 @@ class Weight(nn.Module):
     def __init__(self, c_in: int, c_out: int, size: int = 0) -> None:
         super().__init__()
         self.size = size
-        self.weight = nn.Parameter(torch.randn(c_out, c_in, *[size, size][: 2 * bool(size)]))
+        self.weight = nn.Parameter(torch.randn(c_out, c_in, size, size) if size else torch.randn(c_out, c_in))
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
         weight = normalised(self.weight.float(), self._row_dims)  # float32: its small changes matter
