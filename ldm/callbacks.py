@@ -23,9 +23,11 @@ from torch import Tensor
 
 from ldm import distributed
 from ldm.autoencoder.codec import Codec
+from ldm.diffusion.grids import Default
 from ldm.diffusion.module import LatentDiffusion
 from ldm.errors import ConfigError
-from ldm.evaluation.generate import Pipeline, generate, grid, load_codec
+from ldm.evaluation.generate import Pipeline, check, generate, load_codec
+from ldm.evaluation.sheets import grid
 from ldm.evaluation.steering import Guidance
 from ldm.randomness import Draws
 
@@ -116,13 +118,17 @@ class SampleLogger(pl.Callback):
         self._codec: Codec | None = None
         self._step = 0
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """What cannot be shown is refused before the first step."""
+        pipeline = self._pipeline(trainer, pl_module)
+        check(pipeline, self._seeds, self._labels, Default()(pipeline.objective, self._steps), self._guidance)
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if trainer.global_step % self._every_n_steps == 0 and trainer.global_step != self._step:
             self._step = trainer.global_step
             self.show(trainer, pl_module)
 
-    def show(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Make a sheet now; every rank has to call it."""
+    def _pipeline(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Pipeline:
         if not isinstance(pl_module, LatentDiffusion):
             raise ConfigError(f"SampleLogger: expected a LatentDiffusion, found a {type(pl_module).__name__}.")
         manifest = trainer.datamodule.manifest  # type: ignore[attr-defined]  # Lightning's own, set by fit
@@ -134,7 +140,11 @@ class SampleLogger(pl.Callback):
                 self._trust,
                 "in the parameter autoencoder of SampleLogger",
             )
-        pipeline = Pipeline.from_module(pl_module, self._codec.to(pl_module.device), manifest)
+        return Pipeline.from_module(pl_module, self._codec.to(pl_module.device), manifest)
+
+    def show(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make a sheet now; every rank has to call it."""
+        pipeline = self._pipeline(trainer, pl_module)
         world, number = distributed.world_size(), len(self._seeds)
         # As many on each rank, some twice: where the weights are sharded, all ranks call the network together.
         mine = [place % number for place in range(distributed.rank(), -(-number // world) * world, world)]

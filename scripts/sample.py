@@ -14,18 +14,16 @@ repeated with a larger -n, makes only what is missing; a folder with pictures of
 
 import json
 import math
-import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from ldm import process, signals
 from ldm.commandline import Parser
@@ -34,7 +32,8 @@ from ldm.data.images import read_image
 from ldm.diffusion.grids import Default, Grid, Karras, Power, Shift
 from ldm.diffusion.samplers import ancestral, ddim, dpm_solver, heun, unipc
 from ldm.errors import ConfigError
-from ldm.evaluation.generate import Pipeline, Sample, Sampler, generate, grid
+from ldm.evaluation.generate import Pipeline, Sampler, check, generate
+from ldm.evaluation.sample_folder import Order, claim, default_folder, picture, save, sheet
 from ldm.evaluation.steering import Guidance, Original
 from ldm.run import write_whole
 
@@ -54,23 +53,6 @@ GRIDS: dict[str, Callable[[Pipeline], Grid]] = {
     "shifted": lambda pipeline: Shift(math.sqrt(math.prod(pipeline.manifest.plan.shape) / 4096)),
     "karras": lambda pipeline: Karras(),
 }
-SHOWN = 16
-"""The grid has at most so many rows and columns."""
-
-
-class Order(NamedTuple):
-    """One picture to be made: `label` None for a model without classes."""
-
-    label: int | None
-    seed: int
-
-    @property
-    def file(self) -> str:
-        return f"{self.seed:06d}.png" if self.label is None else f"{self.label:03d}-{self.seed:06d}.png"
-
-    def name(self, names: Sequence[str] | None) -> str | None:
-        """Of the class."""
-        return None if names is None or self.label is None else names[self.label]
 
 
 def parse(argv: Sequence[str]) -> Any:
@@ -79,13 +61,7 @@ def parse(argv: Sequence[str]) -> Any:
     add = parser.add_argument
     add("-r", "--run", required=True, metavar="RUN", help="run folder, checkpoint, or a quoted glob (its newest run)")
     add("--classes", nargs="+", metavar="CLASS", help="numbers or names (default: all)")
-    add(
-        "-n",
-        "--number",
-        type=_count,
-        default=8,
-        help="pictures a class (default: 8)",
-    )
+    add("-n", "--number", type=_count, default=8, help="pictures a class (default: 8)")
     add("--seed", type=_seed, default=0, help="of the first picture, counted up from there (default: 0)")
     add("--seeds", nargs="+", type=_seed, metavar="SEED", help="these seeds instead of -n and --seed")
     add("--steps", type=_count, default=50, help="of the sampler, a call of the network each, heun two (default: 50)")
@@ -114,6 +90,12 @@ def parse(argv: Sequence[str]) -> Any:
     add("--npz", action="store_true", help="also write samples.npz")
     add("--trust", action="append", default=[], metavar="PACKAGE", help="let the checkpoint build objects of it")
     options = parser.parse_strictly(argv)
+    _check_together(options)
+    return options
+
+
+def _check_together(options: Any) -> None:
+    """ConfigError for flags that contradict one another."""
     if options.eta and options.sampler != "ddim":
         raise ConfigError(f"--eta {options.eta:g}: only the sampler ddim has it, found --sampler {options.sampler}.")
     for flag in ("mask", "strength"):
@@ -124,7 +106,6 @@ def parse(argv: Sequence[str]) -> Any:
             raise ConfigError(f"--{flag}: does nothing at --guidance 1, which is no guidance; name a scale.")
     if not 0 <= options.eta <= 1:
         raise ConfigError(f"--eta: expected 0 to 1, found {options.eta:g}.")
-    return options
 
 
 def _count(text: str) -> int:
@@ -167,57 +148,6 @@ def chosen_classes(words: Sequence[str] | None, number: int | None, names: Seque
     return [*chosen]
 
 
-def claim(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Make `folder`, or make sure that the pictures in it were made with these settings.
-
-    Raises:
-        ConfigError: it holds something else.
-    """
-    record = folder / "samples.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    if not any(folder.iterdir()):
-        return
-    if not record.is_file():
-        raise ConfigError(f"--out {folder}: holds files, but none of sample.py. Name an empty or a new folder.")
-    there = json.loads(record.read_text())["settings"]
-    keys = dict.fromkeys([*settings, *there])
-    different = [
-        f"{key}: {there.get(key)} there, {settings.get(key)} now" for key in keys if there.get(key) != settings.get(key)
-    ]
-    if different:
-        differences = "; ".join(different)
-        raise ConfigError(f"--out {folder}: holds pictures of other settings ({differences}). Name another folder.")
-
-
-def save(folder: Path, sample: Sample) -> None:
-    """Write one picture, whole or not at all."""
-    path = folder / Order(sample.label, sample.seed).file
-    temporary = path.with_suffix(".tmp")
-    picture(sample.image).save(temporary, format="png")
-    os.replace(temporary, path)
-
-
-def picture(image: np.ndarray) -> Image.Image:
-    """(H,W,1 or 3) uint8 -> PIL."""
-    return Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
-
-
-def sheet(folder: Path, labels: Sequence[int | None], seeds: Sequence[int]) -> np.ndarray:
-    """The grid: a row a class, or a square of a single one; the first SHOWN rows and columns."""
-    if len(labels) == 1:
-        columns = min(SHOWN, math.ceil(math.sqrt(len(seeds))))
-        seeds = seeds[: SHOWN * columns]
-    else:
-        columns = min(SHOWN, len(seeds))
-        seeds = seeds[:columns]
-    shown = [Order(label, seed).file for label in labels[:SHOWN] for seed in seeds]
-    return grid([_read(folder / file) for file in shown], columns)
-
-
-def _read(path: Path) -> np.ndarray:
-    return np.atleast_3d(np.asarray(read_image(path)))
-
-
 def sample(options: Any) -> list[Path]:
     """Do what the command line asks for; returns the files to look at."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -236,13 +166,15 @@ def sample(options: Any) -> list[Path]:
         **steered(options, guidance, original),
     }
     times = GRIDS[options.grid](pipeline)(pipeline.objective, options.steps)
-    guidance.check(pipeline, times)  # both refuse what cannot be, before anything is written
+    # Both refuse what cannot be, before anything is written.
+    check(pipeline, [order.seed for order in orders], classes(orders), times, guidance)
     folder: Path = options.out or default_folder(settings)
     claim(folder, settings)
     images = [{"file": order.file, **order._asdict(), "name": order.name(names)} for order in orders]
     write_whole(folder / "samples.json", json.dumps({"settings": settings, "images": images}, indent=1) + "\n")
     missing = [order for order in orders if not (folder / order.file).is_file()]
-    make(pipeline, missing, folder, options, guidance, original)
+    if missing:
+        make(pipeline, missing, folder, options, guidance, original)
     picture(sheet(folder, labels, seeds)).save(folder / "grid.png")
     written = [folder / "grid.png"]
     if options.npz:
@@ -253,32 +185,13 @@ def sample(options: Any) -> list[Path]:
     return written
 
 
+def classes(orders: Sequence[Order]) -> list[int] | None:
+    """Of each order; None for a model without."""
+    return [order.label for order in orders if order.label is not None] or None
+
+
 def _found(run: str) -> Path | str:
     return newest_run(run) if "*" in run else run
-
-
-def default_folder(settings: Mapping[str, Any]) -> Path:
-    """<run>/samples/<settings>: other settings, another folder."""
-    place = Path(settings["checkpoint"]).parent
-    run = place.parent if place.name == "checkpoints" else place
-    eta = f"-eta{settings['eta']:g}" if settings["eta"] else ""
-    grid = "" if settings["grid"] == "default" else f"-{settings['grid']}"
-    name = f"step{settings['step']}-{settings['weights']}-{settings['sampler']}{settings['steps']}{grid}{eta}"
-    more = "".join(f"-{key}{_worded(settings[key])}" for key in STEERED if key in settings)
-    return run / "samples" / f"{name}-guidance{settings['guidance']:g}{more}"
-
-
-def _worded(value: Any) -> str:
-    """A setting in a folder's name: of a file its own name and a bit of its hash."""
-    if isinstance(value, Mapping):
-        return f"_{Path(value['file']).stem}_{value['sha256'][:6]}"
-    if isinstance(value, str):
-        return f"_{sha256(value.encode()).hexdigest()[:6]}"
-    return "_".join(f"{one:g}" for one in value) if isinstance(value, list) else f"{value:g}"
-
-
-STEERED = ("rescale", "interval", "worse", "image", "strength", "mask")
-"""Settings that are recorded where they were asked for."""
 
 
 def steering(pipeline: Pipeline, options: Any, device: str) -> tuple[Guidance, Original | None]:
@@ -301,7 +214,7 @@ def steering(pipeline: Pipeline, options: Any, device: str) -> tuple[Guidance, O
 
 
 def steered(options: Any, guidance: Guidance, original: Original | None) -> dict[str, Any]:
-    """The settings of STEERED that were asked for, in plain values; files by name and hash."""
+    """The settings of steering that were asked for, in plain values; files by name and hash."""
     settings: dict[str, Any] = {}
     if options.rescale:
         settings["rescale"] = options.rescale
@@ -330,11 +243,10 @@ def make(
     original: Original | None,
 ) -> None:
     """Make the missing pictures, each written as soon as its batch is done."""
-    labels = [order.label for order in missing if order.label is not None]
     samples = generate(
         pipeline,
         [order.seed for order in missing],
-        labels if pipeline.num_classes is not None else None,
+        classes(missing),
         sampler=partial(ddim, eta=options.eta) if options.eta else SAMPLERS[options.sampler],
         steps=options.steps,
         grid=GRIDS[options.grid](pipeline),

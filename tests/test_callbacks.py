@@ -20,7 +20,8 @@ from ldm import distributed
 from ldm.callbacks import ImageLogger, Progress, SampleLogger, Throughput, to_uint8
 from ldm.data.latents import Manifest
 from ldm.errors import ConfigError
-from ldm.evaluation.generate import Pipeline, generate, grid
+from ldm.evaluation.generate import Pipeline, generate
+from ldm.evaluation.sheets import grid
 from ldm.evaluation.steering import Guidance
 from ldm.loggers import MetricsFile, read_metrics
 from ldm.randomness import Draws
@@ -149,20 +150,39 @@ def a_sampling_trainer(folder: Path, manifest: Manifest) -> Any:
     )
 
 
-@pytest.mark.parametrize("classes", [None, [2, 0]])
-def test_samples_are_those_of_the_averaged_weights(tmp_path: Path, runs: Any, classes: list[int] | None) -> None:
+@pytest.mark.parametrize(("classes", "scale"), [(None, 1.0), ([2, 0], 2.0)])
+def test_samples_are_those_of_the_averaged_weights(
+    tmp_path: Path, runs: Any, classes: list[int] | None, scale: float
+) -> None:
     module = runs.module
     saved = Pipeline.load(runs.diffusion)
-    callback = SampleLogger(every_n_steps=3, classes=classes, seeds=[7, 8, 9], steps=2, guidance_scale=2.0)
+    callback = SampleLogger(every_n_steps=3, classes=classes, seeds=[7, 8, 9], steps=2, guidance_scale=scale)
     module.train()
     callback.on_train_batch_end(a_sampling_trainer(tmp_path, saved.manifest), module)
     sheet = picture(tmp_path / "images" / "val" / "samples_00000006.png")
     labels = None if classes is None else [2, 2, 2, 0, 0, 0]
-    samples = generate(saved, [7, 8, 9] * len(classes or [0]), labels, steps=2, guidance=Guidance(2.0))
+    samples = generate(saved, [7, 8, 9] * len(classes or [0]), labels, steps=2, guidance=Guidance(scale))
     wanted = grid([sample.image for sample in samples], columns=3)
     assert sheet.shape == wanted.shape
     assert np.abs(sheet.astype(int) - wanted).max() <= 1
     assert isinstance(saved.manifest, Manifest)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"classes": [0, 3]}, "class 3: expected 0 to 2"),
+        ({"guidance_scale": 2.0}, "guidance scale: found 2, but no classes are asked for"),
+        ({"steps": 2000}, "2000"),
+    ],
+)
+def test_samples_that_cannot_be_are_refused_before_the_first_step(
+    tmp_path: Path, runs: Any, wrong: dict[str, Any], message: str
+) -> None:
+    trainer = a_sampling_trainer(tmp_path, Pipeline.load(runs.diffusion).manifest)
+    SampleLogger(classes=[0, 2], guidance_scale=2.0).on_fit_start(trainer, runs.module)
+    with pytest.raises(ConfigError, match=message):
+        SampleLogger(**wrong).on_fit_start(trainer, runs.module)
 
 
 def test_all_ranks_make_as_many_samples(tmp_path: Path, runs: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,8 @@ LEVELS = {
     2: ["data.datamodules", "data.latent_datamodule", "autoencoder.module", "diffusion.module"],
     3: [
         "evaluation.generate",
+        "evaluation.sample_folder",
+        "evaluation.sheets",
         "evaluation.steering",
         "evaluation.features",
         "evaluation.metrics",

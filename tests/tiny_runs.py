@@ -68,9 +68,10 @@ def save_diffusion(folder: Path, autoencoder: Path, classes: list[str] | None, s
             schedule=node("diffusion.noise_schedules.SqrtLinear"),
             prediction=node("diffusion.predictions.V"),
         ),
+        "label_dropout": 0.1,
     }
     parts = [build(params[name]) for name in ("network", "conditioner", "objective")]
-    module = LatentDiffusion(*parts, optimizer=ADAM, ema=partial(EMA, profile=Decay()))
+    module = LatentDiffusion(*parts, optimizer=ADAM, ema=partial(EMA, profile=Decay()), label_dropout=0.1)
     # The branches that start at zero would make every class look alike.
     for denoiser in (module.denoiser, module.ema.average):
         for weight in denoiser.parameters():

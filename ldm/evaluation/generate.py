@@ -34,9 +34,6 @@ from ldm.randomness import Draws
 if TYPE_CHECKING:  # sampling from a checkpoint needs nothing of the training code
     from ldm.diffusion.module import LatentDiffusion
 
-LEGIBLE = 64
-"""Pixels: the side below which a picture on a screen is hard to make out."""
-
 UNGUIDED = Guidance()
 
 SEED = 0
@@ -68,6 +65,7 @@ class Pipeline:
         objective: what the network was trained on.
         codec: the autoencoder whose latents it was trained on.
         manifest: of the latent cache: shape and scale of the latents, the classes.
+        label_dropout: the share of pictures that it was trained on without their classes.
         origin: where the weights came from, in plain values: {"checkpoint", "step", "weights"}.
     """
 
@@ -75,6 +73,7 @@ class Pipeline:
     objective: Objective
     codec: Codec
     manifest: Manifest
+    label_dropout: float
     origin: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -110,14 +109,15 @@ class Pipeline:
         codec = load_codec(manifest, autoencoder, file, trust)
         origin = {"checkpoint": str(file), "step": record["step"], "weights": "ema" if ema else "raw"}
         denoiser.requires_grad_(False).eval()
-        return cls(denoiser.to(device), objective.to(device), codec.to(device), manifest, origin)
+        dropout = params.get("label_dropout", 0.0)
+        return cls(denoiser.to(device), objective.to(device), codec.to(device), manifest, dropout, origin)
 
     @classmethod
     def from_module(cls, module: "LatentDiffusion", codec: Codec, manifest: Manifest, ema: bool = True) -> "Pipeline":
         """From a model in training, whose weights it shares; `codec` should lie on the module's device."""
         denoiser = module.ema.average if ema else module.denoiser
         assert isinstance(denoiser, nn.ModuleDict)
-        return cls(denoiser, module.objective, codec, manifest)
+        return cls(denoiser, module.objective, codec, manifest, module.label_dropout)
 
     @property
     def device(self) -> torch.device:
@@ -165,14 +165,31 @@ def generate(
             of other latents.
         NumericError: the network gave something that is not finite.
     """
-    _check_labels(pipeline, seeds, labels)
     times = (grid or Default())(pipeline.objective, steps)
-    guidance.check(pipeline, times)
+    check(pipeline, seeds, labels, times, guidance)
     for first in track(range(0, len(seeds), batch_size), "sampling", disable=not progress):
         rows = slice(first, first + batch_size)
         few = None if labels is None else labels[rows]
         images = _images(pipeline, seeds[rows], few, sampler, times, guidance, original)
         yield from map(Sample, seeds[rows], [None] * len(images) if few is None else few, images)
+
+
+def check(
+    pipeline: Pipeline, seeds: Sequence[int], labels: Sequence[int] | None, times: Tensor, guidance: Guidance
+) -> None:
+    """What `generate` refuses before it begins; its arguments and errors, `times` (steps + 1,) of the grid."""
+    guidance.check(pipeline, labels is not None, times)
+    if labels is None:
+        return
+    if len(labels) != len(seeds):
+        raise ValueError(f"expected a label for each of {len(seeds)} seeds, got {len(labels)}")
+    # A classifier knows the classes of the latents, whatever the model knows.
+    number = pipeline.num_classes if guidance.classifier is None else pipeline.manifest.plan.num_classes
+    if number is None:
+        raise ConfigError("this model was trained without classes: ask for none")
+    wrong = [label for label in labels if not 0 <= label < number]
+    if wrong:
+        raise ConfigError(f"class {wrong[0]}: expected 0 to {number - 1}, the {number} classes of the training data")
 
 
 # Not inference_mode: the tables that objective and manifest keep for a device would then be lost to training.
@@ -217,19 +234,6 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.train(training)
-
-
-def _check_labels(pipeline: Pipeline, seeds: Sequence[int], labels: Sequence[int] | None) -> None:
-    if labels is None:
-        return
-    if len(labels) != len(seeds):
-        raise ValueError(f"expected a label for each of {len(seeds)} seeds, got {len(labels)}")
-    number = pipeline.num_classes
-    if number is None:
-        raise ConfigError("this model was trained without classes: ask for none")
-    wrong = [label for label in labels if not 0 <= label < number]
-    if wrong:
-        raise ConfigError(f"class {wrong[0]}: expected 0 to {number - 1}, the {number} classes of the training data")
 
 
 def _diffusion_record(state: Mapping[str, Any], file: Path) -> dict[str, Any]:
@@ -280,21 +284,3 @@ def load_codec(
             f"expected {recorded['weights'][:16]}.... {fix}"
         )
     return codec
-
-
-def grid(images: Sequence[np.ndarray], columns: int, gap: int = 2) -> np.ndarray:
-    """Pictures (H,W,C) uint8 of one size, row by row on white, `gap` pixels apart: one picture (H',W',C).
-
-    Small ones are enlarged by whole pixels, to about `LEGIBLE`.
-    """
-    times = max(1, LEGIBLE // max(images[0].shape[:2]))
-    images = [image.repeat(times, axis=0).repeat(times, axis=1) for image in images]
-    height, width, channels = images[0].shape
-    rows = -(-len(images) // columns)
-    shape = (rows * (height + gap) + gap, columns * (width + gap) + gap, channels)
-    sheet = np.full(shape, 255, dtype=np.uint8)
-    for place, image in enumerate(images):
-        row, column = divmod(place, columns)
-        top, left = gap + row * (height + gap), gap + column * (width + gap)
-        sheet[top : top + height, left : left + width] = image
-    return sheet

@@ -16,8 +16,9 @@ from ldm.data.images import ImageDataset
 from ldm.data.pixels import EvalTransform
 from ldm.errors import ConfigError, DataError
 from ldm.evaluation.features import Classifier, judge, train_classifier, unit_range
-from ldm.evaluation.generate import Pipeline, generate, grid
+from ldm.evaluation.generate import Pipeline, generate
 from ldm.evaluation.metrics import accuracy, frechet_distance
+from ldm.evaluation.sheets import grid
 from ldm.evaluation.steering import Guidance
 
 BATCH = 100

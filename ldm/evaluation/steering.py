@@ -1,6 +1,7 @@
 """What steers a sample beside its seed and class: guidance, and a picture to begin with."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from ldm.data.images import read_image
 from ldm.data.latents import Manifest
 from ldm.data.pixels import EvalTransform
-from ldm.diffusion.guidance import Denoiser, autoguidance, classifier_free, within
+from ldm.diffusion.guidance import Denoiser, autoguidance, classifier, classifier_free, within
 from ldm.errors import ConfigError
 
 if TYPE_CHECKING:  # generate.py builds on this file
@@ -25,10 +26,13 @@ class Guidance:
     """How strongly samples are led, and away from what (diffusion/guidance.py).
 
     Args:
-        scale: 1 = not at all; above: away from no class, or from `worse`, at twice the cost.
+        scale: 1 = not at all; above: away from no class, or from `worse`, at twice the cost. Of a classifier: the
+            factor on its gradient, 0 = not at all.
         rescale: 0 ... 1: how far each sample's spread is brought back to the unguided one's.
         above, up_to: the ratios sigma / alpha between which samples are led.
         worse: a smaller or less trained model of the same latents and path (autoguidance); None: no class.
+        classifier: of noisy latents: (x (N,c,h,w), t (), labels (N,)) -> log p(label | x), (N,). Leads any model,
+            also one that was trained without classes; None: the model alone.
 
     Raises:
         ConfigError: values that contradict one another.
@@ -39,6 +43,7 @@ class Guidance:
     above: float = 0.0
     up_to: float = math.inf
     worse: "Pipeline | None" = None
+    classifier: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.rescale <= 1:
@@ -48,23 +53,52 @@ class Guidance:
                 f"guidance interval: expected 0 <= LOW < HIGH, as ratios sigma / alpha, "
                 f"found {self.above:g} and {self.up_to:g}"
             )
-        if self.rescale and self.worse is not None:
-            raise ConfigError("guidance rescale: belongs to classifier-free guidance; leave it out with a worse model")
+        others = [name for name in ("worse", "classifier") if getattr(self, name) is not None]
+        if self.rescale and others:
+            raise ConfigError(f"guidance rescale: belongs to classifier-free guidance; leave out it or {others[0]}")
+        if len(others) == 2:
+            raise ConfigError("guidance: by a worse model or by a classifier; leave one of them out")
 
-    def check(self, pipeline: "Pipeline", times: Tensor) -> None:
-        """ConfigError unless `worse` speaks of the same latents at the same noise levels."""
-        if self.worse is None:
-            return
-        ours, theirs = pipeline.manifest, self.worse.manifest
-        classes = pipeline.num_classes, self.worse.num_classes
-        found = self.worse.origin.get("checkpoint", "the worse model")
+    def check(self, pipeline: "Pipeline", told: bool, times: Tensor) -> None:
+        """ConfigError where there is nothing to lead with.
+
+        Args:
+            pipeline: what is to be led.
+            told: whether classes are asked for.
+            times: of the sampler; a worse model has to speak of the same noise levels there.
+        """
+        if self.worse is not None:
+            self._check_worse(pipeline, self.worse, times)
+        elif self.classifier is not None and not told:
+            raise ConfigError("guidance by a classifier: no classes are asked for; ask for some, or leave it out")
+        elif self.classifier is None and self.scale != 1:
+            self._check_classes(pipeline, told)
+
+    def _check_classes(self, pipeline: "Pipeline", told: bool) -> None:
+        problem = None
+        if pipeline.num_classes is None:
+            problem = "this model was trained without classes"
+        elif not told:
+            problem = "no classes are asked for"
+        elif pipeline.label_dropout == 0:
+            problem = "this model never saw a picture without its class (model.params.label_dropout: 0)"
+        if problem is not None:
+            raise ConfigError(
+                f"guidance scale: found {self.scale:g}, but {problem}, so there is nothing to lead away from; "
+                f"expected 1, or a worse model to lead away from"
+            )
+
+    def _check_worse(self, pipeline: "Pipeline", worse: "Pipeline", times: Tensor) -> None:
+        ours, theirs = pipeline.manifest, worse.manifest
+        classes = pipeline.num_classes, worse.num_classes
+        found = worse.origin.get("checkpoint", "the worse model")
         same = ours.plan.autoencoder["weights"] == theirs.plan.autoencoder["weights"]
         if not same or (ours.plan.shape, ours.mean, ours.std) != (theirs.plan.shape, theirs.mean, theirs.std):
             raise ConfigError(f"{found}: was trained on other latents than the model that it is to guide")
         if classes[1] is not None and classes[1] != classes[0]:
             raise ConfigError(f"{found}: knows {classes[1]} classes, the model that it is to guide {classes[0]}")
         for name in ("alpha", "sigma"):
-            mine, other = (getattr(one.objective, name)(times) for one in (pipeline, self.worse))
+            mine, other = (getattr(one.objective, name)(times) for one in (pipeline, worse))
             if not torch.allclose(mine, other):
                 raise ConfigError(f"{found}: noises latents in another way than the model that it is to guide")
 
@@ -76,6 +110,9 @@ class Guidance:
         plain = classifier_free(conditional, told, null, 1.0)
         if self.worse is not None:
             guided = autoguidance(plain, Guidance().denoiser(self.worse, labels, number), self.scale)
+        elif self.classifier is not None and labels is not None:
+            sees, wanted = self.classifier, labels
+            guided = classifier(plain, pipeline.objective, lambda x, t: sees(x, t, wanted), self.scale)
         elif labels is not None:
             guided = classifier_free(conditional, told, null, self.scale, self.rescale)
         else:

@@ -64,6 +64,9 @@ def test_a_worse_model_of_something_else_is_refused(pipeline, raw):
         pictures(pipeline, Guidance(2.0, worse=other))
     with pytest.raises(ConfigError, match="noises latents in another way"):
         pictures(pipeline, Guidance(2.0, worse=replace(raw, objective=Flow())))
+    fewer = replace(raw, manifest=replace(raw.manifest, plan=replace(raw.manifest.plan, num_classes=2)))
+    with pytest.raises(ConfigError, match="knows 2 classes, the model that it is to guide 3"):
+        pictures(pipeline, Guidance(2.0, worse=fewer))
 
 
 @pytest.mark.parametrize(
@@ -79,9 +82,44 @@ def test_what_cannot_be_is_refused(values, message):
         Guidance(2.0, **values)
 
 
-def test_rescale_belongs_to_classifier_free_guidance(pipeline):
-    with pytest.raises(ConfigError, match="leave it out with a worse model"):
+def test_ways_of_guidance_exclude_one_another(pipeline):
+    with pytest.raises(ConfigError, match="rescale: belongs to classifier-free guidance; leave out it or worse"):
         Guidance(2.0, rescale=0.5, worse=pipeline)
+    with pytest.raises(ConfigError, match="leave out it or classifier"):
+        Guidance(2.0, rescale=0.5, classifier=prefers_bright)
+    with pytest.raises(ConfigError, match="by a worse model or by a classifier"):
+        Guidance(2.0, worse=pipeline, classifier=prefers_bright)
+
+
+def test_a_model_that_always_knew_the_class_cannot_be_led_away_from_none(pipeline):
+    always = replace(pipeline, label_dropout=0.0)
+    with pytest.raises(ConfigError, match="never saw a picture without its class"):
+        pictures(always, Guidance(2.0))
+    assert np.array_equal(pictures(always, Guidance()), pictures(pipeline, Guidance()))
+    assert len(pictures(always, Guidance(2.0, worse=replace(always, objective=pipeline.objective)))) == 2
+
+
+def prefers_bright(x, t, labels):
+    """Class 2 is large values of the first channel, class 0 small ones."""
+    return (labels - 1) * x[:, 0].mean((1, 2))
+
+
+def test_a_classifier_leads_a_model_without_classes(make_runs):
+    pipeline = Pipeline.load(make_runs(classes=None).diffusion)
+    knows = replace(pipeline, manifest=replace(pipeline.manifest, plan=replace(pipeline.manifest.plan, num_classes=3)))
+    means = {scale: [] for scale in (0.0, 5.0)}
+    knows.codec.decode = lambda latents: means[scale].append(latents[:, 0].mean((1, 2))) or torch.zeros(2, 3, 16, 16)
+    for scale in means:
+        pictures(knows, Guidance(scale, classifier=prefers_bright))
+    (alone,), ((dark, bright),) = means[0.0], means[5.0]
+    assert dark < alone[0]
+    assert bright > alone[1]
+    with pytest.raises(ConfigError, match="no classes are asked for"):
+        list(generate(knows, [1], guidance=Guidance(classifier=prefers_bright)))
+    with pytest.raises(ConfigError, match="class 3: expected 0 to 2"):
+        list(generate(knows, [1], [3], guidance=Guidance(classifier=prefers_bright)))
+    with pytest.raises(ConfigError, match="without classes"):
+        list(generate(pipeline, [1], [0], guidance=Guidance(classifier=prefers_bright)))
 
 
 def test_a_picture_is_kept_the_more_the_lower_the_strength(pipeline, picture):

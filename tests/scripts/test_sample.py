@@ -90,7 +90,7 @@ def test_given_seeds_are_used_for_every_class(run):
 
 
 def test_grey_pictures_of_an_unconditional_model_in_a_square(make_runs, run):
-    code, out = run("-n", "5", "--npz", source=make_runs(channels=1, classes=None).diffusion)
+    code, out = run("-n", "5", "--npz", "--guidance", "1", source=make_runs(channels=1, classes=None).diffusion)
     assert code == 0
     assert Image.open(out / "000003.png").mode == "L"
     assert pixels(out / "grid.png").shape == (2 + 2 * 66, 2 + 3 * 66)
@@ -129,8 +129,13 @@ def test_wrong_checkpoints_are_one_message(runs, run, other_autoencoder, tmp_pat
 
 
 def test_classes_of_an_unconditional_model_are_refused(make_runs, run, capsys):
-    assert run("--classes", "0", source=make_runs(classes=None).diffusion)[0] == 2
-    assert "without classes" in capsys.readouterr().err
+    source = make_runs(classes=None).diffusion
+    assert run("--classes", "0", source=source)[0] == 2
+    assert "--classes 0: this model was trained without classes" in capsys.readouterr().err
+    code, out = run("--guidance", "2", source=source)
+    assert code == 2
+    assert "guidance scale: found 2, but this model was trained without classes" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_steering_is_done_recorded_and_named(runs, tmp_path, capsys):

@@ -1,0 +1,26 @@
+"""Pictures side by side, for people to look at."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+LEGIBLE = 64
+"""Pixels: the side below which a picture on a screen is hard to make out."""
+
+
+def grid(images: Sequence[np.ndarray], columns: int, gap: int = 2) -> np.ndarray:
+    """Pictures (H,W,C) uint8 of one size, row by row on white, `gap` pixels apart: one picture (H',W',C).
+
+    Small ones are enlarged by whole pixels, to about `LEGIBLE`.
+    """
+    times = max(1, LEGIBLE // max(images[0].shape[:2]))
+    images = [image.repeat(times, axis=0).repeat(times, axis=1) for image in images]
+    height, width, channels = images[0].shape
+    rows = -(-len(images) // columns)
+    shape = (rows * (height + gap) + gap, columns * (width + gap) + gap, channels)
+    sheet = np.full(shape, 255, dtype=np.uint8)
+    for place, image in enumerate(images):
+        row, column = divmod(place, columns)
+        top, left = gap + row * (height + gap), gap + column * (width + gap)
+        sheet[top : top + height, left : left + width] = image
+    return sheet
