@@ -101,6 +101,15 @@ def max_over_ranks(value: int) -> int:
     return int(tensor)
 
 
+def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The mean of all ranks' `values`, on their device, which the host does not wait for."""
+    if not _grouped():
+        return values
+    total = values.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
 def gather(value: Any) -> list[Any]:
     """Every rank's picklable `value`, in rank order, on every rank."""
     if not _grouped():

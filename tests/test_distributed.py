@@ -58,6 +58,7 @@ def test_machines_and_processes_on_each(launched, environment, sizes):
 def test_alone_everything_is_a_no_op(launched):
     launched()
     assert distributed.max_over_ranks(5) == 5
+    assert distributed.mean_over_ranks(torch.arange(3)).tolist() == [0, 1, 2]
     assert distributed.gather({"a": 1}) == [{"a": 1}]
     distributed.barrier()
 

@@ -24,6 +24,7 @@ from ldm.autoencoder.module import AutoencoderKL
 from ldm.config import to_yaml
 from ldm.diffusion.module import LatentDiffusion
 from ldm.evaluation.generate import Pipeline, generate
+from ldm.loggers import read_metrics
 from ldm.randomness import Draws
 from tests.forked import Forked
 
@@ -41,16 +42,21 @@ SEED = 23  # of the configurations in conftest.py
 
 
 class Diary(NamedTuple):
-    """What was trained on: {(sample number, what): digest}, {sample number: mean loss of its micro-batch}."""
+    """What was trained on: {(sample number, what): digest}, {sample number: mean loss of its micro-batch}.
+
+    And what metrics.csv says of it: {step, from 1: loss}.
+    """
 
     seen: dict[tuple[int, str], str]
     losses: dict[int, float]
+    logged: dict[int, float]
 
     def between(self, first: int, last: int) -> "Diary":
         """Of the steps from `first` up to `last`."""
         numbers = range(first * BATCH, last * BATCH)
         seen = {key: value for key, value in self.seen.items() if key[0] in numbers}
-        return Diary(seen, {number: loss for number, loss in self.losses.items() if number in numbers})
+        losses = {number: loss for number, loss in self.losses.items() if number in numbers}
+        return Diary(seen, losses, {step: loss for step, loss in self.logged.items() if first < step <= last})
 
 
 def digest(row: Any) -> str:
@@ -59,7 +65,7 @@ def digest(row: Any) -> str:
 
 def observe() -> Diary:
     """Have this process write down what it trains on, by wrapping what it calls."""
-    diary = Diary({}, {})
+    diary = Diary({}, {}, {})
 
     def note(draws: Draws, what: str, rows: Tensor) -> None:
         if draws.seed != SEED:
@@ -124,13 +130,17 @@ class Run:
         start = ["--resume", str(self.folder)] if self.logdir.exists() else ["--base", str(self.file)]
         words = (*start, "--logdir", str(self.logdir), f"lightning.trainer.max_steps={to}", *words)
         shares = self.forked(world, partial(training, words=list(words)))
-        whole = Diary({}, {})
+        whole = Diary({}, {}, {})
         for share in shares:
             assert not whole.losses.keys() & share.losses.keys(), "two ranks trained on one sample"
             whole.seen.update(share.seen)
             whole.losses.update(share.losses)
         # A loader is one batch ahead of training.
-        return Diary({key: value for key, value in whole.seen.items() if key[0] in whole.losses}, whole.losses)
+        seen = {key: value for key, value in whole.seen.items() if key[0] in whole.losses}
+        rows = read_metrics(self.folder / "metrics.csv")
+        logged = {int(row["step"]): float(row["train/loss"]) for row in rows if "train/loss" in row}
+        steps = {number // BATCH + 1 for number in whole.losses}
+        return Diary(seen, whole.losses, {step: loss for step, loss in logged.items() if step in steps})
 
     def killed_after(self, step: int, place: Path) -> "Run":
         """A copy of the run as it was right after the save of `step`."""
@@ -162,6 +172,10 @@ def assert_same_run(ours: Diary, theirs: Diary, tolerance: float = TOLERANCE) ->
         for diary in (ours, theirs)
     ]
     np.testing.assert_allclose(*steps, rtol=tolerance, atol=0)
+    # The file says so too, whatever the first rank has seen of a step, to its nine digits.
+    assert ours.logged.keys() == theirs.logged.keys()
+    np.testing.assert_allclose([*ours.logged.values()], [*theirs.logged.values()], rtol=tolerance, atol=0)
+    np.testing.assert_allclose([*ours.logged.values()], steps[0], rtol=max(tolerance, 1e-6), atol=0)
 
 
 def assert_equal(ours: Any, theirs: Any, key: str = "") -> None:

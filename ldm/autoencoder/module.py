@@ -18,6 +18,7 @@ from ldm.autoencoder.networks import Decoder, Encoder
 from ldm.autoencoder.posterior import DiagonalGaussian, Posterior
 from ldm.autoencoder.quantiser import VectorQuantiser
 from ldm.errors import ConfigError
+from ldm.step_mean import StepMean
 
 Batch = dict[str, Any]
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -77,6 +78,7 @@ class AutoencoderKL(pl.LightningModule):
         self._recipes = [(optimizer, schedule), (discriminator_optimizer or optimizer, discriminator_schedule)]
         self._gradient_clip = gradient_clip
         self._micro_batches = 0  # seen since the last optimizer step
+        self._step_mean = StepMean()
         self._latent_sums = torch.zeros(3, encoder.latent_channels, dtype=torch.float64)
         self._latents: dict[str, list[float]] | None = None
         self._metrics: dict[str, float] = {}
@@ -109,6 +111,10 @@ class AutoencoderKL(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         loss, logs = self._losses(batch)
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector of Lightning's
+        logged = (self.global_step + 1) % every == 0  # asked before the step, which advances the count
+        if logged:
+            self._step_mean.add(logs)
         accumulation = self._accumulation()
         self._micro_batches += 1
         last = self._micro_batches == accumulation
@@ -116,8 +122,10 @@ class AutoencoderKL(pl.LightningModule):
             self.manual_backward(loss / accumulation + self._touch_idle())
         if last:
             self._micro_batches = 0
-            logs |= self._step_optimizers()
-        self.log_dict({f"train/{name}": value for name, value in logs.items()}, batch_size=len(batch["image"]))
+            logs = self._step_optimizers()
+            if logged:
+                logs |= self._step_mean.take()
+            self.log_dict({f"train/{name}": value for name, value in logs.items()}, batch_size=1)
         return {"loss": loss.detach()}
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LambdaLR]]:

@@ -18,6 +18,7 @@ from ldm.diffusion.objectives import Network, Objective
 from ldm.ema import EMA
 from ldm.errors import ConfigError
 from ldm.schedule import Constant
+from ldm.step_mean import StepMean
 
 Batch = dict[str, Any]
 
@@ -75,6 +76,7 @@ class LatentDiffusion(LightningModule):
         self.gradient_clip = gradient_clip
         self.compile_blocks = compile_blocks
         self._images_per_step = 0
+        self._step_mean = StepMean()
 
     def configure_model(self) -> None:
         """Where the strategy has a mesh of ranks: keep only this rank's rows of the denoiser and of its average."""
@@ -122,14 +124,20 @@ class LatentDiffusion(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self.total_loss(batch)
         self._images_per_step = batch["draws"].batch_size
-        # Not in the progress bar: Lightning's would read it back, and wait for the device, on every step.
-        self.log("train/loss", loss.detach(), batch_size=len(batch["latent"]))
+        if self._logs_this_step():
+            self._step_mean.add({"train/loss": loss})
         return loss
+
+    def _logs_this_step(self) -> bool:
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector of Lightning's
+        return (self.global_step + 1) % every == 0
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *_: Any, **__: Any) -> None:
         """Lightning's place for it, once a global batch; its own way refuses fused optimizers, and knows no shards."""
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector of Lightning's
-        logged = (self.global_step + 1) % every == 0
+        logged = self._logs_this_step()
+        if logged:
+            # Not in the progress bar: Lightning's would read it back, and wait for the device.
+            self.log_dict(self._step_mean.take(), batch_size=1)
         if self.gradient_clip is None and not logged:
             return  # measuring takes a pass over all gradients
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

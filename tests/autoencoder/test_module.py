@@ -185,7 +185,7 @@ def test_forward_without_noise_draws_it():
 def test_bf16_trains_and_keeps_the_posterior_in_float32():
     model = make(start=0, perceptual=LPIPS(pretrained=False))
     before = weights(model.decoder)
-    trainer = fit(model, steps=2, precision="bf16-mixed")
+    trainer = fit(model, steps=2, precision="bf16-mixed", log_every_n_steps=1)
     assert not torch.equal(before, weights(model.decoder))
     assert trainer.callback_metrics["train/loss"].isfinite()
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -1,0 +1,30 @@
+"""What a step logs: means over its micro-batches and all ranks, as a process that sees the whole batch has them."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ldm import distributed
+
+
+class StepMean:
+    """Scalars of each micro-batch into those of the step; nothing waits for a device.
+
+    Right where micro-batches are of one size and the values means over their rows, as losses are.
+    """
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._rows: list[Tensor] = []
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Scalars of one micro-batch, by name."""
+        self._names = [*values]
+        self._rows.append(torch.stack([value.detach().float() for value in values.values()]))
+
+    def take(self) -> dict[str, Tensor]:
+        """The means since the last call, float32 scalars by name; every rank has to call it."""
+        means = distributed.mean_over_ranks(torch.stack(self._rows).mean(0))
+        self._rows = []
+        return dict(zip(self._names, means.unbind(), strict=True))
