@@ -138,11 +138,22 @@ def _check_model(model: Any, arguments: Mapping[str, Any], strategy: Any) -> Non
 
 
 class _Steps(pl.Callback):
-    """Makes Lightning count optimizer steps, from 1, in what it logs, with and without manual optimisation."""
+    """Makes Lightning count optimizer steps, where it logs and where it goes on, also in manual optimisation."""
 
     def __init__(self, log_every: int) -> None:
         self.accumulation = 1
         self.log_every = log_every
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # Saved as a number of micro-batches, of which a step may have another number now. Lightning takes each batch
+        # whose number is a multiple of the accumulation for a step's last, and validates by that number, too.
+        counts = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        batches = checkpoint["global_step"] * self.accumulation
+        for count in (counts["total"], counts["current"]):
+            late = batches - count["ready"]
+            count.update({name: value + late for name, value in count.items()})
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Not by the trainer's argument, which is refused where optimisation is manual, though loggers count by it.

@@ -355,12 +355,32 @@ def test_bf16_on_shards_rounds_as_it_does_under_autocast(forked, diffusion, tmp_
 
 @pytest.mark.slow
 def test_a_run_moves_between_ranks_and_strategies(forked, diffusion, alone, tmp_path):
-    """2 -> 1 -> 2 ranks, DDP -> FSDP2 -> DDP, whole and sharded checkpoints, in the middle of epochs of 16 samples."""
+    """2 -> 1 -> 2 ranks, DDP -> FSDP2 -> DDP, whole and sharded checkpoints, in the middle of epochs of 16 samples.
+
+    And 1, 3, 3, 2, 1, 2 micro-batches a step.
+    """
     run = Run(forked, diffusion, tmp_path / "run")
-    way = [(2, DDP), (1, ALONE), (2, SHARDED), (3, FSDP2), (2, DDP), (1, FSDP2)]
-    for step, (world, strategy) in enumerate(way):
-        assert_same_run(run.go(world, strategy, to=step + 1), alone.between(step, step + 1))
+    way = [(2, DDP, 3), (1, ALONE, 2), (2, SHARDED, 1), (3, FSDP2, 1), (2, DDP, 3), (1, FSDP2, 3)]
+    for step, (world, strategy, piece) in enumerate(way):
+        words = strategy, f"data.params.micro_batch_size={piece}"
+        assert_same_run(run.go(world, *words, to=step + 1), alone.between(step, step + 1))
     assert run.final()["global_step"] == STEPS == len(way)
+    assert validations(run) == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_stage_1_goes_on_in_other_pieces(forked, autoencoder, tmp_path):
+    alone = Run(forked, autoencoder, tmp_path / "alone").go(1)
+    run = Run(forked, autoencoder, tmp_path / "run")
+    for first, last, piece in ((0, 1, 6), (1, 3, 2), (3, STEPS, 3)):
+        diary = run.go(1, f"data.params.micro_batch_size={piece}", to=last)
+        assert_same_run(diary, alone.between(first, last))
+    assert validations(run) == [1, 3, 4]
+
+
+def validations(run: Run) -> list[int]:
+    """After which steps; at the end of the runs that are shorter than the interval of 4, too."""
+    return [int(row["step"]) for row in read_metrics(run.folder / "metrics.csv") if any("val/" in key for key in row)]
 
 
 @pytest.mark.slow
