@@ -121,7 +121,10 @@ class SampleLogger(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """What cannot be shown is refused before the first step."""
         pipeline = self._pipeline(trainer, pl_module)
-        check(pipeline, self._seeds, self._labels, Default()(pipeline.objective, self._steps), self._guidance)
+        try:
+            check(pipeline, self._seeds, self._labels, Default()(pipeline.objective, self._steps), self._guidance)
+        except ConfigError as error:
+            raise ConfigError(f"lightning.callbacks.images (SampleLogger): {error}") from error
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if trainer.global_step % self._every_n_steps == 0 and trainer.global_step != self._step:

@@ -141,6 +141,8 @@ class FencedWandb(WandbLogger):
         self._errands: queue.Queue[Callable[[], None]] = queue.Queue(maxsize=1000)
         self._thread: threading.Thread | None = None
         self._exit_code = 0
+        self._step: int | None = None
+        self._row: dict[str, float] = {}
         self.lost = 0
         """How many calls had no effect."""
 
@@ -152,7 +154,19 @@ class FencedWandb(WandbLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self._submit(lambda: self._run().log(dict(metrics) | ({} if step is None else {"trainer/global_step": step})))
+        # Where optimisation is manual Lightning hands a step's numbers over at each of its micro-batches, the first
+        # times with those of a step before: only the last word on a step is sent, when the next one comes.
+        if step != self._step:
+            self._send_row()
+        self._step = step
+        self._row |= metrics
+
+    def _send_row(self) -> None:
+        if not self._row:
+            return
+        row = self._row | ({} if self._step is None else {"trainer/global_step": self._step})
+        self._row = {}
+        self._submit(lambda: self._run().log(row))
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
@@ -179,6 +193,7 @@ class FencedWandb(WandbLogger):
         """
         self._exit_code = 0 if status == "success" else 1
         self._limit_at_end = self._limit / (1 if status == "success" else 4)
+        self._send_row()
         if self._thread is not None:
             sent = threading.Event()
             self._submit(sent.set)
@@ -186,6 +201,7 @@ class FencedWandb(WandbLogger):
 
     def close(self) -> None:
         """End wandb's run, within the time limit; done by itself when the process exits."""
+        self._send_row()
         if self._thread is None:
             return
         import wandb

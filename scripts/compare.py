@@ -25,9 +25,11 @@ import torch
 from ldm import process, run
 from ldm.commandline import Parser, split_overrides
 from ldm.data.arrays import FashionMNIST
+from ldm.diffusion.grids import Default
 from ldm.errors import ConfigError, LdmError
 from ldm.evaluation.generate import Pipeline
 from ldm.evaluation.quality import Judge, markdown, samples
+from ldm.evaluation.steering import Guidance
 from ldm.loggers import read_metrics
 
 matplotlib.use("agg")
@@ -83,6 +85,10 @@ def train_all(variants: dict[str, Path | None], options: Any) -> dict[str, tuple
 
     def calibrate(name: str) -> tuple[float, int]:
         made = train(variants[name], options.out / "speed" / name, CALIBRATION, CALIBRATION, options)
+        # What cannot be judged in the end is refused before the long runs.
+        pipeline = Pipeline.load(made, autoencoder=options.autoencoder)
+        for scale in options.guidance:
+            Guidance(scale).check(pipeline, True, Default()(pipeline.objective, options.steps))
         return speed(made), json.loads((made / "configs" / "facts.json").read_text())["batch_size"]
 
     def complete(name: str) -> Path:

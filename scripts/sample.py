@@ -222,11 +222,10 @@ def steered(options: Any, guidance: Guidance, original: Original | None) -> dict
         settings["interval"] = options.interval
     if guidance.worse is not None:
         settings["worse"] = "{checkpoint} step {step} {weights}".format_map(guidance.worse.origin)
-    for key in ("image", "mask"):
-        if (file := getattr(options, key)) is not None:
-            settings[key] = _known(file)
     if original is not None:
-        settings["strength"] = original.strength
+        settings |= {"image": _known(options.image), "strength": original.strength}
+    if options.mask is not None:
+        settings["mask"] = _known(options.mask)
     return settings
 
 

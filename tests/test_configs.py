@@ -32,6 +32,9 @@ PUBLISHED = {
     "diffusion/sit_xl2_imagenet256.yaml": {"denoiser": 675},
     "diffusion/lightningdit_xl1_f16.yaml": {"denoiser": 675},
     "diffusion/edm2_s_imagenet512.yaml": {"denoiser": 280},
+    "diffusion/ldm_ffhq_f4.yaml": {"denoiser.network": 274},
+    "diffusion/ldm_lsun_bedrooms_f4.yaml": {"denoiser.network": 274},
+    "diffusion/ldm_imagenet_f4.yaml": {"denoiser.network": 400},
 }
 # The latents of each stage-2 configuration's own stage 1: channels, side.
 LATENTS = {

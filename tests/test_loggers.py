@@ -10,6 +10,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -170,6 +171,22 @@ def test_an_unreachable_server_means_offline(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "trained: " in done.stdout
     assert "wandb sync" in done.stdout
+
+
+def test_the_last_word_on_a_step_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a step of three micro-batches; and with the run's end, of the last one."""
+    logger = FencedWandb(tmp_path)
+    monkeypatch.setattr(logger, "_connect", lambda: None)
+    sent: list[dict[str, float]] = []
+    logger._experiment = SimpleNamespace(log=sent.append)
+    for values in ({"loss": 9.0}, {"loss": 3.0}, {"loss": 1.0, "norm": 2.0}):
+        logger.log_metrics(values, step=50)
+    logger.log_metrics({"loss": 4.0}, step=100)
+    logger.log_metrics({"val": 5.0}, step=100)
+    logger.finalize("success")
+    logger.finalize("success")
+    first, second = {"loss": 1.0, "norm": 2.0}, {"loss": 4.0, "val": 5.0}
+    assert sent == [first | {"trainer/global_step": 50}, second | {"trainer/global_step": 100}]
 
 
 def test_calls_beyond_the_queue_are_counted_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from ldm.autoencoder.losses import AutoencoderLoss
 from ldm.autoencoder.networks import Decoder, Encoder
 from ldm.autoencoder.posterior import DiagonalGaussian, Posterior
-from ldm.autoencoder.quantiser import VectorQuantiser
+from ldm.autoencoder.quantiser import Quantised, VectorQuantiser, usage
 from ldm.errors import ConfigError
 from ldm.step_mean import StepMean
 
@@ -80,6 +80,7 @@ class AutoencoderKL(pl.LightningModule):
         self._micro_batches = 0  # seen since the last optimizer step
         self._step_mean = StepMean()
         self._latent_sums = torch.zeros(3, encoder.latent_channels, dtype=torch.float64)
+        self._code_counts = torch.zeros(0 if quantiser is None else quantiser.size, dtype=torch.int64)
         self._latents: dict[str, list[float]] | None = None
         self._metrics: dict[str, float] = {}
 
@@ -192,11 +193,14 @@ class AutoencoderKL(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self._latent_sums = torch.zeros_like(self._latent_sums, device=self.device)
+        self._code_counts = torch.zeros_like(self._code_counts, device=self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         images = batch["image"]
         reconstruction, posterior = self.reconstruct(batch)
         self._latent_sums += latent_sums(posterior)
+        if isinstance(posterior, Quantised):
+            self._code_counts += posterior.counts()
         metrics = {f"val/{name}": value for name, value in self.evaluate(images, reconstruction, posterior).items()}
         self.log_dict(metrics, batch_size=len(images), sync_dist=True)
 
@@ -204,6 +208,9 @@ class AutoencoderKL(pl.LightningModule):
         sums = self.trainer.strategy.reduce(self._latent_sums, reduce_op="sum")
         if not self.trainer.sanity_checking:
             self._latents = statistics(sums)
+        if self.quantiser is not None:
+            counts = self.trainer.strategy.reduce(self._code_counts, reduce_op="sum")
+            self.log_dict({f"val/{name}": value.float() for name, value in usage(counts).items()})
 
     def evaluate(self, images: Tensor, reconstruction: Tensor, posterior: Posterior) -> dict[str, Tensor]:
         """Reconstruction error and KL in nats an image (or a codebook's logs), L1, LPIPS (where on), PSNR in dB, SSIM.

@@ -14,11 +14,16 @@ from torch import Tensor
 class NoiseLevels(Protocol):
     """The quantile function of a distribution of noise levels."""
 
+    sigmas: bool
+    """Whether a place is the noise's standard deviation, and not a share of the way."""
+
     def __call__(self, uniform: Tensor) -> Tensor: ...
 
 
 class Uniform:
     """Every place alike."""
+
+    sigmas = False
 
     def __call__(self, uniform: Tensor) -> Tensor:
         return uniform
@@ -26,6 +31,8 @@ class Uniform:
 
 class LogitNormal:
     """logit(place) is normal: more of the middle (Esser et al. 2024, "Scaling Rectified Flow Transformers", eq. 19)."""
+
+    sigmas = False
 
     def __init__(self, mean: float = 0.0, std: float = 1.0) -> None:
         self.mean, self.std = mean, std
@@ -36,6 +43,8 @@ class LogitNormal:
 
 class LogNormal:
     """ln(sigma) is normal (Karras et al. 2022, "EDM"; its values. EDM2: -0.4 and 1.0)."""
+
+    sigmas = True
 
     def __init__(self, mean: float = -1.2, std: float = 1.2) -> None:
         self.mean, self.std = mean, std
@@ -48,6 +57,7 @@ class Shifted:
     """Another distribution of places, moved towards noise: larger latents need more of it to hide the same content.
 
     place -> s place / (1 + (s - 1) place) with s = sqrt(dimensions / 4096) (Esser et al. 2024, eq. 23; Ma et al. 2025).
+    On a straight path that multiplies sigma / alpha by s; so a place that is a sigma itself becomes s sigma.
 
     Args:
         dimensions: numbers in one latent, c h w.
@@ -57,9 +67,11 @@ class Shifted:
     def __init__(self, dimensions: int, levels: NoiseLevels) -> None:
         self.shift = math.sqrt(dimensions / 4096)
         self.levels = levels
+        self.sigmas = levels.sigmas
 
     def __call__(self, uniform: Tensor) -> Tensor:
-        return shifted(self.levels(uniform), self.shift)
+        place = self.levels(uniform)
+        return self.shift * place if self.sigmas else shifted(place, self.shift)
 
 
 def shifted(place: Tensor, shift: float) -> Tensor:

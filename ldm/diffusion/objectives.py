@@ -8,6 +8,7 @@ sets of them have names: DDPM, EDM and Flow.
 
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -57,6 +58,17 @@ class Objective(nn.Module):
         super().__init__()
         if isinstance(weighting, VLB) and path.step == 0:
             raise ConfigError("objective: the variational bound adds up steps of t, which this path does not have")
+        if isinstance(prediction, Eps) and float(path.alpha(torch.tensor(path.last, device="cpu"))) == 0:
+            raise ConfigError(
+                "objective: expected a prediction that tells data from pure noise, such as V or Velocity, found Eps; "
+                "at the end of this path, where sampling begins, no signal is left"
+            )
+        if levels.sigmas != path.sigmas:
+            wanted = "noise levels sigma, such as LogNormal" if path.sigmas else "places in [0, 1], such as Uniform"
+            raise ConfigError(
+                f"objective levels: {type(path).__name__} expects a distribution of {wanted}; "
+                f"found {type(levels).__name__}"
+            )
         self.path = path
         self.prediction = prediction
         self.weighting = weighting

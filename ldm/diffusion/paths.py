@@ -20,6 +20,8 @@ class Path(Protocol):
     """The last noise level, where sampling starts."""
     step: float
     """One of the steps that the variational bound adds up."""
+    sigmas: bool
+    """Whether the places that training draws are noise levels sigma (noise_levels.py)."""
 
     def alpha(self, t: Tensor) -> Tensor: ...
 
@@ -55,6 +57,7 @@ class Discrete:
     """
 
     step = 1.0
+    sigmas = False
 
     def __init__(self, schedule: NoiseSchedule, steps: int = 1000) -> None:
         self.steps = steps
@@ -124,6 +127,7 @@ class Exploding:
     """
 
     step = 0.0
+    sigmas = True
 
     def __init__(
         self, sigma_data: float = 1.0, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
@@ -168,6 +172,7 @@ class Straight:
 
     last = 1.0
     step = 1e-3
+    sigmas = False
 
     def __init__(self, told_scale: float = 1000.0) -> None:
         self.told_scale = told_scale

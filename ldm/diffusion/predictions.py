@@ -22,7 +22,7 @@ class Prediction(Protocol):
 
 
 class Eps:
-    """The noise (Ho et al. 2020)."""
+    """The noise (Ho et al. 2020). Where no signal is left it says nothing of the data, so no path may end there."""
 
     def target(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         return noise

@@ -161,8 +161,8 @@ def generate(
         progress: show a progress bar.
 
     Raises:
-        ConfigError: labels that the model does not know, a number of steps it does not have, or guidance by a model
-            of other latents.
+        ConfigError: labels that the model does not know, a number of steps it does not have, guidance by a model
+            of other latents, or away from a class that the model never went without.
         NumericError: the network gave something that is not finite.
     """
     times = (grid or Default())(pipeline.objective, steps)

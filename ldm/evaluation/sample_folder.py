@@ -91,12 +91,13 @@ ALWAYS = ("checkpoint", "step", "weights", "sampler", "grid", "steps", "eta", "g
 
 
 def default_folder(settings: Mapping[str, Any]) -> Path:
-    """<run>/samples/<settings>: other settings, another folder."""
-    place = Path(settings["checkpoint"]).parent
-    run = place.parent if place.name == "checkpoints" else place
+    """<run>/samples/<settings>: other settings, another folder; of an average, say, named after its file, too."""
+    file = Path(settings["checkpoint"])
+    regular = file.parent.name == "checkpoints"
+    run, which = (file.parent.parent, "") if regular else (file.parent, f"{file.stem}-")
     eta = f"-eta{settings['eta']:g}" if settings["eta"] else ""
     spacing = "" if settings["grid"] == "default" else f"-{settings['grid']}"
-    name = f"step{settings['step']}-{settings['weights']}-{settings['sampler']}{settings['steps']}{spacing}{eta}"
+    name = f"{which}step{settings['step']}-{settings['weights']}-{settings['sampler']}{settings['steps']}{spacing}{eta}"
     more = "".join(f"-{key}{_worded(value)}" for key, value in settings.items() if key not in ALWAYS)
     return run / "samples" / f"{name}-guidance{settings['guidance']:g}{more}"
 

@@ -21,6 +21,9 @@ if TYPE_CHECKING:  # generate.py builds on this file
     from ldm.evaluation.generate import Pipeline
 
 
+_ALWAYS_TOLD = "this model never saw a picture without its class (model.params.label_dropout: 0)"
+
+
 @dataclass(frozen=True)
 class Guidance:
     """How strongly samples are led, and away from what (diffusion/guidance.py).
@@ -60,7 +63,7 @@ class Guidance:
             raise ConfigError("guidance: by a worse model or by a classifier; leave one of them out")
 
     def check(self, pipeline: "Pipeline", told: bool, times: Tensor) -> None:
-        """ConfigError where there is nothing to lead with.
+        """ConfigError where there is nothing to lead with, or nothing that was learned of no class.
 
         Args:
             pipeline: what is to be led.
@@ -73,20 +76,17 @@ class Guidance:
             raise ConfigError("guidance by a classifier: no classes are asked for; ask for some, or leave it out")
         elif self.classifier is None and self.scale != 1:
             self._check_classes(pipeline, told)
+        if pipeline.num_classes is not None and not told and pipeline.label_dropout == 0:
+            raise ConfigError(f"classes: found none, but {_ALWAYS_TOLD}; ask for some")
 
     def _check_classes(self, pipeline: "Pipeline", told: bool) -> None:
-        problem = None
+        found = f"guidance scale: found {self.scale:g}, but"
         if pipeline.num_classes is None:
-            problem = "this model was trained without classes"
-        elif not told:
-            problem = "no classes are asked for"
-        elif pipeline.label_dropout == 0:
-            problem = "this model never saw a picture without its class (model.params.label_dropout: 0)"
-        if problem is not None:
-            raise ConfigError(
-                f"guidance scale: found {self.scale:g}, but {problem}, so there is nothing to lead away from; "
-                f"expected 1, or a worse model to lead away from"
-            )
+            raise ConfigError(f"{found} this model was trained without classes; expected 1, or a worse model as well")
+        if not told:
+            raise ConfigError(f"{found} no classes are asked for; ask for some, or leave the scale at 1")
+        if pipeline.label_dropout == 0:
+            raise ConfigError(f"{found} {_ALWAYS_TOLD}; expected 1, or a worse model as well")
 
     def _check_worse(self, pipeline: "Pipeline", worse: "Pipeline", times: Tensor) -> None:
         ours, theirs = pipeline.manifest, worse.manifest

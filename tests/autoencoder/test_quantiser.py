@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldm.autoencoder.quantiser import VectorQuantiser
+from ldm.autoencoder.quantiser import VectorQuantiser, usage
 
 
 @pytest.fixture
@@ -57,10 +57,13 @@ def test_the_cost_draws_codes_to_latents_and_latents_to_codes(quantiser, latents
 def test_perplexity_and_use(quantiser):
     codes = quantiser.codebook.weight.detach()
     for places, perplexity in (([0, 0, 0, 0], 1), ([0, 1, 2, 3], 4), ([5, 5, 6, 6], 2)):
-        logs = quantiser(codes[places].t().reshape(1, 3, 2, 2)).logs()
-        assert logs["perplexity"] == pytest.approx(perplexity, rel=1e-5)
-        assert logs["codes_used"] == len(set(places)) / 16
-        assert set(logs) == {"codebook", "perplexity", "codes_used"}
+        counts = quantiser(codes[places].t().reshape(1, 3, 2, 2)).counts()
+        found = usage(counts)
+        assert found["perplexity"] == pytest.approx(perplexity, rel=1e-5)
+        assert found["codes_used"] == len(set(places)) / 16
+        # A data set comes in pieces.
+        more = counts + quantiser(codes[[7] * 4].t().reshape(1, 3, 2, 2)).counts()
+        assert usage(more)["codes_used"] == (len(set(places)) + 1) / 16
 
 
 def test_nearest_in_bf16_autocast_is_exact(quantiser, latents):

@@ -89,6 +89,7 @@ def fit(module, data, steps, tmp_path, ckpt_path=None, **options):
 
 
 def assert_same_state(ours, theirs, **tolerance):
+    assert list(ours.state_dict()) == list(theirs.state_dict())
     for (name, left), right in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
         if isinstance(left, torch.Tensor):
             torch.testing.assert_close(left, right, **tolerance, msg=lambda m, n=name: f"{n}: {m}")

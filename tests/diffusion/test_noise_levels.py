@@ -39,6 +39,7 @@ def test_the_ends_stay_finite(levels):
 def test_shift_is_that_of_the_latent_s_size():
     # 4 x 32 x 32 is the size that is not shifted; four times as many pixels double the noise-to-signal ratio.
     torch.testing.assert_close(Shifted(4 * 32 * 32, Uniform())(U), U)
+    torch.testing.assert_close(Shifted(4 * 64 * 64, LogNormal())(U), 2 * LogNormal()(U))
     places = Shifted(4 * 64 * 64, Uniform())(U)
     torch.testing.assert_close(places / (1 - places), 2 * U / (1 - U), rtol=3e-3, atol=1e-6)
     assert shifted(torch.tensor([0.0, 1.0]), 3.0).tolist() == [0, 1]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ldm.diffusion.conditioning import Conditioning
-from ldm.diffusion.noise_levels import LogitNormal
+from ldm.diffusion.noise_levels import LogitNormal, LogNormal, Shifted, Uniform
 from ldm.diffusion.noise_schedules import Linear, SqrtLinear, ZeroTerminal
 from ldm.diffusion.objectives import DDPM, EDM, Flow, rowwise
 from ldm.diffusion.paths import Discrete
@@ -21,6 +21,28 @@ from ldm.randomness import Draws
 
 NOTHING = Conditioning()
 PREDICTIONS = [Eps(), X0(), V()]
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Flow(prediction=Eps()), lambda: DDPM(ZeroTerminal(SqrtLinear()))], ids=["flow", "zero-terminal"]
+)
+def test_the_noise_is_not_predicted_where_no_signal_is_left(make):
+    with pytest.raises(ConfigError, match="tells data from pure noise, such as V or Velocity, found Eps"):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: EDM(levels=Uniform()), "Exploding expects a distribution of noise levels sigma.*found Uniform"),
+        (lambda: EDM(levels=Shifted(9, LogitNormal())), "Exploding expects .* found Shifted"),
+        (lambda: Flow(levels=LogNormal()), r"Straight expects a distribution of places in \[0, 1\].*found LogNormal"),
+        (lambda: DDPM(SqrtLinear(), levels=Shifted(9, LogNormal())), "Discrete expects .* found Shifted"),
+    ],
+)
+def test_noise_levels_of_another_path_are_refused(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
 
 
 @pytest.mark.parametrize("steps", [1, 7, 1000])

@@ -45,7 +45,7 @@ def test_a_folder_belongs_to_its_settings(tmp_path):
 def test_settings_name_their_folder(more, name):
     assert str(default_folder(SETTINGS | more)) == f"logs/run/samples/{name}"
     moved = SETTINGS | more | {"checkpoint": "elsewhere/average.ckpt"}
-    assert str(default_folder(moved)) == f"elsewhere/samples/{name}"
+    assert str(default_folder(moved)) == f"elsewhere/samples/average-{name}"
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -95,6 +95,8 @@ def test_a_model_that_always_knew_the_class_cannot_be_led_away_from_none(pipelin
     always = replace(pipeline, label_dropout=0.0)
     with pytest.raises(ConfigError, match="never saw a picture without its class"):
         pictures(always, Guidance(2.0))
+    with pytest.raises(ConfigError, match="classes: found none, but this model never saw"):
+        list(generate(always, [1]))
     assert np.array_equal(pictures(always, Guidance()), pictures(pipeline, Guidance()))
     assert len(pictures(always, Guidance(2.0, worse=replace(always, objective=pipeline.objective)))) == 2
 
