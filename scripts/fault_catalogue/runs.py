@@ -103,7 +103,8 @@ class Run:
     @property
     def folder(self) -> RunFolder:
         """Its run folder. Raises Wrong unless there is exactly one."""
-        found = [path for path in self.logs.iterdir() if (path / "configs").is_dir()] if self.logs.is_dir() else []
+        # A start that was killed before it had written its configuration leaves a folder that is no run.
+        found = [path for path in self.logs.iterdir() if RunFolder(path).exists()] if self.logs.is_dir() else []
         demand(len(found) == 1, f"{len(found)} run folders, expected 1")
         return RunFolder(found[0])
 
