@@ -13,7 +13,6 @@ from typing import Any, Protocol, cast
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from PIL import Image
 from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.loggers import WandbLogger
 from rich.console import Console
@@ -27,7 +26,7 @@ from ldm.diffusion.grids import Default
 from ldm.diffusion.module import LatentDiffusion
 from ldm.errors import ConfigError
 from ldm.evaluation.generate import Pipeline, check, generate, load_codec
-from ldm.evaluation.sheets import grid
+from ldm.evaluation.sheets import grid, picture
 from ldm.evaluation.steering import Guidance
 from ldm.randomness import Draws
 
@@ -302,7 +301,7 @@ def publish(trainer: pl.Trainer, split: str, name: str, sheet: np.ndarray) -> No
     path = Path(trainer.default_root_dir) / "images" / split / f"{name}_{trainer.global_step:08d}.png"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(sheet.squeeze(-1) if sheet.shape[-1] == 1 else sheet).save(path)
+        picture(sheet).save(path)
     except OSError as error:
         log.warning("%s: cannot be written (%s); training goes on", path, error)
         return

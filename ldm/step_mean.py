@@ -1,11 +1,17 @@
 """What a step logs: means over its micro-batches and all ranks, as a process that sees the whole batch has them."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm import distributed
+
+
+def is_logged(trainer: Any) -> bool:
+    """Whether Lightning's trainer logs the optimizer step that is under way."""
+    return (trainer.global_step + 1) % trainer.log_every_n_steps == 0
 
 
 class StepMean:

@@ -39,6 +39,7 @@ from ldm.loggers import FencedWandb, MetricsFile
 from ldm.run import RunFolder
 from ldm.safety import Provenance, StopOnSignal
 from ldm.saving import AtomicCheckpointIO, Checkpoints
+from ldm.step_mean import is_logged
 from ldm.strategies import DDP, FSDP2
 
 LOG_EVERY = 50
@@ -83,7 +84,7 @@ def make_trainer(
     plugins = build(arguments.pop("plugins", None) or [], trust, key="lightning.trainer.plugins")
     strategy = build(section.get("strategy") or "auto", trust, key="lightning.strategy")
     _check_model(model, arguments, strategy)
-    steps = _Steps(arguments["log_every_n_steps"])
+    steps = _Steps()
     arguments |= {
         "val_check_interval": interval,
         "logger": list(loggers),
@@ -140,9 +141,8 @@ def _check_model(model: Any, arguments: Mapping[str, Any], strategy: Any) -> Non
 class _Steps(pl.Callback):
     """Makes Lightning count optimizer steps, where it logs and where it goes on, also in manual optimisation."""
 
-    def __init__(self, log_every: int) -> None:
+    def __init__(self) -> None:
         self.accumulation = 1
-        self.log_every = log_every
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -160,9 +160,8 @@ class _Steps(pl.Callback):
         trainer.accumulate_grad_batches = self.accumulation
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        number = trainer.global_step + 1
-        if number % self.log_every == 0:
-            pl_module.log("step", float(number))  # Lightning's name for what a row is numbered by
+        if is_logged(trainer):
+            pl_module.log("step", float(trainer.global_step + 1))  # Lightning's name for what a row is numbered by
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == "fit":

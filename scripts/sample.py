@@ -33,7 +33,8 @@ from ldm.diffusion.grids import Default, Grid, Karras, Power, Shift
 from ldm.diffusion.samplers import ancestral, ddim, dpm_solver, heun, unipc
 from ldm.errors import ConfigError
 from ldm.evaluation.generate import Pipeline, Sampler, check, generate
-from ldm.evaluation.sample_folder import Order, claim, default_folder, picture, save, sheet
+from ldm.evaluation.sample_folder import Order, claim, default_folder, save, sheet
+from ldm.evaluation.sheets import picture
 from ldm.evaluation.steering import Guidance, Original
 from ldm.run import write_whole
 

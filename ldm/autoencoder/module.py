@@ -18,7 +18,7 @@ from ldm.autoencoder.networks import Decoder, Encoder
 from ldm.autoencoder.posterior import DiagonalGaussian, Posterior
 from ldm.autoencoder.quantiser import Quantised, VectorQuantiser, usage
 from ldm.errors import ConfigError
-from ldm.step_mean import StepMean
+from ldm.step_mean import StepMean, is_logged
 
 Batch = dict[str, Any]
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -112,8 +112,7 @@ class AutoencoderKL(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         loss, logs = self._losses(batch)
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector of Lightning's
-        logged = (self.global_step + 1) % every == 0  # asked before the step, which advances the count
+        logged = is_logged(self.trainer)  # asked before the step, which advances the count
         if logged:
             self._step_mean.add(logs)
         accumulation = self._accumulation()

@@ -18,7 +18,7 @@ from ldm.diffusion.objectives import Network, Objective
 from ldm.ema import EMA
 from ldm.errors import ConfigError
 from ldm.schedule import Constant
-from ldm.step_mean import StepMean
+from ldm.step_mean import StepMean, is_logged
 
 Batch = dict[str, Any]
 
@@ -124,17 +124,13 @@ class LatentDiffusion(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self.total_loss(batch)
         self._images_per_step = batch["draws"].batch_size
-        if self._logs_this_step():
+        if is_logged(self.trainer):
             self._step_mean.add({"train/loss": loss})
         return loss
 
-    def _logs_this_step(self) -> bool:
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector of Lightning's
-        return (self.global_step + 1) % every == 0
-
     def configure_gradient_clipping(self, optimizer: Optimizer, *_: Any, **__: Any) -> None:
         """Lightning's place for it, once a global batch; its own way refuses fused optimizers, and knows no shards."""
-        logged = self._logs_this_step()
+        logged = is_logged(self.trainer)
         if logged:
             # Not in the progress bar: Lightning's would read it back, and wait for the device.
             self.log_dict(self._step_mean.take(), batch_size=1)

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from ldm.data.images import read_image
 from ldm.errors import ConfigError
 from ldm.evaluation.generate import Sample
-from ldm.evaluation.sheets import grid
+from ldm.evaluation.sheets import grid, picture
 
 SHOWN = 16
 """The grid has at most so many rows and columns."""
@@ -63,11 +62,6 @@ def save(folder: Path, sample: Sample) -> None:
     temporary = path.with_suffix(".tmp")
     picture(sample.image).save(temporary, format="png")
     os.replace(temporary, path)
-
-
-def picture(image: np.ndarray) -> Image.Image:
-    """(H,W,1 or 3) uint8 -> PIL."""
-    return Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
 
 
 def sheet(folder: Path, labels: Sequence[int | None], seeds: Sequence[int]) -> np.ndarray:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from PIL import Image
 
 LEGIBLE = 64
 """Pixels: the side below which a picture on a screen is hard to make out."""
@@ -24,3 +25,8 @@ def grid(images: Sequence[np.ndarray], columns: int, gap: int = 2) -> np.ndarray
         top, left = gap + row * (height + gap), gap + column * (width + gap)
         sheet[top : top + height, left : left + width] = image
     return sheet
+
+
+def picture(image: np.ndarray) -> Image.Image:
+    """(H,W,1 or 3) uint8 -> PIL."""
+    return Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
