@@ -67,6 +67,7 @@ def work(options: Options) -> int:
         run.check_writable(start.folder.path if start.folder else options.logdir)
     signals.stop_if_asked()
     data, tree, facts = prepare(start.config, options)
+    settle_precision(start, tree)
     signals.stop_if_asked()
     if start.folder:
         resume.check_facts(start.folder, facts, options.allow_change)
@@ -109,6 +110,16 @@ def prepare(config: Config, options: Options) -> tuple[Any, dict[str, Any], dict
                 params["lr"] *= facts["batch_size"]
                 print(f"scaled: model.params.{optimizer}.params.lr to {params['lr']:g}")
     return data, tree, facts
+
+
+def settle_precision(start: resume.Start, tree: dict[str, Any]) -> None:
+    """Fill in the precision where it is `auto`, and say which and why."""
+    from ldm import distributed, precision
+
+    notes = precision.settle(tree["lightning"]["trainer"], is_new=start.folder is None and start.checkpoint is None)
+    if distributed.is_main():
+        for note in notes:
+            print(note)
 
 
 def train(options: Options, start: resume.Start, tree: dict[str, Any], data: Any, facts: dict[str, Any]) -> int:

@@ -5,6 +5,8 @@ hints of the class it names, once as far as the source tells without an import, 
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Literal, Union
 
 from ldm.config_read import Node, dotted, nearest, show
 from ldm.config_signature import live_signature, static_signature
@@ -164,8 +166,18 @@ def parameters(root: Node, look_up: LookUp) -> list[str]:
     trainer = lightning.children.get("trainer") if lightning else None
     if trainer and isinstance(trainer.value, dict) and (signature := look_up(_TRAINER, False)):
         given = {name: child for name, child in trainer.value.items() if name not in _NOT_IN_TRAINER}
+        signature = _with_auto_precision(signature)
         problems += _arguments("lightning.trainer", Node(given, trainer.origin), _TRAINER, signature, look_up)
     return problems
+
+
+def _with_auto_precision(trainer: Signature) -> Signature:
+    """Lightning's Trainer with ldm's own choice of precision (precision.py)."""
+    known = trainer.parameters.get("precision")
+    if known is None:
+        return trainer
+    own = replace(known, hint=Union[known.hint, Literal["auto"]])  # noqa: UP007
+    return replace(trainer, parameters={**trainer.parameters, "precision": own})
 
 
 def _node_parameters(key: str, node: Node, look_up: LookUp) -> Iterator[str]:

@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from ldm import ranks, signals, slurm
+from ldm import ranks, signals, slurm, threads
 from ldm.errors import LdmError, PeerError
 from ldm.signals import Stopped
 
@@ -16,6 +16,7 @@ def run(main: Callable[[], int]) -> NoReturn:
 
     A program that SLURM has warned (SIGUSR1) puts its job back into the queue, once it has stopped with nothing lost.
     """
+    threads.prepare()
     signals.listen()
     ranks.tie_to_starter()
     code = _done(main)

@@ -1,7 +1,7 @@
 """From the configuration's `lightning` section to a Trainer.
 
     lightning:
-      trainer: {max_steps: 10000, precision: bf16-mixed, val_check_interval: 500, ...}   # Lightning's own arguments
+      trainer: {max_steps: 10000, precision: auto, val_check_interval: 500, ...}   # Lightning's own arguments
       logger: {target: ...}            # beside metrics.csv, which is always written; null: nothing else
       callbacks: {name: {target: ...}} # added to the defaults, or in place of the one of that name; null: without it
       strategy: {target: ldm.strategies.FSDP2}   # several devices or ranks have ldm.strategies.DDP without a word
@@ -27,7 +27,7 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from ldm import distributed
+from ldm import distributed, threads
 from ldm.autoencoder.module import AutoencoderKL
 from ldm.callbacks import ImageLogger, Progress, SampleLogger, Throughput
 from ldm.config import build
@@ -102,6 +102,7 @@ def make_trainer(
             trainer = _trainer(strategy, arguments)
     except (MisconfigurationException, TypeError, ValueError) as error:
         raise ConfigError(f"lightning.trainer: {error}") from error
+    threads.share(trainer.num_devices)
     # Known only now: the world size is the strategy's. Lightning counts the interval in batches.
     steps.accumulation = data.accumulation(trainer.world_size)
     trainer.val_check_interval = interval * steps.accumulation
@@ -143,6 +144,15 @@ class _Steps(pl.Callback):
 
     def __init__(self) -> None:
         self.accumulation = 1
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Each rank resolves `auto` by its own processor.
+        chosen = distributed.gather(trainer.precision)
+        if len(set(chosen)) > 1:
+            ranks = ", ".join(f"{precision} on rank {rank}" for rank, precision in enumerate(chosen))
+            raise ConfigError(
+                f"lightning.trainer.precision: auto is {ranks}, whose processors differ; write one for all of them."
+            )
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -20,7 +20,14 @@ pytest_plugins = ["tests.tiny_runs", "tests.forked"]
 
 Tree = dict[str, Any]
 
-TRAINER = {"max_steps": 12, "val_check_interval": 4, "log_every_n_steps": 2, "accelerator": "cpu", "devices": 1}
+TRAINER = {
+    "max_steps": 12,
+    "val_check_interval": 4,
+    "log_every_n_steps": 2,
+    "accelerator": "cpu",
+    "devices": 1,
+    "precision": "32-true",
+}
 
 
 def node(target: str, partial: bool = False, **params: Any) -> Tree:

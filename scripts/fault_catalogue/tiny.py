@@ -37,7 +37,7 @@ def lightning(steps: int, every: int, keep: int, validate: int, **callbacks: Tre
     trainer = {"max_steps": steps, "val_check_interval": validate, "log_every_n_steps": 1, "accelerator": "cpu"}
     saves = node("ldm.saving.Checkpoints", every=every, keep=keep)
     return {
-        "trainer": trainer | {"devices": 1, "enable_progress_bar": False},
+        "trainer": trainer | {"devices": 1, "precision": "32-true", "enable_progress_bar": False},
         "logger": None,
         "callbacks": {"checkpoints": saves, "images": None, **callbacks},
     }

@@ -1,0 +1,112 @@
+"""Which precision a run computes in: `lightning.trainer.precision: auto`, the default, resolved once at its start.
+
+`auto` becomes bf16-mixed where the device computes bf16 natively, else 32-true: a processor without bf16 instructions
+emulates it, 10 to 150 times slower. The run's configuration holds the answer, so that a resumed run keeps its own.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import torch
+
+AUTO = "auto"
+_NATIVE, _PLAIN = "bf16-mixed", "32-true"
+
+# With these oneDNN, or torch itself, uses less than the processor has.
+_LIMITS = ("DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+
+
+class Answer(NamedTuple):
+    """Whether a device computes bf16 natively, and how that is known."""
+
+    native: bool
+    reason: str
+
+
+def settle(trainer: dict[str, Any], is_new: bool) -> list[str]:
+    """Replace `auto` in the section `lightning.trainer`, and say what a person should know, a line each.
+
+    Args:
+        trainer: changed in place; a run that is new and says nothing has `auto`.
+        is_new: False for a run that goes on: where it says nothing it ran in 32-true, the default of earlier versions.
+    """
+    asked = trainer.get("precision") or (AUTO if is_new else _PLAIN)
+    kind = _device(trainer.get("accelerator", "auto"))
+    trainer["precision"] = asked
+    if asked == AUTO:
+        answer = computes_bf16(kind)
+        trainer["precision"] = _NATIVE if answer.native else _PLAIN
+        return [f"precision: {trainer['precision']}, since {answer.reason} (lightning.trainer.precision: auto)"]
+    if kind == "cpu" and str(asked).startswith("bf16") and not computes_bf16(kind).native:
+        allow = "" if is_new else " --allow-change lightning.trainer.precision"
+        return [
+            f"warning: lightning.trainer.precision is {asked}, which this processor emulates: a matrix product takes "
+            f"{bf16_slowdown():.0f} times as long as in float32. Use lightning.trainer.precision={_PLAIN}{allow}"
+        ]
+    return []
+
+
+def computes_bf16(kind: str) -> Answer:
+    """Whether a device of this kind ("cpu", "cuda", "mps") computes bf16 natively."""
+    if kind == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Answer(
+            native, f"{torch.cuda.get_device_name()} computes bf16 {'natively' if native else 'by emulation'}"
+        )
+    if kind != "cpu":
+        return Answer(False, f"bf16 has not been tried on a device of type {kind}")
+    native = _cpu_says()
+    if native is not None:
+        return Answer(
+            native,
+            f"this processor {'computes bf16 natively' if native else 'has no bf16 instructions that torch uses'}",
+        )
+    factor = bf16_slowdown()
+    return Answer(factor < 1, f"a matrix product in bf16 takes {factor:.2g} times as long as in float32")
+
+
+def bf16_slowdown(size: int = 256, repeats: int = 5) -> float:
+    """Time of a matrix product in bf16 over that of the same in float32, on the CPU; a few milliseconds where native.
+
+    Measured on one thread and by that thread's own clock, so that other work on the machine does not count.
+    """
+    wide = torch.ones(size, size)
+    narrow = wide.bfloat16()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        seconds = [(_seconds(lambda: narrow @ narrow), _seconds(lambda: wide @ wide)) for _ in range(repeats + 1)][1:]
+    finally:
+        torch.set_num_threads(threads)
+    return min(narrow for narrow, _ in seconds) / min(wide for _, wide in seconds)
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    begin = time.thread_time()
+    work()
+    return time.thread_time() - begin
+
+
+def _cpu_says() -> bool | None:
+    """What torch and oneDNN report of an x86 processor's bf16 instructions; None where that is not certain."""
+    # Private, all but the first: another version of torch may lack them.
+    with suppress(AttributeError, RuntimeError):
+        if torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2", "AVX512"):
+            return None
+        has_instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        if not (has_instructions and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+            return False
+        return None if any(name in os.environ for name in _LIMITS) else True
+    return None
+
+
+def _device(accelerator: Any) -> str:
+    """The kind of device that Lightning chooses for its argument `accelerator`."""
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return "cuda"
+    if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
+        return "mps"
+    return "cpu"

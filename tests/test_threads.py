@@ -1,0 +1,113 @@
+"""ldm.threads: a container's share of the processors, how threads wait, and what the user has set."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm import threads
+
+ROOT = Path(threads.__file__).parents[1]
+
+
+@pytest.fixture
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No thread setting in the environment, and 8 processors."""
+    for name in (*threads._WAITING, threads._CHOSEN, "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "")  # so that what is set meanwhile is undone
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(threads, "affinity", lambda: 8)
+    monkeypatch.setattr(threads, "cpu_quota", lambda: None)
+
+
+def test_threads_wait_briefly_unless_the_user_says_how(clean, monkeypatch):
+    threads.prepare()
+    assert os.environ["GOMP_SPINCOUNT"] == "1000"
+    assert "OMP_NUM_THREADS" not in os.environ
+    for name in threads._WAITING:
+        monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+        monkeypatch.setenv(name, "5")
+        threads.prepare()
+        assert os.environ.get("GOMP_SPINCOUNT", "5") == "5"
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(("quota", "expected"), [(2.0, "2"), (3.7, "3"), (0.5, "1"), (8.0, None), (12.0, None)])
+def test_as_many_threads_as_the_container_has_processors(clean, monkeypatch, quota, expected):
+    monkeypatch.setattr(threads, "cpu_quota", lambda: quota)
+    threads.prepare()
+    assert os.environ.get("OMP_NUM_THREADS") == expected
+
+
+def test_the_users_number_of_threads_stays(clean, monkeypatch):
+    monkeypatch.setattr(threads, "cpu_quota", lambda: 2.0)
+    monkeypatch.setenv("OMP_NUM_THREADS", "6")
+    threads.prepare()
+    before = torch.get_num_threads()
+    threads.share(2)
+    assert os.environ["OMP_NUM_THREADS"] == "6"
+    assert torch.get_num_threads() == before
+
+
+def test_ranks_share_the_containers_threads(clean, monkeypatch):
+    monkeypatch.setattr(threads, "cpu_quota", lambda: 6.0)
+    before = torch.get_num_threads()
+    try:
+        threads.prepare()
+        for processes, each in ((1, 6), (2, 3), (4, 1), (9, 1), (2, 3)):  # asked again, the same
+            threads.share(processes)
+            assert (os.environ["OMP_NUM_THREADS"], torch.get_num_threads()) == (str(each), each)
+    finally:
+        torch.set_num_threads(before)
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_quota_of_cgroup_v2_is_the_narrowest_on_the_way_up(tmp_path):
+    own = tmp_path / "own"
+    own.write_text("0::/pod/container\n")
+    root = tmp_path / "cgroup"
+    assert threads.cpu_quota(root, own) is None
+    write(root / "pod/container/cpu.max", "max 100000\n")
+    assert threads.cpu_quota(root, own) is None
+    write(root / "pod/cpu.max", "150000 100000\n")
+    assert threads.cpu_quota(root, own) == 1.5
+    write(root / "cpu.max", "400000 100000\n")
+    assert threads.cpu_quota(root, own) == 1.5
+    write(tmp_path / "cpu.max", "1000 100000\n")  # outside of the hierarchy
+    assert threads.cpu_quota(root, own) == 1.5
+
+
+def test_quota_of_cgroup_v1(tmp_path):
+    own = tmp_path / "own"
+    own.write_text("5:memory:/docker/1\n4:cpu,cpuacct:/docker/1\n")
+    folder = tmp_path / "cgroup" / "cpu,cpuacct"
+    write(folder / "cpu.cfs_quota_us", "-1\n")
+    write(folder / "cpu.cfs_period_us", "100000\n")
+    assert threads.cpu_quota(tmp_path / "cgroup", own) is None
+    write(folder / "cpu.cfs_quota_us", "300000\n")  # in a container the group is the hierarchy's root
+    assert threads.cpu_quota(tmp_path / "cgroup", own) == 3.0
+    write(tmp_path / "cgroup" / "memory" / "cpu.max", "100 100000")
+    assert threads.cpu_quota(tmp_path / "cgroup", own) == 3.0
+
+
+def test_no_control_groups_no_quota(tmp_path):
+    assert threads.cpu_quota(tmp_path, tmp_path / "missing") is None
+
+
+def test_a_program_has_it_before_torch_is_there(monkeypatch):
+    program = (
+        "import os, sys\nfrom ldm import process\n"
+        "def main():\n assert 'torch' not in sys.modules\n print(os.environ['GOMP_SPINCOUNT'])\n return 0\n"
+        "process.run(main)"
+    )
+    for name in threads._WAITING:
+        monkeypatch.delenv(name, raising=False)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=100)
+    assert done.stdout == "1000\n"
