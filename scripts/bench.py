@@ -42,6 +42,7 @@ from ldm.diffusion.objectives import DDPM
 from ldm.diffusion.unet import UNet
 from ldm.evaluation.generate import Pipeline
 from ldm.evaluation.quality import compare, markdown
+from ldm.precision import computes_bf16
 from ldm.randomness import Draws
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -222,14 +223,16 @@ def steps(options: Any) -> str:
         f"UNet, {size.latents} x {latents.shape[-1]} px": unets,
     }
     rows = []
+    native, reason = computes_bf16(device.split(":")[0])
     for name, pair in pairs.items():
-        for bf16 in (False, True):
+        for bf16 in (False, True) if native else (False,):
             times = seconds(pair, device, bf16, options.repeats)
             ratio = statistics.median(times[1]) / statistics.median(times[0])
             sizes = " / ".join(f"{contestant.parameters / 1e6:.2f}" for contestant in pair)
             rows.append([name, "bf16" if bf16 else "fp32", *map(spread, times), f"{ratio:.2f}", sizes])
     header = ["step", "precision", "ldm, ms (min to max)", "diffusers, ms (min to max)", "ratio", "parameters, M"]
-    return f"{hardware(device)}; medians of {options.repeats}\n\n{markdown(header, rows)}"
+    left_out = "" if native else f"; without bf16: {reason}"
+    return f"{hardware(device)}; medians of {options.repeats}{left_out}\n\n{markdown(header, rows)}"
 
 
 def spread(times: Sequence[float]) -> str:
