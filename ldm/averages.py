@@ -11,6 +11,7 @@ from ldm import checkpoint, sharding
 from ldm.diffusion.module import LatentDiffusion
 from ldm.ema import PowerFunction, mixture, power_exponent
 from ldm.errors import CheckpointError, ConfigError
+from ldm.ranges import Count
 
 FOLDER = "averages"
 """In the run folder."""
@@ -25,7 +26,7 @@ class AverageSnapshots(pl.Callback):
         every: optimizer steps between two snapshots; a run of 50 of them can be put together well (EDM2, appendix C.3).
     """
 
-    def __init__(self, every: int) -> None:
+    def __init__(self, every: Count) -> None:
         if every < 1:
             raise ConfigError(f"averages: every must be 1 or more, found {every}")
         self._every = every

@@ -29,6 +29,7 @@ from ldm.evaluation.generate import Pipeline, check, generate, load_codec
 from ldm.evaluation.sheets import grid, picture
 from ldm.evaluation.steering import Guidance
 from ldm.randomness import Draws
+from ldm.ranges import Count, CountOrZero, Finite, NotNegative
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class ImageLogger(pl.Callback):
         num_images: columns.
     """
 
-    def __init__(self, every_n_steps: int = 1000, num_images: int = 8) -> None:
+    def __init__(self, every_n_steps: Count = 1000, num_images: Count = 8) -> None:
         self._every_n_steps = every_n_steps
         self._num_images = num_images
         self._step = 0
@@ -98,11 +99,11 @@ class SampleLogger(pl.Callback):
 
     def __init__(
         self,
-        every_n_steps: int = 5000,
-        classes: Sequence[int] | None = None,
-        seeds: Sequence[int] = tuple(range(8)),
-        steps: int = 50,
-        guidance_scale: float = 1.0,
+        every_n_steps: Count = 5000,
+        classes: Sequence[CountOrZero] | None = None,
+        seeds: Sequence[CountOrZero] = tuple(range(8)),
+        steps: Count = 50,
+        guidance_scale: Finite = 1.0,
         autoencoder: Path | str | None = None,
         trust: Sequence[str] = (),
     ) -> None:
@@ -170,7 +171,7 @@ class Throughput(pl.Callback):
         every_n_steps: optimizer steps averaged over; best the trainer's `log_every_n_steps`.
     """
 
-    def __init__(self, every_n_steps: int = 50) -> None:
+    def __init__(self, every_n_steps: Count = 50) -> None:
         self._every_n_steps = every_n_steps
         self._images = 0
         self._waited = self._worked = 0.0
@@ -219,7 +220,7 @@ class Progress(ProgressBar):
         log_seconds: between two lines elsewhere.
     """
 
-    def __init__(self, refresh_seconds: float = 1.0, log_seconds: float = 30.0) -> None:
+    def __init__(self, refresh_seconds: NotNegative = 1.0, log_seconds: NotNegative = 30.0) -> None:
         super().__init__()
         self._console = Console()
         self._pause = refresh_seconds if self._console.is_terminal else log_seconds

@@ -6,13 +6,16 @@ hints of the class it names, once as far as the source tells without an import, 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Literal, Union
+from typing import Annotated, Any, Literal, Union
+
+from annotated_types import Ge
 
 from ldm.config_read import Node, dotted, nearest, show
 from ldm.config_signature import live_signature, static_signature
 from ldm.config_target import check_name, resolve
-from ldm.config_types import LookUp, Signature, mismatches, spell
+from ldm.config_types import LookUp, Parameter, Signature, mismatches, spell
 from ldm.errors import ConfigError
+from ldm.ranges import Count, CountOrZero, Fraction, FractionAboveZero, Positive, Seed
 
 _SECTIONS = ("name", "seed", "model", "data", "lightning")
 _LIGHTNING = ("trainer", "logger", "callbacks", "strategy")
@@ -26,6 +29,18 @@ _NOT_IN_TRAINER = {
     "use_distributed_sampler": "the order of the data is ldm's own; remove it",
     "max_epochs": "the length of a run is lightning.trainer.max_steps",
     "default_root_dir": "the run folder is chosen by main.py's --logdir and --name",
+}
+# What Lightning's own hints do not say of its numbers; where it gives them a meaning at 0 or below, that is not ours.
+_TRAINER_RANGES: dict[str, Any] = {
+    **dict.fromkeys(("max_steps", "num_nodes", "log_every_n_steps"), Count),
+    **dict.fromkeys(("min_steps", "val_check_interval"), Count | None),
+    "gradient_clip_val": Positive | None,
+    "limit_train_batches": Count | FractionAboveZero | None,
+    **dict.fromkeys(
+        ("limit_val_batches", "limit_test_batches", "limit_predict_batches"), CountOrZero | Fraction | None
+    ),
+    "overfit_batches": CountOrZero | Fraction,
+    "num_sanity_val_steps": Annotated[int, Ge(-1)] | None,
 }
 
 
@@ -57,7 +72,7 @@ def names(root: Node, trust: Sequence[str]) -> list[str]:
             problems.append(_problem(section, sections[section], f"expected a mapping with 'target', found {found}"))
     if "seed" not in sections:
         problems.append(f"seed ({root.origin}): missing; write seed: 23")
-    for section, kind in (("seed", int), ("name", str)):
+    for section, kind in (("seed", Seed), ("name", str)):
         node = sections.get(section)
         if node and not (section == "name" and node.value is None):
             problems += [_problem(*wrong) for wrong in mismatches(node, kind, section, lambda target, partial: None)]
@@ -166,7 +181,10 @@ def parameters(root: Node, look_up: LookUp) -> list[str]:
     trainer = lightning.children.get("trainer") if lightning else None
     if trainer and isinstance(trainer.value, dict) and (signature := look_up(_TRAINER, False)):
         given = {name: child for name, child in trainer.value.items() if name not in _NOT_IN_TRAINER}
-        signature = _with_auto_precision(signature)
+        ranged = signature.parameters | {
+            name: Parameter(hint, False) for name, hint in _TRAINER_RANGES.items() if name in signature.parameters
+        }
+        signature = _with_auto_precision(replace(signature, parameters=ranged))
         problems += _arguments("lightning.trainer", Node(given, trainer.origin), _TRAINER, signature, look_up)
     return problems
 

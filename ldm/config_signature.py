@@ -50,7 +50,7 @@ def _evaluate(annotation: Any, scope: dict[str, Any]) -> Any:
     """A hint with its forward references resolved; Any where that is not possible."""
     holder = type("Holder", (), {"__annotations__": {"hint": annotation}})
     try:
-        return typing.get_type_hints(holder, globalns=scope)["hint"]
+        return typing.get_type_hints(holder, globalns=scope, include_extras=True)["hint"]
     except Exception:  # a name imported for type checkers only: whatever evaluating it raises
         return Any
 
@@ -60,7 +60,7 @@ def _evaluate(annotation: Any, scope: dict[str, Any]) -> Any:
 # Decorators of __init__ that keep its signature.
 _TRANSPARENT = {"overload", "override", "typing.overload", "_defaults_from_env_vars"}
 # Modules whose names in hints are understood without importing more.
-_KNOWN = ("typing", "collections.abc", "pathlib", "os")
+_KNOWN = ("typing", "collections.abc", "pathlib", "os", "annotated_types", "ldm.ranges")
 
 
 def static_signature(target: str) -> Signature | None:
@@ -218,7 +218,7 @@ def _function(node: ast.FunctionDef, path: Path, skip: int = 0) -> Signature:
 
 
 def _scope(path: Path) -> dict[str, Any]:
-    """The names a module imports from the standard library's typing modules."""
+    """The names a module imports from the modules that hints are made of."""
     scope: dict[str, Any] = {}
     for statement in _statements(_parsed(path)):
         if isinstance(statement, ast.ImportFrom) and statement.module in _KNOWN and not statement.level:

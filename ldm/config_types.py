@@ -1,8 +1,9 @@
 """Does a value of the configuration fit a type hint?
 
 Strict, as the constructor will get the value as it stands: text is not a number and true is not 1. What YAML
-cannot write otherwise is let through: a list for a tuple or set, text for a path, an int for a float. A node fits
-where the class it makes does. Where nothing can be decided (protocols, unresolved names), nothing is said.
+cannot write otherwise is let through: a list for a tuple or set, text for a path, an int for a float. Numbers are
+finite, and within the range that their hint states (ldm/ranges.py). A node fits where the class it makes does. Where
+nothing can be decided (protocols, unresolved names), nothing is said.
 """
 
 import collections.abc as abc
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ldm import ranges
 from ldm.config_read import Node, dotted, show
 from ldm.errors import ConfigError
 
@@ -54,13 +56,13 @@ _MAPPINGS = (dict, abc.Mapping, abc.MutableMapping)
 
 def mismatches(node: Node, hint: Any, key: str, look_up: LookUp) -> list[Mismatch]:
     """Where `node`, standing at `key`, does not fit `hint`; empty if it does or if nobody can tell."""
-    hint = _simplify(hint)
+    ranged, hint = hint, _simplify(hint)
     if hint is Any or hint is object or _is_deferred(node):
         return []
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return _union(node, hint, key, look_up)
     kind = typing.get_origin(hint) or hint
-    wrong = [Mismatch(key, node, f"expected {spell(hint)}, found {show(node)}{_fix(node, kind)}")]
+    wrong = [Mismatch(key, node, f"expected {_wanted(node, ranged)}, found {show(node)}{_fix(node, kind)}")]
     if node.is_object:
         return _object(node, kind, key, look_up)
     if isinstance(node.value, list):
@@ -69,7 +71,18 @@ def mismatches(node: Node, hint: Any, key: str, look_up: LookUp) -> list[Mismatc
         if typing.is_typeddict(kind):
             return []
         return _dict(node.value, hint, key, look_up) if kind in _MAPPINGS else wrong
-    return [] if _leaf_fits(node.value, hint, kind) else wrong
+    return [] if _leaf_fits(node.value, hint, kind) and _is_in_range(node.value, ranged) else wrong
+
+
+def _is_in_range(value: Any, hint: Any) -> bool:
+    return isinstance(value, bool) or not isinstance(value, int | float) or ranges.admits(hint, value)
+
+
+def _wanted(node: Node, hint: Any) -> str:
+    """What stands after "expected": where no range says more, that a number be finite."""
+    infinite = isinstance(node.value, float) and not ranges.is_finite(node.value)
+    ranged = any(ranges.bounds(arm) for arm in (hint, *typing.get_args(hint)))
+    return "a finite number" if infinite and not ranged else spell(hint)
 
 
 def _simplify(hint: Any) -> Any:
@@ -100,7 +113,7 @@ def _union(node: Node, hint: Any, key: str, look_up: LookUp) -> list[Mismatch]:
             inside.append(wrong)
     if len(inside) == 1:  # the only arm of the right shape: say what is wrong within it
         return inside[0]
-    return [Mismatch(key, node, f"expected {spell(hint)}, found {show(node)}")]
+    return [Mismatch(key, node, f"expected {_wanted(node, hint)}, found {show(node)}")]
 
 
 def _list(items: list[Node], hint: Any, key: str, look_up: LookUp) -> list[Mismatch]:
@@ -180,6 +193,8 @@ def _fix(node: Node, kind: Any) -> str:
 
 def spell(hint: Any) -> str:
     """The hint in a user's words."""
+    if ranges.bounds(hint):
+        return ranges.spell(hint)
     hint = _simplify(hint)
     arguments = typing.get_args(hint)
     kind = typing.get_origin(hint) or hint

@@ -6,13 +6,15 @@ here starts with no memory and lengthens it.
 
 import copy
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn
 
 from ldm.errors import ConfigError
+from ldm.ranges import Fraction, Positive
 
 
 class Profile(Protocol):
@@ -27,7 +29,7 @@ class HalfLife:
     Until 1/ramp half-lives have passed, the half-life is `ramp` times the images seen (Karras et al. 2022, "EDM").
     """
 
-    def __init__(self, images: float, ramp: float = 0.05) -> None:
+    def __init__(self, images: Positive, ramp: Positive = 0.05) -> None:
         self.images = images
         self.ramp = ramp
 
@@ -39,7 +41,7 @@ class HalfLife:
 class Decay:
     """The classic: a constant share an update, at first at most (1 + n) / (10 + n) after n updates of this size."""
 
-    def __init__(self, decay: float = 0.9999) -> None:
+    def __init__(self, decay: Fraction = 0.9999) -> None:
         self.decay = decay
 
     def __call__(self, images_seen: int, images: int) -> float:
@@ -57,7 +59,7 @@ class PowerFunction:
         width: relative standard deviation of the shares, sigma_rel: 0.05 and 0.1 are the paper's two.
     """
 
-    def __init__(self, width: float) -> None:
+    def __init__(self, width: Annotated[float, Interval(gt=0, lt=12**-0.5)]) -> None:
         self.exponent = power_exponent(width)
 
     def __call__(self, images_seen: int, images: int) -> float:

@@ -19,6 +19,7 @@ from ldm.checkpoint import SUFFIX
 from ldm.data.datamodules import ElasticDataModule
 from ldm.distributed import gather
 from ldm.errors import ConfigError, LdmError, NumericError
+from ldm.ranges import Count, CountOrZero
 from ldm.saving import save_at_end
 from ldm.sharding import total_norm
 
@@ -60,7 +61,7 @@ class FiniteGuard(pl.Callback):
         NumericError: in the training loop, on all ranks, naming step, samples, loss, files and checkpoint.
     """
 
-    def __init__(self, folder: Path | str, limit: int = 3, every_n_steps: int = 50) -> None:
+    def __init__(self, folder: Path | str, limit: CountOrZero = 3, every_n_steps: Count = 50) -> None:
         if limit < 0 or every_n_steps < 1:
             raise ConfigError(f"finite: expected limit >= 0 and every_n_steps >= 1, found {limit} and {every_n_steps}")
         self._path = Path(folder) / f"finite{SUFFIX}"

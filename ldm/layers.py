@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.ranges import Count
+
 
 def sinusoid(noise_level: Tensor, channels: int, longest_period: float = 10_000.0) -> Tensor:
     """Cosines, then sines, of the noise level: (N,) -> (N, channels) float32 (Vaswani et al. 2017, section 3.5)."""
@@ -44,7 +46,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Queries (N, L, C) look at tokens (N, M, D), by scaled dot products; with themselves as tokens: self-attention."""
 
-    def __init__(self, channels: int, token_channels: int, heads: int) -> None:
+    def __init__(self, channels: Count, token_channels: Count, heads: Count) -> None:
         super().__init__()
         self.heads = heads
         self.query = nn.Linear(channels, channels, bias=False)
@@ -62,7 +64,7 @@ class Attention(nn.Module):
 class GatedFeedForward(nn.Module):
     """Two linear layers, four times as wide between them, gated by a GELU (GEGLU; Shazeer 2020): (N, L, C)."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: Count) -> None:
         super().__init__()
         self.widen = nn.Linear(channels, 8 * channels)
         self.narrow = nn.Linear(4 * channels, channels)

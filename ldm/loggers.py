@@ -19,6 +19,7 @@ from pytorch_lightning.loggers.logger import DummyExperiment
 from pytorch_lightning.utilities import rank_zero_only
 
 from ldm.errors import ResourceError
+from ldm.ranges import Positive
 from ldm.run import write_whole
 
 log = logging.getLogger(__name__)
@@ -133,7 +134,7 @@ class FencedWandb(WandbLogger):
         name: str | None = None,
         id: str | None = None,
         offline: bool = False,
-        time_limit: float = 30.0,
+        time_limit: Positive = 30.0,
     ) -> None:
         super().__init__(name=name, save_dir=save_dir, project=project, id=id, offline=offline)
         del self._wandb_init["anonymous"]  # Lightning passes it, wandb warns of it

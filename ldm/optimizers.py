@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ldm.ranges import FractionBelowOne, NotNegative, Positive
+
 
 def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer: those with decay, those without; an empty one is left out."""
@@ -37,10 +39,10 @@ class AdamW(torch.optim.AdamW):
     def __init__(
         self,
         params: Iterable[nn.Parameter],
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
+        lr: Positive,
+        betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.95),
+        eps: NotNegative = 1e-8,
+        weight_decay: NotNegative = 0.01,
         fused: bool = True,
     ) -> None:
         super().__init__(decay_groups(params, weight_decay), lr=lr, betas=betas, eps=eps, fused=fused)
@@ -65,10 +67,10 @@ class Muon(Optimizer):
     def __init__(
         self,
         params: Iterable[nn.Parameter],
-        lr: float,
-        momentum: float = 0.95,
-        betas: tuple[float, float] = (0.9, 0.95),
-        weight_decay: float = 0.01,
+        lr: Positive,
+        momentum: FractionBelowOne = 0.95,
+        betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.95),
+        weight_decay: NotNegative = 0.01,
     ) -> None:
         listed = list(params)
         matrices = [parameter for parameter in listed if parameter.ndim == 2]

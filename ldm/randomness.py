@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.ranges import Count, CountOrZero, Seed
+
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -72,9 +74,9 @@ class Draws:
 
     def __init__(
         self,
-        seed: int,
-        numbers: np.ndarray | Sequence[int],
-        batch_size: int,
+        seed: Seed,
+        numbers: np.ndarray | Sequence[CountOrZero],
+        batch_size: Count,
         device: torch.device | str = "cpu",
     ) -> None:
         self.seed = seed

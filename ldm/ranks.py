@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ldm.errors import PeerError
+from ldm.ranges import NotNegative
 
 _STARTER = "LDM_STARTER"
 """In the environment of rank 0's children: the process that they belong to."""
@@ -67,7 +68,7 @@ class Watch:
     """
 
     def __init__(
-        self, children: Sequence[subprocess.Popen[bytes]], told: Callable[[str], None], grace: float = 8.0
+        self, children: Sequence[subprocess.Popen[bytes]], told: Callable[[str], None], grace: NotNegative = 8.0
     ) -> None:
         self._children = children
         self._told = told

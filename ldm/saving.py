@@ -16,6 +16,7 @@ from pytorch_lightning.utilities import rank_zero_info
 
 from ldm import checkpoint, distributed, sealed
 from ldm.errors import ConfigError, LdmError, PeerError, ResourceError
+from ldm.ranges import Count
 from ldm.snapshot import HostMemory
 
 TRIES = 3
@@ -160,12 +161,12 @@ class Checkpoints(Checkpoint):
 
     def __init__(
         self,
-        every: int = 1000,
-        keep: int = 2,
-        keep_every: int | None = None,
+        every: Count = 1000,
+        keep: Count = 2,
+        keep_every: Count | None = None,
         monitor: str | None = None,
         higher_is_better: bool = False,
-        keep_best: int = 1,
+        keep_best: Count = 1,
         asynchronous: bool = True,
     ) -> None:
         for name, value in {"every": every, "keep": keep, "keep_every": keep_every, "keep_best": keep_best}.items():

@@ -8,11 +8,13 @@ a rate of 0. Beyond that the factor stays: a rate never rises again.
 
 import math
 
+from ldm.ranges import Count, CountOrZero, Fraction
+
 
 class Constant:
     """1, after a warm-up of `warm_up` steps."""
 
-    def __init__(self, warm_up: int = 0) -> None:
+    def __init__(self, warm_up: CountOrZero = 0) -> None:
         self.warm_up = warm_up
 
     def __call__(self, step: int) -> float:
@@ -22,7 +24,7 @@ class Constant:
 class InverseSqrt(Constant):
     """1 up to step `flat`, then 1 / sqrt(step / flat) (Karras et al. 2024, "EDM2", eq. 67), after a warm-up."""
 
-    def __init__(self, flat: int, warm_up: int = 0) -> None:
+    def __init__(self, flat: Count, warm_up: CountOrZero = 0) -> None:
         super().__init__(warm_up)
         self.flat = flat
 
@@ -33,7 +35,7 @@ class InverseSqrt(Constant):
 class _Decay(Constant):
     """From 1 with the warm-up's last update (or the first) down to `final` after `steps` updates."""
 
-    def __init__(self, steps: int, warm_up: int = 0, final: float = 0.0) -> None:
+    def __init__(self, steps: Count, warm_up: CountOrZero = 0, final: Fraction = 0.0) -> None:
         super().__init__(warm_up)
         self.steps = steps
         self.final = final

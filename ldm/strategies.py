@@ -18,6 +18,7 @@ from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from torch.optim import Optimizer
 
 from ldm import checkpoint, distributed, sharding, shards
+from ldm.ranges import Positive
 
 TIMEOUT = 300.0
 """Seconds that a rank waits for another before it takes it for lost; Lightning's own default is half an hour."""
@@ -33,7 +34,7 @@ class DDP(DDPStrategy):
         backend: "gloo" or "nccl"; None: what suits the device.
     """
 
-    def __init__(self, timeout: float = TIMEOUT, backend: str | None = None) -> None:
+    def __init__(self, timeout: Positive = TIMEOUT, backend: str | None = None) -> None:
         super().__init__(timeout=timedelta(seconds=max(timeout, START)), process_group_backend=backend)
         self.timeout = timeout
 
@@ -52,7 +53,9 @@ class FSDP2(ModelParallelStrategy):
             DDP writes. Either can be resumed on any number of ranks and under any strategy.
     """
 
-    def __init__(self, timeout: float = TIMEOUT, backend: str | None = None, sharded_checkpoints: bool = False) -> None:
+    def __init__(
+        self, timeout: Positive = TIMEOUT, backend: str | None = None, sharded_checkpoints: bool = False
+    ) -> None:
         waits = timedelta(seconds=max(timeout, START))
         super().__init__(tensor_parallel_size=1, timeout=waits, process_group_backend=backend)
         self.sharded_checkpoints = sharded_checkpoints

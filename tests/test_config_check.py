@@ -123,8 +123,8 @@ BAD: dict[str, tuple[tuple[str, str] | str, str, int | None, tuple[str, ...]]] =
     # sections and nodes
     "unknown section": (("seed: 23", "seed: 23\nmodle: {}"), "modle", 3, ("did you mean 'model'?",)),
     "missing section": (("data:", "date:"), "date", 10, ("did you mean 'data'?", "data (", "missing")),
-    "seed is text": (("seed: 23", "seed: abc"), "seed", 2, ("expected int", "'abc'")),
-    "seed is a fraction": (("seed: 23", "seed: 2.0"), "seed", 2, ("expected int", "2.0", "write 2")),
+    "seed is text": (("seed: 23", "seed: abc"), "seed", 2, ("a whole number from 0", "'abc'")),
+    "seed is a fraction": (("seed: 23", "seed: 2.0"), "seed", 2, ("a whole number from 0", "2.0", "write 2")),
     "name is a number": (("name: house", "name: 7"), "name", 1, ("expected str", "7", "quotes")),
     "model is text": ("model=unet", "model", None, ("'target'", "'unet'")),
     "node key": (("  params:\n    batch", "  parms:\n    batch"), "data.parms", 12, ("did you mean 'params'?",)),
@@ -140,7 +140,7 @@ BAD: dict[str, tuple[tuple[str, str] | str, str, int | None, tuple[str, ...]]] =
     # lightning
     "lightning key": (("  trainer:", "  trainr:"), "lightning.trainr", 15, ("did you mean 'trainer'?",)),
     "trainer key": (("max_steps", "max_step"), "lightning.trainer.max_step", 16, ("did you mean 'max_steps'?",)),
-    "trainer type": ("lightning.trainer.max_steps=many", "lightning.trainer.max_steps", None, ("int", "'many'")),
+    "trainer type": ("lightning.trainer.max_steps=many", "lightning.trainer.max_steps", None, ("whole", "'many'")),
     "trainer's logger": ("lightning.trainer.logger=false", "lightning.trainer.logger", None, (" lightning.logger",)),
     "callback is text": ("lightning.callbacks={a: b}", "lightning.callbacks.a", None, ("'target'", "'b'")),
     "strategy is a number": ("lightning.strategy=3", "lightning.strategy", None, ("ddp", "int 3")),

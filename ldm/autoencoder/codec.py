@@ -15,6 +15,7 @@ from ldm.autoencoder.posterior import DiagonalGaussian, Posterior
 from ldm.autoencoder.quantiser import VectorQuantiser
 from ldm.config import build
 from ldm.errors import CheckpointError, ConfigError
+from ldm.ranges import Count
 
 
 class Pixels(nn.Module):
@@ -22,7 +23,7 @@ class Pixels(nn.Module):
 
     down_factor = 1
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: Count) -> None:
         super().__init__()
         self.in_channels = self.latent_channels = channels
 
@@ -48,7 +49,7 @@ class Codec(nn.Module):
         encoder: Encoder | Pixels,
         decoder: Decoder | nn.Identity,
         config: Mapping[str, Any],
-        resolution: int | None = None,
+        resolution: Count | None = None,
         statistics: Mapping[str, Any] | None = None,
         path: str = "",
         quantiser: VectorQuantiser | None = None,

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from ldm.ranges import Count, CountOrZero
+
 
 class PatchDiscriminator(nn.Module):
     """One logit for each overlapping patch: (N, in_channels, H, W) -> (N, 1, about H/2**layers, W/2**layers).
@@ -21,9 +23,9 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(
         self,
-        in_channels: int = 3,
-        channels: int = 64,
-        layers: int = 3,
+        in_channels: Count = 3,
+        channels: Count = 64,
+        layers: CountOrZero = 3,
         norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
     ) -> None:
         super().__init__()

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.autoencoder.posterior import Posterior
+from ldm.ranges import CountOrZero, Finite, NotNegative
 
 
 class Adversarial(Protocol):
@@ -74,14 +75,14 @@ class AutoencoderLoss(nn.Module):
     def __init__(
         self,
         perceptual: nn.Module | None = None,
-        perceptual_weight: float = 1.0,
-        l2_weight: float = 0.0,
-        kl_weight: float = 1e-6,
-        logvar: float = 0.0,
+        perceptual_weight: NotNegative = 1.0,
+        l2_weight: NotNegative = 0.0,
+        kl_weight: NotNegative = 1e-6,
+        logvar: Finite = 0.0,
         discriminator: nn.Module | None = None,
         adversarial: Adversarial | None = None,
-        adversarial_weight: float = 0.5,
-        adversarial_start: int = 50_001,
+        adversarial_weight: NotNegative = 0.5,
+        adversarial_start: CountOrZero = 50_001,
     ) -> None:
         super().__init__()
         self.perceptual = perceptual

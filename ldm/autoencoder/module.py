@@ -18,6 +18,7 @@ from ldm.autoencoder.networks import Decoder, Encoder
 from ldm.autoencoder.posterior import DiagonalGaussian, Posterior
 from ldm.autoencoder.quantiser import Quantised, VectorQuantiser, usage
 from ldm.errors import ConfigError
+from ldm.ranges import Positive
 from ldm.step_mean import StepMean, is_logged
 
 Batch = dict[str, Any]
@@ -56,7 +57,7 @@ class AutoencoderKL(pl.LightningModule):
         schedule: Schedule | None = None,
         discriminator_optimizer: MakeOptimizer | None = None,
         discriminator_schedule: Schedule | None = None,
-        gradient_clip: float | None = None,
+        gradient_clip: Positive | None = None,
         quantiser: VectorQuantiser | None = None,
     ) -> None:
         super().__init__()

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.layers import group_norm
+from ldm.ranges import Count, CountOrZero, FractionBelowOne
 
 EPS = 1e-6
 """Of all norms here, as in the published models."""
@@ -25,7 +26,7 @@ EPS = 1e-6
 class ResBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut: (N, in_channels, H, W) -> (N, out_channels, H, W)."""
 
-    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
+    def __init__(self, in_channels: Count, out_channels: Count, dropout: FractionBelowOne = 0.0) -> None:
         super().__init__()
         self.norm1 = group_norm(in_channels, eps=EPS)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -44,7 +45,7 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Single-head self-attention over the positions of a feature map, added to it: shape kept."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: Count) -> None:
         super().__init__()
         self.norm = group_norm(channels, eps=EPS)
         self.q = nn.Conv2d(channels, channels, 1)
@@ -68,7 +69,7 @@ def _to_tokens(x: Tensor) -> Tensor:
 class Downsample(nn.Module):
     """Halve the resolution with a strided convolution: (N, C, H, W) -> (N, C, H/2, W/2)."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: Count) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
@@ -80,7 +81,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Double the resolution by repetition, then smooth: (N, C, H, W) -> (N, C, 2H, 2W)."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: Count) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
@@ -126,14 +127,14 @@ class Encoder(nn.Module):
 
     def __init__(
         self,
-        in_channels: int,
-        channels: int,
-        channel_multipliers: Sequence[int],
-        blocks_per_level: int,
-        latent_channels: int,
-        attention_levels: Sequence[int] = (),
-        dropout: float = 0.0,
-        patch_size: int = 1,
+        in_channels: Count,
+        channels: Count,
+        channel_multipliers: Sequence[Count],
+        blocks_per_level: Count,
+        latent_channels: Count,
+        attention_levels: Sequence[CountOrZero] = (),
+        dropout: FractionBelowOne = 0.0,
+        patch_size: Count = 1,
         moments: bool = True,
     ) -> None:
         super().__init__()
@@ -176,14 +177,14 @@ class Decoder(nn.Module):
 
     def __init__(
         self,
-        out_channels: int,
-        channels: int,
-        channel_multipliers: Sequence[int],
-        blocks_per_level: int,
-        latent_channels: int,
-        attention_levels: Sequence[int] = (),
-        dropout: float = 0.0,
-        patch_size: int = 1,
+        out_channels: Count,
+        channels: Count,
+        channel_multipliers: Sequence[Count],
+        blocks_per_level: Count,
+        latent_channels: Count,
+        attention_levels: Sequence[CountOrZero] = (),
+        dropout: FractionBelowOne = 0.0,
+        patch_size: Count = 1,
     ) -> None:
         super().__init__()
         self.out_channels = out_channels

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.ranges import Count, NotNegative
+
 
 class Quantised:
     """The latents of a batch beside their nearest codes; speaks as `DiagonalGaussian` does.
@@ -20,7 +22,7 @@ class Quantised:
         size: of the codebook.
     """
 
-    def __init__(self, latents: Tensor, indices: Tensor, codes: Tensor, commitment: float, size: int) -> None:
+    def __init__(self, latents: Tensor, indices: Tensor, codes: Tensor, commitment: NotNegative, size: Count) -> None:
         self.mean = latents
         self.indices = indices
         self._codes, self._commitment, self._size = codes, commitment, size
@@ -77,7 +79,7 @@ class VectorQuantiser(nn.Module):
         commitment: how strongly the encoder is drawn to its codes, against the codes to the encoder.
     """
 
-    def __init__(self, size: int, channels: int, commitment: float = 0.25) -> None:
+    def __init__(self, size: Count, channels: Count, commitment: NotNegative = 0.25) -> None:
         super().__init__()
         self.size, self.channels, self.commitment = size, channels, commitment
         self.codebook = nn.Embedding(size, channels)

@@ -1,7 +1,7 @@
 """Lightning data modules: global batches in elastic order, with the randomness of each batch attached to it."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pytorch_lightning import LightningDataModule
@@ -13,6 +13,7 @@ from ldm.data.pixels import BrokenImages, EvalTransform, TrainTransform, Transfo
 from ldm.data.sampler import ElasticBatchSampler, accumulation, items, validation_batches
 from ldm.errors import ConfigError, DataError
 from ldm.randomness import Draws
+from ldm.ranges import Count, CountOrZero, Fraction, Seed
 from ldm.signals import held_back, ignore_in_worker
 
 VALIDATION_SEED = 0x76616C6964
@@ -29,7 +30,9 @@ class ElasticDataModule(LightningDataModule):
         num_workers: loader processes of each rank; 0: load in the main process.
     """
 
-    def __init__(self, batch_size: int, seed: int, micro_batch_size: int | None = None, num_workers: int = 0) -> None:
+    def __init__(
+        self, batch_size: Count, seed: Seed, micro_batch_size: Count | None = None, num_workers: CountOrZero = 0
+    ) -> None:
         super().__init__()
         self.batch_size = batch_size
         self.seed = seed
@@ -161,17 +164,17 @@ class ImageDataModule(ElasticDataModule):
     def __init__(
         self,
         train: ImageDataset,
-        batch_size: int,
-        resolution: int,
-        seed: int = 0,
-        channels: int = 3,
+        batch_size: Count,
+        resolution: Count,
+        seed: Seed = 0,
+        channels: Literal[1, 3] = 3,
         validation: ImageDataset | None = None,
-        num_validation: int = 0,
-        micro_batch_size: int | None = None,
-        num_workers: int = 0,
+        num_validation: CountOrZero = 0,
+        micro_batch_size: Count | None = None,
+        num_workers: CountOrZero = 0,
         transform: Transform | None = None,
         eval_transform: Transform | None = None,
-        max_broken: float = 0.01,
+        max_broken: Fraction = 0.01,
     ) -> None:
         super().__init__(batch_size, seed, micro_batch_size, num_workers)
         if channels not in (1, 3):

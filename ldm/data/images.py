@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 
 from ldm.errors import DataError
 from ldm.randomness import keys
+from ldm.ranges import Count, CountOrZero
 
 EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
 MAX_PIXELS = 50_000_000
@@ -121,7 +122,7 @@ class ImageFolder:
         root: str | Path,
         classes: bool | None = None,
         captions: str | Path | None = None,
-        max_pixels: int = MAX_PIXELS,
+        max_pixels: Count = MAX_PIXELS,
     ) -> None:
         self.root = Path(root)
         if not self.root.is_dir():
@@ -255,7 +256,7 @@ def _read_captions(path: Path) -> dict[str, str]:
 class Subset:
     """Some items of a data set, in the given order."""
 
-    def __init__(self, dataset: ImageDataset, indices: Sequence[int]) -> None:
+    def __init__(self, dataset: ImageDataset, indices: Sequence[CountOrZero]) -> None:
         self.dataset = dataset
         self.indices = [int(index) for index in indices]
 

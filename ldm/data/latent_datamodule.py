@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -21,6 +21,7 @@ from ldm.data.latent_reader import LatentCache, LatentDataset
 from ldm.data.latents import Manifest, Plan
 from ldm.data.pixels import EvalTransform
 from ldm.errors import ConfigError, DataError
+from ldm.ranges import Count, CountOrZero, Fraction, Seed
 
 _LOG_SECONDS = 30.0
 
@@ -55,20 +56,20 @@ class LatentDataModule(ElasticDataModule):
         self,
         train: ImageDataset,
         autoencoder: str | Path | None,
-        batch_size: int,
-        seed: int = 0,
-        resolution: int | None = None,
-        channels: int = 3,
+        batch_size: Count,
+        seed: Seed = 0,
+        resolution: Count | None = None,
+        channels: Literal[1, 3] = 3,
         validation: ImageDataset | None = None,
-        num_validation: int = 0,
-        micro_batch_size: int | None = None,
-        num_workers: int = 0,
+        num_validation: CountOrZero = 0,
+        micro_batch_size: Count | None = None,
+        num_workers: CountOrZero = 0,
         transform: EvalTransform | None = None,
         flip: bool = True,
         cache: str | Path | None = None,
-        max_broken: float = 0.01,
-        encode_batch_size: int = 64,
-        read_threads: int = 4,
+        max_broken: Fraction = 0.01,
+        encode_batch_size: Count = 64,
+        read_threads: Count = 4,
     ) -> None:
         super().__init__(batch_size, seed, micro_batch_size, num_workers)
         self.train_dataset, self.validation_dataset = split(train, validation, num_validation)

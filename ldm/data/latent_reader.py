@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from ldm.data.latent_files import read_sealed
 from ldm.data.latents import Manifest, Plan, check_bytes, check_size, shard_path
 from ldm.randomness import Draws
+from ldm.ranges import Seed
 
 
 class LatentCache:
@@ -105,7 +106,7 @@ class LatentDataset(Dataset[Any]):
         flip: mirror half of the samples (training), or none (validation).
     """
 
-    def __init__(self, cache: LatentCache, seed: int, flip: bool) -> None:
+    def __init__(self, cache: LatentCache, seed: Seed, flip: bool) -> None:
         self.cache = cache
         self.seed = seed
         self.flip = flip

@@ -20,6 +20,7 @@ from rich.progress import track
 from ldm import distributed
 from ldm.data.images import Item, read_image
 from ldm.errors import DataError, ResourceError
+from ldm.ranges import Count, Fraction
 
 ATTRIBUTION = "Emoji designed by OpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0"
 
@@ -71,10 +72,10 @@ class OpenMoji:
 
     def __init__(
         self,
-        size: int = 64,
+        size: Count = 64,
         folder: str | Path = "cache/openmoji",
         validation: bool = False,
-        validation_fraction: float = 0.05,
+        validation_fraction: Fraction = 0.05,
         skin_tones: bool = True,
     ) -> None:
         try:

@@ -19,6 +19,7 @@ from ldm.data.images import ImageDataset
 from ldm.data.sampler import Address
 from ldm.errors import ConfigError, DataError
 from ldm.randomness import ambient
+from ldm.ranges import Count, CountOrZero, Fraction, Seed
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class EvalTransform:
         interpolation: name of a torchvision `InterpolationMode`, such as "bicubic".
     """
 
-    def __init__(self, resolution: int, interpolation: str = "bicubic") -> None:
+    def __init__(self, resolution: Count, interpolation: str = "bicubic") -> None:
         self.resolution = resolution
         self.interpolation = _interpolation(interpolation)
         resize = v2.Resize(resolution, interpolation=self.interpolation, antialias=True)
@@ -81,7 +82,7 @@ class TrainTransform:
     """
 
     def __init__(
-        self, resolution: int, random_crop: bool = False, flip: float = 0.5, interpolation: str = "bicubic"
+        self, resolution: Count, random_crop: bool = False, flip: Fraction = 0.5, interpolation: str = "bicubic"
     ) -> None:
         resize = v2.Resize(resolution, interpolation=_interpolation(interpolation), antialias=True)
         crop = v2.RandomCrop(resolution) if random_crop else v2.CenterCrop(resolution)
@@ -114,10 +115,10 @@ class View(Dataset[dict[str, Any]]):
         self,
         dataset: ImageDataset,
         transform: Transform,
-        channels: int,
-        resolution: int,
-        seed: int,
-        patience: int = 100,
+        channels: Count,
+        resolution: Count,
+        seed: Seed,
+        patience: Count = 100,
     ) -> None:
         self.dataset = dataset
         self.transform = transform
@@ -184,7 +185,7 @@ class BrokenImages:
         allowed: the share of them that may be broken.
     """
 
-    def __init__(self, total: int, allowed: float) -> None:
+    def __init__(self, total: CountOrZero, allowed: Fraction) -> None:
         self.total = total
         self.allowed = allowed
         self.found: set[int] = set()

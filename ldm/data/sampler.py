@@ -15,6 +15,7 @@ from torch.utils.data import Sampler
 
 from ldm.errors import ConfigError, DataError
 from ldm.randomness import permutation
+from ldm.ranges import Count, CountOrZero, Seed
 
 Address = tuple[int, int]
 """(sample number, item of the data set): all that a data set's view needs to make one row of a batch."""
@@ -88,13 +89,13 @@ class ElasticBatchSampler(Sampler[list[Address]]):
 
     def __init__(
         self,
-        length: int,
-        batch_size: int,
-        seed: int,
+        length: Count,
+        batch_size: Count,
+        seed: Seed,
         position: Callable[[], int] = lambda: 0,
-        accumulation: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
+        accumulation: Count = 1,
+        rank: CountOrZero = 0,
+        world_size: Count = 1,
     ) -> None:
         if length < 1:
             raise DataError(f"0 batches: the data set holds {length} items (batch {batch_size}, {world_size} ranks)")

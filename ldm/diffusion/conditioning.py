@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ldm.ranges import Count, NotNegative
+
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -84,7 +86,7 @@ class _ClassTable(nn.Module):
         std: of the rows' first, normal values.
     """
 
-    def __init__(self, num_classes: int, channels: int, std: float = 1.0) -> None:
+    def __init__(self, num_classes: Count, channels: Count, std: NotNegative = 1.0) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.table = nn.Embedding(num_classes + 1, channels)
@@ -115,7 +117,7 @@ class ClassOneHot(nn.Module):
     No class is all zeros. For networks with a class table of their own (EDM2).
     """
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: Count) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.register_buffer("rows", math.sqrt(num_classes) * torch.eye(num_classes), persistent=False)

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ldm.diffusion.conditioning import Conditioning
 from ldm.errors import ConfigError
 from ldm.layers import attend, sinusoid, zeroed
+from ldm.ranges import Count, CountOrZero, Positive
 
 _FREQUENCIES = 256
 """Width of the noise level's embedding, as published."""
@@ -26,7 +27,7 @@ _FREQUENCIES = 256
 class SelfAttention(nn.Module):
     """Tokens (N, L, C) look at one another; `rotation` (2, L, C / heads) turns queries and keys by their places."""
 
-    def __init__(self, channels: int, heads: int, normalise: bool) -> None:
+    def __init__(self, channels: Count, heads: Count, normalise: bool) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(channels, 3 * channels)
@@ -46,7 +47,7 @@ class SelfAttention(nn.Module):
 class FeedForward(nn.Module):
     """Two linear layers around a GELU: (N, L, C)."""
 
-    def __init__(self, channels: int, ratio: float) -> None:
+    def __init__(self, channels: Count, ratio: Positive) -> None:
         super().__init__()
         self.widen = nn.Linear(channels, int(ratio * channels))
         self.narrow = nn.Linear(int(ratio * channels), channels)
@@ -59,7 +60,7 @@ class FeedForward(nn.Module):
 class SwiGLU(nn.Module):
     """Two linear layers, gated by a SiLU between (Shazeer 2020), two thirds as wide for the same size: (N, L, C)."""
 
-    def __init__(self, channels: int, ratio: float) -> None:
+    def __init__(self, channels: Count, ratio: Positive) -> None:
         super().__init__()
         width = int(ratio * channels * 2 / 3)
         self.widen = nn.Linear(channels, 2 * width)
@@ -74,7 +75,7 @@ class Block(nn.Module):
     """Attention, then a feed-forward network, each normalised, shifted, scaled and gated by `told` (N, C)."""
 
     def __init__(
-        self, channels: int, attention: nn.Module, feed: nn.Module, make_norm: Callable[[int], nn.Module]
+        self, channels: Count, attention: nn.Module, feed: nn.Module, make_norm: Callable[[int], nn.Module]
     ) -> None:
         super().__init__()
         self.norm_attention = make_norm(channels)
@@ -118,13 +119,13 @@ class DiT(nn.Module):
 
     def __init__(
         self,
-        in_channels: int,
-        patch_size: int,
-        channels: int,
-        depth: int,
-        heads: int,
-        feed_ratio: float = 4.0,
-        spatial_channels: int = 0,
+        in_channels: Count,
+        patch_size: Count,
+        channels: Count,
+        depth: Count,
+        heads: Count,
+        feed_ratio: Positive = 4.0,
+        spatial_channels: CountOrZero = 0,
         rms_norm: bool = False,
         swiglu: bool = False,
         rotary: bool = False,

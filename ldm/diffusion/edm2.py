@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ldm.diffusion.conditioning import Conditioning
 from ldm.errors import ConfigError
 from ldm.layers import attend
+from ldm.ranges import Count, CountOrZero, FractionBelowOne, Positive
 
 _EPS = 1e-4
 _SILU = 0.596
@@ -56,7 +57,7 @@ def joined(a: Tensor, b: Tensor, balance: float = 0.5) -> Tensor:
 class Weight(nn.Module):
     """A linear layer (size 0) or convolution (size 1 or 3) without bias; rows of unit length times `gain` (eq. 47)."""
 
-    def __init__(self, c_in: int, c_out: int, size: int = 0) -> None:
+    def __init__(self, c_in: Count, c_out: Count, size: CountOrZero = 0) -> None:
         super().__init__()
         self.size = size
         self.weight = nn.Parameter(torch.randn(c_out, c_in, size, size) if size else torch.randn(c_out, c_in))
@@ -86,13 +87,13 @@ class Block(nn.Module):
 
     def __init__(
         self,
-        c_in: int,
-        c_out: int,
-        told: int,
+        c_in: Count,
+        c_out: Count,
+        told: Count,
         down: bool,
-        resize: float = 1,
+        resize: Positive = 1,
         attention: bool = False,
-        dropout: float = 0.0,
+        dropout: FractionBelowOne = 0.0,
     ) -> None:
         super().__init__()
         self.down, self.resize = down, resize
@@ -155,13 +156,13 @@ class MagnitudePreservingUNet(nn.Module):
 
     def __init__(
         self,
-        in_channels: int,
-        channels: int,
-        channel_multipliers: Sequence[int] = (1, 2, 3, 4),
-        blocks_per_level: int = 3,
-        attention_levels: Sequence[int] = (2, 3),
-        vector_channels: int | None = None,
-        dropout: float = 0.0,
+        in_channels: Count,
+        channels: Count,
+        channel_multipliers: Sequence[Count] = (1, 2, 3, 4),
+        blocks_per_level: Count = 3,
+        attention_levels: Sequence[CountOrZero] = (2, 3),
+        vector_channels: Count | None = None,
+        dropout: FractionBelowOne = 0.0,
         checkpointing: bool = False,
     ) -> None:
         super().__init__()

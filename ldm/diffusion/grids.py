@@ -9,6 +9,7 @@ from torch import Tensor
 from ldm.diffusion.noise_levels import shifted
 from ldm.diffusion.objectives import Objective
 from ldm.errors import ConfigError
+from ldm.ranges import Positive
 
 
 class Grid(Protocol):
@@ -27,7 +28,7 @@ class Default:
 class Power:
     """t proportional to (place)^power: 1 is uniform, 2 quadratic (Song et al. 2021, appendix D.2: finer near data)."""
 
-    def __init__(self, power: float) -> None:
+    def __init__(self, power: Positive) -> None:
         self.power = power
 
     def __call__(self, objective: Objective, steps: int) -> Tensor:
@@ -38,7 +39,7 @@ class Power:
 class Shift:
     """Even places moved towards noise, for large latents: s place / (1 + (s - 1) place) (Esser et al. 2024)."""
 
-    def __init__(self, shift: float) -> None:
+    def __init__(self, shift: Positive) -> None:
         self.shift = shift
 
     def __call__(self, objective: Objective, steps: int) -> Tensor:
@@ -55,7 +56,7 @@ class Karras:
         rho: the larger, the more steps near the data.
     """
 
-    def __init__(self, ratio_min: float = 0.002, ratio_max: float = 80.0, rho: float = 7.0) -> None:
+    def __init__(self, ratio_min: Positive = 0.002, ratio_max: Positive = 80.0, rho: Positive = 7.0) -> None:
         self.ratio_min, self.ratio_max, self.rho = ratio_min, ratio_max, rho
 
     def __call__(self, objective: Objective, steps: int) -> Tensor:

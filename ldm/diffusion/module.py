@@ -17,6 +17,7 @@ from ldm.diffusion.conditioning import Conditioner
 from ldm.diffusion.objectives import Network, Objective
 from ldm.ema import EMA
 from ldm.errors import ConfigError
+from ldm.ranges import Fraction, Positive
 from ldm.schedule import Constant
 from ldm.step_mean import StepMean, is_logged
 
@@ -62,8 +63,8 @@ class LatentDiffusion(LightningModule):
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         ema: Callable[[nn.Module], EMA],
         schedule: Callable[[int], float] | None = None,
-        label_dropout: float = 0.0,
-        gradient_clip: float | None = None,
+        label_dropout: Fraction = 0.0,
+        gradient_clip: Positive | None = None,
         compile_blocks: bool = False,
     ) -> None:
         super().__init__()

@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ldm.ranges import Count, Finite, Positive
+
 
 class NoiseLevels(Protocol):
     """The quantile function of a distribution of noise levels."""
@@ -34,7 +36,7 @@ class LogitNormal:
 
     sigmas = False
 
-    def __init__(self, mean: float = 0.0, std: float = 1.0) -> None:
+    def __init__(self, mean: Finite = 0.0, std: Positive = 1.0) -> None:
         self.mean, self.std = mean, std
 
     def __call__(self, uniform: Tensor) -> Tensor:
@@ -46,7 +48,7 @@ class LogNormal:
 
     sigmas = True
 
-    def __init__(self, mean: float = -1.2, std: float = 1.2) -> None:
+    def __init__(self, mean: Finite = -1.2, std: Positive = 1.2) -> None:
         self.mean, self.std = mean, std
 
     def __call__(self, uniform: Tensor) -> Tensor:
@@ -64,7 +66,7 @@ class Shifted:
         levels: the distribution to shift.
     """
 
-    def __init__(self, dimensions: int, levels: NoiseLevels) -> None:
+    def __init__(self, dimensions: Count, levels: NoiseLevels) -> None:
         self.shift = math.sqrt(dimensions / 4096)
         self.levels = levels
         self.sigmas = levels.sigmas

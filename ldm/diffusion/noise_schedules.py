@@ -5,6 +5,8 @@ from typing import Protocol
 
 import numpy as np
 
+from ldm.ranges import FractionAboveZero, NotNegative
+
 
 class NoiseSchedule(Protocol):
     """The single steps x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) noise of DDPM (Ho et al. 2020, eq. 2)."""
@@ -15,7 +17,7 @@ class NoiseSchedule(Protocol):
 class Linear:
     """beta linear in t (Ho et al. 2020)."""
 
-    def __init__(self, start: float = 1e-4, end: float = 0.02) -> None:
+    def __init__(self, start: FractionAboveZero = 1e-4, end: FractionAboveZero = 0.02) -> None:
         self.start, self.end = start, end
 
     def betas(self, steps: int) -> np.ndarray:
@@ -25,7 +27,7 @@ class Linear:
 class SqrtLinear:
     """sqrt(beta) linear in t: the "linear" of latent diffusion's code; 0.0015..0.0195 for its f4 and f8 models."""
 
-    def __init__(self, start: float = 0.0015, end: float = 0.0195) -> None:
+    def __init__(self, start: FractionAboveZero = 0.0015, end: FractionAboveZero = 0.0195) -> None:
         self.start, self.end = start, end
 
     def betas(self, steps: int) -> np.ndarray:
@@ -35,7 +37,7 @@ class SqrtLinear:
 class Cosine:
     """alpha falls as a quarter of a cosine (Nichol and Dhariwal 2021, eq. 17)."""
 
-    def __init__(self, offset: float = 0.008, largest_beta: float = 0.999) -> None:
+    def __init__(self, offset: NotNegative = 0.008, largest_beta: FractionAboveZero = 0.999) -> None:
         self.offset, self.largest_beta = offset, largest_beta
 
     def betas(self, steps: int) -> np.ndarray:

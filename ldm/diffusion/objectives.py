@@ -20,6 +20,7 @@ from ldm.diffusion.predictions import Eps, Preconditioned, Prediction, Velocity
 from ldm.diffusion.weightings import VLB, Level, Plain, Weighting
 from ldm.errors import ConfigError
 from ldm.randomness import Draws
+from ldm.ranges import Count, NotNegative, Positive
 
 
 class Network(Protocol):
@@ -53,7 +54,7 @@ class Objective(nn.Module):
         prediction: Prediction,
         weighting: Weighting,
         levels: NoiseLevels,
-        direction_weight: float = 0.0,
+        direction_weight: NotNegative = 0.0,
     ) -> None:
         super().__init__()
         if isinstance(weighting, VLB) and path.step == 0:
@@ -146,8 +147,8 @@ class DDPM(Objective):
         prediction: Prediction | None = None,
         weighting: Weighting | None = None,
         levels: NoiseLevels | None = None,
-        steps: int = 1000,
-        direction_weight: float = 0.0,
+        steps: Count = 1000,
+        direction_weight: NotNegative = 0.0,
     ) -> None:
         path = Discrete(schedule, steps)
         super().__init__(path, prediction or Eps(), weighting or Plain(), levels or Uniform(), direction_weight)
@@ -167,10 +168,10 @@ class EDM(Objective):
         self,
         levels: NoiseLevels | None = None,
         weighting: Weighting | None = None,
-        sigma_data: float = 1.0,
-        sigma_min: float = 0.002,
-        sigma_max: float = 80.0,
-        rho: float = 7.0,
+        sigma_data: Positive = 1.0,
+        sigma_min: Positive = 0.002,
+        sigma_max: Positive = 80.0,
+        rho: Positive = 7.0,
     ) -> None:
         path = Exploding(sigma_data, sigma_min, sigma_max, rho)
         super().__init__(path, Preconditioned(sigma_data), weighting or Plain(), levels or LogNormal())
@@ -192,8 +193,8 @@ class Flow(Objective):
         prediction: Prediction | None = None,
         weighting: Weighting | None = None,
         levels: NoiseLevels | None = None,
-        direction_weight: float = 0.0,
-        told_scale: float = 1000.0,
+        direction_weight: NotNegative = 0.0,
+        told_scale: Positive = 1000.0,
     ) -> None:
         path = Straight(told_scale)
         super().__init__(path, prediction or Velocity(), weighting or Plain(), levels or Uniform(), direction_weight)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ldm.diffusion.noise_schedules import NoiseSchedule
 from ldm.errors import ConfigError
+from ldm.ranges import Count, Positive
 
 
 class Path(Protocol):
@@ -59,7 +60,7 @@ class Discrete:
     step = 1.0
     sigmas = False
 
-    def __init__(self, schedule: NoiseSchedule, steps: int = 1000) -> None:
+    def __init__(self, schedule: NoiseSchedule, steps: Count = 1000) -> None:
         self.steps = steps
         self.last = float(steps)
         squared_alpha = np.concatenate([[1.0], np.cumprod(1 - schedule.betas(steps))])  # t = 0..T
@@ -130,7 +131,7 @@ class Exploding:
     sigmas = True
 
     def __init__(
-        self, sigma_data: float = 1.0, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
+        self, sigma_data: Positive = 1.0, sigma_min: Positive = 0.002, sigma_max: Positive = 80.0, rho: Positive = 7.0
     ) -> None:
         self.sigma_data, self.sigma_min, self.rho = sigma_data, sigma_min, rho
         self.last = sigma_max
@@ -174,7 +175,7 @@ class Straight:
     step = 1e-3
     sigmas = False
 
-    def __init__(self, told_scale: float = 1000.0) -> None:
+    def __init__(self, told_scale: Positive = 1000.0) -> None:
         self.told_scale = told_scale
 
     def alpha(self, t: Tensor) -> Tensor:

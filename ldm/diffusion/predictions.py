@@ -8,6 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ldm.ranges import Positive
+
 
 class Prediction(Protocol):
     """alpha and sigma multiply rows: () or (N, 1, ...)."""
@@ -82,7 +84,7 @@ class Preconditioned:
         sigma_data: standard deviation of the data; latents out of a cache are whitened: 1.
     """
 
-    def __init__(self, sigma_data: float = 1.0) -> None:
+    def __init__(self, sigma_data: Positive = 1.0) -> None:
         self.sigma_data = sigma_data
 
     def target(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:

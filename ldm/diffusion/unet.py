@@ -15,12 +15,13 @@ from torch.utils.checkpoint import checkpoint
 from ldm.diffusion.conditioning import Conditioning
 from ldm.errors import ConfigError
 from ldm.layers import Attention, GatedFeedForward, attend, group_norm, sinusoid, zeroed
+from ldm.ranges import Count, CountOrZero, FractionBelowOne, Positive
 
 
 class Downsample(nn.Module):
     """Half the height and width by a strided convolution."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: Count) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
@@ -31,7 +32,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Twice the height and width by repetition, then a convolution."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: Count) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
@@ -48,12 +49,12 @@ class ResBlock(nn.Module):
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
-        embedding_channels: int,
-        dropout: float = 0.0,
+        in_channels: Count,
+        out_channels: Count,
+        embedding_channels: Count,
+        dropout: FractionBelowOne = 0.0,
         scale_shift: bool = False,
-        resize: float = 1,
+        resize: Positive = 1,
     ) -> None:
         super().__init__()
         self.scale_shift = scale_shift
@@ -86,7 +87,7 @@ class ResBlock(nn.Module):
 class SelfAttention(nn.Module):
     """Every pixel looks at every other."""
 
-    def __init__(self, channels: int, heads: int) -> None:
+    def __init__(self, channels: Count, heads: Count) -> None:
         super().__init__()
         self.heads = heads
         self.norm = group_norm(channels)
@@ -104,7 +105,7 @@ class SelfAttention(nn.Module):
 class SpatialTransformer(nn.Module):
     """Pixels as a sequence: self-attention, cross-attention to the tokens, feed-forward (Rombach et al. 2022)."""
 
-    def __init__(self, channels: int, token_channels: int, heads: int) -> None:
+    def __init__(self, channels: Count, token_channels: Count, heads: Count) -> None:
         super().__init__()
         self.norm = group_norm(channels, eps=1e-6)
         self.conv_in = nn.Conv2d(channels, channels, 1)
@@ -158,19 +159,19 @@ class UNet(nn.Module):
 
     def __init__(
         self,
-        in_channels: int,
-        channels: int,
-        channel_multipliers: Sequence[int],
-        blocks_per_level: int = 2,
-        attention_levels: Sequence[int] = (),
-        heads: int | None = None,
-        head_channels: int | None = None,
-        context_channels: int | None = None,
-        vector_channels: int | None = None,
-        spatial_channels: int = 0,
+        in_channels: Count,
+        channels: Count,
+        channel_multipliers: Sequence[Count],
+        blocks_per_level: Count = 2,
+        attention_levels: Sequence[CountOrZero] = (),
+        heads: Count | None = None,
+        head_channels: Count | None = None,
+        context_channels: Count | None = None,
+        vector_channels: Count | None = None,
+        spatial_channels: CountOrZero = 0,
         scale_shift: bool = False,
         resample_in_blocks: bool = False,
-        dropout: float = 0.0,
+        dropout: FractionBelowOne = 0.0,
         checkpointing: bool = False,
     ) -> None:
         super().__init__()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.layers import sinusoid
+from ldm.ranges import Count, Finite, NotNegative, Positive
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Plain:
 class MinSNR:
     """min(snr, gamma) of the error of x0 (Hang et al. 2023)."""
 
-    def __init__(self, gamma: float = 5.0) -> None:
+    def __init__(self, gamma: Positive = 5.0) -> None:
         self.gamma = gamma
 
     def __call__(self, error: Tensor, level: Level) -> Tensor:
@@ -58,7 +59,7 @@ class SoftMinSNR:
     The same as `Sigmoid` with bias ln(gamma).
     """
 
-    def __init__(self, gamma: float = 4.0) -> None:
+    def __init__(self, gamma: Positive = 4.0) -> None:
         self.gamma = gamma
 
     def __call__(self, error: Tensor, level: Level) -> Tensor:
@@ -68,14 +69,14 @@ class SoftMinSNR:
 class Sigmoid(SoftMinSNR):
     """sigmoid(bias - ln snr) of the error of eps (Kingma and Gao 2023; Hoogeboom et al. 2024)."""
 
-    def __init__(self, bias: float = 0.0) -> None:
+    def __init__(self, bias: Finite = 0.0) -> None:
         super().__init__(math.exp(bias))
 
 
 class P2:
     """1 / (k + snr)^gamma of the error of eps: less for the finest details (Choi et al. 2022)."""
 
-    def __init__(self, gamma: float = 1.0, k: float = 1.0) -> None:
+    def __init__(self, gamma: NotNegative = 1.0, k: Positive = 1.0) -> None:
         self.gamma, self.k = gamma, k
 
     def __call__(self, error: Tensor, level: Level) -> Tensor:
@@ -85,7 +86,7 @@ class P2:
 class KarrasWeighting:
     """1 / sigma_data^2 + snr of the error of x0: EDM's weights (Karras et al. 2022), for any other prediction."""
 
-    def __init__(self, sigma_data: float = 1.0) -> None:
+    def __init__(self, sigma_data: Positive = 1.0) -> None:
         self.sigma_data = sigma_data
 
     def __call__(self, error: Tensor, level: Level) -> Tensor:
@@ -115,7 +116,7 @@ class Uncertainty(nn.Module):
         channels: of the features of ln(snr) that u is linear in.
     """
 
-    def __init__(self, weighting: Weighting, channels: int = 128) -> None:
+    def __init__(self, weighting: Weighting, channels: Count = 128) -> None:
         super().__init__()
         self.weighting = weighting
         self.channels = channels

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.randomness import keys, permutation
+from ldm.ranges import Count
 
 
 class Judgement(NamedTuple):
@@ -34,7 +35,7 @@ class Classifier(nn.Module):
         width: channels at half the resolution; the features have 4 * width.
     """
 
-    def __init__(self, channels: int, num_classes: int, width: int = 32) -> None:
+    def __init__(self, channels: Count, num_classes: Count, width: Count = 32) -> None:
         super().__init__()
         self.trunk = nn.Sequential(
             _block(channels, width, stride=2),
