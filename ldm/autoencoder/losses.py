@@ -5,11 +5,17 @@
     generator      = nll + kl_weight * cost + w * adversarial_weight * adversarial.generator
     cost           = of the posterior: its KL; with a codebook, latents from their codes           mean over the batch
     discriminator  = adversarial.discriminator(images, detached reconstruction)
-    w              = |d nll / d W| / (|d generator term / d W| + 1e-4), at most 1e4;  W: the decoder's last weight
+    w              = |d nll / d W| / (|d generator term / d W| + 1e-4), at most max_adversarial_weight
+                     W: the decoder's last weight
 
 Sums, not means: nll grows with the number of pixels and KL with the number of latent values, so their balance does
-not change with the resolution as long as the down factor stays. Adam does not care for the common scale; a clipping
-threshold does.
+not change with the resolution as long as the down factor stays. Adam does not care for the common scale (beyond its
+epsilon); a clipping threshold and the bound of w do.
+
+The published KL training sums, too, and bounds w at 1e4. The published VQ training takes the mean over the n values of
+an image and bounds its w, n times smaller than this one, at 1e4: that is a bound of n x 1e4 here. The 1e-4 stands
+beside the adversarial gradient, in whose units nothing changes, so with that bound both are the same to the last bit
+but for rounding.
 
 One pass serves both optimizers. The gradients of the error and of the adversarial term with respect to the
 reconstruction are computed once each, at a detached copy; they give w by way of the last convolution alone, and
@@ -24,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.autoencoder.posterior import Posterior
-from ldm.ranges import CountOrZero, Finite, NotNegative
+from ldm.ranges import CountOrZero, Finite, NotNegative, Positive
 
 
 class Adversarial(Protocol):
@@ -65,11 +71,14 @@ class AutoencoderLoss(nn.Module):
             colours sooner: to the absolute difference a red that comes out brown is hardly worse than a pale red.
         kl_weight: of the posterior's cost: the KL against the standard normal, in nats; of a codebook, squared
             distances summed over the latent.
-        logvar: starting value of the learned log-variance, which belongs to the generator's optimizer.
+        logvar: starting value of the log-variance, which belongs to the generator's optimizer.
+        learn_logvar: False fixes it there, as it is in the published training, whose optimizers do not hold it (a
+            checkpoint's value takes the place of `logvar` either way).
         discriminator: images -> logits; None trains without one.
         adversarial: Hinge() or Vanilla().
         adversarial_weight: factor on the adaptive weight w.
         adversarial_start: first optimizer step with the discriminator; before it neither runs.
+        max_adversarial_weight: bound of w before that factor, in units of an error summed over an image (top of file).
     """
 
     def __init__(
@@ -79,21 +88,25 @@ class AutoencoderLoss(nn.Module):
         l2_weight: NotNegative = 0.0,
         kl_weight: NotNegative = 1e-6,
         logvar: Finite = 0.0,
+        learn_logvar: bool = True,
         discriminator: nn.Module | None = None,
         adversarial: Adversarial | None = None,
         adversarial_weight: NotNegative = 0.5,
         adversarial_start: CountOrZero = 50_001,
+        max_adversarial_weight: Positive = 1e4,
     ) -> None:
         super().__init__()
         self.perceptual = perceptual
         self.perceptual_weight = perceptual_weight
         self.l2_weight = l2_weight
         self.kl_weight = kl_weight
-        self.logvar = nn.Parameter(torch.tensor(logvar))
+        # A parameter either way: every checkpoint has it, and a fixed one takes part in no reduction of gradients.
+        self.logvar = nn.Parameter(torch.tensor(float(logvar)), requires_grad=learn_logvar)
         self.discriminator = discriminator
         self.adversarial = Hinge() if adversarial is None else adversarial
         self.adversarial_weight = adversarial_weight
         self.adversarial_start = adversarial_start
+        self.max_adversarial_weight = max_adversarial_weight
 
     def adversarial_at(self, step: int) -> bool:
         """Whether optimizer step `step` uses the discriminator."""
@@ -130,7 +143,8 @@ class AutoencoderLoss(nn.Module):
             fake = self.discriminator(copy).float()
             generator = self.adversarial.generator(fake)
             (push,) = torch.autograd.grad(generator, copy, retain_graph=True)  # (N, C, H, W)
-            weight = self.adversarial_weight * _balance(reconstruction, last_layer.weight, gradient, push)
+            balance = _balance(reconstruction, last_layer.weight, gradient, push)
+            weight = self.adversarial_weight * balance.clamp(0.0, self.max_adversarial_weight)
             gradient = gradient + weight * push
             real = self.discriminator(target).float()
             discriminator = self.adversarial.discriminator(real, fake)
@@ -162,14 +176,14 @@ class AutoencoderLoss(nn.Module):
 
 
 def _balance(reconstruction: Tensor, last_weight: Tensor, nll: Tensor, push: Tensor) -> Tensor:
-    """How much longer the nll's gradient is than the adversarial one at the last weight: a scalar in [0, 1e4]."""
+    """How much longer the nll's gradient is than the adversarial one at the last weight: a scalar, 0 or more."""
     norms = [
         torch.autograd.grad(reconstruction, last_weight, gradient.to(reconstruction.dtype), retain_graph=True)[0]
         .float()
         .norm()
         for gradient in (nll, push)
     ]
-    return (norms[0] / (norms[1] + 1e-4)).clamp(0.0, 1e4)
+    return norms[0] / (norms[1] + 1e-4)
 
 
 class _KnownGradient(torch.autograd.Function):

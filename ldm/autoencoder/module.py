@@ -39,7 +39,7 @@ class AutoencoderKL(pl.LightningModule):
         encoder: images to moments, or, for a quantiser, to latents.
         decoder: latents to images.
         loss: with the discriminator, if there is one.
-        optimizer: makes the optimizer of encoder, decoder and log-variance.
+        optimizer: makes the optimizer of encoder, decoder, codebook and log-variance (where that is learned).
         schedule: optimizer step (from 0) -> factor of its learning rate; None: constant.
         discriminator_optimizer: makes the discriminator's optimizer; `optimizer` does if not given.
         discriminator_schedule: the same for the discriminator, counted from its own first step.
@@ -130,6 +130,8 @@ class AutoencoderKL(pl.LightningModule):
         return {"loss": loss.detach()}
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LambdaLR]]:
+        # The log-variance is in the group also where it is fixed, and then without a gradient: a run in which that is
+        # changed can go on, since an optimizer's state is kept by the parameters' places.
         codebook = [] if self.quantiser is None else [*self.quantiser.parameters()]
         groups = [[*self.encoder.parameters(), *self.decoder.parameters(), self.loss.logvar, *codebook]]
         if self.loss.discriminator is not None:

@@ -1,7 +1,7 @@
 """Encoder and decoder of the latent-diffusion family (Rombach et al. 2022, arXiv:2112.10752, appendix E.1).
 
 The convolutional autoencoder of VQGAN (Esser et al. 2021) and DDPM (Ho et al. 2020): residual blocks with
-GroupNorm and swish, a strided convolution between levels, self-attention at chosen levels and in the middle.
+GroupNorm and swish, a strided convolution between levels, self-attention at chosen levels and, unless switched off, in the middle.
 Both 1x1 convolutions around the latent (`quant_conv`, `post_quant_conv`) belong to the networks here.
 
 Vocabulary: level 0 has the resolution of the image (divided by `patch_size`), each further level half of it, so the
@@ -101,10 +101,10 @@ def _blocks(in_channels: int, out_channels: int, count: int, attention: bool, dr
     return layers
 
 
-def _middle(channels: int, dropout: float) -> nn.Sequential:
+def _middle(channels: int, attention: bool, dropout: float) -> nn.Sequential:
     return nn.Sequential(
         ResBlock(channels, channels, dropout),
-        Attention(channels),
+        Attention(channels) if attention else nn.Identity(),  # so that the blocks have the same names either way
         ResBlock(channels, channels, dropout),
     )
 
@@ -123,6 +123,8 @@ class Encoder(nn.Module):
         patch_size: side of the squares of pixels that level 0 sees as one position (1 in the published models).
             2 makes the two most expensive resolutions one, at some loss of detail: for small machines.
         moments: give mean and log-variance, twice the latent's channels; False: the latent itself, for a quantiser.
+        middle_attention: self-attention between the two blocks at the lowest resolution; the published vq-f4-noattn
+            has none.
     """
 
     def __init__(
@@ -136,6 +138,7 @@ class Encoder(nn.Module):
         dropout: FractionBelowOne = 0.0,
         patch_size: Count = 1,
         moments: bool = True,
+        middle_attention: bool = True,
     ) -> None:
         super().__init__()
         self.in_channels = in_channels
@@ -153,7 +156,7 @@ class Encoder(nn.Module):
                 layers.append(Downsample(width))
             self.levels.append(nn.Sequential(*layers))
             previous = width
-        self.middle = _middle(previous, dropout)
+        self.middle = _middle(previous, middle_attention, dropout)
         self.norm_out = group_norm(previous, eps=EPS)
         told = self.outputs * latent_channels
         self.conv_out = nn.Conv2d(previous, told, 3, padding=1)
@@ -185,6 +188,7 @@ class Decoder(nn.Module):
         attention_levels: Sequence[CountOrZero] = (),
         dropout: FractionBelowOne = 0.0,
         patch_size: Count = 1,
+        middle_attention: bool = True,
     ) -> None:
         super().__init__()
         self.out_channels = out_channels
@@ -195,7 +199,7 @@ class Decoder(nn.Module):
         previous = widths[-1]
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
         self.conv_in = nn.Conv2d(latent_channels, previous, 3, padding=1)
-        self.middle = _middle(previous, dropout)
+        self.middle = _middle(previous, middle_attention, dropout)
         self.levels = nn.Sequential()
         for level, width in reversed(list(enumerate(widths))):
             layers = _blocks(previous, width, blocks_per_level + 1, level in attention_levels, dropout)

@@ -102,25 +102,50 @@ class SelfAttention(nn.Module):
         return x + self.out(h.transpose(-1, -2).reshape_as(x))  # (N, C, H, W)
 
 
-class SpatialTransformer(nn.Module):
-    """Pixels as a sequence: self-attention, cross-attention to the tokens, feed-forward (Rombach et al. 2022)."""
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the tokens, feed-forward, each after a norm and added: (N, L, C) kept."""
 
     def __init__(self, channels: Count, token_channels: Count, heads: Count) -> None:
+        super().__init__()
+        self.norm_self, self.attend_self = nn.LayerNorm(channels), Attention(channels, channels, heads)
+        self.norm_cross, self.attend_cross = nn.LayerNorm(channels), Attention(channels, token_channels, heads)
+        self.norm_feed, self.feed = nn.LayerNorm(channels), GatedFeedForward(channels)
+
+    def forward(self, h: Tensor, tokens: Tensor) -> Tensor:
+        return _transformed(self, h, tokens)
+
+
+class SpatialTransformer(nn.Module):
+    """Pixels as a sequence, which passes `depth` transformer blocks (Rombach et al. 2022).
+
+    The first block's layers stand here, under the names and in the order that they had before there could be more of
+    them: weights and optimizers of older checkpoints are loaded by these.
+    """
+
+    def __init__(self, channels: int, token_channels: int, heads: int, depth: int = 1) -> None:
         super().__init__()
         self.norm = group_norm(channels, eps=1e-6)
         self.conv_in = nn.Conv2d(channels, channels, 1)
         self.norm_self, self.attend_self = nn.LayerNorm(channels), Attention(channels, channels, heads)
         self.norm_cross, self.attend_cross = nn.LayerNorm(channels), Attention(channels, token_channels, heads)
         self.norm_feed, self.feed = nn.LayerNorm(channels), GatedFeedForward(channels)
+        self.further = nn.ModuleList(TransformerBlock(channels, token_channels, heads) for _ in range(depth - 1))
         self.conv_out = zeroed(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor) -> Tensor:
         h = self.conv_in(self.norm(x)).flatten(2).transpose(1, 2)  # (N, HW, C)
-        inside = self.norm_self(h)  # (N, HW, C)
-        h = h + self.attend_self(inside, inside)  # (N, HW, C)
-        h = h + self.attend_cross(self.norm_cross(h), tokens)  # (N, HW, C)
-        h = h + self.feed(self.norm_feed(h))  # (N, HW, C)
+        h = _transformed(self, h, tokens)  # (N, HW, C)
+        for block in self.further:
+            h = block(h, tokens)  # (N, HW, C)
         return x + self.conv_out(h.transpose(1, 2).reshape_as(x))  # (N, C, H, W)
+
+
+def _transformed(layers: TransformerBlock | SpatialTransformer, h: Tensor, tokens: Tensor) -> Tensor:
+    """One block's layers on pixels (N, HW, C) and tokens (N, L, D): (N, HW, C)."""
+    inside = layers.norm_self(h)  # (N, HW, C)
+    h = h + layers.attend_self(inside, inside)  # (N, HW, C)
+    h = h + layers.attend_cross(layers.norm_cross(h), tokens)  # (N, HW, C)
+    return h + layers.feed(layers.norm_feed(h))  # (N, HW, C)
 
 
 class Chain(nn.ModuleList):
@@ -146,6 +171,8 @@ class UNet(nn.Module):
         heads: attention heads; give this or `head_channels`.
         head_channels: channels a head, so that wider levels have more heads.
         context_channels: width of conditioning tokens; None: no cross-attention.
+        transformer_depth: transformer blocks at each place with attention, where there is cross-attention (1 in nearly
+            all published models, 3 in that of layouts to images).
         vector_channels: width of the conditioning vector; None: none.
         spatial_channels: channels of the conditioning picture, concatenated to x.
         scale_shift: the embedding scales and shifts (ADM) instead of being added (DDPM, LDM).
@@ -173,6 +200,7 @@ class UNet(nn.Module):
         resample_in_blocks: bool = False,
         dropout: FractionBelowOne = 0.0,
         checkpointing: bool = False,
+        transformer_depth: int = 1,
     ) -> None:
         super().__init__()
         self.in_channels, self.channels, self.spatial_channels = in_channels, channels, spatial_channels
@@ -181,6 +209,11 @@ class UNet(nn.Module):
         self.shrink = 2 ** (len(channel_multipliers) - 1)
         if (heads is None) == (head_channels is None):
             raise ConfigError("UNet: give exactly one of 'heads' and 'head_channels'")
+        if transformer_depth < 1 or (transformer_depth > 1 and context_channels is None):
+            raise ConfigError(
+                f"UNet: transformer_depth={transformer_depth}, context_channels={context_channels}: expected 1 or more "
+                f"blocks, and more than 1 only with cross-attention: set context_channels, or transformer_depth to 1"
+            )
         levels = range(len(channel_multipliers))
         if not set(attention_levels) <= set(levels):
             raise ConfigError(f"UNet: attention_levels {[*attention_levels]} must lie in 0..{levels[-1]}, the levels")
@@ -193,7 +226,9 @@ class UNet(nn.Module):
             n = heads if heads is not None else c // (head_channels or c)
             if n == 0 or c % n or (head_channels and c % head_channels):
                 raise ConfigError(f"UNet: {c} channels cannot be split: heads={heads}, head_channels={head_channels}")
-            return SelfAttention(c, n) if context_channels is None else SpatialTransformer(c, context_channels, n)
+            if context_channels is None:
+                return SelfAttention(c, n)
+            return SpatialTransformer(c, context_channels, n, transformer_depth)
 
         self.embed = nn.Sequential(nn.Linear(channels, told), nn.SiLU(), nn.Linear(told, told))
         self.embed_vector = None if vector_channels is None else nn.Linear(vector_channels, told)

@@ -12,21 +12,26 @@ from ldm.autoencoder.discriminator import PatchDiscriminator
 from ldm.autoencoder.losses import AutoencoderLoss, Hinge, Vanilla
 from ldm.autoencoder.lpips import LPIPS
 from ldm.autoencoder.networks import Decoder, Encoder
-from ldm.autoencoder.posterior import DiagonalGaussian
+from ldm.autoencoder.posterior import DiagonalGaussian, Posterior
+from ldm.autoencoder.quantiser import VectorQuantiser
 
 
 class Model(nn.Module):
     """A tiny autoencoder and a loss, the same weights each time."""
 
-    def __init__(self, **options) -> None:
+    def __init__(self, quantiser: VectorQuantiser | None = None, **options) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.encoder = Encoder(3, 8, (1, 2), 1, 2)
+        self.quantiser = quantiser
+        self.encoder = Encoder(3, 8, (1, 2), 1, 2, moments=quantiser is None)
         self.decoder = Decoder(3, 8, (1, 2), 1, 2)
         self.loss = AutoencoderLoss(**options)
         nn.init.constant_(self.loss.logvar, 0.3)
 
-    def run(self, images: Tensor) -> tuple[Tensor, DiagonalGaussian]:
+    def run(self, images: Tensor) -> tuple[Tensor, Posterior]:
+        if self.quantiser is not None:
+            posterior = self.quantiser(self.encoder(images))
+            return self.decoder(posterior.sample()), posterior
         posterior = DiagonalGaussian(self.encoder(images))
         return self.decoder(posterior.sample(generator=torch.Generator().manual_seed(1))), posterior
 
@@ -36,6 +41,13 @@ class Model(nn.Module):
 
     def gradients(self) -> dict[str, Tensor | None]:
         return {name: parameter.grad for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+
+class Contrast(nn.Module):
+    """A perceptual distance by hand: the squared difference of two images' standard deviations, (N,)."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return 10 * (a.flatten(1).std(1) - b.flatten(1).std(1)) ** 2
 
 
 def textbook(model: Model, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,6 +161,96 @@ def test_networks_run_forward_once(images):
         network.register_forward_hook(lambda *_: calls.append(1))
     model.ours(images)[0].backward()
     assert len(calls) == 2
+
+
+class Slope(nn.Module):
+    """One logit an image: `slope` times its mean."""
+
+    def __init__(self, slope: float) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor(slope))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.slope * images.mean((1, 2, 3))
+
+
+# Of black pictures and a reconstruction of 2 everywhere, by one last weight of 1 on features of 2: the gradient of the
+# mean error at that weight is 2, that of the generator's term -2 x slope.
+ADAPTIVE = [(1.0, 2 / 2.0001), (1e-4, 2 / 3e-4), (1e-6, 2 / 1.02e-4), (0.0, 2e4)]
+
+
+def adaptive_weight(slope: float, side: int, **options) -> float:
+    last = nn.Conv2d(1, 1, 1, bias=False)
+    nn.init.ones_(last.weight)
+    reconstruction = last(torch.full((2, 1, side, side), 2.0))
+    loss = AutoencoderLoss(discriminator=Slope(slope), adversarial_start=0, adversarial_weight=0.75, **options)
+    posterior = DiagonalGaussian(torch.zeros(2, 2, 1, 1))
+    return loss(torch.zeros(2, 1, side, side), reconstruction, posterior, last, 0)[1]["adversarial_weight"].item()
+
+
+@pytest.mark.parametrize("side", [4, 16])
+@pytest.mark.parametrize(("slope", "ratio"), ADAPTIVE)
+def test_the_adaptive_weight_of_a_mean_error(slope, ratio, side):
+    """Published VQ: at most 1e4 where the error is a mean over an image's n values; n times all of it for their sum."""
+    n = side * side
+    expected = 0.75 * n * min(ratio, 1e4)
+    assert adaptive_weight(slope, side, max_adversarial_weight=1e4 * n) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("side", [4, 16])
+@pytest.mark.parametrize(("slope", "ratio"), ADAPTIVE)
+def test_the_adaptive_weight_of_a_summed_error(slope, ratio, side):
+    """Published KL, the default: at most 1e4 where the error is summed."""
+    assert adaptive_weight(slope, side) == pytest.approx(0.75 * min(side * side * ratio, 1e4), rel=1e-5)
+
+
+@pytest.mark.parametrize("discriminator_scale", [1.0, 1e-3, 0.0])
+def test_published_vq_training(discriminator_scale, images):
+    """Means over values and codes, beta at the codebook's term, no log-variance: all gradients are ours over n."""
+    n, codes = images[0].numel(), 2 * 8 * 8
+    options = {"perceptual": Contrast(), "adversarial_start": 0, "adversarial_weight": 0.75, "learn_logvar": False}
+    options |= {"kl_weight": 0.25 * n / codes, "max_adversarial_weight": 1e4 * n}
+    ours = Model(discriminator=PatchDiscriminator(3, 8, 2), quantiser=VectorQuantiser(16, 2, 4.0), **options)
+    nn.init.zeros_(ours.loss.logvar)
+    nn.init.normal_(ours.quantiser.codebook.weight)
+    ours.loss.discriminator.layers[-1].weight.data.mul_(discriminator_scale)
+    reference = copy.deepcopy(ours)
+    total, logs = ours.ours(images)
+    total.backward()
+
+    latents = reference.encoder(images)
+    book = reference.quantiser.codebook.weight
+    rows = latents.permute(0, 2, 3, 1).reshape(-1, 2)
+    chosen = book[((rows[:, None] - book) ** 2).sum(2).argmin(1)].view(3, 8, 8, 2).permute(0, 3, 1, 2)
+    codebook = ((chosen.detach() - latents) ** 2).mean() + 0.25 * ((chosen - latents.detach()) ** 2).mean()
+    reconstruction = reference.decoder(latents + (chosen - latents).detach())
+    error = ((images - reconstruction).abs() + Contrast()(images, reconstruction).view(-1, 1, 1, 1)).mean()
+    fooled = -reference.loss.discriminator(reconstruction).mean()
+    last = reference.decoder.conv_out.weight
+    long, short = (torch.autograd.grad(part, last, retain_graph=True)[0].norm() for part in (error, fooled))
+    weight = (long / (short + 1e-4)).clamp(0.0, 1e4) * 0.75
+    assert (weight == 7500) == (discriminator_scale == 0)
+    (error + weight.detach() * fooled + codebook).backward()
+    assert logs["adversarial_weight"].item() == pytest.approx(n * weight.item(), rel=1e-4)
+    for part in ("encoder", "decoder", "quantiser"):
+        found, expected = (
+            torch.cat([parameter.grad.flatten() for parameter in model.get_submodule(part).parameters()])
+            for model in (ours, reference)
+        )
+        assert (found - n * expected).norm() < 1e-5 * (n * expected).norm(), part
+
+
+def test_a_fixed_logvar_is_in_the_state_alone(images):
+    fixed, learned = Model(learn_logvar=False, kl_weight=0.5), Model(kl_weight=0.5)
+    assert fixed.state_dict().keys() == learned.state_dict().keys()
+    (a, _), (b, _) = fixed.ours(images), learned.ours(images)
+    torch.testing.assert_close(a, b)
+    for total in (a, b):
+        total.backward()
+    assert fixed.loss.logvar.grad is None
+    assert learned.loss.logvar.grad is not None
+    torch.testing.assert_close(fixed.decoder.conv_out.weight.grad, learned.decoder.conv_out.weight.grad)
+    assert "logvar" in dict(AutoencoderLoss(logvar=0, learn_logvar=False).state_dict())
 
 
 def test_the_adversarial_weight_is_capped_and_finite(images):

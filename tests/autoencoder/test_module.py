@@ -19,6 +19,7 @@ from ldm.autoencoder.lpips import LPIPS
 from ldm.autoencoder.module import AutoencoderKL, latent_sums, statistics
 from ldm.autoencoder.networks import Decoder, Encoder
 from ldm.autoencoder.posterior import DiagonalGaussian
+from ldm.optimizers import AdamW, Muon
 from ldm.randomness import Draws
 
 
@@ -49,19 +50,25 @@ adam = partial(torch.optim.Adam, lr=1e-3, betas=(0.5, 0.9))
 sgd = partial(torch.optim.SGD, lr=1e-5)
 
 
-def make(start: int | None = None, optimizer=adam, perceptual: nn.Module | None = None, **options) -> AutoencoderKL:
+def make(
+    start: int | None = None, optimizer=adam, perceptual: nn.Module | None = None, learn_logvar=True, **options
+) -> AutoencoderKL:
     """A tiny model, the same each time; with a discriminator from step `start` on."""
     torch.manual_seed(0)
     discriminator = None if start is None else PatchDiscriminator(3, 8, 1)
-    loss = AutoencoderLoss(perceptual, discriminator=discriminator, adversarial_start=start or 0)
+    loss = AutoencoderLoss(
+        perceptual, discriminator=discriminator, adversarial_start=start or 0, learn_logvar=learn_logvar
+    )
     return AutoencoderKL(Encoder(3, 8, (1, 2), 1, 2), Decoder(3, 8, (1, 2), 1, 2), loss, optimizer, **options)
 
 
-def fit(model: AutoencoderKL, data: Data | None = None, steps: int = 3, **options) -> pl.Trainer:
+def fit(
+    model: AutoencoderKL, data: Data | None = None, steps: int = 3, ckpt_path: Path | None = None, **options
+) -> pl.Trainer:
     quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary"), False)
     settings = quiet | {"accelerator": "cpu", "num_sanity_val_steps": 0, "limit_val_batches": 0} | options
     trainer = pl.Trainer(max_steps=steps, **settings)
-    trainer.fit(model, data or Data())
+    trainer.fit(model, data or Data(), ckpt_path=ckpt_path)
     return trainer
 
 
@@ -108,6 +115,26 @@ def test_both_optimizers_move_from_one_backward():
     after = [weights(network) for network in (model.encoder, model.decoder, model.loss.discriminator)]
     assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert model.loss.logvar.item() != logvar
+
+
+@pytest.mark.parametrize("optimizer", [adam, partial(torch.optim.AdamW, lr=1e-3, fused=True), AdamW, Muon])
+def test_a_fixed_logvar_stays_where_it_is(optimizer):
+    model = make(start=0, optimizer=partial(optimizer, lr=1e-3), learn_logvar=False)
+    before = weights(model.decoder)
+    fit(model, steps=2)
+    assert model.loss.logvar.item() == 0
+    assert not torch.equal(before, weights(model.decoder))
+
+
+@pytest.mark.parametrize("learned", [(True, True), (True, False), (False, True), (False, False)])
+def test_a_run_goes_on_whether_its_logvar_was_learned_or_not(learned, tmp_path):
+    before, after = (make(start=0, learn_logvar=learn) for learn in learned)
+    saved = tmp_path / "some.ckpt"
+    fit(before, steps=2).save_checkpoint(saved)
+    start = before.loss.logvar.item()
+    assert (start != 0) == learned[0]
+    assert fit(after, steps=4, ckpt_path=saved).global_step == 4
+    assert (after.loss.logvar.item() != start) == learned[1]
 
 
 @pytest.mark.parametrize("perceptual", [None, LPIPS(pretrained=False)])
@@ -292,10 +319,12 @@ class Data(pl.LightningDataModule):
         batch["draws"] = Draws(0, batch.pop("number").numpy(), 8)
         return batch
 
-devices, start, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+devices, start, path, learned = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4] == "True"
 torch.manual_seed(0)
 norm = partial(torch.nn.InstanceNorm2d, affine=True)
-loss = AutoencoderLoss(discriminator=PatchDiscriminator(3, 8, 1, norm=norm), adversarial_start=start)
+loss = AutoencoderLoss(
+    discriminator=PatchDiscriminator(3, 8, 1, norm=norm), adversarial_start=start, learn_logvar=learned
+)
 model = AutoencoderKL(
     Encoder(3, 8, (1, 2), 1, 2), Decoder(3, 8, (1, 2), 1, 2), loss, partial(torch.optim.SGD, lr=1e-5)
 )
@@ -308,13 +337,13 @@ torch.save(model.state_dict(), f"{path}.{distributed.rank()}")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", [1, 9])
-def test_two_ranks_agree_with_each_other_and_with_one(start, tmp_path):
+@pytest.mark.parametrize(("start", "learned"), [(1, True), (9, True), (1, False)])
+def test_two_ranks_agree_with_each_other_and_with_one(start, learned, tmp_path):
     """Plain DDP, two micro-batches a step and rank, the discriminator asleep in the first step or in all."""
     script, root = tmp_path / "train.py", Path(__file__).parents[2]
     script.write_text(RANKS)
     for devices in (1, 2):
-        command = [sys.executable, str(script), str(devices), str(start), str(tmp_path / f"of{devices}")]
+        command = [sys.executable, str(script), str(devices), str(start), str(tmp_path / f"of{devices}"), str(learned)]
         subprocess.run(command, check=True, timeout=300, env=os.environ | {"PYTHONPATH": str(root)})
     alone, first, second = (torch.load(tmp_path / name) for name in ("of1.0", "of2.0", "of2.1"))
     for name, value in alone.items():

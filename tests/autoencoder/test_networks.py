@@ -35,6 +35,18 @@ def test_published_sizes(name):
     assert decoder(moments[:, :latent]).shape == (2, 3, 64, 64)
 
 
+def test_the_published_model_without_attention():
+    """vq-f4-noattn of Rombach et al. 2022; the figures are those of the authors' code. Block names stay as they are."""
+    for middle_attention, sizes in ((True, (22_337_423, 32_960_783)), (False, (21_285_775, 31_909_135))):
+        with torch.device("meta"):
+            encoder = Encoder(3, 128, (1, 2, 4), 2, 3, moments=False, middle_attention=middle_attention)
+            decoder = Decoder(3, 128, (1, 2, 4), 2, 3, middle_attention=middle_attention)
+        assert (size(encoder), size(decoder)) == sizes
+        for network in (encoder, decoder):
+            names = {name.split(".")[1] for name in network.state_dict() if name.startswith("middle.")}
+            assert names == ({"0", "1", "2"} if middle_attention else {"0", "2"})
+
+
 def block_names(block: nn.Module, place: str) -> dict[str, str]:
     """Our names within one block -> diffusers'."""
     if isinstance(block, ResBlock):
@@ -56,6 +68,8 @@ def diffusers_names(network: nn.Module, side: str) -> dict[str, str]:
     for ours, theirs, blocks in [*groups, ("middle", f"{side}.mid_block", network.middle)]:
         seen = dict.fromkeys(folders.values(), 0)
         for index, block in enumerate(blocks):
+            if isinstance(block, nn.Identity):
+                continue
             folder = folders[type(block)]
             for part, name in block_names(block, f"{theirs}.{folder}.{seen[folder]}").items():
                 names[f"{ours}.{index}.{part}"] = name
@@ -75,9 +89,10 @@ def copy_weights(source: AutoencoderKL, target: nn.Module, side: str) -> set[str
     return used
 
 
+@pytest.mark.parametrize("middle_attention", [True, False])
 @pytest.mark.parametrize("attention", [(), (1,)])
 @torch.no_grad()
-def test_parity_with_diffusers(attention):
+def test_parity_with_diffusers(attention, middle_attention):
     torch.manual_seed(0)
     kinds = ["AttnDownEncoderBlock2D" if level in attention else "DownEncoderBlock2D" for level in range(3)]
     reference = AutoencoderKL(
@@ -86,13 +101,14 @@ def test_parity_with_diffusers(attention):
         block_out_channels=(128, 128, 256),
         layers_per_block=1,
         latent_channels=4,
+        mid_block_add_attention=middle_attention,
     ).eval()
     # Norms that start as the identity would hide a swap of two of them.
     for parameter in reference.parameters():
         if parameter.ndim == 1:
             parameter.add_(0.1 * torch.randn_like(parameter))
-    encoder = Encoder(3, 128, (1, 1, 2), 1, 4, attention)
-    decoder = Decoder(3, 128, (1, 1, 2), 1, 4, attention)
+    encoder = Encoder(3, 128, (1, 1, 2), 1, 4, attention, middle_attention=middle_attention)
+    decoder = Decoder(3, 128, (1, 1, 2), 1, 4, attention, middle_attention=middle_attention)
     used = copy_weights(reference, encoder, "encoder") | copy_weights(reference, decoder, "decoder")
     assert used == set(reference.state_dict())
 

@@ -51,8 +51,10 @@ def tiny(**changes):
               "heads": 8, "scale_shift": True, "resample_in_blocks": True}, 294_966_916),
         ({"in_channels": 4, "channels": 256, "channel_multipliers": (1, 2, 4), "attention_levels": (0, 1, 2),
               "head_channels": 32, "context_channels": 512}, 394_984_196),
+        ({"in_channels": 3, "channels": 128, "channel_multipliers": (1, 2, 3, 4), "attention_levels": (1, 2, 3),
+              "head_channels": 32, "context_channels": 512, "transformer_depth": 3}, 246_277_379),
     ],
-    ids=["celebahq_f4", "lsun_churches_f8", "imagenet_f8_class"],
+    ids=["celebahq_f4", "lsun_churches_f8", "imagenet_f8_class", "layout2img_f4"],
 )  # fmt: skip
 def test_published_parameter_counts(parameters, count):
     with torch.device("meta"):
@@ -101,24 +103,40 @@ def test_self_attention_equals_diffusers():
         torch.testing.assert_close(ours(x, torch.empty(0), None), reference(x), rtol=1e-4, atol=1e-4)
 
 
-def test_transformer_block_equals_diffusers():
+@pytest.mark.parametrize("depth", [1, 3])
+def test_transformer_blocks_equal_diffusers(depth):
     torch.manual_seed(0)
-    ours = randomise(SpatialTransformer(128, 48, 4))
-    reference = BasicTransformerBlock(128, 4, 32, cross_attention_dim=48).eval()
+    ours = randomise(SpatialTransformer(128, 48, 4, depth))
     names = {"norm_self": "norm1", "norm_cross": "norm2", "norm_feed": "norm3"}
     for ours_name, theirs in (("attend_self", "attn1"), ("attend_cross", "attn2")):
         names |= {f"{ours_name}.query": f"{theirs}.to_q", f"{ours_name}.key": f"{theirs}.to_k"}
         names |= {f"{ours_name}.value": f"{theirs}.to_v", f"{ours_name}.out": f"{theirs}.to_out.0"}
     names |= {"feed.widen": "ff.net.0.proj", "feed.narrow": "ff.net.2"}
-    frame = {"norm.", "conv_in", "conv_out"}
-    inner = {name: value for name, value in ours.state_dict().items() if not name.startswith(tuple(frame))}
-    holder = type("Holder", (), {"state_dict": lambda self: inner})()
-    copy_into(reference, holder, names)
+    frame = ("norm.", "conv_in", "conv_out", "further")
+    first = {name: value for name, value in ours.state_dict().items() if not name.startswith(frame)}
     x, tokens = torch.randn(2, 128, 4, 4), torch.randn(2, 3, 48)
     with torch.no_grad():
         inside = ours.conv_in(ours.norm(x)).flatten(2).transpose(1, 2)
-        expected = x + ours.conv_out(reference(inside, encoder_hidden_states=tokens).transpose(1, 2).reshape_as(x))
+        for state in (first, *(block.state_dict() for block in ours.further)):
+            reference = BasicTransformerBlock(128, 4, 32, cross_attention_dim=48).eval()
+            holder = type("Holder", (), {"state_dict": lambda self, state=state: state})()
+            copy_into(reference, holder, names)
+            inside = reference(inside, encoder_hidden_states=tokens)
+        expected = x + ours.conv_out(inside.transpose(1, 2).reshape_as(x))
         torch.testing.assert_close(ours(x, torch.empty(0), tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_single_transformer_block_keeps_its_names_and_their_order():
+    """By which the weights and the optimizers of every older checkpoint are loaded; further blocks add to them."""
+    linear, plain = ("query.weight", "key.weight", "value.weight", "out.weight", "out.bias"), ("weight", "bias")
+    parts = {"norm": plain, "conv_in": plain, "norm_self": plain, "attend_self": linear, "norm_cross": plain}
+    parts |= {"attend_cross": linear, "norm_feed": plain}
+    parts |= {"feed": ("widen.weight", "widen.bias", "narrow.weight", "narrow.bias"), "conv_out": plain}
+    names = [f"{part}.{name}" for part, of in parts.items() for name in of]
+    assert list(SpatialTransformer(8, 6, 1).state_dict()) == names
+    deeper = list(SpatialTransformer(8, 6, 1, depth=3).state_dict())
+    assert [name for name in deeper if not name.startswith("further.")] == names
+    assert len(deeper) == len(names) + 2 * 20
 
 
 def test_starts_as_zero():
@@ -128,8 +146,16 @@ def test_starts_as_zero():
     assert not out.any()
 
 
-def test_rows_do_not_mix_and_nothing_is_random():
-    net = tiny(vector_channels=16, context_channels=12, spatial_channels=2, scale_shift=True, resample_in_blocks=True)
+@pytest.mark.parametrize("depth", [1, 2])
+def test_rows_do_not_mix_and_nothing_is_random(depth):
+    net = tiny(
+        vector_channels=16,
+        context_channels=12,
+        spatial_channels=2,
+        scale_shift=True,
+        resample_in_blocks=True,
+        transformer_depth=depth,
+    )
     x, level = torch.randn(3, 4, 8, 8), torch.tensor([0.0, 500.0, 999.0])
     vector, tokens, spatial = torch.randn(3, 16), torch.randn(3, 5, 12), torch.randn(3, 2, 8, 8)
     with torch.no_grad():
@@ -188,6 +214,8 @@ def test_inputs_that_do_not_fit_are_named(changes, shape, conditioning, words):
         ({"heads": 5}, ["64 channels", "heads=5"]),
         ({"heads": None, "head_channels": 48}, ["head_channels=48"]),
         ({"attention_levels": (2,)}, ["attention_levels", "0..1"]),
+        ({"transformer_depth": 3}, ["transformer_depth=3", "set context_channels"]),
+        ({"transformer_depth": 0, "context_channels": 8}, ["transformer_depth=0", "1 or more"]),
     ],
 )
 def test_parameters_that_contradict_are_named(changes, words):
