@@ -1,5 +1,6 @@
 """The data module of stage 2: latents out of a cache, which it builds first where there is none."""
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,10 +20,12 @@ from ldm.data.images import ImageDataset
 from ldm.data.latent_build import Source, build, shard_items
 from ldm.data.latent_reader import LatentCache, LatentDataset
 from ldm.data.latents import Manifest, Plan
-from ldm.data.pixels import EvalTransform
+from ldm.data.pixels import EvalTransform, transformed
 from ldm.errors import ConfigError, DataError
 
 _LOG_SECONDS = 30.0
+
+log = logging.getLogger(__name__)
 
 
 class LatentDataModule(ElasticDataModule):
@@ -180,7 +183,7 @@ class LatentDataModule(ElasticDataModule):
 
     def _open(self, name: str, dataset: ImageDataset, codec: Codec, weights: str) -> LatentCache:
         plan = self.plan(dataset, codec, weights)
-        folder = self.cache / name if self.cache is not None else Path("cache") / plan.fingerprint()
+        folder = self.cache / name if self.cache is not None else _default_folder(plan)
         source = Source(
             read=lambda item: self._read(dataset, item, codec.encoder.in_channels),
             name=dataset.path,
@@ -189,11 +192,18 @@ class LatentDataModule(ElasticDataModule):
         )
         with _bar(f"{name} latents") as progress:
             build(folder, plan, codec.encode, source, distributed.rank(), distributed.world_size(), progress)
-        return LatentCache(folder, plan)
+        cache = LatentCache(folder, plan)
+        if cache.plan.source != plan.source and distributed.is_main():
+            log.warning(
+                "%s: was made when only names and sizes of the pictures were noted, so one that another of "
+                "equal size took the place of before this run is not noticed. Remove the folder to have it built anew",
+                folder,
+            )
+        return cache
 
     def _read(self, dataset: ImageDataset, item: int, channels: int) -> Mapping[str, Any]:
         row = dataset[item]
-        return {**row, "image": self.transform(row["image"].convert("L" if channels == 1 else "RGB"))}
+        return {**row, "image": transformed(row["image"], self.transform, channels, dataset.path(item))}
 
     def _load(self) -> Codec:
         if self._codec is None:
@@ -213,6 +223,12 @@ class LatentDataModule(ElasticDataModule):
         if torch.cuda.is_available():
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         return torch.device("cpu")
+
+
+def _default_folder(plan: Plan) -> Path:
+    """Where the cache lies if no folder is given: the one of the plan as it was once written goes on."""
+    folder, former = (Path("cache") / each.fingerprint() for each in (plan, plan.former()))
+    return former if former.is_dir() and not folder.is_dir() else folder
 
 
 def _opened(cache: LatentCache | None) -> LatentCache:

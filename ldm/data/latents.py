@@ -16,7 +16,7 @@ latent_build.py writes what is described here, latent_reader.py reads it.
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.data.fingerprint import comparable, parts
 from ldm.data.latent_files import COMMAND, REBUILD, dump, read_sealed
 from ldm.errors import DataError
 
@@ -40,7 +41,7 @@ class Plan:
     Args:
         shape: (c, h, w) of one latent.
         num_items: items of the source, broken ones included.
-        source: fingerprint of the source dataset.
+        source: fingerprint of the source dataset; one without `:contents:` is of names and sizes alone.
         pixels: how an item becomes a tensor: resolution, crop, interpolation, channels, range.
         autoencoder: {"weights": hash, "config": of encoder and decoder, "path": where it was found (not compared)}.
         num_classes: None where items carry no class label; the labels are 0 .. num_classes - 1.
@@ -95,9 +96,14 @@ class Plan:
         """Names the cache's content: two caches of one fingerprint are interchangeable."""
         return sha256(dump(self.facts())).hexdigest()[:16]
 
+    def former(self) -> "Plan":
+        """The same as it was written when fingerprints of sources were of names and sizes alone."""
+        return replace(self, source=parts(self.source)[0])
+
     def differences(self, found: "Plan") -> list[str]:
         """One line for each fact in which `found` is not what this plan asks for."""
         ours, theirs = self.facts(), found.facts()
+        ours["source"], theirs["source"] = comparable(self.source, found.source)
         return [
             f"{key}: expected {_short(ours.get(key))}, found {_short(theirs.get(key))}"
             for key in sorted(ours.keys() | theirs.keys())
