@@ -4,7 +4,7 @@ A fingerprint has two parts, `<names>:contents:<samples>`: what the items are ca
 hash over samples of each file's bytes, so that one picture replaced by another of equal name and size is noticed.
 Fingerprints were once the first part alone; what such a one was written for goes on, see `comparable`.
 
-The samples of a large folder are remembered in `cache/contents/`, together with each file's size, times and inode, as
+The samples of a large folder are remembered in `cache/.contents/`, together with each file's size, times and inode, as
 git does for its index: a file for which all of them are as they were is not opened again. Times decide only what is
 read, never what comes out: a copy of a folder has the fingerprint of the original. The index may be deleted.
 """
@@ -25,7 +25,7 @@ import numpy as np
 
 from ldm.errors import DataError
 
-INDEX = Path("cache") / "contents"
+INDEX = Path("cache") / ".contents"  # hidden, so that `cache/*` are latent caches
 INDEX_FROM = 10_000
 """Folders of fewer files are read anew each time."""
 

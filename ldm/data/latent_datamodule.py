@@ -1,6 +1,5 @@
 """The data module of stage 2: latents out of a cache, which it builds first where there is none."""
 
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,13 +18,11 @@ from ldm.data.datamodules import VALIDATION_SEED, ElasticDataModule, split
 from ldm.data.images import ImageDataset
 from ldm.data.latent_build import Source, build, shard_items
 from ldm.data.latent_reader import LatentCache, LatentDataset
-from ldm.data.latents import Manifest, Plan
+from ldm.data.latents import Manifest, Plan, note_source, noted_source
 from ldm.data.pixels import EvalTransform, transformed
 from ldm.errors import ConfigError, DataError
 
 _LOG_SECONDS = 30.0
-
-log = logging.getLogger(__name__)
 
 
 class LatentDataModule(ElasticDataModule):
@@ -193,12 +190,11 @@ class LatentDataModule(ElasticDataModule):
         with _bar(f"{name} latents") as progress:
             build(folder, plan, codec.encode, source, distributed.rank(), distributed.world_size(), progress)
         cache = LatentCache(folder, plan)
-        if cache.plan.source != plan.source and distributed.is_main():
-            log.warning(
-                "%s: was made when only names and sizes of the pictures were noted, so one that another of "
-                "equal size took the place of before this run is not noticed. Remove the folder to have it built anew",
-                folder,
-            )
+        if cache.plan.source != plan.source:
+            known = noted_source(folder)
+            plan.demand(folder, replace(plan, source=known or plan.source))
+            if known is None and distributed.is_main():
+                note_source(folder, plan)
         return cache
 
     def _read(self, dataset: ImageDataset, item: int, channels: int) -> Mapping[str, Any]:
@@ -226,9 +222,10 @@ class LatentDataModule(ElasticDataModule):
 
 
 def _default_folder(plan: Plan) -> Path:
-    """Where the cache lies if no folder is given: the one of the plan as it was once written goes on."""
+    """Where the cache lies if no folder is given: that of the plan as it was once written goes on, while it holds."""
     folder, former = (Path("cache") / each.fingerprint() for each in (plan, plan.former()))
-    return former if former.is_dir() and not folder.is_dir() else folder
+    goes_on = former.is_dir() and not folder.is_dir() and noted_source(former) in (None, plan.source)
+    return former if goes_on else folder
 
 
 def _opened(cache: LatentCache | None) -> LatentCache:

@@ -18,7 +18,7 @@ from ldm.data.images import ImageFolder
 from ldm.data.latent_datamodule import LatentDataModule
 from ldm.data.latents import Manifest
 from ldm.data.pixels import EvalTransform
-from ldm.errors import CheckpointError, ConfigError, DataError
+from ldm.errors import CheckpointError, ConfigError, DataError, ResourceError
 from ldm.randomness import Draws, permutation
 
 
@@ -226,18 +226,50 @@ def test_replaced_pictures_get_a_cache_of_their_own(make, here, image_folder, ca
         make(ImageFolder(folder), cache="mine").setup()
 
 
+def files_of(here: Path) -> set[str]:
+    return {str(path.relative_to(here)) for path in here.rglob("*") if path.is_file() and "pictures" not in path.parts}
+
+
 @pytest.mark.parametrize("cache", [None, "mine"])
 def test_a_cache_from_before_contents_were_noted_goes_on(make, here, image_folder, monkeypatch, caplog, cache):
+    folder = shutil.copytree(image_folder, here / "pictures")
     with monkeypatch.context() as then:
         then.setattr(ImageFolder, "fingerprint", as_written_once)
-        make(ImageFolder(image_folder), num_validation=4, cache=cache).setup()
-    before = sorted(path for path in here.rglob("*") if path.is_file())
-    monkeypatch.setattr(Codec, "encode", lambda *args: pytest.fail("encoded again"))
-    module = make(ImageFolder(image_folder), num_validation=4, cache=cache)
-    module.setup()
-    assert sorted(path for path in here.rglob("*") if path.is_file()) == before
-    assert caplog.text.count("was made when only names and sizes of the pictures were noted") == 2
-    assert len(module.train_cache) == 16
+        make(ImageFolder(folder), num_validation=4, cache=cache).setup()
+    before = files_of(here)
+    for _ in range(2):
+        with monkeypatch.context() as now:
+            now.setattr(Codec, "encode", lambda *args: pytest.fail("encoded again"))
+            module = make(ImageFolder(folder), num_validation=4, cache=cache)
+            module.setup()
+        assert len(module.train_cache) == 16
+        new = files_of(here) - before
+        assert [Path(file).name for file in new] == ["contents.json"] * 2
+        # Said when it is found, and not again.
+        assert caplog.text.count("was made when only names and sizes of the pictures were noted") == 2
+    path = folder / "dogs" / "1.png"
+    path.write_bytes(bytes(path.stat().st_size))
+    module = make(ImageFolder(folder), num_validation=4, cache=cache, max_broken=0.2)
+    if cache is None:
+        module.setup()
+        assert len(list((here / "cache").iterdir())) == 4
+    else:
+        with pytest.raises(
+            DataError, match=r"(?s)mine/train: .*\n  source: expected ':contents:\w+', found ':contents"
+        ):
+            module.setup()
+
+
+def test_an_old_cache_that_cannot_be_written_serves(make, image_folder, monkeypatch):
+    with monkeypatch.context() as then:
+        then.setattr(ImageFolder, "fingerprint", as_written_once)
+        make(ImageFolder(image_folder)).setup()
+
+    def refuse(*args):
+        raise ResourceError("read-only")
+
+    monkeypatch.setattr("ldm.data.latents.publish", refuse)
+    make(ImageFolder(image_folder)).setup()
 
 
 def test_a_value_range_is_part_of_what_a_cache_was_made_of(make, here, image_folder):
