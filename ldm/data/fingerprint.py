@@ -31,7 +31,7 @@ INDEX_FROM = 10_000
 
 _MARK = ":contents:"
 _BLOCK, _BLOCKS = 4096, 8
-_THREADS, _CHUNK = 16, 1024
+_THREADS, _CHUNK = 16, 256
 # A file that changes twice within one tick of the file system's clock looks unchanged: what is younger is not trusted.
 _SETTLED = 2_000_000_000
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
@@ -107,9 +107,10 @@ def contents(root: Path, names: Sequence[str], states: np.ndarray) -> str:
         read = pool.map(lambda rows: [_sample(root, names[row], int(states[row, 0])) for row in rows], chunks)
         for rows, values in zip(chunks, read, strict=True):
             samples[rows] = values
-    if remembers and len(unread):
-        settled = states[:, 1:3].max(1) < begun - _SETTLED
-        _write_index(index, keys[settled], states[settled], samples[settled])
+    if remembers and samples[unread].any():
+        # What could not be read may have been out of reach for a moment only.
+        sure = (states[:, 1:3].max(1) < begun - _SETTLED) & (samples != 0)
+        _write_index(index, keys[sure], states[sure], samples[sure])
     return sha256(samples.astype("<u8").tobytes()).hexdigest()[:32]
 
 

@@ -147,6 +147,16 @@ def test_what_cannot_be_read_has_a_fingerprint_too(files):
     assert stats(folder, names)[6].tolist() == [-1] * 4
 
 
+def test_a_file_out_of_reach_for_a_moment_is_read_again(files, monkeypatch):
+    folder, names = files
+    first = of(folder, names)
+    shutil.rmtree("cache")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pread", lambda *args: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        assert of(folder, names) != first
+    assert of(folder, names) == first
+
+
 def test_a_machine_without_file_handles_is_no_other_data_set(files, monkeypatch):
     def full(*args):
         raise OSError(24, "Too many open files")
