@@ -90,7 +90,7 @@ def read_image(
             width, height = image.size
             if width * height > max_pixels:
                 raise DataError(f"{path}: {width} x {height} pixels, more than the limit of {max_pixels} (max_pixels)")
-            if value_range is not None and ranges.is_wide_colour(image):
+            if value_range is not None and ranges.is_wide_color(image):
                 raise DataError(f"{path}: value_range is for grey images, this is one of colours; convert it to 8 bits")
             return _flatten(ImageOps.exif_transpose(image), value_range)
     except DataError:

@@ -48,7 +48,7 @@ def to_8_bits(image: Image.Image, value_range: tuple[float, float] | None) -> Im
     return Image.fromarray(np.rint((values.clip(black, white) - black) * (255 / (white - black))).astype(np.uint8))
 
 
-def is_wide_colour(image: Image.Image) -> bool:
+def is_wide_color(image: Image.Image) -> bool:
     """Whether a file, opened but not yet decoded, holds more than 8 bits, of which Pillow will keep the upper 8."""
     if image.mode.startswith(("I", "F")) or not isinstance(image, ImageFile.ImageFile):
         return False
@@ -83,7 +83,7 @@ def _extrema(path: str, max_pixels: int) -> tuple[int, int] | None:
         with Image.open(path) as image:
             if image.width * image.height > max_pixels:
                 return None
-            if is_wide_colour(image):
+            if is_wide_color(image):
                 values = np.asarray(image.convert("RGB"))
                 return 256 * int(values.min()), 256 * int(values.max()) + 255
             if not image.mode.startswith("I;16"):

@@ -25,7 +25,7 @@ def write(path: Path, image: Image.Image | None = None, **options) -> Path:
     return path
 
 
-def wide_colours(path: Path, value: int) -> Path:
+def wide_colors(path: Path, value: int) -> Path:
     """A PNG of 4 x 4 RGB pixels of 16 bits, which Pillow cannot write."""
     parts = [
         (b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)),
@@ -138,10 +138,10 @@ class TestReadImage:
         with pytest.raises(DataError, match=r"n\.tif.*NaN"):
             read_image(nothing, value_range=(0, 1))
 
-    def test_a_value_range_leaves_eight_bits_alone_and_refuses_wide_colours(self, tmp_path):
+    def test_a_value_range_leaves_eight_bits_alone_and_refuses_wide_colors(self, tmp_path):
         assert corner(write(tmp_path / "a.png", Image.new("L", (4, 4), 77)), value_range=(0, 4095)) == ("L", 77)
         assert corner(write(tmp_path / "b.png"), value_range=(0, 4095)) == ("RGB", RED)
-        wide = wide_colours(tmp_path / "c.png", 4000)
+        wide = wide_colors(tmp_path / "c.png", 4000)
         assert corner(wide) == ("RGB", (15, 15, 15))
         with pytest.raises(DataError, match=r"c\.png: value_range is for grey images"):
             read_image(wide, value_range=(0, 4095))

@@ -6,7 +6,7 @@ from PIL import Image
 
 from ldm.data import value_range
 from ldm.data.images import MAX_PIXELS, ImageFolder, hold_out
-from tests.data.test_images import wide_colours
+from tests.data.test_images import wide_colors
 
 
 def pictures(folder, highest: list[int], suffix: str = "png") -> list[str]:
@@ -43,8 +43,8 @@ def test_only_pictures_of_sixteen_bits_count(tmp_path):
 
 
 def test_colours_of_sixteen_bits_count(tmp_path):
-    assert "values from 3840 to 4095" in value_range.warning([str(wide_colours(tmp_path / "a.png", 4000))], MAX_PIXELS)
-    assert value_range.warning([str(wide_colours(tmp_path / "a.png", 40000))], MAX_PIXELS) == ""
+    assert "values from 3840 to 4095" in value_range.warning([str(wide_colors(tmp_path / "a.png", 4000))], MAX_PIXELS)
+    assert value_range.warning([str(wide_colors(tmp_path / "a.png", 40000))], MAX_PIXELS) == ""
 
 
 def test_a_data_set_warns_once_unless_it_has_a_range(tmp_path, caplog):
