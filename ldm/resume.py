@@ -99,7 +99,12 @@ def check_facts(folder: RunFolder, facts: Mapping[str, Any], allowed: Sequence[s
     """
     if not folder.facts_file.is_file():
         return
-    changes = differences(json.loads(folder.facts_file.read_text()), json.loads(json.dumps(dict(facts))))
+    from ldm.data.fingerprint import comparable  # numpy, which a mistake on the command line need not wait for
+
+    found, wanted = json.loads(folder.facts_file.read_text()), json.loads(json.dumps(dict(facts)))
+    if "source" in found and "source" in wanted:
+        found["source"], wanted["source"] = comparable(found["source"], wanted["source"])
+    changes = differences(found, wanted)
     # Some facts repeat a key of the configuration, which may have been allowed by its own name.
     changes = {key: change for key, change in changes.items() if f"data.params.{key}" not in allowed}
     _refuse({f"data ({key})": change for key, change in changes.items()}, folder.path, allowed)

@@ -29,7 +29,8 @@ LEVELS = {
         *("config", "config_read", "config_target", "config_types", "config_signature", "config_check", "commandline"),
     ],
     1: [
-        *("resume", "dry_run", "data.arrays", "data.pixels"),
+        *("dry_run", "data.arrays", "data.pixels"),
+        *("data.captions", "data.fingerprint", "data.listing", "data.value_range"),
         *("data.images", "data.openmoji", "data.latents", "data.sampler"),
         *("data.latent_files", "data.latent_build", "data.latent_reader"),
         *("autoencoder.networks", "autoencoder.posterior", "autoencoder.lpips", "autoencoder.discriminator"),
@@ -39,7 +40,7 @@ LEVELS = {
         *("diffusion.noise_schedules", "diffusion.grids", "diffusion.dit", "diffusion.edm2"),
         "diffusion.conditioning",
     ],
-    2: ["data.datamodules", "data.latent_datamodule", "autoencoder.module", "diffusion.module"],
+    2: ["resume", "data.datamodules", "data.latent_datamodule", "autoencoder.module", "diffusion.module"],
     3: [
         "evaluation.generate",
         "evaluation.sample_folder",

@@ -27,12 +27,17 @@ class ArrayImages:
         class_names: a name for each label.
 
     Raises:
-        DataError: no images, or labels missing or out of range.
+        DataError: no images, images of another shape or type, or labels missing or out of range.
     """
 
     def __init__(self, name: str, images: np.ndarray, labels: np.ndarray, class_names: list[str]) -> None:
         if not len(images):
             raise DataError(f"{name}: holds 0 images")
+        if images.dtype != np.uint8 or images.shape[3:] not in ((), (3,)) or images.ndim < 3:
+            raise DataError(
+                f"{name}: expected images (N,H,W) or (N,H,W,3) of uint8, found {images.shape} of {images.dtype}; "
+                "bring them to 0 .. 255"
+            )
         if len(labels) != len(images):
             raise DataError(f"{name}: {len(images)} images but {len(labels)} labels")
         wrong = np.flatnonzero((labels < 0) | (labels >= len(class_names)))

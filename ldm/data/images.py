@@ -7,22 +7,28 @@ A data set decodes and labels; it neither resizes nor augments (pixels.py does).
 import errno
 import hashlib
 import json
+import logging
 import os
-import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, TypedDict
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from ldm import distributed
+from ldm.data import captions as caption_files
+from ldm.data import fingerprint
+from ldm.data import value_range as ranges
+from ldm.data.listing import EXTENSIONS, demand_no_lost_class, find
 from ldm.errors import DataError
 from ldm.randomness import keys
-from ldm.ranges import Count, CountOrZero
+from ldm.ranges import Count, CountOrZero, Finite
 
-EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
 MAX_PIXELS = 50_000_000
+
+logger = logging.getLogger(__name__)
 
 
 class _Pixels(TypedDict):
@@ -56,18 +62,25 @@ class ImageDataset(Protocol):
         """Where the item comes from, for messages."""
 
     def fingerprint(self) -> str:
-        """A hash that changes with the items, their order, labels or captions."""
+        """Changes with the items, their order, labels or captions, wherever they lie (ldm/data/fingerprint.py)."""
 
     def prepare(self) -> None:
         """Make the files ready (download, draw); called once a machine before items are read; cheap to repeat."""
 
 
-def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def read_image(
+    path: str | Path, max_pixels: int = MAX_PIXELS, value_range: tuple[float, float] | None = None
+) -> Image.Image:
     """Decode an image file: upright (EXIF), first frame, 8 bits, alpha over white; mode "L" or "RGB".
+
+    Args:
+        path: of the file.
+        max_pixels: the most that an image may have.
+        value_range: (black, white) of grey images with more than 8 bits; None: 0 and 65535 where they have 16.
 
     Raises:
         DataError: the file is no image, is damaged, or has more than `max_pixels`, which its header says before
-            anything is decoded.
+            anything is decoded; or it is one of colours with 16 bits, which are read as 8, and a range is given.
     """
     try:
         with warnings.catch_warnings():
@@ -78,7 +91,9 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
             width, height = image.size
             if width * height > max_pixels:
                 raise DataError(f"{path}: {width} x {height} pixels, more than the limit of {max_pixels} (max_pixels)")
-            return _flatten(ImageOps.exif_transpose(image))
+            if value_range is not None and ranges.is_wide_color(image):
+                raise DataError(f"{path}: value_range is for grey images, this is one of colours; convert it to 8 bits")
+            return _flatten(ImageOps.exif_transpose(image), value_range)
     except DataError:
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error, ValueError, ...
@@ -88,13 +103,10 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise DataError(f"{path}: cannot be read as an image ({type(error).__name__}: {error})") from error
 
 
-def _flatten(image: Image.Image) -> Image.Image:
+def _flatten(image: Image.Image, value_range: tuple[float, float] | None) -> Image.Image:
     """Any mode -> "L" or "RGB"."""
-    if image.mode.startswith("I;16"):
-        wide = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((wide + 128) // 257).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {image.mode!r} have no known range; convert the file to 8 or 16 bits")
+    if image.mode.startswith(("I", "F")):
+        return ranges.to_8_bits(image, value_range)
     if image.has_transparency_data:
         colours = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours).convert("RGB")
@@ -105,42 +117,65 @@ class ImageFolder:
     """Images in a folder. Classes are its subfolders (searched to any depth); without subfolders it is flat.
 
     Hidden files are left out, extensions may be in capitals, links are followed, and the order is natural (2 < 10).
+    What is left out is counted by kind in one line of the log.
 
     Args:
         root: the folder.
         classes: True: subfolders are classes; False: search them all, without classes; None: find out.
         captions: a JSONL file with `{"file_name": path within root, "caption": text}` on each line (`text` is
-            accepted for `caption`). None: captions are read from `name.txt` beside `name.jpg`, if there are any.
+            accepted for `caption`). None: captions are read from `name.txt` beside `name.jpg` if every image has one;
+            True: the same, but an image without is an error; False: there are none.
         max_pixels: larger images count as broken.
+        value_range: [black, white] of grey images with more than 8 bits, such as [0, 4095] where 12 bits lie in
+            16-bit files, or the window of a CT; values beyond are cut off. None: 0 and 65535, with a warning if they
+            are so dark that this looks wrong; 32-bit and floating-point files are refused. 8-bit files are not touched.
 
     Raises:
-        DataError: no folder, no images, images both in the folder and in subfolders, or captions for some only.
+        ConfigError: a `value_range` that is none.
+        DataError: no folder, no images, a subfolder that cannot be read or holds only pictures of unknown formats,
+            images both in the folder and in subfolders, or captions that are missing.
     """
 
     def __init__(
         self,
         root: str | Path,
         classes: bool | None = None,
-        captions: str | Path | None = None,
+        captions: str | Path | bool | None = None,
         max_pixels: Count = MAX_PIXELS,
+        value_range: Sequence[Finite] | None = None,
     ) -> None:
         self.root = Path(root)
         if not self.root.is_dir():
             raise DataError(f"{self.root}: no such folder of images; set `root` of the data set to an existing one")
         self.max_pixels = max_pixels
-        listing = sorted(_walk(self.root), key=_natural)
-        texts = {name for name in listing if name.casefold().endswith(".txt")}
-        self.files = [name for name in listing if os.path.splitext(name)[1].casefold() in EXTENSIONS]
+        self.value_range = ranges.checked(value_range)
+        listing = find(self.root)
+        self.files = listing.pictures
         if not self.files:
-            kinds = " ".join(sorted(EXTENSIONS))
-            raise DataError(f"{self.root}: 0 images found (looked for {kinds}); set `root` to a folder that has some")
+            raise DataError(
+                f"{self.root}: 0 images found ({listing.left_out() or 'it is empty'}; looked for "
+                f"{' '.join(sorted(EXTENSIONS))}); set `root` to a folder that has some"
+            )
         self.class_names = self._classes(classes)
         self._label_of = {name: label for label, name in enumerate(self.class_names or ())}
-        self._captions = _read_captions(Path(captions)) if captions else None
-        beside = None if captions else {os.path.splitext(name)[0] for name in texts}
-        self._text_files = bool(beside and any(os.path.splitext(name)[0] in beside for name in self.files))
-        if self._captions is not None or self._text_files:
-            self._require_captions(beside or set())
+        self._captions: dict[str, str] | None = None
+        self._texts: dict[str, str] = {}
+        self._fingerprint: str | None = None
+        self._prepared = False
+        notes = [demand_no_lost_class(self.root, listing, self.class_names) if self.class_names else ""]
+        if isinstance(captions, str | Path):
+            self._captions, note = caption_files.from_jsonl(Path(captions), self.files)
+            notes.append(note)
+        elif captions is not False:
+            self._texts, note = caption_files.beside(self.root, self.files, listing.texts, captions)
+            notes.append(note)
+        left_out = listing.left_out(used=set(self._texts.values()))
+        self._say(*notes, f"left out: {left_out}" if left_out else "")
+
+    def _say(self, *notes: str) -> None:
+        for note in filter(None, notes):
+            if distributed.is_main():
+                logger.warning("%s: %s", self.root, note)
 
     def _classes(self, wanted: bool | None) -> list[str] | None:
         """Names of the class folders in natural order, or None for a flat folder."""
@@ -158,15 +193,6 @@ class ImageFolder:
             )
         return list(dict.fromkeys(name.split("/")[0] for name in self.files))
 
-    def _require_captions(self, beside: set[str]) -> None:
-        known = self._captions if self._captions is not None else beside
-        lacking = [f for f in self.files if (f if self._captions is not None else os.path.splitext(f)[0]) not in known]
-        if lacking:
-            raise DataError(
-                f"{self.root / lacking[0]}: has no caption, like {len(lacking)} of {len(self.files)} images in all. "
-                "Give every image one, or take the captions away"
-            )
-
     @property
     def num_classes(self) -> int | None:
         return None if self.class_names is None else len(self.class_names)
@@ -175,82 +201,38 @@ class ImageFolder:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Item:
-        item: Item = {"image": read_image(self.path(index), self.max_pixels)}
+        item: Item = {"image": read_image(self.path(index), self.max_pixels, self.value_range)}
         if self.class_names is not None:
             item["class_label"] = self._label_of[self.files[index].split("/")[0]]
         if self._captions is not None:
             item["caption"] = self._captions[self.files[index]]
-        elif self._text_files:
-            item["caption"] = _read_text(self._text_path(index))
+        elif self._texts:
+            item["caption"] = caption_files.read_text(self.root / self._texts[self.files[index]])
         return item
 
     def path(self, index: int) -> str:
         return os.path.join(self.root, self.files[index])
 
-    def _text_path(self, index: int) -> Path:
-        return Path(os.path.splitext(self.path(index))[0] + ".txt")
-
     def fingerprint(self) -> str:
-        """Hash of names, sizes, classes and captions (of caption files: names and sizes)."""
-        digest = hashlib.sha256(json.dumps([self.class_names, self._captions], sort_keys=True).encode())
-        for index, name in enumerate(self.files):
-            sizes = [_size(self.path(index)), _size(self._text_path(index)) if self._text_files else -1]
-            digest.update(json.dumps([name, *sizes]).encode())
-        return digest.hexdigest()
+        """Of names, sizes, classes, captions and the value range, and of samples of all files' bytes; reads them."""
+        if self._fingerprint is None:
+            names = [*self.files, *(self._texts[name] for name in self.files if self._texts)]
+            states = fingerprint.stats(self.root, names)
+            sizes, of_texts = np.split(states[:, 0], [len(self.files)])
+            described = [self.class_names, self._captions, *([self.value_range] if self.value_range else [])]
+            digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+            of_texts = of_texts if self._texts else np.full_like(sizes, -1)
+            for row in zip(self.files, sizes.tolist(), of_texts.tolist(), strict=True):
+                digest.update(json.dumps(row).encode())
+            contents = fingerprint.contents(self.root, names, states)
+            self._fingerprint = fingerprint.join(digest.hexdigest(), contents)
+        return self._fingerprint
 
     def prepare(self) -> None:
-        """Nothing to do: the files are there."""
-
-
-def _walk(root: Path) -> Iterator[str]:
-    """Paths of all files that are not hidden, relative to root with "/"; follows links, but never in a circle."""
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        here = os.path.realpath(folder)
-        # A link to a folder that contains it would be walked for ever.
-        subfolders[:] = [
-            name
-            for name in subfolders
-            if not name.startswith(".")
-            and not f"{here}/".startswith(os.path.realpath(os.path.join(folder, name)) + "/")
-        ]
-        prefix = Path(folder).relative_to(root).as_posix()
-        yield from (name if prefix == "." else f"{prefix}/{name}" for name in files if not name.startswith("."))
-
-
-def _natural(name: str) -> tuple[list[list[str | int]], str]:
-    """Sort key that counts: 2 before 10; folder by folder; capitals decide ties only."""
-    folders = [re.split(r"([0-9]+)", part.casefold()) for part in name.split("/")]
-    return [[int(p) if i % 2 else p for i, p in enumerate(parts)] for parts in folders], name
-
-
-def _size(path: str | Path) -> int:
-    try:
-        return os.path.getsize(path)
-    except OSError:
-        return -1  # a dangling link: its item is broken, the listing is not
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as a caption in UTF-8 ({error})") from error
-
-
-def _read_captions(path: Path) -> dict[str, str]:
-    """JSONL -> {file name: caption}."""
-    captions: dict[str, str] = {}
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
-        try:
-            entry = json.loads(line)
-            captions[Path(entry["file_name"]).as_posix()] = str(
-                entry["caption"] if "caption" in entry else entry["text"]
-            )
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f'{path}:{number}: expected {{"file_name": "a.png", "caption": "..."}}, found {line[:80]!r}'
-            ) from error
-    return captions
+        """Look at some 16-bit images, if there are any, and warn if their range seems to be another."""
+        if not self._prepared and self.value_range is None and distributed.is_main():
+            self._say(ranges.warning([self.path(index) for index in range(len(self))], self.max_pixels))
+        self._prepared = True
 
 
 class Subset:
@@ -279,7 +261,8 @@ class Subset:
 
     def fingerprint(self) -> str:
         chosen = np.asarray(self.indices, dtype=np.int64).tobytes()
-        return hashlib.sha256(self.dataset.fingerprint().encode() + chosen).hexdigest()
+        names, contents = fingerprint.parts(self.dataset.fingerprint())
+        return hashlib.sha256(names.encode() + chosen).hexdigest() + contents
 
     def prepare(self) -> None:
         self.dataset.prepare()

@@ -18,8 +18,8 @@ from ldm.data.datamodules import VALIDATION_SEED, ElasticDataModule, split
 from ldm.data.images import ImageDataset
 from ldm.data.latent_build import Source, build, shard_items
 from ldm.data.latent_reader import LatentCache, LatentDataset
-from ldm.data.latents import Manifest, Plan
-from ldm.data.pixels import EvalTransform
+from ldm.data.latents import Manifest, Plan, note_source, noted_source
+from ldm.data.pixels import EvalTransform, transformed
 from ldm.errors import ConfigError, DataError
 from ldm.ranges import Count, CountOrZero, Fraction, Seed
 
@@ -181,7 +181,7 @@ class LatentDataModule(ElasticDataModule):
 
     def _open(self, name: str, dataset: ImageDataset, codec: Codec, weights: str) -> LatentCache:
         plan = self.plan(dataset, codec, weights)
-        folder = self.cache / name if self.cache is not None else Path("cache") / plan.fingerprint()
+        folder = self.cache / name if self.cache is not None else _default_folder(plan)
         source = Source(
             read=lambda item: self._read(dataset, item, codec.encoder.in_channels),
             name=dataset.path,
@@ -190,11 +190,17 @@ class LatentDataModule(ElasticDataModule):
         )
         with _bar(f"{name} latents") as progress:
             build(folder, plan, codec.encode, source, distributed.rank(), distributed.world_size(), progress)
-        return LatentCache(folder, plan)
+        cache = LatentCache(folder, plan)
+        if cache.plan.source != plan.source:
+            known = noted_source(folder)
+            plan.demand(folder, replace(plan, source=known or plan.source))
+            if known is None and distributed.is_main():
+                note_source(folder, plan)
+        return cache
 
     def _read(self, dataset: ImageDataset, item: int, channels: int) -> Mapping[str, Any]:
         row = dataset[item]
-        return {**row, "image": self.transform(row["image"].convert("L" if channels == 1 else "RGB"))}
+        return {**row, "image": transformed(row["image"], self.transform, channels, dataset.path(item))}
 
     def _load(self) -> Codec:
         if self._codec is None:
@@ -214,6 +220,13 @@ class LatentDataModule(ElasticDataModule):
         if torch.cuda.is_available():
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         return torch.device("cpu")
+
+
+def _default_folder(plan: Plan) -> Path:
+    """Where the cache lies if no folder is given: that of the plan as it was once written goes on, while it holds."""
+    folder, former = (Path("cache") / each.fingerprint() for each in (plan, plan.former()))
+    goes_on = former.is_dir() and not folder.is_dir() and noted_source(former) in (None, plan.source)
+    return former if goes_on else folder
 
 
 def _opened(cache: LatentCache | None) -> LatentCache:

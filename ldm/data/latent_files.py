@@ -18,8 +18,12 @@ REBUILD = f"`{COMMAND}` builds what is missing and keeps the rest"
 
 
 def dump(tree: Mapping[str, Any]) -> bytes:
-    """The one way to write `tree` as JSON, so that equal content means equal bytes."""
-    return (json.dumps(tree, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    """The one way to write `tree` as JSON, so that equal content means equal bytes.
+
+    A file's name need not be UTF-8: Python holds its odd bytes as lone surrogates, which are written as JSON escapes.
+    """
+    text = json.dumps(tree, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return text.encode(errors="backslashreplace")
 
 
 def seal(tree: Mapping[str, Any]) -> bytes:

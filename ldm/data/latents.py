@@ -4,6 +4,7 @@
     shard-00000.bin    records of fixed size, memory-mapped: the posterior's moments, plain and mirrored, and the label
     shard-00000.json   the shard's checksum, its sums for the statistics, its broken items, its captions
     manifest.json      the plan, the statistics over all items and both orientations, every shard's checksum (Manifest)
+    contents.json      only where the plan knows names and sizes of its source alone: the fingerprint, noted later
 
 Vocabulary: an *item* is a number into the source dataset; *moments* are mean and standard deviation of the posterior
 N(mean, std^2), so that a fresh latent is drawn each time, z = mean + std * noise; *whitened* is a latent with zero mean
@@ -14,9 +15,11 @@ latent_build.py writes what is described here, latent_reader.py reads it.
 """
 
 import json
+import logging
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -25,12 +28,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.data.latent_files import COMMAND, REBUILD, dump, read_sealed
-from ldm.errors import DataError
+from ldm.data.fingerprint import comparable, parts
+from ldm.data.latent_files import COMMAND, REBUILD, dump, publish, read_sealed, seal
+from ldm.errors import DataError, ResourceError
 
 FORMAT = 1
-MANIFEST, PLAN = "manifest.json", "plan.json"
+MANIFEST, PLAN, CONTENTS = "manifest.json", "plan.json", "contents.json"
 _CHUNK = 1 << 24
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class Plan:
     Args:
         shape: (c, h, w) of one latent.
         num_items: items of the source, broken ones included.
-        source: fingerprint of the source dataset.
+        source: fingerprint of the source dataset; one without `:contents:` is of names and sizes alone.
         pixels: how an item becomes a tensor: resolution, crop, interpolation, channels, range.
         autoencoder: {"weights": hash, "config": of encoder and decoder, "path": where it was found (not compared)}.
         num_classes: None where items carry no class label; the labels are 0 .. num_classes - 1.
@@ -95,9 +101,14 @@ class Plan:
         """Names the cache's content: two caches of one fingerprint are interchangeable."""
         return sha256(dump(self.facts())).hexdigest()[:16]
 
+    def former(self) -> "Plan":
+        """The same as it was written when fingerprints of sources were of names and sizes alone."""
+        return replace(self, source=parts(self.source)[0])
+
     def differences(self, found: "Plan") -> list[str]:
         """One line for each fact in which `found` is not what this plan asks for."""
         ours, theirs = self.facts(), found.facts()
+        ours["source"], theirs["source"] = comparable(self.source, found.source)
         return [
             f"{key}: expected {_short(ours.get(key))}, found {_short(theirs.get(key))}"
             for key in sorted(ours.keys() | theirs.keys())
@@ -210,6 +221,23 @@ def verify(folder: Path | str, progress: Callable[[int, int], None] = lambda don
     if damage:
         raise DataError("\n".join(damage))
     return manifest
+
+
+def noted_source(folder: Path) -> str | None:
+    """The fingerprint that was noted later, for a cache from before contents were part of it; None if there is none."""
+    path = folder / CONTENTS
+    return str(read_sealed(path)["source"]) if path.is_file() else None
+
+
+def note_source(folder: Path, plan: Plan) -> None:
+    """Note what the source of such a cache holds now, so that what is replaced from now on is noticed."""
+    log.warning(
+        "%s: was made when only names and sizes of the pictures were noted, so it may hold one that was replaced by "
+        "another of equal size until now; from now on that is noticed. Remove the folder to have it built anew",
+        folder,
+    )
+    with suppress(ResourceError):  # a folder that may not be written to serves all the same
+        publish(folder / CONTENTS, seal({"source": plan.source}))
 
 
 def shard_path(folder: Path, shard: int, suffix: str = ".bin") -> Path:

@@ -15,11 +15,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
 
-from ldm.data.images import ImageDataset
+from ldm.data.images import MAX_PIXELS, ImageDataset
 from ldm.data.sampler import Address
 from ldm.errors import ConfigError, DataError
 from ldm.randomness import ambient
 from ldm.ranges import Count, CountOrZero, Fraction, Seed
+
+_LEAST_RATIO = 16.0  # of long to short side: no picture below counts as thin, whatever it is resized to
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,37 @@ def _interpolation(name: str) -> InterpolationMode:
     return InterpolationMode(name)
 
 
+class _ThinPictures:
+    """Makes the square crop out of a picture too thin to be resized first; leaves others to the steps that follow.
+
+    Resized to 256, a line of 40000 x 1 pixels would become one of 10 million x 256 before the crop. Where that would
+    have more than `MAX_PIXELS`, only the part that the crop keeps is computed, to the same values up to
+    rounding.
+
+    Args:
+        resolution: side of the square crop, pixels.
+        random_crop: anywhere along the long side; False: the center.
+        interpolation: of the resize.
+    """
+
+    def __init__(self, resolution: int, random_crop: bool, interpolation: InterpolationMode) -> None:
+        self.resolution = resolution
+        self.random_crop = random_crop
+        self.resampling = Image.Resampling[interpolation.value.partition("-")[0].upper()]
+        self.ratio = max(_LEAST_RATIO, MAX_PIXELS / resolution**2)
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        short, long = sorted(image.size)
+        if long <= self.ratio * short:
+            return image
+        resized = int(self.resolution * long / short)  # as torchvision rounds
+        spare = resized - self.resolution
+        start = int(torch.randint(spare + 1, ())) if self.random_crop else round(spare / 2)
+        first, last = start * long / resized, (start + self.resolution) * long / resized
+        box = (first, 0, last, short) if image.width == long else (0, first, short, last)
+        return image.resize((self.resolution, self.resolution), self.resampling, box)
+
+
 class EvalTransform:
     """Deterministic: resize the short side (antialiased), crop the centre, scale to [-1,1].
 
@@ -52,7 +85,8 @@ class EvalTransform:
         self.resolution = resolution
         self.interpolation = _interpolation(interpolation)
         resize = v2.Resize(resolution, interpolation=self.interpolation, antialias=True)
-        self._steps = v2.Compose([resize, v2.CenterCrop(resolution), *_to_pixels()])
+        thin = _ThinPictures(resolution, False, self.interpolation)
+        self._steps = v2.Compose([thin, resize, v2.CenterCrop(resolution), *_to_pixels()])
 
     def __call__(self, image: Image.Image) -> Tensor:
         """PIL image -> (C,H,W) float32 in [-1,1]."""
@@ -84,14 +118,31 @@ class TrainTransform:
     def __init__(
         self, resolution: Count, random_crop: bool = False, flip: Fraction = 0.5, interpolation: str = "bicubic"
     ) -> None:
-        resize = v2.Resize(resolution, interpolation=_interpolation(interpolation), antialias=True)
+        mode = _interpolation(interpolation)
+        resize = v2.Resize(resolution, interpolation=mode, antialias=True)
         crop = v2.RandomCrop(resolution) if random_crop else v2.CenterCrop(resolution)
-        self._steps = v2.Compose([resize, crop, v2.RandomHorizontalFlip(flip), *_to_pixels()])
+        thin = _ThinPictures(resolution, random_crop, mode)
+        self._steps = v2.Compose([thin, resize, crop, v2.RandomHorizontalFlip(flip), *_to_pixels()])
 
     def __call__(self, image: Image.Image) -> Tensor:
         """PIL image -> (C,H,W) float32 in [-1,1]."""
         pixels: Tensor = self._steps(image)
         return pixels
+
+
+def transformed(image: Image.Image, transform: Transform, channels: int, path: str) -> Tensor:
+    """A decoded image as grey (`channels` 1) or RGB (3), transformed. What goes wrong names `path`.
+
+    Raises:
+        DataError: the image has more than 8 bits, which converting would cut off.
+    """
+    if image.mode.startswith(("I", "F")):
+        raise DataError(f"{path}: expected pixels of 8 bits, grey or RGB, found mode {image.mode!r} from the data set")
+    try:
+        return transform(image.convert("L" if channels == 1 else "RGB"))
+    except Exception as error:
+        error.add_note(f"The picture was {path}, {image.width} x {image.height} pixels.")
+        raise
 
 
 class View(Dataset[dict[str, Any]]):
@@ -137,18 +188,17 @@ class View(Dataset[dict[str, Any]]):
             candidate = (index + len(broken)) % len(self)
             try:
                 item = self.dataset[candidate]
+                row: dict[str, Any] = {**item, "image": self._pixels(item["image"], number, candidate)}
             except DataError as error:
                 broken[candidate] = str(error)
                 continue
-            row: dict[str, Any] = {**item, "image": self._pixels(item["image"], number, candidate)}
             return {**row, "sample_number": number, "broken": broken}
         return {"sample_number": number, "broken": broken}
 
     def _pixels(self, image: Image.Image, number: int, index: int) -> Tensor:
         """The transformed image (C,H,W); refuses a transform that gives anything else."""
-        image = image.convert("L" if self.channels == 1 else "RGB")
         with ambient(self.seed, "augment", number):
-            pixels = self.transform(image)
+            pixels = transformed(image, self.transform, self.channels, self.dataset.path(index))
         expected = (self.channels, self.resolution, self.resolution)
         if tuple(pixels.shape) != expected or pixels.dtype != torch.float32:
             raise ConfigError(

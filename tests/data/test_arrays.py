@@ -77,6 +77,19 @@ def test_labels_are_checked(pictures):
         ArrayImages("toy", images[:0], labels[:0], ["a"])
 
 
+@pytest.mark.parametrize("shape", [(3,), (3, 8), (3, 8, 8, 4), (3, 8, 8, 1), (3, 8, 8, 3, 1)])
+def test_images_of_another_shape_are_refused(shape):
+    with pytest.raises(DataError, match=r"toy: expected images \(N,H,W\) or \(N,H,W,3\) of uint8, found \(3,"):
+        ArrayImages("toy", np.zeros(shape, np.uint8), np.zeros(3, np.int64), ["a"])
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float32", "int64"])
+def test_images_of_another_type_are_refused(dtype):
+    """They would be cut off at 255, and nearly white."""
+    with pytest.raises(DataError, match=f"toy: expected images .* of {dtype}; bring them to 0 .. 255"):
+        ArrayImages("toy", np.zeros((3, 8, 8), dtype), np.zeros(3, np.int64), ["a"])
+
+
 def test_fingerprint(pictures):
     images, labels = pictures
     first = ArrayImages("toy", images, labels, ["a"] * 10).fingerprint()

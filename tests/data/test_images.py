@@ -1,16 +1,20 @@
 """Decoding image files of every kind, and the image folder."""
 
+import hashlib
 import json
 import os
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from ldm.data.fingerprint import agrees
 from ldm.data.images import ImageFolder, Subset, hold_out, read_image
-from ldm.errors import DataError
+from ldm.errors import ConfigError, DataError
 
 RED = (200, 30, 40)
 
@@ -18,6 +22,18 @@ RED = (200, 30, 40)
 def write(path: Path, image: Image.Image | None = None, **options) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     (image or Image.new("RGB", (4, 4), RED)).save(path, **options)
+    return path
+
+
+def wide_colors(path: Path, value: int) -> Path:
+    """A PNG of 4 x 4 RGB pixels of 16 bits, which Pillow cannot write."""
+    parts = [
+        (b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress((b"\0" + struct.pack(">H", value) * 12) * 4)),
+        (b"IEND", b""),
+    ]
+    chunks = [struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in parts]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
     return path
 
 
@@ -101,6 +117,35 @@ class TestReadImage:
         with pytest.raises(DataError, match=r"gone\.jpg"):
             read_image(tmp_path / "gone.jpg")
 
+    def test_sixteen_bits_without_a_range_are_as_ever(self, tmp_path):
+        values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+        expected = (values.astype(np.uint32) + 128) // 257
+        assert np.array_equal(read_image(write(tmp_path / "a.png", Image.fromarray(values))), expected)
+
+    def test_a_value_range_is_linear_and_cut_off(self, tmp_path):
+        values = np.array([[0, 100, 2148, 4195, 5000, 65535]], dtype=np.uint16)
+        for suffix in ("png", "tif"):
+            path = write(tmp_path / f"a.{suffix}", Image.fromarray(values))
+            # 255 (v - 100) / 4095: 2148 is 127.53.
+            assert np.asarray(read_image(path, value_range=(100, 4195))).tolist() == [[0, 0, 128, 255, 255, 255]]
+
+    def test_a_value_range_opens_what_has_none_of_its_own(self, tmp_path):
+        floats = write(tmp_path / "f.tif", Image.fromarray(np.array([[-1, 0, 0.5, 2]], dtype=np.float32)))
+        assert np.asarray(read_image(floats, value_range=(0, 1))).tolist() == [[0, 0, 128, 255]]
+        signed = write(tmp_path / "i.tif", Image.fromarray(np.array([[-1024, 38, 3000]], dtype=np.int32)))
+        assert np.asarray(read_image(signed, value_range=(-160, 240))).tolist() == [[0, 126, 255]]
+        nothing = write(tmp_path / "n.tif", Image.fromarray(np.full((2, 2), np.nan, dtype=np.float32)))
+        with pytest.raises(DataError, match=r"n\.tif.*NaN"):
+            read_image(nothing, value_range=(0, 1))
+
+    def test_a_value_range_leaves_eight_bits_alone_and_refuses_wide_colors(self, tmp_path):
+        assert corner(write(tmp_path / "a.png", Image.new("L", (4, 4), 77)), value_range=(0, 4095)) == ("L", 77)
+        assert corner(write(tmp_path / "b.png"), value_range=(0, 4095)) == ("RGB", RED)
+        wide = wide_colors(tmp_path / "c.png", 4000)
+        assert corner(wide) == ("RGB", (15, 15, 15))
+        with pytest.raises(DataError, match=r"c\.png: value_range is for grey images"):
+            read_image(wide, value_range=(0, 4095))
+
     def test_pixels_without_a_known_range_are_refused(self, tmp_path):
         with pytest.raises(DataError, match="no known range"):
             read_image(write(tmp_path / "a.tif", Image.fromarray(np.ones((4, 4), dtype=np.float32))))
@@ -163,11 +208,42 @@ class TestImageFolder:
         write(tmp_path / "a.png")
         write(tmp_path / "b.png")
         (tmp_path / "a.txt").write_text("a red square\n", encoding="utf-8")
-        with pytest.raises(DataError, match=r"b\.png: has no caption, like 1 of 2"):
-            ImageFolder(tmp_path)
+        with pytest.raises(DataError, match=r"b\.png: has no caption \(b\.txt\); 1 of 2 images"):
+            ImageFolder(tmp_path, captions=True)
         (tmp_path / "b.txt").write_text("übermalt")
         folder = ImageFolder(tmp_path)
         assert [folder[i]["caption"] for i in range(2)] == ["a red square", "übermalt"]
+
+    def test_a_stray_text_does_not_make_a_folder_unusable(self, tmp_path, caplog):
+        for name in ("a.png", "b.png", "c.png"):
+            write(tmp_path / name)
+        (tmp_path / "b.txt").write_text("my notes")
+        folder = ImageFolder(tmp_path)
+        assert all("caption" not in folder[index] for index in range(3))
+        assert "2 of 3 images have no caption beside them, such as a.png" in caplog.text
+        assert "the other 1, such as b.txt" in caplog.text
+        caplog.clear()
+        assert "caption" not in ImageFolder(tmp_path, captions=False)[1]
+        assert "have no caption" not in caplog.text
+        assert "left out: 1 .txt" in caplog.text
+
+    def test_captions_can_be_asked_for_or_left(self, tmp_path):
+        write(tmp_path / "a.png")
+        with pytest.raises(DataError, match=r"a\.png: has no caption \(a\.txt\); 1 of 1"):
+            ImageFolder(tmp_path, captions=True)
+        (tmp_path / "a.TXT").write_text("shouted")
+        assert ImageFolder(tmp_path)[0]["caption"] == "shouted"
+        assert ImageFolder(tmp_path, captions=True)[0]["caption"] == "shouted"
+        assert "caption" not in ImageFolder(tmp_path, captions=False)[0]
+
+    def test_lines_of_a_jsonl_that_are_of_no_use_are_named(self, tmp_path, caplog):
+        write(tmp_path / "a.png")
+        names = ("a.png", "gone.png", "a.png")
+        lines = [json.dumps({"file_name": name, "caption": str(number)}) for number, name in enumerate(names)]
+        (tmp_path / "c.jsonl").write_text("\n".join(lines))
+        assert ImageFolder(tmp_path, captions=tmp_path / "c.jsonl")[0]["caption"] == "2"
+        assert "captions of 1 images that are not there (gone.png)" in caplog.text
+        assert "1 captions of images that have another further down (a.png)" in caplog.text
 
     def test_unrelated_text_is_no_caption(self, tmp_path):
         write(tmp_path / "a.png")
@@ -208,6 +284,113 @@ class TestImageFolder:
         for root in ("one", "two"):
             write(tmp_path / root / "c" / "a.png")
         assert ImageFolder(tmp_path / "one").fingerprint() == ImageFolder(tmp_path / "two").fingerprint()
+
+    def test_a_replaced_picture_changes_the_fingerprint(self, tmp_path):
+        """Of equal name, size and time, whichever it is, beside any others, and its caption likewise."""
+        random = np.random.default_rng(0)
+        for number in range(5):
+            write(tmp_path / f"{number}.bmp", Image.fromarray(random.integers(0, 256, (200, 200, 3), dtype=np.uint8)))
+            (tmp_path / f"{number}.txt").write_text("a cat")
+        before = ImageFolder(tmp_path).fingerprint()
+        other = Image.fromarray(random.integers(0, 256, (200, 200, 3), dtype=np.uint8))
+        for name in [f"{number}.{kind}" for number in range(5) for kind in ("bmp", "txt")]:
+            path = tmp_path / name
+            old, state = path.read_bytes(), path.stat()
+            write(path, other) if name.endswith("bmp") else path.write_text("a dog")
+            os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+            assert path.stat().st_size == state.st_size
+            assert not agrees(ImageFolder(tmp_path).fingerprint(), before)
+            path.write_bytes(old)
+            assert ImageFolder(tmp_path).fingerprint() == before, "times alone change nothing"
+
+    def test_the_fingerprint_of_names_and_sizes_is_still_its_first_part(self, tmp_path):
+        """As it was written into caches and runs before contents were sampled."""
+        for name, length in (("cats/a.png", 7), ("dogs/b.png", 8)):
+            (tmp_path / name).parent.mkdir()
+            (tmp_path / name).write_bytes(bytes(length))
+        (tmp_path / "cats" / "a.txt").write_text("x")
+        (tmp_path / "dogs" / "b.txt").write_text("xyz")
+        rows = ('[["cats", "dogs"], null]', '["cats/a.png", 7, 1]', '["dogs/b.png", 8, 3]')
+        old = hashlib.sha256("".join(rows).encode()).hexdigest()
+        folder = ImageFolder(tmp_path)
+        assert folder.fingerprint().startswith(f"{old}:contents:")
+        assert agrees(folder.fingerprint(), old)
+        part = hashlib.sha256(old.encode() + np.array([1, 0]).tobytes()).hexdigest()
+        assert Subset(folder, [1, 0]).fingerprint() == part + folder.fingerprint().removeprefix(old)
+        rows = ('[["cats", "dogs"], null]', '["cats/a.png", 7, -1]', '["dogs/b.png", 8, -1]')
+        plain = hashlib.sha256("".join(rows).encode()).hexdigest()
+        assert agrees(ImageFolder(tmp_path, captions=False).fingerprint(), plain)
+        ranged = ImageFolder(tmp_path, captions=False, value_range=[0, 4095]).fingerprint()
+        assert not agrees(ranged, plain)
+        assert ranged != ImageFolder(tmp_path, captions=False, value_range=[0, 1023]).fingerprint()
+
+    @pytest.mark.parametrize("value_range", [[0], [1, 1], [4095, 0], [0, float("nan")], [0, 1, 2]])
+    def test_a_value_range_that_is_none(self, image_folder, value_range):
+        with pytest.raises(ConfigError, match=r"value_range: expected .*two increasing numbers"):
+            ImageFolder(image_folder, value_range=value_range)
+
+    def test_the_value_range_reaches_the_pixels(self, tmp_path):
+        write(tmp_path / "a.png", Image.fromarray(np.full((4, 4), 4095, dtype=np.uint16)))
+        assert ImageFolder(tmp_path)[0]["image"].getpixel((0, 0)) == 16
+        assert ImageFolder(tmp_path, value_range=[0, 4095])[0]["image"].getpixel((0, 0)) == 255
+
+    def test_names_that_are_not_utf_8(self, tmp_path):
+        """Read, labelled, hashed, and named where they are broken."""
+        name = os.fsdecode(b"caf\xe9")
+        write(tmp_path / name / f"{name}.png")
+        (tmp_path / name / f"{name}_.jpg").write_text("no picture")
+        folder = ImageFolder(tmp_path)
+        assert folder.class_names == [name]
+        assert folder[0]["class_label"] == 0
+        assert folder.fingerprint() == ImageFolder(tmp_path).fingerprint()
+        with pytest.raises(DataError, match="cannot be read as an image"):
+            folder[1]
+        (tmp_path / "c.jsonl").write_text(json.dumps({"file_name": folder.files[0], "caption": "one"}))
+        with pytest.raises(DataError, match=r"has no caption in .*c\.jsonl, like 1 of 2"):
+            ImageFolder(tmp_path, captions=tmp_path / "c.jsonl")
+
+    def test_left_out_files_are_counted_once_in_a_line(self, tmp_path, caplog):
+        for name in ("c/a.png", "c/.b.png", ".cache/c.png"):
+            write(tmp_path / name)
+        for name in ("c/1.json", "c/2.JSON", "readme"):
+            (tmp_path / name).write_text("{}")
+        ImageFolder(tmp_path)
+        assert caplog.messages == [f"{tmp_path}: left out: 2 .json, 2 hidden, 1 without extension"]
+
+    def test_other_ranks_are_silent(self, tmp_path, caplog, monkeypatch):
+        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        write(tmp_path / "a.png")
+        (tmp_path / "readme").write_text("")
+        ImageFolder(tmp_path)
+        assert not caplog.messages
+
+    def test_classes_without_images_are_named(self, tmp_path, caplog):
+        write(tmp_path / "cats" / "a.png")
+        write(tmp_path / "hidden" / "deep" / ".a.png")
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "notes").mkdir()
+        (tmp_path / "notes" / "a.json").write_text("{}")
+        assert ImageFolder(tmp_path).class_names == ["cats"]
+        expected = "no class is made of folders without images: empty (empty), hidden (1 hidden), notes (1 .json)"
+        assert expected in caplog.text
+        caplog.clear()
+        ImageFolder(tmp_path, classes=False)
+        assert "no class" not in caplog.text
+
+    @pytest.mark.parametrize("kind", ["heic", "DCM", "cr2", "jxl"])
+    def test_a_class_of_pictures_that_cannot_be_read_is_an_error(self, tmp_path, kind):
+        write(tmp_path / "cats" / "a.png")
+        (tmp_path / "dogs" / "deep").mkdir(parents=True)
+        (tmp_path / "dogs" / "deep" / f"b.{kind}").write_bytes(b"x")
+        with pytest.raises(DataError, match=rf"dogs: holds 0 images that can be read, but 1 \.{kind.lower()}"):
+            ImageFolder(tmp_path)
+        assert ImageFolder(tmp_path, classes=False).files == ["cats/a.png"]
+
+    def test_nothing_but_others(self, tmp_path):
+        (tmp_path / "a.heic").write_bytes(b"x")
+        with pytest.raises(DataError, match=r"0 images found \(1 \.heic; looked for .*\.jfif"):
+            ImageFolder(tmp_path)
 
 
 class TestSubset:

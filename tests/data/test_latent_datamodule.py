@@ -1,5 +1,7 @@
 """Stage 2's data: the cache is built or checked by itself, and a batch is a function of seed and sample number."""
 
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,12 @@ from PIL import Image
 from ldm import checkpoint
 from ldm.autoencoder.codec import Codec
 from ldm.data.datamodules import VALIDATION_SEED
+from ldm.data.fingerprint import parts
+from ldm.data.images import ImageFolder
 from ldm.data.latent_datamodule import LatentDataModule
 from ldm.data.latents import Manifest
 from ldm.data.pixels import EvalTransform
-from ldm.errors import CheckpointError, ConfigError, DataError
+from ldm.errors import CheckpointError, ConfigError, DataError, ResourceError
 from ldm.randomness import Draws, permutation
 
 
@@ -198,6 +202,108 @@ def test_by_default_caches_of_other_content_lie_side_by_side(make, here, other_a
     for number, change in enumerate(changes, start=1):
         make(**change).setup()
         assert len(list((here / "cache").iterdir())) == number
+
+
+def as_written_once(self):
+    """The fingerprint of an image folder before contents were part of it."""
+    return parts(fingerprint(self))[0]
+
+
+fingerprint = ImageFolder.fingerprint
+
+
+def test_replaced_pictures_get_a_cache_of_their_own(make, here, image_folder, caplog):
+    folder = shutil.copytree(image_folder, here / "pictures")
+    make(ImageFolder(folder)).setup()
+    path = folder / "dogs" / "1.png"
+    make(ImageFolder(shutil.copytree(folder, here / "copy", copy_function=shutil.copyfile))).setup()
+    assert len(list((here / "cache").iterdir())) == 1
+    path.write_bytes(bytes(path.stat().st_size))
+    make(ImageFolder(folder), max_broken=0.1).setup()
+    assert len(list((here / "cache").iterdir())) == 2
+    make(ImageFolder(here / "copy"), cache="mine").setup()
+    with pytest.raises(DataError, match=r"(?s)mine/train: .*\n  source: expected ':contents:\w+', found ':contents"):
+        make(ImageFolder(folder), cache="mine").setup()
+
+
+def files_of(here: Path) -> set[str]:
+    return {str(path.relative_to(here)) for path in here.rglob("*") if path.is_file() and "pictures" not in path.parts}
+
+
+@pytest.mark.parametrize("cache", [None, "mine"])
+def test_a_cache_from_before_contents_were_noted_goes_on(make, here, image_folder, monkeypatch, caplog, cache):
+    folder = shutil.copytree(image_folder, here / "pictures")
+    with monkeypatch.context() as then:
+        then.setattr(ImageFolder, "fingerprint", as_written_once)
+        make(ImageFolder(folder), num_validation=4, cache=cache).setup()
+    before = files_of(here)
+    for _ in range(2):
+        with monkeypatch.context() as now:
+            now.setattr(Codec, "encode", lambda *args: pytest.fail("encoded again"))
+            module = make(ImageFolder(folder), num_validation=4, cache=cache)
+            module.setup()
+        assert len(module.train_cache) == 16
+        new = files_of(here) - before
+        assert [Path(file).name for file in new] == ["contents.json"] * 2
+        # Said when it is found, and not again.
+        assert caplog.text.count("was made when only names and sizes of the pictures were noted") == 2
+    path = folder / "dogs" / "1.png"
+    path.write_bytes(bytes(path.stat().st_size))
+    module = make(ImageFolder(folder), num_validation=4, cache=cache, max_broken=0.2)
+    if cache is None:
+        module.setup()
+        assert len(list((here / "cache").iterdir())) == 4
+    else:
+        with pytest.raises(
+            DataError, match=r"(?s)mine/train: .*\n  source: expected ':contents:\w+', found ':contents"
+        ):
+            module.setup()
+
+
+def test_an_old_cache_that_cannot_be_written_serves(make, image_folder, monkeypatch):
+    with monkeypatch.context() as then:
+        then.setattr(ImageFolder, "fingerprint", as_written_once)
+        make(ImageFolder(image_folder)).setup()
+
+    def refuse(*args):
+        raise ResourceError("read-only")
+
+    monkeypatch.setattr("ldm.data.latents.publish", refuse)
+    make(ImageFolder(image_folder)).setup()
+
+
+def test_a_value_range_is_part_of_what_a_cache_was_made_of(make, here, image_folder):
+    """With none, the cache is the one that it always was."""
+    make(ImageFolder(image_folder), cache="mine").setup()
+    with pytest.raises(DataError, match=r"mine/train: .*\n  source: expected"):
+        make(ImageFolder(image_folder, value_range=[0, 4095]), cache="mine").setup()
+
+
+def test_names_that_are_not_utf_8_from_the_folder_to_the_checkpoint(make, here):
+    name = os.fsdecode(b"caf\xe9")
+    for number in range(10):
+        path = here / "data" / (name if number % 2 else "tea") / f"{name}{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (number, 0, 0)).save(path)
+    path.write_text("broken")
+    module = make(ImageFolder(here / "data"), max_broken=0.1, cache=name)
+    module.setup()
+    first(module.train_dataloader(), 1)
+    assert module.manifest.plan.class_names == [name, "tea"]
+    assert len(module.sources(range(9))) == 9
+    module = make(ImageFolder(here / "data"), max_broken=0.1, cache=name)
+    module.setup()
+    checkpoint.save(here / "x.ckpt", {"ldm": {"latents": module.manifest.to_dict()}})
+    assert Manifest.from_dict(checkpoint.load(here / "x.ckpt")["ldm"]["latents"]) == module.manifest
+
+
+def test_pictures_of_more_than_eight_bits_are_broken_not_cut_off(make):
+    class Wide(Pictures):
+        def __getitem__(self, index):
+            return {**super().__getitem__(index), "image": Image.fromarray(np.zeros((20, 24), dtype=np.uint16))}
+
+    with pytest.raises(DataError, match=r"memory/0\.png: expected pixels of 8 bits"):
+        make(Wide(10)).setup()
 
 
 @pytest.mark.parametrize(

@@ -502,6 +502,40 @@ def test_a_stale_cache_is_refused_by_key(copy, key):
         build(copy, wanted, encode, Source(read))
 
 
+def test_replaced_pictures_are_refused_and_a_cache_from_before_they_were_noticed_goes_on(tmp_path):
+    now = dataclasses.replace(PLAN_FACTS, source="abc:contents:12")
+    assert now.former() == PLAN_FACTS
+    build(tmp_path / "old", PLAN_FACTS, encode, Source(read))
+    assert build(tmp_path / "old", now, encode, Source(read)).plan == PLAN_FACTS
+    LatentCache(tmp_path / "old", now)
+    build(tmp_path / "new", now, encode, Source(read))
+    LatentCache(tmp_path / "new", now)
+    replaced = dataclasses.replace(PLAN_FACTS, source="abc:contents:13")
+    with pytest.raises(DataError, match=r"\n  source: expected ':contents:13', found ':contents:12'"):
+        LatentCache(tmp_path / "new", replaced)
+
+
+def test_names_that_are_not_utf_8_are_sealed_and_read(tmp_path):
+    """In class names, the autoencoder's path, the reasons of broken items, and captions; the rest is as ever."""
+    name = os.fsdecode(b"caf\xe9")
+    path = {**PLAN_FACTS.autoencoder, "path": f"logs/{name}"}
+    plan = dataclasses.replace(PLAN_FACTS, class_names=["a", "b", name], autoencoder=path)
+
+    def broken(item):
+        if item == 7:
+            raise DataError(f"{name}/7.png: cannot be read")
+        return {**read(item), "caption": f"{name} é"}
+
+    manifest = build(tmp_path / "cache", plan, encode, Source(broken, max_broken=1))
+    assert manifest.broken == [7]
+    assert verify(tmp_path / "cache") == Manifest.read(tmp_path / "cache") == manifest
+    assert LatentCache(tmp_path / "cache", plan).captions([3]) == [f"{name} é"]
+    assert read_sealed(tmp_path / "cache" / "shard-00000.json")["broken"] == {"7": f"{name}/7.png: cannot be read"}
+    assert seal({"a": "é"}).startswith('{\n "a": "é"'.encode())
+    for file in (tmp_path / "cache").glob("*.json"):
+        file.read_text(encoding="utf-8")
+
+
 def test_where_the_autoencoder_lies_is_not_compared(copy):
     moved = dataclasses.replace(PLAN_FACTS, autoencoder={**PLAN_FACTS.autoencoder, "path": "elsewhere"})
     LatentCache(copy, moved)

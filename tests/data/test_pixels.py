@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 
 from ldm.data.images import ImageFolder
 from ldm.data.pixels import BrokenImages, EvalTransform, TrainTransform, View, collate
@@ -50,6 +50,61 @@ class TestTransforms:
         assert TrainTransform(16, flip=0)(image).equal(reference)
         assert TrainTransform(16, flip=1)(image).equal(reference.flip(-1))
 
+    @pytest.mark.parametrize("size", [(40_000, 1), (1, 40_000), (90_000, 3)])
+    @pytest.mark.parametrize("transform", [EvalTransform(256), TrainTransform(256), TrainTransform(256, True)])
+    def test_thin_pictures_stay_small(self, size, transform, monkeypatch):
+        """Resized whole, they would have billions of pixels."""
+        resize, made = Image.Image.resize, []
+
+        def watch(image, size, *args, **kwargs):
+            made.append(size[0] * size[1])
+            assert made[-1] <= 256**2
+            return resize(image, size, *args, **kwargs)
+
+        monkeypatch.setattr(Image.Image, "resize", watch)
+        pixels = transform(Image.new("RGB", size, (51, 102, 204)))
+        assert made
+        assert pixels.shape == (3, 256, 256)
+        torch.testing.assert_close(pixels[:, 7, 200], torch.tensor([-0.6, -0.2, 0.6]))
+
+    @pytest.mark.parametrize("name", [mode.value for mode in InterpolationMode])
+    @pytest.mark.parametrize("size", [(1600, 4), (7, 900), (640, 48), (24, 41)])
+    def test_thin_pictures_get_the_pixels_of_the_whole(self, name, size, monkeypatch):
+        x, y = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
+        waves = 127 + 60 * np.sin(x[..., None] / (9, 11, 17)) + 60 * np.cos(y[..., None] / (5, 13, 8))
+        image = Image.fromarray(waves.astype(np.uint8))
+        whole = EvalTransform(16, name)(image)
+        monkeypatch.setattr("ldm.data.pixels.MAX_PIXELS", 0)
+        monkeypatch.setattr("ldm.data.pixels._LEAST_RATIO", 1.0)
+        error = (EvalTransform(16, name)(image) - whole).abs() * 127.5
+        # A shift by a pixel makes 4 levels on average; between two pixels at equal distance either may be the nearest.
+        assert error.mean() < 0.5
+        assert "nearest" in name or name == "box" or error.max() < 1.01
+
+    def test_a_random_crop_of_a_thin_picture_is_anywhere(self):
+        ramp = Image.fromarray(np.linspace(0, 255, 30_000).astype(np.uint8)[None])
+        transform = TrainTransform(64, random_crop=True, flip=0)
+        torch.manual_seed(0)
+        middles = [(float(transform(ramp)[0, 32, 32]) + 1) / 2 for _ in range(200)]
+        assert min(middles) < 0.03
+        assert max(middles) > 0.97
+        assert abs(np.mean(middles) - 0.5) < 0.07
+
+    def test_ordinary_pictures_take_the_steps_that_they_always_took(self):
+        """Bit for bit, since latent caches and runs hold on to them, and with the same random numbers."""
+        for size in ((16, 16), (40, 24), (300, 20), (5, 80)):
+            image = noise(*size)
+            steps = [v2.Resize(16, InterpolationMode.BICUBIC, antialias=True), v2.ToImage()]
+            rest = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5]), v2.ToPureTensor()]
+            old = v2.Compose([*steps, v2.CenterCrop(16), *rest])
+            assert EvalTransform(16)(image).equal(old(image))
+            old = v2.Compose([*steps, v2.RandomCrop(16), v2.RandomHorizontalFlip(0.5), *rest])
+            torch.manual_seed(4)
+            expected = [old(image) for _ in range(9)]
+            torch.manual_seed(4)
+            new = TrainTransform(16, random_crop=True)
+            assert all(new(image).equal(pixels) for pixels in expected)
+
     def test_random_crop_stays_inside(self):
         ramp = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8), (16, 1)))
         torch.manual_seed(0)
@@ -81,6 +136,23 @@ class TestView:
         torch.manual_seed(99)
         assert all(rows[number, 3]["image"].equal(first[number]) for number in reversed(range(8)))
         assert len({image.numpy().tobytes() for image in first}) > 5
+
+    def test_a_failing_transform_names_the_picture(self, image_folder):
+        def fail(image):
+            raise MemoryError
+
+        with pytest.raises(MemoryError) as caught:
+            view(image_folder, fail)[0, 3]
+        assert caught.value.__notes__ == [f"The picture was {ImageFolder(image_folder).path(3)}, 16 x 16 pixels."]
+
+    def test_more_than_eight_bits_are_not_cut_off(self, image_folder, monkeypatch):
+        """From a data set of one's own, which is to deliver grey or RGB."""
+        rows = view(image_folder)
+        wide = {"image": Image.fromarray(np.full((16, 16), 4000, dtype=np.uint16))}
+        monkeypatch.setattr(ImageFolder, "__getitem__", lambda self, index: wide)
+        broken = rows[0, 3]["broken"]
+        assert len(broken) == 20
+        assert "expected pixels of 8 bits, grey or RGB, found mode 'I;16'" in broken[3]
 
     def test_grey_and_colour(self, image_folder):
         grey = View(ImageFolder(image_folder), EvalTransform(16), 1, 16, seed=0)

@@ -1,0 +1,172 @@
+"""What the files of a data set hold, told from samples of their bytes: cheap, and the same wherever a copy lies.
+
+A fingerprint has two parts, `<names>:contents:<samples>`: what the items are called and how they are labelled, and a
+hash over samples of each file's bytes, so that one picture replaced by another of equal name and size is noticed.
+Fingerprints were once the first part alone; what such a one was written for goes on, see `comparable`.
+
+The samples of a large folder are remembered in `cache/.contents/`, together with each file's size, times and inode, as
+git does for its index: a file for which all of them are as they were is not opened again. Times decide only what is
+read, never what comes out: a copy of a folder has the fingerprint of the original. The index may be deleted.
+"""
+
+import errno
+import os
+import socket
+import stat
+import time
+import zipfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from hashlib import blake2b, sha256
+from pathlib import Path
+
+import numpy as np
+
+from ldm.errors import DataError
+
+INDEX = Path("cache") / ".contents"  # hidden, so that `cache/*` are latent caches
+INDEX_FROM = 10_000
+"""Folders of fewer files are read anew each time."""
+
+_MARK = ":contents:"
+_BLOCK, _BLOCKS = 4096, 8
+_THREADS, _CHUNK = 16, 256
+# A file that changes twice within one tick of the file system's clock looks unchanged: what is younger is not trusted.
+_SETTLED = 2_000_000_000
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_ENTRY = np.dtype([("key", "<u8"), ("stats", "<i8", 4), ("sample", "<u8")])
+
+
+def join(names: str, contents: str) -> str:
+    """The fingerprint of items that are called `names` (a hash) and hold `contents` (another)."""
+    return f"{names}{_MARK}{contents}"
+
+
+def parts(fingerprint: str) -> tuple[str, str]:
+    """(names, `:contents:` and what follows, or nothing)."""
+    names, mark, contents = fingerprint.partition(_MARK)
+    return names, mark + contents
+
+
+def comparable(one: str, other: str) -> tuple[str, str]:
+    """Two fingerprints as they are to be compared and shown: equal if both may be of the same items.
+
+    What they have in common is left out. If one is of names alone, that is all there is to compare.
+    """
+    (names, contents), (others, found) = parts(one), parts(other)
+    if names != others:
+        return one, other
+    return (contents, found) if contents and found else ("", "")
+
+
+def agrees(one: str, other: str) -> bool:
+    """Whether two fingerprints may be of the same items."""
+    ours, theirs = comparable(one, other)
+    return ours == theirs
+
+
+def stats(root: Path, names: Sequence[str]) -> np.ndarray:
+    """Size, modification and change time (ns) and inode of files in `root`: (N,4) int64; -1 for what is not there."""
+    found = np.full((len(names), 4), -1, dtype=np.int64)
+    for row, name in enumerate(names):
+        with suppress(OSError):  # a dangling link: its item is broken, the listing is not
+            state = os.stat(os.path.join(root, name))
+            # A pipe or a device has no bytes to sample, and may never answer.
+            size = state.st_size if stat.S_ISREG(state.st_mode) else 0
+            inode = state.st_ino & (2**63 - 1)
+            found[row] = size, state.st_mtime_ns, state.st_ctime_ns, inode
+    return found
+
+
+def contents(root: Path, names: Sequence[str], states: np.ndarray) -> str:
+    """Hash over samples of the files' bytes, in the given order.
+
+    A file of up to 32 KB is read whole, a larger one at eight places from its first to its last bytes. Of a file that
+    cannot be read it is noted that it cannot.
+
+    Args:
+        root: the data set's folder.
+        names: of the files, relative to it.
+        states: their `stats`.
+
+    Raises:
+        DataError: the machine has no file handles or memory left.
+    """
+    begun = time.time_ns()
+    samples = np.zeros(len(names), dtype=np.uint64)
+    keys, unread = np.zeros(0, np.uint64), np.arange(len(names))
+    index = INDEX / f"{blake2b(os.fsencode(os.path.realpath(root)), digest_size=16).hexdigest()}.npz"
+    remembers = len(names) >= INDEX_FROM
+    if remembers:
+        keys = np.array([_short_hash(os.fsencode(name)) for name in names], dtype=np.uint64)
+        known, samples = _look_up(_read_index(index), keys, states)
+        unread = np.flatnonzero(~known)
+    chunks = [unread[start : start + _CHUNK] for start in range(0, len(unread), _CHUNK)]
+    with ThreadPoolExecutor(_THREADS) as pool:  # on a disk or a network that answers late, many wait at once
+        read = pool.map(lambda rows: [_sample(root, names[row], int(states[row, 0])) for row in rows], chunks)
+        for rows, values in zip(chunks, read, strict=True):
+            samples[rows] = values
+    if remembers and samples[unread].any():
+        # What could not be read may have been out of reach for a moment only.
+        sure = (states[:, 1:3].max(1) < begun - _SETTLED) & (samples != 0)
+        _write_index(index, keys[sure], states[sure], samples[sure])
+    return sha256(samples.astype("<u8").tobytes()).hexdigest()[:32]
+
+
+def _sample(root: Path, name: str, size: int) -> int:
+    """Hash of some of a file's bytes; 0 if they cannot be read."""
+    if size < 0:
+        return 0
+    if size <= _BLOCK * _BLOCKS:
+        places, length = [0], size
+    else:
+        places, length = [place * (size - _BLOCK) // (_BLOCKS - 1) for place in range(_BLOCKS)], _BLOCK
+    path = os.path.join(root, name)
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            return _short_hash(b"".join([os.pread(file, length, place) for place in places]))
+        finally:
+            os.close(file)
+    except OSError as error:
+        if error.errno in _EXHAUSTED:
+            raise DataError(f"{path}: cannot be read: {error.strerror}; raise the limit (ulimit -n)") from error
+        return 0
+
+
+def _short_hash(data: bytes) -> int:
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
+
+
+def _look_up(index: np.ndarray, keys: np.ndarray, states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which files are as the index (sorted by key) has them (N,) bool, and their samples (N,) uint64, else 0."""
+    if not len(index):
+        return np.zeros(len(keys), dtype=bool), np.zeros(len(keys), dtype=np.uint64)
+    found = index[np.searchsorted(index["key"], keys).clip(max=len(index) - 1)]
+    known = (found["key"] == keys) & (found["stats"] == states).all(1)
+    return known, np.where(known, found["sample"], np.uint64(0))
+
+
+def _read_index(file: Path) -> np.ndarray:
+    try:
+        with np.load(file) as archive:
+            entries: np.ndarray = archive["entries"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return np.zeros(0, dtype=_ENTRY)
+    return entries if entries.dtype == _ENTRY else np.zeros(0, dtype=_ENTRY)
+
+
+def _write_index(file: Path, keys: np.ndarray, states: np.ndarray, samples: np.ndarray) -> None:
+    """Best effort: without it everything is read again next time."""
+    entries = np.empty(len(keys), dtype=_ENTRY)
+    entries["key"], entries["stats"], entries["sample"] = keys, states, samples
+    entries.sort(order="key")
+    aside = file.with_name(f"{file.name}.tmp.{socket.gethostname()}.{os.getpid()}")
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with aside.open("wb") as handle:
+            np.savez(handle, entries=entries)
+        aside.replace(file)
+    with suppress(OSError):  # after the rename there is none
+        aside.unlink()

@@ -1,0 +1,94 @@
+"""Grey pictures of more than 8 bits: how their values become 8 bits, and how a wrong range is noticed.
+
+A 16-bit file does not say how many of its bits are used. Scanners and cameras often fill 10, 12 or 14 of them; taken
+for 16, such pictures are nearly black.
+"""
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageFile
+
+from ldm.errors import ConfigError
+
+FULL = (0, 65535)
+_WIDE_EXTENSIONS = (".png", ".tif", ".tiff", ".pgm", ".jp2", ".j2k")
+_OPENED, _LOOKED_AT = 64, 16
+_DARK = 1 << 14  # a quarter of white
+
+
+def checked(value_range: Sequence[float] | None) -> tuple[float, float] | None:
+    """Raises ConfigError unless it is two increasing numbers, or None."""
+    if value_range is None:
+        return None
+    values = [float(value) for value in value_range]
+    if len(values) != 2 or not np.isfinite(values).all() or values[0] >= values[1]:
+        raise ConfigError(
+            f"value_range: expected [black, white], two increasing numbers such as [0, 4095], found {value_range}"
+        )
+    return values[0], values[1]
+
+
+def to_8_bits(image: Image.Image, value_range: tuple[float, float] | None) -> Image.Image:
+    """A picture of mode "I;16", "I" or "F" -> "L": [black, white] to [0, 255], rounded; what is beyond is cut off.
+
+    Raises:
+        ValueError: no range is given and the mode has none of its own, or a value is not a number.
+    """
+    if value_range is None and not image.mode.startswith("I;16"):
+        raise ValueError(
+            f"pixels of mode {image.mode!r} have no known range; set `value_range` of the data set, "
+            "or convert the file to 8 or 16 bits"
+        )
+    black, white = value_range or FULL
+    values = np.asarray(image, dtype=np.float64)
+    if np.isnan(values).any():
+        raise ValueError("some pixels are not a number (NaN)")
+    return Image.fromarray(np.rint((values.clip(black, white) - black) * (255 / (white - black))).astype(np.uint8))
+
+
+def is_wide_color(image: Image.Image) -> bool:
+    """Whether a file, opened but not yet decoded, holds more than 8 bits, of which Pillow will keep the upper 8."""
+    if image.mode.startswith(("I", "F")) or not isinstance(image, ImageFile.ImageFile):
+        return False
+    return any(";16" in str(tile[3]) for tile in image.tile)
+
+
+def warning(paths: Sequence[str], max_pixels: int) -> str:
+    """What to say if the 16-bit pictures among `paths` use a small part of their range; "" otherwise.
+
+    Looks at up to 16 of them, spread evenly, and speaks up only if all are darker than a quarter of white: one night
+    among days is no fault.
+    """
+    wide = [path for path in paths if os.path.splitext(path)[1].casefold() in _WIDE_EXTENSIONS]
+    found: list[tuple[int, int]] = []
+    for path in wide[:: max(1, len(wide) // _OPENED)][:_OPENED]:
+        extrema = _extrema(path, max_pixels) if len(found) < _LOOKED_AT else None
+        found += [extrema] if extrema else []
+    low, high = min((low for low, _ in found), default=0), max((high for _, high in found), default=FULL[1])
+    if high >= _DARK:
+        return ""
+    white = (1 << max(8, high.bit_length())) - 1
+    return (
+        f"the 16-bit pictures are nearly black: {len(found)} that were looked at hold values from {low} to {high} "
+        f"where white is {FULL[1]}. If white is {white}, set `value_range: [0, {white}]` of the data set (grey "
+        f"pictures), or convert them to 8 bits; if they are as dark as this, `value_range: [0, {FULL[1]}]` says so"
+    )
+
+
+def _extrema(path: str, max_pixels: int) -> tuple[int, int] | None:
+    """The smallest and the largest value of a 16-bit picture; None if it is none, or cannot be read."""
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > max_pixels:
+                return None
+            if is_wide_color(image):
+                values = np.asarray(image.convert("RGB"))
+                return 256 * int(values.min()), 256 * int(values.max()) + 255
+            if not image.mode.startswith("I;16"):
+                return None
+            values = np.asarray(image)
+            return int(values.min()), int(values.max())
+    except Exception:  # whatever decoders raise; who reads the picture says what is wrong with it
+        return None
