@@ -2,8 +2,9 @@
 
 A latent is cut into patches, each a token; the noise level and the conditioning vector shift, scale and gate every
 block (adaLN-Zero). The modern form changes four things, a switch each: RMSNorm, SwiGLU, rotary positions, normalised
-queries and keys. Published sizes (channels, depth, heads): S 384, 12, 6; B 768, 12, 12; L 1024, 24, 16; XL 1152, 28,
-16; the conditioner's class vector has `channels` channels.
+queries and keys. LightningDiT's published weights have the first three, and places added to the tokens besides
+(`absolute_positions`). Published sizes (channels, depth, heads): S 384, 12, 6; B 768, 12, 12; L 1024, 24, 16; XL 1152,
+28, 16; the conditioner's class vector has `channels` channels.
 """
 
 from collections.abc import Callable
@@ -109,9 +110,10 @@ class DiT(nn.Module):
         spatial_channels: channels of the conditioning picture, concatenated to x.
         rms_norm: RMSNorm with a learned scale instead of LayerNorm without.
         swiglu: gated feed-forward networks.
-        rotary: positions turn queries and keys (Su et al. 2021, along both axes) instead of being added to the tokens.
+        rotary: positions turn queries and keys (Su et al. 2021, along both axes).
         normalise_attention: RMSNorm of queries and keys (Dehghani et al. 2023), which keeps long training stable.
         checkpointing: compute activations again in the backward pass instead of keeping them.
+        absolute_positions: fixed sines and cosines of its place are added to each token; None: unless `rotary` is on.
 
     Raises:
         ConfigError: parameters that contradict one another, or an input that does not fit them.
@@ -131,12 +133,16 @@ class DiT(nn.Module):
         rotary: bool = False,
         normalise_attention: bool = False,
         checkpointing: bool = False,
+        absolute_positions: bool | None = None,
     ) -> None:
         super().__init__()
         if channels % (4 * heads):
             raise ConfigError(f"DiT: channels={channels} must be divisible by 4 x heads={heads}")
+        if absolute_positions is False and not rotary:
+            raise ConfigError("DiT: without positions no token knows its place; turn on rotary or absolute_positions")
         self.in_channels, self.patch_size, self.channels = in_channels, patch_size, channels
         self.spatial_channels, self.rotary, self.checkpointing = spatial_channels, rotary, checkpointing
+        self.absolute_positions = not rotary if absolute_positions is None else absolute_positions
         self.head_channels = channels // heads
         make_norm = (
             partial(nn.RMSNorm, eps=1e-6) if rms_norm else partial(nn.LayerNorm, eps=1e-6, elementwise_affine=False)
@@ -187,7 +193,7 @@ class DiT(nn.Module):
         rotation = None
         if self.rotary:
             rotation = rotations(rows, columns, self.head_channels, x.device)  # (2, L, C / heads)
-        else:
+        if self.absolute_positions:
             tokens = tokens + positions(rows, columns, self.channels, x.device)  # (N, L, C)
         for block in self.layers:
             tokens = self._run(block, tokens, told, rotation)  # (N, L, C)

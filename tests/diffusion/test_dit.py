@@ -1,7 +1,10 @@
 """The transformer: published sizes, parity with diffusers, and what its switches change."""
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
 
 from ldm.diffusion.conditioning import ClassVector, Conditioning
@@ -89,6 +92,146 @@ def test_equals_diffusers():
     expected = reference(x, t, labels).sample
     vector = Conditioning(vector=table.table(labels))
     torch.testing.assert_close(ours(x, t, vector), expected, rtol=1e-4, atol=1e-4)
+
+
+HEADS, DEPTH, PATCH = 4, 3, 2
+
+
+def lightningdit_weights(normalise: bool, channels: int = 64, latents: int = 4) -> dict[str, torch.Tensor]:
+    """Random weights under LightningDiT's own names, rows in its own order."""
+    width, head = 4 * channels * 2 // 3, channels // HEADS
+    shapes = {"t_embedder.mlp.0": (channels, 256), "t_embedder.mlp.2": (channels, channels)}
+    shapes["x_embedder.proj"] = (channels, latents, PATCH, PATCH)
+    for block in (f"blocks.{i}" for i in range(DEPTH)):
+        shapes[f"{block}.attn.qkv"], shapes[f"{block}.attn.proj"] = (3 * channels, channels), (channels, channels)
+        shapes[f"{block}.mlp.w12"], shapes[f"{block}.mlp.w3"] = (2 * width, channels), (channels, width)
+        shapes[f"{block}.adaLN_modulation.1"] = (6 * channels, channels)
+    shapes["final_layer.adaLN_modulation.1"] = (2 * channels, channels)
+    shapes["final_layer.linear"] = (PATCH * PATCH * latents, channels)
+    weights = {f"{name}.weight": torch.randn(shape) / math.prod(shape[1:]) ** 0.5 for name, shape in shapes.items()}
+    weights |= {f"{name}.bias": 0.1 * torch.randn(shape[0]) for name, shape in shapes.items()}
+    norms = {f"blocks.{i}.norm{j}": channels for i in range(DEPTH) for j in (1, 2)} | {
+        "final_layer.norm_final": channels
+    }
+    if normalise:
+        norms |= {f"blocks.{i}.attn.{which}_norm": head for i in range(DEPTH) for which in "qk"}
+    return weights | {f"{name}.weight": 1 + 0.1 * torch.randn(size) for name, size in norms.items()}
+
+
+def lightningdit(weights, x, t, vector):
+    """The published network's velocity, in its own conventions: t = 1 is data, pairs of channels are neighbors.
+
+    x (N,C,H,W), t (N,), vector (N,D) -> (N,C,H,W), in float64 throughout.
+    """
+    w = {name: weight.double() for name, weight in weights.items()}
+
+    def linear(name, h):
+        return h @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def norm(name, h):
+        scale = w.get(f"{name}.weight")
+        return h if scale is None else h * (h.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * scale
+
+    def wave(place, count):
+        return place[:, None].double() * 10_000.0 ** (-torch.arange(count) / count).double()
+
+    n, rows, columns = len(x), x.shape[2] // PATCH, x.shape[3] // PATCH
+    angles = wave(t, 128)
+    told = linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], 1))))
+    told = F.silu(told + vector)[:, None]
+    tokens = F.conv2d(x.double(), w["x_embedder.proj.weight"], w["x_embedder.proj.bias"], PATCH).flatten(2).mT
+    channels = tokens.shape[-1]
+    row, column = torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)
+    waves = [wave(place, channels // 4) for place in (column, row)]
+    tokens = tokens + torch.cat([part for angle in waves for part in (angle.sin(), angle.cos())], dim=1)
+    head = channels // HEADS
+    turned = torch.cat([wave(row, head // 4), wave(column, head // 4)], dim=1)  # the angle of each pair
+    turn = torch.polar(torch.ones_like(turned), turned)
+    for block in (f"blocks.{i}" for i in range(DEPTH)):
+        shift, scale, gate, shift_f, scale_f, gate_f = linear(f"{block}.adaLN_modulation.1", told).chunk(6, dim=-1)
+        h = linear(f"{block}.attn.qkv", norm(f"{block}.norm1", tokens) * (1 + scale) + shift)
+        q, k, v = h.reshape(n, -1, 3, HEADS, head).permute(2, 0, 3, 1, 4)
+        pairs = [norm(f"{block}.attn.{name}_norm", part).unflatten(-1, (-1, 2)) for name, part in (("q", q), ("k", k))]
+        q, k = (torch.view_as_real(torch.view_as_complex(pair.contiguous()) * turn).flatten(-2) for pair in pairs)
+        seen = (q @ k.mT / head**0.5).softmax(-1) @ v
+        tokens = tokens + gate * linear(f"{block}.attn.proj", seen.transpose(1, 2).flatten(2))
+        first, second = linear(f"{block}.mlp.w12", norm(f"{block}.norm2", tokens) * (1 + scale_f) + shift_f).chunk(
+            2, -1
+        )
+        tokens = tokens + gate_f * linear(f"{block}.mlp.w3", F.silu(first) * second)
+    shift, scale = linear("final_layer.adaLN_modulation.1", told).chunk(2, dim=-1)
+    h = linear("final_layer.linear", norm("final_layer.norm_final", tokens) * (1 + scale) + shift)
+    h = h.reshape(n, rows, columns, PATCH, PATCH, -1)  # a patch's outputs: pixel by pixel
+    return h.permute(0, 5, 1, 3, 2, 4).reshape(x.shape)
+
+
+def from_lightningdit(weights):
+    """The same function in our names and conventions: t = 0 is data, and velocities point at noise."""
+    first = weights["t_embedder.mlp.0.weight"].double()
+    cosines, sines = first.chunk(2, dim=1)  # of t' = 1 - t: cos(f - f t) and sin(f - f t), by the sums of angles
+    f = 10_000.0 ** (-torch.arange(128) / 128).double()
+    ours = {"embed.0.weight": torch.cat([cosines * f.cos() + sines * f.sin(), cosines * f.sin() - sines * f.cos()], 1)}
+    ours["patches.weight"] = weights["x_embedder.proj.weight"].flatten(1)
+    order = torch.arange(PATCH * PATCH * 4).reshape(PATCH, PATCH, 4).permute(2, 0, 1).flatten()
+    names = {"t_embedder.mlp.2": "embed.2", "final_layer.adaLN_modulation.1": "modulation_out"}
+    norms = {"final_layer.norm_final": "norm_out"}
+    channels = len(weights["x_embedder.proj.weight"])
+    head = channels // HEADS
+    apart = torch.cat([torch.arange(0, head, 2), torch.arange(1, head, 2)])  # neighbors -> half a head apart
+    rows = torch.arange(3 * channels).reshape(3, HEADS, head)
+    rows[:2] = rows[:2, :, apart]
+    for i in range(DEPTH):
+        there, here = f"blocks.{i}", f"layers.{i}"
+        for kind in ("weight", "bias"):
+            ours[f"{here}.attention.qkv.{kind}"] = weights[f"{there}.attn.qkv.{kind}"][rows.flatten()]
+        names |= {f"{there}.attn.proj": f"{here}.attention.out", f"{there}.adaLN_modulation.1": f"{here}.modulation"}
+        names |= {f"{there}.mlp.w12": f"{here}.feed.widen", f"{there}.mlp.w3": f"{here}.feed.narrow"}
+        norms |= {f"{there}.norm1": f"{here}.norm_attention", f"{there}.norm2": f"{here}.norm_feed"}
+        for which in "qk":
+            if (scale := weights.get(f"{there}.attn.{which}_norm.weight")) is not None:
+                ours[f"{here}.attention.norm_{which}.weight"] = scale[apart]
+    for there, here in names.items():
+        ours |= {f"{here}.{kind}": weights[f"{there}.{kind}"] for kind in ("weight", "bias")}
+    ours |= {f"{here}.weight": weights[f"{there}.weight"] for there, here in norms.items()}
+    ours |= {"embed.0.bias": weights["t_embedder.mlp.0.bias"], "patches.bias": weights["x_embedder.proj.bias"]}
+    return ours | {f"out.{kind}": -weights[f"final_layer.linear.{kind}"][order] for kind in ("weight", "bias")}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("normalise", [False, True])
+def test_equals_lightningdit(normalise):
+    """Places added to the tokens *and* turning queries and keys; the published weights without their norms."""
+    torch.manual_seed(0)
+    weights = lightningdit_weights(normalise)
+    switches = {"rms_norm": True, "swiglu": True, "rotary": True, "normalise_attention": normalise}
+    x, t, vector = torch.randn(2, 4, 8, 12), torch.tensor([0.3, 0.9]), torch.randn(2, 64)
+    expected = -lightningdit(weights, x, t, vector)
+    gaps = {}
+    for absolute in (True, None):
+        net = DiT(4, PATCH, 64, DEPTH, HEADS, absolute_positions=absolute, **switches)
+        net.load_state_dict(from_lightningdit(weights))
+        gaps[absolute] = ((net(x, 1 - t, Conditioning(vector=vector)) - expected).norm() / expected.norm()).item()
+    assert gaps[True] < 3e-6
+    assert gaps[None] > 0.1  # rotary positions alone, as checkpoints from before the parameter have them
+
+
+@torch.no_grad()
+def test_positions_are_absolute_only_where_asked_for():
+    """One color everywhere: rotary positions alone cannot tell its places apart, whatever the weights."""
+    x, t = torch.randn(2, 4, 1, 1).expand(2, 4, 8, 8), torch.tensor([3.0, 700.0])
+    nets = {}
+    for switches in ((False, None), (False, True), (True, None), (True, False), (True, True)):
+        torch.manual_seed(0)
+        nets[switches] = randomise(DiT(4, 1, 64, 2, 4, rotary=switches[0], absolute_positions=switches[1]))
+    made = {switches: net(x, t, Conditioning()) for switches, net in nets.items()}
+    spread = {switches: image.flatten(2).std(-1).max().item() for switches, image in made.items()}
+    assert max(spread[True, None], spread[True, False]) < 1e-5
+    assert min(spread[False, None], spread[False, True], spread[True, True]) > 1e-3
+    assert torch.equal(made[True, None], made[True, False])  # old checkpoints with rotary positions
+    assert torch.equal(made[False, None], made[False, True])  # and those without
+    assert len({tuple(net.state_dict()) for net in nets.values()}) == 1  # no positions are stored
+    with pytest.raises(ConfigError, match="without positions no token knows its place"):
+        DiT(4, 1, 64, 2, 4, absolute_positions=False)
 
 
 def test_starts_as_zero_and_with_blocks_that_change_nothing():
