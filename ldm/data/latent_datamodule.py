@@ -39,7 +39,8 @@ class LatentDataModule(ElasticDataModule):
         resolution: side of the images that are encoded; None: what the autoencoder was trained on.
         channels: of the images where there is no autoencoder: 3 (RGB) or 1 (grey); else the autoencoder's.
         validation: data set of images to validate on.
-        num_validation: without `validation`: hold out so many items of `train`, the same in every run.
+        num_validation: without `validation`: hold out so many items of `train`, the same in every run; a tenth where
+            there are no more than that.
         micro_batch_size: the most latents on one device at a time, a divisor of `batch_size`; None: no limit.
         num_workers: loader processes of each rank; none is fastest, since a gather costs less than passing it on.
         transform: PIL image -> (C,H,W) in [-1,1], deterministic; None: `EvalTransform(resolution)`.
