@@ -24,7 +24,7 @@ LEVELS = {
             "run",
             "signals",
         ),
-        *("plain", "sealed", "shards", "sharding", "snapshot", "ranks", "slurm", "process", "step_mean"),
+        *("plain", "sealed", "shards", "sharding", "snapshot", "ranks", "slurm", "process", "step_mean", "durations"),
         *("config", "config_read", "config_target", "config_types", "config_signature", "config_check", "commandline"),
     ],
     1: [

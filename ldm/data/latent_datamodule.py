@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch.utils.data import DataLoader
 
 from ldm import distributed
@@ -20,6 +20,7 @@ from ldm.data.latent_build import Source, build, shard_items
 from ldm.data.latent_reader import LatentCache, LatentDataset
 from ldm.data.latents import Manifest, Plan
 from ldm.data.pixels import EvalTransform
+from ldm.durations import so_far
 from ldm.errors import ConfigError, DataError
 
 _LOG_SECONDS = 30.0
@@ -243,19 +244,23 @@ def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
 
     A bar in a terminal, a line now and then in a log file, where building may take hours.
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[times]}"))
     bar = Progress(*columns, disable=not distributed.is_main())
-    task = bar.add_task(title)
-    said = time.monotonic()
+    task = bar.add_task(title, times="")
+    began = said = time.monotonic()
+    found = 0  # there before, by a build that was interrupted
 
     def show(done: int, total: int) -> None:
-        nonlocal said
-        bar.update(task, completed=done, total=total)
+        nonlocal said, found
+        now = time.monotonic()
+        found = found or done
+        times = so_far(now - began, done - found, total - found)
+        bar.update(task, completed=done, total=total, times=times)
         if bar.console.is_terminal:
             bar.start()
-        elif distributed.is_main() and time.monotonic() - said > _LOG_SECONDS:
-            said = time.monotonic()
-            print(f"{title}: {done}/{total}", flush=True)
+        elif distributed.is_main() and now - said > _LOG_SECONDS:
+            said = now
+            print(f"{title}: {done}/{total}  {times}", flush=True)
 
     try:
         yield show
