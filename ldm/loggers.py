@@ -293,7 +293,7 @@ class FencedWandb(WandbLogger):
 
 
 def _quiet() -> dict[str, Any]:
-    """wandb's own console is twenty lines of bars and a table; what matters of it is in ours. WANDB_SILENT overrules."""
+    """wandb's own console is twenty lines of bars and a table; ours has what matters of it. WANDB_SILENT overrules."""
     return {} if "WANDB_SILENT" in os.environ else {"silent": True}
 
 

@@ -237,7 +237,7 @@ def split(
     if train.class_names != validation.class_names:
         raise DataError(
             f"the classes of the validation data set differ from those of the training data set: "
-            f"{validation.class_names} and {train.class_names}. Use the same class folders in both, or hold out a part of "
-            f"the training data: data.params.validation=null data.params.num_validation=100"
+            f"{validation.class_names} and {train.class_names}. Use the same class folders in both, or hold out "
+            f"a part of the training data: data.params.validation=null data.params.num_validation=100"
         )
     return train, validation

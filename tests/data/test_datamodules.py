@@ -106,7 +106,7 @@ def test_wrong_parameters(make, image_folder, tmp_path):
     [
         (5000, 2, "5000 of 20 items would leave none to train on; a tenth, 2, is held out instead"),
         (20, 2, "20 of 20 items would leave none"),
-        (15, 15, "15 of 20 items are held out, which leaves 5 to train on; 2 would be a tenth"),
+        (15, 15, "15 of 20 items are held out, 5 are left to train on; a tenth would be 2"),
         (10, 10, ""),
     ],
 )
