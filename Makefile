@@ -23,13 +23,17 @@ $(VENV)/installed: $(LOCK) pyproject.toml
 
 setup: $(VENV)/installed  ## install the locked packages into .venv
 
+# With PICTURES=DIR the quickstart trains on your own pictures; RUN names its runs.
+RUN ?= $(if $(PICTURES),own_$(shell basename "$(PICTURES)" | tr -c 'A-Za-z0-9\n' _),emoji)
+OWN = $(if $(PICTURES),configs/quickstart/own_pictures.yaml 'data.params.train.params.root=$(PICTURES)')
+OWN_LATENTS = $(if $(PICTURES),'data.params.autoencoder=$${newest:logs/*_$(RUN)_autoencoder}')
+
 # `--resume auto` goes on where an interrupted quickstart was and does nothing where it is done.
-quickstart: $(VENV)/installed  ## emoji: train both stages, sample, print where the pictures are
-	$(PYTHON) main.py --resume auto --base configs/quickstart/autoencoder.yaml
-	$(PYTHON) main.py --resume auto --base configs/quickstart/diffusion.yaml
-	$(PYTHON) scripts/sample.py -r 'logs/*_emoji_diffusion' -n 12 --guidance 2 --steps 50
-	@echo "Reconstructions:" $$(ls -d logs/*_emoji_autoencoder | tail -1)/images/val/*.png
-	@echo "Samples:" $$(ls -d logs/*_emoji_diffusion | tail -1)/samples/*/grid.png
+quickstart: $(VENV)/installed  ## train both stages on emoji (or PICTURES=DIR), sample, say where the pictures are
+	$(PYTHON) main.py --resume auto --name $(RUN)_autoencoder --base configs/quickstart/autoencoder.yaml $(OWN)
+	$(PYTHON) main.py --resume auto --name $(RUN)_diffusion --base configs/quickstart/diffusion.yaml $(OWN) $(OWN_LATENTS)
+	$(PYTHON) scripts/sample.py -r 'logs/*_$(RUN)_diffusion' -n 12 --steps 50 $(if $(PICTURES),,--guidance 2)
+	@$(PYTHON) scripts/quickstart.py $(RUN) $(if $(PICTURES),--pictures '$(PICTURES)')
 
 test: $(VENV)/installed lint  ## lint, types and every test
 	$(PYTHON) -m pytest -n 2 --dist worksteal

@@ -16,7 +16,7 @@ import torch
 from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.loggers import WandbLogger
 from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from ldm import distributed
 from ldm.autoencoder.codec import Codec
 from ldm.diffusion.grids import Default
 from ldm.diffusion.module import LatentDiffusion
+from ldm.durations import so_far
 from ldm.errors import ConfigError
 from ldm.evaluation.generate import Pipeline, check, generate, load_codec
 from ldm.evaluation.sheets import grid, picture
@@ -211,9 +212,10 @@ class Throughput(pl.Callback):
 
 
 class Progress(ProgressBar):
-    """Steps done, loss and images a second: a bar in a terminal, a line now and then in a log file.
+    """Steps done, key figures, images a second, time elapsed and left: a bar in a terminal, else a line now and then.
 
-    The loss is read from the device when it is shown, not at every step.
+    The figures are the entry `figures` of what the module's `training_step` returns (a mapping of names to scalar
+    tensors), then the loss. They are read from the device when they are shown, not at every step.
 
     Args:
         refresh_seconds: between two looks in a terminal.
@@ -227,6 +229,7 @@ class Progress(ProgressBar):
         self._bar: Bar | None = None
         self._task = TaskID(0)
         self._shown_at = self._images = 0.0
+        self._began_at, self._began = 0.0, 0  # when, and at which step
         self._enabled = True
 
     def disable(self) -> None:
@@ -238,39 +241,46 @@ class Progress(ProgressBar):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._shown_at, self._images = time.monotonic(), 0
+        self._began_at, self._began = self._shown_at, trainer.global_step
         if self._enabled and self._console.is_terminal:
-            words = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}")
-            self._bar = Bar(*words, TextColumn("{task.fields[figures]}"), TimeRemainingColumn(), console=self._console)
-            self._task = self._bar.add_task("training", total=trainer.max_steps, figures="")
-            self._bar.update(self._task, completed=trainer.global_step)
+            words = TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.completed:.0f}/{task.total:.0f}")
+            self._bar = Bar(*words, TextColumn("{task.fields[figures]}"), console=self._console)
+            begun = {"completed": trainer.global_step, "total": trainer.max_steps}
+            self._task = self._bar.add_task("training", figures="", **begun)
             self._bar.start()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._images += len(batch["draws"]) * trainer.world_size
-        elapsed = time.monotonic() - self._shown_at
+        now = time.monotonic()
+        elapsed = now - self._shown_at
         last = trainer.global_step == trainer.max_steps
         if not self._enabled or (elapsed < self._pause and not last):
             return
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        figures = f"{self._images / max(elapsed, 1e-9):.3g} images/s"
-        if isinstance(loss, Tensor):
-            # Lightning has divided it by the number of micro-batches, where the optimisation is its own.
-            divided_by = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
-            figures = f"loss {float(loss) * divided_by:.4g}  {figures}"
-        self._shown_at, self._images = time.monotonic(), 0
-        self._show(trainer, "training", figures)
+        # Lightning has divided the loss by the number of micro-batches, where the optimisation is its own.
+        divided_by = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+        figures = {name: float(value) for name, value in _figures(outputs).items()}
+        figures |= {"loss": figures["loss"] * divided_by} if "loss" in figures else {}
+        words = [f"{name} {value:.4g}" for name, value in figures.items()]
+        words.append(f"{self._images / max(elapsed, 1e-9):.3g} images/s")
+        words.append(self._times(trainer))
+        self._shown_at, self._images = now, 0
+        self._show(trainer, "training", "  ".join(words))
 
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if self._enabled and self._bar is not None and not trainer.sanity_checking:
             self._bar.update(self._task, description="validating")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A line of all that was validated, in the order in which the module logs it."""
         if not self._enabled or trainer.sanity_checking:
             return
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-        self._console.print(f"step {trainer.global_step}: " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+        words = [f"{name} {value:.4g}" for name, value in metrics.items()]
+        if trainer.state.fn == "fit":
+            words.append(self._times(trainer))
+        self._say(f"step {trainer.global_step}: " + "  ".join(words))
         self._shown_at, self._images = time.monotonic(), 0
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -279,16 +289,35 @@ class Progress(ProgressBar):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._close()
 
+    def _times(self, trainer: pl.Trainer) -> str:
+        """By the steps that this process has done, with all that came between them."""
+        done, total = trainer.global_step - self._began, trainer.max_steps - self._began
+        return so_far(time.monotonic() - self._began_at, done, total)
+
     def _show(self, trainer: pl.Trainer, what: str, figures: str) -> None:
         if self._bar is not None:
             self._bar.update(self._task, description=what, completed=trainer.global_step, figures=figures)
         else:
-            self._console.print(f"step {trainer.global_step}/{trainer.max_steps}: {figures}")
+            self._say(f"step {trainer.global_step}/{trainer.max_steps}: {figures}")
+
+    def _say(self, line: str) -> None:
+        # One line, however long: a log file is as wide as it likes.
+        self._console.print(line, soft_wrap=True, markup=False, highlight=False)
 
     def _close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def _figures(outputs: Any) -> dict[str, Tensor]:
+    """What `training_step` wants shown, by name: its `figures`, then its loss."""
+    if isinstance(outputs, Tensor):
+        return {"loss": outputs}
+    if not isinstance(outputs, Mapping):
+        return {}
+    loss = {"loss": outputs["loss"]} if isinstance(outputs.get("loss"), Tensor) else {}
+    return {**outputs.get("figures", {}), **loss}
 
 
 def to_uint8(images: Tensor) -> list[np.ndarray]:

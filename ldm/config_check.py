@@ -122,7 +122,12 @@ def _objects(node: Node | None, key: str) -> Iterator[str]:
 
 
 def _node_names(key: str, node: Node, trust: Sequence[str]) -> Iterator[str]:
-    yield from _unknown(node, key, _NODE)
+    for name, child in node.children.items():
+        if name not in _NODE:
+            # A parameter that was written one level too high is the likeliest mistake, after a typing error.
+            likely = nearest(name, _NODE)
+            hint = likely if likely.startswith("did you mean") else f"did you mean '{dotted(key, 'params', name)}'?"
+            yield _problem(dotted(key, name), child, f"unknown key '{name}'; {hint}")
     params, partial, target = (node.children.get(name) for name in ("params", "partial", "target"))
     if params and not isinstance(params.value, dict | None):
         yield _problem(f"{key}.params", params, f"expected a mapping, found {show(params)}")

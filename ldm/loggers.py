@@ -4,6 +4,7 @@ import atexit
 import csv
 import io
 import logging
+import os
 import queue
 import threading
 import urllib.request
@@ -264,6 +265,7 @@ class FencedWandb(WandbLogger):
     def _connect(self) -> None:
         import wandb
 
+        wandb.setup(wandb.Settings(**_quiet()))  # also for what login and teardown have to say
         if not self._offline:
             try:
                 if wandb.login(prompt=False):
@@ -279,7 +281,7 @@ class FencedWandb(WandbLogger):
         import wandb
 
         # The console is left alone: wandb would hook every print, and raise from it once its service is gone.
-        settings = wandb.Settings(init_timeout=self._limit / 2, console="off")
+        settings = wandb.Settings(init_timeout=self._limit / 2, console="off", **_quiet())
         run = wandb.init(**self._wandb_init, mode=mode, settings=settings)  # type: ignore[arg-type]
         run.define_metric("trainer/global_step")
         run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
@@ -289,6 +291,11 @@ class FencedWandb(WandbLogger):
             print(f"wandb: {run.url}")
         else:
             print(f"wandb: offline; to send this run: wandb sync {Path(run.dir).parent}")
+
+
+def _quiet() -> dict[str, Any]:
+    """wandb's own console is twenty lines of bars and a table; ours has what matters of it. WANDB_SILENT overrules."""
+    return {} if "WANDB_SILENT" in os.environ else {"silent": True}
 
 
 def _knock(url: str, time_limit: float) -> None:

@@ -12,10 +12,11 @@ from ldm.config import Config, build, load
 
 ROOT = Path(__file__).parents[1]
 FILES = {str(path.relative_to(ROOT / "configs")): path for path in sorted((ROOT / "configs").rglob("*.yaml"))}
-# To merge after a whole configuration: any of stage 2, or the one of FashionMNIST.
+# To merge after a whole configuration: any of stage 2, the one of FashionMNIST, or either of the quickstart.
 FRAGMENTS = [name for name in FILES if name.startswith("cluster/")]
 VARIANTS = [name for name in FILES if name.startswith("fashion_mnist/variants/")]
-CONFIGS = {name: path for name, path in FILES.items() if name not in (*FRAGMENTS, *VARIANTS)}
+OWN_PICTURES = "quickstart/own_pictures.yaml"
+CONFIGS = {name: path for name, path in FILES.items() if name not in (*FRAGMENTS, *VARIANTS, OWN_PICTURES)}
 STAGE_1 = [name for name in CONFIGS if "autoencoder" in name]
 STAGE_2 = [name for name in CONFIGS if "autoencoder" not in name]
 

@@ -3,6 +3,7 @@
 import csv
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from ldm.config import to_yaml
 from ldm.loggers import FencedWandb, MetricsFile, read_metrics
 
 
@@ -97,6 +99,7 @@ _RUN = """
 import os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
+from ldm.config import to_yaml
 from ldm.loggers import FencedWandb
 folder, fault = Path(sys.argv[2]), sys.argv[3]
 logger = FencedWandb(folder, project="test", time_limit=float(sys.argv[4]))
@@ -151,6 +154,27 @@ def test_without_an_account_wandb_is_offline_and_says_how_to_sync(tmp_path: Path
     assert list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
     assert "Traceback" not in done.stderr
     assert "lost" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_says_one_line_of_wandb_and_what_a_newcomer_reads(tmp_path: Path, autoencoder_tree: dict) -> None:
+    """All that a run in a log file prints, both streams: wandb's own console is twenty lines at the end of each run."""
+    del autoencoder_tree["lightning"]["logger"]
+    (tmp_path / "config.yaml").write_text(to_yaml(autoencoder_tree))
+    keep = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment = keep | {"HOME": str(tmp_path), "WANDB_MODE": "offline", "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, str(Path(__file__).parents[1] / "main.py"), "--base", "config.yaml"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout
+    lines = done.stdout.splitlines()
+    (place,) = re.findall(r"^wandb: offline; to send this run: wandb sync (\S+)$", done.stdout, re.MULTILINE)
+    assert list((tmp_path / place).glob("run-*.wandb"))
+    assert len([line for line in lines if "wandb" in line.lower()]) == 1
+    assert len([line for line in lines if re.match(r"step (4|8|12): val/psnr \S+  val/ssim .* left$", line)]) == 3
+    assert any(re.match(r"step 12/12: l1 \S+  loss \S+  \S+ images/s  \S+ elapsed, 0:00 left", line) for line in lines)
+    assert len(lines) <= 8, done.stdout
 
 
 @pytest.mark.slow

@@ -111,8 +111,10 @@ class AutoencoderKL(pl.LightningModule):
         """The scalar whose single backward gives the gradients of both optimizers."""
         return self._losses(batch)[0]
 
-    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         loss, logs = self._losses(batch)
+        # The loss is a likelihood, which falls below zero; the mean absolute difference is what a person understands.
+        figures = {"l1": logs["l1"]} if "l1" in logs else {}
         logged = is_logged(self.trainer)  # asked before the step, which advances the count
         if logged:
             self._step_mean.add(logs)
@@ -127,7 +129,7 @@ class AutoencoderKL(pl.LightningModule):
             if logged:
                 logs |= self._step_mean.take()
             self.log_dict({f"train/{name}": value for name, value in logs.items()}, batch_size=1)
-        return {"loss": loss.detach()}
+        return {"loss": loss.detach(), "figures": figures}
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LambdaLR]]:
         # The log-variance is in the group also where it is fixed, and then without a gradient: a run in which that is
@@ -215,7 +217,7 @@ class AutoencoderKL(pl.LightningModule):
             self.log_dict({f"val/{name}": value.float() for name, value in usage(counts).items()})
 
     def evaluate(self, images: Tensor, reconstruction: Tensor, posterior: Posterior) -> dict[str, Tensor]:
-        """Reconstruction error and KL in nats an image (or a codebook's logs), L1, LPIPS (where on), PSNR in dB, SSIM.
+        """PSNR in dB, SSIM, L1, LPIPS (where on), reconstruction error and KL in nats an image (or a codebook's logs).
 
         Batch means.
 
@@ -228,12 +230,13 @@ class AutoencoderKL(pl.LightningModule):
             psnr = peak_signal_noise_ratio(shown, target, data_range=2.0, reduction="none", dim=(1, 2, 3))
             ssim = structural_similarity_index_measure(shown, target, data_range=2.0, reduction="none")
             assert isinstance(ssim, Tensor)  # a tuple only where its map is asked for
+        # In the order in which they are shown.
         return {
-            "rec_loss": error,
-            **posterior.logs(),
             "psnr": psnr.mean(),
             "ssim": ssim.mean(),
             **parts,
+            "rec_loss": error,
+            **posterior.logs(),
         }
 
     @torch.no_grad()

@@ -150,7 +150,8 @@ class ImageDataModule(ElasticDataModule):
         seed: the run's seed.
         channels: 1 (grey) or 3 (RGB).
         validation: data set to validate on.
-        num_validation: without `validation`: hold out so many items of `train`, the same in every run.
+        num_validation: without `validation`: hold out so many items of `train`, the same in every run; a tenth where
+            there are no more than that.
         micro_batch_size: the most images on one device at a time, a divisor of `batch_size`; None: no limit.
         num_workers: loader processes of each rank.
         transform: random transform for training, PIL image -> (C,H,W) in [-1,1]; None: `TrainTransform(resolution)`.
@@ -239,6 +240,7 @@ def split(
     if train.class_names != validation.class_names:
         raise DataError(
             f"the classes of the validation data set differ from those of the training data set: "
-            f"{validation.class_names} and {train.class_names}. Use the same class folders in both"
+            f"{validation.class_names} and {train.class_names}. Use the same class folders in both, or hold out "
+            f"a part of the training data: data.params.validation=null data.params.num_validation=100"
         )
     return train, validation

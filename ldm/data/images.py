@@ -271,13 +271,25 @@ class Subset:
 def hold_out(dataset: ImageDataset, number: int) -> tuple[Subset, Subset]:
     """Split into (the rest, `number` scattered items): the same split in every run, whatever its seed.
 
+    Of a data set that has no more than `number` items a tenth is held out instead, with a warning: a configuration
+    made for a large data set goes for a small one as well.
+
     Raises:
         DataError: nothing would be left to train on.
     """
-    if not 0 < number < len(dataset):
+    total = len(dataset)
+    if number < 1 or total < 2:
         raise DataError(
-            f"data.params.num_validation: cannot hold out {number} of {len(dataset)} items; use 1 to {len(dataset) - 1}"
+            f"data.params.num_validation: cannot hold out {number} of {total} items; write 0 to train on all of them"
         )
-    ranking = np.argsort(keys(0, "hold out", np.arange(len(dataset))), kind="stable")
-    rest, held_out = sorted(ranking[number:].tolist()), sorted(ranking[:number].tolist())
-    return Subset(dataset, rest), Subset(dataset, held_out)
+    tenth = max(1, total // 10)
+    held_out = number if number < total else tenth
+    if 2 * number > total and distributed.is_main():
+        found = f"data.params.num_validation: {number} of {total} items"
+        if number < total:
+            log.warning("%s are held out, %d are left to train on; a tenth would be %d", found, total - number, tenth)
+        else:
+            log.warning("%s would leave none to train on; a tenth, %d, is held out instead", found, tenth)
+    ranking = np.argsort(keys(0, "hold out", np.arange(total)), kind="stable")
+    rest, scattered = sorted(ranking[held_out:].tolist()), sorted(ranking[:held_out].tolist())
+    return Subset(dataset, rest), Subset(dataset, scattered)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch.utils.data import DataLoader
 
 from ldm import distributed
@@ -20,6 +20,7 @@ from ldm.data.latent_build import Source, build, shard_items
 from ldm.data.latent_reader import LatentCache, LatentDataset
 from ldm.data.latents import Manifest, Plan, note_source, noted_source
 from ldm.data.pixels import EvalTransform, transformed
+from ldm.durations import so_far
 from ldm.errors import ConfigError, DataError
 from ldm.ranges import Count, CountOrZero, Fraction, Seed
 
@@ -40,7 +41,8 @@ class LatentDataModule(ElasticDataModule):
         resolution: side of the images that are encoded; None: what the autoencoder was trained on.
         channels: of the images where there is no autoencoder: 3 (RGB) or 1 (grey); else the autoencoder's.
         validation: data set of images to validate on.
-        num_validation: without `validation`: hold out so many items of `train`, the same in every run.
+        num_validation: without `validation`: hold out so many items of `train`, the same in every run; a tenth where
+            there are no more than that.
         micro_batch_size: the most latents on one device at a time, a divisor of `batch_size`; None: no limit.
         num_workers: loader processes of each rank; none is fastest, since a gather costs less than passing it on.
         transform: PIL image -> (C,H,W) in [-1,1], deterministic; None: `EvalTransform(resolution)`.
@@ -256,19 +258,23 @@ def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
 
     A bar in a terminal, a line now and then in a log file, where building may take hours.
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[times]}"))
     bar = Progress(*columns, disable=not distributed.is_main())
-    task = bar.add_task(title)
-    said = time.monotonic()
+    task = bar.add_task(title, times="")
+    began = said = time.monotonic()
+    found = 0  # there before, by a build that was interrupted
 
     def show(done: int, total: int) -> None:
-        nonlocal said
-        bar.update(task, completed=done, total=total)
+        nonlocal said, found
+        now = time.monotonic()
+        found = found or done
+        times = so_far(now - began, done - found, total - found)
+        bar.update(task, completed=done, total=total, times=times)
         if bar.console.is_terminal:
             bar.start()
-        elif distributed.is_main() and time.monotonic() - said > _LOG_SECONDS:
-            said = time.monotonic()
-            print(f"{title}: {done}/{total}", flush=True)
+        elif distributed.is_main() and now - said > _LOG_SECONDS:
+            said = now
+            print(f"{title}: {done}/{total}  {times}", flush=True)
 
     try:
         yield show

@@ -81,24 +81,24 @@ class _ClassTable(nn.Module):
     """One learned row a class, and one more, the last, for "no class".
 
     Args:
-        num_classes: labels are 0 .. num_classes - 1.
+        num_classes: labels are 0 .. num_classes - 1; None: the data has none, and every row is that of "no class".
         channels: of a row.
         std: of the rows' first, normal values.
     """
 
-    def __init__(self, num_classes: Count, channels: Count, std: NotNegative = 1.0) -> None:
+    def __init__(self, num_classes: Count | None, channels: Count, std: NotNegative = 1.0) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.table = nn.Embedding(num_classes + 1, channels)
+        self.table = nn.Embedding((num_classes or 0) + 1, channels)
         with torch.no_grad():
             self.table.weight.mul_(std)
 
     def rows(self, batch: Mapping[str, Any]) -> Tensor:
         """(N, D) from batch["class_label"], (N,) integers in [0, num_classes)."""
-        return self.table(batch["class_label"])
+        return self.null_rows(len(batch["draws"])) if self.num_classes is None else self.table(batch["class_label"])
 
     def null_rows(self, n: int) -> Tensor:
-        return self.table(torch.full((n,), self.num_classes, device=self.table.weight.device))
+        return self.table(torch.full((n,), self.num_classes or 0, device=self.table.weight.device))
 
 
 class ClassVector(_ClassTable):
@@ -115,17 +115,24 @@ class ClassOneHot(nn.Module):
     """The class as a vector (N, num_classes): sqrt(num_classes) at its place, else 0, so that its mean square is 1.
 
     No class is all zeros. For networks with a class table of their own (EDM2).
+
+    Args:
+        num_classes: labels are 0 .. num_classes - 1; None: the data has none, and no slot is filled.
     """
 
-    def __init__(self, num_classes: Count) -> None:
+    def __init__(self, num_classes: Count | None) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.register_buffer("rows", math.sqrt(num_classes) * torch.eye(num_classes), persistent=False)
+        self.register_buffer("rows", math.sqrt(num_classes or 0) * torch.eye(num_classes or 0), persistent=False)
 
     def forward(self, batch: Mapping[str, Any]) -> Conditioning:
+        if self.num_classes is None:
+            return Conditioning()
         return Conditioning(vector=self.get_buffer("rows")[batch["class_label"]])
 
     def null(self, n: int) -> Conditioning:
+        if self.num_classes is None:
+            return Conditioning()
         return Conditioning(vector=self.get_buffer("rows").new_zeros(n, self.num_classes))
 
 

@@ -155,17 +155,18 @@ def _weigh(path: Path, result: Path) -> None:
 
 @fault(31, "nothing to train on")
 def nothing(place: Place) -> str:
-    """No pictures, no folder, all held out, an empty validation folder; 3 pictures for batches of 6.
+    """No pictures, no folder, a single one that is held out, an empty validation folder; 3 pictures for batches of 6.
 
     Expected: code 3 with the numbers, and no run folder; three pictures are trained on, over and over.
     """
-    empty, three = place.new("empty"), place.new("three")
+    empty, one, three = place.new("empty"), place.new("one"), place.new("three")
+    pictures(one, 1)
     pictures(three, 3)
     folder = "{{target: ldm.data.images.ImageFolder, params: {{root: {}}}}}".format
     cases = {
         "empty": (f"data.params.train={folder(empty)}", "0 images"),
         "no folder": (f"data.params.train={folder(place.folder / 'none')}", "none"),
-        "all held out": ("data.params.num_validation=20", "20"),
+        "all held out": (f"data.params.train={folder(one)}", "of 1 items"),
         "empty validation": (f"data.params.validation={folder(empty)}", "0 images"),
     }
     for stage in place.some((stage1, stage2), quick=1):

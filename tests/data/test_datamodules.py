@@ -13,7 +13,7 @@ from PIL import Image
 from pytorch_lightning import LightningModule, Trainer
 
 from ldm.data.datamodules import VALIDATION_SEED, ImageDataModule
-from ldm.data.images import ImageFolder
+from ldm.data.images import ImageFolder, Subset, hold_out
 from ldm.data.pixels import EvalTransform
 from ldm.errors import ConfigError, DataError
 from ldm.randomness import Draws
@@ -93,10 +93,28 @@ def test_wrong_parameters(make, image_folder, tmp_path):
     with pytest.raises(ConfigError, match="not both"):
         make(validation=ImageFolder(image_folder))
     with pytest.raises(DataError, match="num_validation"):
-        make(num_validation=20)
+        make(num_validation=-1)
+    with pytest.raises(DataError, match="num_validation: cannot hold out 1 of 1 items"):
+        hold_out(Subset(ImageFolder(image_folder), [0]), 1)
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     with pytest.raises(DataError, match="classes of the validation data set differ"):
         make(num_validation=0, validation=ImageFolder(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "held_out", "said"),
+    [
+        (5000, 2, "5000 of 20 items would leave none to train on; a tenth, 2, is held out instead"),
+        (20, 2, "20 of 20 items would leave none"),
+        (15, 15, "15 of 20 items are held out, 5 are left to train on; a tenth would be 2"),
+        (10, 10, ""),
+    ],
+)
+def test_a_small_data_set_holds_out_a_tenth_where_more_is_asked_than_there_is(make, caplog, wanted, held_out, said):
+    data = make(num_validation=wanted)
+    assert (len(data.train_dataset), len(data.validation_dataset)) == (20 - held_out, held_out)
+    assert said in caplog.text
+    assert bool(said) == bool(caplog.text)
 
 
 def test_a_world_that_does_not_fit(make, monkeypatch):

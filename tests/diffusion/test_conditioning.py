@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldm.diffusion.conditioning import ClassToken, ClassVector, Conditioning, Unconditional
+from ldm.diffusion.conditioning import ClassOneHot, ClassToken, ClassVector, Conditioning, Unconditional
 
 
 def test_where_chooses_whole_rows():
@@ -41,6 +41,21 @@ def test_classes_and_the_null_class(conditioner, slot, shape):
     assert not any(torch.equal(untold[0], row) for row in told)
     untold.sum().backward()
     assert module.table.weight.grad.abs().sum(1).gt(0).tolist() == [False, False, False, True]
+
+
+@pytest.mark.parametrize(("conditioner", "slot"), [(ClassVector, "vector"), (ClassToken, "tokens")])
+def test_data_without_classes_is_of_no_class(conditioner, slot):
+    """So that a class-conditional configuration goes for a flat folder as well; its loss reaches the one row."""
+    module = conditioner(num_classes=None, channels=8)
+    rows = getattr(module({"draws": range(4)}), slot)
+    assert torch.equal(rows, getattr(module.null(4), slot))
+    rows.sum().backward()
+    assert module.table.weight.grad.shape == (1, 8)
+    assert module.table.weight.grad.eq(4).all()
+
+
+def test_data_without_classes_has_no_one_hot():
+    assert ClassOneHot(None)({"draws": range(4)}) == ClassOneHot(None).null(4) == Conditioning()
 
 
 def test_unconditional_fills_nothing():
