@@ -72,6 +72,14 @@ def test_a_run_leaves_its_folder(stage1, capsys):
     assert json.loads(folder.facts_file.read_text())["num_items"] == 16
 
 
+def test_a_csv_logger_needs_a_line_of_yaml_and_writes_into_the_run_folder(stage1):
+    line = "lightning.logger={csv: {target: pytorch_lightning.loggers.CSVLogger}, wandb: null}"
+    assert train(line) == 0
+    (written,) = run_folder().path.rglob("lightning_logs/*/metrics.csv")
+    assert "val/psnr" in written.read_text()
+    assert {path.name for path in Path().iterdir()} == {"logs", "stage1.yaml"}
+
+
 def test_training_is_off_and_on(stage1, capsys):
     assert "--resume" in refused(capsys, 2, "-t", "false")
     assert train() == 0
