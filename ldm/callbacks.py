@@ -66,7 +66,7 @@ class ImageLogger(pl.Callback):
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        if batch_idx == 0 and not trainer.sanity_checking:
+        if batch_idx == 0:
             self._show(trainer, pl_module, batch, "val")
 
     def _show(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, split: str) -> None:
@@ -298,7 +298,12 @@ def to_uint8(images: Tensor) -> list[np.ndarray]:
 
 
 def publish(trainer: pl.Trainer, split: str, name: str, sheet: np.ndarray) -> None:
-    """Write (H, W, C) uint8 to `images/<split>/<name>_<step>.png` and send it to wandb; never ends the run."""
+    """Write (H, W, C) uint8 to `images/<split>/<name>_<step>.png` and send it to wandb; never ends the run.
+
+    In the trial before the first step nothing is written.
+    """
+    if trainer.sanity_checking:
+        return
     path = Path(trainer.default_root_dir) / "images" / split / f"{name}_{trainer.global_step:08d}.png"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -40,6 +40,7 @@ from ldm.diffusion.module import LatentDiffusion, parts
 from ldm.errors import ConfigError
 from ldm.finite import FiniteGuard
 from ldm.loggers import FencedWandb, MetricsFile
+from ldm.rehearsal import Rehearsal
 from ldm.run import RunFolder
 from ldm.safety import Provenance, StopOnSignal
 from ldm.saving import AtomicCheckpointIO, Checkpoints
@@ -95,17 +96,19 @@ def make_trainer(
     strategy = build(section.get("strategy") or "auto", trust, key="lightning.strategy")
     _check_model(model, arguments, strategy)
     steps = _Steps()
+    saves = any(isinstance(callback, Checkpoint) for callback in callbacks)
     arguments |= {
         "val_check_interval": interval,
         "logger": list(loggers),
-        "callbacks": [steps, *callbacks],
+        "callbacks": [steps, *callbacks, *([Rehearsal()] if saves else [])],
         "plugins": [AtomicCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])],
-        "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
+        "enable_checkpointing": saves,
         "default_root_dir": folder,
         "max_epochs": -1,
         "check_val_every_n_epoch": None,
         "use_distributed_sampler": False,
-        "num_sanity_val_steps": 0,
+        # One validation batch before the first step: what fails there should not fail hours later.
+        "num_sanity_val_steps": arguments.get("num_sanity_val_steps", 1),
     }
     try:
         with _muted():

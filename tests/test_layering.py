@@ -48,7 +48,7 @@ LEVELS = {
         "evaluation.metrics",
         "evaluation.quality",
     ],
-    4: ["averages", "callbacks", "loggers", "safety", "saving", "finite", "strategies"],
+    4: ["averages", "callbacks", "loggers", "safety", "saving", "finite", "strategies", "rehearsal"],
     5: ["trainer", "outcome"],
 }
 LEVEL_OF = {f"ldm.{name}": level for level, names in LEVELS.items() for name in names}
@@ -67,7 +67,7 @@ FENCED = {
             "ldm.trainer",
             "main",
         ),
-        *("ldm.outcome", "ldm.strategies"),
+        *("ldm.outcome", "ldm.strategies", "ldm.rehearsal"),
     },
     "omegaconf": {"ldm.config"},
     "torch.distributed": {"ldm.distributed", "ldm.sharding"},
