@@ -79,7 +79,8 @@ class ImageLogger(pl.Callback):
         module.train(training)
         rows = [to_uint8(images) for images in shown.values()]
         sheet = grid([image for row in rows for image in row], columns=len(rows[0]))
-        publish(trainer, split, "-".join(shown), sheet)
+        if not trainer.sanity_checking:  # then it was tried whether there is one
+            publish(trainer, split, "-".join(shown), sheet)
 
 
 class SampleLogger(pl.Callback):
@@ -298,12 +299,7 @@ def to_uint8(images: Tensor) -> list[np.ndarray]:
 
 
 def publish(trainer: pl.Trainer, split: str, name: str, sheet: np.ndarray) -> None:
-    """Write (H, W, C) uint8 to `images/<split>/<name>_<step>.png` and send it to wandb; never ends the run.
-
-    In the trial before the first step nothing is written.
-    """
-    if trainer.sanity_checking:
-        return
+    """Write (H, W, C) uint8 to `images/<split>/<name>_<step>.png` and send it to wandb; never ends the run."""
     path = Path(trainer.default_root_dir) / "images" / split / f"{name}_{trainer.global_step:08d}.png"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

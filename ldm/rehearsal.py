@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ldm import plain
 from ldm.autoencoder.module import AutoencoderKL
+from ldm.callbacks import SampleLogger
 from ldm.diffusion.guidance import classifier_free
 from ldm.diffusion.module import LatentDiffusion, parts
 from ldm.dry_run import meta_batch
@@ -47,6 +48,7 @@ def check(model: Any, tree: Mapping[str, Any], facts: Mapping[str, Any], origin:
         _first_stage(model, batch, steps, origin)
     elif isinstance(model, LatentDiffusion):
         _second_stage(model, batch, steps, facts["batch_size"], origin)
+        _previews(model, tree["lightning"].get("callbacks") or {}, facts, origin)
     else:
         return
     _optimizers(model, tree, steps, origin)
@@ -86,6 +88,24 @@ def _second_stage(
         for seen in (0, batch_size, batch_size * steps):
             with _named("model.params.ema", origin, f"after {seen} images, "):
                 _within(profile(seen, batch_size), 1.0, "the old average's share")
+
+
+def _previews(model: LatentDiffusion, callbacks: Mapping[str, Any], facts: Mapping[str, Any], origin: Origin) -> None:
+    """The classes and steps that previews ask for; `SampleLogger` itself sees them after a cache is built."""
+    conditional = any(slot is not None for slot in vars(parts(model.denoiser)[1].null(1)).values())
+    number = facts.get("num_classes") if conditional else None
+    for name, node in callbacks.items():
+        if node is None or node["target"] != f"{SampleLogger.__module__}.{SampleLogger.__name__}":
+            continue
+        params, key = node.get("params") or {}, f"lightning.callbacks.{name}.params"
+        if params.get("steps") is not None:
+            with _named(f"{key}.steps", origin):
+                model.objective.grid(params["steps"])
+        wrong = [label for label in params.get("classes") or () if number is None or not 0 <= label < number]
+        if wrong:
+            known = "none, since the model has no classes" if number is None else f"0 to {number - 1}"
+            place = _place(f"{key}.classes", origin)
+            raise ConfigError(f"{key}.classes ({place}): expected {known}, found {wrong[0]}")
 
 
 def _optimizers(model: Any, tree: Mapping[str, Any], steps: int, origin: Origin) -> None:

@@ -120,7 +120,7 @@ def test_the_rate_scales_with_the_global_batch_once(stage1, capsys):
         (["--base", "stage2.yaml"], 2, ["stage2.yaml", "stage1.yaml"]),
         (["modle.x=1"], 2, ["modle", "command line", "model"]),
         (["data.params.batchsize=2"], 2, ["data.params.batchsize", "batch_size"]),
-        (["data.params.batch_size=many"], 2, ["data.params.batch_size", "many", "int"]),
+        (["data.params.batch_size=many"], 2, ["data.params.batch_size", "many", "whole number"]),
         (["data.params.micro_batch_size=4"], 2, ["micro_batch_size", "4", "6"]),
         (["model.params.encoder.target=os.system"], 2, ["os.system", "refused"]),
         (["lightning.trainer.max_stpes=3"], 2, ["max_stpes", "max_steps"]),

@@ -185,6 +185,29 @@ def test_a_network_that_cannot_be_guided(diffusion_tree, monkeypatch):
     assert "for its samples, it does not work: " in refused(diffusion_tree, LATENTS)
 
 
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"classes": [0, 2]}, "lightning.callbacks.images.params.classes (run.yaml): expected 0 to 1, found 2"),
+        ({"steps": 1001}, "lightning.callbacks.images.params.steps (run.yaml): it does not work: sampling steps"),
+    ],
+)
+def test_previews_that_cannot_be_made(params, message, diffusion_tree):
+    diffusion_tree["data"]["params"]["autoencoder"] = "somewhere"
+    images = {"target": "ldm.callbacks.SampleLogger", "params": params}
+    diffusion_tree["lightning"]["callbacks"]["images"] = images
+    assert refused(diffusion_tree, LATENTS).startswith(message)
+
+
+def test_previews_of_classes_need_a_model_that_knows_them(diffusion_tree):
+    diffusion_tree["data"]["params"]["autoencoder"] = "somewhere"
+    diffusion_tree["model"]["params"]["conditioner"] = {"target": "ldm.diffusion.conditioning.Unconditional"}
+    diffusion_tree["model"]["params"]["network"]["params"]["vector_channels"] = None
+    images = {"target": "ldm.callbacks.SampleLogger", "params": {"classes": [0]}}
+    diffusion_tree["lightning"]["callbacks"]["images"] = images
+    assert "expected none, since the model has no classes, found 0" in refused(diffusion_tree, LATENTS)
+
+
 # ---- with real values, at the beginning of fit -----------------------------------------------------------------
 
 
