@@ -71,10 +71,11 @@ def work(options: Options) -> int:
     signals.stop_if_asked()
     if start.folder:
         resume.check_facts(start.folder, facts, options.allow_change)
-    from ldm import dry_run, trainer
+    from ldm import dry_run, rehearsal, trainer
 
     outline = dry_run.meta_model(tree, options.trust)
     dry_run.check_fit(outline, tree, facts, start.config.origin)
+    rehearsal.check(outline, tree, facts, start.config.origin)
     trainer.make_trainer(tree, data, outline, trust=options.trust)
     if options.dry_run:
         print(dry_run.report(outline, tree, facts))

@@ -67,7 +67,7 @@ class ImageLogger(pl.Callback):
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        if batch_idx == 0 and not trainer.sanity_checking:
+        if batch_idx == 0:
             self._show(trainer, pl_module, batch, "val")
 
     def _show(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, split: str) -> None:
@@ -80,7 +80,8 @@ class ImageLogger(pl.Callback):
         module.train(training)
         rows = [to_uint8(images) for images in shown.values()]
         sheet = grid([image for row in rows for image in row], columns=len(rows[0]))
-        publish(trainer, split, "-".join(shown), sheet)
+        if not trainer.sanity_checking:  # then it was tried whether there is one
+            publish(trainer, split, "-".join(shown), sheet)
 
 
 class SampleLogger(pl.Callback):

@@ -217,7 +217,8 @@ def _node_parameters(key: str, node: Node, look_up: LookUp) -> Iterator[str]:
     yield from _arguments(f"{key}.params", given, str(target.value), signature, look_up)
     if not node.is_partial:
         for name, parameter in signature.parameters.items():
-            if parameter.required and name not in given.children:
+            filled = key.startswith("lightning.logger") and name == "save_dir"  # by the run folder
+            if parameter.required and name not in given.children and not filled:
                 text = f"missing; {target.value} requires it, expected {spell(parameter.hint)}"
                 yield _problem(f"{key}.params.{name}", given, text)
 

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from ldm.config_read import dotted, nearest
-from ldm.errors import ConfigError
+from ldm.errors import ConfigError, LdmError
 
 PACKAGES = ("ldm", "torch", "torchvision", "pytorch_lightning")
 
@@ -121,7 +121,8 @@ def build(node: Any, trust: Sequence[str] = (), *, key: str = "") -> Any:
         key: the node's own dotted key, for messages.
 
     Raises:
-        ConfigError: the target is refused, or its constructor refused its arguments (TypeError, ValueError).
+        ConfigError: the target is refused, or its constructor failed, for whatever reason: the key says what to look
+            at, and the error it came from what happened there. An LdmError of the constructor stays what it is.
     """
     if isinstance(node, list | tuple):
         return [build(child, trust, key=dotted(key, i)) for i, child in enumerate(node)]
@@ -143,5 +144,19 @@ def build(node: Any, trust: Sequence[str] = (), *, key: str = "") -> Any:
         return functools.partial(make, **params)
     try:
         return make(**params)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{key or target}: {target} cannot be built: {error}") from error
+    except (LdmError, MemoryError):
+        raise
+    except Exception as error:
+        raise ConfigError(f"{key or target}: {target} cannot be built: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What a constructor's error says; of a package that is missing, how to install it."""
+    text = str(error)
+    if isinstance(error, ModuleNotFoundError):
+        name = (error.name or "").partition(".")[0]
+        fix = f"; install it: pip install {name}" if name and "pip install" not in text else ""
+        return f"it needs a package that is not installed: {text}{fix}"
+    if isinstance(error, TypeError | ValueError):
+        return text
+    return f"{type(error).__name__}: {text}"

@@ -70,11 +70,16 @@ def _failed(trainer: pl.Trainer, home: "_Home", error: BaseException) -> RunStat
     and went first. From the first step on nobody goes alone: torchrun asks the others to stop when a rank was lost.
     """
     known, folder = explain(error), home.folder
+    if known is None and home.trying and isinstance(error, Exception):
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        known = ConfigError(f"model: a validation batch does not pass through it: {text}. With -d, where.")
     if isinstance(known, PeerError) and (number := signals.received()) and not home.under_way:
         reason = f"by {signal.Signals(number).name}, where ranks could not agree on a step to save"
         return record_first(trainer, folder, RunState("stopped", trainer.global_step, reason, 128 + number))
     reason = str(known or f"{type(error).__name__}: {error}").splitlines()[0]
     record_first(trainer, folder, RunState("failed", trainer.global_step, reason, known.exit_code if known else 1))
+    if home.trying and known is not None and known is not error:
+        raise known from error
     raise error
 
 
@@ -85,12 +90,13 @@ class _Home(pl.Callback):
         folder: the run folder; known on all ranks from `setup` on.
         children: the ranks that this process has started (by Lightning's own launcher).
         under_way: whether all ranks have come to the first step.
+        trying: whether the run has ended in the validation batch that is tried before the first step.
     """
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
         self.children: list[subprocess.Popen[bytes]] = []
-        self.under_way = False
+        self.under_way = self.trying = False
         self._watch: ranks.Watch | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -111,6 +117,7 @@ class _Home(pl.Callback):
         self._release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.trying = trainer.sanity_checking
         self._release()
         if distributed.is_lost_peer(exception):
             files_of(trainer).abandon()

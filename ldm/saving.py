@@ -200,7 +200,11 @@ class Checkpoints(Checkpoint):
             self._save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking or trainer.state.fn != "fit":
+        if trainer.state.fn != "fit":
+            return
+        if trainer.sanity_checking:
+            if self.monitor is not None:
+                _check_logged(trainer, self.monitor)
             return
         best = self.monitor is not None and self._among_best(trainer, self.monitor)
         if best or self._due(trainer.global_step):
@@ -227,9 +231,7 @@ class Checkpoints(Checkpoint):
         return self._folder / f"step={step:08d}{checkpoint.SUFFIX}"
 
     def _among_best(self, trainer: pl.Trainer, monitor: str) -> bool:
-        if monitor not in trainer.callback_metrics:
-            known = ", ".join(sorted(trainer.callback_metrics))
-            raise ConfigError(f"checkpoints: there is no metric {monitor!r} to monitor; validation logged {known}")
+        _check_logged(trainer, monitor)
         score = self.sign * float(trainer.callback_metrics[monitor])
         better = sum(other <= score for other in self._scores.values())
         if not math.isfinite(score) or better >= self.keep_best:
@@ -248,6 +250,14 @@ class Checkpoints(Checkpoint):
         for file, step in files.items():
             if file not in kept and not (self.keep_every and file == self._path(step) and step % self.keep_every == 0):
                 checkpoint.remove(file)
+
+
+def _check_logged(trainer: pl.Trainer, monitor: str) -> None:
+    if monitor not in trainer.callback_metrics:
+        known = ", ".join(sorted(trainer.callback_metrics))
+        raise ConfigError(
+            f"lightning.callbacks.checkpoints.params.monitor: there is no metric {monitor!r}; validation logged {known}"
+        )
 
 
 def set_aside_later(folder: Path, step: int) -> list[Path]:

@@ -2,7 +2,8 @@
 
     lightning:
       trainer: {max_steps: 10000, precision: auto, val_check_interval: 500, ...}   # Lightning's own arguments
-      logger: {target: ...}            # beside metrics.csv, which is always written; null: nothing else
+      logger: {name: {target: ...}}    # beside wandb and metrics.csv; `wandb: null`: without wandb. A node or a list
+                                       # of nodes: these alone. metrics.csv is always written; null: nothing else
       callbacks: {name: {target: ...}} # added to the defaults, or in place of the one of that name; null: without it
       strategy: {target: ldm.strategies.FSDP2}   # several devices or ranks have ldm.strategies.DDP without a word
 
@@ -11,6 +12,7 @@ has started the processes, their number is not asked of `devices` and `num_nodes
 (checkpoints, clean stops, finite weights, the metrics file) needs no line of YAML.
 """
 
+import inspect
 import logging
 import os
 import re
@@ -31,11 +33,14 @@ from ldm import distributed, threads
 from ldm.autoencoder.module import AutoencoderKL
 from ldm.callbacks import ImageLogger, Progress, SampleLogger, Throughput
 from ldm.config import build
+from ldm.config_signature import live_signature
+from ldm.config_target import is_node, resolve
 from ldm.diffusion.conditioning import Unconditional
 from ldm.diffusion.module import LatentDiffusion, parts
 from ldm.errors import ConfigError
 from ldm.finite import FiniteGuard
 from ldm.loggers import FencedWandb, MetricsFile
+from ldm.rehearsal import Rehearsal
 from ldm.run import RunFolder
 from ldm.safety import Provenance, StopOnSignal
 from ldm.saving import AtomicCheckpointIO, Checkpoints
@@ -44,6 +49,12 @@ from ldm.strategies import DDP, FSDP2
 
 LOG_EVERY = 50
 """Optimizer steps between two rows of metrics, where the configuration does not say."""
+
+# Stage 1 takes gradients before a scaler could see them, so fp16 is not for it.
+_PRECISIONS: dict[type, tuple[str, ...]] = {
+    AutoencoderKL: ("32-true", "32", "bf16-mixed", "bf16"),
+    LatentDiffusion: ("32-true", "32", "bf16-mixed", "bf16", "16-mixed", "16"),
+}
 
 
 def build_model(tree: Mapping[str, Any], trust: Sequence[str] = ()) -> Any:
@@ -85,17 +96,19 @@ def make_trainer(
     strategy = build(section.get("strategy") or "auto", trust, key="lightning.strategy")
     _check_model(model, arguments, strategy)
     steps = _Steps()
+    saves = any(isinstance(callback, Checkpoint) for callback in callbacks)
     arguments |= {
         "val_check_interval": interval,
         "logger": list(loggers),
-        "callbacks": [steps, *callbacks],
+        "callbacks": [steps, *callbacks, *([Rehearsal()] if saves else [])],
         "plugins": [AtomicCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])],
-        "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
+        "enable_checkpointing": saves,
         "default_root_dir": folder,
         "max_epochs": -1,
         "check_val_every_n_epoch": None,
         "use_distributed_sampler": False,
-        "num_sanity_val_steps": 0,
+        # One validation batch before the first step: what fails there should not fail hours later.
+        "num_sanity_val_steps": arguments.get("num_sanity_val_steps", 1),
     }
     try:
         with _muted():
@@ -119,6 +132,7 @@ def _trainer(strategy: Any, arguments: dict[str, Any]) -> pl.Trainer:
 
 def _check_model(model: Any, arguments: Mapping[str, Any], strategy: Any) -> None:
     """Refuse what the model cannot be trained under."""
+    _check_precision(model, arguments.get("precision"))
     if arguments.get("gradient_clip_val") and isinstance(model, AutoencoderKL | LatentDiffusion):
         raise ConfigError(
             "lightning.trainer.gradient_clip_val: this model clips by itself, also with fused optimizers and sharded "
@@ -137,6 +151,15 @@ def _check_model(model: Any, arguments: Mapping[str, Any], strategy: Any) -> Non
             f"lightning.trainer.precision: FSDP2 computes in 32-true or bf16-mixed (bf16 parameters in compute, "
             f"float32 where they are kept), found {precision}."
         )
+
+
+def _check_precision(model: Any, precision: Any) -> None:
+    for kind, supported in _PRECISIONS.items():
+        if isinstance(model, kind) and precision is not None and str(precision) not in supported:
+            raise ConfigError(
+                f"lightning.trainer.precision: {kind.__name__} trains in {', '.join(supported)}, found {precision}. "
+                "The weights stay in float32 in any of them; bf16-mixed computes in bfloat16."
+            )
 
 
 class _Steps(pl.Callback):
@@ -191,22 +214,37 @@ def _muted() -> Iterator[None]:
 
 
 def make_loggers(tree: Mapping[str, Any], folder: RunFolder, project: str, trust: Sequence[str] = ()) -> list[Logger]:
-    """metrics.csv, and the configuration's; without a word about them wandb (unless WANDB_MODE is disabled)."""
-    section = tree["lightning"]
-    mode = os.environ.get("WANDB_MODE")
-    if "logger" in section:
-        chosen = build(section["logger"] or [], trust, key="lightning.logger")
-        further = (
-            list(chosen.values()) if isinstance(chosen, dict) else chosen if isinstance(chosen, list) else [chosen]
-        )
-    elif mode == "disabled":
-        further = []
-    else:
-        name = folder.path.name
-        further = [FencedWandb(folder.path, project, name, id=_wandb_id(name), offline=mode == "offline")]
+    """metrics.csv, and wandb (unless WANDB_MODE is disabled), changed by name by the configuration or replaced by its.
+
+    A logger that takes a `save_dir` and is given none keeps its files in the run folder.
+    """
+    name, mode = folder.path.name, os.environ.get("WANDB_MODE")
+    own: dict[str, Any] = {"save_dir": str(folder.path), "project": project, "name": name, "id": _wandb_id(name)}
+    own["offline"] = mode == "offline"
+    default = {} if mode == "disabled" else {"wandb": {"target": f"{FencedWandb.__module__}.{FencedWandb.__name__}"}}
+    further = [_logger(node, own, trust, key) for key, node in _logger_nodes(tree["lightning"], default).items()]
     for logger in further:
         logger.log_hyperparams(dict(tree))
     return [MetricsFile(folder.metrics_file), *further]
+
+
+def _logger_nodes(section: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """{dotted key: node}: a node or a list of nodes stands in the defaults' place, named ones are merged over them."""
+    chosen = section.get("logger", {})
+    if is_node(chosen):
+        return {"lightning.logger": chosen}
+    if isinstance(chosen, list):
+        return {f"lightning.logger.{place}": node for place, node in enumerate(chosen)}
+    named = {} if chosen is None else {**default, **chosen}
+    return {f"lightning.logger.{name}": node for name, node in named.items() if node is not None}
+
+
+def _logger(node: Mapping[str, Any], own: Mapping[str, Any], trust: Sequence[str], key: str) -> Any:
+    """What a node leaves out is filled in from the run's own: all of it for our wandb, the folder for any logger."""
+    make = resolve(node["target"], trust)
+    names = own if inspect.isclass(make) and issubclass(make, FencedWandb) else ["save_dir"]
+    filled = {name: own[name] for name in names if name in live_signature(make).parameters}
+    return build({**node, "params": {**filled, **(node.get("params") or {})}}, trust, key=key)
 
 
 def _wandb_id(name: str) -> str:

@@ -45,6 +45,16 @@ PARTS = """
         def __init__(self, value: int) -> None:
             raise ValueError("value must be prime")
 
+    class Raises:
+        def __init__(self, error: str, text: str) -> None:
+            import builtins
+
+            raise getattr(builtins, error)(text)
+
+    class NeedsPackage:
+        def __init__(self) -> None:
+            import surely_not_installed.inner
+
     class Refuses:
         def __init__(self) -> None:
             from ldm.errors import ConfigError
@@ -112,6 +122,26 @@ def test_what_cannot_be_built_is_named(node: dict[str, Any], words: tuple[str, .
         config.build(node, TRUST, key="model.x")
     for part in words:
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error", ["OSError", "RuntimeError", "AttributeError", "KeyError", "IndexError", "ZeroDivisionError", "ImportError"]
+)
+def test_whatever_a_constructor_raises_comes_with_the_key(error: str) -> None:
+    node = {"target": "house.parts.Raises", "params": {"error": error, "text": "out of tea"}}
+    with pytest.raises(ConfigError, match=rf"^model\.x: house\.parts\.Raises cannot be built: {error}: .*out of tea"):
+        config.build({"x": node}, TRUST, key="model")
+
+
+def test_no_memory_is_no_mistake_of_the_configuration() -> None:
+    with pytest.raises(MemoryError):
+        config.build({"target": "house.parts.Raises", "params": {"error": "MemoryError", "text": ""}}, TRUST)
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it() -> None:
+    words = r"model: .*it needs a package that is not installed: .*; install it: pip install surely_not_installed$"
+    with pytest.raises(ConfigError, match=words):
+        config.build({"target": "house.parts.NeedsPackage"}, TRUST, key="model")
 
 
 def test_errors_that_are_the_users_pass_through() -> None:

@@ -72,6 +72,14 @@ def test_a_run_leaves_its_folder(stage1, capsys):
     assert json.loads(folder.facts_file.read_text())["num_items"] == 16
 
 
+def test_a_csv_logger_needs_a_line_of_yaml_and_writes_into_the_run_folder(stage1):
+    line = "lightning.logger={csv: {target: pytorch_lightning.loggers.CSVLogger}, wandb: null}"
+    assert train(line) == 0
+    (written,) = run_folder().path.rglob("lightning_logs/*/metrics.csv")
+    assert "val/psnr" in written.read_text()
+    assert {path.name for path in Path().iterdir()} == {"logs", "stage1.yaml"}
+
+
 def test_training_is_off_and_on(stage1, capsys):
     assert "--resume" in refused(capsys, 2, "-t", "false")
     assert train() == 0
@@ -113,7 +121,7 @@ def test_the_rate_scales_with_the_global_batch_once(stage1, capsys):
         (["modle.x=1"], 2, ["modle", "command line", "model"]),
         (["data.params.batchsize=2"], 2, ["data.params.batchsize", "batch_size"]),
         (["data.params.train.root=nowhere"], 2, ["did you mean 'data.params.train.params.root'?", "command line"]),
-        (["data.params.batch_size=many"], 2, ["data.params.batch_size", "many", "int"]),
+        (["data.params.batch_size=many"], 2, ["data.params.batch_size", "many", "whole number"]),
         (["data.params.micro_batch_size=4"], 2, ["micro_batch_size", "4", "6"]),
         (["model.params.encoder.target=os.system"], 2, ["os.system", "refused"]),
         (["lightning.trainer.max_stpes=3"], 2, ["max_stpes", "max_steps"]),

@@ -1,15 +1,19 @@
 """The Trainer means by its numbers what the configuration means by them."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pytorch_lightning import LightningModule
+from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.strategies import DDPStrategy
 
 from ldm import trainer
 from ldm.callbacks import Progress, Throughput
+from ldm.config import from_tree
+from ldm.dry_run import meta_model
 from ldm.errors import ConfigError
 from ldm.finite import FiniteGuard
 from ldm.loggers import FencedWandb, MetricsFile
@@ -115,6 +119,83 @@ def test_metrics_are_always_written_and_wandb_is_a_choice(tmp_path, monkeypatch)
     without["lightning"]["logger"] = None
     monkeypatch.setenv("WANDB_MODE", "online")
     assert kinds(without) == [MetricsFile]
+
+
+CSV = {"target": "pytorch_lightning.loggers.CSVLogger"}
+WANDB = {"target": "ldm.loggers.FencedWandb"}
+
+
+@pytest.mark.parametrize(
+    ("logger", "expected"),
+    [
+        ({"csv": CSV}, [FencedWandb, CSVLogger]),
+        ({"csv": CSV, "wandb": None}, [CSVLogger]),
+        ({"wandb": None}, []),
+        ({"wandb": WANDB, "csv": CSV}, [FencedWandb, CSVLogger]),
+        (CSV, [CSVLogger]),
+        ([CSV], [CSVLogger]),
+        ([CSV, WANDB], [CSVLogger, FencedWandb]),
+        ([], []),
+        (None, []),
+    ],
+)
+def test_loggers_stand_beside_wandb_or_in_its_place(logger, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(FencedWandb, "log_hyperparams", lambda self, params: None)
+    config = tree()
+    config["lightning"]["logger"] = logger
+    folder = RunFolder(tmp_path / "logs" / "run 1")
+    made = trainer.make_loggers(config, folder, "project")[1:]
+    assert [type(one) for one in made] == expected
+    for one in made:
+        assert Path(str(one.save_dir)) == folder.path
+        if isinstance(one, FencedWandb):
+            assert (one.name, one.version) == ("project", "run-1")
+            assert one._wandb_init["name"] == "run 1"
+
+
+def test_what_a_logger_is_given_is_kept(tmp_path):
+    config = tree()
+    config["lightning"]["logger"] = {"csv": {**CSV, "params": {"save_dir": str(tmp_path / "own")}}, "wandb": None}
+    _, made = trainer.make_loggers(config, RunFolder(tmp_path), "project")
+    assert made.save_dir == str(tmp_path / "own")
+
+
+@pytest.mark.parametrize(
+    ("target", "package"),
+    [("TensorBoardLogger", "tensorboard"), ("CometLogger", "comet-ml"), ("MLFlowLogger", "mlflow")],
+)
+def test_a_logger_without_its_package_is_refused_by_key(target, package, tmp_path, monkeypatch):
+    if importlib.util.find_spec(package.replace("-", "_")):
+        pytest.skip(f"{package} is installed")
+    config = tree()
+    config["lightning"]["logger"] = {"more": {"target": f"pytorch_lightning.loggers.{target}"}, "wandb": None}
+    with pytest.raises(ConfigError) as caught:
+        trainer.make_loggers(config, RunFolder(tmp_path), "project")
+    message = str(caught.value)
+    assert message.startswith(f"lightning.logger.more: pytorch_lightning.loggers.{target} cannot be built")
+    assert "pip install" in message
+    assert package in message
+
+
+@pytest.mark.parametrize("precision", ["16-true", "bf16-true", "64-true", "64", "transformer-engine"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_precisions_that_a_model_is_not_made_for_are_refused(precision, stage, autoencoder_tree, runs):
+    model = runs.module if stage == 2 else meta_model(autoencoder(autoencoder_tree))
+    with pytest.raises(ConfigError, match=rf"lightning\.trainer\.precision: .*32-true.*bf16-mixed.*found {precision}"):
+        make(tree(precision=precision), model)
+
+
+def test_fp16_is_for_stage_2_alone(autoencoder_tree, runs):
+    with pytest.raises(ConfigError, match=r"lightning\.trainer\.precision: AutoencoderKL .*found 16-mixed"):
+        make(tree(precision="16-mixed"), meta_model(autoencoder(autoencoder_tree)))
+    for precision in ("32-true", "bf16-mixed", 32):
+        make(tree(precision=precision), runs.module)
+        make(tree(precision=precision), meta_model(autoencoder(autoencoder_tree)))
+
+
+def autoencoder(config: dict[str, Any]) -> dict[str, Any]:
+    return from_tree(config, "test").resolved({"channels": 3, "resolution": 16, "batch_size": 6})
 
 
 def test_first_weights_are_a_function_of_the_seed():

@@ -1,0 +1,211 @@
+"""What starts later fails before the first step: everything that a run will use is tried once, without values.
+
+    check           on torch's meta device, before there is a run folder: the adversarial branch, pictures, the averaged
+                    network, guided denoising, the profiles of averages, optimizers and schedules
+    Rehearsal       at the beginning of fit, with the run's own objects: what a checkpoint will hold can be loaded again
+
+Validation and its metrics get one batch with its real values, by Lightning's own sanity check (ldm/trainer.py).
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from ldm import plain
+from ldm.autoencoder.module import AutoencoderKL
+from ldm.callbacks import SampleLogger
+from ldm.diffusion.guidance import classifier_free
+from ldm.diffusion.module import LatentDiffusion, parts
+from ldm.dry_run import meta_batch
+from ldm.errors import CheckpointError, ConfigError, LdmError
+
+Origin = Callable[[str], str]
+
+
+def check(model: Any, tree: Mapping[str, Any], facts: Mapping[str, Any], origin: Origin) -> None:
+    """Pass a batch without values through all that training comes to after its first step.
+
+    Args:
+        model: of `dry_run.meta_model`; models of others are left to the beginning of fit.
+        tree: the configuration with every reference filled in.
+        facts: what the data said of itself.
+        origin: dotted key -> where it was written.
+
+    Raises:
+        ConfigError: something does not work; names the key.
+    """
+    batch, steps = meta_batch(facts), int(tree["lightning"]["trainer"]["max_steps"])
+    if isinstance(model, AutoencoderKL):
+        _first_stage(model, batch, steps, origin)
+    elif isinstance(model, LatentDiffusion):
+        _second_stage(model, batch, steps, facts["batch_size"], origin)
+        _previews(model, tree["lightning"].get("callbacks") or {}, facts, origin)
+    else:
+        return
+    _optimizers(model, tree, steps, origin)
+
+
+def _first_stage(model: AutoencoderKL, batch: Mapping[str, Any], steps: int, origin: Origin) -> None:
+    images, loss = batch["image"], model.loss
+    with _named("model", origin):
+        reconstruction, posterior = model.reconstruct(dict(batch))
+        if reconstruction.shape != images.shape:
+            raise ConfigError(f"pictures {(*images.shape[1:],)} come back as {(*reconstruction.shape[1:],)}")
+    start = loss.adversarial_start
+    if loss.discriminator is not None and start < steps:
+        with _named("model.params.loss.params.discriminator", origin, f"from step {start} on, "):
+            total, _ = loss(images, reconstruction, posterior, model.decoder.last_layer, start)
+            total.backward()
+            model.zero_grad(set_to_none=True)
+    with _named("model", origin, "for its pictures, "):
+        model.images(dict(batch))
+
+
+def _second_stage(
+    model: LatentDiffusion, batch: Mapping[str, Any], steps: int, batch_size: int, origin: Origin
+) -> None:
+    latent, rows = batch["latent"], len(batch["latent"])
+    averaged = nn.ModuleList([model.ema.average, *model.ema.others])
+    for average in averaged:
+        network, conditioner = parts(average)
+        with _named("model", origin, "in validation, "), torch.no_grad():
+            model.objective.loss(network, latent, conditioner(batch), batch["draws"])
+    network, conditioner = parts(model.ema.average)
+    with _named("model", origin, "for its samples, "), torch.no_grad():
+        denoise = partial(model.objective.denoise, network)
+        guided = classifier_free(denoise, conditioner(batch), conditioner.null(rows), 2.0)
+        guided(latent, torch.tensor(model.objective.last, device="cpu"))
+    for profile in model.ema.profiles:
+        for seen in (0, batch_size, batch_size * steps):
+            with _named("model.params.ema", origin, f"after {seen} images, "):
+                _within(profile(seen, batch_size), 1.0, "the old average's share")
+
+
+def _previews(model: LatentDiffusion, callbacks: Mapping[str, Any], facts: Mapping[str, Any], origin: Origin) -> None:
+    """The classes and steps that previews ask for; `SampleLogger` itself sees them after a cache is built."""
+    conditional = any(slot is not None for slot in vars(parts(model.denoiser)[1].null(1)).values())
+    number = facts.get("num_classes") if conditional else None
+    for name, node in callbacks.items():
+        if node is None or node["target"] != f"{SampleLogger.__module__}.{SampleLogger.__name__}":
+            continue
+        params, key = node.get("params") or {}, f"lightning.callbacks.{name}.params"
+        if params.get("steps") is not None:
+            with _named(f"{key}.steps", origin):
+                model.objective.grid(params["steps"])
+        wrong = [label for label in params.get("classes") or () if number is None or not 0 <= label < number]
+        if wrong:
+            known = "none, since the model has no classes" if number is None else f"0 to {number - 1}"
+            place = _place(f"{key}.classes", origin)
+            raise ConfigError(f"{key}.classes ({place}): expected {known}, found {wrong[0]}")
+
+
+def _optimizers(model: Any, tree: Mapping[str, Any], steps: int, origin: Origin) -> None:
+    """Make the optimizers and schedules of the model's real parameter groups."""
+    params = tree["model"]["params"]
+    stand_in = _with_host_parameters(model)
+    second = "discriminator_" if params.get("discriminator_optimizer") else ""
+    if isinstance(stand_in, AutoencoderKL) and stand_in.loss.discriminator is not None:
+        discriminator, stand_in.loss.discriminator = stand_in.loss.discriminator, None
+        _configured(stand_in, "model.params.optimizer", "model.params.schedule", steps, origin)
+        stand_in.loss.discriminator = discriminator
+        keys = f"model.params.{second}optimizer", "model.params.discriminator_schedule"
+    else:
+        keys = "model.params.optimizer", "model.params.schedule"
+    _configured(stand_in, *keys, steps, origin)
+
+
+def _configured(model: Any, optimizer_key: str, schedule_key: str, steps: int, origin: Origin) -> None:
+    with _named(optimizer_key, origin, "with this model's parameters, "):
+        made = model.configure_optimizers()
+    if isinstance(made, dict):
+        optimizers, schedulers = [made["optimizer"]], [made["lr_scheduler"]["scheduler"]]
+    else:
+        optimizers, schedulers = made
+    for optimizer in optimizers:
+        _learns(optimizer, optimizer_key, origin)
+    for scheduler in schedulers:
+        assert isinstance(scheduler, LambdaLR)
+        for factor in scheduler.lr_lambdas:
+            for step in (0, steps - 1, steps):
+                with _named(schedule_key, origin, f"at step {step}, "):
+                    _within(factor(step), math.inf, "the factor of the learning rate")
+
+
+def _learns(optimizer: Optimizer, key: str, origin: Origin) -> None:
+    with _named(key, origin):
+        if not any(group.get("initial_lr", group["lr"]) > 0 for group in optimizer.param_groups):
+            raise ConfigError("a learning rate of 0 trains nothing; expected a number above 0")
+
+
+def _within(value: float, highest: float, what: str) -> None:
+    if not (math.isfinite(value) and 0 <= value <= highest):
+        limit = "of 0 or more" if math.isinf(highest) else f"from 0 to {highest:g}"
+        raise ConfigError(f"{what}: expected a number {limit}, found {value}")
+
+
+def _with_host_parameters(model: Any) -> Any:
+    """A copy whose parameters have their shapes but share one number: fused optimizers refuse the meta device."""
+    stand_in = copy.deepcopy(model)
+    for module in stand_in.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            zeros = torch.zeros((), dtype=parameter.dtype, device="cpu").expand(parameter.shape)
+            setattr(module, name, nn.Parameter(zeros, parameter.requires_grad))
+    return stand_in
+
+
+@contextmanager
+def _named(key: str, origin: Origin, when: str = "") -> Iterator[None]:
+    """Within the block, whatever is raised becomes a ConfigError of `key`."""
+    try:
+        yield
+    except Exception as error:
+        text = (
+            str(error) if isinstance(error, LdmError) else f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        )
+        raise ConfigError(f"{key} ({_place(key, origin)}): {when}it does not work: {text}") from error
+
+
+def _place(key: str, origin: Origin) -> str:
+    try:
+        return origin(key)
+    except ConfigError:  # not written: a default
+        return "by default"
+
+
+class Rehearsal(pl.Callback):
+    """Puts a checkpoint together before the first step, and makes sure that it could be loaded again.
+
+    Nothing is copied or written, and no random number drawn: a few milliseconds, where weights are sharded the time of
+    gathering them.
+
+    Raises:
+        ConfigError: a callback's state, or what the model adds, is more than plain data; names the callback.
+    """
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        try:
+            state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+            plain.check_plain(state)
+        except CheckpointError as error:
+            raise ConfigError(_guilty(trainer, str(error))) from error
+        except LdmError:
+            raise
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            raise ConfigError(f"model, lightning.callbacks: a checkpoint cannot be put together: {text}") from error
+
+
+def _guilty(trainer: pl.Trainer, text: str) -> str:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it where mypy does not see
+        if f"key callbacks.{callback.state_key}" in text:
+            return f"lightning.callbacks ({type(callback).__qualname__}): its state cannot be saved: {text}"
+    return f"this run could not be saved: {text}"

@@ -1,0 +1,280 @@
+"""What would fail hours into a run is refused before its first step, and the trial leaves no trace in the run."""
+
+import json
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import main
+from ldm import checkpoint, dry_run, rehearsal
+from ldm.config import from_tree
+from ldm.errors import ConfigError
+from ldm.loggers import read_metrics
+from tests.test_dry_run import IMAGES, LATENTS
+
+HOUSE = """
+    import math
+    import threading
+
+    import pytorch_lightning as pl
+    import torch
+
+    from ldm.autoencoder.module import AutoencoderKL
+    from ldm.diffusion.module import LatentDiffusion
+
+
+    class Locked(pl.Callback):
+        def state_dict(self):
+            return {"lock": threading.Lock()}
+
+
+    class Foreign(pl.Callback):
+        def state_dict(self):
+            return {"path": {"value": complex, "kind": Foreign}}
+
+
+    class Raises(pl.Callback):
+        def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+            raise KeyError("epoch of the moon")
+
+
+    class FailsToValidate(AutoencoderKL):
+        def validation_step(self, batch, batch_idx):
+            raise RuntimeError("validated for the first time")
+
+
+    class FailsToShow(AutoencoderKL):
+        def images(self, batch):
+            raise RuntimeError("shown for the first time")
+
+
+    class Late:
+        def __init__(self, value: float) -> None:
+            self.value = value
+
+        def __call__(self, *numbers):
+            return 1.0 if numbers[0] < 5 else self.value / 0.0 if self.value == 1 else self.value
+"""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def house(tmp_path_factory):
+    """A user's own package, `rehearsed`."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "rehearsed.py").write_text(textwrap.dedent(HOUSE))
+    sys.path.insert(0, str(folder))
+    yield
+    sys.path.remove(str(folder))
+    sys.modules.pop("rehearsed", None)
+
+
+def rehearse(tree: dict[str, Any], facts: dict[str, int]) -> None:
+    tree["data"]["params"].setdefault("autoencoder", None)
+    config = from_tree(tree, "run.yaml")
+    resolved = config.resolved(facts)
+    model = dry_run.meta_model(resolved, ["rehearsed"])
+    dry_run.check_fit(model, resolved, facts, config.origin)
+    rehearsal.check(model, resolved, facts, config.origin)
+
+
+def refused(tree: dict[str, Any], facts: dict[str, int]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        rehearse(tree, facts)
+    return str(caught.value)
+
+
+def late(value: float) -> dict[str, Any]:
+    return {"target": "rehearsed.Late", "params": {"value": value}}
+
+
+def test_what_works_passes(autoencoder_tree, diffusion_tree):
+    rehearse(autoencoder_tree, IMAGES)
+    diffusion_tree["data"]["params"]["autoencoder"] = "somewhere"
+    rehearse(diffusion_tree, LATENTS)
+
+
+def test_a_discriminator_too_deep_for_the_pictures_is_refused_before_its_start(autoencoder_tree):
+    loss = autoencoder_tree["model"]["params"]["loss"]["params"]
+    loss["discriminator"]["params"]["layers"] = 3
+    message = refused(autoencoder_tree, IMAGES)
+    assert message.startswith("model.params.loss.params.discriminator (run.yaml): from step 4 on, ")
+    loss["adversarial_start"] = 100  # beyond the run's 12 steps
+    rehearse(autoencoder_tree, IMAGES)
+
+
+def test_pictures_of_eight_pixels_pass(autoencoder_tree):
+    del autoencoder_tree["model"]["params"]["loss"]["params"]["discriminator"]
+    rehearse(autoencoder_tree, IMAGES | {"resolution": 8})
+
+
+def test_pictures_that_come_back_in_another_shape(autoencoder_tree):
+    # One channel of three would be broadcast, and train.
+    autoencoder_tree["model"]["params"]["decoder"]["params"]["out_channels"] = 1
+    del autoencoder_tree["model"]["params"]["loss"]["params"]["discriminator"]
+    assert "(3, 16, 16) come back as (1, 16, 16)" in refused(autoencoder_tree, IMAGES)
+
+
+def test_pictures_that_cannot_be_shown(autoencoder_tree):
+    autoencoder_tree["model"]["target"] = "rehearsed.FailsToShow"
+    assert "for its pictures, it does not work: RuntimeError: shown" in refused(autoencoder_tree, IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "text"),
+    [
+        ({"target": "torch.optim.Muon", "params": {"lr": 1e-3}}, "only supports 2D"),
+        ({"target": "torch.optim.Adam", "params": {"lr": -1.0}}, "Invalid learning rate"),
+        ({"target": "torch.optim.Adam", "params": {"lr": 1e-3, "betas": [0.9, 1.5]}}, "Invalid beta"),
+        ({"target": "torch.optim.AdamW", "params": {"lr": 1e-3, "weight_decay": -1}}, "Invalid weight_decay"),
+        ({"target": "torch.optim.SGD", "params": {"lr": 0.0}}, "a learning rate of 0 trains nothing"),
+        ({"target": "torch.optim.LBFGS", "params": {"lr": 1.0, "history_size": "x"}}, None),
+    ],
+)
+@pytest.mark.parametrize("stage", [1, 2])
+def test_an_optimizer_that_refuses_the_models_parameters(optimizer, text, stage, autoencoder_tree, diffusion_tree):
+    tree, facts = (autoencoder_tree, IMAGES) if stage == 1 else (diffusion_tree, LATENTS)
+    tree["data"]["params"]["autoencoder"] = "somewhere"
+    tree["model"]["params"]["optimizer"] = {**optimizer, "partial": True}
+    if text is None:
+        rehearse(tree, facts)
+        return
+    message = refused(tree, facts)
+    assert message.startswith("model.params.optimizer (run.yaml): ")
+    assert text in message
+
+
+def test_the_discriminators_optimizer_has_its_own_key(autoencoder_tree):
+    own = {"target": "torch.optim.Adam", "params": {"lr": -1.0}, "partial": True}
+    autoencoder_tree["model"]["params"]["discriminator_optimizer"] = own
+    assert refused(autoencoder_tree, IMAGES).startswith("model.params.discriminator_optimizer (run.yaml): ")
+
+
+def test_fused_optimizers_pass(diffusion_tree):
+    diffusion_tree["data"]["params"]["autoencoder"] = "somewhere"
+    for target in ("ldm.optimizers.AdamW", "ldm.optimizers.Muon"):
+        diffusion_tree["model"]["params"]["optimizer"] = {"target": target, "params": {"lr": 1e-3}, "partial": True}
+        rehearse(diffusion_tree, LATENTS)
+
+
+@pytest.mark.parametrize("value", [float("nan"), -0.5, 1])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_schedule_is_asked_for_its_last_step(value, stage, autoencoder_tree, diffusion_tree):
+    tree, facts = (autoencoder_tree, IMAGES) if stage == 1 else (diffusion_tree, LATENTS)
+    tree["data"]["params"]["autoencoder"] = "somewhere"
+    tree["model"]["params"]["schedule"] = late(value)
+    assert refused(tree, facts).startswith("model.params.schedule (run.yaml): at step 11, ")
+
+
+@pytest.mark.parametrize("value", [1.5, float("nan")])
+def test_a_profile_is_asked_for_its_end(value, diffusion_tree):
+    diffusion_tree["data"]["params"]["autoencoder"] = "somewhere"
+    diffusion_tree["model"]["params"]["ema"]["params"]["profile"] = late(value)
+    assert refused(diffusion_tree, LATENTS).startswith("model.params.ema (run.yaml): after 6 images, ")
+
+
+def test_a_network_that_cannot_be_guided(diffusion_tree, monkeypatch):
+    from ldm.diffusion.conditioning import ClassVector, Conditioning
+
+    diffusion_tree["data"]["params"]["autoencoder"] = "somewhere"
+    diffusion_tree["model"]["params"]["label_dropout"] = 0.0
+    monkeypatch.setattr(ClassVector, "null", lambda self, n: Conditioning(tokens=self.null_rows(n)[:, None]))
+    assert "for its samples, it does not work: " in refused(diffusion_tree, LATENTS)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"classes": [0, 2]}, "lightning.callbacks.images.params.classes (run.yaml): expected 0 to 1, found 2"),
+        ({"steps": 1001}, "lightning.callbacks.images.params.steps (run.yaml): it does not work: sampling steps"),
+    ],
+)
+def test_previews_that_cannot_be_made(params, message, diffusion_tree):
+    diffusion_tree["data"]["params"]["autoencoder"] = "somewhere"
+    images = {"target": "ldm.callbacks.SampleLogger", "params": params}
+    diffusion_tree["lightning"]["callbacks"]["images"] = images
+    assert refused(diffusion_tree, LATENTS).startswith(message)
+
+
+def test_previews_of_classes_need_a_model_that_knows_them(diffusion_tree):
+    diffusion_tree["data"]["params"]["autoencoder"] = "somewhere"
+    diffusion_tree["model"]["params"]["conditioner"] = {"target": "ldm.diffusion.conditioning.Unconditional"}
+    diffusion_tree["model"]["params"]["network"]["params"]["vector_channels"] = None
+    images = {"target": "ldm.callbacks.SampleLogger", "params": {"classes": [0]}}
+    diffusion_tree["lightning"]["callbacks"]["images"] = images
+    assert "expected none, since the model has no classes, found 0" in refused(diffusion_tree, LATENTS)
+
+
+# ---- with real values, at the beginning of fit -----------------------------------------------------------------
+
+
+@pytest.fixture
+def stage1(autoencoder_tree, tmp_path, monkeypatch) -> dict[str, Any]:
+    monkeypatch.chdir(tmp_path)
+    autoencoder_tree["lightning"]["trainer"] |= {"max_steps": 6, "val_check_interval": 3, "log_every_n_steps": 1}
+    return autoencoder_tree
+
+
+def train(tree: dict[str, Any], *words: str) -> int:
+    Path("run.yaml").write_text(json.dumps(tree))
+    return main.main(["--base", "run.yaml", "--trust", "rehearsed", *words])
+
+
+def ended_at(message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """With `message`, before the first step."""
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert message in said
+    (state,) = Path("logs").glob("*/run_state.json")
+    assert json.loads(state.read_text())["step"] == 0
+    assert not list(Path("logs").glob("*/checkpoints/*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        ("Locked", "lightning.callbacks (Locked): its state cannot be saved"),
+        ("Foreign", "lightning.callbacks (Foreign): its state cannot be saved"),
+        ("Raises", "a checkpoint cannot be put together: KeyError: 'epoch of the moon'"),
+    ],
+)
+def test_a_callback_that_cannot_be_saved(callback, message, stage1, capsys):
+    assert train(stage1, f"lightning.callbacks.mine={{target: rehearsed.{callback}}}") == 2
+    ended_at(message, capsys)
+
+
+def test_a_validation_that_fails(stage1, capsys):
+    stage1["model"]["target"] = "rehearsed.FailsToValidate"
+    assert train(stage1) == 2
+    ended_at("model: a validation batch does not pass through it: RuntimeError: validated for the first time", capsys)
+
+
+def test_pictures_smaller_than_the_window_of_ssim(stage1, capsys):
+    assert train(stage1, "data.params.resolution=4", "model.params.loss.params.discriminator=null") == 2
+    ended_at("model: a validation batch does not pass through it: RuntimeError: ", capsys)
+
+
+def test_a_metric_that_validation_does_not_log(stage1, capsys):
+    line = "lightning.callbacks.checkpoints={target: ldm.saving.Checkpoints, params: {monitor: val/beauty}}"
+    assert train(stage1, line) == 2
+    ended_at("lightning.callbacks.checkpoints.params.monitor: there is no metric 'val/beauty'", capsys)
+
+
+def test_the_trial_changes_nothing(stage1):
+    """Losses, validation and weights, batch statistics included, are those of a run without it, bit for bit."""
+    outcomes = []
+    for name, steps in (("with", 1), ("without", 0)):
+        assert train(stage1, "-n", name, f"lightning.trainer.num_sanity_val_steps={steps}") == 0
+        (run,) = Path("logs").glob(f"*_{name}")
+        rows = read_metrics(run / "metrics.csv")
+        timed = ("images_per_second", "data_wait")
+        rows = [{key: value for key, value in row.items() if key not in timed} for row in rows]
+        state = checkpoint.load(next(run.glob("checkpoints/step=00000006.ckpt")))["state_dict"]
+        outcomes.append((rows, state, sorted(path.name for path in run.glob("images/*/*"))))
+    (rows, state, pictures), (other_rows, other_state, other_pictures) = outcomes
+    assert rows == other_rows
+    assert pictures == other_pictures
+    assert all(torch.equal(state[name], other_state[name]) for name in other_state)
