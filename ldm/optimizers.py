@@ -1,17 +1,90 @@
-"""Optimizers that know which parameters to decay, and which are matrices; everything else is torch's.
+"""Optimizers that know which parameters to decay, and which are matrices; and what a resumed run restores of one.
 
 Weight decay pulls matrices towards zero; of a norm's scale, a bias or a single number it only takes away what they are
 for. A parameter of fewer than two dimensions is never decayed here.
+
+A checkpoint gives an optimizer its moments, and a schedule its position. Learning rate, betas, decay and all else that
+a configuration can say come from the configuration: `keep_settings` and `Scheduled` see to that, where torch would
+restore them as they were.
 """
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
+from ldm.errors import CheckpointError
 from ldm.ranges import FractionBelowOne, NotNegative, Positive
+from ldm.schedule import Constant
+
+
+def keep_settings(optimizer: Optimizer) -> None:
+    """From now on `optimizer.load_state_dict` restores its state, but leaves it the settings that it was made with.
+
+    Settings are the parameters of its constructor. What an optimizer keeps among its groups besides (Prodigy its
+    estimate of the distance, schedule-free ones their count) is state, and is restored.
+
+    Raises:
+        CheckpointError: on loading, where the groups of parameters are others.
+    """
+    optimizer.register_load_state_dict_pre_hook(_with_own_settings)
+
+
+def _with_own_settings(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    own, saved = optimizer.param_groups, state_dict["param_groups"]
+    sizes, saved_sizes = ([len(group["params"]) for group in groups] for groups in (own, saved))
+    if sizes != saved_sizes:
+        raise CheckpointError(
+            f"optimizer: {type(optimizer).__name__} has groups of {sizes} parameters, the checkpoint's optimizer has "
+            f"{saved_sizes}: the moments of another optimizer, or of another model, cannot be carried over. Undo that "
+            f"change, or start a new run."
+        )
+    makers = [inspect.signature(vars(kind)["__init__"]) for kind in type(optimizer).__mro__ if "__init__" in vars(kind)]
+    names = {name for maker in makers for name in maker.parameters} | {"initial_lr"}
+    settings = [{name: group[name] for name in group if name in names and name != "params"} for group in own]
+    groups = [{**group, **setting} for group, setting in zip(saved, settings, strict=True)]
+    return {**state_dict, "param_groups": groups}
+
+
+class Scheduled(LambdaLR):
+    """The learning rates of an optimizer over its steps; of a checkpoint only the position is restored.
+
+    Args:
+        optimizer: whose rates are multiplied.
+        schedule: optimizer step (from 0) -> factor; None: 1.
+    """
+
+    def __init__(self, optimizer: Optimizer, schedule: Callable[[int], float] | None) -> None:
+        factor = schedule or Constant()
+        # A plain function, so that no copy of the schedule is saved.
+        super().__init__(optimizer, lambda step: factor(step))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.last_epoch = state_dict["last_epoch"]
+        self._step_count = self.last_epoch + 1
+        rates = [base * factor(self.last_epoch) for base, factor in zip(self.base_lrs, self.lr_lambdas, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self._last_lr = rates
+
+
+def place_schedules(checkpoint: dict[str, Any], steps: Sequence[int]) -> None:
+    """Give each optimizer of a checkpoint its position in a schedule, also where it was saved without one.
+
+    Args:
+        checkpoint: as Lightning loads it; changed in place.
+        steps: of each optimizer, how many it has made.
+    """
+    saved = iter(checkpoint.get("lr_schedulers", []))
+    checkpoint["lr_schedulers"] = [
+        # torch notes the first rate in the groups of an optimizer that has a schedule.
+        next(saved) if "initial_lr" in state["param_groups"][0] else {"last_epoch": done}
+        for state, done in zip(checkpoint.get("optimizer_states", []), steps, strict=False)
+    ]
 
 
 def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.optimizers import AdamW, Muon, decay_groups
+from ldm.errors import CheckpointError
+from ldm.optimizers import AdamW, Muon, Scheduled, decay_groups, keep_settings, place_schedules
+from ldm.schedule import Cosine
 
 
 @pytest.fixture
@@ -98,3 +100,96 @@ def test_muon_takes_models_of_one_kind(dims):
 def test_muon_takes_no_late_parameters(model):
     with pytest.raises(ValueError, match="cannot be added"):
         Muon(model.parameters(), lr=0.1).add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+
+
+# Each optimizer with the settings of a run, and others for its resume.
+CHANGED = [
+    (torch.optim.Adam, {"lr": 0.1, "betas": [0.9, 0.99]}, {"lr": 0.02, "betas": [0.5, 0.9], "eps": 1e-3}),
+    (torch.optim.AdamW, {"lr": 0.1}, {"lr": 0.02, "weight_decay": 0.5, "fused": True}),
+    (torch.optim.NAdam, {"lr": 0.1}, {"lr": 0.02, "momentum_decay": 0.1}),
+    (torch.optim.RMSprop, {"lr": 0.1, "momentum": 0.5}, {"lr": 0.02, "momentum": 0.9, "alpha": 0.5}),
+    (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, {"lr": 0.02, "momentum": 0.5, "nesterov": True}),
+    (AdamW, {"lr": 0.1, "weight_decay": 0.1}, {"lr": 0.02, "weight_decay": 0.5, "betas": [0.5, 0.9], "eps": 1e-3}),
+    (Muon, {"lr": 0.1, "weight_decay": 0.1}, {"lr": 0.02, "weight_decay": 0.5, "momentum": 0.5, "betas": [0.5, 0.9]}),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "then", "now"), CHANGED, ids=[f"{make.__module__}.{make.__name__}" for make, *_ in CHANGED]
+)
+def test_moments_come_from_the_checkpoint_and_settings_from_the_configuration(model, make, then, now):
+    saved = make(model.parameters(), **then)
+    Scheduled(saved, Cosine(10))
+    train(model, saved, 3)
+    state, other = copy.deepcopy(saved.state_dict()), copy.deepcopy(model)
+    # What is right: the old optimizer, each of its settings changed by hand.
+    fresh = make(other.parameters(), **now)
+    for group, wanted in zip(saved.param_groups, fresh.param_groups, strict=True):
+        group |= {name: value for name, value in wanted.items() if name != "params"}
+    keep_settings(fresh)
+    fresh.load_state_dict(state)
+    assert [group["lr"] for group in fresh.param_groups] == [0.02] * len(fresh.param_groups)
+    train(model, saved, 2, seed=1)
+    train(other, fresh, 2, seed=1)
+    for ours, theirs in zip(other.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_what_an_optimizer_learns_about_its_groups_is_restored(model):
+    class Prodigal(torch.optim.SGD):
+        def __init__(self, params, lr, coefficient=1.0):
+            super().__init__(params, lr=lr)
+            for group in self.param_groups:
+                group |= {"coefficient": coefficient, "distance": 1e-6}
+
+    saved = Prodigal(model.parameters(), lr=0.1)
+    saved.param_groups[0]["distance"] = 0.25
+    fresh = Prodigal(model.parameters(), lr=0.2, coefficient=3.0)
+    keep_settings(fresh)
+    fresh.load_state_dict(saved.state_dict())
+    group = fresh.param_groups[0]
+    assert (group["lr"], group["coefficient"], group["distance"]) == (0.2, 3.0, 0.25)
+
+
+def test_moments_of_other_parameters_are_refused(model):
+    fresh = AdamW(model.parameters(), lr=0.1)
+    keep_settings(fresh)
+    with pytest.raises(CheckpointError, match=r"\[3, 5\].*\[8\]"):
+        fresh.load_state_dict(torch.optim.AdamW(model.parameters(), lr=0.1).state_dict())
+
+
+@pytest.mark.parametrize("schedule", [Cosine(10, warm_up=2, final=0.1), None])
+def test_a_schedule_is_restored_to_its_position_alone(model, schedule):
+    scheduled = Scheduled(AdamW(model.parameters(), lr=0.1), Cosine(20))
+    for _ in range(7):
+        scheduled.optimizer.step()
+        scheduled.step()
+    other = AdamW(model.parameters(), lr=0.3)
+    resumed = Scheduled(other, schedule)
+    resumed.load_state_dict(copy.deepcopy(scheduled.state_dict()))
+    assert resumed.last_epoch == 7
+    for step in range(7, 10):
+        expected = 0.3 * (schedule(step) if schedule else 1.0)
+        assert [group["lr"] for group in other.param_groups] == [expected, expected] == resumed.get_last_lr()
+        other.step()
+        resumed.step()
+
+
+def test_an_unchanged_schedule_saves_what_it_loaded(model):
+    scheduled = Scheduled(AdamW(model.parameters(), lr=0.1), Cosine(20))
+    for _ in range(3):
+        scheduled.optimizer.step()
+        scheduled.step()
+    again = Scheduled(AdamW(model.parameters(), lr=0.1), Cosine(20))
+    again.load_state_dict(copy.deepcopy(scheduled.state_dict()))
+    assert again.state_dict() == scheduled.state_dict()
+
+
+def test_optimizers_that_were_saved_without_a_schedule_have_a_position_too():
+    plain, noted = {"param_groups": [{"lr": 1.0}]}, {"param_groups": [{"lr": 1.0, "initial_lr": 1.0}]}
+    old = {"optimizer_states": [plain, noted], "lr_schedulers": [{"last_epoch": 5}]}
+    place_schedules(old, [9, 5])
+    assert old["lr_schedulers"] == [{"last_epoch": 9}, {"last_epoch": 5}]
+    new = {"optimizer_states": [noted], "lr_schedulers": [{"last_epoch": 9, "_step_count": 10}]}
+    place_schedules(new, [9, 5])
+    assert new["lr_schedulers"] == [{"last_epoch": 9, "_step_count": 10}]

@@ -10,7 +10,6 @@ from pytorch_lightning.core.optimizer import LightningOptimizer
 from pytorch_lightning.strategies import ParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from ldm.autoencoder.losses import AutoencoderLoss
@@ -18,6 +17,7 @@ from ldm.autoencoder.networks import Decoder, Encoder
 from ldm.autoencoder.posterior import DiagonalGaussian, Posterior
 from ldm.autoencoder.quantiser import Quantised, VectorQuantiser, usage
 from ldm.errors import ConfigError
+from ldm.optimizers import Scheduled, keep_settings, place_schedules
 from ldm.ranges import Positive
 from ldm.step_mean import StepMean, is_logged
 
@@ -131,7 +131,7 @@ class AutoencoderKL(pl.LightningModule):
             self.log_dict({f"train/{name}": value for name, value in logs.items()}, batch_size=1)
         return {"loss": loss.detach(), "figures": figures}
 
-    def configure_optimizers(self) -> tuple[list[Optimizer], list[LambdaLR]]:
+    def configure_optimizers(self) -> tuple[list[Optimizer], list[Scheduled]]:
         # The log-variance is in the group also where it is fixed, and then without a gradient: a run in which that is
         # changed can go on, since an optimizer's state is kept by the parameters' places.
         codebook = [] if self.quantiser is None else [*self.quantiser.parameters()]
@@ -141,9 +141,9 @@ class AutoencoderKL(pl.LightningModule):
         optimizers, schedulers = [], []
         for parameters, (make_optimizer, schedule) in zip(groups, self._recipes, strict=False):
             optimizer = make_optimizer(parameters)
+            keep_settings(optimizer)
             optimizers.append(optimizer)
-            if schedule is not None:
-                schedulers.append(_scheduler(optimizer, schedule))
+            schedulers.append(Scheduled(optimizer, schedule))
         return optimizers, schedulers
 
     def _losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -189,7 +189,7 @@ class AutoencoderKL(pl.LightningModule):
         optimizer.zero_grad()
         for config in self.trainer.lr_scheduler_configs:
             scheduler = config.scheduler
-            if isinstance(scheduler, LambdaLR) and scheduler.optimizer is optimizer.optimizer:
+            if isinstance(scheduler, Scheduled) and scheduler.optimizer is optimizer.optimizer:
                 scheduler.step()
         return norm
 
@@ -272,6 +272,8 @@ class AutoencoderKL(pl.LightningModule):
         facts = checkpoint.get("ldm", {})
         self._latents = facts.get("latents")
         self._metrics = dict(facts.get("metrics", {}))
+        done = checkpoint.get("global_step", 0)
+        place_schedules(checkpoint, [done, max(0, done - self.loss.adversarial_start)])
 
 
 def latent_sums(posterior: Posterior) -> Tensor:
@@ -293,11 +295,6 @@ def _noise(encoder: Encoder, batch: Batch, purpose: str) -> Tensor:
     height, width = batch["image"].shape[2:]
     shape = (encoder.latent_channels, height // encoder.down_factor, width // encoder.down_factor)
     return batch["draws"].normal(purpose, shape)
-
-
-def _scheduler(optimizer: Optimizer, schedule: Schedule) -> LambdaLR:
-    # A plain function, so that LambdaLR saves no copy of the schedule: after a resume the configuration's is used.
-    return LambdaLR(optimizer, lambda step: schedule(step))
 
 
 def _leave_uncounted(optimizer: LightningOptimizer) -> None:

@@ -1,7 +1,8 @@
 """Encoder and decoder of the latent-diffusion family (Rombach et al. 2022, arXiv:2112.10752, appendix E.1).
 
 The convolutional autoencoder of VQGAN (Esser et al. 2021) and DDPM (Ho et al. 2020): residual blocks with
-GroupNorm and swish, a strided convolution between levels, self-attention at chosen levels and, unless switched off, in the middle.
+GroupNorm and swish, a strided convolution between levels, self-attention at chosen levels and, unless switched off, in
+the middle.
 Both 1x1 convolutions around the latent (`quant_conv`, `post_quant_conv`) belong to the networks here.
 
 Vocabulary: level 0 has the resolution of the image (divided by `patch_size`), each further level half of it, so the

@@ -287,7 +287,9 @@ def hold_out(dataset: ImageDataset, number: int) -> tuple[Subset, Subset]:
     if 2 * number > total and distributed.is_main():
         found = f"data.params.num_validation: {number} of {total} items"
         if number < total:
-            logger.warning("%s are held out, %d are left to train on; a tenth would be %d", found, total - number, tenth)
+            logger.warning(
+                "%s are held out, %d are left to train on; a tenth would be %d", found, total - number, tenth
+            )
         else:
             logger.warning("%s would leave none to train on; a tenth, %d, is held out instead", found, tenth)
     ranking = np.argsort(keys(0, "hold out", np.arange(total)), kind="stable")

@@ -10,15 +10,14 @@ from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from ldm import sharding
 from ldm.diffusion.conditioning import Conditioner
 from ldm.diffusion.objectives import Network, Objective
 from ldm.ema import EMA
 from ldm.errors import ConfigError
+from ldm.optimizers import Scheduled, keep_settings
 from ldm.ranges import Fraction, Positive
-from ldm.schedule import Constant
 from ldm.step_mean import StepMean, is_logged
 
 Batch = dict[str, Any]
@@ -161,9 +160,8 @@ class LatentDiffusion(LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         # The objective is asked too: a weighting may have parameters. The average is not.
         optimizer = self.make_optimizer([*self.denoiser.parameters(), *self.objective.parameters()])
-        schedule = self.schedule or Constant()
-        # A plain function, so that LambdaLR saves no copy of the schedule: after a resume the configuration's is used.
-        scheduler = LambdaLR(optimizer, lambda step: schedule(step))
+        keep_settings(optimizer)
+        scheduler = Scheduled(optimizer, self.schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def checkpoint_facts(self) -> dict[str, Any]:
