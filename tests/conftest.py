@@ -116,3 +116,11 @@ def diffusion_tree(image_folder) -> Tree:
         ),
         "lightning": {"trainer": copy.deepcopy(TRAINER), "logger": None, "callbacks": {"images": None}},
     }
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """What was printed of a file name that is not UTF-8 can be handed on to the process that reports it."""
+    report = yield
+    report.sections = [(title, text.encode(errors="backslashreplace").decode()) for title, text in report.sections]
+    return report

@@ -122,7 +122,7 @@ class SpatialTransformer(nn.Module):
     them: weights and optimizers of older checkpoints are loaded by these.
     """
 
-    def __init__(self, channels: int, token_channels: int, heads: int, depth: int = 1) -> None:
+    def __init__(self, channels: Count, token_channels: Count, heads: Count, depth: Count = 1) -> None:
         super().__init__()
         self.norm = group_norm(channels, eps=1e-6)
         self.conv_in = nn.Conv2d(channels, channels, 1)
@@ -200,7 +200,7 @@ class UNet(nn.Module):
         resample_in_blocks: bool = False,
         dropout: FractionBelowOne = 0.0,
         checkpointing: bool = False,
-        transformer_depth: int = 1,
+        transformer_depth: Count = 1,
     ) -> None:
         super().__init__()
         self.in_channels, self.channels, self.spatial_channels = in_channels, channels, spatial_channels

@@ -404,10 +404,16 @@ class TestSubset:
         # A larger part contains the smaller one: what was validated on is not trained on later.
         assert set(held_out.indices) < set(hold_out(folder, 9)[1].indices)
 
-    @pytest.mark.parametrize("number", [-1, 0, 20, 21])
+    @pytest.mark.parametrize("number", [-1, 0])
     def test_impossible_parts(self, image_folder, number):
         with pytest.raises(DataError, match="num_validation"):
             hold_out(ImageFolder(image_folder), number)
+
+    @pytest.mark.parametrize("number", [20, 21, 5000])
+    def test_a_small_folder_holds_out_a_tenth_and_says_so(self, image_folder, number, caplog):
+        rest, held_out = hold_out(ImageFolder(image_folder), number)
+        assert (len(rest), len(held_out)) == (18, 2)
+        assert f"num_validation: {number} of 20 items would leave none to train on; a tenth, 2" in caplog.text
 
     def test_passes_on_what_it_stands_for(self, image_folder):
         folder = ImageFolder(image_folder)

@@ -409,4 +409,4 @@ def test_the_manifest_can_go_into_a_checkpoint(make, here):
 def test_a_log_file_hears_of_the_building_now_and_then(make, here, capsys, monkeypatch):
     monkeypatch.setattr("ldm.data.latent_datamodule._LOG_SECONDS", 0.0)
     make(encode_batch_size=2).setup()
-    assert "train latents: 4/10\n" in capsys.readouterr().out
+    assert "train latents: 4/10  0:00 elapsed, 0:00 left\n" in capsys.readouterr().out
