@@ -25,7 +25,7 @@ def commands(text: str) -> list[str]:
 
 
 def header_commands() -> list[str]:
-    texts = [path.read_text() for path in sorted((ROOT / "configs").rglob("*.yaml"))]
+    texts = [re.sub(r"\\\n#\s*", "", path.read_text()) for path in sorted((ROOT / "configs").rglob("*.yaml"))]
     lines = [line.lstrip("# ").strip() for text in texts for line in text.splitlines() if line.startswith("#")]
     return [re.sub(r"\s{2,}[#(].*", "", line) for line in dict.fromkeys(lines) if line.startswith("python ")]
 

@@ -63,6 +63,7 @@ def claim(folder: Path, settings: Mapping[str, Any], names: Sequence[str] | None
         ConfigError: it holds something else.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    _check(folder, settings)  # before anything is written into what may be another's
     with _locked(folder):
         _check(folder, settings)
         _list(folder, settings, names)

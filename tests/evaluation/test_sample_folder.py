@@ -47,10 +47,12 @@ def test_a_folder_belongs_to_its_settings(tmp_path):
     (folder / "samples.json").unlink()
     (folder / "samples.json.tmp.host.1").touch()  # a call that was killed while it began
     claim(folder, SETTINGS, None)
-    (folder / "samples.json").unlink()
-    (folder / "thesis.tex").touch()
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").touch()
     with pytest.raises(ConfigError, match=r"none of sample\.py"):
-        claim(folder, SETTINGS, None)
+        claim(foreign, SETTINGS, None)
+    assert [path.name for path in foreign.iterdir()] == ["thesis.tex"]
 
 
 def test_the_record_lists_what_is_there(tmp_path):
