@@ -1,12 +1,13 @@
-"""main.py's command line. Imports nothing heavy: a wrong flag is answered at once."""
+"""main.py's command line, and the scripts' numbers. Imports nothing heavy: a wrong flag is answered at once."""
 
 import argparse
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from ldm.errors import ConfigError
 
@@ -52,6 +53,33 @@ class Parser(argparse.ArgumentParser):
         flags = [flag for action in self._actions for flag in action.option_strings]
         near = get_close_matches(word, flags, n=1, cutoff=0.5)
         self.error(f"unknown flag {word}" + (f": did you mean {near[0]}?" if near else ""))
+
+
+Number = TypeVar("Number", int, float)
+
+
+def _numbers(kind: Callable[[str], Number], expected: str, fits: Callable[[Number], bool]) -> Callable[[str], Number]:
+    """An argparse `type`: what `fits`; anything else is refused by flag, with what was expected and found."""
+
+    def read(text: str) -> Number:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = None
+        if number is None or not fits(number):
+            raise argparse.ArgumentTypeError(f"expected {expected}, found {text!r}")
+        return number
+
+    return read
+
+
+whole_number = _numbers(int, "a whole number of 1 or more", lambda number: number >= 1)
+seed = _numbers(int, "a whole number from 0 to 2^63 - 1", lambda number: 0 <= number < 2**63)
+finite = _numbers(float, "a finite number", math.isfinite)
+positive = _numbers(float, "a finite number above 0", lambda number: 0 < number < math.inf)
+share = _numbers(float, "a number from 0 to 1", lambda number: 0 <= number <= 1)
+some_share = _numbers(float, "a number above 0, at most 1", lambda number: 0 < number <= 1)
+ratio = _numbers(float, "a number of 0 or more, or inf", lambda number: number >= 0)
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from ldm import process, run
-from ldm.commandline import Parser, split_overrides
+from ldm.commandline import Parser, finite, positive, split_overrides, whole_number
 from ldm.data.arrays import FashionMNIST
 from ldm.diffusion.grids import Default
 from ldm.errors import ConfigError, LdmError
@@ -197,13 +197,13 @@ def parse(argv: Sequence[str]) -> Any:
         default=sorted((CONFIGS / "variants").glob("*.yaml")),
         help="merged over the base, each alone (default: configs/fashion_mnist/variants)",
     )
-    add("--minutes", type=float, default=8.0, help="of training, each (default: 8)")
-    add("--jobs", type=int, default=1, help="trained side by side, on a share of the cores each (default: 1)")
-    add("--marks", type=int, default=4, help="how often each is judged (default: 4)")
-    add("--number", type=int, default=100, help="images a class (default: 100)")
-    add("--guidance", type=float, nargs="+", default=[1.0, 2.0], help="scales to sample with (default: 1 2)")
-    add("--steps", type=int, default=30, help="of DDIM or Euler (default: 30)")
-    add("--epochs", type=int, default=4, help="of the classifier (default: 4)")
+    add("--minutes", type=positive, default=8.0, help="of training, each (default: 8)")
+    add("--jobs", type=whole_number, default=1, help="trained side by side, on a share of the cores each (default: 1)")
+    add("--marks", type=whole_number, default=4, help="how often each is judged (default: 4)")
+    add("--number", type=whole_number, default=100, help="images a class (default: 100)")
+    add("--guidance", type=finite, nargs="+", default=[1.0, 2.0], help="scales to sample with (default: 1 2)")
+    add("--steps", type=whole_number, default=30, help="of DDIM or Euler (default: 30)")
+    add("--epochs", type=whole_number, default=4, help="of the classifier (default: 4)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to sample on (default: cuda or cpu)")
     add("--out", type=Path, default=Path("comparison"), help="folder (default: comparison)")
     overrides, words = split_overrides(argv)

@@ -4,15 +4,16 @@
     python scripts/sample.py -r logs/<run> --classes 3 dress --steps 30 --guidance 2
     python scripts/sample.py -r 'logs/*_my_diffusion' -n 100 --npz          # newest run that matches; for evaluation
     python scripts/sample.py -r logs/<run> --guidance 2 --worse logs/<smaller run> --interval 0.2 3
+    python scripts/sample.py -r logs/<run> --guidance 10 --guidance-channels 3 --grid shifted --shift 3.3333333
     python scripts/sample.py -r logs/<run> --image photo.png --strength 0.5 # image to image
     python scripts/sample.py -r logs/<run> --image photo.png --mask m.png   # what is white in m.png is painted anew
 
-Writes a PNG for each picture, grid.png (a row a class), samples.json (what was used) and, asked to, samples.npz (arr_0:
-(N,H,W,3) uint8, class by class). A picture depends on its seed and class alone, so a run that was interrupted, or is
-repeated with a larger -n, makes only what is missing; a folder with pictures of other settings is left alone.
+Writes a PNG for each picture, and samples.json: what was used, and every picture in the folder. Of this call's pictures
+also grid.png (a row a class) and, asked to, samples.npz (arr_0: (N,H,W,3) uint8, class by class; names: of their
+files). A picture depends on its seed and class alone, so a run that was interrupted, or is repeated with a larger -n,
+makes only what is missing; a folder with pictures of other settings is left alone.
 """
 
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -22,21 +23,18 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ldm import process, signals
-from ldm.commandline import Parser
+from ldm.commandline import Parser, finite, positive, ratio, seed, share, some_share, whole_number
 from ldm.config import newest_run
-from ldm.data.images import read_image
 from ldm.diffusion.grids import Default, Grid, Karras, Power, Shift
 from ldm.diffusion.samplers import ancestral, ddim, dpm_solver, heun, unipc
 from ldm.errors import ConfigError
 from ldm.evaluation.generate import Pipeline, Sampler, check, generate
-from ldm.evaluation.sample_folder import Order, claim, default_folder, save, sheet
+from ldm.evaluation.sample_folder import Order, claim, default_folder, record, save, save_arrays, sheet, whole
 from ldm.evaluation.sheets import picture
 from ldm.evaluation.steering import Guidance, Original
-from ldm.run import write_whole
 
 SAMPLERS: dict[str, Sampler] = {
     "ddim": ddim,
@@ -62,30 +60,41 @@ def parse(argv: Sequence[str]) -> Any:
     add = parser.add_argument
     add("-r", "--run", required=True, metavar="RUN", help="run folder, checkpoint, or a quoted glob (its newest run)")
     add("--classes", nargs="+", metavar="CLASS", help="numbers or names (default: all)")
-    add("-n", "--number", type=_count, default=8, help="pictures a class (default: 8)")
-    add("--seed", type=_seed, default=0, help="of the first picture, counted up from there (default: 0)")
-    add("--seeds", nargs="+", type=_seed, metavar="SEED", help="these seeds instead of -n and --seed")
-    add("--steps", type=_count, default=50, help="of the sampler, a call of the network each, heun two (default: 50)")
+    add("-n", "--number", type=whole_number, default=8, help="pictures a class (default: 8)")
+    add("--seed", type=seed, default=0, help="of the first picture, counted up from there (default: 0)")
+    add("--seeds", nargs="+", type=seed, metavar="SEED", help="these seeds instead of -n and --seed")
+    add(
+        "--steps",
+        type=whole_number,
+        default=50,
+        help="of the sampler, a network call each, heun two (default: 50)",
+    )
     add("--sampler", choices=SAMPLERS, default="ddim", help="(default: ddim, which is Euler's for EDM and flows)")
     add("--grid", choices=GRIDS, default="default", help="where the steps lie (default: as the objective has them)")
-    add("--eta", type=float, default=0.0, help="fresh noise on the way, ddim only: 0 none (default) ... 1 ancestral")
-    add("--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1 (default): none")
-    add("--rescale", type=float, default=0.0, help="0 (default) ... 1: keep large scales from burning pictures out")
+    add("--eta", type=share, default=0.0, help="fresh noise on the way, ddim only: 0 none (default) ... 1 ancestral")
+    add("--shift", type=positive, metavar="S", help="with --grid shifted: by S instead, above 1 towards noise")
+    add("--guidance", type=finite, default=1.0, help="classifier-free guidance scale; 1 (default): none")
+    add("--rescale", type=share, default=0.0, help="0 (default) ... 1: keep large scales from burning pictures out")
     add(
         "--interval",
-        type=float,
+        type=ratio,
         nargs=2,
         default=[0.0, math.inf],
         metavar=("LOW", "HIGH"),
         help="guide between these ratios sigma / alpha alone (default: everywhere)",
     )
+    add("--guidance-channels", type=whole_number, metavar="C", help="guide the first C of the latents (default: all)")
     add("--worse", metavar="RUN", help="guide away from this smaller or less trained model (autoguidance)")
     add("--image", type=Path, metavar="FILE", help="begin with this picture instead of noise alone")
-    add("--strength", type=float, help="of --image, above 0 to 1: how much of it is lost (default: 0.6; with --mask 1)")
+    add(
+        "--strength",
+        type=some_share,
+        help="of --image, above 0 to 1: how much of it is lost (default: 0.6; with --mask 1)",
+    )
     add("--mask", type=Path, metavar="FILE", help="with --image: paint anew what is white in this picture")
     add("--raw", action="store_true", help="the weights of the last step instead of their running average")
     add("--autoencoder", type=Path, metavar="RUN", help="stage-1 run or checkpoint, if it has moved")
-    add("--batch-size", type=_count, default=64, help="pictures made at once; changes speed alone (default: 64)")
+    add("--batch-size", type=whole_number, default=64, help="pictures made at once; changes speed alone (default: 64)")
     add("--device", help="such as cuda or cpu (default: cuda where there is one)")
     add("--out", type=Path, metavar="FOLDER", help="(default: <run>/samples/<settings>)")
     add("--npz", action="store_true", help="also write samples.npz")
@@ -102,27 +111,16 @@ def _check_together(options: Any) -> None:
     for flag in ("mask", "strength"):
         if options.image is None and getattr(options, flag) is not None:
             raise ConfigError(f"--{flag} {getattr(options, flag)}: belongs to --image FILE, which is missing.")
-    for flag, idle in {"rescale": 0.0, "interval": [0.0, math.inf], "worse": None}.items():
-        if options.guidance == 1 and getattr(options, flag) != idle:
+    if options.shift is not None and options.grid != "shifted":
+        raise ConfigError(f"--shift {options.shift:g}: belongs to --grid shifted, found --grid {options.grid}.")
+    idle = {"rescale": 0.0, "interval": [0.0, math.inf], "guidance_channels": None, "worse": None}
+    for key, value in idle.items():
+        if options.guidance == 1 and getattr(options, key) != value:
+            flag = key.replace("_", "-")
             raise ConfigError(f"--{flag}: does nothing at --guidance 1, which is no guidance; name a scale.")
-    if not 0 <= options.eta <= 1:
-        raise ConfigError(f"--eta: expected 0 to 1, found {options.eta:g}.")
-
-
-def _count(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
-
-
-def _seed(text: str) -> int:
-    if not 0 <= (number := int(text)) < 2**63:
-        raise ValueError
-    return number
-
-
-# argparse puts these names into its messages: "invalid positive number value: '0'".
-_count.__name__, _seed.__name__ = "positive number", "seed"
+    low, high = options.interval
+    if low >= high:
+        raise ConfigError(f"--interval {low:g} {high:g}: expected LOW < HIGH, as ratios sigma / alpha.")
 
 
 def chosen_classes(words: Sequence[str] | None, number: int | None, names: Sequence[str] | None) -> list[int | None]:
@@ -166,24 +164,29 @@ def sample(options: Any) -> list[Path]:
         **{key: getattr(options, key) for key in chosen},
         **steered(options, guidance, original),
     }
-    times = GRIDS[options.grid](pipeline)(pipeline.objective, options.steps)
+    times = grid(pipeline, options)(pipeline.objective, options.steps)
     # Both refuse what cannot be, before anything is written.
     check(pipeline, [order.seed for order in orders], classes(orders), times, guidance)
     folder: Path = options.out or default_folder(settings)
-    claim(folder, settings)
-    images = [{"file": order.file, **order._asdict(), "name": order.name(names)} for order in orders]
-    write_whole(folder / "samples.json", json.dumps({"settings": settings, "images": images}, indent=1) + "\n")
+    claim(folder, settings, names)
     missing = [order for order in orders if not (folder / order.file).is_file()]
-    if missing:
-        make(pipeline, missing, folder, options, guidance, original)
-    picture(sheet(folder, labels, seeds)).save(folder / "grid.png")
+    try:
+        if missing:
+            make(pipeline, missing, folder, options, guidance, original)
+    finally:  # also of an interrupted call: what it made is there
+        record(folder, settings, names)
     written = [folder / "grid.png"]
+    with whole(written[0]) as file:
+        picture(sheet(folder, labels, seeds)).save(file, format="png")
     if options.npz:
-        arrays = [np.asarray(read_image(folder / order.file).convert("RGB")) for order in orders]
-        np.savez(folder / "samples.npz", np.stack(arrays))
-        written.append(folder / "samples.npz")
+        written.append(save_arrays(folder, orders))
     print(f"{len(orders)} pictures in {folder}")
     return written
+
+
+def grid(pipeline: Pipeline, options: Any) -> Grid:
+    """Where the command line has the steps."""
+    return GRIDS[options.grid](pipeline) if options.shift is None else Shift(options.shift)
 
 
 def classes(orders: Sequence[Order]) -> list[int] | None:
@@ -207,7 +210,7 @@ def steering(pipeline: Pipeline, options: Any, device: str) -> tuple[Guidance, O
             trust=options.trust,
         )
     low, high = options.interval
-    guidance = Guidance(options.guidance, options.rescale, low, high, worse)
+    guidance = Guidance(options.guidance, options.rescale, low, high, worse, channels=options.guidance_channels)
     if options.image is None:
         return guidance, None
     strength = options.strength if options.strength is not None else 0.6 if options.mask is None else 1.0
@@ -215,10 +218,14 @@ def steering(pipeline: Pipeline, options: Any, device: str) -> tuple[Guidance, O
 
 
 def steered(options: Any, guidance: Guidance, original: Original | None) -> dict[str, Any]:
-    """The settings of steering that were asked for, in plain values; files by name and hash."""
+    """The settings of grid and steering that were asked for, in plain values; files by name and hash."""
     settings: dict[str, Any] = {}
+    if options.shift is not None:
+        settings["shift"] = options.shift
     if options.rescale:
         settings["rescale"] = options.rescale
+    if options.guidance_channels is not None:
+        settings["guidance_channels"] = options.guidance_channels
     if options.interval != [0.0, math.inf]:
         settings["interval"] = options.interval
     if guidance.worse is not None:
@@ -249,7 +256,7 @@ def make(
         classes(missing),
         sampler=partial(ddim, eta=options.eta) if options.eta else SAMPLERS[options.sampler],
         steps=options.steps,
-        grid=GRIDS[options.grid](pipeline),
+        grid=grid(pipeline, options),
         guidance=guidance,
         original=original,
         batch_size=options.batch_size,

@@ -1,6 +1,7 @@
 """ldm.callbacks: pictures land where they should and show what they should; speed and progress are told truly."""
 
 import io
+import math
 import re
 import time
 from collections.abc import Iterable
@@ -185,6 +186,12 @@ def test_samples_that_cannot_be_are_refused_before_the_first_step(
     SampleLogger(classes=[0, 2], guidance_scale=2.0).on_fit_start(trainer, runs.module)
     with pytest.raises(ConfigError, match=message):
         SampleLogger(**wrong).on_fit_start(trainer, runs.module)
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf])
+def test_a_guidance_scale_that_is_no_number_is_refused_at_once(scale: float) -> None:
+    with pytest.raises(ConfigError, match="guidance scale: expected a finite number"):
+        SampleLogger(classes=[0], guidance_scale=scale)
 
 
 def test_all_ranks_make_as_many_samples(tmp_path: Path, runs: Any, monkeypatch: pytest.MonkeyPatch) -> None:

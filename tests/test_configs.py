@@ -1,6 +1,8 @@
 """Every shipped configuration: its model is built at full size (on the meta device), and it trains two tiny steps."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from pytorch_lightning.strategies import Strategy
 
 import main
 from ldm.config import Config, build, load
+from scripts import sample
 
 ROOT = Path(__file__).parents[1]
 FILES = {str(path.relative_to(ROOT / "configs")): path for path in sorted((ROOT / "configs").rglob("*.yaml"))}
@@ -111,6 +114,36 @@ def test_builds_at_full_size_with_the_published_number_of_parameters(name):
         count = sum(parameter.numel() for parameter in model.get_submodule(part).parameters()) / 1e6
         # As many digits as the source gives; the lineage rounds 394.98 up and 294.97 down.
         assert count == pytest.approx(millions, abs=0.06 if millions < 100 else 1.0), (part, count)
+
+
+def test_lightningdit_is_as_published():
+    """Places added and turning, no norms of queries and keys, time from 0 to 1 (not 1000 of it)."""
+    name = "diffusion/lightningdit_xl1_f16.yaml"
+    with torch.device("meta"):
+        model = build(shipped(name).resolved(facts(name))["model"], key="model")
+    network, objective = model.denoiser["network"], model.objective
+    assert network.rotary
+    assert network.absolute_positions
+    assert not [weight for weight, _ in network.named_parameters() if "norm_q" in weight or "norm_k" in weight]
+    assert objective.path.told(torch.tensor(0.25)) == 0.25
+    assert objective.direction_weight == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    {
+        "lightningdit_xl1_f16": "--sampler euler --steps 249 --grid shifted --shift 3.3333333 --guidance 10 "
+        "--guidance-channels 3 --interval 0 9",
+        "sit_xl2_imagenet256": "--steps 125 --sampler heun --guidance 1.5 --guidance-channels 3",
+        "dit_xl2_imagenet256": "--steps 250 --sampler ancestral --guidance 1.5 --guidance-channels 3",
+    }.items(),
+)
+def test_transformers_are_sampled_as_published(name, flags):
+    text = CONFIGS[f"diffusion/{name}.yaml"].read_text()
+    (command,) = re.findall(r"sample\.py (.*?[^\\])\n", text, re.DOTALL)
+    words = shlex.split(command.replace("\\\n#", ""))
+    assert words == ["-r", f"logs/*_{name}", *flags.split()]
+    assert sample.parse(words).guidance_channels == 3
 
 
 def overrides(name: str, image_folder: Path) -> list[str]:

@@ -221,7 +221,10 @@ def _images(
         if original is not None:
             images = original.around(images)
     if not bool(torch.isfinite(images).all()):
-        raise NumericError(f"a sample of the seeds {list(seeds)} is not finite: the weights are damaged or diverged")
+        steered = "" if guidance.scale == 1 else f", or guidance {guidance.scale:g} leads out of what numbers can hold"
+        raise NumericError(
+            f"a sample of the seeds {list(seeds)} is not finite: the weights are damaged or diverged{steered}"
+        )
     return ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 

@@ -1,9 +1,17 @@
-"""A folder of pictures: a PNG each, a sheet of them all, and samples.json, which says how they were made."""
+"""A folder of pictures: a PNG each, and samples.json, which says how they were made and lists every one that is there.
 
+Several calls may fill a folder, one after another or at once, and any of them may be interrupted: each file is written
+whole or not at all, and the list is of the folder itself, not of one call.
+"""
+
+import fcntl
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+import re
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +22,7 @@ from ldm.data.images import read_image
 from ldm.errors import ConfigError
 from ldm.evaluation.generate import Sample
 from ldm.evaluation.sheets import grid, picture
+from ldm.run import write_whole
 
 SHOWN = 16
 """The grid has at most so many rows and columns."""
@@ -29,39 +38,104 @@ class Order(NamedTuple):
     def file(self) -> str:
         return f"{self.seed:06d}.png" if self.label is None else f"{self.label:03d}-{self.seed:06d}.png"
 
+    @classmethod
+    def of(cls, file: str) -> "Order | None":
+        """What a file's name says; None: it is no picture's."""
+        found = re.fullmatch(r"(?:(\d+)-)?(\d+)\.png", file)
+        if found is None:
+            return None
+        order = cls(None if found[1] is None else int(found[1]), int(found[2]))
+        return order if order.file == file else None
+
     def name(self, names: Sequence[str] | None) -> str | None:
         """Of the class."""
         return None if names is None or self.label is None else names[self.label]
 
 
-def claim(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Make `folder`, or make sure that the pictures in it were made with these settings.
+def claim(folder: Path, settings: Mapping[str, Any], names: Sequence[str] | None) -> None:
+    """Make `folder`, or make sure that the pictures in it were made with these settings; begins its samples.json.
+
+    Args:
+        settings: how the pictures are made, in plain values.
+        names: of the classes.
 
     Raises:
         ConfigError: it holds something else.
     """
-    record = folder / "samples.json"
     folder.mkdir(parents=True, exist_ok=True)
-    if not any(folder.iterdir()):
+    _check(folder, settings)  # before anything is written into what may be another's
+    with _locked(folder):
+        _check(folder, settings)
+        _list(folder, settings, names)
+
+
+def record(folder: Path, settings: Mapping[str, Any], names: Sequence[str] | None) -> None:
+    """Bring samples.json up to date: every picture in the folder, class by class, whichever call made it."""
+    with _locked(folder):
+        _list(folder, settings, names)
+
+
+def _check(folder: Path, settings: Mapping[str, Any]) -> None:
+    there = folder / "samples.json"
+    if not there.is_file():
+        if any(path.name != _LOCK and ".tmp." not in path.name for path in folder.iterdir()):
+            raise ConfigError(f"--out {folder}: holds files, but none of sample.py. Name an empty or a new folder.")
         return
-    if not record.is_file():
-        raise ConfigError(f"--out {folder}: holds files, but none of sample.py. Name an empty or a new folder.")
-    there = json.loads(record.read_text())["settings"]
-    keys = dict.fromkeys([*settings, *there])
+    try:
+        found = json.loads(there.read_text())["settings"]
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{there}: is not a record of sample.py. Name another folder with --out.") from None
+    keys = dict.fromkeys([*settings, *found])
     different = [
-        f"{key}: {there.get(key)} there, {settings.get(key)} now" for key in keys if there.get(key) != settings.get(key)
+        f"{key}: {found.get(key)} there, {settings.get(key)} now" for key in keys if found.get(key) != settings.get(key)
     ]
     if different:
         differences = "; ".join(different)
         raise ConfigError(f"--out {folder}: holds pictures of other settings ({differences}). Name another folder.")
 
 
+def _list(folder: Path, settings: Mapping[str, Any], names: Sequence[str] | None) -> None:
+    found = (Order.of(path.name) for path in folder.iterdir())
+    orders = sorted((order for order in found if order is not None), key=lambda order: (order.label or 0, order.seed))
+    images = [{"file": order.file, **order._asdict(), "name": order.name(names)} for order in orders]
+    write_whole(folder / "samples.json", json.dumps({"settings": settings, "images": images}, indent=1) + "\n")
+
+
+_LOCK = ".lock"
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Within the block no other call reads the folder to write its list; the kernel frees it, however a call ends."""
+    with (folder / _LOCK).open("a") as handle:
+        with suppress(OSError):  # a file system without locks: calls at once may then miss one another's last pictures
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Another name to write to within the block; `path` is then there with all of it, or as it was before."""
+    temporary = path.with_name(f"{path.name}.tmp.{socket.gethostname()}.{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def save(folder: Path, sample: Sample) -> None:
     """Write one picture, whole or not at all."""
-    path = folder / Order(sample.label, sample.seed).file
-    temporary = path.with_suffix(".tmp")
-    picture(sample.image).save(temporary, format="png")
-    os.replace(temporary, path)
+    with whole(folder / Order(sample.label, sample.seed).file) as file:
+        picture(sample.image).save(file, format="png")
+
+
+def save_arrays(folder: Path, orders: Sequence[Order]) -> Path:
+    """Write samples.npz of these pictures: arr_0 (N,H,W,3) uint8, and the name of each one's file (N,)."""
+    arrays = [np.asarray(read_image(folder / order.file).convert("RGB")) for order in orders]
+    with whole(folder / "samples.npz") as file, file.open("wb") as handle:
+        np.savez(handle, arr_0=np.stack(arrays), names=np.array([order.file for order in orders]))
+    return folder / "samples.npz"
 
 
 def sheet(folder: Path, labels: Sequence[int | None], seeds: Sequence[int]) -> np.ndarray:

@@ -36,9 +36,10 @@ class Guidance:
         worse: a smaller or less trained model of the same latents and path (autoguidance); None: no class.
         classifier: of noisy latents: (x (N,c,h,w), t (), labels (N,)) -> log p(label | x), (N,). Leads any model,
             also one that was trained without classes; None: the model alone.
+        channels: of the latents, the first so many are led, and the others are as without guidance; None: all.
 
     Raises:
-        ConfigError: values that contradict one another.
+        ConfigError: values out of range, or that contradict one another.
     """
 
     scale: float = 1.0
@@ -47,8 +48,11 @@ class Guidance:
     up_to: float = math.inf
     worse: "Pipeline | None" = None
     classifier: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    channels: int | None = None
 
     def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise ConfigError(f"guidance scale: expected a finite number, found {self.scale:g}")
         if not 0 <= self.rescale <= 1:
             raise ConfigError(f"guidance rescale: expected 0 to 1, found {self.rescale:g}")
         if not 0 <= self.above < self.up_to:
@@ -56,6 +60,8 @@ class Guidance:
                 f"guidance interval: expected 0 <= LOW < HIGH, as ratios sigma / alpha, "
                 f"found {self.above:g} and {self.up_to:g}"
             )
+        if self.channels is not None and self.channels < 1:
+            raise ConfigError(f"guidance channels: expected 1 or more, found {self.channels}")
         others = [name for name in ("worse", "classifier") if getattr(self, name) is not None]
         if self.rescale and others:
             raise ConfigError(f"guidance rescale: belongs to classifier-free guidance; leave out it or {others[0]}")
@@ -70,6 +76,10 @@ class Guidance:
             told: whether classes are asked for.
             times: of the sampler; a worse model has to speak of the same noise levels there.
         """
+        if self.channels is not None and self.channels > (there := pipeline.manifest.plan.shape[0]):
+            raise ConfigError(
+                f"guidance channels: expected 1 to {there}, the channels of this model's latents, found {self.channels}"
+            )
         if self.worse is not None:
             self._check_worse(pipeline, self.worse, times)
         elif self.classifier is not None and not told:
@@ -109,12 +119,12 @@ class Guidance:
         told = null if labels is None else pipeline.conditioner({"class_label": labels})
         plain = classifier_free(conditional, told, null, 1.0)
         if self.worse is not None:
-            guided = autoguidance(plain, Guidance().denoiser(self.worse, labels, number), self.scale)
+            guided = autoguidance(plain, Guidance().denoiser(self.worse, labels, number), self.scale, self.channels)
         elif self.classifier is not None and labels is not None:
             sees, wanted = self.classifier, labels
-            guided = classifier(plain, pipeline.objective, lambda x, t: sees(x, t, wanted), self.scale)
+            guided = classifier(plain, pipeline.objective, lambda x, t: sees(x, t, wanted), self.scale, self.channels)
         elif labels is not None:
-            guided = classifier_free(conditional, told, null, self.scale, self.rescale)
+            guided = classifier_free(conditional, told, null, self.scale, self.rescale, self.channels)
         else:
             guided = plain
         if self.above == 0 and math.isinf(self.up_to):

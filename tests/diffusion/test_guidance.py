@@ -1,10 +1,12 @@
 """Guidance against its formulas, and what it costs."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
 from ldm.diffusion.conditioning import Conditioning
-from ldm.diffusion.grids import Default
+from ldm.diffusion.grids import Default, Shift
 from ldm.diffusion.guidance import autoguidance, classifier, classifier_free, inpaint, within
 from ldm.diffusion.noise_schedules import SqrtLinear
 from ldm.diffusion.objectives import DDPM, EDM, Flow
@@ -60,6 +62,72 @@ def test_autoguidance_leads_away_from_the_worse():
     good, bad = (lambda x, t: 0.5 * x), (lambda x, t: 0.3 * x)
     torch.testing.assert_close(autoguidance(good, bad, 2.0)(x, torch.tensor(5.0)), 0.7 * x)
     torch.testing.assert_close(autoguidance(good, bad, 1.0)(x, torch.tensor(5.0)), 0.5 * x)
+
+
+@pytest.mark.parametrize("channels", [1, 2, None])
+def test_the_first_channels_alone(channels):
+    """Every way of guidance: the first channels as with all of them, the others as with none."""
+    t, sevens = torch.tensor(0.5), Conditioning(vector=torch.full((2, 2), 7.0))
+    flow = Flow()
+    ways = {
+        "classifier-free": lambda n: classifier_free(Counted(), told, sevens, 2.5, channels=n),
+        "autoguidance": lambda n: autoguidance(lambda x, t: 0.5 * x, lambda x, t: 0.3 * x, 2.0, n),
+        "classifier": lambda n: classifier(lambda x, t: 0.5 * x, flow, lambda x, t: x.square().sum((1, 2, 3)), 2.0, n),
+    }
+    plain = {"classifier-free": classifier_free(Counted(), told, sevens, 1.0)(x, t)}
+    for name, way in ways.items():
+        whole, without, found = way(None)(x, t), plain.get(name, 0.5 * x), way(channels)(x, t)
+        assert found.shape == x.shape
+        assert torch.equal(found[:, :channels], whole[:, :channels])
+        if channels is not None:
+            assert torch.equal(found[:, channels:], without[:, channels:])
+        assert not torch.isclose(whole, without).any()
+        assert torch.equal(way(2)(x, t), whole)  # there are two
+
+
+def test_the_spread_given_back_is_of_the_guided_channels():
+    plain = classifier_free(Counted(), told, untold, 1.0)(x, torch.tensor(5.0))
+    mended = classifier_free(Counted(), told, untold, 7.0, rescale=1.0, channels=1)(x, torch.tensor(5.0))
+    torch.testing.assert_close(mended[:, :1].flatten(1).std(1), plain[:, :1].flatten(1).std(1))
+    assert torch.equal(mended[:, 1:], plain[:, 1:])
+
+
+@pytest.mark.parametrize(("scale", "begin", "ratio"), [(10.0, 0.1, 9.0), (6.7, 0.125, 7.0), (10.0, 0.11, 8.0909)])
+def test_samples_as_lightningdit(scale, begin, ratio):
+    """Their loop in their units, t = 1 data, against ours by what the configuration's header says."""
+    points, wanted = 250, torch.linspace(-1, 1, 6)[None, :, None, None]
+
+    def velocity(x, t, known):  # any function of a place, a time and whether the class is known
+        return known * (wanted - x) * (0.5 + t) + torch.sin(x + 2 * t)
+
+    times = torch.linspace(0, 1, points, dtype=torch.float64)
+    times = 0.3 * times / (1 + (0.3 - 1) * times)
+    noise = torch.randn(2, 6, 2, 2)
+    theirs, guided = noise.double(), 0
+    for t, s in pairwise(times):
+        v = velocity(theirs, t, 1.0)
+        if t >= begin:
+            guided += 1
+            without = velocity(theirs, t, 0.0)
+            v[:, :3] = without[:, :3] + scale * (v[:, :3] - without[:, :3])
+        theirs = theirs + (s - t) * v
+
+    objective, led = Flow(), []
+
+    def denoise(x, t, conditioning):  # our velocity is minus theirs: x0 = x - t v
+        if conditioning.vector.shape[0] == 4:
+            led.append(float(t))
+        return x + t * velocity(x, 1 - t, conditioning.vector[:, :1, None, None])
+
+    known, unknown = Conditioning(vector=torch.ones(2, 1)), Conditioning(vector=torch.zeros(2, 1))
+    plain, steered = (
+        classifier_free(denoise, known, unknown, value, channels=3 if value > 1 else None) for value in (1.0, scale)
+    )
+    grid = Shift(3.3333333)(objective, points - 1)
+    torch.testing.assert_close(1 - grid.double(), times, rtol=0, atol=1e-6)
+    ours = ddim(within(steered, plain, objective, 0.0, ratio), objective, noise, grid)
+    assert len(led) == guided
+    assert ((ours - theirs).norm() / theirs.norm()).item() < 1e-5
 
 
 def test_interval():

@@ -1,12 +1,14 @@
 import json
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from ldm.errors import ConfigError
+from ldm.evaluation import sample_folder
 from ldm.evaluation.generate import Sample
-from ldm.evaluation.sample_folder import SHOWN, Order, claim, default_folder, save, sheet
+from ldm.evaluation.sample_folder import SHOWN, Order, claim, default_folder, record, save, save_arrays, sheet, whole
 
 SETTINGS = {
     "checkpoint": "logs/run/checkpoints/step=7.ckpt",
@@ -20,17 +22,124 @@ SETTINGS = {
 }
 
 
+NAMES = ["cat", "dog", "Ankle boot"]
+
+
+def listed(folder):
+    return [image["file"] for image in json.loads((folder / "samples.json").read_text())["images"]]
+
+
+def make(folder, *orders):
+    for order in orders:
+        save(folder, Sample(order.seed, order.label, np.zeros((4, 4, 3), np.uint8)))
+
+
 def test_a_folder_belongs_to_its_settings(tmp_path):
     folder = tmp_path / "new" / "samples"
-    claim(folder, SETTINGS)
-    (folder / "samples.json").write_text(json.dumps({"settings": SETTINGS}))
-    claim(folder, SETTINGS)
+    claim(folder, SETTINGS, None)
+    claim(folder, SETTINGS, None)
     with pytest.raises(ConfigError, match=r"eta: 0\.0 there, 0\.5 now; rescale: None there, 0\.2 now"):
-        claim(folder, SETTINGS | {"eta": 0.5, "rescale": 0.2})
+        claim(folder, SETTINGS | {"eta": 0.5, "rescale": 0.2}, None)
+    for damage in ("{", "[]", '{"images": []}'):
+        (folder / "samples.json").write_text(damage)
+        with pytest.raises(ConfigError, match=r"samples\.json: is not a record of sample\.py"):
+            claim(folder, SETTINGS, None)
     (folder / "samples.json").unlink()
-    (folder / "thesis.tex").touch()
+    (folder / "samples.json.tmp.host.1").touch()  # a call that was killed while it began
+    claim(folder, SETTINGS, None)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").touch()
     with pytest.raises(ConfigError, match=r"none of sample\.py"):
-        claim(folder, SETTINGS)
+        claim(foreign, SETTINGS, None)
+    assert [path.name for path in foreign.iterdir()] == ["thesis.tex"]
+
+
+def test_the_record_lists_what_is_there(tmp_path):
+    """Whichever call made it, however the call ended; and nothing that was only asked for."""
+    claim(tmp_path, SETTINGS, NAMES)
+    assert listed(tmp_path) == []
+    make(tmp_path, Order(2, 5), Order(0, 11), Order(0, 1_234_567))
+    (tmp_path / "000-000012.png.tmp.host.1").touch()
+    (tmp_path / "grid.png").touch()
+    (tmp_path / "7.png").touch()
+    claim(tmp_path, SETTINGS, NAMES)  # as after a kill: nothing was recorded
+    found = json.loads((tmp_path / "samples.json").read_text())
+    assert found["settings"] == SETTINGS
+    assert found["images"] == [
+        {"file": "000-000011.png", "label": 0, "seed": 11, "name": "cat"},
+        {"file": "000-1234567.png", "label": 0, "seed": 1_234_567, "name": "cat"},
+        {"file": "002-000005.png", "label": 2, "seed": 5, "name": "Ankle boot"},
+    ]
+    (tmp_path / "000-000011.png").unlink()
+    make(tmp_path, Order(1, 0))
+    record(tmp_path, SETTINGS, NAMES)
+    assert listed(tmp_path) == ["000-1234567.png", "001-000000.png", "002-000005.png"]
+
+
+@pytest.mark.parametrize("order", [Order(0, 0), Order(999, 7), Order(1000, 10**7), Order(None, 3), Order(None, 2**62)])
+def test_a_picture_is_known_by_its_file(order):
+    assert Order.of(order.file) == order
+
+
+def test_calls_at_once_list_one_anothers_pictures(tmp_path, forked, monkeypatch):
+    """A call that is slow to write its list does not write over a faster one's."""
+    claim(tmp_path, SETTINGS, NAMES)
+    quick = sample_folder.write_whole
+
+    def slow(path, text):
+        (tmp_path / "listing").touch()
+        time.sleep(0.5)
+        quick(path, text)
+
+    def call(rank):
+        if rank == 0:
+            monkeypatch.setattr(sample_folder, "write_whole", slow)
+        else:
+            while not (tmp_path / "listing").exists():
+                time.sleep(0.01)
+        make(tmp_path, Order(rank, 0), Order(2, 0))
+        record(tmp_path, SETTINGS, NAMES)
+
+    forked(2, call)
+    assert listed(tmp_path) == ["000-000000.png", "001-000000.png", "002-000000.png"]
+    assert not list(tmp_path.glob("*.tmp*"))
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path):
+    file = tmp_path / "grid.png"
+    file.write_text("before")
+
+    def interrupted():
+        with whole(file) as aside:
+            aside.write_text("ha")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
+    assert file.read_text() == "before"
+
+
+def test_the_same_picture_by_two_calls_at_once(tmp_path, forked):
+    """Each writes under a name of its own; which of them is last does not matter."""
+
+    def call(rank):
+        for _ in range(100):
+            make(tmp_path, Order(0, 0))
+
+    forked(2, call)
+    assert [path.name for path in tmp_path.iterdir()] == ["000-000000.png"]
+
+
+def test_arrays_say_which_pictures_they_are(tmp_path):
+    orders = [Order(2, 5), Order(0, 11)]
+    for order, value in zip(orders, (3, 200), strict=True):
+        save(tmp_path, Sample(order.seed, order.label, np.full((4, 5, 1), value, np.uint8)))
+    with np.load(save_arrays(tmp_path, orders)) as arrays:
+        assert arrays["arr_0"].shape == (2, 4, 5, 3)
+        assert arrays["arr_0"][:, 0, 0, 0].tolist() == [3, 200]
+        assert arrays["names"].tolist() == [order.file for order in orders]
 
 
 @pytest.mark.parametrize(
@@ -39,6 +148,7 @@ def test_a_folder_belongs_to_its_settings(tmp_path):
         ({}, "step7-ema-ddim20-guidance1.5"),
         ({"eta": 0.25, "grid": "karras"}, "step7-ema-ddim20-karras-eta0.25-guidance1.5"),
         ({"interval": [0.2, 3.0], "rescale": 0.7}, "step7-ema-ddim20-guidance1.5-interval0.2_3-rescale0.7"),
+        ({"shift": 3.5, "guidance_channels": 3}, "step7-ema-ddim20-guidance1.5-shift3.5-guidance_channels3"),
         ({"mask": {"file": "a/line.png", "sha256": "0123456789"}}, "step7-ema-ddim20-guidance1.5-mask_line_012345"),
     ],
 )

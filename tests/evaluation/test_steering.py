@@ -1,5 +1,6 @@
 """What leads a sample: guidance in an interval and away from a worse model, and a picture to begin with."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from PIL import Image
 
 from ldm.diffusion.objectives import Flow
 from ldm.diffusion.samplers import ancestral, dpm_solver, heun, unipc
-from ldm.errors import ConfigError, DataError
+from ldm.errors import ConfigError, DataError, NumericError
 from ldm.evaluation.generate import Pipeline, generate
 from ldm.evaluation.steering import Guidance, Original
 
@@ -72,14 +73,51 @@ def test_a_worse_model_of_something_else_is_refused(pipeline, raw):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"rescale": 1.5}, "rescale: expected 0 to 1, found 1.5"),
+        *(({"scale": value}, "scale: expected a finite number") for value in (math.nan, math.inf, -math.inf)),
+        *(({"rescale": value}, "rescale: expected 0 to 1, found") for value in (1.5, -0.1, math.nan, math.inf)),
         ({"above": 2.0, "up_to": 1.0}, "interval: expected 0 <= LOW < HIGH.* found 2 and 1"),
+        ({"above": 2.0, "up_to": 2.0}, "interval: expected"),
         ({"above": -1.0}, "interval: expected"),
+        ({"above": math.nan}, "interval: expected"),
+        ({"above": math.inf}, "interval: expected"),
+        ({"up_to": math.nan}, "interval: expected"),
+        ({"channels": 0}, "channels: expected 1 or more, found 0"),
+        ({"channels": -3}, "channels: expected 1 or more, found -3"),
     ],
 )
 def test_what_cannot_be_is_refused(values, message):
-    with pytest.raises(ConfigError, match=message):
-        Guidance(2.0, **values)
+    with pytest.raises(ConfigError, match=f"guidance {message}"):
+        Guidance(**{"scale": 2.0, **values})
+
+
+@pytest.mark.parametrize("way", ["no class", "worse", "classifier"])
+def test_the_first_channels_alone_are_led(pipeline, raw, way):
+    """In the first step, from the same noise, the other channels are as without guidance."""
+    others = {"no class": {}, "worse": {"worse": raw}, "classifier": {"classifier": prefers_bright}}[way]
+    x, t, labels = torch.randn(2, 4, 4, 4), torch.tensor(500.0), torch.tensor([0, 2])
+
+    def estimate(**values):
+        return Guidance(**values).denoiser(pipeline, labels, 2)(x, t)
+
+    with torch.no_grad():
+        plain, whole = estimate(), estimate(scale=4.0, **others)
+        for channels in (1, 3, 4):
+            led = estimate(scale=4.0, channels=channels, **others)
+            torch.testing.assert_close(led[:, :channels], whole[:, :channels])
+            torch.testing.assert_close(led[:, channels:], plain[:, channels:])
+    assert (whole - plain).abs().max() > 1e-3
+    with pytest.raises(ConfigError, match=r"guidance channels: expected 1 to 4, the channels of .* found 5"):
+        pictures(pipeline, Guidance(4.0, channels=5, **others))
+
+
+def test_a_scale_too_large_is_named_beside_the_weights(pipeline):
+    with pytest.raises(NumericError, match=r"not finite: .*or guidance 1e\+38 leads out of what numbers can hold"):
+        pictures(pipeline, Guidance(1e38))
+    damaged = replace(pipeline, denoiser=copy.deepcopy(pipeline.denoiser))
+    for weight in damaged.denoiser.parameters():
+        weight.fill_(math.nan)
+    with pytest.raises(NumericError, match=r"the weights are damaged or diverged$"):
+        pictures(damaged, Guidance())
 
 
 def test_ways_of_guidance_exclude_one_another(pipeline):

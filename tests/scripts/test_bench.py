@@ -77,6 +77,14 @@ def test_mistakes_are_one_message(arguments, capsys):
     assert capsys.readouterr().err.startswith("error: ")
 
 
+@pytest.mark.parametrize("words", ["--guidance nan", "--guidance 2 inf", "--steps 0", "--number -1", "--epochs nan"])
+def test_numbers_out_of_range_are_refused_before_any_training(words, capsys):
+    assert bench.main(["quality", *words.split()]) == 2
+    error = capsys.readouterr().err
+    assert f"{words.split()[0]}: expected" in error
+    assert f"found {words.split()[-1]!r}" in error
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(not DEBIAN_FASHION_MNIST.is_dir(), reason="the package dataset-fashion-mnist is not installed")

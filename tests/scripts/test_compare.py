@@ -47,6 +47,19 @@ def test_a_run_that_fails_is_named(tmp_path, capsys, monkeypatch):
     assert "out/speed/diffusion/log: main.py ended with exit code 4" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["--guidance nan", "--guidance 1 inf", "--steps 0", "--number 0", "--minutes nan", "--minutes 0", "--marks 0"],
+)
+def test_numbers_out_of_range_are_refused_before_any_training(tmp_path, capsys, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    assert compare.main(["--autoencoder", "nowhere", *words.split()]) == 2
+    error = capsys.readouterr().err
+    assert f"{words.split()[0]}: expected" in error
+    assert f"found {words.split()[-1]!r}" in error
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not DEBIAN_FASHION_MNIST.is_dir(), reason="needs Debian's dataset-fashion-mnist")
 def test_two_configurations_are_compared(make_runs, tmp_path, monkeypatch, capsys):

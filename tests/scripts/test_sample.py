@@ -30,7 +30,7 @@ def test_pictures_grid_record_and_arrays(runs, run, capsys):
     code, out = run("--classes", "2", "cat", "-n", "3", "--seed", "5", "--npz")
     assert code == 0
     files = [f"{label:03d}-{seed:06d}.png" for label in (2, 0) for seed in (5, 6, 7)]
-    assert {path.name for path in out.iterdir()} == {*files, "grid.png", "samples.json", "samples.npz"}
+    assert {path.name for path in out.iterdir()} == {*files, "grid.png", "samples.json", "samples.npz", ".lock"}
     expected = [
         made.image
         for made in generate(Pipeline.load(runs.diffusion), [5, 6, 7], [2] * 3, steps=2, guidance=Guidance(2))
@@ -44,7 +44,9 @@ def test_pictures_grid_record_and_arrays(runs, run, capsys):
     record = json.loads((out / "samples.json").read_text())
     assert record["settings"]["guidance"] == 2
     assert record["settings"]["weights"] == "ema"
-    assert record["images"][0] == {"file": files[0], "label": 2, "seed": 5, "name": "Ankle boot"}
+    assert [image["file"] for image in record["images"]] == sorted(files)
+    assert record["images"][-1] == {"file": "002-000007.png", "label": 2, "seed": 7, "name": "Ankle boot"}
+    assert np.load(out / "samples.npz")["names"].tolist() == files
     assert str(out / "grid.png") in capsys.readouterr().out
 
 
@@ -59,6 +61,33 @@ def test_a_second_run_makes_only_what_is_missing(run):
     assert kept.stat().st_mtime_ns == before
     assert np.abs(pixels(lost).astype(int) - image).max() <= 1
     assert len(list(out.glob("001-*.png"))) == 4
+
+
+def listed(folder):
+    return [image["file"] for image in json.loads((folder / "samples.json").read_text())["images"]]
+
+
+def test_a_second_call_keeps_the_firsts_pictures_in_the_record(run):
+    run("--classes", "2", "-n", "2", "--npz")
+    code, out = run("--classes", "0", "--seed", "7", "-n", "1", "--npz")
+    assert code == 0
+    assert listed(out) == ["000-000007.png", "002-000000.png", "002-000001.png"]
+    assert pixels(out / "grid.png").shape == (68, 68, 3)  # of this call
+    assert np.load(out / "samples.npz")["names"].tolist() == ["000-000007.png"]
+
+
+def test_an_interrupted_call_records_what_it_made(run, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample.signals, "stop_if_asked", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("--classes", "1", "-n", "4", "--batch-size", "2")
+    monkeypatch.undo()
+    code, out = run("--classes", "0", "-n", "1")
+    assert code == 0
+    assert listed(out) == ["000-000000.png", "001-000000.png"]
+    assert not list(out.glob("*.tmp*"))
 
 
 def test_pictures_of_other_settings_are_left_alone(run, capsys):
@@ -103,7 +132,7 @@ def test_grey_pictures_of_an_unconditional_model_in_a_square(make_runs, run):
         (["--classes", "3"], 2, "0 to 2"),
         (["--classes", "ankel boot"], 2, "did you mean 'ankle boot'"),
         (["--classes", "bird"], 2, "cat, dog, Ankle boot"),
-        (["--steps", "0"], 2, "positive number"),
+        (["--steps", "0"], 2, "--steps: expected a whole number of 1 or more, found '0'"),
         (["--steps", "2000"], 2, "1 to 1000"),
         (["--eta", "0.5", "--sampler", "ancestral"], 2, "--eta"),
         (["--eta", "1.5"], 2, "0 to 1"),
@@ -149,6 +178,8 @@ def test_steering_is_done_recorded_and_named(runs, tmp_path, capsys):
     assert sample.main(arguments) == 0
     made = {pixels(runs.diffusion / "samples" / "step7-ema-ddim2-guidance2" / "001-000000.png").tobytes()}
     wanted = {
+        "-guidance_channels3": ["--guidance-channels", "3"],
+        "-shift2.5": ["--grid", "shifted", "--shift", "2.5"],
         "-rescale0.5": ["--rescale", "0.5"],
         "-interval0.1_2": ["--interval", "0.1", "2"],
         "-worse_": ["--worse", str(worse)],
@@ -173,8 +204,9 @@ def test_steering_is_done_recorded_and_named(runs, tmp_path, capsys):
         (["--mask", "m.png"], "--mask m.png: belongs to --image FILE"),
         (["--strength", "0.5"], "--strength 0.5: belongs to --image FILE"),
         (["--guidance", "1", "--rescale", "0.5"], "--rescale: does nothing at --guidance 1"),
-        (["--rescale", "2"], "rescale: expected 0 to 1, found 2"),
-        (["--interval", "3", "1"], "interval: expected 0 <= LOW < HIGH"),
+        (["--guidance", "1", "--guidance-channels", "3"], "--guidance-channels: does nothing at --guidance 1"),
+        (["--guidance-channels", "5"], "guidance channels: expected 1 to 4, the channels of this model's latents"),
+        (["--shift", "2"], "--shift 2: belongs to --grid shifted, found --grid default"),
         (["--image", "nothing.png"], "nothing.png"),
         (["--worse", "nowhere"], "nowhere"),
     ],
@@ -184,6 +216,40 @@ def test_steering_that_cannot_be_writes_nothing(run, capsys, words, message):
     assert code in (2, 3, 4)
     assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+NUMBERS = {
+    "--guidance": ["nan", "inf", "-inf", "1e400", "two"],
+    "--rescale": ["nan", "-0.1", "2", "inf"],
+    "--eta": ["nan", "-0.1", "1.5", "inf"],
+    "--shift": ["nan", "0", "-3", "inf"],
+    "--strength": ["nan", "0", "-1", "1.1", "inf"],
+    "--steps": ["nan", "0", "-5", "2.5", "inf"],
+    "--guidance-channels": ["nan", "0", "-1", "1.5"],
+    "--number": ["0", "nan"],
+    "--batch-size": ["0", "inf"],
+    "--seed": ["-1", "nan"],
+    "--interval": ["nan 1", "0 nan", "-1 2", "3 1", "2 2", "inf inf"],
+}
+
+
+@pytest.mark.parametrize(("flag", "values"), [(flag, value.split()) for flag in NUMBERS for value in NUMBERS[flag]])
+def test_numbers_out_of_range_are_named_by_flag_before_anything_is_loaded(run, capsys, tmp_path, flag, values):
+    words = [f"{flag}={values[0]}"] if len(values) == 1 else [flag, *values]
+    code, out = run(*words, source=tmp_path / "nowhere")  # a run that is not there is not looked for
+    assert code == 2
+    error = capsys.readouterr().err
+    assert flag in error
+    assert "expected" in error
+    assert any(value in error for value in values)
+    assert "nowhere" not in error
+    assert not out.exists()
+
+
+def test_an_interval_without_an_upper_end(run):
+    code, out = run("--classes", "0", "-n", "1", "--interval", "0.2", "inf")
+    assert code == 0
+    assert json.loads((out / "samples.json").read_text())["settings"]["interval"] == [0.2, float("inf")]
 
 
 def test_a_folder_of_steered_pictures_is_not_continued_without(run, tmp_path, capsys):
