@@ -246,8 +246,8 @@ class Progress(ProgressBar):
         if self._enabled and self._console.is_terminal:
             words = TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.completed:.0f}/{task.total:.0f}")
             self._bar = Bar(*words, TextColumn("{task.fields[figures]}"), console=self._console)
-            begun = {"completed": trainer.global_step, "total": trainer.max_steps}
-            self._task = self._bar.add_task("training", figures="", **begun)
+            self._task = self._bar.add_task("training", figures="", total=trainer.max_steps)
+            self._bar.update(self._task, completed=trainer.global_step)
             self._bar.start()
 
     def on_train_batch_end(

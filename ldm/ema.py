@@ -39,14 +39,17 @@ class HalfLife:
 
 
 class Decay:
-    """The classic: a constant share an update, at first at most (1 + n) / (10 + n) after n updates of this size."""
+    """The classic: a constant share an update, at first at most (1 + n) / (10 + n) in the nth, n = 1, 2, ...
+
+    As latent diffusion's LitEma, whose count goes up before it is read: 2/11 in the first update.
+    """
 
     def __init__(self, decay: Fraction = 0.9999) -> None:
         self.decay = decay
 
     def __call__(self, images_seen: int, images: int) -> float:
-        updates = images_seen / images
-        return min(self.decay, (1 + updates) / (10 + updates))
+        update = images_seen / images + 1
+        return min(self.decay, (1 + update) / (10 + update))
 
 
 class PowerFunction:

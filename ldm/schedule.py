@@ -2,8 +2,9 @@
 
 Each class is a callable step -> factor of the optimizer's rate, for torch's LambdaLR. Steps count from 0: factor(0)
 belongs to the first update, factor(steps - 1) to the last of `steps`. A warm-up of w steps climbs linearly and reaches
-1 with its w-th update; a decay reaches its end at factor(steps), when all updates are done, so that none is spent at
-a rate of 0. Beyond that the factor stays: a rate never rises again.
+1 with its w-th update, factor(w - 1), so that none is spent at a rate of 0; published code starts with (nearly) 0 and
+reaches 1 an update later, factor(w): that is `start`. A decay reaches its end at factor(steps), when all updates are
+done. Beyond that the factor stays: a rate never rises again.
 """
 
 import math
@@ -12,20 +13,37 @@ from ldm.ranges import Count, CountOrZero, Fraction
 
 
 class Constant:
-    """1, after a warm-up of `warm_up` steps."""
+    """1, after a warm-up of `warm_up` steps.
 
-    def __init__(self, warm_up: CountOrZero = 0) -> None:
+    Args:
+        warm_up: updates before 1 is reached.
+        start: factor(0), from where the warm-up climbs to 1 at factor(warm_up): 1e-6 in latent diffusion's
+            configurations (its LambdaLinearScheduler's f_start), 0 in EDM2. None: from 1 / warm_up to 1 at
+            factor(warm_up - 1).
+    """
+
+    def __init__(self, warm_up: CountOrZero = 0, start: Fraction | None = None) -> None:
         self.warm_up = warm_up
+        self.start = start
+
+    @property
+    def peak(self) -> int:
+        """The first step whose factor the warm-up does not lower."""
+        return max(self.warm_up - 1, 0) if self.start is None else self.warm_up
 
     def __call__(self, step: int) -> float:
-        return min(1.0, (step + 1) / self.warm_up) if self.warm_up else 1.0
+        if step >= self.peak:
+            return 1.0
+        if self.start is None:
+            return (step + 1) / self.warm_up
+        return self.start + (1 - self.start) * step / self.warm_up
 
 
 class InverseSqrt(Constant):
     """1 up to step `flat`, then 1 / sqrt(step / flat) (Karras et al. 2024, "EDM2", eq. 67), after a warm-up."""
 
-    def __init__(self, flat: Count, warm_up: CountOrZero = 0) -> None:
-        super().__init__(warm_up)
+    def __init__(self, flat: Count, warm_up: CountOrZero = 0, start: Fraction | None = None) -> None:
+        super().__init__(warm_up, start)
         self.flat = flat
 
     def __call__(self, step: int) -> float:
@@ -33,16 +51,18 @@ class InverseSqrt(Constant):
 
 
 class _Decay(Constant):
-    """From 1 with the warm-up's last update (or the first) down to `final` after `steps` updates."""
+    """From 1 at the warm-up's end (or the first update) down to `final` after `steps` updates."""
 
-    def __init__(self, steps: Count, warm_up: CountOrZero = 0, final: Fraction = 0.0) -> None:
-        super().__init__(warm_up)
+    def __init__(
+        self, steps: Count, warm_up: CountOrZero = 0, final: Fraction = 0.0, start: Fraction | None = None
+    ) -> None:
+        super().__init__(warm_up, start)
         self.steps = steps
         self.final = final
 
     def remaining(self, step: int) -> float:
         """1 up to the peak ... 0 from step `steps` on."""
-        peak = min(max(self.warm_up - 1, 0), self.steps - 1)
+        peak = min(self.peak, self.steps - 1)
         return 0.0 if step >= self.steps else min(1.0, (self.steps - step) / (self.steps - peak))
 
 

@@ -28,7 +28,7 @@ import torch
 from ldm import process, signals
 from ldm.commandline import Parser, finite, positive, ratio, seed, share, some_share, whole_number
 from ldm.config import newest_run
-from ldm.diffusion.grids import Default, Grid, Karras, Power, Shift
+from ldm.diffusion.grids import CompVis, Default, Grid, Karras, Power, Shift
 from ldm.diffusion.samplers import ancestral, ddim, dpm_solver, heun, unipc
 from ldm.errors import ConfigError
 from ldm.evaluation.generate import Pipeline, Sampler, check, generate
@@ -45,12 +45,14 @@ SAMPLERS: dict[str, Sampler] = {
     "dpm-sde": partial(dpm_solver, eta=1.0),
     "unipc": unipc,
 }
+WITH_ETA: dict[str, Callable[..., torch.Tensor]] = {"ddim": ddim, "euler": ddim, "dpm": dpm_solver}
 GRIDS: dict[str, Callable[[Pipeline], Grid]] = {
     "default": lambda pipeline: Default(),
     "uniform": lambda pipeline: Power(1),
     "quadratic": lambda pipeline: Power(2),
     "shifted": lambda pipeline: Shift(math.sqrt(math.prod(pipeline.manifest.plan.shape) / 4096)),
     "karras": lambda pipeline: Karras(),
+    "compvis": lambda pipeline: CompVis(),
 }
 
 
@@ -71,7 +73,7 @@ def parse(argv: Sequence[str]) -> Any:
     )
     add("--sampler", choices=SAMPLERS, default="ddim", help="(default: ddim, which is Euler's for EDM and flows)")
     add("--grid", choices=GRIDS, default="default", help="where the steps lie (default: as the objective has them)")
-    add("--eta", type=share, default=0.0, help="fresh noise on the way, ddim only: 0 none (default) ... 1 ancestral")
+    add("--eta", type=share, default=0.0, help="fresh noise on the way, ddim or dpm: 0 none (default) ... 1 all")
     add("--shift", type=positive, metavar="S", help="with --grid shifted: by S instead, above 1 towards noise")
     add("--guidance", type=finite, default=1.0, help="classifier-free guidance scale; 1 (default): none")
     add("--rescale", type=share, default=0.0, help="0 (default) ... 1: keep large scales from burning pictures out")
@@ -106,8 +108,10 @@ def parse(argv: Sequence[str]) -> Any:
 
 def _check_together(options: Any) -> None:
     """ConfigError for flags that contradict one another."""
-    if options.eta and options.sampler != "ddim":
-        raise ConfigError(f"--eta {options.eta:g}: only the sampler ddim has it, found --sampler {options.sampler}.")
+    if options.eta and options.sampler not in WITH_ETA:
+        raise ConfigError(
+            f"--eta {options.eta:g}: expected a sampler of {', '.join(WITH_ETA)}, found --sampler {options.sampler}."
+        )
     for flag in ("mask", "strength"):
         if options.image is None and getattr(options, flag) is not None:
             raise ConfigError(f"--{flag} {getattr(options, flag)}: belongs to --image FILE, which is missing.")
@@ -254,7 +258,7 @@ def make(
         pipeline,
         [order.seed for order in missing],
         classes(missing),
-        sampler=partial(ddim, eta=options.eta) if options.eta else SAMPLERS[options.sampler],
+        sampler=partial(WITH_ETA[options.sampler], eta=options.eta) if options.eta else SAMPLERS[options.sampler],
         steps=options.steps,
         grid=grid(pipeline, options),
         guidance=guidance,

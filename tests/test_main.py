@@ -132,7 +132,7 @@ def test_the_rate_scales_with_the_global_batch_once(stage1, capsys):
         (["data.params.resolution=15"], 2, ["image (6, 3, 15, 15)"]),
         (["-n", "a/b"], 2, ["a/b"]),
         (["data.params.train.params.root=nowhere"], 3, ["nowhere"]),
-        (["data.params.num_validation=-1"], 2, ["data.params.num_validation", "-1", "0 or more"]),
+        (["data.params.num_validation=-1"], 2, ["data.params.num_validation", "-1", "from 0 up"]),
         (["-r", "nowhere"], 4, ["nowhere"]),
         (["-l", "/proc/logs"], 6, ["/proc/logs", "--logdir"]),
     ],

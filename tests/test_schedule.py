@@ -19,6 +19,14 @@ def test_warm_up_starts_above_zero_and_ends_at_one(schedule):
     assert [schedule(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
 
 
+@pytest.mark.parametrize("make", [Constant, lambda **how: InverseSqrt(100, **how), lambda **how: Linear(100, **how)])
+def test_warm_up_as_in_published_code(make):
+    """LambdaLinearScheduler: start + (1 - start) n / w at its step n, counted from 0, and 1 at step w."""
+    assert [make(warm_up=4, start=0.0)(step) for step in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert make(warm_up=10_000, start=1e-6)(0) == 1e-6
+    assert make(warm_up=10, start=1e-6)(3) == pytest.approx(1e-6 + (1 - 1e-6) * 0.3)
+
+
 @pytest.mark.parametrize("schedule", [Linear, Cosine])
 def test_decay_at_its_ends_and_beyond(schedule):
     factor = schedule(steps=10, final=0.1)

@@ -1,5 +1,5 @@
 """Where a sampler stops between noise and data: grid(objective, steps) -> (steps + 1,) strictly decreasing times, the
-objective's last noise level first, 0 last, on the host."""
+objective's last noise level first, 0 last, on the host. (`CompVis` alone begins and ends a little inside.)"""
 
 from typing import Protocol
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ldm.diffusion.noise_levels import shifted
 from ldm.diffusion.objectives import Objective
+from ldm.diffusion.paths import Discrete
 from ldm.errors import ConfigError
 from ldm.ranges import Positive
 
@@ -69,6 +70,36 @@ class Karras:
         times = objective.time(ratios.float())
         times[0] = last
         return _checked(torch.cat([times, torch.zeros(1)]))
+
+
+class CompVis:
+    """The times of latent diffusion's own DDIM sampler: every (T / steps)th level from the second on, then the first.
+
+    For T = 1000 and 50 steps 982, 962, ..., 22, 2, 1, where `Default` has 1000, 980, ..., 20, 0: theirs starts from
+    pure noise at a level that still holds some signal, and leaves the noise of the first level in the picture. Choose
+    it to compare with published samples number by number.
+    """
+
+    def __call__(self, objective: Objective, steps: int) -> Tensor:
+        """Raises ConfigError for an objective without discrete levels, or steps that do not divide their number."""
+        if not isinstance(objective.path, Discrete):
+            raise ConfigError(
+                f"sampling grid: CompVis' is of discrete levels (DDPM), which {type(objective.path).__name__} has not; "
+                f"choose another"
+            )
+        levels = objective.path.steps
+        objective.grid(steps)  # refuses what cannot be
+        stride = levels // steps
+        if levels % steps or stride == 1:
+            theirs = range(1, levels + 1, stride)  # levels counted from 0
+            fate = f"makes {len(theirs)}" if theirs[-1] < levels else f"fails at level {levels} of 0 to {levels - 1}"
+            divisors = [number for number in range(1, levels) if levels % number == 0]
+            near = sorted(sorted(divisors, key=lambda number: abs(number - steps))[:2])
+            raise ConfigError(
+                f"sampling steps: CompVis' grid expects a divisor of {levels} below it; found {steps}, "
+                f"of which the original {fate}. Near it are {' and '.join(map(str, near))}."
+            )
+        return torch.tensor([*range(levels - stride + 2, 1, -stride), 1], dtype=torch.float32)
 
 
 def _times(objective: Objective, places: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 t runs one way everywhere: t = 0 is data, `last` the last noise level. A noisy latent is x_t = alpha(t) x0 + sigma(t)
 noise; samplers know an objective by alpha, sigma, time, denoise and grid alone. An objective is a path (paths.py), a
-prediction (predictions.py), a weighting (weightings.py) and a distribution of noise levels (noise_levels.py). Three
-sets of them have names: DDPM, EDM and Flow.
+prediction (predictions.py), a weighting of errors (weightings.py) and a distribution of noise levels (noise_levels.py).
+Four sets of them have names: DDPM, EDM, Flow and Interpolant.
 """
 
 from typing import Protocol
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from ldm.diffusion.conditioning import Conditioning
 from ldm.diffusion.noise_levels import LogNormal, NoiseLevels, Uniform
 from ldm.diffusion.noise_schedules import NoiseSchedule
-from ldm.diffusion.paths import Discrete, Exploding, Path, Straight
-from ldm.diffusion.predictions import Eps, Preconditioned, Prediction, Velocity
-from ldm.diffusion.weightings import VLB, Level, Plain, Weighting
+from ldm.diffusion.paths import Discrete, Exploding, Path, Smooth, Straight
+from ldm.diffusion.predictions import Eps, PathVelocity, Preconditioned, Prediction, Velocity
+from ldm.diffusion.weightings import VLB, Distance, Level, Plain, Squared, Weighting
 from ldm.errors import ConfigError
 from ldm.randomness import Draws
 from ldm.ranges import Count, NotNegative, Positive
@@ -42,10 +42,11 @@ class Objective(nn.Module):
     Args:
         path: how data becomes noise.
         prediction: what the network's output means.
-        weighting: squared errors -> losses.
+        weighting: errors -> losses.
         levels: which noise levels training visits.
         direction_weight: of 1 - cosine(output, target) over the channels, added to the loss (Yao et al. 2025,
             "LightningDiT"); meant for `Velocity`.
+        distance: how an error is measured (default: squared; latent diffusion's l1: `Absolute`).
     """
 
     def __init__(
@@ -55,10 +56,16 @@ class Objective(nn.Module):
         weighting: Weighting,
         levels: NoiseLevels,
         direction_weight: NotNegative = 0.0,
+        distance: Distance | None = None,
     ) -> None:
         super().__init__()
         if isinstance(weighting, VLB) and path.step == 0:
             raise ConfigError("objective: the variational bound adds up steps of t, which this path does not have")
+        if isinstance(weighting, VLB) and distance is not None and not isinstance(distance, Squared):
+            raise ConfigError(
+                f"objective distance: the variational bound is of squared errors, found {type(distance).__name__}; "
+                f"leave it out or choose another weighting"
+            )
         if isinstance(prediction, Eps) and float(path.alpha(torch.tensor(path.last, device="cpu"))) == 0:
             raise ConfigError(
                 "objective: expected a prediction that tells data from pure noise, such as V or Velocity, found Eps; "
@@ -75,6 +82,7 @@ class Objective(nn.Module):
         self.weighting = weighting
         self.levels = levels
         self.direction_weight = direction_weight
+        self.distance = distance or Squared()
 
     @property
     def last(self) -> float:
@@ -102,14 +110,14 @@ class Objective(nn.Module):
         return self.path.grid(steps)
 
     def loss(self, net: Network, x0: Tensor, conditioning: Conditioning, draws: Draws) -> Tensor:
-        """Weighted squared error of the prediction at the levels visited, mean over all but the batch: (N,)."""
+        """Weighted error of the prediction at the levels visited, mean over all but the batch: (N,)."""
         t = self.path.visit(self.levels(draws.stratified("timestep")))  # (N,)
         noise = draws.normal("noise", x0.shape[1:])
         alpha, sigma = self.alpha(t), self.sigma(t)
         a, s = rowwise(alpha, x0), rowwise(sigma, x0)
         output = self._output(net, a * x0 + s * noise, t, conditioning)
         target = self.prediction.target(x0, noise, a, s)
-        error = (output - target).square().flatten(1).mean(1)
+        error = self.distance(output, target).flatten(1).mean(1)
         before = self._snr((t - self.path.step).clamp(min=0))
         loss = self.weighting(error, Level(self._snr(t), before, self.prediction.gain(alpha, sigma)))
         if self.direction_weight > 0:
@@ -135,10 +143,10 @@ class DDPM(Objective):
     Args:
         schedule: how fast the signal fades.
         prediction: what the network's output means (default: the noise).
-        weighting: squared errors -> losses (default: as they are).
+        weighting: errors -> losses (default: as they are).
         levels: which noise levels training visits (default: all alike).
         steps: T, the number of noise levels.
-        direction_weight: see Objective.
+        direction_weight, distance: see Objective.
     """
 
     def __init__(
@@ -149,9 +157,11 @@ class DDPM(Objective):
         levels: NoiseLevels | None = None,
         steps: Count = 1000,
         direction_weight: NotNegative = 0.0,
+        distance: Distance | None = None,
     ) -> None:
         path = Discrete(schedule, steps)
-        super().__init__(path, prediction or Eps(), weighting or Plain(), levels or Uniform(), direction_weight)
+        prediction, weighting, levels = prediction or Eps(), weighting or Plain(), levels or Uniform()
+        super().__init__(path, prediction, weighting, levels, direction_weight, distance)
 
 
 class EDM(Objective):
@@ -162,6 +172,7 @@ class EDM(Objective):
         weighting: squared errors of the preconditioned output -> losses (default: as they are; EDM2: `Uncertainty`).
         sigma_data: standard deviation of the data; latents out of a cache are whitened: 1.
         sigma_min, sigma_max, rho: of the sampling levels.
+        distance: see Objective.
     """
 
     def __init__(
@@ -172,9 +183,11 @@ class EDM(Objective):
         sigma_min: Positive = 0.002,
         sigma_max: Positive = 80.0,
         rho: Positive = 7.0,
+        distance: Distance | None = None,
     ) -> None:
         path = Exploding(sigma_data, sigma_min, sigma_max, rho)
-        super().__init__(path, Preconditioned(sigma_data), weighting or Plain(), levels or LogNormal())
+        prediction, weighting, levels = Preconditioned(sigma_data), weighting or Plain(), levels or LogNormal()
+        super().__init__(path, prediction, weighting, levels, distance=distance)
 
 
 class Flow(Objective):
@@ -182,9 +195,9 @@ class Flow(Objective):
 
     Args:
         prediction: what the network's output means (default: the velocity).
-        weighting: squared errors -> losses (default: as they are).
+        weighting: errors -> losses (default: as they are).
         levels: which noise levels training visits (default: all alike).
-        direction_weight: see Objective.
+        direction_weight, distance: see Objective.
         told_scale: the network is told told_scale * t.
     """
 
@@ -195,6 +208,31 @@ class Flow(Objective):
         levels: NoiseLevels | None = None,
         direction_weight: NotNegative = 0.0,
         told_scale: Positive = 1000.0,
+        distance: Distance | None = None,
     ) -> None:
-        path = Straight(told_scale)
-        super().__init__(path, prediction or Velocity(), weighting or Plain(), levels or Uniform(), direction_weight)
+        prediction, weighting, levels = prediction or Velocity(), weighting or Plain(), levels or Uniform()
+        super().__init__(Straight(told_scale), prediction, weighting, levels, direction_weight, distance)
+
+
+class Interpolant(Objective):
+    """Any smooth path and its velocity (Albergo et al. 2023): "SiT" (Ma et al. 2024) with its paths VP and GVP.
+
+    Args:
+        path: how data becomes noise.
+        prediction: what the network's output means (default: the path's velocity).
+        weighting: errors -> losses (default: as they are).
+        levels: which noise levels training visits (default: all alike).
+        direction_weight, distance: see Objective.
+    """
+
+    def __init__(
+        self,
+        path: Smooth,
+        prediction: Prediction | None = None,
+        weighting: Weighting | None = None,
+        levels: NoiseLevels | None = None,
+        direction_weight: NotNegative = 0.0,
+        distance: Distance | None = None,
+    ) -> None:
+        prediction, weighting, levels = prediction or PathVelocity(path), weighting or Plain(), levels or Uniform()
+        super().__init__(path, prediction, weighting, levels, direction_weight, distance)

@@ -3,6 +3,7 @@
 Times are float32, () or (N,), on any device; what comes back has their shape.
 """
 
+import math
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ldm.diffusion.noise_schedules import NoiseSchedule
 from ldm.errors import ConfigError
-from ldm.ranges import Count, Positive
+from ldm.ranges import Count, FractionAboveZero, Positive
 
 
 class Path(Protocol):
@@ -29,7 +30,7 @@ class Path(Protocol):
     def sigma(self, t: Tensor) -> Tensor: ...
 
     def time(self, ratio: Tensor) -> Tensor:
-        """The t at which sigma / alpha is `ratio`, at most `last`."""
+        """The t at which sigma / alpha is `ratio`; `last` for more than a path reaches that ends there."""
         ...
 
     def visit(self, place: Tensor) -> Tensor:
@@ -46,6 +47,14 @@ class Path(Protocol):
 
     def grid(self, steps: int) -> Tensor:
         """(steps + 1,) strictly decreasing times on the host, `last` first, 0 last: where samplers stop by default."""
+        ...
+
+
+class Smooth(Path, Protocol):
+    """A path whose velocity has a closed form (predictions.py: PathVelocity)."""
+
+    def slopes(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """d alpha / dt and d sigma / dt at the time where alpha and sigma are these; of their shape."""
         ...
 
 
@@ -143,7 +152,8 @@ class Exploding:
         return t
 
     def time(self, ratio: Tensor) -> Tensor:
-        return ratio.clamp(max=self.last)
+        """`ratio` itself: sampling starts at `last`, but the path goes on beyond it, as churn needs."""
+        return ratio
 
     def visit(self, place: Tensor) -> Tensor:
         return place
@@ -164,32 +174,30 @@ class Exploding:
         return torch.cat([levels, torch.zeros(1, dtype=torch.float64)]).float()
 
 
-class Straight:
-    """Rectified flow's (Liu et al. 2023; Lipman et al. 2023): alpha = 1 - t, sigma = t, for 0 <= t <= 1.
+class _Continuous:
+    """What paths share whose t is the share of the way, 0 to 1.
 
     Args:
         told_scale: the network is told told_scale * t.
+        last: where the path ends, 0 < last <= 1. Below 1 some signal is left there, which a prediction of noise needs
+            on a path to pure noise (Ma et al. 2024, "SiT": 0.999).
+
+    Raises:
+        ConfigError: another `last`.
     """
 
-    last = 1.0
     step = 1e-3
     sigmas = False
 
-    def __init__(self, told_scale: Positive = 1000.0) -> None:
+    def __init__(self, told_scale: Positive = 1000.0, last: FractionAboveZero = 1.0) -> None:
+        if not 0 < last <= 1:
+            raise ConfigError(f"path: last: expected more than 0 and at most 1, found {last:g}")
         self.told_scale = told_scale
-
-    def alpha(self, t: Tensor) -> Tensor:
-        return 1 - t
-
-    def sigma(self, t: Tensor) -> Tensor:
-        return t
-
-    def time(self, ratio: Tensor) -> Tensor:
-        return 1 / (1 + 1 / ratio)
+        self.last = last
 
     def visit(self, place: Tensor) -> Tensor:
         # At t = 0 there is nothing to learn, and an infinite signal-to-noise ratio to weigh it with.
-        return place.clamp(1e-5, 1.0)
+        return (place * self.last).clamp(1e-5, self.last)
 
     def told(self, t: Tensor) -> Tensor:
         return self.told_scale * t
@@ -198,9 +206,87 @@ class Straight:
         return torch.ones_like(t)
 
     def grid(self, steps: int) -> Tensor:
-        """Even steps from 1 to 0."""
+        """Even steps from `last` to 0."""
         _demand(steps)
-        return torch.linspace(1, 0, steps + 1)
+        return torch.linspace(self.last, 0, steps + 1)
+
+
+class Straight(_Continuous):
+    """Rectified flow's (Liu et al. 2023; Lipman et al. 2023): alpha = 1 - t, sigma = t, for 0 <= t <= 1."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t
+
+    def time(self, ratio: Tensor) -> Tensor:
+        return (1 / (1 + 1 / ratio)).clamp(max=self.last)
+
+    def slopes(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return -torch.ones_like(alpha), torch.ones_like(sigma)
+
+
+class GVP(_Continuous):
+    """A quarter of a circle: alpha = cos(pi t / 2), sigma = sin(pi t / 2) (Ma et al. 2024, "SiT": "GVP").
+
+    Its velocity is pi / 2 times v (predictions.py: V).
+    """
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return (math.pi / 2 * (1 - t)).sin()  # the cosine, but exactly 0 at t = 1
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return (math.pi / 2 * t).sin()
+
+    def time(self, ratio: Tensor) -> Tensor:
+        return (2 / math.pi * ratio.atan()).clamp(max=self.last)
+
+    def slopes(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return -math.pi / 2 * sigma, math.pi / 2 * alpha
+
+
+class VP(_Continuous):
+    """The variance-preserving SDE's (Song et al. 2021, eq. 33; Ma et al. 2024, "SiT": "VP"): alpha^2 + sigma^2 = 1.
+
+    ln(alpha) = -t beta_min / 2 - t^2 (beta_max - beta_min) / 4. Some signal is left at t = 1: alpha is 0.0066 there.
+
+    Args:
+        beta_min, beta_max: the rates at t = 0 and t = 1 at which noise comes in (SiT's sigma_min and sigma_max).
+        told_scale, last: as in the other paths.
+
+    Raises:
+        ConfigError: unless 0 < beta_min <= beta_max.
+    """
+
+    def __init__(
+        self,
+        beta_min: Positive = 0.1,
+        beta_max: Positive = 20.0,
+        told_scale: Positive = 1000.0,
+        last: FractionAboveZero = 1.0,
+    ) -> None:
+        super().__init__(told_scale, last)
+        if not 0 < beta_min <= beta_max:
+            raise ConfigError(f"path: expected 0 < beta_min <= beta_max, found {beta_min:g} and {beta_max:g}")
+        self.beta_min, self.rise = beta_min, beta_max - beta_min
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self._log_alpha(t).exp()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return (-torch.expm1(2 * self._log_alpha(t))).sqrt()
+
+    def time(self, ratio: Tensor) -> Tensor:
+        faded = torch.log1p(ratio.clamp(max=1e9) ** 2)  # -2 ln(alpha), whose quadratic equation in t this solves
+        return (2 * faded / (self.beta_min + (self.beta_min**2 + 2 * self.rise * faded).sqrt())).clamp(max=self.last)
+
+    def slopes(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        beta = (self.beta_min**2 - 4 * self.rise * alpha.log()).sqrt()  # beta_min + t (beta_max - beta_min)
+        return -beta / 2 * alpha, beta / 2 * alpha**2 / sigma
+
+    def _log_alpha(self, t: Tensor) -> Tensor:
+        return -t * (self.beta_min / 2 + t * self.rise / 4)
 
 
 def _demand(steps: int) -> None:

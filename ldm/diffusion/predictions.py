@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ldm.diffusion.paths import Smooth
 from ldm.ranges import Positive
 
 
@@ -73,6 +74,31 @@ class Velocity:
 
     def gain(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         return sigma / (alpha + sigma)
+
+
+class PathVelocity:
+    """dx/dt = alpha' x0 + sigma' noise: the speed along any smooth path (Albergo et al. 2023; Ma et al. 2024, "SiT").
+
+    On a straight path it is `Velocity`.
+
+    Args:
+        path: the objective's own path.
+    """
+
+    def __init__(self, path: Smooth) -> None:
+        self.path = path
+
+    def target(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        of_alpha, of_sigma = self.path.slopes(alpha, sigma)
+        return of_alpha * x0 + of_sigma * noise
+
+    def x0(self, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        of_alpha, of_sigma = self.path.slopes(alpha, sigma)
+        return (of_sigma * x - sigma * output) / (of_sigma * alpha - of_alpha * sigma)
+
+    def gain(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        of_alpha, of_sigma = self.path.slopes(alpha, sigma)
+        return sigma / (of_sigma * alpha - of_alpha * sigma)
 
 
 class Preconditioned:

@@ -95,13 +95,18 @@ def heun(
     churn_to: float = math.inf,
     inflation: float = 1.0,
 ) -> Tensor:
-    """EDM's second-order sampler (Karras et al. 2022, algorithm 2); two calls of `denoise` a step but the last.
+    """Heun's method, of second order; two calls of `denoise` a step but the last.
+
+    It integrates dx = x0 d(alpha) + eps d(sigma). On EDM's path that is the paper's sampler (Karras et al. 2022,
+    algorithm 2), on a straight path Heun's method on the velocity (as Ma et al. 2024, "SiT").
 
     Args:
         x: (N, ...) float32 at times[0].
         times: (steps + 1,) on the host.
         draws: the rows' randomness on x's device; needed where churn > 0.
-        churn: noise added on the way, S_churn.
+        churn: noise added on the way, S_churn. It raises the level at times t by at most sqrt(2) - 1, also beyond
+            `last` where the path goes on (EDM); where it ends (DDPM, flows) no further than to its end, so that
+            nothing is added at its last level.
         churn_from, churn_to: the ratios sigma / alpha between which it is added, S_min and S_max.
         inflation: of the noise added, S_noise.
     """
@@ -114,22 +119,25 @@ def heun(
             fresh = _drawn(draws, i, x)
             x = objective.alpha(noisier) * (x / objective.alpha(t) + inflation * more.clamp(min=0).sqrt() * fresh)
             t = noisier
-        x0 = denoise(x, t)
-        ahead = first_order_step(objective, x, x0, t, s)
-        x = ahead if float(objective.sigma(s)) == 0 else _trapezoid(objective, x, x0, denoise(ahead, s), ahead, t, s)
+        x = _heun_step(denoise, objective, x, t, s)
     return x
 
 
-def _trapezoid(
-    objective: Objective, x: Tensor, x0: Tensor, x0_ahead: Tensor, ahead: Tensor, t: Tensor, s: Tensor
-) -> Tensor:
-    """The step t -> s along the mean of the slopes at both ends."""
+def _heun_step(denoise: Denoiser, objective: Objective, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """From t to s along the mean of both ends' x0 and eps; to the data itself, where eps is not known, along t's alone.
+
+    x = alpha x0 + sigma eps moves by dx = x0 d(alpha) + eps d(sigma), also where alpha or sigma is 0. For whitened data
+    that is 1 to 14 times more exact on flows than d(x / alpha) = eps d(sigma / alpha), and on DDPM 1 to 2 times with
+    `Karras`' grid, equal with the default one; on the cosine schedule, whose last ratios are huge, the latter diverges.
+    """
+    x0 = denoise(x, t)
+    ahead = first_order_step(objective, x, x0, t, s)
     alpha_t, sigma_t, alpha_s, sigma_s = objective.alpha(t), objective.sigma(t), objective.alpha(s), objective.sigma(s)
-    if float(alpha_t) == 0:  # pure noise: d(x / sigma) = x0 d(alpha / sigma)
-        return sigma_s / sigma_t * x + alpha_s * (x0 + x0_ahead) / 2
-    # Elsewhere as the paper: d(x / alpha) = eps d(sigma / alpha).
+    if float(sigma_s) == 0:
+        return ahead
+    x0_ahead = denoise(ahead, s)
     eps, eps_ahead = (x - alpha_t * x0) / sigma_t, (ahead - alpha_s * x0_ahead) / sigma_s
-    return alpha_s / alpha_t * x + (sigma_s - alpha_s / alpha_t * sigma_t) * (eps + eps_ahead) / 2
+    return x + (alpha_s - alpha_t) * (x0 + x0_ahead) / 2 + (sigma_s - sigma_t) * (eps + eps_ahead) / 2
 
 
 @torch.no_grad()
@@ -143,8 +151,17 @@ def dpm_solver(
 ) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022), and with eta = 1 its SDE form; second order with one call of `denoise` a step.
 
-    The estimated data is carried on to the middle of the step, in ln(alpha / sigma), from its last two values. The
-    first and the last step are of first order.
+    The estimated data is carried on to the middle of the step, in lambda = ln(alpha / sigma), from its last two values.
+    The first and the last step are of first order.
+
+    Args:
+        x: (N, ...) float32 at times[0].
+        times: (steps + 1,) on the host.
+        draws: the rows' randomness on x's device; needed where eta > 0.
+        eta: 0 = deterministic ... 1 = the reverse SDE. Between them noise of eta times the SDE's standard deviation is
+            added, and the drift balances it, so that the noise of every level stays what it was:
+            dx = (f x - (1 + eta^2) / 2 g^2 score) dt + eta g dw (Karras et al. 2022, eq. 6, with
+            beta = eta^2 sigma' / sigma; eta^2 is the eta of k-diffusion's DPM-Solver++).
     """
     before: Tensor | None = None
     logs = _log_ratios(objective, times)
@@ -154,9 +171,26 @@ def dpm_solver(
         if before is not None and math.isfinite(logs[i + 1]):
             ahead = (logs[i + 1] - logs[i]) / (2 * (logs[i] - logs[i - 1]))
             carried = x0 + ahead * (x0 - before)
-        x = first_order_step(objective, x, carried, t, s, eta, _fresh(draws, eta, i, x, s))
+        x = _sde_step(objective, x, carried, t, s, eta, _fresh(draws, eta, i, x, s))
         before = x0
     return x
+
+
+def _sde_step(
+    objective: Objective, x: Tensor, x0: Tensor, t: Tensor, s: Tensor, eta: float, fresh: Tensor | None
+) -> Tensor:
+    """From t to s by the exact solution of eta's SDE where x0 is constant: eps decays by (k_s / k_t)^eta^2.
+
+    With k = sigma / alpha = e^-lambda, eps_s = r eps_t + sqrt(1 - r^2) fresh and r = (k_s / k_t)^eta^2: two steps are
+    the same as one, whatever eta is. eta 0 and 1 are those of `first_order_step`.
+    """
+    if fresh is None:
+        return first_order_step(objective, x, x0, t, s)
+    alpha_t, sigma_t, alpha_s, sigma_s = objective.alpha(t), objective.sigma(t), objective.alpha(s), objective.sigma(s)
+    eps = (x - alpha_t * x0) / sigma_t
+    # Written so that pure noise, where k_t is infinite, gives 0: nothing is kept of its eps.
+    kept = (sigma_s * alpha_t / (alpha_s * sigma_t)) ** eta**2
+    return alpha_s * x0 + sigma_s * (kept * eps + (1 - kept**2).clamp(min=0).sqrt() * fresh)
 
 
 @torch.no_grad()

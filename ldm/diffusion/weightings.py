@@ -1,4 +1,4 @@
-"""How much an error counts at each noise level: squared errors of the network's output (N,) -> losses (N,).
+"""How an error is measured, and how much it counts at each noise level: errors of the network's output -> losses (N,).
 
 What matters of a level is its signal-to-noise ratio snr = alpha^2 / sigma^2. Papers state weights for the error of eps,
 x0 or v; here they are stated once, as weights of the squared error of x0, and hold for every prediction.
@@ -13,6 +13,29 @@ from torch import Tensor, nn
 
 from ldm.layers import sinusoid
 from ldm.ranges import Count, Finite, NotNegative, Positive
+
+
+class Distance(Protocol):
+    """distance(output, target) -> the error of each number of the output, in their shape."""
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor: ...
+
+
+class Squared:
+    """The square, of which the papers' weights speak."""
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        return (output - target).square()
+
+
+class Absolute:
+    """The absolute value: `loss_type: l1` of latent diffusion's configurations.
+
+    Its best output is the median, not the mean. A weighting multiplies it by the same factor as it does the square.
+    """
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        return (output - target).abs()
 
 
 @dataclass(frozen=True)
@@ -31,7 +54,7 @@ class Level:
 
 
 class Weighting(Protocol):
-    """weighting(error (N,), level) -> (N,) losses; `error` is the mean squared error of the network's output."""
+    """weighting(error (N,), level) -> (N,) losses; `error` is the mean error (Distance) of the output."""
 
     def __call__(self, error: Tensor, level: Level) -> Tensor: ...
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldm.diffusion.grids import Default, Karras, Power, Shift
+from ldm.diffusion.grids import CompVis, Default, Karras, Power, Shift
 from ldm.diffusion.noise_schedules import Cosine, SqrtLinear, ZeroTerminal
 from ldm.diffusion.objectives import DDPM, EDM, Flow
 from ldm.diffusion.predictions import V
@@ -48,3 +48,18 @@ def test_formulas():
     objective = OBJECTIVES["ddpm"]
     ratios = (objective.sigma(times) / objective.alpha(times))[1:-1] ** (1 / 3)
     torch.testing.assert_close(ratios.diff(), ratios.diff().mean().expand(6), rtol=2e-2, atol=1e-4)
+
+
+def test_compvis():
+    """make_ddim_timesteps: range(0, 1000, 1000 // steps) + 1, levels counted from 0 as the original does."""
+    ddpm = DDPM(SqrtLinear())
+    times = CompVis()(ddpm, 50)
+    theirs = [level + 1 for level in range(0, 1000, 20)]  # their ddim_timesteps
+    assert times[:-1].tolist() == [level + 1.0 for level in reversed(theirs)]  # ours count from 1
+    assert times[-1] == 1  # their ddim_alphas_prev begins with alphas_cumprod[0]
+    assert len(times) == 51
+    for steps, fate in ((300, "fails at level 1000"), (400, "makes 500"), (1000, "fails at level 1000"), (0, "steps")):
+        with pytest.raises(ConfigError, match=fate):
+            CompVis()(ddpm, steps)
+    with pytest.raises(ConfigError, match="discrete levels"):
+        CompVis()(Flow(), 50)

@@ -1,6 +1,7 @@
 """Samplers against closed forms: where the data's distribution is known, so is the best denoiser, and every sampler has
 to lead back to that distribution; and against diffusers' DDIM where both walk the same times."""
 
+import itertools
 import math
 
 import pytest
@@ -9,9 +10,10 @@ from diffusers import DDIMScheduler
 
 from ldm.diffusion.grids import Karras
 from ldm.diffusion.noise_schedules import Cosine, SqrtLinear, ZeroTerminal
-from ldm.diffusion.objectives import DDPM, EDM, Flow
+from ldm.diffusion.objectives import DDPM, EDM, Flow, Interpolant
+from ldm.diffusion.paths import GVP
 from ldm.diffusion.predictions import V
-from ldm.diffusion.samplers import ancestral, ddim, dpm_solver, first_order_step, heun, start, unipc
+from ldm.diffusion.samplers import _sde_step, ancestral, ddim, dpm_solver, first_order_step, heun, start, unipc
 from ldm.randomness import Draws
 
 N = 4000
@@ -247,3 +249,101 @@ def test_start_has_the_spread_of_the_last_level_and_keeps_an_image(objective):
     assert (start(objective, noise, early, x0) / objective.alpha(early) - x0).std().item() == pytest.approx(
         0.05, rel=0.1
     )
+
+
+def gaussian_denoiser(objective, std):
+    """E[x0 | x_t] of data N(0, std^2)."""
+
+    def denoise(x, t):
+        alpha, sigma = objective.alpha(t), objective.sigma(t)
+        return x * alpha * std**2 / (alpha**2 * std**2 + sigma**2)
+
+    return denoise
+
+
+class Given:
+    """The same noise each time."""
+
+    def __init__(self, noise):
+        self.noise = noise
+
+    def normal(self, purpose, shape):
+        return self.noise
+
+
+def algorithm_2(denoise, x, sigmas, churn, s_min, s_max, s_noise, noise):
+    """Karras et al. 2022, algorithm 2, line by line."""
+    steps = len(sigmas) - 1
+    for i in range(steps):
+        t, s = sigmas[i], sigmas[i + 1]
+        gamma = min(churn / steps, math.sqrt(2) - 1) if s_min <= t <= s_max else 0.0
+        t_hat = t + gamma * t
+        x_hat = x + math.sqrt(t_hat**2 - t**2) * s_noise * noise
+        d = (x_hat - denoise(x_hat, torch.tensor(t_hat))) / t_hat
+        x = x_hat + (s - t_hat) * d
+        if s > 0:
+            d_next = (x - denoise(x, torch.tensor(s))) / s
+            x = x_hat + (s - t_hat) * (d + d_next) / 2
+    return x
+
+
+@pytest.mark.parametrize("s_max", [math.inf, 50.0])
+def test_churn_is_that_of_the_paper_also_beyond_the_first_level(s_max):
+    edm = EDM()
+    denoise = gaussian_denoiser(edm, 0.7)
+    times = edm.grid(12)
+    torch.manual_seed(0)
+    x, noise = 80 * torch.randn(5, 3), torch.randn(5, 3)
+    how = {"churn": 10.0, "churn_from": 0.05, "churn_to": s_max, "inflation": 1.003}
+    ours = heun(denoise, edm, x, times, Given(noise), **how)
+    theirs = algorithm_2(denoise, x, times.tolist(), 10.0, 0.05, s_max, 1.003, noise)
+    torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("path", ["straight", "gvp"])
+def test_heun_on_flows_is_heun_on_the_velocity(path):
+    objective = Flow() if path == "straight" else Interpolant(GVP())
+    denoise = gaussian_denoiser(objective, 0.7)
+    times = objective.grid(10)
+    x = torch.linspace(-2, 2, 9)
+    expected = x
+    for t, s in itertools.pairwise(times[:-1]):
+        if path == "straight":
+            slope = (expected - denoise(expected, t)) / t
+            ahead = expected + (s - t) * slope
+            expected = expected + (s - t) * (slope + (ahead - denoise(ahead, s)) / s) / 2
+    if path == "straight":
+        expected = denoise(expected, times[-2])
+        torch.testing.assert_close(heun(denoise, objective, x, times), expected)
+    # The exact solution for Gaussian data keeps the quantile: x / sqrt(alpha^2 std^2 + sigma^2).
+    errors = [float((heun(denoise, objective, x, objective.grid(n)) - 0.7 * x).abs().max()) for n in (20, 40)]
+    assert errors[1] < errors[0] / 2.5
+    assert errors[1] < 2e-3
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("objective", ["ddpm", "edm", "flow"])
+def test_the_sde_of_any_eta_keeps_every_level_s_noise(objective, eta):
+    """With x0 constant a step is exact: two are as one, and eps stays of variance 1."""
+    made = OBJECTIVES[objective]
+    last = float(made.last)
+    t, middle, s = (torch.tensor(share * last) for share in (0.8, 0.5, 0.2))
+    x0 = torch.full((N,), 0.4)
+
+    def eps(x, at):
+        return (x - made.alpha(at) * x0) / made.sigma(at)
+
+    draw = torch.Generator().manual_seed(1)
+    normal = [torch.randn(N, generator=draw) for _ in range(3)]
+    x = made.alpha(t) * x0 + made.sigma(t) * normal[0]
+    once = eps(_sde_step(made, x, x0, t, s, eta, normal[1]), s)
+    half = _sde_step(made, x, x0, t, middle, eta, normal[1])
+    twice = eps(_sde_step(made, half, x0, middle, s, eta, normal[2]), s)
+    for found in (once, twice):
+        assert float(found.std()) == pytest.approx(1, abs=0.04)
+    ratio = float(made.sigma(s) / made.alpha(s) / (made.sigma(t) / made.alpha(t)))
+    for found in (once, twice):  # what is kept of the first noise
+        assert float((found * normal[0]).mean()) == pytest.approx(ratio ** (eta**2), abs=0.05)
+    first_order = first_order_step(made, x, x0, t, s, eta, normal[1])
+    if eta in (0.0, 1.0):
+        torch.testing.assert_close(once, eps(first_order, s), rtol=1e-3, atol=1e-3)
