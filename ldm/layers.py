@@ -27,6 +27,12 @@ def group_norm(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(channels, min(32, max(1, channels // 4))), channels, eps=eps)
 
 
+def halvings(*sides: int) -> int:
+    """How many times all the sides (each 1 or more) can be halved without a remainder."""
+    common = math.gcd(*sides)
+    return (common & -common).bit_length() - 1
+
+
 def zeroed(module: nn.Module) -> nn.Module:
     """The module with its parameters at zero: a residual branch that starts as nothing."""
     for parameter in module.parameters():

@@ -91,7 +91,7 @@ def test_gpus(monkeypatch, native, expected):
 
 def test_apples_gpu_computes_in_float32(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    settle(trainer := {}, is_new=True)
+    settle(trainer := {"accelerator": "mps"}, is_new=True)
     assert trainer["precision"] == "32-true"
 
 

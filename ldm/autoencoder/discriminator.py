@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from ldm.errors import ConfigError
 from ldm.ranges import Count, CountOrZero
 
 
@@ -19,6 +20,9 @@ class PatchDiscriminator(nn.Module):
         norm: makes the normalisation of a number of channels. BatchNorm2d, as published, sees the micro-batch of
             one rank; take a norm over single images (such as nn.InstanceNorm2d with affine=True) where the result
             must not depend on how the global batch is split.
+
+    Raises:
+        ConfigError: images too small for so many layers.
     """
 
     def __init__(
@@ -29,6 +33,7 @@ class PatchDiscriminator(nn.Module):
         norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
     ) -> None:
         super().__init__()
+        self.strided = layers
         stack: list[nn.Module] = [nn.Conv2d(in_channels, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         width = channels
         for layer in range(1, layers + 1):
@@ -42,7 +47,20 @@ class PatchDiscriminator(nn.Module):
         self.apply(_initialise)
 
     def forward(self, images: Tensor) -> Tensor:
+        side = min(images.shape[2:])
+        if side < _smallest(self.strided):
+            fit = max((layers for layers in range(self.strided) if side >= _smallest(layers)), default=None)
+            fix = "no number of layers can" if fit is None else f"at most {fit} can"
+            raise ConfigError(
+                f"PatchDiscriminator: layers={self.strided} need pictures of {_smallest(self.strided)} pixels or more, "
+                f"found {images.shape[2]}x{images.shape[3]}, where {fix}"
+            )
         return self.layers(images)  # (N, 1, h, w)
+
+
+def _smallest(layers: int) -> int:
+    """Pixels of the smallest side: each strided layer halves it, then two convolutions take a pixel each."""
+    return 3 * 2**layers if layers else 4
 
 
 def _initialise(module: nn.Module) -> None:

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.layers import group_norm
+from ldm.errors import ConfigError
+from ldm.layers import group_norm, halvings
 from ldm.ranges import Count, CountOrZero, FractionBelowOne
 
 EPS = 1e-6
@@ -126,6 +127,9 @@ class Encoder(nn.Module):
         moments: give mean and log-variance, twice the latent's channels; False: the latent itself, for a quantiser.
         middle_attention: self-attention between the two blocks at the lowest resolution; the published vq-f4-noattn
             has none.
+
+    Raises:
+        ConfigError: images whose sides are not divisible by the down factor.
     """
 
     def __init__(
@@ -164,12 +168,25 @@ class Encoder(nn.Module):
         self.quant_conv = nn.Conv2d(told, told, 1)
 
     def forward(self, images: Tensor) -> Tensor:
+        self._check(*images.shape[2:])
         h = F.pixel_unshuffle(images, self.patch_size)  # (N, in_channels*p*p, H/p, W/p), p = patch_size
         h = self.conv_in(h)  # (N, channels, H/p, W/p)
         h = self.levels(h)  # (N, last width, H/f, W/f)
         h = self.middle(h)  # (N, last width, H/f, W/f)
         h = self.conv_out(F.silu(self.norm_out(h)))  # (N, outputs*latent_channels, H/f, W/f)
         return self.quant_conv(h)  # (N, outputs*latent_channels, H/f, W/f)
+
+    def _check(self, height: int, width: int) -> None:
+        factor, patch = self.down_factor, self.patch_size
+        if height % factor == 0 and width % factor == 0:
+            return
+        fit = 0 if height % patch or width % patch else 1 + halvings(height // patch, width // patch)
+        fix = f"at most {fit} levels can divide" if fit else f"patch_size={patch} does not divide"
+        raise ConfigError(
+            f"Encoder: expected pictures with sides divisible by {factor} (patch_size={patch} times 2 for each of "
+            f"channel_multipliers' {len(self.levels)} levels but the first), found {height}x{width}, which {fix}: change "
+            f"data.params.resolution, or the encoder's and decoder's channel_multipliers"
+        )
 
 
 class Decoder(nn.Module):

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ldm.diffusion.conditioning import Conditioning
 from ldm.errors import ConfigError
-from ldm.layers import attend
+from ldm.layers import attend, halvings
 from ldm.ranges import Count, CountOrZero, FractionBelowOne, Positive
 
 _EPS = 1e-4
@@ -249,8 +249,8 @@ class MagnitudePreservingUNet(nn.Module):
         if x.shape[1] != self.in_channels or x.shape[2] % self.shrink or x.shape[3] % self.shrink:
             raise ConfigError(
                 f"MagnitudePreservingUNet: expects a latent of {self.in_channels} channels (in_channels) with sides "
-                f"divisible by {self.shrink} (levels of channel_multipliers), got {[*x.shape[1:]]}: change the network "
-                f"or the data"
+                f"divisible by {self.shrink} (levels of channel_multipliers), got {[*x.shape[1:]]}, where at most "
+                f"{1 + halvings(*x.shape[2:])} levels can: change the network or the data"
             )
         if conditioning.tokens is not None or conditioning.spatial is not None:
             raise ConfigError("MagnitudePreservingUNet: reads a vector alone (ClassOneHot); use a UNet for tokens")

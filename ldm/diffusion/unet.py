@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ldm.diffusion.conditioning import Conditioning
 from ldm.errors import ConfigError
-from ldm.layers import Attention, GatedFeedForward, attend, group_norm, sinusoid, zeroed
+from ldm.layers import Attention, GatedFeedForward, attend, group_norm, halvings, sinusoid, zeroed
 from ldm.ranges import Count, CountOrZero, FractionBelowOne, Positive
 
 
@@ -297,7 +297,8 @@ class UNet(nn.Module):
         if x.shape[1] != self.in_channels or x.shape[2] % self.shrink or x.shape[3] % self.shrink:
             raise ConfigError(
                 f"UNet: expects a latent of {self.in_channels} channels (in_channels) with sides divisible by "
-                f"{self.shrink} (levels of channel_multipliers), got {[*x.shape[1:]]}: change the network or the data"
+                f"{self.shrink} (levels of channel_multipliers), got {[*x.shape[1:]]}, where at most "
+                f"{1 + halvings(*x.shape[2:])} levels can: change the network or the data"
             )
         slots = (
             ("vector", "vector_channels", self.vector_channels, conditioning.vector, -1),

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from ldm.autoencoder.discriminator import PatchDiscriminator
+from ldm.errors import ConfigError
 
 
 def test_published_size_and_output():
@@ -50,3 +51,21 @@ def test_norm_decides_whether_a_batch_may_be_split():
 
     assert gap(PatchDiscriminator(3, 8)) > 1e-3
     assert gap(PatchDiscriminator(3, 8, norm=lambda channels: nn.InstanceNorm2d(channels, affine=True))) < 1e-6
+
+
+@pytest.mark.parametrize("layers", range(5))
+def test_pictures_too_small_are_refused_with_what_fits(layers):
+    """By torch's own convolutions: the smallest size passes, one pixel less does not."""
+    smallest = 4 if layers == 0 else 3 * 2**layers
+    network = PatchDiscriminator(channels=4, layers=layers).eval()
+    assert network(torch.zeros(1, 3, smallest, smallest + 3)).shape[1] == 1
+    with pytest.raises(RuntimeError, match="size"):
+        network.layers(torch.zeros(1, 3, smallest - 1, smallest + 3))
+    fits = f"at most {layers - 1} can" if layers > 1 or layers == 1 else "no number of layers can"
+    with pytest.raises(ConfigError, match=fits):
+        network(torch.zeros(1, 3, smallest - 1, smallest + 3))
+
+
+def test_three_layers_on_sixteen_pixels():
+    with pytest.raises(ConfigError, match="layers=3 need pictures of 24 pixels or more, found 16x16, where at most 2 can"):
+        PatchDiscriminator()(torch.zeros(1, 3, 16, 16))
