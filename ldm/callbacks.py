@@ -244,7 +244,7 @@ class Progress(ProgressBar):
         if self._enabled and self._console.is_terminal:
             words = TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.completed:.0f}/{task.total:.0f}")
             self._bar = Bar(*words, TextColumn("{task.fields[figures]}"), console=self._console)
-            begun = {"completed": trainer.global_step, "total": trainer.max_steps}
+            begun: dict[str, Any] = {"completed": trainer.global_step, "total": trainer.max_steps}
             self._task = self._bar.add_task("training", figures="", **begun)
             self._bar.start()
 

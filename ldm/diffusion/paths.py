@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ldm.diffusion.noise_schedules import NoiseSchedule
 from ldm.errors import ConfigError
+from ldm.float64 import double
 
 
 class Path(Protocol):
@@ -75,7 +76,7 @@ class Discrete:
 
     def time(self, ratio: Tensor) -> Tensor:
         alpha, sigma = self._tables["alpha"], self._tables["sigma"]
-        wanted = np.minimum(ratio.double().cpu().numpy(), 1e30)
+        wanted = np.minimum(double(ratio).cpu().numpy(), 1e30)
         with np.errstate(divide="ignore"):  # nothing may be left of the signal at the last level
             above = np.searchsorted(sigma / alpha, wanted).clip(1, self.steps)
         # alpha and sigma are linear between two levels: so is what is zero where sigma / alpha is the ratio.
