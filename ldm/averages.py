@@ -11,6 +11,7 @@ from ldm import checkpoint, sharding
 from ldm.diffusion.module import LatentDiffusion
 from ldm.ema import PowerFunction, mixture, power_exponent
 from ldm.errors import CheckpointError, ConfigError
+from ldm.float64 import double
 from ldm.ranges import Count
 
 FOLDER = "averages"
@@ -118,6 +119,6 @@ def _add(total: dict[str, Tensor], average: dict[str, Tensor], share: float) -> 
         if not value.is_floating_point():
             total[name] = value  # a counter: the latest
         elif name in total:
-            total[name].add_(value.double(), alpha=share)
+            total[name].add_(double(value), alpha=share)
         else:
-            total[name] = value.double() * share
+            total[name] = double(value) * share

@@ -17,6 +17,9 @@ from typing import Any
 
 from ldm import ranks
 
+if sys.platform == "win32":  # which has neither these signals nor the locks of run folders and caches
+    raise SystemExit("ldm runs on Linux and macOS; on Windows run it inside of WSL 2 (README.md, Platforms)")
+
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """The polite requests to stop: of schedulers, launchers, terminals and people."""
 

@@ -19,11 +19,13 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.accelerators import MPSAccelerator
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy
@@ -46,6 +48,8 @@ from ldm.safety import Provenance, StopOnSignal
 from ldm.saving import AtomicCheckpointIO, Checkpoints
 from ldm.step_mean import is_logged
 from ldm.strategies import DDP, FSDP2
+
+log = logging.getLogger(__name__)
 
 LOG_EVERY = 50
 """Optimizer steps between two rows of metrics, where the configuration does not say."""
@@ -89,6 +93,7 @@ def make_trainer(
         warnings.filterwarnings("ignore", text, module="pytorch_lightning")
     section = tree["lightning"]
     arguments: dict[str, Any] = {"enable_model_summary": False, "log_every_n_steps": LOG_EVERY} | section["trainer"]
+    arguments["accelerator"] = _accelerator(arguments.get("accelerator") or "auto")
     if (counts := distributed.launched()) is not None:
         arguments |= dict(zip(("num_nodes", "devices"), counts, strict=True))
     interval = _interval(arguments)
@@ -120,6 +125,18 @@ def make_trainer(
     steps.accumulation = data.accumulation(trainer.world_size)
     trainer.val_check_interval = interval * steps.accumulation
     return trainer
+
+
+@cache  # and so said once
+def _accelerator(wanted: Any) -> Any:
+    """`auto` is a GPU that ldm has been tried on, else the CPU: Apple's has to be asked for by name."""
+    if wanted != "auto" or not MPSAccelerator.is_available():
+        return wanted
+    log.warning(
+        "lightning.trainer.accelerator: auto takes the CPU of this Mac; ldm has not been tried on Apple's GPU, which "
+        "lightning.trainer.accelerator=mps lightning.trainer.precision=32-true uses all the same"
+    )
+    return "cpu"
 
 
 def _trainer(strategy: Any, arguments: dict[str, Any]) -> pl.Trainer:

@@ -17,6 +17,7 @@ from ldm.autoencoder.networks import Decoder, Encoder
 from ldm.autoencoder.posterior import DiagonalGaussian, Posterior
 from ldm.autoencoder.quantiser import Quantised, VectorQuantiser, usage
 from ldm.errors import ConfigError
+from ldm.float64 import double, home
 from ldm.optimizers import Scheduled, keep_settings, place_schedules
 from ldm.ranges import Positive
 from ldm.step_mean import StepMean, is_logged
@@ -196,7 +197,7 @@ class AutoencoderKL(pl.LightningModule):
     # ------------------------------------------------------------------ validation
 
     def on_validation_epoch_start(self) -> None:
-        self._latent_sums = torch.zeros_like(self._latent_sums, device=self.device)
+        self._latent_sums = torch.zeros_like(self._latent_sums, device=home(self.device))
         self._code_counts = torch.zeros_like(self._code_counts, device=self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -278,7 +279,7 @@ class AutoencoderKL(pl.LightningModule):
 
 def latent_sums(posterior: Posterior) -> Tensor:
     """Per channel: how many values, sum of E[z], sum of E[z^2] = mean^2 + var; (3, c) float64, to be added up."""
-    mean, var = posterior.mean.double(), posterior.var.double()  # (N, c, h, w)
+    mean, var = double(posterior.mean), double(posterior.var)  # (N, c, h, w)
     over = (0, *range(2, mean.ndim))
     return torch.stack([torch.ones_like(mean).sum(over), mean.sum(over), (mean.square() + var).sum(over)])
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.float64 import double
 from ldm.ranges import Count, NotNegative
 
 
@@ -65,9 +66,9 @@ def usage(counts: Tensor) -> dict[str, Tensor]:
     The data set should have many more latents than there are codes: of an even book of 16,384 not more than a fifth can
     be seen in 14 pictures of 256 latents.
     """
-    share = counts.double() / counts.sum()
+    share = double(counts) / double(counts).sum()
     entropy = -torch.special.xlogy(share, share).sum()
-    return {"perplexity": entropy.exp(), "codes_used": (counts > 0).double().mean()}
+    return {"perplexity": entropy.exp(), "codes_used": double(counts > 0).mean()}
 
 
 class VectorQuantiser(nn.Module):

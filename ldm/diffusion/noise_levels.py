@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ldm.float64 import double
 from ldm.ranges import Count, Finite, Positive
 
 
@@ -83,4 +84,4 @@ def shifted(place: Tensor, shift: float) -> Tensor:
 
 def _normal(uniform: Tensor) -> Tensor:
     """The standard normal's quantile; at most 5.3 standard deviations from the middle, so that all stays finite."""
-    return torch.special.ndtri(uniform.double().clamp(5e-8, 1 - 5e-8)).to(uniform.dtype)
+    return torch.special.ndtri(double(uniform).clamp(5e-8, 1 - 5e-8)).to(uniform.dtype).to(uniform.device)

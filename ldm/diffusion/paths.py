@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ldm.diffusion.noise_schedules import NoiseSchedule
 from ldm.errors import ConfigError
+from ldm.float64 import double
 from ldm.ranges import Count, FractionAboveZero, Positive
 
 
@@ -85,7 +86,7 @@ class Discrete:
 
     def time(self, ratio: Tensor) -> Tensor:
         alpha, sigma = self._tables["alpha"], self._tables["sigma"]
-        wanted = np.minimum(ratio.double().cpu().numpy(), 1e30)
+        wanted = np.minimum(double(ratio).cpu().numpy(), 1e30)
         with np.errstate(divide="ignore"):  # nothing may be left of the signal at the last level
             above = np.searchsorted(sigma / alpha, wanted).clip(1, self.steps)
         # alpha and sigma are linear between two levels: so is what is zero where sigma / alpha is the ratio.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ldm.diffusion.guidance import Denoiser
 from ldm.diffusion.objectives import Objective
+from ldm.float64 import double
 from ldm.randomness import Draws
 
 
@@ -244,7 +245,7 @@ def _integrate(
 
 def _log_ratios(objective: Objective, times: Tensor) -> list[float]:
     """ln(alpha / sigma) of each time, on the host; -inf where there is only noise, inf where there is none."""
-    alpha, sigma = objective.alpha(times).double(), objective.sigma(times).double()
+    alpha, sigma = double(objective.alpha(times)), double(objective.sigma(times))
     return (alpha / sigma).log().tolist()
 
 

@@ -6,8 +6,9 @@ with the number. It is not the FID, which fixes Inception's features, the resizi
 """
 
 import numpy as np
-import torch
 from torch import Tensor
+
+from ldm.float64 import double
 
 
 def gaussian(features: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -18,7 +19,7 @@ def gaussian(features: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """
     if features.ndim != 2 or len(features) < 2:
         raise ValueError(f"features must be (N >= 2, D) to have a covariance, not {tuple(features.shape)}")
-    rows = features.detach().cpu().to(torch.float64).numpy()
+    rows = double(features.detach().cpu()).numpy()
     return rows.mean(axis=0), np.atleast_2d(np.cov(rows, rowvar=False))
 
 
@@ -45,4 +46,4 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """The share in [0, 1] of rows of `logits` (N, K) whose largest entry is at `labels` (N,)."""
-    return (logits.argmax(dim=1) == labels).double().mean().item()
+    return double(logits.argmax(dim=1) == labels).mean().item()

@@ -67,5 +67,7 @@ def test_pictures_too_small_are_refused_with_what_fits(layers):
 
 
 def test_three_layers_on_sixteen_pixels():
-    with pytest.raises(ConfigError, match="layers=3 need pictures of 24 pixels or more, found 16x16, where at most 2 can"):
+    with pytest.raises(
+        ConfigError, match="layers=3 need pictures of 24 pixels or more, found 16x16, where at most 2 can"
+    ):
         PatchDiscriminator()(torch.zeros(1, 3, 16, 16))

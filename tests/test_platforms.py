@@ -1,0 +1,170 @@
+"""macOS, Apple's GPU and Windows, as far as they can be imitated on Linux."""
+
+import ast
+import ctypes
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pytorch_lightning import LightningModule
+from pytorch_lightning.accelerators import CPUAccelerator, MPSAccelerator
+
+from ldm import ranks, signals, trainer
+from ldm.autoencoder.module import latent_sums, statistics
+from ldm.autoencoder.posterior import DiagonalGaussian
+from ldm.autoencoder.quantiser import usage
+from ldm.data.datamodules import ImageDataModule
+from ldm.data.images import ImageFolder
+from ldm.diffusion.noise_levels import LogitNormal, LogNormal
+from ldm.diffusion.noise_schedules import SqrtLinear
+from ldm.diffusion.objectives import DDPM, EDM
+from ldm.diffusion.samplers import _log_ratios
+from ldm.evaluation.metrics import accuracy
+from ldm.float64 import double, home
+from tests.apple import MPS, apple
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "ldm").rglob("*.py"))
+# Of os, signal and fcntl, what macOS lacks.
+LINUX_ONLY = {
+    *("sigwaitinfo", "sigtimedwait", "sched_getaffinity", "sched_setaffinity", "sync_file_range", "posix_fadvise"),
+    *("posix_fallocate", "epoll", "memfd_create", "pidfd_open", "copy_file_range", "setresuid", "setresgid"),
+    *("F_OFD_SETLK", "F_OFD_SETLKW", "prctl", "O_DIRECT", "O_TMPFILE", "malloc_trim", "mallopt"),
+}
+
+
+# ---- Apple's GPU -------------------------------------------------------------------------------------------------
+
+
+def test_the_stand_in_refuses_float64_as_apple_does():
+    with apple() as device, pytest.raises(TypeError, match="float64"):
+        torch.ones(3, device=device).double()
+
+
+def test_float64_is_held_where_it_exists():
+    assert home(torch.device("cuda", 1)) == torch.device("cuda", 1)
+    assert home(MPS) == torch.device("cpu")
+    with apple() as device:
+        moved = double(torch.full((3,), 0.1, device=device))
+    assert moved.device.type == "cpu"
+    assert moved.dtype == torch.float64
+
+
+def on_both(compute: Any) -> tuple[Any, Any]:
+    """What `compute` makes on the CPU, and on Apple's GPU, taken to the CPU."""
+    usual = compute(torch.device("cpu"))
+    with apple() as device:
+        there = compute(device)
+        there = {name: value.cpu() for name, value in there.items()} if isinstance(there, dict) else there
+        there = there.cpu() if isinstance(there, torch.Tensor) else there
+    return usual, there
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda device: latent_sums(DiagonalGaussian(torch.linspace(-1, 1, 64).reshape(2, 4, 2, 4).to(device))),
+        lambda device: usage(torch.tensor([3, 0, 5, 1]).to(device)),
+        lambda device: LogitNormal()(torch.linspace(0.1, 0.9, 5).to(device)),
+        lambda device: LogNormal()(torch.linspace(0.1, 0.9, 5).to(device)),
+        lambda device: DDPM(SqrtLinear()).time(torch.tensor([0.5, 2.0, 30.0]).to(device)),
+        lambda device: torch.tensor(_log_ratios(DDPM(SqrtLinear()), torch.tensor([1000.0, 250.0, 3.5]).to(device))),
+        lambda device: torch.tensor(_log_ratios(EDM(), torch.tensor([80.0, 1.0, 0.01]).to(device))),
+        lambda device: torch.tensor(accuracy(torch.eye(3).to(device), torch.tensor([0, 1, 1]).to(device))),
+    ],
+)
+def test_what_is_computed_in_float64_is_the_same_there(compute):
+    usual, there = on_both(compute)
+    torch.testing.assert_close(there, usual, rtol=0, atol=0)
+
+
+def test_statistics_of_latents_are_added_up_there():
+    """As validation does: the sums' home is chosen by the module's device."""
+    with apple() as device:
+        total = torch.zeros(3, 2, dtype=torch.float64, device=home(device))
+        for seed in range(3):
+            moments = torch.randn(4, 4, 3, 3, generator=torch.Generator().manual_seed(seed))
+            total += latent_sums(DiagonalGaussian(moments.to(device)))
+    assert all(np.isfinite(statistics(total)["std"]))
+
+
+def test_nothing_else_turns_a_tensor_into_float64():
+    """`.double()` and `.to(torch.float64)` fail on Apple's GPU: ldm.float64 is the one place for them."""
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if path.name == "float64.py" or not isinstance(node, ast.Call):
+                continue
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+            words = [ast.unparse(argument) for argument in (*node.args, *(word.value for word in node.keywords))]
+            device = next((ast.unparse(word.value) for word in node.keywords if word.arg == "device"), "")
+            made_there = "torch.float64" in words and device and "home(" not in device
+            converted = name == "double" or (name in ("to", "type") and "torch.float64" in words)
+            assert not (made_there or converted), f"{path}:{node.lineno}: {ast.unparse(node)}"
+
+
+def test_auto_is_the_cpu_of_a_mac(monkeypatch, caplog):
+    monkeypatch.setattr(MPSAccelerator, "is_available", staticmethod(lambda: True))
+    trainer._accelerator.cache_clear()
+    data: Any = type("Data", (), {"accumulation": lambda self, world_size: 1})()
+    for _ in range(2):
+        made = trainer.make_trainer({"seed": 1, "lightning": {"trainer": {"max_steps": 3}}}, data, LightningModule())
+        assert isinstance(made.accelerator, CPUAccelerator)
+    assert caplog.text.count("lightning.trainer.accelerator=mps") == 1
+    assert trainer._accelerator("mps") == "mps"
+    trainer._accelerator.cache_clear()
+
+
+# ---- macOS -------------------------------------------------------------------------------------------------------
+
+
+def test_what_only_linux_has_is_asked_for_on_linux_alone():
+    for path in SOURCES:
+        source = path.read_text()
+        names = {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
+        for name in names & LINUX_ONLY:
+            guarded = "sys.platform" in source or f'"{name}"' in source
+            assert guarded, f"{path} uses {name}, which macOS lacks, and does not ask for the platform"
+
+
+def test_processes_do_without_what_only_linux_has(monkeypatch, tmp_path):
+    """No prctl, no sigwaitinfo, no /proc: launchers and workers are then not tied to one another, but work."""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.delattr(signal, "sigwaitinfo")
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_: pytest.fail("a library of Linux was asked for"))
+    monkeypatch.setattr(ranks, "Path", lambda path: tmp_path / "nothing" / str(path).lstrip("/"))
+    handled: dict[int, Any] = {}
+    monkeypatch.setattr(signal, "signal", lambda number, handler: handled.update({number: handler}))
+    ranks.die_with_parent()
+    signals.ignore_in_worker(0)
+    assert handled == {number: signal.SIG_IGN for number in signals.STOPPING if number != signal.SIGTERM}
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert [*ranks._siblings()] == []
+    assert ranks._state(1) == ""
+
+
+def test_what_loader_workers_get_can_be_pickled(image_folder):
+    """macOS starts them anew instead of forking them."""
+    data = ImageDataModule(ImageFolder(image_folder), batch_size=4, resolution=16, num_workers=1, num_validation=4)
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        dataset, collate, begin = pickle.loads(pickle.dumps((loader.dataset, loader.collate_fn, loader.worker_init_fn)))
+        first = collate([dataset[(0, 1)]])
+        torch.testing.assert_close(first["image"], loader.collate_fn([loader.dataset[(0, 1)]])["image"])
+        assert begin is signals.ignore_in_worker
+
+
+# ---- Windows -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", ["import main", "from ldm import process"])
+def test_windows_is_sent_to_wsl(words):
+    code = f"import sys; sys.platform = 'win32'; {words}"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "WSL 2" in ended.stderr
+    assert "Traceback" not in ended.stderr
