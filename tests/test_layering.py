@@ -28,7 +28,7 @@ LEVELS = {
         *("config", "config_read", "config_target", "config_types", "config_signature", "config_check", "commandline"),
     ],
     1: [
-        *("resume", "dry_run", "data.arrays", "data.pixels"),
+        *("resume", "resume_changes", "dry_run", "data.arrays", "data.pixels"),
         *("data.images", "data.openmoji", "data.latents", "data.sampler"),
         *("data.latent_files", "data.latent_build", "data.latent_reader"),
         *("autoencoder.networks", "autoencoder.posterior", "autoencoder.lpips", "autoencoder.discriminator"),
