@@ -66,11 +66,10 @@ def work(options: Options) -> int:
     if not options.dry_run:
         run.check_writable(start.folder.path if start.folder else options.logdir)
     signals.stop_if_asked()
-    data, tree, facts = prepare(start.config, options)
+    data, tree, facts = prepare(start, options)
     settle_precision(start, tree)
     signals.stop_if_asked()
-    if start.folder:
-        resume.check_facts(start.folder, facts, options.allow_change)
+    resume.check_facts(start, facts, options.allow_change)
     from ldm import dry_run, rehearsal, trainer
 
     outline = dry_run.meta_model(tree, options.trust)
@@ -98,13 +97,13 @@ def finished(start: resume.Start, steps: int) -> bool:
     return start.checkpoint is None and state is not None and state.status == "finished" and state.step >= steps
 
 
-def prepare(config: Config, options: Options) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+def prepare(start: resume.Start, options: Options) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """The data module, the configuration with every reference filled in, and what the data said of itself."""
-    data = build(config.resolved()["data"], options.trust, key="data")
+    data = build(start.config.resolved()["data"], options.trust, key="data")
     data.trust = options.trust
     facts = data.facts()
-    tree = config.resolved(facts)
-    if options.scale_lr:
+    tree = start.config.resolved(facts)
+    if options.scale_lr and start.is_new:
         for optimizer in ("optimizer", "discriminator_optimizer"):
             params = (tree["model"]["params"].get(optimizer) or {}).get("params", {})
             if "lr" in params:
@@ -135,6 +134,8 @@ def train(options: Options, start: resume.Start, tree: dict[str, Any], data: Any
             # The other ranks write nothing, so that theirs need not exist.
             main_rank = distributed.is_main()
             folder = run.create(options.logdir, start.name, options.postfix) if main_rank else RunFolder(options.logdir)
+            if main_rank:
+                held.enter_context(run.removed_if_unused(folder))
         if distributed.is_main():
             held.enter_context(folder.owned())
             run.check_space(folder.checkpoints, outcome.space_needed(model))

@@ -1,8 +1,8 @@
 """A run's checkpoints: each one sealed, self-describing file, proven by its checksum before it is used.
 
 A checkpoint is a dict: Lightning's keys (`state_dict`, `optimizer_states`, `loops`, ...) plus "ldm", which holds
-{"format", "kind", "config", "step", "images_seen", "versions", "latents", "metrics"}. Only tensors and plain containers
-go in, so `weights_only=True` always loads what was saved.
+{"format", "kind", "config", "data", "step", "images_seen", "versions", "latents", "metrics"}. Only tensors and plain
+containers go in, so `weights_only=True` always loads what was saved.
 
 Where every rank saves its own share, the file is small and names its shards ({"shards": {"folder", "files"}}, see
 ldm/shards.py); whoever loads it finds no difference.
@@ -122,12 +122,12 @@ def newest(folder: Path) -> Path | None:
 
 
 def find(path: Path) -> Path:
-    """The checkpoint meant by `path`: a file, a folder of checkpoints, or a run folder that has one.
+    """The checkpoint meant by `path` (`~` is home): a file, a folder of checkpoints, or a run folder that has one.
 
     Raises:
         CheckpointError: there is none.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_file():
         return path
     if not path.is_dir():

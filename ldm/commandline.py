@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -82,6 +83,16 @@ some_share = _numbers(float, "a number above 0, at most 1", lambda number: 0 < n
 ratio = _numbers(float, "a number of 0 or more, or inf", lambda number: number >= 0)
 
 
+def path(text: str) -> Path:
+    """An argument that names a file or a folder: `~` is home, also where the shell has left it (--out=~/x)."""
+    return Path(at_home(text))
+
+
+def at_home(text: str) -> str:
+    """The same for a word that may also be something else, such as a glob."""
+    return os.path.expanduser(text)
+
+
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """(`key=value` words, all other words), each in order: overrides may stand anywhere on the line."""
     overrides = [word for word in argv if _OVERRIDE.fullmatch(word)]
@@ -124,7 +135,7 @@ def _parser() -> Parser:
         "-b",
         "--base",
         nargs="+",
-        type=Path,
+        type=path,
         default=[],
         action="extend",
         metavar="FILE.yaml",
@@ -133,12 +144,13 @@ def _parser() -> Parser:
     add(
         "-r",
         "--resume",
+        type=at_home,
         metavar="RUN",
         help="go on with a run folder, a checkpoint, or `auto`: the newest run of this name, else a new one",
     )
     add("-n", "--name", help="the run's name (default: the config's `name`, else the first file's name)")
     add("-f", "--postfix", default="", help="appended to the name")
-    add("-l", "--logdir", type=Path, default=Path("logs"), help="where run folders are made (default: logs)")
+    add("-l", "--logdir", type=path, default=Path("logs"), help="where run folders are made (default: logs)")
     add("-p", "--project", default="ldm", help="the Weights & Biases project (default: ldm)")
     add("-s", "--seed", type=int, help="the same as seed=...")
     add(

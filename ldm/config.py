@@ -10,6 +10,7 @@ Every object is a node `{target: dotted.Class, params: {...}}`; `partial: true` 
 arguments filled in. A fact is stated once and referred to: `${a.b}` is another key, `${data:channels}` what the
 data says about itself, `${newest:logs/*_name}` the newest run folder that matches. OmegaConf looks up the keys, and
 sees nothing else: none of its resolvers can be reached, and what the data says of itself is never read as `${...}`.
+A text that begins with `~/` is a path in the home folder, and resolved as one.
 
     config = load([Path("a.yaml")], ["data.params.batch_size=64"])
     config.check()                                        # before anything is built
@@ -17,6 +18,7 @@ sees nothing else: none of its resolvers can be reached, and what the data says 
     model = build(config.resolved(data.facts())["model"], config.trust)
 """
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
@@ -112,14 +114,14 @@ class Config:
         root = each(self.root, lambda text, keys: _escape(text))
         tree = OmegaConf.create(root.plain())
         root = each(root, lambda text, keys: self._look_up(tree, text, keys))
-        return each(root, lambda text, keys: self._fill(text, keys, facts)), problems
+        return _at_home(each(root, lambda text, keys: self._fill(text, keys, facts))), problems
 
     def _look_up(self, tree: DictConfig, text: str, keys: Keys) -> Any:
         """What OmegaConf makes of the escaped `text` that stands at `keys`."""
-        others = [match["key"] for match in _EXPRESSION.finditer(text) if match["key"]]
+        others = [match["key"] for match in REFERENCE.finditer(text) if match["key"]]
         try:
             value = reduce(getitem, keys, tree)
-            if not _EXPRESSION.fullmatch(text):
+            if not REFERENCE.fullmatch(text):
                 for other in others:
                     _as_text(OmegaConf.select(tree, other), other)
             return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
@@ -147,9 +149,9 @@ class Config:
                 raise ConfigError(f"the data states no fact '{name}'; {nearest(name, facts)}")
             return facts[name]
 
-        if whole := _EXPRESSION.fullmatch(text):
+        if whole := REFERENCE.fullmatch(text):
             return value(whole)
-        return _EXPRESSION.sub(lambda match: _as_text(value(match), match["argument"]), text)
+        return REFERENCE.sub(lambda match: _as_text(value(match), match["argument"]), text)
 
 
 def _change_texts(node: Node, change: Callable[[Node, Keys], Node], keys: Keys = ()) -> Node:
@@ -161,20 +163,35 @@ def _change_texts(node: Node, change: Callable[[Node, Keys], Node], keys: Keys =
     return change(node, keys) if isinstance(node.value, str) and "${" in node.value else node
 
 
-# `${a.b}`, `${data:fact}` or `${newest:glob}`; nothing else is allowed.
-_EXPRESSION = re.compile(r"\$\{\s*((?P<key>[\w-]+(\.[\w-]+)*)|(?P<resolver>data|newest):(?P<argument>[^${}]+?))\s*\}")
+def _at_home(node: Node) -> Node:
+    """The tree with every text that begins with `~/` made a path from the root on."""
+    if isinstance(node.value, dict):
+        return Node({name: _at_home(of) for name, of in node.value.items()}, node.origin)
+    if isinstance(node.value, list):
+        return Node([_at_home(of) for of in node.value], node.origin)
+    return Node(expanded(node.value), node.origin) if isinstance(node.value, str) else node
+
+
+def expanded(value: Any) -> Any:
+    """`~` and `~/...` with the home folder written out; everything else as it is."""
+    home = isinstance(value, str) and (value == "~" or value.startswith("~/"))
+    return os.path.expanduser(value) if home else value
+
+
+REFERENCE = re.compile(r"\$\{\s*((?P<key>[\w-]+(\.[\w-]+)*)|(?P<resolver>data|newest):(?P<argument>[^${}]+?))\s*\}")
+"""`${a.b}`, `${data:fact}` or `${newest:glob}`; nothing else is allowed."""
 
 
 def _escape(text: str) -> str:
     """`text` as OmegaConf shall see it: only the references to keys are left for it to resolve."""
-    if "${" in (rest := _EXPRESSION.sub("", text)):
+    if "${" in (rest := REFERENCE.sub("", text)):
         other = re.search(r"\$\{\s*(?!data:|newest:)([\w.]*:)", rest)
         why = "a configuration is saved and logged, so it takes no secrets from the environment"
         refused = f"'{other[1]}' is refused ({why}); " if other else ""
         allowed = "${a.b}, ${data:fact} or ${newest:glob}, not nested and with its closing }"
         raise ConfigError(f"'{text}': {refused}expected {allowed}")
     # A backslash before ${ escapes it, and so is doubled itself.
-    return re.sub(rf"(\\*)({_EXPRESSION.pattern})", lambda m: m[1] * 2 + ("\\" if m["resolver"] else "") + m[2], text)
+    return re.sub(rf"(\\*)({REFERENCE.pattern})", lambda m: m[1] * 2 + ("\\" if m["resolver"] else "") + m[2], text)
 
 
 def _as_text(value: object, name: str) -> str:
@@ -195,14 +212,16 @@ def _find(root: Node, key: str) -> Node:
 def newest_run(pattern: str) -> str:
     """The folder `<time>_<name>` with the latest time among those that match a glob such as `logs/*_emoji`.
 
-    The time is read from the name: copying or touching a folder changes nothing. ConfigError if there is none.
+    The time is read from the name: copying or touching a folder changes nothing. A start that was killed before it had
+    written its configuration has left no run. ConfigError if there is none.
     """
-    path = Path(pattern)
+    path = Path(expanded(pattern))
     base = Path(path.anchor) if path.is_absolute() else Path()
     runs = []
     for folder in base.glob(str(path.relative_to(base))) if pattern.strip() else ():
         time = re.match(r"\d{4}-?\d{2}-?\d{2}[^_]*(?=_)", folder.name)
-        if time and folder.is_dir():
+        killed = (folder / "configs").is_dir() and not (folder / "configs" / "config.yaml").is_file()
+        if time and folder.is_dir() and not killed:
             runs.append((re.sub(r"\D", "", time[0]), folder.name, str(folder)))
     if not runs:
         name = path.name.lstrip("*_") or "that name"

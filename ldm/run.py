@@ -17,6 +17,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ from pathlib import Path
 from ldm.errors import CheckpointError, ConfigError, LockError, ResourceError
 
 TIME_FORMAT = "%Y-%m-%dT%H-%M-%S"
+# A folder's name has at most 255 bytes, the time and its underscore take 20.
+_LONGEST_NAME = 235
 _FOLDER_NAME = re.compile(r"^(?P<time>\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2})_(?P<name>.+)$")
 
 
@@ -93,6 +96,15 @@ class RunFolder:
         """True when this is a folder some run has written its configuration to."""
         return self.config_file.is_file()
 
+    def remove_unused(self) -> None:
+        """Remove the folder of a run that has not made a step, if nothing lies in it but what a start writes."""
+        state = self.read_state()
+        if state is not None and state.step > 0:
+            return
+        written = {self.config_file, self.source_file, self.facts_file, self.state_file, self.path / "lock"}
+        if all(path.is_dir() or path in written for path in self.path.rglob("*")):
+            shutil.rmtree(self.path, ignore_errors=True)
+
     def make(self) -> None:
         """Create whatever of the folder is missing."""
         for folder in (self.checkpoints, self.config_file.parent, self.images / "train", self.images / "val"):
@@ -141,7 +153,12 @@ class RunFolder:
 
 
 def create(logdir: Path, name: str, postfix: str = "") -> RunFolder:
-    """A new run folder `logdir/<now>_<name><postfix>`; waits a second when that one is taken."""
+    """A new run folder `logdir/<now>_<name><postfix>`; waits a second when that one is taken.
+
+    Raises:
+        ConfigError: no folder can have that name.
+    """
+    check_name(f"{name}{postfix}")
     while True:
         folder = RunFolder(logdir / f"{time.strftime(TIME_FORMAT)}_{name}{postfix}")
         try:
@@ -151,6 +168,15 @@ def create(logdir: Path, name: str, postfix: str = "") -> RunFolder:
             continue
         folder.make()
         return folder
+
+
+@contextmanager
+def removed_if_unused(folder: RunFolder) -> Iterator[None]:
+    """However the block ends, a new run in which no step was made leaves no folder behind."""
+    try:
+        yield
+    finally:
+        folder.remove_unused()
 
 
 def newest(logdir: Path, name: str, postfix: str = "") -> RunFolder | None:
@@ -231,9 +257,18 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def check_name(name: str) -> None:
-    """Raises ConfigError when `name` (or a postfix) cannot be part of a folder's name."""
-    if not re.fullmatch(r"[\w.,=+-]*", name):
-        raise ConfigError(f"{name!r} cannot be part of a run's name: use letters, digits and . , = + - _ only.")
+    """Raises ConfigError when a run, with its postfix, cannot be called `name`: its folder would not be found again.
+
+    Names come from flags, configurations, file names and other people's checkpoints: one with a slash would lead out
+    of the log folder.
+    """
+    advice = "Choose another one with --name, or with `name:` in the configuration."
+    if not re.fullmatch(r"[\w,=+-]([\w.,=+-]*[\w,=+-])?", name):
+        allowed = "letters, digits, any of , = + - _ and, but for both ends, dots"
+        raise ConfigError(f"{name!r} cannot be the name of a run: expected {allowed}. {advice}")
+    if (length := len(os.fsencode(name))) > _LONGEST_NAME:
+        shown = f"{name[:40]}..."
+        raise ConfigError(f"{shown!r} cannot be the name of a run: {length} bytes, at most {_LONGEST_NAME}. {advice}")
 
 
 def _runs(logdir: Path) -> list[RunFolder]:

@@ -37,10 +37,12 @@ class Provenance(pl.Callback):
 
     Args:
         config: the run's resolved configuration, in plain containers.
+        facts: what the data said of itself, for who goes on from the checkpoint.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], facts: Mapping[str, Any] | None = None) -> None:
         self._config = dict(config)
+        self._facts = None if facts is None else dict(facts)
         self._versions = versions()
 
     def on_save_checkpoint(
@@ -50,6 +52,7 @@ class Provenance(pl.Callback):
         checkpoint["ldm"] = {
             "format": FORMAT,
             "config": self._config,
+            "data": self._facts,
             "step": trainer.global_step,
             "images_seen": clock.get("images_seen", 0),
             "versions": self._versions,

@@ -280,7 +280,7 @@ def make_callbacks(
     section = tree["lightning"]
     trainer = section["trainer"]
     callbacks: dict[str, pl.Callback | None] = {
-        "provenance": Provenance(tree),
+        "provenance": Provenance(tree, facts),
         "finite": FiniteGuard(folder.checkpoints),
         "stop": StopOnSignal(folder.checkpoints),
         "images": _pictures(model, _interval(trainer), facts, trust),

@@ -29,7 +29,7 @@ LEVELS = {
         *("config", "config_read", "config_target", "config_types", "config_signature", "config_check", "commandline"),
     ],
     1: [
-        *("dry_run", "data.arrays", "data.pixels"),
+        *("resume_changes", "dry_run", "data.arrays", "data.pixels"),
         *("data.captions", "data.fingerprint", "data.listing", "data.value_range"),
         *("data.images", "data.openmoji", "data.latents", "data.sampler"),
         *("data.latent_files", "data.latent_build", "data.latent_reader"),

@@ -105,7 +105,9 @@ def test_nothing_else_turns_a_tensor_into_float64():
             device = next((ast.unparse(word.value) for word in node.keywords if word.arg == "device"), "")
             made_there = "torch.float64" in words and device and "home(" not in device
             converted = name == "double" or (name in ("to", "type") and "torch.float64" in words)
-            assert not (made_there or converted), f"{path}:{node.lineno}: {ast.unparse(node)}"
+            place = f"{path}:{node.lineno}: {ast.unparse(node)}"
+            assert not made_there, place
+            assert not converted, place
 
 
 def test_auto_is_the_cpu_of_a_mac(monkeypatch, caplog):

@@ -1,5 +1,6 @@
 """A resumed run is the same run, bit for bit: weights, average, optimizer, schedule, order of the data, metrics."""
 
+import copy
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ from ldm.config import to_yaml
 from ldm.data.datamodules import ElasticDataModule
 from ldm.diffusion.module import LatentDiffusion
 from ldm.loggers import read_metrics
+from ldm.schedule import Constant, Cosine, Linear
 from ldm.signals import STOPPING
 
 STEPS = 12
@@ -179,3 +181,108 @@ def test_a_finished_run_goes_on_when_it_is_made_longer(stage, tmp_path, capsys):
     ours, theirs = final(short), final(only(tmp_path / "straight"))
     assert_same(ours.pop("ldm")["images_seen"], theirs.pop("ldm")["images_seen"])
     assert_same(ours, theirs)
+
+
+def watched(monkeypatch, module: Any) -> list[list[tuple[torch.Tensor, dict[str, torch.Tensor], float]]]:
+    """From here on, before and after each training batch: (parameter, its moments, its rate), of all optimizers."""
+    seen: list[Any] = []
+
+    def note(self: Any, *_: Any) -> None:
+        seen.append(
+            [
+                (weight.detach().clone(), copy.deepcopy(optimizer.state[weight]), group["lr"])
+                for optimizer in self.trainer.optimizers
+                for group in optimizer.param_groups
+                for weight in group["params"]
+            ]
+        )
+
+    monkeypatch.setattr(module, "on_train_batch_start", note)
+    monkeypatch.setattr(module, "on_train_batch_end", note)
+    return seen
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "diffusion"], indirect=True)
+def test_a_changed_rate_decay_or_beta_is_what_the_next_step_is_made_with(stage, tmp_path, monkeypatch, capsys):
+    """Kingma and Ba 2015, algorithm 1, from the checkpoint's moments; Loshchilov and Hutter 2019 for the decay."""
+    assert run(saves(stage, every=5), "run.yaml", logdir=tmp_path / "straight") == 0
+    killed = as_killed_after(only(tmp_path / "straight"), 5, tmp_path / "killed")
+    saved = checkpoint.load(checkpoint.find(killed))
+    autoencoder = stage["name"] == "tiny_autoencoder"
+    seen = watched(monkeypatch, AutoencoderKL if autoencoder else LatentDiffusion)
+    key = "model.params.optimizer.params"
+    rate, decay, betas, eps = 0.05, 0.3, (0.6, 0.8), 1e-4
+    words = [f"{key}.lr={rate}", f"{key}.weight_decay={decay}", f"{key}.betas={[*betas]}", f"{key}.eps={eps}"]
+    words += ["--allow-change", "model.params.optimizer", "lightning.trainer.max_steps=6"]
+    assert main.main(["--resume", str(killed), *words]) == 0
+    assert f"changed: {key}.lr from 0.001 to 0.05" in capsys.readouterr().out
+
+    before, after = seen
+    moments = [value for state in saved["optimizer_states"] for _, value in sorted(state["state"].items())]
+    schedule = Cosine(STEPS, warm_up=2)
+    generator = len(saved["optimizer_states"][0]["state"])
+    assert len(before) == len(after) == len(moments) > generator * autoencoder
+    for place, ((weight, start, lr), (changed, end, _), old) in enumerate(zip(before, after, moments, strict=True)):
+        assert_same(start, old)
+        # The discriminator has neither a schedule nor its own optimizer's node; it began at step 4.
+        expected = rate * schedule(5) if autoencoder and place < generator else rate
+        assert lr == expected
+        steps = float(end["step"])
+        assert steps == (2.0 if autoencoder and place >= generator else 6.0)
+        gradient = (end["exp_avg"] - betas[0] * start["exp_avg"]) / (1 - betas[0])
+        second = betas[1] * start["exp_avg_sq"] + (1 - betas[1]) * gradient.square()
+        torch.testing.assert_close(end["exp_avg_sq"], second, rtol=1e-3, atol=1e-9 + 1e-6 * float(second.max()))
+        mean, root = end["exp_avg"] / (1 - betas[0] ** steps), (end["exp_avg_sq"] / (1 - betas[1] ** steps)).sqrt()
+        shrunk = weight if autoencoder else weight * (1 - expected * decay)  # Adam's decay is in the gradient
+        torch.testing.assert_close(changed, shrunk - expected * mean / (root + eps), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "diffusion"], indirect=True)
+def test_a_schedule_may_come_and_go(stage, tmp_path, monkeypatch):
+    assert run(saves(stage, every=5), "run.yaml", logdir=tmp_path / "straight") == 0
+    autoencoder = stage["name"] == "tiny_autoencoder"
+    keys = ["schedule", "discriminator_schedule"] if autoencoder else ["schedule"]
+    module = AutoencoderKL if autoencoder else LatentDiffusion
+    step, places = module.training_step, {"schedule": 5, "discriminator_schedule": 1}
+    for key in keys:
+        for number, (node, factor) in enumerate(
+            [("{target: ldm.schedule.Linear, params: {steps: 20}}", Linear(20)), ("null", Constant())]
+        ):
+            killed = as_killed_after(only(tmp_path / "straight"), 5, tmp_path / f"{key}{number}")
+            seen = watched(monkeypatch, module)
+            words = [f"model.params.{key}={node}", "--allow-change", "model", "lightning.trainer.max_steps=6"]
+            assert main.main(["--resume", str(killed), *words]) == 0
+            lr = seen[0][-1 if key == "discriminator_schedule" else 0][2]
+            assert lr == 1e-3 * factor(places[key])
+            assert module.training_step is step
+
+
+@pytest.mark.parametrize("stage", ["diffusion"], indirect=True)
+def test_the_clip_and_the_average_are_the_configurations(stage, tmp_path, monkeypatch):
+    assert run(saves(stage, every=5), "run.yaml", logdir=tmp_path / "straight") == 0
+    killed = as_killed_after(only(tmp_path / "straight"), 5, tmp_path / "killed")
+    old = checkpoint.load(checkpoint.find(killed))["state_dict"]
+    words = ["model.params.gradient_clip=1e-3", "model.params.ema.params.profile.params.decay=0.25"]
+    norms: list[float] = []
+    update = LatentDiffusion.optimizer_step
+
+    def noted(self: Any, *args: Any, **kwargs: Any) -> None:
+        update(self, *args, **kwargs)
+        moments = [self.trainer.optimizers[0].state[weight]["exp_avg"] for weight in self.denoiser.parameters()]
+        norms.append(float(torch.cat([moment.flatten() for moment in moments]).norm()))
+
+    monkeypatch.setattr(LatentDiffusion, "optimizer_step", noted)
+    betas = ["model.params.optimizer.params.betas=[0.0, 0.999]"]  # so that the first moment is the gradient itself
+    words += [*betas, "--allow-change", "model", "lightning.trainer.max_steps=6"]
+    assert main.main(["--resume", str(killed), *words]) == 0
+    assert norms == [pytest.approx(1e-3, rel=1e-3)]
+    new = checkpoint.load(killed / "checkpoints" / "step=00000006.ckpt")["state_dict"]
+    name = (
+        "network.input.weight"
+        if "denoiser.network.input.weight" in new
+        else next(
+            key.removeprefix("denoiser.") for key in new if key.startswith("denoiser.") and key.endswith("weight")
+        )
+    )
+    expected = 0.25 * old[f"ema.average.{name}"] + 0.75 * new[f"denoiser.{name}"]
+    torch.testing.assert_close(new[f"ema.average.{name}"], expected)

@@ -120,21 +120,24 @@ def test_resumed_twice_with_the_same_words_is_no_change(folder):
 
 
 def test_other_data_is_refused_unless_allowed(folder):
-    resume.check_facts(folder, FACTS, [])
+    start = started("-r", str(folder.path))
+    resume.check_facts(start, FACTS, [])
     with pytest.raises(ConfigError, match=r"num_items\): the run has 50, asked for is 51(.|\n)*--allow-change data"):
-        resume.check_facts(folder, FACTS | {"num_items": 51}, [])
-    resume.check_facts(folder, FACTS | {"num_items": 51}, ["data"])
+        resume.check_facts(start, FACTS | {"num_items": 51}, [])
+    resume.check_facts(start, FACTS | {"num_items": 51}, ["data"])
+    resume.check_facts(start, FACTS | {"autoencoder": "a hash"}, [])  # a fact that was not known then
     assert json.loads(folder.facts_file.read_text()) == FACTS
 
 
 def test_replaced_pictures_are_refused_and_a_run_from_before_they_were_noticed_goes_on(folder):
     for source in ("abc", "abc:contents:12"):
         folder.facts_file.write_text(json.dumps(FACTS | {"source": source}))
-        resume.check_facts(folder, FACTS | {"source": "abc:contents:12"}, [])
+        start = started("-r", str(folder.path))
+        resume.check_facts(start, FACTS | {"source": "abc:contents:12"}, [])
     with pytest.raises(ConfigError, match=r'data \(source\): the run has ":contents:12", asked for is ":contents:13"'):
-        resume.check_facts(folder, FACTS | {"source": "abc:contents:13"}, [])
+        resume.check_facts(start, FACTS | {"source": "abc:contents:13"}, [])
     with pytest.raises(ConfigError, match=r'data \(source\): the run has "abc:contents:12", asked for is "abd"'):
-        resume.check_facts(folder, FACTS | {"source": "abd"}, [])
+        resume.check_facts(start, FACTS | {"source": "abd"}, [])
 
 
 def test_flags_that_would_be_ignored_are_refused(folder):

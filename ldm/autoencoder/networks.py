@@ -184,8 +184,8 @@ class Encoder(nn.Module):
         fix = f"at most {fit} levels can divide" if fit else f"patch_size={patch} does not divide"
         raise ConfigError(
             f"Encoder: expected pictures with sides divisible by {factor} (patch_size={patch} times 2 for each of "
-            f"channel_multipliers' {len(self.levels)} levels but the first), found {height}x{width}, which {fix}: change "
-            f"data.params.resolution, or the encoder's and decoder's channel_multipliers"
+            f"channel_multipliers' {len(self.levels)} levels but the first), found {height}x{width}, which {fix}: "
+            f"change data.params.resolution, or the encoder's and decoder's channel_multipliers"
         )
 
 

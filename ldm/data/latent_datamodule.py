@@ -105,6 +105,8 @@ class LatentDataModule(ElasticDataModule):
             "down_factor": codec.encoder.down_factor,
             "image_resolution": self.image_resolution,
             "image_channels": codec.encoder.in_channels,
+            # A path may lead to other weights than it did: a run goes on in its own latent space alone.
+            "autoencoder": None if self.autoencoder is None else codec.weight_hash(),
         }
 
     @property
