@@ -6,6 +6,7 @@ the ranks and workers that a process starts inherit it. What the user has set st
 
 import math
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -49,7 +50,7 @@ def share(processes: int) -> None:
 
 def affinity() -> int:
     """Processors that this process may run on."""
-    with suppress(AttributeError):  # not everywhere
+    if sys.platform == "linux":
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
