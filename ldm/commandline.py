@@ -56,7 +56,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def path(text: str) -> Path:
-    """An argument that names a file or a folder: `~` is the home folder, also where the shell has left it (--out=~/x)."""
+    """An argument that names a file or a folder: `~` is home, also where the shell has left it (--out=~/x)."""
     return Path(at_home(text))
 
 

@@ -42,7 +42,7 @@ def _with_own_settings(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict
             f"{saved_sizes}: the moments of another optimizer, or of another model, cannot be carried over. Undo that "
             f"change, or start a new run."
         )
-    makers = [inspect.signature(kind.__init__) for kind in type(optimizer).__mro__]
+    makers = [inspect.signature(vars(kind)["__init__"]) for kind in type(optimizer).__mro__ if "__init__" in vars(kind)]
     names = {name for maker in makers for name in maker.parameters} | {"initial_lr"}
     settings = [{name: group[name] for name in group if name in names and name != "params"} for group in own]
     groups = [{**group, **setting} for group, setting in zip(saved, settings, strict=True)]

@@ -20,7 +20,6 @@ from ldm.errors import ConfigError
 from ldm.resume_changes import Written, bound, brief, changes, differences, going_on, refuse
 from ldm.run import RunFolder
 
-
 _SCALED = "--scale-lr belongs to a run's start: the rates that were saved are scaled already."
 
 

@@ -120,10 +120,11 @@ def test_resumed_twice_with_the_same_words_is_no_change(folder):
 
 
 def test_other_data_is_refused_unless_allowed(folder):
-    resume.check_facts(folder, FACTS, [])
+    start = started("-r", str(folder.path))
+    resume.check_facts(start, FACTS, [])
     with pytest.raises(ConfigError, match=r"num_items\): the run has 50, asked for is 51(.|\n)*--allow-change data"):
-        resume.check_facts(folder, FACTS | {"num_items": 51}, [])
-    resume.check_facts(folder, FACTS | {"num_items": 51}, ["data"])
+        resume.check_facts(start, FACTS | {"num_items": 51}, [])
+    resume.check_facts(start, FACTS | {"num_items": 51}, ["data"])
     assert json.loads(folder.facts_file.read_text()) == FACTS
 
 
