@@ -82,13 +82,12 @@ def test_classic_decay_and_its_warm_up():
 @pytest.mark.parametrize("decay", [0.9999, 0.5])
 def test_classic_decay_is_latent_diffusion_s(decay):
     """Its LitEma counts an update before it asks for that update's decay."""
-    net, updates = model(1.0), 0
+    net = model(1.0)
     ema, expected = EMA(net, Decay(decay)), 1.0
-    for step in range(60):
-        value = float(step % 7)
+    for updates in range(1, 61):
+        value = float(updates % 7)
         set_to(net, value)
         ema.update(net, images=8)
-        updates += 1
         expected -= (1 - min(decay, (1 + updates) / (10 + updates))) * (expected - value)
         assert average(ema) == pytest.approx(expected, rel=1e-5)
 

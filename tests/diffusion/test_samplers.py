@@ -7,9 +7,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from ldm.diffusion.grids import Karras
+from ldm.diffusion.grids import CompVis, Karras
 from ldm.diffusion.noise_schedules import Cosine, SqrtLinear, ZeroTerminal
-from ldm.diffusion.objectives import DDPM, EDM, Flow
+from ldm.diffusion.objectives import DDPM, EDM, Flow, Interpolant
+from ldm.diffusion.paths import GVP, VP
 from ldm.diffusion.predictions import V
 from ldm.diffusion.samplers import ancestral, ddim, dpm_solver, first_order_step, heun, start, unipc
 from ldm.randomness import Draws
@@ -45,6 +46,10 @@ def sde(*args, **kwargs):
     return dpm_solver(*args, eta=1.0, **kwargs)
 
 
+def half_sde(*args, **kwargs):
+    return dpm_solver(*args, eta=0.5, **kwargs)
+
+
 def churned(*args, **kwargs):
     return heun(*args, churn=20.0, **kwargs)
 
@@ -56,6 +61,7 @@ SAMPLERS = {
     "churned": churned,
     "dpm_solver": dpm_solver,
     "dpm_solver_sde": sde,
+    "dpm_solver_half_sde": half_sde,
     "unipc": unipc,
 }
 OBJECTIVES = {
@@ -64,6 +70,8 @@ OBJECTIVES = {
     "zero_terminal": DDPM(ZeroTerminal(SqrtLinear()), V()),
     "edm": EDM(),
     "flow": Flow(),
+    "gvp": Interpolant(GVP()),
+    "vp": Interpolant(VP()),
 }
 
 
@@ -102,7 +110,7 @@ ORDERS = {"ddim": 1, "heun": 2, "dpm_solver": 2, "unipc": 3}
 
 
 @pytest.mark.parametrize("sampler", ORDERS)
-@pytest.mark.parametrize("objective", ["edm", "flow"])
+@pytest.mark.parametrize("objective", ["edm", "flow", "gvp", "vp"])
 def test_errors_fall_at_the_sampler_s_order(sampler, objective):
     """Between two times where everything is smooth, in double precision; the slope over a doubling of the steps.
 
@@ -167,6 +175,34 @@ def test_equals_diffusers(eta, steps):
     )
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("steps", [10, 50])
+def test_equals_ddim_of_latent_diffusion_on_its_own_times(eta, steps):
+    """Song et al. 2021, eq. 12 and 16, over the levels that CompVis' code visits; its last step ends at index 0."""
+    bars = (1 - torch.from_numpy(SqrtLinear().betas(1000))).cumprod(0)
+    indices = [index + 1 for index in range(0, 1000, 1000 // steps)]
+    objective, draws = DDPM(SqrtLinear()), Draws(0, range(3), 3)
+    noise = draws.normal("noise", (2, 4, 4))
+
+    def denoise(x, t):
+        return (0.6 * x).clamp(-1, 1) + 0.01 * t / 1000
+
+    x = noise.double()
+    for i, (index, before) in enumerate(zip(reversed(indices), [*reversed(indices[:-1]), 0], strict=True)):
+        bar, bar_before = bars[index], bars[before]
+        x0 = denoise(x, index + 1)
+        eps = (x - bar.sqrt() * x0) / (1 - bar).sqrt()
+        spread = eta * ((1 - bar_before) / (1 - bar) * (1 - bar / bar_before)).sqrt()
+        fresh = draws.normal(f"step{i}", (2, 4, 4))
+        x = bar_before.sqrt() * x0 + (1 - bar_before - spread**2).sqrt() * eps + spread * fresh
+    times = CompVis()(objective, steps)
+    ours = ddim(denoise, objective, noise, times, draws, eta)
+    torch.testing.assert_close(ours.double(), x, rtol=1e-3, atol=1e-3)
+    # Ending at the data instead leaves out the noise of the first level, 0.039 of it.
+    cleaned = ddim(denoise, objective, noise, torch.cat([times[:-1], torch.zeros(1)]), draws, eta)
+    assert (cleaned - ours).square().mean().sqrt() > 0.02
+
+
 def test_eta_one_is_the_posterior_of_ddpm():
     """Ho et al. 2020, eq. 7: mean and variance of q(x_{t-1} | x_t, x0)."""
     objective = DDPM(SqrtLinear())
@@ -229,7 +265,7 @@ def test_nothing_waits_for_the_device(sampler, objective):
     assert x.shape == (2, 1, 4, 4)
 
 
-@pytest.mark.parametrize("sampler", ["ancestral", "churned", "dpm_solver_sde"])
+@pytest.mark.parametrize("sampler", ["ancestral", "churned", "dpm_solver_sde", "dpm_solver_half_sde"])
 def test_noise_on_the_way_needs_draws(sampler):
     objective = DDPM(SqrtLinear())
     with pytest.raises(ValueError, match="draws"):
