@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ldm.config import load
 from ldm.diffusion.conditioning import Conditioning
 from ldm.diffusion.noise_levels import LogitNormal, LogNormal, Shifted, Uniform
 from ldm.diffusion.noise_schedules import Linear, SqrtLinear, ZeroTerminal
@@ -356,3 +358,17 @@ def test_weightings_multiply_absolute_errors_by_the_same_factor(weighting):
 def test_the_bound_is_of_squared_errors():
     with pytest.raises(ConfigError, match="variational bound is of squared errors, found Absolute"):
         DDPM(SqrtLinear(), weighting=VLB(), distance=Absolute())
+
+
+@pytest.mark.parametrize(("name", "good"), [("Absolute", True), ("Squared", True), ("Plain", False), ("MinSNR", False)])
+def test_a_configuration_cannot_give_a_weighting_as_a_distance(name, good):
+    """It would be called without complaint, and train on the output's own mean."""
+    sit = Path(__file__).parents[2] / "configs" / "diffusion" / "sit_xl2_imagenet256.yaml"
+    distance = f"model.params.objective.params.distance={{target: ldm.diffusion.weightings.{name}}}"
+    config = load([sit], ["data.params.autoencoder=logs/none", distance])
+    facts = {"channels": 4, "resolution": 32, "num_classes": 1000, "batch_size": 8, "num_items": 100}
+    if good:
+        config.check(facts)
+    else:
+        with pytest.raises(ConfigError, match=r"distance \(.*expected Distance"):
+            config.check(facts)
