@@ -74,10 +74,22 @@ def test_warm_up_of_the_half_life():
 
 def test_classic_decay_and_its_warm_up():
     profile = Decay(0.999)
-    # LitEma counts an update before it looks: min(decay, (1 + n) / (10 + n)) with n = 1 in the first.
     assert profile(0, 8) == pytest.approx(2 / 11)
-    assert profile(8 * 90, 8) == pytest.approx(92 / 101)
+    assert profile(8 * 89, 8) == pytest.approx(91 / 100)  # the 90th update
     assert profile(8 * 10**6, 8) == 0.999
+
+
+@pytest.mark.parametrize("decay", [0.9999, 0.5])
+def test_classic_decay_is_latent_diffusion_s(decay):
+    """Its LitEma counts an update before it asks for that update's decay."""
+    net = model(1.0)
+    ema, expected = EMA(net, Decay(decay)), 1.0
+    for updates in range(1, 61):
+        value = float(updates % 7)
+        set_to(net, value)
+        ema.update(net, images=8)
+        expected -= (1 - min(decay, (1 + updates) / (10 + updates))) * (expected - value)
+        assert average(ema) == pytest.approx(expected, rel=1e-5)
 
 
 def test_small_updates_are_not_lost_to_half_precision():

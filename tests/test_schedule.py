@@ -19,12 +19,29 @@ def test_warm_up_starts_above_zero_and_ends_at_one(schedule):
     assert [schedule(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
 
 
-@pytest.mark.parametrize("make", [Constant, lambda **how: InverseSqrt(100, **how), lambda **how: Linear(100, **how)])
-def test_warm_up_as_in_published_code(make):
-    """LambdaLinearScheduler: start + (1 - start) n / w at its step n, counted from 0, and 1 at step w."""
-    assert [make(warm_up=4, start=0.0)(step) for step in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
-    assert make(warm_up=10_000, start=1e-6)(0) == 1e-6
-    assert make(warm_up=10, start=1e-6)(3) == pytest.approx(1e-6 + (1 - 1e-6) * 0.3)
+def test_warm_up_of_published_code():
+    """A warm-up of latent diffusion's schedulers and of EDM2's: step 0 at `start`, 1 at step `warm_up`."""
+    ramps = [
+        Constant(4, start=0.2),
+        InverseSqrt(100, 4, start=0.2),
+        Linear(10**9, 4, start=0.2),
+        Cosine(10**9, 4, start=0.2),
+    ]
+    for schedule in ramps:
+        assert [schedule(step) for step in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1])
+    assert [InverseSqrt(70_000, 5000, start=0.0)(step) for step in (0, 2500, 5000)] == [0, 0.5, 1]
+    assert Constant(10_000, start=1e-6)(0) == 1e-6
+
+
+def test_cosine_after_a_published_warm_up_is_latent_diffusion_s():
+    """The formula of its LambdaWarmUpCosineScheduler, whose cosine begins where the warm-up ends."""
+    warm_up, steps, final, start = 5, 40, 0.02, 1e-6
+    schedule = Cosine(steps, warm_up, final, start)
+    for step in range(60):
+        share = min((step - warm_up) / (steps - warm_up), 1.0)
+        decayed = final + 0.5 * (1 - final) * (1 + math.cos(share * math.pi))
+        expected = start + (1 - start) / warm_up * step if step < warm_up else decayed
+        assert schedule(step) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("schedule", [Linear, Cosine])
@@ -43,16 +60,24 @@ def test_shapes():
     assert [InverseSqrt(100)(step) for step in (0, 100, 400)] == [1, 1, 0.5]
 
 
-@given(st.sampled_from([Linear, Cosine]), st.integers(1, 60), st.integers(0, 80), st.floats(0, 1), st.integers(0, 150))
-def test_up_once_then_never_again(schedule, steps, warm_up, final, step):
-    factor = schedule(steps, warm_up, final)
+@given(
+    st.sampled_from([Linear, Cosine]),
+    st.integers(1, 60),
+    st.integers(0, 80),
+    st.floats(0, 1),
+    st.integers(0, 150),
+    st.sampled_from([None, 0.0, 0.3]),
+)
+def test_up_once_then_never_again(schedule, steps, warm_up, final, step, start):
+    factor = schedule(steps, warm_up, final, start)
+    peak = max(warm_up - 1, 0) if start is None else warm_up
     assert 0 <= factor(step) <= 1
     if step < steps:
-        assert factor(step) > 0 or final == 0
-    if step >= max(warm_up - 1, 0):
+        assert factor(step) > 0 or final == 0 or start == 0
+    if step >= peak:
         assert factor(step + 1) <= factor(step) + 1e-12
-    if warm_up <= steps:
-        assert factor(max(warm_up - 1, 0)) == 1  # the peak is reached
+    if peak < steps:
+        assert factor(peak) == 1
         assert factor(steps + 100) == pytest.approx(final)
 
 

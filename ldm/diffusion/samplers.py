@@ -127,9 +127,10 @@ def heun(
 def _heun_step(denoise: Denoiser, objective: Objective, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """From t to s along the mean of both ends' x0 and eps; to the data itself, where eps is not known, along t's alone.
 
-    x = alpha x0 + sigma eps moves by dx = x0 d(alpha) + eps d(sigma), also where alpha or sigma is 0. For whitened data
-    that is 1 to 14 times more exact on flows than d(x / alpha) = eps d(sigma / alpha), and on DDPM 1 to 2 times with
-    `Karras`' grid, equal with the default one; on the cosine schedule, whose last ratios are huge, the latter diverges.
+    x = alpha x0 + sigma eps moves by dx = x0 d(alpha) + eps d(sigma), also where alpha or sigma is 0. On whitened data,
+    with 10 to 40 steps, the error is 1.2 to 14 times smaller on flows than along d(x / alpha) = eps d(sigma / alpha),
+    and 1.3 to 40 times on DDPM with `Karras`' grid. With DDPM's even grid the last step decides, and they are alike
+    (the other is better for white noise alone); on the cosine schedule, whose last ratios are huge, the other diverges.
     """
     x0 = denoise(x, t)
     ahead = first_order_step(objective, x, x0, t, s)

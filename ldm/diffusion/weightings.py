@@ -5,6 +5,7 @@ x0 or v; here they are stated once, as weights of the squared error of x0, and h
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,20 +16,24 @@ from ldm.layers import sinusoid
 from ldm.ranges import Count, Finite, NotNegative, Positive
 
 
-class Distance(Protocol):
-    """distance(output, target) -> the error of each number of the output, in their shape."""
+class Distance(ABC):
+    """distance(output, target) -> the error of each number of the output, in their shape.
 
+    A class, not a protocol: a configuration that gives a weighting in its place is refused, though it is called alike.
+    """
+
+    @abstractmethod
     def __call__(self, output: Tensor, target: Tensor) -> Tensor: ...
 
 
-class Squared:
+class Squared(Distance):
     """The square, of which the papers' weights speak."""
 
     def __call__(self, output: Tensor, target: Tensor) -> Tensor:
         return (output - target).square()
 
 
-class Absolute:
+class Absolute(Distance):
     """The absolute value: `loss_type: l1` of latent diffusion's configurations.
 
     Its best output is the median, not the mean. A weighting multiplies it by the same factor as it does the square.

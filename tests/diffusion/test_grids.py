@@ -5,7 +5,8 @@ import torch
 
 from ldm.diffusion.grids import CompVis, Default, Karras, Power, Shift
 from ldm.diffusion.noise_schedules import Cosine, SqrtLinear, ZeroTerminal
-from ldm.diffusion.objectives import DDPM, EDM, Flow
+from ldm.diffusion.objectives import DDPM, EDM, Flow, Interpolant
+from ldm.diffusion.paths import GVP, VP
 from ldm.diffusion.predictions import V
 from ldm.errors import ConfigError
 
@@ -15,6 +16,8 @@ OBJECTIVES = {
     "zero terminal": DDPM(ZeroTerminal(SqrtLinear()), V()),
     "edm": EDM(),
     "flow": Flow(),
+    "gvp": Interpolant(GVP(last=0.999)),
+    "vp": Interpolant(VP()),
 }
 GRIDS = {"default": Default(), "uniform": Power(1), "quadratic": Power(2), "karras": Karras(), "shifted": Shift(3.0)}
 
@@ -50,16 +53,28 @@ def test_formulas():
     torch.testing.assert_close(ratios.diff(), ratios.diff().mean().expand(6), rtol=2e-2, atol=1e-4)
 
 
-def test_compvis():
-    """make_ddim_timesteps: range(0, 1000, 1000 // steps) + 1, levels counted from 0 as the original does."""
-    ddpm = DDPM(SqrtLinear())
-    times = CompVis()(ddpm, 50)
-    theirs = [level + 1 for level in range(0, 1000, 20)]  # their ddim_timesteps
-    assert times[:-1].tolist() == [level + 1.0 for level in reversed(theirs)]  # ours count from 1
-    assert times[-1] == 1  # their ddim_alphas_prev begins with alphas_cumprod[0]
-    assert len(times) == 51
-    for steps, fate in ((300, "fails at level 1000"), (400, "makes 500"), (1000, "fails at level 1000"), (0, "steps")):
-        with pytest.raises(ConfigError, match=fate):
-            CompVis()(ddpm, steps)
-    with pytest.raises(ConfigError, match="discrete levels"):
-        CompVis()(Flow(), 50)
+@pytest.mark.parametrize(("levels", "steps"), [*((1000, n) for n in (1, 2, 5, 20, 50, 200, 250, 500)), (500, 50)])
+def test_compvis_times_are_those_of_its_code(levels, steps):
+    """Their index i is our time i + 1; theirs are range(0, T, T // steps) + 1, and the last step goes to index 0."""
+    indices = [index + 1 for index in range(0, levels, levels // steps)]
+    times = CompVis()(DDPM(SqrtLinear(), steps=levels), steps)
+    assert times.dtype == torch.float32
+    assert times.tolist() == [*(index + 1 for index in reversed(indices)), 1]
+
+
+@pytest.mark.parametrize(
+    ("objective", "steps", "message"),
+    [
+        (DDPM(SqrtLinear()), 400, "a divisor of 1000 .*found 400, of which the original makes 500. .* 250 and 500"),
+        (DDPM(SqrtLinear()), 30, "found 30, of which the original makes 31. .* 20 and 25"),
+        (DDPM(SqrtLinear()), 300, "found 300, of which the original fails at level 1000 of 0 to 999.* 200 and 250"),
+        (DDPM(SqrtLinear()), 1000, "found 1000, of which the original fails"),
+        (DDPM(SqrtLinear()), 0, "1 to 1000"),
+        (DDPM(SqrtLinear()), 1001, "1 to 1000"),
+        (Flow(), 50, "discrete levels.*which Straight has not"),
+        (EDM(), 50, "discrete levels.*which Exploding has not"),
+    ],
+)
+def test_compvis_grid_refuses_what_its_code_does_not_do(objective, steps, message):
+    with pytest.raises(ConfigError, match=message):
+        CompVis()(objective, steps)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,13 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ldm.config import load
 from ldm.diffusion.conditioning import Conditioning
 from ldm.diffusion.noise_levels import LogitNormal, LogNormal, Shifted, Uniform
 from ldm.diffusion.noise_schedules import Linear, SqrtLinear, ZeroTerminal
-from ldm.diffusion.objectives import DDPM, EDM, Flow, rowwise
-from ldm.diffusion.paths import Discrete
+from ldm.diffusion.objectives import DDPM, EDM, Flow, Interpolant, rowwise
+from ldm.diffusion.paths import GVP, VP, Discrete
 from ldm.diffusion.predictions import X0, Eps, V
-from ldm.diffusion.weightings import VLB, MinSNR, Uncertainty
+from ldm.diffusion.weightings import P2, VLB, Absolute, MinSNR, Plain, Squared, Uncertainty
 from ldm.errors import ConfigError
 from ldm.randomness import Draws
 
@@ -181,6 +183,10 @@ OBJECTIVES = {
     "zero terminal": DDPM(ZeroTerminal(SqrtLinear()), V()),
     "edm": EDM(),
     "flow": Flow(),
+    "gvp": Interpolant(GVP()),
+    "gvp, eps": Interpolant(GVP(last=0.999), Eps()),
+    "vp": Interpolant(VP()),
+    "vp, x0": Interpolant(VP(), X0()),
 }
 
 
@@ -201,10 +207,11 @@ def test_time_is_the_inverse_of_the_ratio(objective):
     ratio = torch.tensor([0.0, 0.05, 0.2, 1.0, 7.0])
     t = objective.time(ratio)
     torch.testing.assert_close(objective.sigma(t) / objective.alpha(t), ratio, rtol=1e-4, atol=1e-6)
-    # Beyond its end there is nothing but on EDM's path, where churn goes on.
-    beyond = 1e9 if objective.path.sigmas else objective.last
-    assert objective.time(torch.tensor(1e9)) == pytest.approx(beyond)
-    assert objective.time(torch.tensor(torch.inf)) == (torch.inf if objective.path.sigmas else objective.last)
+    if isinstance(objective, EDM):  # its path has no end: sampling only begins at `last`
+        assert objective.time(torch.tensor(1e9)) == 1e9
+    else:
+        assert objective.time(torch.tensor(1e9)) == pytest.approx(objective.last)
+        assert objective.time(torch.tensor(torch.inf)) == objective.last
 
 
 def test_loss_is_that_of_the_optimal_denoiser_s_error(objective):
@@ -307,3 +314,61 @@ def test_direction_counts_on_top():
 def test_the_bound_needs_steps():
     with pytest.raises(ConfigError, match="variational bound"):
         EDM(weighting=VLB())
+
+
+NAMED = {
+    "ddpm": lambda **given: DDPM(SqrtLinear(), **given),
+    "edm": EDM,
+    "flow": Flow,
+    "interpolant": lambda **given: Interpolant(VP(), **given),
+}
+
+
+@pytest.mark.parametrize("make", NAMED.values(), ids=NAMED)
+def test_absolute_errors_are_those_of_loss_type_l1(make):
+    """The mean over each picture of |output - target|; squared by default."""
+    objective, draws, x0 = make(distance=Absolute()), Draws(0, range(8), 8), torch.randn(8, 2, 4, 4)
+    t = objective.path.visit(objective.levels(draws.stratified("timestep")))
+    a, s = (rowwise(level(t), x0) for level in (objective.alpha, objective.sigma))
+    target = objective.prediction.target(x0, draws.normal("noise", (2, 4, 4)), a, s)
+    off = torch.linspace(-2, 2, 32).reshape(2, 4, 4)
+
+    def net(x, told, conditioning):
+        return target + off
+
+    expected = off.abs().mean().expand(8)
+    torch.testing.assert_close(objective.loss(net, x0, NOTHING, draws), expected, rtol=1e-3, atol=1e-3)
+    squared = make().loss(net, x0, NOTHING, draws)
+    torch.testing.assert_close(squared, off.square().mean().expand(8), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(make(distance=Squared()).loss(net, x0, NOTHING, draws), squared, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("weighting", [MinSNR(), P2()], ids=lambda w: type(w).__name__)
+def test_weightings_multiply_absolute_errors_by_the_same_factor(weighting):
+    draws, x0 = Draws(0, range(8), 8), torch.randn(8, 2, 4, 4)
+
+    def losses(weighting, distance):
+        objective = DDPM(SqrtLinear(), weighting=weighting, distance=distance)
+        return objective.loss(lambda x, told, conditioning: torch.zeros_like(x), x0, NOTHING, draws)
+
+    factors = [losses(weighting, distance) / losses(Plain(), distance) for distance in (Squared(), Absolute())]
+    torch.testing.assert_close(*factors)
+
+
+def test_the_bound_is_of_squared_errors():
+    with pytest.raises(ConfigError, match="variational bound is of squared errors, found Absolute"):
+        DDPM(SqrtLinear(), weighting=VLB(), distance=Absolute())
+
+
+@pytest.mark.parametrize(("name", "good"), [("Absolute", True), ("Squared", True), ("Plain", False), ("MinSNR", False)])
+def test_a_configuration_cannot_give_a_weighting_as_a_distance(name, good):
+    """It would be called without complaint, and train on the output's own mean."""
+    sit = Path(__file__).parents[2] / "configs" / "diffusion" / "sit_xl2_imagenet256.yaml"
+    distance = f"model.params.objective.params.distance={{target: ldm.diffusion.weightings.{name}}}"
+    config = load([sit], ["data.params.autoencoder=logs/none", distance])
+    facts = {"channels": 4, "resolution": 32, "num_classes": 1000, "batch_size": 8, "num_items": 100}
+    if good:
+        config.check(facts)
+    else:
+        with pytest.raises(ConfigError, match=r"distance \(.*expected Distance"):
+            config.check(facts)

@@ -5,9 +5,10 @@ import itertools
 import pytest
 import torch
 
-from ldm.diffusion.predictions import X0, Eps, Preconditioned, V, Velocity
+from ldm.diffusion.paths import GVP
+from ldm.diffusion.predictions import X0, Eps, PathVelocity, Preconditioned, V, Velocity
 
-PREDICTIONS = [Eps(), X0(), V(), Velocity(), Preconditioned(0.5)]
+PREDICTIONS = [Eps(), X0(), V(), Velocity(), PathVelocity(GVP()), Preconditioned(0.5)]
 LEVELS = {
     "variance preserving": (0.6, 0.8),
     "straight": (0.3, 0.7),
@@ -52,7 +53,7 @@ def test_gain_is_how_errors_carry_over(prediction, level):
     torch.testing.assert_close(moved.abs(), (0.25 * prediction.gain(alpha, sigma)).expand(5, 3))
 
 
-@pytest.mark.parametrize(("one", "other"), [*itertools.permutations(PREDICTIONS[:4], 2)], ids=name)
+@pytest.mark.parametrize(("one", "other"), [*itertools.permutations(PREDICTIONS[:5], 2)], ids=name)
 def test_they_convert_into_one_another(one, other, level):
     """An output of one kind says the same as one of another kind, whether it is right or not."""
     alpha, sigma = level

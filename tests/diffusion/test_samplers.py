@@ -1,19 +1,18 @@
 """Samplers against closed forms: where the data's distribution is known, so is the best denoiser, and every sampler has
 to lead back to that distribution; and against diffusers' DDIM where both walk the same times."""
 
-import itertools
 import math
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from ldm.diffusion.grids import Karras
+from ldm.diffusion.grids import CompVis, Karras
 from ldm.diffusion.noise_schedules import Cosine, SqrtLinear, ZeroTerminal
 from ldm.diffusion.objectives import DDPM, EDM, Flow, Interpolant
-from ldm.diffusion.paths import GVP
+from ldm.diffusion.paths import GVP, VP
 from ldm.diffusion.predictions import V
-from ldm.diffusion.samplers import _sde_step, ancestral, ddim, dpm_solver, first_order_step, heun, start, unipc
+from ldm.diffusion.samplers import ancestral, ddim, dpm_solver, first_order_step, heun, start, unipc
 from ldm.randomness import Draws
 
 N = 4000
@@ -47,6 +46,10 @@ def sde(*args, **kwargs):
     return dpm_solver(*args, eta=1.0, **kwargs)
 
 
+def half_sde(*args, **kwargs):
+    return dpm_solver(*args, eta=0.5, **kwargs)
+
+
 def churned(*args, **kwargs):
     return heun(*args, churn=20.0, **kwargs)
 
@@ -58,6 +61,7 @@ SAMPLERS = {
     "churned": churned,
     "dpm_solver": dpm_solver,
     "dpm_solver_sde": sde,
+    "dpm_solver_half_sde": half_sde,
     "unipc": unipc,
 }
 OBJECTIVES = {
@@ -66,6 +70,8 @@ OBJECTIVES = {
     "zero_terminal": DDPM(ZeroTerminal(SqrtLinear()), V()),
     "edm": EDM(),
     "flow": Flow(),
+    "gvp": Interpolant(GVP()),
+    "vp": Interpolant(VP()),
 }
 
 
@@ -104,7 +110,7 @@ ORDERS = {"ddim": 1, "heun": 2, "dpm_solver": 2, "unipc": 3}
 
 
 @pytest.mark.parametrize("sampler", ORDERS)
-@pytest.mark.parametrize("objective", ["edm", "flow"])
+@pytest.mark.parametrize("objective", ["edm", "flow", "gvp", "vp"])
 def test_errors_fall_at_the_sampler_s_order(sampler, objective):
     """Between two times where everything is smooth, in double precision; the slope over a doubling of the steps.
 
@@ -169,6 +175,34 @@ def test_equals_diffusers(eta, steps):
     )
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("steps", [10, 50])
+def test_equals_ddim_of_latent_diffusion_on_its_own_times(eta, steps):
+    """Song et al. 2021, eq. 12 and 16, over the levels that CompVis' code visits; its last step ends at index 0."""
+    bars = (1 - torch.from_numpy(SqrtLinear().betas(1000))).cumprod(0)
+    indices = [index + 1 for index in range(0, 1000, 1000 // steps)]
+    objective, draws = DDPM(SqrtLinear()), Draws(0, range(3), 3)
+    noise = draws.normal("noise", (2, 4, 4))
+
+    def denoise(x, t):
+        return (0.6 * x).clamp(-1, 1) + 0.01 * t / 1000
+
+    x = noise.double()
+    for i, (index, before) in enumerate(zip(reversed(indices), [*reversed(indices[:-1]), 0], strict=True)):
+        bar, bar_before = bars[index], bars[before]
+        x0 = denoise(x, index + 1)
+        eps = (x - bar.sqrt() * x0) / (1 - bar).sqrt()
+        spread = eta * ((1 - bar_before) / (1 - bar) * (1 - bar / bar_before)).sqrt()
+        fresh = draws.normal(f"step{i}", (2, 4, 4))
+        x = bar_before.sqrt() * x0 + (1 - bar_before - spread**2).sqrt() * eps + spread * fresh
+    times = CompVis()(objective, steps)
+    ours = ddim(denoise, objective, noise, times, draws, eta)
+    torch.testing.assert_close(ours.double(), x, rtol=1e-3, atol=1e-3)
+    # Ending at the data instead leaves out the noise of the first level, 0.039 of it.
+    cleaned = ddim(denoise, objective, noise, torch.cat([times[:-1], torch.zeros(1)]), draws, eta)
+    assert (cleaned - ours).square().mean().sqrt() > 0.02
+
+
 def test_eta_one_is_the_posterior_of_ddpm():
     """Ho et al. 2020, eq. 7: mean and variance of q(x_{t-1} | x_t, x0)."""
     objective = DDPM(SqrtLinear())
@@ -231,7 +265,7 @@ def test_nothing_waits_for_the_device(sampler, objective):
     assert x.shape == (2, 1, 4, 4)
 
 
-@pytest.mark.parametrize("sampler", ["ancestral", "churned", "dpm_solver_sde"])
+@pytest.mark.parametrize("sampler", ["ancestral", "churned", "dpm_solver_sde", "dpm_solver_half_sde"])
 def test_noise_on_the_way_needs_draws(sampler):
     objective = DDPM(SqrtLinear())
     with pytest.raises(ValueError, match="draws"):
@@ -249,101 +283,3 @@ def test_start_has_the_spread_of_the_last_level_and_keeps_an_image(objective):
     assert (start(objective, noise, early, x0) / objective.alpha(early) - x0).std().item() == pytest.approx(
         0.05, rel=0.1
     )
-
-
-def gaussian_denoiser(objective, std):
-    """E[x0 | x_t] of data N(0, std^2)."""
-
-    def denoise(x, t):
-        alpha, sigma = objective.alpha(t), objective.sigma(t)
-        return x * alpha * std**2 / (alpha**2 * std**2 + sigma**2)
-
-    return denoise
-
-
-class Given:
-    """The same noise each time."""
-
-    def __init__(self, noise):
-        self.noise = noise
-
-    def normal(self, purpose, shape):
-        return self.noise
-
-
-def algorithm_2(denoise, x, sigmas, churn, s_min, s_max, s_noise, noise):
-    """Karras et al. 2022, algorithm 2, line by line."""
-    steps = len(sigmas) - 1
-    for i in range(steps):
-        t, s = sigmas[i], sigmas[i + 1]
-        gamma = min(churn / steps, math.sqrt(2) - 1) if s_min <= t <= s_max else 0.0
-        t_hat = t + gamma * t
-        x_hat = x + math.sqrt(t_hat**2 - t**2) * s_noise * noise
-        d = (x_hat - denoise(x_hat, torch.tensor(t_hat))) / t_hat
-        x = x_hat + (s - t_hat) * d
-        if s > 0:
-            d_next = (x - denoise(x, torch.tensor(s))) / s
-            x = x_hat + (s - t_hat) * (d + d_next) / 2
-    return x
-
-
-@pytest.mark.parametrize("s_max", [math.inf, 50.0])
-def test_churn_is_that_of_the_paper_also_beyond_the_first_level(s_max):
-    edm = EDM()
-    denoise = gaussian_denoiser(edm, 0.7)
-    times = edm.grid(12)
-    torch.manual_seed(0)
-    x, noise = 80 * torch.randn(5, 3), torch.randn(5, 3)
-    how = {"churn": 10.0, "churn_from": 0.05, "churn_to": s_max, "inflation": 1.003}
-    ours = heun(denoise, edm, x, times, Given(noise), **how)
-    theirs = algorithm_2(denoise, x, times.tolist(), 10.0, 0.05, s_max, 1.003, noise)
-    torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-5)
-
-
-@pytest.mark.parametrize("path", ["straight", "gvp"])
-def test_heun_on_flows_is_heun_on_the_velocity(path):
-    objective = Flow() if path == "straight" else Interpolant(GVP())
-    denoise = gaussian_denoiser(objective, 0.7)
-    times = objective.grid(10)
-    x = torch.linspace(-2, 2, 9)
-    expected = x
-    for t, s in itertools.pairwise(times[:-1]):
-        if path == "straight":
-            slope = (expected - denoise(expected, t)) / t
-            ahead = expected + (s - t) * slope
-            expected = expected + (s - t) * (slope + (ahead - denoise(ahead, s)) / s) / 2
-    if path == "straight":
-        expected = denoise(expected, times[-2])
-        torch.testing.assert_close(heun(denoise, objective, x, times), expected)
-    # The exact solution for Gaussian data keeps the quantile: x / sqrt(alpha^2 std^2 + sigma^2).
-    errors = [float((heun(denoise, objective, x, objective.grid(n)) - 0.7 * x).abs().max()) for n in (20, 40)]
-    assert errors[1] < errors[0] / 2.5
-    assert errors[1] < 2e-3
-
-
-@pytest.mark.parametrize("eta", [0.0, 0.3, 0.7, 1.0])
-@pytest.mark.parametrize("objective", ["ddpm", "edm", "flow"])
-def test_the_sde_of_any_eta_keeps_every_level_s_noise(objective, eta):
-    """With x0 constant a step is exact: two are as one, and eps stays of variance 1."""
-    made = OBJECTIVES[objective]
-    last = float(made.last)
-    t, middle, s = (torch.tensor(share * last) for share in (0.8, 0.5, 0.2))
-    x0 = torch.full((N,), 0.4)
-
-    def eps(x, at):
-        return (x - made.alpha(at) * x0) / made.sigma(at)
-
-    draw = torch.Generator().manual_seed(1)
-    normal = [torch.randn(N, generator=draw) for _ in range(3)]
-    x = made.alpha(t) * x0 + made.sigma(t) * normal[0]
-    once = eps(_sde_step(made, x, x0, t, s, eta, normal[1]), s)
-    half = _sde_step(made, x, x0, t, middle, eta, normal[1])
-    twice = eps(_sde_step(made, half, x0, middle, s, eta, normal[2]), s)
-    for found in (once, twice):
-        assert float(found.std()) == pytest.approx(1, abs=0.04)
-    ratio = float(made.sigma(s) / made.alpha(s) / (made.sigma(t) / made.alpha(t)))
-    for found in (once, twice):  # what is kept of the first noise
-        assert float((found * normal[0]).mean()) == pytest.approx(ratio ** (eta**2), abs=0.05)
-    first_order = first_order_step(made, x, x0, t, s, eta, normal[1])
-    if eta in (0.0, 1.0):
-        torch.testing.assert_close(once, eps(first_order, s), rtol=1e-3, atol=1e-3)

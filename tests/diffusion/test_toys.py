@@ -11,10 +11,11 @@ from ldm.diffusion.conditioning import Conditioning
 from ldm.diffusion.grids import Karras
 from ldm.diffusion.noise_levels import LogitNormal
 from ldm.diffusion.noise_schedules import Cosine, SqrtLinear, ZeroTerminal
-from ldm.diffusion.objectives import DDPM, EDM, Flow
-from ldm.diffusion.predictions import X0, V
+from ldm.diffusion.objectives import DDPM, EDM, Flow, Interpolant
+from ldm.diffusion.paths import GVP, VP
+from ldm.diffusion.predictions import X0, Eps, V
 from ldm.diffusion.samplers import dpm_solver, start
-from ldm.diffusion.weightings import MinSNR, Plain, Uncertainty
+from ldm.diffusion.weightings import Absolute, MinSNR, Plain, Uncertainty
 from ldm.layers import sinusoid
 from ldm.randomness import Draws
 
@@ -26,6 +27,11 @@ OBJECTIVES = {
     "edm, uncertainty": lambda: EDM(weighting=Uncertainty(Plain())),
     "flow": Flow,
     "flow, logit-normal": lambda: Flow(levels=LogitNormal()),
+    "ddpm, absolute error": lambda: DDPM(SqrtLinear(), distance=Absolute()),
+    "gvp": lambda: Interpolant(GVP()),
+    "gvp, x0, min-SNR": lambda: Interpolant(GVP(), X0(), MinSNR()),
+    "vp": lambda: Interpolant(VP()),
+    "vp, eps": lambda: Interpolant(VP(), Eps()),
 }
 BATCH, STEPS, SAMPLES = 512, 1200, 4000
 

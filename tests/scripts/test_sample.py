@@ -104,12 +104,27 @@ def test_pictures_of_other_settings_are_left_alone(run, capsys):
 
 def test_each_setting_has_a_folder_of_its_own_by_default(runs, capsys):
     arguments = ["-r", str(runs.diffusion.parent / "*_tiny_diffusion"), "--classes", "0", "-n", "1", *QUICK]
-    for more in ([], ["--sampler", "ancestral"], ["--eta", "0.5"], ["--sampler", "unipc", "--grid", "karras"]):
+    for more in (
+        [],
+        ["--sampler", "ancestral"],
+        ["--eta", "0.5"],
+        ["--sampler", "unipc", "--grid", "karras"],
+        ["--grid", "compvis"],
+    ):
         assert sample.main([*arguments, *more]) == 0
     folders = sorted(path.name for path in (runs.diffusion / "samples").iterdir())
-    settings = ("ancestral2", "ddim2-eta0.5", "ddim2", "unipc2-karras")
+    settings = ("ancestral2", "ddim2-compvis", "ddim2-eta0.5", "ddim2", "unipc2-karras")
     assert folders == [f"step7-ema-{name}-guidance2" for name in settings]
     assert "samples/step7-ema-ddim2-guidance2/grid.png" in capsys.readouterr().out
+
+
+def test_fresh_noise_on_the_way_changes_the_picture(run):
+    pictures = []
+    for name, more in {"none": [], "half": ["--eta", "0.5"], "all": ["--eta", "1"]}.items():
+        code, out = run("--classes", "0", "-n", "1", "--steps", "3", "--sampler", "dpm", *more, out=name)
+        assert code == 0
+        pictures.append(pixels(out / "000-000000.png").tobytes())
+    assert len({*pictures}) == 3
 
 
 def test_given_seeds_are_used_for_every_class(run):
@@ -134,7 +149,8 @@ def test_grey_pictures_of_an_unconditional_model_in_a_square(make_runs, run):
         (["--classes", "bird"], 2, "cat, dog, Ankle boot"),
         (["--steps", "0"], 2, "--steps: expected a whole number of 1 or more, found '0'"),
         (["--steps", "2000"], 2, "1 to 1000"),
-        (["--eta", "0.5", "--sampler", "ancestral"], 2, "--eta"),
+        (["--eta", "0.5", "--sampler", "ancestral"], 2, "--eta 0.5: expected a sampler of ddim, euler, dpm"),
+        (["--steps", "3", "--grid", "compvis"], 2, "a divisor of 1000"),
         (["--eta", "1.5"], 2, "0 to 1"),
         (["--sampler", "plms"], 2, "ancestral"),
         (["--guidence", "2"], 2, "--guidance"),
