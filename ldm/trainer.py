@@ -17,6 +17,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,9 @@ def make_loggers(tree: Mapping[str, Any], folder: RunFolder, project: str, trust
 
 
 def _wandb_id(name: str) -> str:
-    return re.sub(r"[^\w-]", "-", name)
+    text = re.sub(r"[^\w-]", "-", name)
+    # It becomes part of a file's name; wandb takes no more than 128 characters.
+    return text if len(os.fsencode(text)) <= 128 else f"{text[:48]}-{sha256(name.encode()).hexdigest()[:16]}"
 
 
 def make_callbacks(

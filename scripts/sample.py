@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from ldm import process, signals
-from ldm.commandline import Parser
+from ldm.commandline import Parser, path
 from ldm.config import newest_run
 from ldm.data.images import read_image
 from ldm.diffusion.grids import Default, Grid, Karras, Power, Shift
@@ -60,7 +60,13 @@ def parse(argv: Sequence[str]) -> Any:
     """The command line; ConfigError for a wrong one."""
     parser = Parser(prog="sample.py", description="Make pictures with a trained diffusion model.", allow_abbrev=False)
     add = parser.add_argument
-    add("-r", "--run", required=True, metavar="RUN", help="run folder, checkpoint, or a quoted glob (its newest run)")
+    add(
+        "-r",
+        "--run",
+        required=True,
+        metavar="RUN",
+        help="run folder, checkpoint, or a quoted glob (its newest run)",
+    )
     add("--classes", nargs="+", metavar="CLASS", help="numbers or names (default: all)")
     add("-n", "--number", type=_count, default=8, help="pictures a class (default: 8)")
     add("--seed", type=_seed, default=0, help="of the first picture, counted up from there (default: 0)")
@@ -80,14 +86,14 @@ def parse(argv: Sequence[str]) -> Any:
         help="guide between these ratios sigma / alpha alone (default: everywhere)",
     )
     add("--worse", metavar="RUN", help="guide away from this smaller or less trained model (autoguidance)")
-    add("--image", type=Path, metavar="FILE", help="begin with this picture instead of noise alone")
+    add("--image", type=path, metavar="FILE", help="begin with this picture instead of noise alone")
     add("--strength", type=float, help="of --image, above 0 to 1: how much of it is lost (default: 0.6; with --mask 1)")
-    add("--mask", type=Path, metavar="FILE", help="with --image: paint anew what is white in this picture")
+    add("--mask", type=path, metavar="FILE", help="with --image: paint anew what is white in this picture")
     add("--raw", action="store_true", help="the weights of the last step instead of their running average")
-    add("--autoencoder", type=Path, metavar="RUN", help="stage-1 run or checkpoint, if it has moved")
+    add("--autoencoder", type=path, metavar="RUN", help="stage-1 run or checkpoint, if it has moved")
     add("--batch-size", type=_count, default=64, help="pictures made at once; changes speed alone (default: 64)")
     add("--device", help="such as cuda or cpu (default: cuda where there is one)")
-    add("--out", type=Path, metavar="FOLDER", help="(default: <run>/samples/<settings>)")
+    add("--out", type=path, metavar="FOLDER", help="(default: <run>/samples/<settings>)")
     add("--npz", action="store_true", help="also write samples.npz")
     add("--trust", action="append", default=[], metavar="PACKAGE", help="let the checkpoint build objects of it")
     options = parser.parse_strictly(argv)

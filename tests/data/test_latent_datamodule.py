@@ -81,7 +81,7 @@ def latents_of(module, codec, items, mirrored):
     return torch.stack(codec.encode(flipped), 1)
 
 
-def test_facts_need_no_cache(make, here):
+def test_facts_need_no_cache(make, runs, here):
     data = make()
     assert data.facts() == {
         "channels": 4,
@@ -93,7 +93,9 @@ def test_facts_need_no_cache(make, here):
         "down_factor": 4,
         "image_resolution": 16,
         "image_channels": 3,
+        "autoencoder": Codec.load(runs.autoencoder).weight_hash(),
     }
+    assert make(autoencoder=None).facts()["autoencoder"] is None
     assert not list(here.glob("cache/*"))
 
 
