@@ -429,12 +429,7 @@ def test_a_changed_rate_reaches_shards(forked, diffusion, tmp_path):
     ours, theirs, before = shards.state(4), whole.state(4), whole.state(3)
     for state in (ours, theirs):
         (group,) = state["optimizer_states"][0]["param_groups"]
-        assert (group["lr"], group["initial_lr"], group["weight_decay"], group["betas"]) == (
-            0.05,
-            0.05,
-            0.5,
-            [0.5, 0.9],
-        )
+        assert (group["lr"], group["initial_lr"], group["weight_decay"], *group["betas"]) == (0.05, 0.05, 0.5, 0.5, 0.9)
         assert state["lr_schedulers"][0]["base_lrs"] == state["lr_schedulers"][0]["_last_lr"] == [0.05]
     for name in theirs["state_dict"]:
         if isinstance(theirs["state_dict"][name], Tensor):
