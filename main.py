@@ -18,7 +18,7 @@ from typing import Any
 from ldm import commandline, process, resume, run, signals
 from ldm.commandline import Options
 from ldm.config import Config, build
-from ldm.errors import CheckpointError, ConfigError, LdmError
+from ldm.errors import CheckpointError, ConfigError
 from ldm.run import RunFolder
 
 
@@ -27,12 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     debug = "-d" in words or "--debug" in words
     try:
-        return work(commandline.parse(words))
-    except LdmError as error:
-        if debug:
-            examine()
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return process.answer(lambda: work(commandline.parse(words)), examine if debug else None)
     except Exception:
         if debug:
             examine()

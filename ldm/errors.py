@@ -15,6 +15,9 @@ expected, what was found, and what to do. Anything else that escapes is a bug an
 | 128+n | - | stopped by signal n after a good save |
 """
 
+import errno
+import os
+
 
 class LdmError(Exception):
     """Base of every error that is the user's to mend; printed as one message without a traceback."""
@@ -62,3 +65,22 @@ class LockError(LdmError):
     """Another living process owns the run folder or the cache."""
 
     exit_code = 8
+
+
+_WRONG_KIND = {
+    errno.EEXIST: "there is a file where a folder is needed",
+    errno.ENOTDIR: "there is a file where a folder is needed",
+    errno.EISDIR: "there is a folder where a file is needed",
+    errno.ENAMETOOLONG: "the name is too long for this file system",
+}
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def of_place(error: OSError) -> ResourceError | None:
+    """What an OSError says of the place that something should be written to; None where it is of another kind."""
+    place = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else "a file"
+    if error.errno in _WRONG_KIND:
+        return ResourceError(f"{place}: {_WRONG_KIND[error.errno]}. Name another place, or move what is there.")
+    if error.errno in _NO_ROOM:
+        return ResourceError(f"{place}: {error.strerror}. Make room, or permit writing there.")
+    return None

@@ -1,6 +1,5 @@
 """From a Trainer to a run's outcome: where it goes on from, how it ended, what a library's error means to a user."""
 
-import errno
 import signal
 import socket
 import subprocess
@@ -18,7 +17,7 @@ from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
-from ldm import checkpoint, distributed, ranks, signals
+from ldm import checkpoint, distributed, errors, ranks, signals
 from ldm.errors import CheckpointError, ConfigError, LdmError, PeerError, ResourceError
 from ldm.run import RunFolder, RunState
 from ldm.saving import files_of, set_aside_later
@@ -26,7 +25,6 @@ from ldm.signals import Stopped
 
 # Two checkpoints are kept, and a third is being written.
 _FILES = 3
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def run(
@@ -154,7 +152,8 @@ def record_first(trainer: pl.Trainer, folder: RunFolder, state: RunState) -> Run
     before = folder.read_state()
     if trainer.is_global_zero if before is None else before.status == "running":
         state = _resumable(folder, state)
-        folder.write_state(state)
+        with suppress(FileNotFoundError):  # the main rank has removed a run without a step
+            folder.write_state(state)
     return state
 
 
@@ -213,8 +212,8 @@ def explain(error: BaseException) -> LdmError | None:
             return ResourceError(
                 f"out of memory: {first_line}\nLower data.params.micro_batch_size, or the model's size."
             )
-        case OSError() if error.errno in _NO_ROOM:
-            return ResourceError(f"{error.filename or 'a file'}: {error.strerror}. Make room, or permit writing there.")
+        case OSError():
+            return errors.of_place(error)
         case RuntimeError() if "DataLoader worker" in text:
             return ResourceError(
                 f"a data loader's worker died, likely for want of memory: {first_line}\n"

@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from ldm import ranks, signals, slurm, threads
+from ldm import errors, ranks, signals, slurm, threads
 from ldm.errors import LdmError, PeerError
 from ldm.signals import Stopped
 
@@ -30,13 +30,24 @@ def run(main: Callable[[], int]) -> NoReturn:
     ranks.leave(code)
 
 
-def answer(work: Callable[[], int | None]) -> int:
-    """The exit code of a script's `work`: what it returns (None: 0), or an LdmError's, which is told in one line."""
+def answer(work: Callable[[], int | None], examine: Callable[[], None] | None = None) -> int:
+    """The exit code of a program's `work`: what it returns (None: 0), or an LdmError's, which is told in one line.
+
+    A place that cannot be written to (a file where a folder is needed, a full disk) counts as one.
+
+    Args:
+        examine: called before an error is told, while it is being handled.
+    """
     try:
         return work() or 0
-    except LdmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    except (LdmError, OSError) as error:
+        known = errors.of_place(error) if isinstance(error, OSError) else error
+        if known is None:
+            raise
+        if examine is not None:
+            examine()
+        print(f"error: {known}", file=sys.stderr)
+        return known.exit_code
 
 
 def _done(main: Callable[[], int]) -> int:

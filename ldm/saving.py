@@ -214,10 +214,11 @@ class Checkpoints(Checkpoint):
         save_at_end(trainer, self._path(trainer.global_step))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"scores": self._scores, "monitor": self.monitor}
+        return {"scores": self._scores, "monitor": self.monitor, "sign": self.sign}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict["monitor"] == self.monitor:
+        # Scores of another metric, or of the same where the other end is now the better, say nothing.
+        if state_dict["monitor"] == self.monitor and state_dict.get("sign", self.sign) == self.sign:
             self._scores = dict(state_dict.get("scores", {}))
 
     def _due(self, step: int) -> bool:

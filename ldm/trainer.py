@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -265,7 +266,9 @@ def _logger(node: Mapping[str, Any], own: Mapping[str, Any], trust: Sequence[str
 
 
 def _wandb_id(name: str) -> str:
-    return re.sub(r"[^\w-]", "-", name)
+    text = re.sub(r"[^\w-]", "-", name)
+    # It becomes part of a file's name; wandb takes no more than 128 characters.
+    return text if len(os.fsencode(text)) <= 128 else f"{text[:48]}-{sha256(name.encode()).hexdigest()[:16]}"
 
 
 def make_callbacks(

@@ -34,7 +34,7 @@ from ldm.autoencoder.losses import AutoencoderLoss
 from ldm.autoencoder.lpips import LPIPS
 from ldm.autoencoder.networks import Decoder, Encoder
 from ldm.autoencoder.posterior import DiagonalGaussian
-from ldm.commandline import Parser, finite, split_overrides, whole_number
+from ldm.commandline import Parser, finite, path, split_overrides, whole_number
 from ldm.data.arrays import FashionMNIST
 from ldm.diffusion.conditioning import Conditioning
 from ldm.diffusion.noise_schedules import SqrtLinear
@@ -61,8 +61,8 @@ def hardware(device: str) -> str:
     return f"{time.strftime('%Y-%m-%d')}, {machine}, torch {torch.__version__}, diffusers {diffusers.__version__}"
 
 
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).is_file() else []
+def _lines(file: str) -> list[str]:
+    return Path(file).read_text().splitlines() if Path(file).is_file() else []
 
 
 # ---- steps -------------------------------------------------------------------------------------------------------
@@ -294,14 +294,14 @@ def parse(argv: Sequence[str]) -> Any:
     add("--tiny", action="store_true", help="the smallest networks: to see that it runs")
     add("--repeats", type=whole_number, default=9, help="steps timed of each kind (default: 9)")
     add = parser.add_argument_group("quality").add_argument
-    add("--autoencoder", type=Path, metavar="RUN", help="a trained first stage (default: train it)")
-    add("--diffusion", type=Path, metavar="RUN", help="a trained second stage (default: train it)")
+    add("--autoencoder", type=path, metavar="RUN", help="a trained first stage (default: train it)")
+    add("--diffusion", type=path, metavar="RUN", help="a trained second stage (default: train it)")
     add("--number", type=whole_number, default=100, help="images a class (default: 100)")
     add("--guidance", type=finite, nargs="+", default=[2.0], help="scales to sample with (default: 2)")
     add("--steps", type=whole_number, default=30, help="DDIM steps (default: 30)")
     add("--epochs", type=whole_number, default=4, help="of the classifier (default: 4)")
-    add("--logdir", type=Path, default=Path("logs"), help="where runs are made (default: logs)")
-    add("--out", type=Path, help="folder for quality.json and pictures.png (default: <diffusion run>/quality)")
+    add("--logdir", type=path, default=Path("logs"), help="where runs are made (default: logs)")
+    add("--out", type=path, help="folder for quality.json and pictures.png (default: <diffusion run>/quality)")
     overrides, words = split_overrides(argv)
     options = parser.parse_strictly(words)
     options.overrides = overrides

@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.progress import Progress
 
 from ldm import distributed, process, signals
-from ldm.commandline import Parser, split_overrides
+from ldm.commandline import Parser, path, split_overrides
 from ldm.errors import ConfigError, LdmError
 
 
@@ -70,8 +70,8 @@ def main(argv: Sequence[str]) -> int:
     """Returns the exit code (ldm/errors.py)."""
     parser = Parser(prog="cache_latents.py", description="Build or check latent caches.", allow_abbrev=False)
     task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument("-b", "--base", nargs="+", type=Path, metavar="YAML", help="stage-2 configuration")
-    task.add_argument("--verify", nargs="+", type=Path, metavar="FOLDER", help="caches to read and check whole")
+    task.add_argument("-b", "--base", nargs="+", type=path, metavar="YAML", help="stage-2 configuration")
+    task.add_argument("--verify", nargs="+", type=path, metavar="FOLDER", help="caches to read and check whole")
     parser.add_argument("--trust", nargs="+", default=[], metavar="PACKAGE", help="packages that targets may name")
 
     def work() -> int | None:

@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from ldm import process, run
-from ldm.commandline import Parser, finite, positive, split_overrides, whole_number
+from ldm.commandline import Parser, finite, path, positive, split_overrides, whole_number
 from ldm.data.arrays import FashionMNIST
 from ldm.diffusion.grids import Default
 from ldm.errors import ConfigError, LdmError
@@ -188,11 +188,11 @@ def draw(record: dict[str, Any], output: Path) -> None:
 def parse(argv: Sequence[str]) -> Any:
     parser = Parser(prog="compare.py", description="Compare configurations.", epilog=EPILOG, allow_abbrev=False)
     add = parser.add_argument
-    add("--autoencoder", type=Path, required=True, metavar="RUN", help="the first stage of all")
-    add("--base", type=Path, default=CONFIGS / "diffusion.yaml", help="(default: configs/fashion_mnist/diffusion.yaml)")
+    add("--autoencoder", type=path, required=True, metavar="RUN", help="the first stage of all")
+    add("--base", type=path, default=CONFIGS / "diffusion.yaml", help="(default: configs/fashion_mnist/diffusion.yaml)")
     add(
         "--variants",
-        type=Path,
+        type=path,
         nargs="*",
         default=sorted((CONFIGS / "variants").glob("*.yaml")),
         help="merged over the base, each alone (default: configs/fashion_mnist/variants)",
@@ -205,7 +205,7 @@ def parse(argv: Sequence[str]) -> Any:
     add("--steps", type=whole_number, default=30, help="of DDIM or Euler (default: 30)")
     add("--epochs", type=whole_number, default=4, help="of the classifier (default: 4)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to sample on (default: cuda or cpu)")
-    add("--out", type=Path, default=Path("comparison"), help="folder (default: comparison)")
+    add("--out", type=path, default=Path("comparison"), help="folder (default: comparison)")
     overrides, words = split_overrides(argv)
     options = parser.parse_strictly(words)
     options.overrides = overrides

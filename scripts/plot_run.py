@@ -18,8 +18,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from ldm import process
-from ldm.commandline import Parser
-from ldm.errors import DataError
+from ldm.commandline import Parser, path
+from ldm.errors import ConfigError, DataError
 
 Curve = tuple[list[int], list[float]]
 NOT_PLOTTED = {"step", "epoch", "time"}
@@ -32,18 +32,18 @@ def read_curves(run: Path) -> dict[str, Curve]:
     Raises:
         DataError: there is no metrics.csv, or nothing in it.
     """
-    path = run if run.is_file() else run / "metrics.csv"
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; expected a run folder, or the metrics.csv of one.")
+    file = run if run.is_file() else run / "metrics.csv"
+    if not file.is_file():
+        raise DataError(f"{file}: no such file; expected a run folder, or the metrics.csv of one.")
     points: dict[str, dict[int, float]] = defaultdict(dict)
-    with path.open(newline="") as handle:
+    with file.open(newline="") as handle:
         for row in csv.DictReader(handle):
             for name, text in row.items():
                 if name and text and name not in NOT_PLOTTED:
                     points[name][int(float(row["step"]))] = float(text)
     curves = {name: (sorted(values), [values[step] for step in sorted(values)]) for name, values in points.items()}
     if not curves:
-        raise DataError(f"{path}: nothing was logged yet.")
+        raise DataError(f"{file}: nothing was logged yet.")
     return curves
 
 
@@ -78,6 +78,16 @@ def draw_curve(axes: Axes, label: str, curve: Curve) -> None:
     axes.plot(steps, values, color=line.get_color(), alpha=0.25, linewidth=0.7, zorder=0)
 
 
+def check_output(output: Path) -> None:
+    """Raises ConfigError where no picture of that name can be written."""
+    if not output.parent.is_dir():
+        raise ConfigError(f"--output {output}: there is no folder {output.parent}; make it, or name another place.")
+    kinds = plt.figure().canvas.get_supported_filetypes()
+    plt.close()
+    if output.suffix.removeprefix(".").lower() not in kinds:
+        raise ConfigError(f"--output {output}: expected a name that ends in one of .{', .'.join(sorted(kinds))}.")
+
+
 def plot(runs: Sequence[Path], output: Path, only: Sequence[str] = ()) -> None:
     """Write the curves of `runs` to the picture `output`; `only` names panels, all by default."""
     curves: dict[str, Curve] = {}
@@ -110,14 +120,16 @@ def plot(runs: Sequence[Path], output: Path, only: Sequence[str] = ()) -> None:
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code (ldm/errors.py)."""
     parser = Parser(prog="plot_run.py", description="Draw a run's curves to a PNG.", allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, or its metrics.csv")
-    parser.add_argument("-o", "--output", type=Path, help="the picture (default: metrics.png in the first run)")
+    parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help="run folder, or its metrics.csv")
+    parser.add_argument("-o", "--output", type=path, help="the picture (default: metrics.png in the first run)")
     parser.add_argument("--only", nargs="+", default=[], metavar="METRIC", help="draw these panels alone")
 
     def work() -> None:
         options = parser.parse_strictly(argv)
         first: Path = options.runs[0]
         output: Path = options.output or (first.parent if first.is_file() else first) / "metrics.png"
+        if options.output:
+            check_output(output)
         plot(options.runs, output, options.only)
         print(output)
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from ldm import checkpoint, process
 from ldm.averages import FOLDER, reconstruct, snapshots
-from ldm.commandline import Parser
+from ldm.commandline import Parser, path
 from ldm.errors import CheckpointError, ConfigError
 
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     """Returns the exit code (ldm/errors.py)."""
     parser = Parser(prog="reconstruct_ema.py", description="Averages of other widths, afterwards.", allow_abbrev=False)
     add = parser.add_argument
-    add("-r", "--run", required=True, type=Path, metavar="RUN", help="run folder")
+    add("-r", "--run", required=True, type=path, metavar="RUN", help="run folder")
     add("--width", required=True, nargs="+", type=float, help="relative widths, more than 0 and less than 0.28")
     add("--step", type=int, help="of the snapshot at whose time the average is wanted (default: the latest)")
 
@@ -62,10 +62,10 @@ def write(run: Path, files: Sequence[Path], width: float) -> Path:
     weights = {name: value for name, value in state["state_dict"].items() if name.startswith("objective.")}
     weights |= {f"ema.average.{name}": value for name, value in average.items()}
     step = int(files[-1].stem.removeprefix("step="))
-    path = run / FOLDER / f"width={width:g}_step={step:08d}{checkpoint.SUFFIX}"
+    file = run / FOLDER / f"width={width:g}_step={step:08d}{checkpoint.SUFFIX}"
     record = {**record, "step": step, "average": {"width": width, "snapshots": len(files)}}
-    checkpoint.save(path, {"state_dict": weights, "ldm": record})
-    return path
+    checkpoint.save(file, {"state_dict": weights, "ldm": record})
+    return file
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from ldm import process, signals
-from ldm.commandline import Parser, finite, positive, ratio, seed, share, some_share, whole_number
+from ldm.commandline import Parser, finite, path, positive, ratio, seed, share, some_share, whole_number
 from ldm.config import newest_run
 from ldm.diffusion.grids import CompVis, Default, Grid, Karras, Power, Shift
 from ldm.diffusion.samplers import ancestral, ddim, dpm_solver, heun, unipc
@@ -60,7 +60,13 @@ def parse(argv: Sequence[str]) -> Any:
     """The command line; ConfigError for a wrong one."""
     parser = Parser(prog="sample.py", description="Make pictures with a trained diffusion model.", allow_abbrev=False)
     add = parser.add_argument
-    add("-r", "--run", required=True, metavar="RUN", help="run folder, checkpoint, or a quoted glob (its newest run)")
+    add(
+        "-r",
+        "--run",
+        required=True,
+        metavar="RUN",
+        help="run folder, checkpoint, or a quoted glob (its newest run)",
+    )
     add("--classes", nargs="+", metavar="CLASS", help="numbers or names (default: all)")
     add("-n", "--number", type=whole_number, default=8, help="pictures a class (default: 8)")
     add("--seed", type=seed, default=0, help="of the first picture, counted up from there (default: 0)")
@@ -87,18 +93,18 @@ def parse(argv: Sequence[str]) -> Any:
     )
     add("--guidance-channels", type=whole_number, metavar="C", help="guide the first C of the latents (default: all)")
     add("--worse", metavar="RUN", help="guide away from this smaller or less trained model (autoguidance)")
-    add("--image", type=Path, metavar="FILE", help="begin with this picture instead of noise alone")
+    add("--image", type=path, metavar="FILE", help="begin with this picture instead of noise alone")
     add(
         "--strength",
         type=some_share,
         help="of --image, above 0 to 1: how much of it is lost (default: 0.6; with --mask 1)",
     )
-    add("--mask", type=Path, metavar="FILE", help="with --image: paint anew what is white in this picture")
+    add("--mask", type=path, metavar="FILE", help="with --image: paint anew what is white in this picture")
     add("--raw", action="store_true", help="the weights of the last step instead of their running average")
-    add("--autoencoder", type=Path, metavar="RUN", help="stage-1 run or checkpoint, if it has moved")
+    add("--autoencoder", type=path, metavar="RUN", help="stage-1 run or checkpoint, if it has moved")
     add("--batch-size", type=whole_number, default=64, help="pictures made at once; changes speed alone (default: 64)")
     add("--device", help="such as cuda or cpu (default: cuda where there is one)")
-    add("--out", type=Path, metavar="FOLDER", help="(default: <run>/samples/<settings>)")
+    add("--out", type=path, metavar="FOLDER", help="(default: <run>/samples/<settings>)")
     add("--npz", action="store_true", help="also write samples.npz")
     add("--trust", action="append", default=[], metavar="PACKAGE", help="let the checkpoint build objects of it")
     options = parser.parse_strictly(argv)

@@ -62,3 +62,11 @@ def test_mistakes_are_named(line, words):
         parse(line)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_home_is_known_where_the_shell_left_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    options = parse(["--base", "~/x.yaml", "--logdir=~/logs", "--resume=~/logs/run"])
+    assert options.base == (Path("/home/me/x.yaml"),)
+    assert options.logdir == Path("/home/me/logs")
+    assert options.resume == "/home/me/logs/run"

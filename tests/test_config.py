@@ -121,3 +121,26 @@ def test_backslashes_stay_as_they_are() -> None:
     made = config.from_tree(tree, "file")
     assert made.resolved() == {"n": 3, "a": r"c:\d\3\ ", "b": r"\\3${data:m}", "c": r"\${data:m}", "d": r"\n"}
     assert made.resolved({"m": 4})["c"] == r"\4"
+
+
+def test_home_is_filled_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for run in ("2026-01-02T10-00-00_kl", "2026-01-03T10-00-00_kl"):
+        (tmp_path / "logs" / run).mkdir(parents=True)
+    tree = {"root": "~/data", "list": ["~/a", {"b": "${root}/b"}], "home": "~", "run": "${newest:~/logs/*_kl}/x"}
+    untouched = {"text": "a ~/b", "user": "~x", "n": 1}
+    made = config.from_tree(tree | untouched, "file").resolved()
+    newest = f"{tmp_path}/logs/2026-01-03T10-00-00_kl/x"
+    filled = {"root": f"{tmp_path}/data", "list": [f"{tmp_path}/a", {"b": f"{tmp_path}/data/b"}], "run": newest}
+    assert made == filled | {"home": str(tmp_path)} | untouched
+    # What was resolved stays where it was, whoever resumes it.
+    monkeypatch.setenv("HOME", "/elsewhere")
+    assert config.from_tree(made, "file").resolved() == made
+
+
+def test_a_start_that_was_killed_has_left_no_run(tmp_path: Path) -> None:
+    (tmp_path / "2026-01-02T10-00-00_kl" / "configs").mkdir(parents=True)
+    (tmp_path / "2026-01-02T10-00-00_kl" / "configs" / "config.yaml").touch()
+    (tmp_path / "2026-01-03T10-00-00_kl" / "configs").mkdir(parents=True)
+    (tmp_path / "2026-01-03T10-00-00_kl" / "checkpoints").mkdir()
+    assert config.newest_run(str(tmp_path / "*_kl")) == str(tmp_path / "2026-01-02T10-00-00_kl")

@@ -415,3 +415,27 @@ def test_stage_1_killed_and_resumed_on_two_ranks_is_the_same_run(forked, autoenc
     killed = straight.killed_after(3, tmp_path / "copy")
     assert_same_run(killed.go(2), diary.between(3, STEPS), tolerance=0)
     assert_equal(killed.final(), straight.final())
+
+
+@pytest.mark.slow
+def test_a_changed_rate_reaches_shards(forked, diffusion, tmp_path):
+    shards = Run(forked, diffusion, tmp_path / "shards")
+    shards.go(2, SHARDED, to=3)
+    whole = shards.killed_after(3, tmp_path / "whole")
+    words = ["lr=0.05", "weight_decay=0.5", "betas=[0.5,0.9]"]
+    words = [*(f"model.params.optimizer.params.{word}" for word in words), "--allow-change", "model"]
+    shards.go(2, *words, to=4)
+    whole.go(1, ALONE, *words, to=4)
+    ours, theirs, before = shards.state(4), whole.state(4), whole.state(3)
+    for state in (ours, theirs):
+        (group,) = state["optimizer_states"][0]["param_groups"]
+        assert (group["lr"], group["initial_lr"], group["weight_decay"], *group["betas"]) == (0.05, 0.05, 0.5, 0.5, 0.9)
+        assert state["lr_schedulers"][0]["base_lrs"] == state["lr_schedulers"][0]["_last_lr"] == [0.05]
+    for name in theirs["state_dict"]:
+        if isinstance(theirs["state_dict"][name], Tensor):
+            torch.testing.assert_close(ours["state_dict"][name], theirs["state_dict"][name], rtol=1e-4, atol=1e-5)
+    moved = (
+        theirs["state_dict"]["denoiser.network.conv_in.weight"]
+        - before["state_dict"]["denoiser.network.conv_in.weight"]
+    )
+    assert float(moved.abs().max()) > 1e-2

@@ -6,16 +6,21 @@ import resource
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import main
-from ldm import checkpoint
+from ldm import checkpoint, outcome, resume, run, trainer
+from ldm.autoencoder.module import AutoencoderKL
 from ldm.config import to_yaml
+from ldm.data.datamodules import ImageDataModule
+from ldm.errors import ResourceError
 from ldm.loggers import read_metrics
 from ldm.run import RunFolder
+from ldm.signals import Stopped
 from tests.points import wait_until
 
 ROOT = Path(main.__file__).parent
@@ -131,6 +136,7 @@ def test_the_rate_scales_with_the_global_batch_once(stage1, capsys):
         (["model.params.encoder.params.in_channels=4"], 2, ["in_channels", "4", "${data:channels}", "command line"]),
         (["data.params.resolution=15"], 2, ["image (6, 3, 15, 15)"]),
         (["-n", "a/b"], 2, ["a/b"]),
+        (["name=../up"], 2, ["../up", "--name"]),
         (["data.params.train.params.root=nowhere"], 3, ["nowhere"]),
         (["data.params.num_validation=-1"], 2, ["data.params.num_validation", "-1", "from 0 up"]),
         (["-r", "nowhere"], 4, ["nowhere"]),
@@ -199,6 +205,62 @@ def test_a_checkpoint_from_elsewhere_starts_a_new_run(stage1, tmp_path):
     saved = checkpoint.load(checkpoint.find(folder))
     assert saved["global_step"] == 3
     assert saved["ldm"]["images_seen"] == 18
+
+
+def fails(error: BaseException) -> Any:
+    def instead(*_: Any, **__: Any) -> None:
+        raise error
+
+    return instead
+
+
+PLACES = [(run, "check_space"), (resume, "save"), (trainer, "make_callbacks"), (trainer, "make_loggers")]
+PLACES += [(AutoencoderKL, "configure_optimizers"), (ImageDataModule, "train_dataloader"), (outcome, "record")]
+ERRORS = [ResourceError("no"), KeyboardInterrupt(), Stopped(signal.SIGTERM), RuntimeError("a bug"), SystemExit(1)]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place[1])
+def test_a_failed_start_leaves_no_folder(stage1, monkeypatch, place, error):
+    monkeypatch.setattr(*place, fails(error))
+    with suppress(BaseException):
+        assert train() != 0
+    assert Path("logs").is_dir()
+    assert not [*Path("logs").iterdir()]
+
+
+def test_a_checkpoint_of_another_model_leaves_no_run(stage1, capsys):
+    assert train() == 0
+    file = checkpoint.find(run_folder().path).rename("elsewhere.ckpt")
+    words = ["model.params.decoder.params.channels=24", "--allow-change", "model", "lightning.trainer.max_steps=3"]
+    assert main.main(["-r", str(file), "-l", "new", *words]) == 4
+    assert "another model" in capsys.readouterr().err
+    assert not [*Path("new").iterdir()]
+    # A validation alone is no run either.
+    assert main.main(["-r", str(file), "-l", "new", "--no-train", "lightning.callbacks.images=null"]) == 0
+    assert not [*Path("new").iterdir()]
+
+
+def test_a_run_that_goes_on_keeps_its_folder_when_it_fails(stage1, monkeypatch):
+    assert train() == 0
+    before = sorted(run_folder().path.rglob("*"))
+    monkeypatch.setattr(run, "check_space", fails(ResourceError("no")))
+    assert main.main(["-r", str(run_folder().path), "lightning.trainer.max_steps=3"]) == 6
+    assert sorted(run_folder().path.rglob("*")) == before
+
+
+def test_a_file_in_the_place_of_a_folder(stage1, capsys):
+    Path("taken").touch()
+    for words in (["-l", "taken"], ["-l", "taken/logs"], ["-l", "taken", "-r", "auto"]):
+        assert "taken" in refused(capsys, 6, *words)
+
+
+def test_another_optimizer_is_refused_when_its_groups_differ(stage1, capsys):
+    assert train() == 0
+    words = ["model.params.optimizer={target: ldm.optimizers.AdamW, partial: true, params: {lr: 1.0e-3}}"]
+    words += ["--allow-change", "model.params.optimizer", "lightning.trainer.max_steps=3"]
+    assert main.main(["-r", str(run_folder().path), *words]) == 4
+    assert "the moments of another optimizer" in capsys.readouterr().err
 
 
 # Each of these starts a process of its own, and so waits for torch to be imported.

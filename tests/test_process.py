@@ -82,3 +82,25 @@ def test_a_refusal_is_said(queue: Path, monkeypatch: pytest.MonkeyPatch) -> None
     code, printed = ends(STOPS.format("SIGUSR1"))
     assert code == 128 + signal.SIGUSR1
     assert "123 was NOT requeued (scontrol ended with 3" in printed
+
+
+@pytest.mark.parametrize(
+    ("errno", "said"), [(20, "a file where a folder"), (17, "a file where a folder"), (21, "a folder where a file"),
+                        (36, "too long"), (28, "No space"), (13, "Permission denied")]
+)  # fmt: skip
+def test_a_place_that_cannot_be_written_to_is_answered_in_one_line(capsys, errno, said):
+    def work() -> None:
+        raise OSError(errno, os.strerror(errno), "some/place")
+
+    assert process.answer(work) == 6
+    message = capsys.readouterr().err
+    assert message.startswith("error: some/place: ")
+    assert said in message
+
+
+def test_other_errors_of_the_system_keep_their_traceback():
+    def work() -> None:
+        raise OSError(5, "Input/output error", "some/place")
+
+    with pytest.raises(OSError, match="Input/output"):
+        process.answer(work)

@@ -228,9 +228,7 @@ def ended_at(message: str, capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     assert message in said
-    (state,) = Path("logs").glob("*/run_state.json")
-    assert json.loads(state.read_text())["step"] == 0
-    assert not list(Path("logs").glob("*/checkpoints/*.ckpt"))
+    assert not [*Path("logs").glob("*")]  # a start that failed leaves no folder
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A resumed run is the same run, bit for bit: weights, average, optimizer, schedule, order of the data, metrics."""
 
 import copy
+import json
 import os
 import shutil
 import signal
@@ -286,3 +287,27 @@ def test_the_clip_and_the_average_are_the_configurations(stage, tmp_path, monkey
     )
     expected = 0.25 * old[f"ema.average.{name}"] + 0.75 * new[f"denoiser.{name}"]
     torch.testing.assert_close(new[f"ema.average.{name}"], expected)
+
+
+@pytest.mark.parametrize("stage", ["diffusion"], indirect=True)
+def test_another_autoencoder_in_the_same_place_is_refused(stage, tmp_path, capsys):
+    place = tmp_path / "place"
+    shutil.copytree(stage["data"]["params"]["autoencoder"], place)
+    stage["data"]["params"] |= {"autoencoder": str(place), "cache": str(tmp_path / "cache")}
+    assert run(stage, "run.yaml", "lightning.trainer.max_steps=2", logdir=tmp_path / "logs") == 0
+    folder = only(tmp_path / "logs")
+    file = checkpoint.find(place)
+    state = checkpoint.load(file)
+    state["state_dict"][next(key for key in state["state_dict"] if key.startswith("decoder."))] += 1.0
+    checkpoint.save(file, state)
+    outside = shutil.copy(checkpoint.find(folder), tmp_path / "elsewhere.ckpt")
+    capsys.readouterr()
+    for named in (str(folder), str(outside)):
+        assert main.main(["--resume", named, "--logdir", "new", "lightning.trainer.max_steps=3"]) == 2
+        assert "data (autoencoder): the run has" in capsys.readouterr().err
+    # A run that was begun before there was this fact goes on.
+    facts = json.loads((folder / "configs" / "facts.json").read_text())
+    assert len(facts.pop("autoencoder")) == 64
+    (folder / "configs" / "facts.json").write_text(json.dumps(facts))
+    words = ["data.params.cache=other", "--allow-change", "data.params.cache", "lightning.trainer.max_steps=3"]
+    assert main.main(["--resume", str(folder), *words]) == 0

@@ -112,7 +112,31 @@ def test_unwritable_and_full_folders(tmp_path):
         run.check_space(tmp_path, 2**62)
 
 
-@pytest.mark.parametrize("name", ["a/b", "..\\x", "two words"])
+@pytest.mark.parametrize("name", ["a/b", "..\\x", "two words", ""])
 def test_names_that_are_no_folder_names(name):
     with pytest.raises(ConfigError):
         run.check_name(name)
+
+
+def test_a_run_without_a_step_leaves_no_folder(tmp_path):
+    def start(folder: RunFolder) -> None:
+        for file in (folder.config_file, folder.source_file, folder.facts_file, folder.path / "lock"):
+            file.touch()
+        folder.write_state(RunState("failed"))
+        raise KeyboardInterrupt
+
+    folder = run.create(tmp_path, "faces")
+    with pytest.raises(KeyboardInterrupt), run.removed_if_unused(folder):
+        start(folder)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("file", ["checkpoints/stopped.ckpt", "metrics.csv", "wandb/run", "images/val/a.png"])
+def test_a_run_with_anything_in_it_stays(tmp_path, file):
+    with run.removed_if_unused(folder := run.create(tmp_path, "faces")):
+        (folder.path / file).parent.mkdir(exist_ok=True)
+        (folder.path / file).touch()
+    assert (folder.path / file).exists()
+    with run.removed_if_unused(other := run.create(tmp_path, "cats")):
+        other.write_state(RunState("failed", step=1))
+    assert other.path.exists()

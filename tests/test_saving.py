@@ -336,3 +336,16 @@ def test_kill_9_during_a_save_in_the_background(tmp_path, place, number):
             shutil.rmtree(folder / str(trial))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.parametrize(("monitor", "higher", "kept"), [("a", False, True), ("a", True, False), ("b", False, False)])
+def test_scores_are_kept_for_the_same_metric_and_direction(monitor, higher, kept):
+    saved = Checkpoints(monitor="a")
+    saved._scores = {3: 0.5}
+    resumed = Checkpoints(monitor=monitor, higher_is_better=higher)
+    resumed.load_state_dict(saved.state_dict())
+    assert resumed._scores == ({3: 0.5} if kept else {})
+    old = {"scores": {3: 0.5}, "monitor": "a"}
+    resumed = Checkpoints(monitor=monitor, higher_is_better=higher)
+    resumed.load_state_dict(old)
+    assert bool(resumed._scores) == (monitor == "a")

@@ -204,3 +204,10 @@ def test_first_weights_are_a_function_of_the_seed():
     first, same, other = (trainer.build_model({"seed": seed, "model": node}).weight for seed in (1, 1, 2))
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
+
+
+def test_a_wandb_id_fits_into_a_file_name():
+    assert trainer._wandb_id("2026-01-01T00-00-00_faces.b=1") == "2026-01-01T00-00-00_faces-b-1"
+    long = [trainer._wandb_id("2026-01-01T00-00-00_" + "\N{GREEK SMALL LETTER PI}" * 110 + end) for end in "ab"]
+    assert long[0] != long[1]
+    assert all(len(name.encode()) <= 128 for name in long)

@@ -154,6 +154,7 @@ def _read(path: Path) -> np.ndarray:
     return np.atleast_3d(np.asarray(read_image(path)))
 
 
+_LONGEST = 255  # bytes of a name
 ALWAYS = ("checkpoint", "step", "weights", "sampler", "grid", "steps", "eta", "guidance")
 """Settings of every folder; others are named where they were asked for."""
 
@@ -167,7 +168,16 @@ def default_folder(settings: Mapping[str, Any]) -> Path:
     spacing = "" if settings["grid"] == "default" else f"-{settings['grid']}"
     name = f"{which}step{settings['step']}-{settings['weights']}-{settings['sampler']}{settings['steps']}{spacing}{eta}"
     more = "".join(f"-{key}{_worded(value)}" for key, value in settings.items() if key not in ALWAYS)
-    return run / "samples" / f"{name}-guidance{settings['guidance']:g}{more}"
+    return run / "samples" / _folder_name(f"{name}-guidance{settings['guidance']:g}{more}")
+
+
+def _folder_name(text: str) -> str:
+    """`text`, of which some may be a stranger's, without slashes and no longer than a file system takes."""
+    name = re.sub(r"[/\0]", "_", text)
+    if len(os.fsencode(name)) <= _LONGEST:
+        return name
+    kept = os.fsencode(name)[: _LONGEST - 17].decode(errors="ignore")
+    return f"{kept}-{sha256(os.fsencode(name)).hexdigest()[:16]}"
 
 
 def _worded(value: Any) -> str:

@@ -99,6 +99,7 @@ def test_facts_need_no_cache(make, runs, here):
         "image_channels": 3,
         "autoencoder": Codec.load(runs.autoencoder).weight_hash(),
     }
+    assert make(autoencoder=None).facts()["autoencoder"] is None
     assert not list(here.glob("cache/*"))
 
 

@@ -158,6 +158,18 @@ def test_settings_name_their_folder(more, name):
     assert str(default_folder(moved)) == f"elsewhere/samples/average-{name}"
 
 
+def test_a_folders_name_fits_the_file_system_and_leads_nowhere_else(tmp_path):
+    image = {"file": "x" * 250 + ".png", "sha256": "ab" * 32}
+    settings = SETTINGS | {"checkpoint": str(tmp_path / "checkpoints" / "a.ckpt"), "image": image, "strength": 0.5}
+    folders = [default_folder(settings | {"mask": image | {"file": f"{name}.png"}}) for name in ("m", "n")]
+    assert folders[0] != folders[1]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    # A stranger's checkpoint says what its step is.
+    outside = default_folder(settings | {"step": "/../../../up"})
+    assert outside.parent == tmp_path / "samples"
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_picture_comes_back_from_its_file(tmp_path, channels):
     image = np.random.default_rng(0).integers(0, 256, (4, 5, channels), dtype=np.uint8)

@@ -49,6 +49,14 @@ def test_builds_where_the_configuration_says_and_verifies(base, capsys):
     assert "here/train: sound, 130 items" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("words", [["data.params.cache=taken"], ["data.params.cache=taken/deeper"], []])
+def test_a_file_in_the_place_of_the_cache(base, capsys, words):
+    Path("taken").touch()
+    Path("cache").touch()  # where it lies when nothing is said
+    assert cache_latents.main(["--base", str(base), *words]) == 6
+    assert "cannot build a latent cache there: Not a directory" in capsys.readouterr().err
+
+
 def test_verify_looks_at_every_folder_and_ends_with_code_3(base, capsys):
     assert cache_latents.main(["--base", str(base), "data.params.cache=here"]) == 0
     shard = Path("here/train/shard-00001.bin")

@@ -72,3 +72,23 @@ def test_mistakes_have_exit_codes(run_folder, tmp_path, capsys):
     empty.mkdir()
     (empty / "metrics.csv").write_text("step,train/loss\n")
     assert plot_run.main([str(empty)]) == 3
+
+
+@pytest.mark.parametrize(("output", "said"), [("missing/a.png", "no folder"), ("a", ".png"), ("a.xyz", ".png")])
+def test_an_output_that_cannot_be(run_folder, capsys, output, said):
+    assert plot_run.main([str(run_folder), "-o", str(run_folder / output)]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: --output")
+    assert said in message
+
+
+def test_an_output_that_is_a_folder(run_folder, capsys):
+    (run_folder / "a.png").mkdir()
+    assert plot_run.main([str(run_folder), "-o", str(run_folder / "a.png")]) == 6
+    assert "a folder where a file is needed" in capsys.readouterr().err
+
+
+def test_home_is_known_where_the_shell_left_it(run_folder, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(run_folder))
+    assert plot_run.main(["~/metrics.csv", "--output=~/b.png"]) == 0
+    assert (run_folder / "b.png").is_file()

@@ -273,3 +273,21 @@ def test_a_folder_of_steered_pictures_is_not_continued_without(run, tmp_path, ca
     assert run("--classes", "1", "-n", "1", "--image", str(tmp_path / "red.png"))[0] == 0
     assert run("--classes", "1", "-n", "1")[0] == 2
     assert "strength: 0.6 there, None now" in capsys.readouterr().err
+
+
+def test_an_output_that_is_a_file(run, tmp_path, capsys):
+    (tmp_path / "taken").touch()
+    for out in ("taken", "taken/deeper"):
+        assert run(out=out)[0] == 6
+        assert "there is a file where a folder is needed" in capsys.readouterr().err
+
+
+def test_home_is_known_where_the_shell_left_it(runs, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(runs.diffusion.parent))
+    home = f"~/{runs.diffusion.name}"
+    for source in (home, "~/*_tiny_diffusion"):
+        options = sample.parse(["-r", source, "--out=~/a", "--autoencoder=~/b", "--image=~/c", "--mask=~/d"])
+        pictures = [options.out, options.autoencoder, options.image, options.mask]
+        assert pictures == [runs.diffusion.parent / name for name in "abcd"]
+    words = ["-r", "~/*_tiny_diffusion", "--worse", home, "--out", str(tmp_path / "out"), "--classes", "0", "-n", "1"]
+    assert sample.main([*words, *QUICK]) == 0
