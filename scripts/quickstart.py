@@ -51,7 +51,7 @@ def ending(name: str, pictures: Path | None) -> str:
         "",
         "What to try next:",
     ]
-    return "\n".join(lines + [f"  {what:<20}{command}" for what, command in further(name, pictures, diffusion)])
+    return "\n".join(lines + [f"  {what:<22}{command}" for what, command in further(name, pictures, diffusion)])
 
 
 def further(name: str, pictures: Path | None, diffusion: Path) -> list[tuple[str, str]]:

@@ -69,7 +69,7 @@ def test_own_pictures_and_the_commands_to_try_next(place, capsys, classes):
     for picture in re.findall(r":  (\S+\.png)$", said, re.MULTILINE):
         assert (place / picture).is_file()
     assert len(re.findall(r":  (\S+\.png)$", said, re.MULTILINE)) == 2
-    commands = [line[22:] for line in said.split("What to try next:\n")[1].splitlines()]
+    commands = [line[24:] for line in said.split("What to try next:\n")[1].splitlines()]
     assert len(commands) == 3
     for command in commands:
         assert do(command) == 0, capsys.readouterr().err
