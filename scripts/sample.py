@@ -23,9 +23,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from ldm import process, signals, threads
+
+if __name__ == "__main__":
+    threads.prepare()  # before torch is imported
+
 import torch
 
-from ldm import process, signals
 from ldm.commandline import Parser, finite, path, positive, ratio, seed, share, some_share, whole_number
 from ldm.config import newest_run
 from ldm.diffusion.grids import CompVis, Default, Grid, Karras, Power, Shift
