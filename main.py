@@ -49,7 +49,7 @@ def work(options: Options) -> int:
     signals.stop_if_asked()
     start.config.check()
     steps = max_steps(start.config)
-    if not options.train and start.folder is None and start.checkpoint is None:
+    if not options.train and start.is_new:
         raise ConfigError("Without training there is nothing to validate: name a run or a checkpoint with --resume.")
     for note in start.notes:
         print(note)
@@ -111,7 +111,7 @@ def settle_precision(start: resume.Start, tree: dict[str, Any]) -> None:
     """Fill in the precision where it is `auto`, and say which and why."""
     from ldm import distributed, precision
 
-    notes = precision.settle(tree["lightning"]["trainer"], is_new=start.folder is None and start.checkpoint is None)
+    notes = precision.settle(tree["lightning"]["trainer"], is_new=start.is_new)
     if distributed.is_main():
         for note in notes:
             print(note)

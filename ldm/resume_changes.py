@@ -123,6 +123,7 @@ def bound(key: str) -> bool:
 
 
 def brief(value: Any) -> str:
+    """The value as JSON, cut to 60 characters, for a message."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}..."
 

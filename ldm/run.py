@@ -25,6 +25,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ldm import files
 from ldm.errors import CheckpointError, ConfigError, LockError, ResourceError
 
 TIME_FORMAT = "%Y-%m-%dT%H-%M-%S"
@@ -244,7 +245,7 @@ def check_space(folder: Path, needed: int) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a small text file so that a reader, or a power cut, finds the old one or the new one, never a part."""
-    temporary = path.with_name(f"{path.name}.tmp.{socket.gethostname()}.{os.getpid()}")
+    temporary = files.temporary(path)
     try:
         with temporary.open("w") as handle:
             handle.write(text)

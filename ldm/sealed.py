@@ -11,7 +11,6 @@ import fcntl
 import os
 import pickle
 import re
-import socket
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import IO, Any, BinaryIO, cast
 
 import torch
 
+from ldm import files
 from ldm.errors import CheckpointError
 
 _SEAL = re.compile(rb"\nldm (\d{20}) ([0-9a-f]{8})\n")
@@ -34,7 +34,7 @@ def write(path: Path, state: dict[str, Any], step: int) -> None:
     Raises:
         OSError: it could not be written; the old file is intact.
     """
-    temporary = path.with_name(f"{path.name}.tmp.{socket.gethostname()}.{os.getpid()}")
+    temporary = files.temporary(path)
     try:
         with temporary.open("wb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells `abandoned` that the owner lives

@@ -16,7 +16,6 @@ HuggingFaceStorageReader reads them on any number of ranks. Nothing here is ever
 import json
 import os
 import shutil
-import socket
 import time
 import zlib
 from collections.abc import Mapping
@@ -31,6 +30,7 @@ from torch import Tensor
 
 from ldm import plain
 from ldm.errors import CheckpointError, LdmError, NumericError, PeerError, ResourceError
+from ldm.files import temporary
 from ldm.run import write_whole
 from ldm.sealed import sync_folder
 
@@ -139,12 +139,12 @@ def _name(rank: int, world: int) -> str:
 def _write(path: Path, tensors: dict[str, Tensor], offsets: Mapping[str, list[int]]) -> str:
     """Returns the CRC-32 of the file's bytes."""
     places = {key: {"saved_offsets": list(offsets[key])} for key in tensors}
-    temporary = path.with_name(f"{path.name}.tmp.{socket.gethostname()}.{os.getpid()}")
-    save_file(tensors, temporary, {"format": "pt", OFFSETS: json.dumps(places)})
-    with temporary.open("rb") as file:
+    aside = temporary(path)
+    save_file(tensors, aside, {"format": "pt", OFFSETS: json.dumps(places)})
+    with aside.open("rb") as file:
         os.fsync(file.fileno())
-    crc = _sum(temporary)
-    os.replace(temporary, path)
+    crc = _sum(aside)
+    os.replace(aside, path)
     sync_folder(path.parent)
     return crc
 

@@ -36,9 +36,10 @@ from ldm.diffusion.grids import CompVis, Default, Grid, Karras, Power, Shift
 from ldm.diffusion.samplers import ancestral, ddim, dpm_solver, heun, unipc
 from ldm.errors import ConfigError
 from ldm.evaluation.generate import Pipeline, Sampler, check, generate
-from ldm.evaluation.sample_folder import Order, claim, default_folder, record, save, save_arrays, sheet, whole
+from ldm.evaluation.sample_folder import Order, claim, default_folder, record, save, save_arrays, sheet
 from ldm.evaluation.sheets import picture
 from ldm.evaluation.steering import Guidance, Original
+from ldm.files import whole
 
 SAMPLERS: dict[str, Sampler] = {
     "ddim": ddim,

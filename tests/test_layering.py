@@ -25,7 +25,7 @@ LEVELS = {
             "signals",
         ),
         *("plain", "sealed", "shards", "sharding", "snapshot", "ranks", "slurm", "process", "threads", "step_mean"),
-        *("precision", "ranges", "durations", "float64"),
+        *("precision", "ranges", "durations", "float64", "files"),
         *("config", "config_read", "config_target", "config_types", "config_signature", "config_check", "commandline"),
     ],
     1: [

@@ -11,7 +11,6 @@ read, never what comes out: a copy of a folder has the fingerprint of the origin
 
 import errno
 import os
-import socket
 import stat
 import time
 import zipfile
@@ -23,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ldm import files
 from ldm.errors import DataError
 
 INDEX = Path("cache") / ".contents"  # hidden, so that `cache/*` are latent caches
@@ -162,11 +162,7 @@ def _write_index(file: Path, keys: np.ndarray, states: np.ndarray, samples: np.n
     entries = np.empty(len(keys), dtype=_ENTRY)
     entries["key"], entries["stats"], entries["sample"] = keys, states, samples
     entries.sort(order="key")
-    aside = file.with_name(f"{file.name}.tmp.{socket.gethostname()}.{os.getpid()}")
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("wb") as handle:
+        with files.whole(file) as aside, aside.open("wb") as handle:
             np.savez(handle, entries=entries)
-        aside.replace(file)
-    with suppress(OSError):  # after the rename there is none
-        aside.unlink()

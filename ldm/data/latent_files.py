@@ -4,13 +4,13 @@ import errno
 import fcntl
 import json
 import os
-import socket
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ldm import files
 from ldm.errors import DataError, ResourceError
 
 COMMAND = "python scripts/cache_latents.py --base <your config>"
@@ -49,7 +49,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 def publish(path: Path, data: bytes | memoryview) -> None:
     """Put `data` at `path`: durable, and never half there. ResourceError where the disk refuses."""
-    aside = path.with_name(f"{path.name}.tmp.{socket.gethostname()}.{os.getpid()}")
+    aside = files.temporary(path)
     try:
         with aside.open("wb") as file:
             file.write(data)

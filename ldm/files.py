@@ -1,0 +1,26 @@
+"""Files that are there whole or not at all: written under another name beside the place, then renamed."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def temporary(path: Path) -> Path:
+    """The name beside `path` that this process writes to first; who cleans up finds such files by `.tmp.`."""
+    return path.with_name(f"{path.name}.tmp.{socket.gethostname()}.{os.getpid()}")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Another name to write to within the block; `path` is then there with all of it, or as it was before.
+
+    Not synced to the disk: for what can be made again.
+    """
+    aside = temporary(path)
+    try:
+        yield aside
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
