@@ -118,6 +118,14 @@ def test_pictures_that_come_back_in_another_shape(autoencoder_tree):
     assert "(3, 16, 16) come back as (1, 16, 16)" in refused(autoencoder_tree, IMAGES)
 
 
+def test_pictures_too_small_for_lpips_name_the_size_that_would_do(autoencoder_tree):
+    loss = autoencoder_tree["model"]["params"]["loss"]["params"]
+    del loss["discriminator"]
+    loss["perceptual"] = {"target": "ldm.autoencoder.lpips.LPIPS", "params": {"pretrained": False}}
+    assert "needs 16 pixels or more on each side, found 8 x 8" in refused(autoencoder_tree, IMAGES | {"resolution": 8})
+    rehearse(autoencoder_tree, IMAGES | {"resolution": 16})
+
+
 def test_pictures_that_cannot_be_shown(autoencoder_tree):
     autoencoder_tree["model"]["target"] = "rehearsed.FailsToShow"
     assert "for its pictures, it does not work: RuntimeError: shown" in refused(autoencoder_tree, IMAGES)
@@ -252,7 +260,7 @@ def test_a_validation_that_fails(stage1, capsys):
 
 def test_pictures_smaller_than_the_window_of_ssim(stage1, capsys):
     assert train(stage1, "data.params.resolution=4", "model.params.loss.params.discriminator=null") == 2
-    ended_at("model: a validation batch does not pass through it: RuntimeError: ", capsys)
+    ended_at("pictures of 6 pixels or more on each side, found 4 x 4", capsys)
 
 
 def test_a_metric_that_validation_does_not_log(stage1, capsys):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 
-from ldm.errors import CheckpointError
+from ldm.errors import CheckpointError, ConfigError
 
 TRUNK_FILE = "vgg16-397923af.pth"
 TRUNK_ADDRESS = f"https://download.pytorch.org/models/{TRUNK_FILE}"
@@ -21,6 +21,7 @@ TRUNK_ADDRESS = f"https://download.pytorch.org/models/{TRUNK_FILE}"
 # Where each of the five compared features ends in torchvision's vgg16().features: relu1_2 ... relu5_3.
 _STAGES = ((0, 4), (4, 9), (9, 16), (16, 23), (23, 30))
 _WIDTHS = (64, 128, 256, 512, 512)
+_SMALLEST = 16  # pixels on a side: four halvings lie between the first features and the last
 
 
 class LPIPS(nn.Module):
@@ -35,6 +36,7 @@ class LPIPS(nn.Module):
 
     Raises:
         CheckpointError: the weights are not there, or are not VGG16's; names the file and where to put it.
+        ConfigError: (at the first pictures) they are smaller than 16 pixels on a side.
     """
 
     shift: Tensor
@@ -63,6 +65,12 @@ class LPIPS(nn.Module):
         return super().train(False)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        height, width = a.shape[2:]
+        if min(height, width) < _SMALLEST:
+            raise ConfigError(
+                f"LPIPS halves its pictures four times, so it needs {_SMALLEST} pixels or more on each side, found "
+                f"{height} x {width}: take larger pictures, or train without it (perceptual: null)"
+            )
         total = torch.zeros(a.shape[0], device=a.device)  # (N,)
         for head, x, y in zip(self.heads, self.features(a), self.features(b), strict=True):
             difference = (_unit(x) - _unit(y)).square()  # (N, width, h, w)

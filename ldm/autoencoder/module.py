@@ -26,6 +26,8 @@ Batch = dict[str, Any]
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 Schedule = Callable[[int], float]
 
+_SMALLEST_FOR_SSIM = 6  # its Gaussian window is 11 wide, and 5 pixels are mirrored at each edge
+
 
 class AutoencoderKL(pl.LightningModule):
     """Encoder, decoder and their loss; `global_step` counts optimizer steps, one a global batch.
@@ -223,7 +225,16 @@ class AutoencoderKL(pl.LightningModule):
         Batch means.
 
         PSNR and SSIM are means of each image's own, of pictures clamped to [-1, 1], in float32.
+
+        Raises:
+            ConfigError: pictures smaller than SSIM's window, 6 pixels on a side at least.
         """
+        height, width = images.shape[2:]
+        if min(height, width) < _SMALLEST_FOR_SSIM:
+            raise ConfigError(
+                f"validation measures SSIM, whose window needs pictures of {_SMALLEST_FOR_SSIM} pixels or more on each "
+                f"side, found {height} x {width}"
+            )
         with torch.autocast(images.device.type, enabled=False):
             target, reconstruction = images.float(), reconstruction.float()
             error, parts = self.loss.error(target, reconstruction)

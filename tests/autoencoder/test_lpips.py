@@ -9,7 +9,7 @@ from torch import nn
 from torchvision.models import vgg16
 
 from ldm.autoencoder.lpips import LPIPS, TRUNK_FILE
-from ldm.errors import CheckpointError
+from ldm.errors import CheckpointError, ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,15 @@ def test_is_a_distance_per_image(ours, images):
     torch.testing.assert_close(ours(a, a), torch.zeros(3))
     torch.testing.assert_close(ours(a, b), ours(b, a))
     torch.testing.assert_close(ours(a, b)[1:2], ours(a[1:2], b[1:2]))
+
+
+@pytest.mark.parametrize("size", [(15, 32), (32, 8)])
+def test_pictures_that_cannot_be_halved_four_times_are_refused(ours, size):
+    images = torch.zeros(2, 3, *size)
+    with pytest.raises(ConfigError, match=f"16 pixels or more on each side, found {size[0]} x {size[1]}"):
+        ours(images, images)
+    images = torch.zeros(2, 3, 16, 16)
+    assert ours(images, images).tolist() == [0.0, 0.0]
 
 
 def test_grey_images_are_repeated(ours, images):
