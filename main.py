@@ -15,11 +15,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from ldm import commandline, process, resume, run, signals
-from ldm.commandline import Options
-from ldm.config import Config, build
+from ldm import run_folder
+from ldm.cli import program
+from ldm.cli.options import Options, parse
+from ldm.config.load import Config, build
 from ldm.errors import CheckpointError, ConfigError
-from ldm.run import RunFolder
+from ldm.run_folder import RunFolder
+from ldm.runtime import signals
+from ldm.training import resume
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     debug = "-d" in words or "--debug" in words
     try:
-        return process.answer(lambda: work(commandline.parse(words)), examine if debug else None)
+        return program.answer(lambda: work(parse(words)), examine if debug else None)
     except Exception:
         if debug:
             examine()
@@ -59,13 +62,13 @@ def work(options: Options) -> int:
         )
         return 0
     if not options.dry_run:
-        run.check_writable(start.folder.path if start.folder else options.logdir)
+        run_folder.check_writable(start.folder.path if start.folder else options.logdir)
     signals.stop_if_asked()
     data, tree, facts = prepare(start, options)
     settle_precision(start, tree)
     signals.stop_if_asked()
     resume.check_facts(start, facts, options.allow_change)
-    from ldm import dry_run, rehearsal, trainer
+    from ldm.training import dry_run, rehearsal, trainer
 
     outline = dry_run.meta_model(tree, options.trust)
     dry_run.check_fit(outline, tree, facts, start.config.origin)
@@ -109,7 +112,7 @@ def prepare(start: resume.Start, options: Options) -> tuple[Any, dict[str, Any],
 
 def settle_precision(start: resume.Start, tree: dict[str, Any]) -> None:
     """Fill in the precision where it is `auto`, and say which and why."""
-    from ldm import distributed, precision
+    from ldm.runtime import distributed, precision
 
     notes = precision.settle(tree["lightning"]["trainer"], is_new=start.is_new)
     if distributed.is_main():
@@ -119,21 +122,26 @@ def settle_precision(start: resume.Start, tree: dict[str, Any]) -> None:
 
 def train(options: Options, start: resume.Start, tree: dict[str, Any], data: Any, facts: dict[str, Any]) -> int:
     """Build the model, take the run folder, and fit."""
-    from ldm import distributed, outcome, trainer
+    from ldm.runtime import distributed
+    from ldm.training import fit, trainer
 
-    with outcome.explained(), ExitStack() as held:
+    with fit.explained(), ExitStack() as held:
         model = trainer.build_model(tree, options.trust)
         signals.stop_if_asked()
         folder = start.folder
         if folder is None:
             # The other ranks write nothing, so that theirs need not exist.
             main_rank = distributed.is_main()
-            folder = run.create(options.logdir, start.name, options.postfix) if main_rank else RunFolder(options.logdir)
+            folder = (
+                run_folder.create(options.logdir, start.name, options.postfix)
+                if main_rank
+                else RunFolder(options.logdir)
+            )
             if main_rank:
-                held.enter_context(run.removed_if_unused(folder))
+                held.enter_context(run_folder.removed_if_unused(folder))
         if distributed.is_main():
             held.enter_context(folder.owned())
-            run.check_space(folder.checkpoints, outcome.space_needed(model))
+            run_folder.check_space(folder.checkpoints, fit.space_needed(model))
             resume.save(folder, start.source, tree, facts)
         callbacks = trainer.make_callbacks(tree, folder, model, facts, options.trust)
         # A validation alone has no step of its own in the metrics file.
@@ -141,13 +149,13 @@ def train(options: Options, start: resume.Start, tree: dict[str, Any], data: Any
         lightning = trainer.make_trainer(tree, data, model, callbacks, loggers, options.trust, folder.path)
         signals.stop_if_asked()
         if not options.train:
-            outcome.validate(lightning, model, data, folder, start.checkpoint)
+            fit.validate(lightning, model, data, folder, start.checkpoint)
             return 0
-        state = outcome.run(lightning, model, data, folder, start.checkpoint, test=options.test)
+        state = fit.run(lightning, model, data, folder, start.checkpoint, test=options.test)
         if lightning.is_global_zero:
             print(f"{folder.path}: {state.status} at step {state.step} {state.reason}".rstrip())
         return state.exit_code or 0
 
 
 if __name__ == "__main__":
-    process.run(main)
+    program.run(main)

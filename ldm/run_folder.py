@@ -1,7 +1,7 @@
 """The run folder: what one training run leaves on disk, who may write to it, and how it stands.
 
     logs/<time>_<name><postfix>/
-        checkpoints/           step=00001000.ckpt ... (ldm/checkpoint.py)
+        checkpoints/           step=00001000.ckpt ... (ldm/checkpoints/store.py)
         configs/config.yaml    what ran, every reference filled in; a resumed run reads this
         configs/source.yaml    the same before references were filled in: what the user wrote
         configs/facts.json     what the data said about itself (number of images, classes, ...)

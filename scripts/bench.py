@@ -6,7 +6,7 @@
 
 `steps`: the same sizes, LPIPS (random VGG16), discriminator, optimizer and batch, in turn, so that a busy machine slows
 both. The usual autoencoder step is VQGAN's: one forward for the generator and its adaptive adversarial weight, another
-for the discriminator. `quality`: see ldm/evaluation/quality.py; the Fréchet distance in the classifier's own features
+for the discriminator. `quality`: see ldm/evaluation/report.py; the Fréchet distance in the classifier's own features
 is not the FID.
 """
 
@@ -28,22 +28,23 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm import process, run
+from ldm import run_folder
 from ldm.autoencoder.discriminator import PatchDiscriminator
 from ldm.autoencoder.losses import AutoencoderLoss
 from ldm.autoencoder.lpips import LPIPS
 from ldm.autoencoder.networks import Decoder, Encoder
 from ldm.autoencoder.posterior import DiagonalGaussian
-from ldm.commandline import Parser, finite, path, split_overrides, whole_number
-from ldm.data.arrays import FashionMNIST
-from ldm.diffusion.conditioning import Conditioning
+from ldm.cli import program
+from ldm.cli.options import Parser, finite, path, split_overrides, whole_number
+from ldm.data.sources.arrays import FashionMNIST
+from ldm.diffusion.conditioners.base import Conditioning
+from ldm.diffusion.networks.unet import UNet
 from ldm.diffusion.noise_schedules import SqrtLinear
 from ldm.diffusion.objectives import DDPM
-from ldm.diffusion.unet import UNet
-from ldm.evaluation.generate import Pipeline
-from ldm.evaluation.quality import compare, markdown
-from ldm.precision import computes_bf16
+from ldm.evaluation.report import compare, markdown
 from ldm.randomness import Draws
+from ldm.runtime.precision import computes_bf16
+from ldm.sampling.generate import Pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 EPILOG = "With `quality`, words of the form key=value override the configuration of both stages."
@@ -253,7 +254,7 @@ def train_stage(stage: str, options: Any, *overrides: str) -> Path:
     config = ROOT / "configs" / "fashion_mnist" / f"{stage}.yaml"
     command: list[str | Path] = [sys.executable, ROOT / "main.py", "--base", config]
     code = subprocess.run([*command, "--logdir", options.logdir, *options.overrides, *overrides]).returncode
-    folder = run.newest(options.logdir, f"fashion_mnist_{stage}")
+    folder = run_folder.newest(options.logdir, f"fashion_mnist_{stage}")
     if code or folder is None:
         sys.exit(code or 1)  # main.py has said why
     return folder.path
@@ -279,7 +280,7 @@ def quality(options: Any) -> str:
         "rows": {name: row._asdict() for name, row in report.scores.items()},
         "minutes": {"training": (trained - started) / 60, "judging": (time.perf_counter() - trained) / 60},
     }
-    run.write_whole(folder / "quality.json", json.dumps(record, indent=1) + "\n")
+    run_folder.write_whole(folder / "quality.json", json.dumps(record, indent=1) + "\n")
     about = f"{record['hardware']}; {options.number} images a class, DDIM {options.steps}; {record['checkpoint']}"
     return f"{about}\n\n{report.markdown()}\n\n{folder / 'pictures.png'}"
 
@@ -315,7 +316,7 @@ def main(argv: Sequence[str]) -> int:
         options = parse(argv)
         print({"steps": steps, "quality": quality}[options.what](options))
 
-    return process.answer(work)
+    return program.answer(work)
 
 
 if __name__ == "__main__":

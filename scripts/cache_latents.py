@@ -14,19 +14,20 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from ldm import distributed, process, signals
-from ldm.commandline import Parser, path, split_overrides
+from ldm.cli import program
+from ldm.cli.options import Parser, path, split_overrides
 from ldm.errors import ConfigError, LdmError
+from ldm.runtime import distributed, signals
 
 
 def build(base: Sequence[Path], overrides: Sequence[str], trust: Sequence[str]) -> None:
     """Build the caches of the configuration's data module, and print where they are."""
-    from ldm import config
-    from ldm.data.latent_datamodule import LatentDataModule
+    from ldm.config.load import build, load
+    from ldm.latents.datamodule import LatentDataModule
 
-    loaded = config.load(base, overrides, trust)
+    loaded = load(base, overrides, trust)
     loaded.check()
-    data = config.build(loaded.resolved()["data"], trust, key="data")
+    data = build(loaded.resolved()["data"], trust, key="data")
     if not isinstance(data, LatentDataModule):
         wanted, found = (f"{kind.__module__}.{kind.__qualname__}" for kind in (LatentDataModule, type(data)))
         raise ConfigError(f"data.target: expected {wanted}, found {found}: only stage 2 reads a latent cache.")
@@ -41,7 +42,7 @@ def build(base: Sequence[Path], overrides: Sequence[str], trust: Sequence[str]) 
 
 def verify(folder: Path) -> None:
     """Check a cache whole, and print that it is sound."""
-    from ldm.data import latents
+    from ldm.latents.manifest import verify
 
     with Progress() as bar:
         task = bar.add_task(str(folder))
@@ -50,7 +51,7 @@ def verify(folder: Path) -> None:
             signals.stop_if_asked()
             bar.update(task, completed=done, total=total)
 
-        manifest = latents.verify(folder, show)
+        manifest = verify(folder, show)
     print(f"{folder}: sound, {manifest.num_items} items")
 
 
@@ -82,8 +83,8 @@ def main(argv: Sequence[str]) -> int:
         build(options.base, overrides, options.trust)
         return None
 
-    return process.answer(work)
+    return program.answer(work)
 
 
 if __name__ == "__main__":
-    process.run(lambda: main(sys.argv[1:]))
+    program.run(lambda: main(sys.argv[1:]))

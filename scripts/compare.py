@@ -22,15 +22,16 @@ import matplotlib
 import matplotlib.pyplot as plt
 import torch
 
-from ldm import process, run
-from ldm.commandline import Parser, finite, path, positive, split_overrides, whole_number
-from ldm.data.arrays import FashionMNIST
-from ldm.diffusion.grids import Default
+from ldm import run_folder
+from ldm.cli import program
+from ldm.cli.options import Parser, finite, path, positive, split_overrides, whole_number
+from ldm.data.sources.arrays import FashionMNIST
 from ldm.errors import ConfigError, LdmError
-from ldm.evaluation.generate import Pipeline
-from ldm.evaluation.quality import Judge, markdown, samples
-from ldm.evaluation.steering import Guidance
-from ldm.loggers import read_metrics
+from ldm.evaluation.report import Judge, markdown, samples
+from ldm.sampling.generate import Pipeline
+from ldm.sampling.img2img import Guidance
+from ldm.sampling.timesteps import Default
+from ldm.training.loggers import read_metrics
 
 matplotlib.use("agg")
 
@@ -45,7 +46,10 @@ EPILOG = "Words of the form key=value override every configuration."
 
 def train(variant: Path | None, folder: Path, steps: int, mark: int, options: Any) -> Path:
     """The run of `steps` steps in `folder`, saved every `mark` steps; continued where it was interrupted."""
-    checkpoints = {"target": "ldm.saving.Checkpoints", "params": {"every": mark, "keep_every": mark}}
+    checkpoints = {
+        "target": "ldm.training.callbacks.checkpoints.Checkpoints",
+        "params": {"every": mark, "keep_every": mark},
+    }
     overrides = {
         "data.params.autoencoder": options.autoencoder,
         "lightning.trainer.max_steps": steps,
@@ -63,7 +67,7 @@ def train(variant: Path | None, folder: Path, steps: int, mark: int, options: An
     with (folder / "log").open("a") as log:
         whole = [*command, "--base", *files, *words, *options.overrides]
         code = subprocess.run(whole, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
-    made = run.newest(folder, "run")
+    made = run_folder.newest(folder, "run")
     if code or made is None:
         raise LdmError(f"{folder / 'log'}: main.py ended with exit code {code}, and says there why.")
     return made.path
@@ -134,7 +138,7 @@ def compare(options: Any) -> str:
             entry["marks"][saved.name] = {"images": pipeline.origin["step"] * batch, "scores": scores}
             size = sum(parameter.numel() for parameter in pipeline.denoiser.parameters())
             entry |= {"parameters": size, "images_per_second": images_per_second}
-            run.write_whole(file, json.dumps(record, indent=1) + "\n")
+            run_folder.write_whole(file, json.dumps(record, indent=1) + "\n")
     draw(record["configurations"], options.out / "comparison.png")
     return f"{table(record['configurations'])}\n\n{options.out / 'comparison.png'}"
 
@@ -214,7 +218,7 @@ def parse(argv: Sequence[str]) -> Any:
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code (ldm/errors.py)."""
-    return process.answer(lambda: print(compare(parse(argv))))
+    return program.answer(lambda: print(compare(parse(argv))))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from ldm.ranks import leave
+from ldm.runtime.launcher import leave
 from scripts.fault_catalogue import processes
 from scripts.fault_catalogue.attempts import Attempt, run_all
 from scripts.fault_catalogue.harness import CATALOGUE, Fault, Figures, Result, chosen, table
@@ -121,7 +121,7 @@ def _tried(faults: Sequence[Fault], folder: Path, options: argparse.Namespace, c
 
 def warm_up(folder: Path) -> None:
     """Make what all faults share, and import whatever a run imports, so that forks need not."""
-    import ldm.trainer  # noqa: F401
+    import ldm.training.trainer  # noqa: F401
     from scripts.fault_catalogue.runs import prepare
 
     processes.adopt_orphans()

@@ -17,8 +17,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from ldm import process
-from ldm.commandline import Parser, path
+from ldm.cli import program
+from ldm.cli.options import Parser, path
 from ldm.errors import ConfigError, DataError
 
 Curve = tuple[list[int], list[float]]
@@ -133,7 +133,7 @@ def main(argv: Sequence[str]) -> int:
         plot(options.runs, output, options.only)
         print(output)
 
-    return process.answer(work)
+    return program.answer(work)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm import process
-from ldm.commandline import Parser
-from ldm.config import newest_run
-from ldm.config_read import read
+from ldm.cli import program
+from ldm.cli.options import Parser
+from ldm.config.load import newest_run
+from ldm.config.tree import read
 from ldm.errors import DataError
 
 DIFFUSION = "configs/quickstart/diffusion.yaml"
@@ -88,8 +88,8 @@ def main(argv: Sequence[str]) -> int:
         options = parser.parse_strictly(argv)
         print(ending(options.name, options.pictures))
 
-    return process.answer(work)
+    return program.answer(work)
 
 
 if __name__ == "__main__":
-    process.run(lambda: main(sys.argv[1:]))
+    program.run(lambda: main(sys.argv[1:]))

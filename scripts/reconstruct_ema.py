@@ -5,9 +5,9 @@
 
 A run keeps snapshots where its configuration has power-function averages and the callback that writes them:
 
-    model.params.ema.params: {profile: {target: ldm.ema.PowerFunction, params: {width: 0.05}},
-                              others: [{target: ldm.ema.PowerFunction, params: {width: 0.1}}]}
-    lightning.callbacks.averages: {target: ldm.averages.AverageSnapshots, params: {every: 1000}}
+    model.params.ema.params: {profile: {target: ldm.optim.ema.PowerFunction, params: {width: 0.05}},
+                              others: [{target: ldm.optim.ema.PowerFunction, params: {width: 0.1}}]}
+    lightning.callbacks.averages: {target: ldm.training.callbacks.ema_snapshots.AverageSnapshots, params: {every: 1000}}
 
 The width is the relative standard deviation of the weights' shares over the training so far (Karras et al. 2024,
 "EDM2").
@@ -18,10 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm import checkpoint, process
-from ldm.averages import FOLDER, reconstruct, snapshots
-from ldm.commandline import Parser, path
+from ldm.checkpoints import store
+from ldm.cli import program
+from ldm.cli.options import Parser, path
 from ldm.errors import CheckpointError, ConfigError
+from ldm.training.callbacks.ema_snapshots import FOLDER, reconstruct, snapshots
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
         for width in options.width:
             print(write(options.run, files, width))
 
-    return process.answer(work)
+    return program.answer(work)
 
 
 def up_to(files: Sequence[Path], step: int | None) -> list[Path]:
@@ -53,8 +54,8 @@ def up_to(files: Sequence[Path], step: int | None) -> list[Path]:
 
 def write(run: Path, files: Sequence[Path], width: float) -> Path:
     """A checkpoint to sample from, with the average in the place of the run's own; its path."""
-    source = checkpoint.find(run)
-    state: dict[str, Any] = checkpoint.load(source)
+    source = store.find(run)
+    state: dict[str, Any] = store.load(source)
     record = state.get("ldm", {})
     if record.get("kind") != "diffusion":
         raise CheckpointError(f"{source}: expected a checkpoint of a diffusion model, found {record.get('kind')!r}.")
@@ -62,11 +63,11 @@ def write(run: Path, files: Sequence[Path], width: float) -> Path:
     weights = {name: value for name, value in state["state_dict"].items() if name.startswith("objective.")}
     weights |= {f"ema.average.{name}": value for name, value in average.items()}
     step = int(files[-1].stem.removeprefix("step="))
-    file = run / FOLDER / f"width={width:g}_step={step:08d}{checkpoint.SUFFIX}"
+    file = run / FOLDER / f"width={width:g}_step={step:08d}{store.SUFFIX}"
     record = {**record, "step": step, "average": {"width": width, "snapshots": len(files)}}
-    checkpoint.save(file, {"state_dict": weights, "ldm": record})
+    store.save(file, {"state_dict": weights, "ldm": record})
     return file
 
 
 if __name__ == "__main__":
-    process.run(lambda: main(sys.argv[1:]))
+    program.run(lambda: main(sys.argv[1:]))

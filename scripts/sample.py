@@ -23,23 +23,24 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from ldm import process, signals, threads
+from ldm.cli import program
+from ldm.runtime import signals, threads
 
 if __name__ == "__main__":
     threads.prepare()  # before torch is imported
 
 import torch
 
-from ldm.commandline import Parser, finite, path, positive, ratio, seed, share, some_share, whole_number
-from ldm.config import newest_run
-from ldm.diffusion.grids import CompVis, Default, Grid, Karras, Power, Shift
-from ldm.diffusion.samplers import ancestral, ddim, dpm_solver, heun, unipc
+from ldm.cli.options import Parser, finite, path, positive, ratio, seed, share, some_share, whole_number
+from ldm.config.load import newest_run
 from ldm.errors import ConfigError
-from ldm.evaluation.generate import Pipeline, Sampler, check, generate
-from ldm.evaluation.sample_folder import Order, claim, default_folder, record, save, save_arrays, sheet
-from ldm.evaluation.sheets import picture
-from ldm.evaluation.steering import Guidance, Original
 from ldm.files import whole
+from ldm.images import picture
+from ldm.sampling.generate import Pipeline, Sampler, check, generate
+from ldm.sampling.img2img import Guidance, Original
+from ldm.sampling.sample_folder import Order, claim, default_folder, record, save, save_arrays, sheet
+from ldm.sampling.samplers import ancestral, ddim, dpm_solver, heun, unipc
+from ldm.sampling.timesteps import CompVis, Default, Grid, Karras, Power, Shift
 
 SAMPLERS: dict[str, Sampler] = {
     "ddim": ddim,
@@ -284,8 +285,8 @@ def make(
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code (ldm/errors.py)."""
-    return process.answer(lambda: print(*sample(parse(argv)), sep="\n"))
+    return program.answer(lambda: print(*sample(parse(argv)), sep="\n"))
 
 
 if __name__ == "__main__":
-    process.run(lambda: main(sys.argv[1:]))
+    program.run(lambda: main(sys.argv[1:]))

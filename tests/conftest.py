@@ -66,11 +66,11 @@ def autoencoder_tree(image_folder) -> Tree:
             decoder=node("ldm.autoencoder.networks.Decoder", out_channels="${data:channels}", **networks),
             loss=loss,
             optimizer=node("torch.optim.Adam", partial=True, lr=1e-3),
-            schedule=node("ldm.schedule.Cosine", steps="${lightning.trainer.max_steps}", warm_up=2),
+            schedule=node("ldm.optim.lr_schedules.Cosine", steps="${lightning.trainer.max_steps}", warm_up=2),
         ),
         "data": node(
-            "ldm.data.datamodules.ImageDataModule",
-            train=node("ldm.data.images.ImageFolder", root=str(image_folder)),
+            "ldm.data.datamodule.ImageDataModule",
+            train=node("ldm.data.sources.folder.ImageFolder", root=str(image_folder)),
             batch_size=6,
             resolution=16,
             seed="${seed}",
@@ -84,7 +84,7 @@ def autoencoder_tree(image_folder) -> Tree:
 def diffusion_tree(image_folder) -> Tree:
     """Stage 2 on the newest run of the above: class-conditional, with dropout and an average, without samples."""
     network = node(
-        "ldm.diffusion.unet.UNet",
+        "ldm.diffusion.networks.unet.UNet",
         in_channels="${data:channels}",
         channels=16,
         channel_multipliers=[1, 1],
@@ -100,15 +100,17 @@ def diffusion_tree(image_folder) -> Tree:
         "model": node(
             "ldm.diffusion.module.LatentDiffusion",
             network=network,
-            conditioner=node("ldm.diffusion.conditioning.ClassVector", num_classes="${data:num_classes}", channels=8),
+            conditioner=node(
+                "ldm.diffusion.conditioners.base.ClassVector", num_classes="${data:num_classes}", channels=8
+            ),
             objective=node("ldm.diffusion.objectives.DDPM", schedule=node("ldm.diffusion.noise_schedules.SqrtLinear")),
             optimizer=node("torch.optim.AdamW", partial=True, lr=1e-3),
-            ema=node("ldm.ema.EMA", partial=True, profile=node("ldm.ema.Decay")),
+            ema=node("ldm.optim.ema.EMA", partial=True, profile=node("ldm.optim.ema.Decay")),
             label_dropout=0.1,
         ),
         "data": node(
-            "ldm.data.latent_datamodule.LatentDataModule",
-            train=node("ldm.data.images.ImageFolder", root=str(image_folder)),
+            "ldm.latents.datamodule.LatentDataModule",
+            train=node("ldm.data.sources.folder.ImageFolder", root=str(image_folder)),
             autoencoder="${newest:logs/*_tiny_autoencoder}",
             batch_size=6,
             seed="${seed}",

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader, Dataset
 
-from ldm.data.datamodules import ElasticDataModule
-from ldm.saving import AtomicCheckpointIO
+from ldm.data.datamodule import ElasticDataModule
+from ldm.training.callbacks.checkpoints import AtomicCheckpointIO
 
 BATCH = 4
 MakeOptimizer = Callable[[Iterable[torch.nn.Parameter]], Optimizer]

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import pytest
 
 import main
-from ldm import checkpoint
-from ldm.config import to_yaml
+from ldm.checkpoints import store
+from ldm.config.load import to_yaml
 
 pytestmark = pytest.mark.slow
 
@@ -78,7 +78,7 @@ def machines() -> Iterator[list[Machine]]:
 def words(autoencoder_tree, tmp_path) -> list[str]:
     """Stage 1, as the words after a script."""
     autoencoder_tree["lightning"]["trainer"] |= {"max_steps": STEPS, "val_check_interval": 20}
-    node = {"target": "ldm.saving.Checkpoints", "params": {"every": 5}}
+    node = {"target": "ldm.training.callbacks.checkpoints.Checkpoints", "params": {"every": 5}}
     autoencoder_tree["lightning"]["callbacks"] = {"images": None, "checkpoints": node}
     autoencoder_tree["model"]["params"].pop("schedule")
     (tmp_path / "run.yaml").write_text(to_yaml(autoencoder_tree))
@@ -147,7 +147,7 @@ def test_torchrun_on_two_machines(machines, words, tmp_path, lose_a_rank):
         end(agents)
     assert codes == [0, 0], "".join(output.read_text()[-3000:] for output in outputs)
     assert (state_of(tmp_path)["status"], state_of(tmp_path)["step"]) == ("finished", STEPS)
-    saved = checkpoint.load(checkpoint.find(run_of(tmp_path)))
+    saved = store.load(store.find(run_of(tmp_path)))
     assert saved["ldm"]["images_seen"] == STEPS * 6
 
 

@@ -10,7 +10,7 @@ import torch
 from pytorch_lightning.strategies import Strategy
 
 import main
-from ldm.config import Config, build, load
+from ldm.config.load import Config, build, load
 from scripts import sample
 
 ROOT = Path(__file__).parents[1]
@@ -148,7 +148,7 @@ def test_transformers_are_sampled_as_published(name, flags):
 
 def overrides(name: str, image_folder: Path) -> list[str]:
     """What makes two steps of the configuration take a second."""
-    folder = {"target": "ldm.data.images.ImageFolder", "params": {"root": str(image_folder)}}
+    folder = {"target": "ldm.data.sources.folder.ImageFolder", "params": {"root": str(image_folder)}}
     data = {"train": folder, "num_validation": 4, "batch_size": 2, "resolution": 64, "num_workers": 0}
     if name in STAGE_1 and "transform:" in CONFIGS[name].read_text():
         data["transform"] = None
@@ -179,10 +179,10 @@ def test_stage_1_trains_two_steps(name, image_folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", STAGE_2)
 def test_stage_2_trains_two_steps(name, image_folder, runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    edm2 = "ldm.diffusion.edm2" in CONFIGS[name].read_text()
+    edm2 = "ldm.diffusion.networks.edm2" in CONFIGS[name].read_text()
     words = [f"model.params.network.params.channels={64 if edm2 else 32}", *overrides(name, image_folder)]
     words += ["model.params.network.params.blocks_per_level=1", "data.params.resolution=32"] if edm2 else []
-    if "ldm.diffusion.dit.DiT" in CONFIGS[name].read_text():
+    if "ldm.diffusion.networks.dit.DiT" in CONFIGS[name].read_text():
         words += ["model.params.network.params.depth=2", "model.params.network.params.heads=4"]
     words.append(f"data.params.autoencoder={runs.autoencoder}")
     assert main.main(["--base", str(CONFIGS[name]), *words]) == 0

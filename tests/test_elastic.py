@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 import main
-from ldm import checkpoint
 from ldm.autoencoder.module import AutoencoderKL
-from ldm.config import to_yaml
+from ldm.checkpoints import store
+from ldm.config.load import to_yaml
 from ldm.diffusion.module import LatentDiffusion
-from ldm.evaluation.generate import Pipeline, generate
-from ldm.loggers import read_metrics
 from ldm.randomness import Draws
+from ldm.sampling.generate import Pipeline, generate
+from ldm.training.loggers import read_metrics
 from tests.forked import Forked
 
 STEPS = 6
@@ -34,7 +34,7 @@ TOLERANCE = 1e-6  # seen: 7e-8
 BF16 = 1e-4  # seen: 5e-6
 ALONE = "lightning.strategy=null"
 DDP, FSDP2, SHARDED = (
-    f"lightning.strategy={{target: ldm.strategies.{name}, params: {{timeout: 60{more}}}}}"
+    f"lightning.strategy={{target: ldm.training.strategies.{name}, params: {{timeout: 60{more}}}}}"
     for name, more in (("DDP", ""), ("FSDP2", ""), ("FSDP2", ", sharded_checkpoints: true"))
 )
 SHEET = {"every_n_steps": 4, "classes": [0, 1], "seeds": [7, 8, 9], "steps": 2}  # no multiple of three ranks
@@ -149,12 +149,12 @@ class Run:
         shutil.copytree(self.logdir, copy.logdir)
         for file in (copy.folder / "checkpoints").glob("*.ckpt"):
             if file.name != f"step={step:08d}.ckpt":
-                checkpoint.remove(file)
+                store.remove(file)
         (copy.folder / "run_state.json").unlink()
         return copy
 
     def state(self, step: int = STEPS) -> dict[str, Any]:
-        return checkpoint.load(self.folder / "checkpoints" / f"step={step:08d}.ckpt")
+        return store.load(self.folder / "checkpoints" / f"step={step:08d}.ckpt")
 
     def final(self) -> dict[str, Any]:
         state = self.state()
@@ -218,7 +218,7 @@ def diffusion(diffusion_tree, autoencoder_tree, stage_1, forked) -> dict[str, An
     diffusion_tree["model"]["params"]["network"]["params"]["dropout"] = 0.0
     diffusion_tree["model"]["params"]["optimizer"]["params"] |= {"fused": True, "eps": 1e-3}
     diffusion_tree["model"]["params"]["gradient_clip"] = 0.5
-    return quick(diffusion_tree, {"target": "ldm.callbacks.SampleLogger", "params": SHEET})
+    return quick(diffusion_tree, {"target": "ldm.training.callbacks.previews.SampleLogger", "params": SHEET})
 
 
 @pytest.fixture
@@ -233,7 +233,7 @@ def autoencoder(autoencoder_tree) -> dict[str, Any]:
 def quick(tree: dict[str, Any], images: dict[str, Any] | None) -> dict[str, Any]:
     """One validation; a checkpoint at every third step."""
     tree["lightning"]["trainer"] |= {"val_check_interval": 4, "log_every_n_steps": 1, "enable_progress_bar": False}
-    node = {"target": "ldm.saving.Checkpoints", "params": {"every": 3, "keep": 9}}
+    node = {"target": "ldm.training.callbacks.checkpoints.Checkpoints", "params": {"every": 3, "keep": 9}}
     tree["lightning"]["callbacks"] = {"images": images, "checkpoints": node}
     return tree
 
@@ -280,12 +280,15 @@ def test_a_transformer_and_a_learned_weighting_on_shards(forked, diffusion, tmp_
     """What else may hold parameters: further averages, and the objective; activations computed again are gathered."""
     params = diffusion["model"]["params"]
     sizes = {"in_channels": "${data:channels}", "patch_size": 2, "channels": 16, "depth": 2, "heads": 2}
-    params["network"] = {"target": "ldm.diffusion.dit.DiT", "params": sizes | {"rms_norm": True, "checkpointing": True}}
+    params["network"] = {
+        "target": "ldm.diffusion.networks.dit.DiT",
+        "params": sizes | {"rms_norm": True, "checkpointing": True},
+    }
     params["conditioner"]["params"]["channels"] = 16
     plain = {"target": "ldm.diffusion.weightings.Plain"}
     learned = {"target": "ldm.diffusion.weightings.Uncertainty", "params": {"weighting": plain, "channels": 8}}
     params["objective"]["params"]["weighting"] = learned
-    params["ema"]["params"]["others"] = [{"target": "ldm.ema.PowerFunction", "params": {"width": 0.1}}]
+    params["ema"]["params"]["others"] = [{"target": "ldm.optim.ema.PowerFunction", "params": {"width": 0.1}}]
     alone = Run(forked, diffusion, tmp_path / "alone")
     diary = alone.go(1)
     shards = Run(forked, diffusion, tmp_path / "shards")
@@ -305,9 +308,9 @@ def test_constrained_weights_on_ranks(forked, diffusion, tmp_path, strategy):
     params = diffusion["model"]["params"]
     sizes = {"in_channels": "${data:channels}", "channels": 8, "channel_multipliers": [1, 2], "blocks_per_level": 1}
     network = {**sizes, "attention_levels": [1], "vector_channels": "${data:num_classes}"}
-    params["network"] = {"target": "ldm.diffusion.edm2.MagnitudePreservingUNet", "params": network}
+    params["network"] = {"target": "ldm.diffusion.networks.edm2.MagnitudePreservingUNet", "params": network}
     classes = {"num_classes": "${data:num_classes}"}
-    params["conditioner"] = {"target": "ldm.diffusion.conditioning.ClassOneHot", "params": classes}
+    params["conditioner"] = {"target": "ldm.diffusion.conditioners.base.ClassOneHot", "params": classes}
     alone = Run(forked, diffusion, tmp_path / "alone")
     diary = alone.go(1)
     ranks = Run(forked, diffusion, tmp_path / "ranks")
@@ -323,9 +326,9 @@ def test_constrained_weights_on_ranks(forked, diffusion, tmp_path, strategy):
 def test_muon_on_ranks(forked, diffusion, tmp_path, strategy):
     params = diffusion["model"]["params"]
     sizes = {"in_channels": "${data:channels}", "patch_size": 2, "channels": 16, "depth": 2, "heads": 2}
-    params["network"] = {"target": "ldm.diffusion.dit.DiT", "params": sizes}
+    params["network"] = {"target": "ldm.diffusion.networks.dit.DiT", "params": sizes}
     params["conditioner"]["params"]["channels"] = 16
-    params["optimizer"] = {"target": "ldm.optimizers.Muon", "partial": True, "params": {"lr": 1e-3}}
+    params["optimizer"] = {"target": "ldm.optim.optimizers.Muon", "partial": True, "params": {"lr": 1e-3}}
     straight = Run(forked, diffusion, tmp_path / "straight")
     diary = straight.go(2, strategy)
     alone = Run(forked, diffusion, tmp_path / "alone").go(1)
@@ -341,7 +344,7 @@ def test_a_codebook_on_ranks(forked, autoencoder, tmp_path):
     params = autoencoder["model"]["params"]
     params["encoder"]["params"]["moments"] = False
     book = {"size": 16, "channels": 2}
-    params["quantiser"] = {"target": "ldm.autoencoder.quantiser.VectorQuantiser", "params": book}
+    params["quantiser"] = {"target": "ldm.autoencoder.quantizer.VectorQuantiser", "params": book}
     alone = Run(forked, autoencoder, tmp_path / "alone").go(1)
     assert_same_run(Run(forked, autoencoder, tmp_path / "two").go(2, DDP), alone)
 

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 import main
-from ldm import checkpoint
 from ldm.autoencoder.codec import Codec
-from ldm.config import to_yaml
-from ldm.evaluation.generate import Pipeline
-from ldm.loggers import read_metrics
+from ldm.checkpoints import store
+from ldm.config.load import to_yaml
+from ldm.sampling.generate import Pipeline
+from ldm.training.loggers import read_metrics
 from scripts import sample
 from tests.conftest import node
 
@@ -39,7 +39,7 @@ def run(name: str) -> Path:
 def vq_tree(autoencoder_tree):
     params = autoencoder_tree["model"]["params"]
     params["encoder"]["params"]["moments"] = False
-    params["quantiser"] = node("ldm.autoencoder.quantiser.VectorQuantiser", size=32, channels=2)
+    params["quantiser"] = node("ldm.autoencoder.quantizer.VectorQuantiser", size=32, channels=2)
     return autoencoder_tree
 
 
@@ -71,7 +71,7 @@ def test_a_resumed_codebook_is_the_same(vq_tree):
     assert train(vq_tree) == 0
     assert train(vq_tree, "-n", "parts", "lightning.trainer.max_steps=2", "lightning.trainer.val_check_interval=2") == 0
     assert main.main(["-r", str(run("parts")), "lightning.trainer.max_steps=4"]) == 0
-    whole, parts = (checkpoint.load(checkpoint.find(run(name)))["state_dict"] for name in ("tiny_autoencoder", "parts"))
+    whole, parts = (store.load(store.find(run(name)))["state_dict"] for name in ("tiny_autoencoder", "parts"))
     assert whole.keys() == parts.keys()
     assert "quantiser.codebook.weight" in whole
     assert all(torch.equal(whole[name], parts[name]) for name in whole)

@@ -1,6 +1,6 @@
 import numpy as np
 
-from ldm.evaluation.sheets import grid
+from ldm.images import grid
 
 
 def test_grid_places_pictures_row_by_row_on_white():

@@ -59,23 +59,23 @@ LEVEL_OF = {f"ldm.{name}": level for level, names in LEVELS.items() for name in 
 # Libraries that only the named files may import.
 FENCED = {
     "pytorch_lightning": {
-        *("ldm.autoencoder.module", "ldm.diffusion.module", "ldm.data.datamodules"),
+        *("ldm.autoencoder.module", "ldm.diffusion.module", "ldm.data.datamodule"),
         *(
-            "ldm.averages",
-            "ldm.callbacks",
-            "ldm.loggers",
-            "ldm.safety",
-            "ldm.saving",
-            "ldm.finite",
-            "ldm.trainer",
+            "ldm.training.callbacks.ema_snapshots",
+            "ldm.training.callbacks.previews",
+            "ldm.training.loggers",
+            "ldm.training.callbacks.provenance",
+            "ldm.training.callbacks.checkpoints",
+            "ldm.training.callbacks.skip_nonfinite",
+            "ldm.training.trainer",
             "main",
         ),
-        *("ldm.outcome", "ldm.strategies", "ldm.rehearsal"),
+        *("ldm.training.fit", "ldm.training.strategies", "ldm.training.rehearsal"),
     },
-    "omegaconf": {"ldm.config"},
-    "torch.distributed": {"ldm.distributed", "ldm.sharding"},
+    "omegaconf": {"ldm.config.load"},
+    "torch.distributed": {"ldm.runtime.distributed", "ldm.runtime.fsdp"},
     "diffusers": {"scripts.bench"},
-    "wandb": {"ldm.loggers"},
+    "wandb": {"ldm.training.loggers"},
 }
 
 SOURCES = sorted([*(ROOT / "ldm").rglob("*.py"), *(ROOT / "scripts").glob("*.py"), ROOT / "main.py"])

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 import main
-from ldm import checkpoint
-from ldm.config import to_yaml
-from ldm.run import RunFolder, RunState
+from ldm.checkpoints import store
+from ldm.config.load import to_yaml
+from ldm.run_folder import RunFolder, RunState
 from tests.points import wait_until
 
 pytestmark = pytest.mark.slow
@@ -71,9 +71,12 @@ def stage1(autoencoder_tree, tmp_path, monkeypatch) -> dict[str, Any]:
     monkeypatch.chdir(tmp_path)
     trainer = {"max_steps": 1_000_000, "val_check_interval": 1_000_000, "log_every_n_steps": 10, "devices": 2}
     autoencoder_tree["lightning"]["trainer"] |= trainer
-    autoencoder_tree["lightning"]["strategy"] = {"target": "ldm.strategies.DDP", "params": {"timeout": TIMEOUT}}
+    autoencoder_tree["lightning"]["strategy"] = {
+        "target": "ldm.training.strategies.DDP",
+        "params": {"timeout": TIMEOUT},
+    }
     autoencoder_tree["lightning"]["callbacks"] = {
-        "checkpoints": {"target": "ldm.saving.Checkpoints", "params": {"every": 10}}
+        "checkpoints": {"target": "ldm.training.callbacks.checkpoints.Checkpoints", "params": {"every": 10}}
     }
     Path("stage1.yaml").write_text(to_yaml(autoencoder_tree))
     return autoencoder_tree
@@ -103,7 +106,7 @@ def step() -> int:
     """Of the newest checkpoint, which is whole."""
     run = folder()
     assert run is not None
-    return int(checkpoint.load(checkpoint.find(run.path))["global_step"])
+    return int(store.load(store.find(run.path))["global_step"])
 
 
 def state() -> RunState:

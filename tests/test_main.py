@@ -13,14 +13,16 @@ from typing import Any
 import pytest
 
 import main
-from ldm import checkpoint, outcome, resume, run, trainer
+from ldm import run_folder
 from ldm.autoencoder.module import AutoencoderKL
-from ldm.config import to_yaml
-from ldm.data.datamodules import ImageDataModule
+from ldm.checkpoints import store
+from ldm.config.load import to_yaml
+from ldm.data.datamodule import ImageDataModule
 from ldm.errors import ResourceError
-from ldm.loggers import read_metrics
-from ldm.run import RunFolder
-from ldm.signals import Stopped
+from ldm.run_folder import RunFolder
+from ldm.runtime.signals import Stopped
+from ldm.training import fit, resume, trainer
+from ldm.training.loggers import read_metrics
 from tests.points import wait_until
 
 ROOT = Path(main.__file__).parent
@@ -35,7 +37,7 @@ def stage1(autoencoder_tree, tmp_path, monkeypatch) -> dict[str, Any]:
     return autoencoder_tree
 
 
-def run_folder() -> RunFolder:
+def the_run() -> RunFolder:
     (path,) = Path("logs").iterdir()
     return RunFolder(path)
 
@@ -56,13 +58,13 @@ def refused(capsys: pytest.CaptureFixture[str], code: int, *words: str) -> str:
 
 def test_a_run_leaves_its_folder(stage1, capsys):
     assert train("-n", "cats", "-f", "_dogs", "data.params.batch_size=4") == 0
-    folder = run_folder()
+    folder = the_run()
     assert folder.name == "cats_dogs"
     assert f"{folder.path}: finished at step 2" in capsys.readouterr().out
     state = folder.read_state()
     assert state is not None
     assert (state.status, state.step, state.exit_code) == ("finished", 2, 0)
-    saved = checkpoint.load(folder.path / str(state.resume_from))
+    saved = store.load(folder.path / str(state.resume_from))
     tree = saved["ldm"]["config"]
     assert tree["data"]["params"]["batch_size"] == 4
     assert tree["model"]["params"]["encoder"]["params"]["in_channels"] == 3
@@ -80,7 +82,7 @@ def test_a_run_leaves_its_folder(stage1, capsys):
 def test_a_csv_logger_needs_a_line_of_yaml_and_writes_into_the_run_folder(stage1):
     line = "lightning.logger={csv: {target: pytorch_lightning.loggers.CSVLogger}, wandb: null}"
     assert train(line) == 0
-    (written,) = run_folder().path.rglob("lightning_logs/*/metrics.csv")
+    (written,) = the_run().path.rglob("lightning_logs/*/metrics.csv")
     assert "val/psnr" in written.read_text()
     assert {path.name for path in Path().iterdir()} == {"logs", "stage1.yaml"}
 
@@ -88,7 +90,7 @@ def test_a_csv_logger_needs_a_line_of_yaml_and_writes_into_the_run_folder(stage1
 def test_training_is_off_and_on(stage1, capsys):
     assert "--resume" in refused(capsys, 2, "-t", "false")
     assert train() == 0
-    folder = run_folder()
+    folder = the_run()
     before = folder.read_state(), folder.metrics_file.read_text()
     assert main.main(["-r", str(folder.path), "--no-train"]) == 0
     assert "val/psnr" in capsys.readouterr().out
@@ -109,10 +111,10 @@ def test_a_dry_run_tells_and_leaves_nothing(stage1, capsys):
 
 def test_the_rate_scales_with_the_global_batch_once(stage1, capsys):
     assert train("--scale-lr") == 0
-    folder = run_folder()
+    folder = the_run()
     assert "model.params.optimizer.params.lr to 0.006" in capsys.readouterr().out
     assert main.main(["-r", str(folder.path), "lightning.trainer.max_steps=3"]) == 0
-    saved = checkpoint.load(checkpoint.find(folder.path))
+    saved = store.load(store.find(folder.path))
     assert saved["global_step"] == 3
     # The schedule was as long as the run when it began, and is at its end.
     assert saved["optimizer_states"][0]["param_groups"][0]["initial_lr"] == pytest.approx(6e-3)
@@ -163,14 +165,14 @@ def test_an_unsafe_environment_is_refused(stage1, capsys, monkeypatch):
 def test_a_loss_that_is_not_finite(stage1, capsys):
     assert train("model.params.optimizer.params.lr=1e30", "lightning.trainer.max_steps=9") == 5
     assert "not finite" in capsys.readouterr().err
-    state = run_folder().read_state()
+    state = the_run().read_state()
     assert state is not None
     assert (state.status, state.exit_code) == ("failed", 5)
 
 
 def test_damaged_checkpoints(stage1, capsys):
     assert train() == 0
-    folder = run_folder()
+    folder = the_run()
     (file,) = folder.checkpoints.iterdir()
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -185,9 +187,9 @@ def test_damaged_checkpoints(stage1, capsys):
 
 
 def test_an_older_checkpoint_named_by_hand(stage1):
-    every = "{target: ldm.saving.Checkpoints, params: {every: 1}}"
+    every = "{target: ldm.training.callbacks.checkpoints.Checkpoints, params: {every: 1}}"
     assert train(f"lightning.callbacks.checkpoints={every}", "lightning.trainer.max_steps=3") == 0
-    folder = run_folder()
+    folder = the_run()
     assert {file.name for file in folder.checkpoints.iterdir()} == {"step=00000002.ckpt", "step=00000003.ckpt"}
     named = folder.checkpoints / "step=00000002.ckpt"
     assert main.main(["-r", str(named), "lightning.trainer.max_steps=3"]) == 0
@@ -199,10 +201,10 @@ def test_an_older_checkpoint_named_by_hand(stage1):
 def test_a_checkpoint_from_elsewhere_starts_a_new_run(stage1, tmp_path):
     assert train() == 0
     elsewhere = tmp_path / "downloaded.ckpt"
-    checkpoint.find(run_folder().path).rename(elsewhere)
+    store.find(the_run().path).rename(elsewhere)
     assert main.main(["-r", str(elsewhere), "-l", "new", "lightning.trainer.max_steps=3"]) == 0
     (folder,) = (tmp_path / "new").iterdir()
-    saved = checkpoint.load(checkpoint.find(folder))
+    saved = store.load(store.find(folder))
     assert saved["global_step"] == 3
     assert saved["ldm"]["images_seen"] == 18
 
@@ -214,8 +216,8 @@ def fails(error: BaseException) -> Any:
     return instead
 
 
-PLACES = [(run, "check_space"), (resume, "save"), (trainer, "make_callbacks"), (trainer, "make_loggers")]
-PLACES += [(AutoencoderKL, "configure_optimizers"), (ImageDataModule, "train_dataloader"), (outcome, "record")]
+PLACES = [(run_folder, "check_space"), (resume, "save"), (trainer, "make_callbacks"), (trainer, "make_loggers")]
+PLACES += [(AutoencoderKL, "configure_optimizers"), (ImageDataModule, "train_dataloader"), (fit, "record")]
 ERRORS = [ResourceError("no"), KeyboardInterrupt(), Stopped(signal.SIGTERM), RuntimeError("a bug"), SystemExit(1)]
 
 
@@ -231,7 +233,7 @@ def test_a_failed_start_leaves_no_folder(stage1, monkeypatch, place, error):
 
 def test_a_checkpoint_of_another_model_leaves_no_run(stage1, capsys):
     assert train() == 0
-    file = checkpoint.find(run_folder().path).rename("elsewhere.ckpt")
+    file = store.find(the_run().path).rename("elsewhere.ckpt")
     words = ["model.params.decoder.params.channels=24", "--allow-change", "model", "lightning.trainer.max_steps=3"]
     assert main.main(["-r", str(file), "-l", "new", *words]) == 4
     assert "another model" in capsys.readouterr().err
@@ -243,10 +245,10 @@ def test_a_checkpoint_of_another_model_leaves_no_run(stage1, capsys):
 
 def test_a_run_that_goes_on_keeps_its_folder_when_it_fails(stage1, monkeypatch):
     assert train() == 0
-    before = sorted(run_folder().path.rglob("*"))
-    monkeypatch.setattr(run, "check_space", fails(ResourceError("no")))
-    assert main.main(["-r", str(run_folder().path), "lightning.trainer.max_steps=3"]) == 6
-    assert sorted(run_folder().path.rglob("*")) == before
+    before = sorted(the_run().path.rglob("*"))
+    monkeypatch.setattr(run_folder, "check_space", fails(ResourceError("no")))
+    assert main.main(["-r", str(the_run().path), "lightning.trainer.max_steps=3"]) == 6
+    assert sorted(the_run().path.rglob("*")) == before
 
 
 def test_a_file_in_the_place_of_a_folder(stage1, capsys):
@@ -257,9 +259,9 @@ def test_a_file_in_the_place_of_a_folder(stage1, capsys):
 
 def test_another_optimizer_is_refused_when_its_groups_differ(stage1, capsys):
     assert train() == 0
-    words = ["model.params.optimizer={target: ldm.optimizers.AdamW, partial: true, params: {lr: 1.0e-3}}"]
+    words = ["model.params.optimizer={target: ldm.optim.optimizers.AdamW, partial: true, params: {lr: 1.0e-3}}"]
     words += ["--allow-change", "model.params.optimizer", "lightning.trainer.max_steps=3"]
-    assert main.main(["-r", str(run_folder().path), *words]) == 4
+    assert main.main(["-r", str(the_run().path), *words]) == 4
     assert "the moments of another optimizer" in capsys.readouterr().err
 
 
@@ -291,7 +293,7 @@ def test_debug_shows_the_traceback(stage1):
 
 def test_a_second_process_is_refused(stage1):
     assert train() == 0
-    folder = run_folder()
+    folder = the_run()
     with folder.owned():
         ended = start("-r", str(folder.path), "lightning.trainer.max_steps=4")
     assert ended.returncode == 8

@@ -15,18 +15,19 @@ import torch
 from pytorch_lightning import LightningModule
 from pytorch_lightning.accelerators import CPUAccelerator, MPSAccelerator
 
-from ldm import ranks, signals, trainer
 from ldm.autoencoder.module import latent_sums, statistics
 from ldm.autoencoder.posterior import DiagonalGaussian
-from ldm.autoencoder.quantiser import usage
-from ldm.data.datamodules import ImageDataModule
-from ldm.data.images import ImageFolder
+from ldm.autoencoder.quantizer import usage
+from ldm.data.datamodule import ImageDataModule
+from ldm.data.sources.folder import ImageFolder
 from ldm.diffusion.noise_levels import LogitNormal, LogNormal
 from ldm.diffusion.noise_schedules import SqrtLinear
 from ldm.diffusion.objectives import DDPM, EDM
-from ldm.diffusion.samplers import _log_ratios
 from ldm.evaluation.metrics import accuracy
-from ldm.float64 import double, home
+from ldm.runtime import launcher, signals
+from ldm.runtime.float64 import double, home
+from ldm.sampling.samplers import _log_ratios
+from ldm.training import trainer
 from tests.apple import MPS, apple
 
 ROOT = Path(__file__).parents[1]
@@ -95,7 +96,7 @@ def test_statistics_of_latents_are_added_up_there():
 
 
 def test_nothing_else_turns_a_tensor_into_float64():
-    """`.double()` and `.to(torch.float64)` fail on Apple's GPU: ldm.float64 is the one place for them."""
+    """`.double()` and `.to(torch.float64)` fail on Apple's GPU: ldm.runtime.float64 is the one place for them."""
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
             if path.name == "float64.py" or not isinstance(node, ast.Call):
@@ -139,15 +140,15 @@ def test_processes_do_without_what_only_linux_has(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.delattr(signal, "sigwaitinfo")
     monkeypatch.setattr(ctypes, "CDLL", lambda *_: pytest.fail("a library of Linux was asked for"))
-    monkeypatch.setattr(ranks, "Path", lambda path: tmp_path / "nothing" / str(path).lstrip("/"))
+    monkeypatch.setattr(launcher, "Path", lambda path: tmp_path / "nothing" / str(path).lstrip("/"))
     handled: dict[int, Any] = {}
     monkeypatch.setattr(signal, "signal", lambda number, handler: handled.update({number: handler}))
-    ranks.die_with_parent()
+    launcher.die_with_parent()
     signals.ignore_in_worker(0)
     assert handled == {number: signal.SIG_IGN for number in signals.STOPPING if number != signal.SIGTERM}
     assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    assert [*ranks._siblings()] == []
-    assert ranks._state(1) == ""
+    assert [*launcher._siblings()] == []
+    assert launcher._state(1) == ""
 
 
 def test_what_loader_workers_get_can_be_pickled(image_folder):

@@ -15,8 +15,8 @@ from annotated_types import Gt, Interval, Le
 
 import ldm
 from ldm import ranges
-from ldm.config import load
-from ldm.config_signature import live_signature, static_signature
+from ldm.config.load import load
+from ldm.config.signatures import live_signature, static_signature
 from ldm.errors import ConfigError
 from ldm.ranges import Count, Finite, Fraction, FractionBelowOne, Positive, Seed
 
@@ -80,25 +80,79 @@ OUT_OF_RANGE = [
     *(
         (STAGE_2, f"{key}={{target: {target}, params: {{{params}}}{', partial: true' * partial}}}", expected)
         for key, target, params, partial, expected in [
-            ("model.params.schedule", "ldm.schedule.Cosine", "steps: 0", False, "a whole number from 1 up"),
-            ("model.params.schedule", "ldm.schedule.Linear", "steps: 9, warm_up: -1", False, "a whole number from 0"),
-            ("model.params.schedule", "ldm.schedule.Linear", "steps: 9, final: 2", False, "a number from 0 to 1"),
-            ("model.params.schedule", "ldm.schedule.InverseSqrt", "flat: 0", False, "a whole number from 1 up"),
-            ("model.params.optimizer", "ldm.optimizers.AdamW", "lr: -1", True, "a number above 0"),
-            ("model.params.optimizer", "ldm.optimizers.AdamW", "lr: 0", True, "a number above 0"),
-            ("model.params.optimizer", "ldm.optimizers.AdamW", "lr: 1, betas: [0.9, 1]", True, "below 1"),
-            ("model.params.optimizer", "ldm.optimizers.Muon", "lr: 1, momentum: 1.5", True, "below 1"),
-            ("model.params.optimizer", "ldm.optimizers.Muon", "lr: 1, weight_decay: -1", True, "a number from 0 up"),
-            ("model.params.ema.params.profile", "ldm.ema.Decay", "decay: 1.5", False, "a number from 0 to 1"),
-            ("model.params.ema.params.profile", "ldm.ema.HalfLife", "images: 0", False, "a number above 0"),
-            ("model.params.ema.params.profile", "ldm.ema.PowerFunction", "width: 0.3", False, "below 0.2887"),
-            ("lightning.callbacks.checkpoints", "ldm.saving.Checkpoints", "every: 0", False, "from 1 up"),
-            ("lightning.callbacks.finite", "ldm.finite.FiniteGuard", "folder: a, limit: -1", False, "from 0 up"),
-            ("lightning.callbacks.images", "ldm.callbacks.SampleLogger", "classes: [-1]", False, "from 0 up"),
-            ("lightning.callbacks.images", "ldm.callbacks.SampleLogger", "steps: 0", False, "from 1 up"),
-            ("lightning.callbacks.averages", "ldm.averages.AverageSnapshots", "every: -5", False, "from 1 up"),
-            ("lightning.strategy", "ldm.strategies.DDP", "timeout: 0", False, "a number above 0"),
-            ("lightning.logger", "ldm.loggers.FencedWandb", "save_dir: a, time_limit: .nan", False, "above 0"),
+            ("model.params.schedule", "ldm.optim.lr_schedules.Cosine", "steps: 0", False, "a whole number from 1 up"),
+            (
+                "model.params.schedule",
+                "ldm.optim.lr_schedules.Linear",
+                "steps: 9, warm_up: -1",
+                False,
+                "a whole number from 0",
+            ),
+            (
+                "model.params.schedule",
+                "ldm.optim.lr_schedules.Linear",
+                "steps: 9, final: 2",
+                False,
+                "a number from 0 to 1",
+            ),
+            (
+                "model.params.schedule",
+                "ldm.optim.lr_schedules.InverseSqrt",
+                "flat: 0",
+                False,
+                "a whole number from 1 up",
+            ),
+            ("model.params.optimizer", "ldm.optim.optimizers.AdamW", "lr: -1", True, "a number above 0"),
+            ("model.params.optimizer", "ldm.optim.optimizers.AdamW", "lr: 0", True, "a number above 0"),
+            ("model.params.optimizer", "ldm.optim.optimizers.AdamW", "lr: 1, betas: [0.9, 1]", True, "below 1"),
+            ("model.params.optimizer", "ldm.optim.optimizers.Muon", "lr: 1, momentum: 1.5", True, "below 1"),
+            (
+                "model.params.optimizer",
+                "ldm.optim.optimizers.Muon",
+                "lr: 1, weight_decay: -1",
+                True,
+                "a number from 0 up",
+            ),
+            ("model.params.ema.params.profile", "ldm.optim.ema.Decay", "decay: 1.5", False, "a number from 0 to 1"),
+            ("model.params.ema.params.profile", "ldm.optim.ema.HalfLife", "images: 0", False, "a number above 0"),
+            ("model.params.ema.params.profile", "ldm.optim.ema.PowerFunction", "width: 0.3", False, "below 0.2887"),
+            (
+                "lightning.callbacks.checkpoints",
+                "ldm.training.callbacks.checkpoints.Checkpoints",
+                "every: 0",
+                False,
+                "from 1 up",
+            ),
+            (
+                "lightning.callbacks.finite",
+                "ldm.training.callbacks.skip_nonfinite.FiniteGuard",
+                "folder: a, limit: -1",
+                False,
+                "from 0 up",
+            ),
+            (
+                "lightning.callbacks.images",
+                "ldm.training.callbacks.previews.SampleLogger",
+                "classes: [-1]",
+                False,
+                "from 0 up",
+            ),
+            (
+                "lightning.callbacks.images",
+                "ldm.training.callbacks.previews.SampleLogger",
+                "steps: 0",
+                False,
+                "from 1 up",
+            ),
+            (
+                "lightning.callbacks.averages",
+                "ldm.training.callbacks.ema_snapshots.AverageSnapshots",
+                "every: -5",
+                False,
+                "from 1 up",
+            ),
+            ("lightning.strategy", "ldm.training.strategies.DDP", "timeout: 0", False, "a number above 0"),
+            ("lightning.logger", "ldm.training.loggers.FencedWandb", "save_dir: a, time_limit: .nan", False, "above 0"),
         ]
     ),
     (STAGE_1, "lightning.trainer.max_steps=0", "a whole number from 1 up"),

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 import main
-from ldm import checkpoint
-from ldm.config import to_yaml
-from ldm.ema import power_exponent
+from ldm.checkpoints import store
+from ldm.config.load import to_yaml
+from ldm.optim.ema import power_exponent
 from scripts import bench, cache_latents, compare, faults, plot_run, reconstruct_ema, sample
 
 ROOT = Path(__file__).parents[1]
@@ -91,7 +91,7 @@ def workshop(make_runs, tmp_path_factory):
     averages = [rgb.module.ema.average.state_dict()] * 2
     exponents = [power_exponent(0.05), power_exponent(0.1)]
     snapshot = {"averages": averages, "exponents": exponents, "images_seen": 2048}
-    checkpoint.save(rgb.diffusion / "averages" / "step=01048576.ckpt", snapshot)
+    store.save(rgb.diffusion / "averages" / "step=01048576.ckpt", snapshot)
     (place / "RUN").symlink_to(rgb.diffusion)
     return place
 
@@ -105,7 +105,9 @@ def run(workshop, tmp_path, monkeypatch, autoencoder_tree, diffusion_tree):
         (workshop / "FILE.yaml").write_text(to_yaml(autoencoder_tree))
         words = [re.sub(r"/path/to/[\w/]+", PICTURES, word) for word in words]
         if any("fashion_mnist" in word for word in words):  # which not every machine has
-            words.append(f"data.params.train={{target: ldm.data.images.ImageFolder, params: {{root: {PICTURES}}}}}")
+            words.append(
+                f"data.params.train={{target: ldm.data.sources.folder.ImageFolder, params: {{root: {PICTURES}}}}}"
+            )
         if any(re.search(r"(quickstart|fashion_mnist)/diffusion", word) for word in words):
             words.append("data.params.resolution=32")  # the stand-ins do not say theirs
         if "RUN" in words:  # one that can be gone on with

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from ldm import run
+from ldm import run_folder
 from ldm.errors import CheckpointError, ConfigError, LockError, ResourceError
-from ldm.run import RunFolder, RunState
+from ldm.run_folder import RunFolder, RunState
 
 HOLD_LOCK = """
 import sys, time
 from pathlib import Path
-from ldm.run import RunFolder
+from ldm.run_folder import RunFolder
 with RunFolder(Path(sys.argv[1])).owned():
     print("held", flush=True)
     time.sleep(60)
@@ -28,8 +28,8 @@ def made(logdir: Path, name: str) -> RunFolder:
 
 
 def test_create_makes_the_whole_folder_and_never_the_same_twice(tmp_path):
-    first = run.create(tmp_path, "faces", "_big")
-    second = run.create(tmp_path, "faces", "_big")
+    first = run_folder.create(tmp_path, "faces", "_big")
+    second = run_folder.create(tmp_path, "faces", "_big")
     assert first.path != second.path
     assert first.name == "faces_big"
     assert {path.relative_to(first.path).as_posix() for path in first.path.rglob("*")} == {
@@ -43,9 +43,9 @@ def test_newest_goes_by_the_time_in_the_name(tmp_path):
     made(tmp_path, "2026-03-01T00-00-00_faces_big")
     (tmp_path / "2026-04-01T00-00-00_faces").mkdir()  # died before it wrote its configuration
     os.utime(old.path)
-    assert run.newest(tmp_path, "faces") == new
-    assert run.newest(tmp_path, "face") is None
-    assert run.newest(tmp_path / "missing", "faces") is None
+    assert run_folder.newest(tmp_path, "faces") == new
+    assert run_folder.newest(tmp_path, "face") is None
+    assert run_folder.newest(tmp_path / "missing", "faces") is None
 
 
 def test_resolve_takes_a_folder_a_checkpoint_or_a_file_elsewhere(tmp_path):
@@ -54,18 +54,18 @@ def test_resolve_takes_a_folder_a_checkpoint_or_a_file_elsewhere(tmp_path):
     elsewhere = tmp_path / "downloaded.ckpt"
     inside.touch()
     elsewhere.touch()
-    assert run.resolve(str(folder.path), tmp_path) == (folder, None)
-    assert run.resolve(str(folder.checkpoints), tmp_path) == (folder, None)
-    assert run.resolve(str(inside), tmp_path) == (folder, inside)
-    assert run.resolve(str(elsewhere), tmp_path) == (None, elsewhere)
+    assert run_folder.resolve(str(folder.path), tmp_path) == (folder, None)
+    assert run_folder.resolve(str(folder.checkpoints), tmp_path) == (folder, None)
+    assert run_folder.resolve(str(inside), tmp_path) == (folder, inside)
+    assert run_folder.resolve(str(elsewhere), tmp_path) == (None, elsewhere)
 
 
 def test_resolve_says_which_runs_there_are(tmp_path):
     made(tmp_path, "2026-01-01T00-00-00_faces")
     with pytest.raises(CheckpointError, match=r"does not exist(.|\n)*2026-01-01T00-00-00_faces"):
-        run.resolve(str(tmp_path / "2026-01-01T00-00-00_face"), tmp_path)
+        run_folder.resolve(str(tmp_path / "2026-01-01T00-00-00_face"), tmp_path)
     with pytest.raises(CheckpointError, match=r"has no configs/config\.yaml"):
-        run.resolve(str(tmp_path), tmp_path)
+        run_folder.resolve(str(tmp_path), tmp_path)
 
 
 def test_state_round_trip_and_damage(tmp_path):
@@ -101,21 +101,21 @@ def test_a_second_process_is_refused_and_told_who(tmp_path):
 
 
 def test_unwritable_and_full_folders(tmp_path):
-    run.check_writable(tmp_path / "new" / "logs")
+    run_folder.check_writable(tmp_path / "new" / "logs")
     assert not list((tmp_path / "new" / "logs").iterdir())
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file" / "logs", Path("/proc/logs")):
         with pytest.raises(ResourceError, match="--logdir"):
-            run.check_writable(folder)
-    run.check_space(tmp_path, 1)
+            run_folder.check_writable(folder)
+    run_folder.check_space(tmp_path, 1)
     with pytest.raises(ResourceError, match="MB are needed"):
-        run.check_space(tmp_path, 2**62)
+        run_folder.check_space(tmp_path, 2**62)
 
 
 @pytest.mark.parametrize("name", ["a/b", "..\\x", "two words", ""])
 def test_names_that_are_no_folder_names(name):
     with pytest.raises(ConfigError):
-        run.check_name(name)
+        run_folder.check_name(name)
 
 
 def test_a_run_without_a_step_leaves_no_folder(tmp_path):
@@ -125,18 +125,18 @@ def test_a_run_without_a_step_leaves_no_folder(tmp_path):
         folder.write_state(RunState("failed"))
         raise KeyboardInterrupt
 
-    folder = run.create(tmp_path, "faces")
-    with pytest.raises(KeyboardInterrupt), run.removed_if_unused(folder):
+    folder = run_folder.create(tmp_path, "faces")
+    with pytest.raises(KeyboardInterrupt), run_folder.removed_if_unused(folder):
         start(folder)
     assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("file", ["checkpoints/stopped.ckpt", "metrics.csv", "wandb/run", "images/val/a.png"])
 def test_a_run_with_anything_in_it_stays(tmp_path, file):
-    with run.removed_if_unused(folder := run.create(tmp_path, "faces")):
+    with run_folder.removed_if_unused(folder := run_folder.create(tmp_path, "faces")):
         (folder.path / file).parent.mkdir(exist_ok=True)
         (folder.path / file).touch()
     assert (folder.path / file).exists()
-    with run.removed_if_unused(other := run.create(tmp_path, "cats")):
+    with run_folder.removed_if_unused(other := run_folder.create(tmp_path, "cats")):
         other.write_state(RunState("failed", step=1))
     assert other.path.exists()

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from ldm import checkpoint
 from ldm.autoencoder.codec import Codec
 from ldm.autoencoder.losses import AutoencoderLoss
 from ldm.autoencoder.module import AutoencoderKL
-from ldm.config import build
-from ldm.data.latents import Manifest, Plan
+from ldm.checkpoints import store
+from ldm.config.load import build
 from ldm.diffusion.module import LatentDiffusion
-from ldm.ema import EMA, Decay
+from ldm.latents.manifest import Manifest, Plan
+from ldm.optim.ema import EMA, Decay
 
 CLASSES = ["cat", "dog", "Ankle boot"]
 ADAM = partial(torch.optim.AdamW, lr=1e-3)
@@ -35,7 +35,7 @@ def node(target: str, **params: Any) -> dict[str, Any]:
 
 def save_run(folder: Path, module: torch.nn.Module, record: dict[str, Any]) -> Path:
     state = {"state_dict": module.state_dict(), "ldm": {"format": 1, "step": 7, **record}}
-    checkpoint.save(folder / "checkpoints" / "step=7.ckpt", state)
+    store.save(folder / "checkpoints" / "step=7.ckpt", state)
     return folder
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm import checkpoint
 from ldm.autoencoder.networks import Decoder, Encoder
 from ldm.autoencoder.posterior import DiagonalGaussian, Posterior
-from ldm.autoencoder.quantiser import VectorQuantiser
-from ldm.config import build
+from ldm.autoencoder.quantizer import VectorQuantiser
+from ldm.checkpoints import store
+from ldm.config.load import build
 from ldm.errors import CheckpointError, ConfigError
 from ldm.ranges import Count
 
@@ -76,8 +76,8 @@ class Codec(nn.Module):
         Raises:
             CheckpointError: missing, damaged, or not from stage 1.
         """
-        file = checkpoint.find(Path(path))
-        state = checkpoint.load(file)
+        file = store.find(Path(path))
+        state = store.load(file)
         record = state.get("ldm")
         if not isinstance(record, dict) or record.get("kind") != "autoencoder":
             found = f"a checkpoint of kind {record.get('kind')!r}" if isinstance(record, dict) else "not one of ldm's"
@@ -92,7 +92,7 @@ class Codec(nn.Module):
         except ConfigError as error:
             raise ConfigError(f"{file}: in the configuration stored there: {error}") from error
         for name, network in parts.items():
-            checkpoint.fill(network, state["state_dict"], name, file)
+            store.fill(network, state["state_dict"], name, file)
         resolution = record["config"].get("data", {}).get("params", {}).get("resolution")
         about = config, resolution, record.get("latents"), str(file)
         return cls(parts["encoder"], parts["decoder"], *about, parts.get("quantiser"))

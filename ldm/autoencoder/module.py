@@ -15,12 +15,12 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from ldm.autoencoder.losses import AutoencoderLoss
 from ldm.autoencoder.networks import Decoder, Encoder
 from ldm.autoencoder.posterior import DiagonalGaussian, Posterior
-from ldm.autoencoder.quantiser import Quantised, VectorQuantiser, usage
+from ldm.autoencoder.quantizer import Quantised, VectorQuantiser, usage
 from ldm.errors import ConfigError
-from ldm.float64 import double, home
-from ldm.optimizers import Scheduled, keep_settings, place_schedules
+from ldm.optim.optimizers import Scheduled, keep_settings, place_schedules
 from ldm.ranges import Positive
-from ldm.step_mean import StepMean, is_logged
+from ldm.runtime.float64 import double, home
+from ldm.runtime.step_metrics import StepMean, is_logged
 
 Batch = dict[str, Any]
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]

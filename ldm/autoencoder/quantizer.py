@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.float64 import double
 from ldm.ranges import Count, NotNegative
+from ldm.runtime.float64 import double
 
 
 class Quantised:

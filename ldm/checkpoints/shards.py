@@ -28,11 +28,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ldm import plain
+from ldm.checkpoints import state_tree
+from ldm.checkpoints.sealed_file import sync_folder
 from ldm.errors import CheckpointError, LdmError, NumericError, PeerError, ResourceError
 from ldm.files import temporary
-from ldm.run import write_whole
-from ldm.sealed import sync_folder
+from ldm.run_folder import write_whole
 
 SUFFIX = ".shards"
 OFFSETS = "DCP_SHARDING_INFO"
@@ -68,8 +68,8 @@ def publish(folder: Path, shard: Shard) -> None:
     tensors = {key: tensor.contiguous() for key, tensor in shard["tensors"].items() if tensor.numel()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        plain.check_finite({key: tensor for key, tensor in tensors.items() if key.startswith("state_dict.")})
-        needed = plain.size(tensors)
+        state_tree.check_finite({key: tensor for key, tensor in tensors.items() if key.startswith("state_dict.")})
+        needed = state_tree.size(tensors)
         if (free := shutil.disk_usage(folder).free) < needed:
             raise ResourceError(f"{path}: cannot be written: free {free} bytes, needed about {needed} bytes")
         record = {"crc32": _write(path, tensors, shard["offsets"])}

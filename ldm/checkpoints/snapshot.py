@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm import plain
+from ldm.checkpoints import state_tree
 
 
 class HostMemory:
@@ -33,7 +33,7 @@ class HostMemory:
                 devices.add(source.device)
             return seen[place]
 
-        copy: dict[str, Any] = plain.replaced(state, copied)
+        copy: dict[str, Any] = state_tree.replaced(state, copied)
         for device in devices:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)

@@ -5,7 +5,7 @@ A checkpoint is a dict: Lightning's keys (`state_dict`, `optimizer_states`, `loo
 containers go in, so `weights_only=True` always loads what was saved.
 
 Where every rank saves its own share, the file is small and names its shards ({"shards": {"folder", "files"}}, see
-ldm/shards.py); whoever loads it finds no difference.
+ldm/checkpoints/shards.py); whoever loads it finds no difference.
 """
 
 import logging
@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ldm import plain, sealed, shards
+from ldm.checkpoints import sealed_file, shards, state_tree
 from ldm.errors import CheckpointError, ResourceError
 
 SUFFIX = ".ckpt"
@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 def save(path: Path, state: dict[str, Any]) -> None:
     """Publish `state` at `path`: the old file or the new one is there at any moment, and the new one is durable.
 
-    With `state["shard"]` (see ldm/shards.py) every rank calls this, and only rank 0 publishes the file, after all
-    shards. No rank talks to another but by way of the disk.
+    With `state["shard"]` (see ldm/checkpoints/shards.py) every rank calls this, and only rank 0 publishes the file,
+    after all shards. No rank talks to another but by way of the disk.
 
     Args:
         path: the file; missing folders are made.
@@ -77,21 +77,21 @@ def load(path: Path, map_location: Any = "cpu", assemble: bool = True) -> dict[s
     path = Path(path)
     if (reason := fault(path)) is not None:
         raise CheckpointError(f"{path}: {reason}. Choose another checkpoint of the run, or its folder for the newest.")
-    state = sealed.read(path, map_location)
+    state = sealed_file.read(path, map_location)
     if not assemble or "shards" not in state:
         return state
     named = state.pop("shards")
     tensors = shards.assembled(shards.folder_of(path, named["folder"]), named["files"], str(map_location))
-    whole: dict[str, Any] = plain.replaced(state, lambda key, leaf: tensors.get(key, leaf))
+    whole: dict[str, Any] = state_tree.replaced(state, lambda key, leaf: tensors.get(key, leaf))
     return whole
 
 
 def fault(path: Path) -> str | None:
     """Why the checkpoint cannot be trusted, or None; reads every byte of it, its shards included."""
-    reason = sealed.fault(path)
+    reason = sealed_file.fault(path)
     if reason is not None:
         return reason
-    named = sealed.read(path, mapped=True).get("shards")
+    named = sealed_file.read(path, mapped=True).get("shards")
     return shards.fault(shards.folder_of(path, named["folder"]), named["files"]) if named else None
 
 
@@ -105,7 +105,7 @@ def newest(folder: Path) -> Path | None:
         CheckpointError: there are checkpoints, but every one is damaged.
     """
     folder = Path(folder)
-    files = sorted(folder.glob(f"*{SUFFIX}"), key=lambda file: (sealed.step(file), file.name), reverse=True)
+    files = sorted(folder.glob(f"*{SUFFIX}"), key=lambda file: (sealed_file.step(file), file.name), reverse=True)
     for file in files:
         reason = fault(file)
         if reason is None:
@@ -153,12 +153,12 @@ def sweep(folder: Path) -> list[Path]:
     A living saver of a single file holds a lock on its own. Shards have none: call this where no other process saves.
     """
     folder = Path(folder)
-    swept = [file for file in sorted(folder.glob(f"*{SUFFIX}.tmp.*")) if sealed.abandoned(file)]
+    swept = [file for file in sorted(folder.glob(f"*{SUFFIX}.tmp.*")) if sealed_file.abandoned(file)]
     for left in sorted(folder.glob(f"*{SUFFIX}.*{shards.SUFFIX}")):
         owner = f"{left.name.partition(SUFFIX)[0]}{SUFFIX}"
         # Also one that was set aside keeps its shards; so does one that cannot be read, in case it is mended.
         files = [file for file in folder.glob(f"{owner}*") if file.is_file()]
-        if not any(sealed.fault(file) or _shards_of(file) == left for file in files):
+        if not any(sealed_file.fault(file) or _shards_of(file) == left for file in files):
             shutil.rmtree(left, ignore_errors=True)
             swept.append(left)
     return swept
@@ -182,15 +182,15 @@ def fill(module: nn.Module, state_dict: Mapping[str, Tensor], name: str, file: P
 
 
 def _seal(path: Path, state: dict[str, Any]) -> None:
-    plain.check_plain(state)
-    plain.check_finite({f"state_dict.{name}": value for name, value in state.get("state_dict", {}).items()})
+    state_tree.check_plain(state)
+    state_tree.check_finite({f"state_dict.{name}": value for name, value in state.get("state_dict", {}).items()})
     step = int(state.get("ldm", {}).get("step", state.get("global_step", 0)))
-    needed = plain.size(state)
+    needed = state_tree.size(state)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(path.parent).free < needed:
             raise OSError("not enough space")
-        sealed.write(path, state, step)
+        sealed_file.write(path, state, step)
     except OSError as error:
         raise ResourceError(_cannot_save(path, error, needed)) from error
 
@@ -198,7 +198,7 @@ def _seal(path: Path, state: dict[str, Any]) -> None:
 def _shards_of(path: Path) -> Path | None:
     """The folder of shards that the file at `path` names, if it can be read."""
     try:
-        named = sealed.read(path, mapped=True).get("shards")
+        named = sealed_file.read(path, mapped=True).get("shards")
         return shards.folder_of(path, named["folder"]) if named else None
     except (OSError, CheckpointError):
         return None

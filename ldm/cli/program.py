@@ -6,9 +6,10 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from ldm import errors, ranks, signals, slurm, threads
+from ldm import errors
 from ldm.errors import LdmError, PeerError
-from ldm.signals import Stopped
+from ldm.runtime import launcher, signals, slurm, threads
+from ldm.runtime.signals import Stopped
 
 
 def run(main: Callable[[], int]) -> NoReturn:
@@ -18,16 +19,16 @@ def run(main: Callable[[], int]) -> NoReturn:
     """
     threads.prepare()
     signals.listen()
-    ranks.tie_to_starter()
+    launcher.tie_to_starter()
     code = _done(main)
     if code == 128 + signal.SIGUSR1 and (job := slurm.job()) is not None:
-        from ldm import distributed  # torch, which a quick answer does not wait for
+        from ldm.runtime import distributed
 
         if distributed.is_main():
             slurm.requeue(job)
     if code == PeerError.exit_code:
-        ranks.end_stopped()
-    ranks.leave(code)
+        launcher.end_stopped()
+    launcher.leave(code)
 
 
 def answer(work: Callable[[], int | None], examine: Callable[[], None] | None = None) -> int:

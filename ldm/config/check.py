@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal, Union
 
 from annotated_types import Ge
 
-from ldm.config_read import Node, dotted, nearest, show
-from ldm.config_signature import live_signature, static_signature
-from ldm.config_target import check_name, resolve
-from ldm.config_types import LookUp, Parameter, Signature, mismatches, spell
+from ldm.config.hints import LookUp, Parameter, Signature, mismatches, spell
+from ldm.config.signatures import live_signature, static_signature
+from ldm.config.targets import check_name, resolve
+from ldm.config.tree import Node, dotted, nearest, show
 from ldm.errors import ConfigError
 from ldm.ranges import Count, CountOrZero, Fraction, FractionAboveZero, Positive, Seed
 
@@ -195,7 +195,7 @@ def parameters(root: Node, look_up: LookUp) -> list[str]:
 
 
 def _with_auto_precision(trainer: Signature) -> Signature:
-    """Lightning's Trainer with ldm's own choice of precision (precision.py)."""
+    """Lightning's Trainer with ldm's own choice of precision (runtime/precision.py)."""
     known = trainer.parameters.get("precision")
     if known is None:
         return trainer

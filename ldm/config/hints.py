@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ldm import ranges
-from ldm.config_read import Node, dotted, show
+from ldm.config.tree import Node, dotted, show
 from ldm.errors import ConfigError
 
 

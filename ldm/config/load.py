@@ -3,7 +3,7 @@
     name: emoji_autoencoder
     seed: 23
     model: {target: ldm.autoencoder.module.AutoencoderKL, params: {...}}
-    data: {target: ldm.data.datamodules.ImageDataModule, params: {seed: "${seed}", ...}}
+    data: {target: ldm.data.datamodule.ImageDataModule, params: {seed: "${seed}", ...}}
     lightning: {trainer: {max_steps: 1000}, logger: ..., callbacks: ..., strategy: ...}
 
 Every object is a node `{target: dotted.Class, params: {...}}`; `partial: true` makes it a factory with some
@@ -29,9 +29,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm import config_check
-from ldm.config_read import Node, apply, dotted, from_plain, merge, nearest, read, to_yaml
-from ldm.config_target import build
+from ldm.config import check
+from ldm.config.targets import build
+from ldm.config.tree import Node, apply, dotted, from_plain, merge, nearest, read, to_yaml
 from ldm.errors import ConfigError
 
 __all__ = ["Config", "build", "from_tree", "load", "to_yaml"]
@@ -78,10 +78,10 @@ class Config:
             ConfigError: one message with every problem: dotted key, file and line, expected, found, nearest name.
         """
         tree, problems = self._interpolate(facts)
-        problems += config_check.names(tree, self.trust)
+        problems += check.names(tree, self.trust)
         # First what the sources tell in a moment; the imports behind the full look take seconds.
-        config_check.raise_all(problems + config_check.parameters(tree, config_check.quick_look_up(self.trust)))
-        config_check.raise_all(config_check.parameters(tree, config_check.full_look_up(self.trust)))
+        check.raise_all(problems + check.parameters(tree, check.quick_look_up(self.trust)))
+        check.raise_all(check.parameters(tree, check.full_look_up(self.trust)))
 
     def resolved(self, facts: Mapping[str, object] | None = None) -> dict[str, Any]:
         """The tree as plain containers with every `${...}` replaced.
@@ -93,7 +93,7 @@ class Config:
             ConfigError: something refers to a key, fact or run that does not exist.
         """
         tree, problems = self._interpolate(facts)
-        config_check.raise_all(problems)
+        check.raise_all(problems)
         plain: dict[str, Any] = tree.plain()
         return plain
 

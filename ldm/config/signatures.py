@@ -15,8 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ldm.config_read import nearest
-from ldm.config_types import Parameter, Signature
+from ldm.config.hints import Parameter, Signature
+from ldm.config.tree import nearest
 from ldm.errors import ConfigError
 
 # ---- from the imported class -----------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from ldm.config_read import dotted, nearest
+from ldm.config.tree import dotted, nearest
 from ldm.errors import ConfigError, LdmError
 
 PACKAGES = ("ldm", "torch", "torchvision", "pytorch_lightning")
@@ -37,7 +37,7 @@ def check_name(target: str, trust: Sequence[str] = ()) -> None:
     """ConfigError if the name alone tells that `target` is not allowed; imports nothing."""
     parts = target.split(".")
     if len(parts) < 2 or not all(re.fullmatch(r"[A-Za-z]\w*", part, re.ASCII) for part in parts):
-        raise ConfigError(f"expected a dotted name such as ldm.diffusion.unet.UNet, found '{target}'")
+        raise ConfigError(f"expected a dotted name such as ldm.diffusion.networks.unet.UNet, found '{target}'")
     if not _within(parts[0], PACKAGES) and not _within(target, trust):
         raise ConfigError(
             f"'{target}' is refused: '{parts[0]}' is not on the allow-list; {nearest(parts[0], (*PACKAGES, *trust))} "

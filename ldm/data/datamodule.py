@@ -7,14 +7,14 @@ import torch
 from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
-from ldm import distributed
-from ldm.data.images import ImageDataset, hold_out
-from ldm.data.pixels import BrokenImages, EvalTransform, TrainTransform, Transform, View, collate
-from ldm.data.sampler import ElasticBatchSampler, accumulation, items, validation_batches
+from ldm.data.elastic_sampler import ElasticBatchSampler, accumulation, items, validation_batches
+from ldm.data.sources.folder import ImageDataset, hold_out
+from ldm.data.transforms import BrokenImages, EvalTransform, TrainTransform, Transform, View, collate
 from ldm.errors import ConfigError, DataError
 from ldm.randomness import Draws
 from ldm.ranges import Count, CountOrZero, Fraction, Seed
-from ldm.signals import held_back, ignore_in_worker
+from ldm.runtime import distributed
+from ldm.runtime.signals import held_back, ignore_in_worker
 
 VALIDATION_SEED = 0x76616C6964
 """Validation uses the same draws in every run, whatever its seed, so that runs can be compared."""

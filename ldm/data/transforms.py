@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
 
-from ldm.data.images import MAX_PIXELS, ImageDataset
-from ldm.data.sampler import Address
+from ldm.data.elastic_sampler import Address
+from ldm.data.sources.folder import MAX_PIXELS, ImageDataset
 from ldm.errors import ConfigError, DataError
 from ldm.randomness import ambient
 from ldm.ranges import Count, CountOrZero, Fraction, Seed

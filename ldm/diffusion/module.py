@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
-from ldm import sharding
-from ldm.diffusion.conditioning import Conditioner
+from ldm.diffusion.conditioners.base import Conditioner
 from ldm.diffusion.objectives import Network, Objective
-from ldm.ema import EMA
 from ldm.errors import ConfigError
-from ldm.optimizers import Scheduled, keep_settings
+from ldm.optim.ema import EMA
+from ldm.optim.optimizers import Scheduled, keep_settings
 from ldm.ranges import Fraction, Positive
-from ldm.step_mean import StepMean, is_logged
+from ldm.runtime import fsdp
+from ldm.runtime.step_metrics import StepMean, is_logged
 
 Batch = dict[str, Any]
 
@@ -87,11 +87,11 @@ class LatentDiffusion(LightningModule):
         compute = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
         for denoiser in (self.denoiser, self.ema.average, *self.ema.others):
             network, conditioner = cast(nn.ModuleDict, denoiser).values()
-            blocks = _blocks(network, "lightning.strategy: FSDP2 gathers", "train it with ldm.strategies.DDP")
+            blocks = _blocks(network, "lightning.strategy: FSDP2 gathers", "train it with ldm.training.strategies.DDP")
             # A constrained network measures its weights, and rounds them afterwards by itself.
-            sharding.shard(network, mesh, blocks, None if isinstance(network, Constrained) else compute)
-            sharding.shard(conditioner, mesh, methods=["null"])
-        sharding.shard(self.objective, mesh, methods=["loss"])
+            fsdp.shard(network, mesh, blocks, None if isinstance(network, Constrained) else compute)
+            fsdp.shard(conditioner, mesh, methods=["null"])
+        fsdp.shard(self.objective, mesh, methods=["loss"])
 
     def on_fit_start(self) -> None:
         if self.compile_blocks:
@@ -137,7 +137,7 @@ class LatentDiffusion(LightningModule):
         if self.gradient_clip is None and not logged:
             return  # measuring takes a pass over all gradients
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm = sharding.total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        norm = fsdp.total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         if self.gradient_clip is not None:
             clip_grads_with_norm_(parameters, self.gradient_clip, norm)
         self.log("train/gradient", norm, batch_size=1)
@@ -176,7 +176,7 @@ class LatentDiffusion(LightningModule):
 
 def _blocks(network: nn.Module, asking: str, fix: str) -> Sequence[nn.Module]:
     """The network's blocks; ConfigError, saying who asks and what to do, where it does not list them."""
-    if isinstance(network, sharding.InBlocks):
+    if isinstance(network, fsdp.InBlocks):
         return network.blocks()
     raise ConfigError(
         f"{asking} a network block by block, and {type(network).__name__} has no method blocks() that lists them; {fix}"

@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ldm.float64 import double
 from ldm.ranges import Count, Finite, Positive
+from ldm.runtime.float64 import double
 
 
 class NoiseLevels(Protocol):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.diffusion.conditioning import Conditioning
+from ldm.diffusion.conditioners.base import Conditioning
 from ldm.diffusion.noise_levels import LogNormal, NoiseLevels, Uniform
 from ldm.diffusion.noise_schedules import NoiseSchedule
 from ldm.diffusion.paths import Discrete, Exploding, Path, Smooth, Straight

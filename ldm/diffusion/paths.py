@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ldm.diffusion.noise_schedules import NoiseSchedule
 from ldm.errors import ConfigError
-from ldm.float64 import double
 from ldm.ranges import Count, FractionAboveZero, Positive
+from ldm.runtime.float64 import double
 
 
 class Path(Protocol):

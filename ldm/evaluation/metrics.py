@@ -1,14 +1,14 @@
 """How good generated images are: numbers computed from a classifier's features and logits.
 
-Features come from whatever network the caller chose (see features.py), so a Fréchet distance from here may only be
-compared with another in the same feature space, and with the same number of images on either side: its bias falls
-with the number. It is not the FID, which fixes Inception's features, the resizing and the number of images.
+Features come from whatever network the caller chose (see features/classifier.py), so a Fréchet distance from here may
+only be compared with another in the same feature space, and with the same number of images on either side: its bias
+falls with the number. It is not the FID, which fixes Inception's features, the resizing and the number of images.
 """
 
 import numpy as np
 from torch import Tensor
 
-from ldm.float64 import double
+from ldm.runtime.float64 import double
 
 
 def gaussian(features: Tensor) -> tuple[np.ndarray, np.ndarray]:

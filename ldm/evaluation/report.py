@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from ldm.autoencoder.codec import Codec
-from ldm.data.images import ImageDataset
-from ldm.data.pixels import EvalTransform
+from ldm.data.sources.folder import ImageDataset
+from ldm.data.transforms import EvalTransform
 from ldm.errors import ConfigError, DataError
-from ldm.evaluation.features import Classifier, judge, train_classifier, unit_range
-from ldm.evaluation.generate import Pipeline, generate
+from ldm.evaluation.features.classifier import Classifier, judge, train_classifier, unit_range
 from ldm.evaluation.metrics import accuracy, frechet_distance
-from ldm.evaluation.sheets import grid
-from ldm.evaluation.steering import Guidance
+from ldm.images import grid
+from ldm.sampling.generate import Pipeline, generate
+from ldm.sampling.img2img import Guidance
 
 BATCH = 100
 

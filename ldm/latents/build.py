@@ -1,4 +1,6 @@
-"""Building the latent cache: any number of processes, killed at any moment, always the same bytes (format: latents.py).
+"""Building the latent cache: any number of processes, killed at any moment; always the same bytes.
+
+The format is manifest.py's.
 
 There is no collective and no leader. Every process claims a shard that is not there yet, writes it, and goes on until
 all are there: first its own share (shard % world size == rank), then whatever others have left or died over. What is
@@ -21,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.data.latent_files import Claims, publish, read_sealed, seal
-from ldm.data.latents import MANIFEST, PLAN, Manifest, Plan, check_size, shard_path
 from ldm.errors import DataError
-from ldm.signals import stop_if_asked
+from ldm.latents.claims import Claims, publish, read_sealed, seal
+from ldm.latents.manifest import MANIFEST, PLAN, Manifest, Plan, check_size, shard_path
+from ldm.runtime.signals import stop_if_asked
 
 LARGEST = float(np.finfo(np.float16).max)
 _PLAN_CLAIM, _MANIFEST_CLAIM = 1 << 40, 1 << 41  # beyond any shard's number

@@ -12,17 +12,17 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch.utils.data import DataLoader
 
-from ldm import distributed
 from ldm.autoencoder.codec import Codec
-from ldm.data.datamodules import VALIDATION_SEED, ElasticDataModule, split
-from ldm.data.images import ImageDataset
-from ldm.data.latent_build import Source, build, shard_items
-from ldm.data.latent_reader import LatentCache, LatentDataset
-from ldm.data.latents import Manifest, Plan, note_source, noted_source
-from ldm.data.pixels import EvalTransform, transformed
-from ldm.durations import so_far
+from ldm.data.datamodule import VALIDATION_SEED, ElasticDataModule, split
+from ldm.data.sources.folder import ImageDataset
+from ldm.data.transforms import EvalTransform, transformed
 from ldm.errors import ConfigError, DataError
+from ldm.latents.build import Source, build, shard_items
+from ldm.latents.manifest import Manifest, Plan, note_source, noted_source
+from ldm.latents.reader import LatentCache, LatentDataset
 from ldm.ranges import Count, CountOrZero, Fraction, Seed
+from ldm.runtime import distributed
+from ldm.runtime.durations import so_far
 
 _LOG_SECONDS = 30.0
 

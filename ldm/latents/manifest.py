@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from ldm.data.fingerprint import comparable, parts
-from ldm.data.latent_files import COMMAND, REBUILD, dump, publish, read_sealed, seal
 from ldm.errors import DataError, ResourceError
+from ldm.latents.claims import COMMAND, REBUILD, dump, publish, read_sealed, seal
 
 FORMAT = 1
 MANIFEST, PLAN, CONTENTS = "manifest.json", "plan.json", "contents.json"

@@ -1,4 +1,4 @@
-"""Reading the latent cache: a batch of moments at once, out of memory maps (format: latents.py)."""
+"""Reading the latent cache: a batch of moments at once, out of memory maps (format: manifest.py)."""
 
 import os
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ldm.data.latent_files import read_sealed
-from ldm.data.latents import Manifest, Plan, check_bytes, check_size, shard_path
+from ldm.latents.claims import read_sealed
+from ldm.latents.manifest import Manifest, Plan, check_bytes, check_size, shard_path
 from ldm.randomness import Draws
 from ldm.ranges import Seed
 

@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.errors import CheckpointError
+from ldm.optim.lr_schedules import Constant
 from ldm.ranges import FractionBelowOne, NotNegative, Positive
-from ldm.schedule import Constant
 
 
 def keep_settings(optimizer: Optimizer) -> None:

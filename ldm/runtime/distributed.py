@@ -1,6 +1,6 @@
 """Rank, world size and the few collectives ldm needs; every function is a no-op when the process is alone.
 
-With ldm/sharding.py the only file that imports torch.distributed. Before the process group exists (main.py building
+With ldm/runtime/fsdp.py the only file that imports torch.distributed. Before the process group exists (main.py building
 the data, a script under torchrun) rank and world size come from the launcher's environment, so that work can be shared
 out without holding a collective open.
 """

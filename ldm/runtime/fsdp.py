@@ -20,7 +20,8 @@ from torch.distributed.tensor import empty as empty_dtensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from ldm import distributed, plain
+from ldm.checkpoints import state_tree
+from ldm.runtime import distributed
 
 
 @runtime_checkable
@@ -82,7 +83,7 @@ def gathered(value: Any) -> Any:
         whole = leaf.full_tensor()  # one at a time: more need not fit
         return whole.cpu() if distributed.is_main() else None
 
-    return plain.replaced(value, gather)
+    return state_tree.replaced(value, gather)
 
 
 def cut(state: Mapping[str, Any], folder: str, timeout: float) -> dict[str, Any]:
@@ -103,7 +104,7 @@ def cut(state: Mapping[str, Any], folder: str, timeout: float) -> dict[str, Any]
         offsets[key] = [min(rows * leaf.device_mesh.get_local_rank(), leaf.shape[0]), *[0] * (leaf.ndim - 1)]
         return None
 
-    rest: dict[str, Any] = plain.replaced(dict(state), take)
+    rest: dict[str, Any] = state_tree.replaced(dict(state), take)
     place = {"rank": distributed.rank(), "world": distributed.world_size(), "folder": folder, "timeout": timeout}
     return {**rest, "shard": {**place, "tensors": tensors, "offsets": offsets}}
 
@@ -124,7 +125,7 @@ def read(state: dict[str, Any], folder: Path, mesh: DeviceMesh) -> dict[str, Any
         if isinstance(entry, TensorStorageMetadata)  # safetensors hold nothing else
     }
     dcp.load(tensors, storage_reader=reader)
-    loaded: dict[str, Any] = plain.replaced(state, lambda key, leaf: tensors.get(key, leaf))
+    loaded: dict[str, Any] = state_tree.replaced(state, lambda key, leaf: tensors.get(key, leaf))
     return loaded
 
 

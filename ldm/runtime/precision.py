@@ -104,7 +104,7 @@ def _cpu_says() -> bool | None:
 
 
 def _device(accelerator: Any) -> str:
-    """The kind of device for the trainer's `accelerator`; `auto` never means Apple's GPU (trainer.py)."""
+    """The kind of device for the trainer's `accelerator`; `auto` never means Apple's GPU (training/trainer.py)."""
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return "cuda"
     if accelerator in ("gpu", "mps") and torch.backends.mps.is_available():

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from ldm import ranks
+from ldm.runtime import launcher
 
 if sys.platform == "win32":  # which has neither these signals nor the locks of run folders and caches
     raise SystemExit("ldm runs on Linux and macOS; on Windows run it inside of WSL 2 (README.md, Platforms)")
@@ -72,7 +72,7 @@ class _Listener:
             name = signal.Signals(number).name
             if requests == 1:
                 _say(f"{name}: stopping at the next safe place (twice more: stop at once)")
-                if ranks.has_launching_parent():
+                if launcher.has_launching_parent():
                     os.kill(os.getppid(), number)  # it decides for all
             elif requests >= _PATIENCE:
                 _say(f"{name}: stopping at once; the last checkpoint stands")
@@ -116,7 +116,7 @@ def stop_if_asked() -> None:
     Raises:
         Stopped: somebody asked.
     """
-    if received() and not ranks.has_launching_parent():
+    if received() and not launcher.has_launching_parent():
         raise Stopped(received())
 
 
@@ -149,7 +149,7 @@ def ignore_in_worker(worker_id: int) -> None:
     "worker exited unexpectedly" instead of saving. Only the parent's own SIGTERM ends a worker: with it
     multiprocessing clears up at exit, and then waits for ever for a worker that takes no notice.
     """
-    ranks.die_with_parent()
+    launcher.die_with_parent()
     for number in STOPPING:
         if number != signal.SIGTERM:
             signal.signal(number, signal.SIG_IGN)

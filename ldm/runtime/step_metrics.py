@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm import distributed
+from ldm.runtime import distributed
 
 
 def is_logged(trainer: Any) -> bool:

@@ -18,18 +18,18 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from ldm import checkpoint
 from ldm.autoencoder.codec import Codec
-from ldm.config import build
-from ldm.data.latents import Manifest
-from ldm.diffusion.conditioning import Conditioner
-from ldm.diffusion.grids import Default, Grid
-from ldm.diffusion.guidance import Denoiser, inpaint
+from ldm.checkpoints import store
+from ldm.config.load import build
+from ldm.diffusion.conditioners.base import Conditioner
 from ldm.diffusion.objectives import Objective
-from ldm.diffusion.samplers import ddim, start
 from ldm.errors import CheckpointError, ConfigError, NumericError
-from ldm.evaluation.steering import Guidance, Original
+from ldm.latents.manifest import Manifest
 from ldm.randomness import Draws
+from ldm.sampling.guidance import Denoiser, inpaint
+from ldm.sampling.img2img import Guidance, Original
+from ldm.sampling.samplers import ddim, start
+from ldm.sampling.timesteps import Default, Grid
 
 if TYPE_CHECKING:  # sampling from a checkpoint needs nothing of the training code
     from ldm.diffusion.module import LatentDiffusion
@@ -41,7 +41,7 @@ SEED = 0
 
 
 class Sampler(Protocol):
-    """From `x` (N,c,h,w) at times[0] to data of that shape; see diffusion/samplers.py."""
+    """From `x` (N,c,h,w) at times[0] to data of that shape; see samplers.py."""
 
     def __call__(
         self, denoise: Denoiser, objective: Objective, x: Tensor, times: Tensor, *, draws: Draws
@@ -97,14 +97,14 @@ class Pipeline:
         Raises:
             CheckpointError: missing, damaged, not from stage 2, or an autoencoder other than the latents'.
         """
-        file = checkpoint.find(Path(path))
-        state = checkpoint.load(file)
+        file = store.find(Path(path))
+        state = store.load(file)
         record = _diffusion_record(state, file)
         params = record["config"]["model"]["params"]
         denoiser = nn.ModuleDict({name: build(params[name], trust) for name in ("network", "conditioner")})
         objective = build(params["objective"], trust)
-        checkpoint.fill(denoiser, state["state_dict"], "ema.average" if ema else "denoiser", file)
-        checkpoint.fill(objective, state["state_dict"], "objective", file)
+        store.fill(denoiser, state["state_dict"], "ema.average" if ema else "denoiser", file)
+        store.fill(objective, state["state_dict"], "objective", file)
         manifest = Manifest.from_dict(record["latents"])
         codec = load_codec(manifest, autoencoder, file, trust)
         origin = {"checkpoint": str(file), "step": record["step"], "weights": "ema" if ema else "raw"}

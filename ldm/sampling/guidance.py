@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ldm.diffusion.conditioning import Conditioning
+from ldm.diffusion.conditioners.base import Conditioning
 from ldm.diffusion.objectives import Objective
 
 # denoise(x (N, ...), t () on the host, conditioning of N rows) -> x0, and the same with the conditioning filled in.

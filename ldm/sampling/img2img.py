@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.data.images import read_image
-from ldm.data.latents import Manifest
-from ldm.data.pixels import EvalTransform
-from ldm.diffusion.guidance import Denoiser, autoguidance, classifier, classifier_free, within
+from ldm.data.sources.folder import read_image
+from ldm.data.transforms import EvalTransform
 from ldm.errors import ConfigError
+from ldm.latents.manifest import Manifest
+from ldm.sampling.guidance import Denoiser, autoguidance, classifier, classifier_free, within
 
 if TYPE_CHECKING:  # generate.py builds on this file
-    from ldm.evaluation.generate import Pipeline
+    from ldm.sampling.generate import Pipeline
 
 
 _ALWAYS_TOLD = "this model never saw a picture without its class (model.params.label_dropout: 0)"

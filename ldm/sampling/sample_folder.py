@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ldm.data.images import read_image
+from ldm.data.sources.folder import read_image
 from ldm.errors import ConfigError
-from ldm.evaluation.generate import Sample
-from ldm.evaluation.sheets import grid, picture
 from ldm.files import whole
-from ldm.run import write_whole
+from ldm.images import grid, picture
+from ldm.run_folder import write_whole
+from ldm.sampling.generate import Sample
 
 SHOWN = 16
 """The grid has at most so many rows and columns."""

@@ -1,7 +1,7 @@
 """From noise to data. Each sampler is written once for every objective, in terms of alpha, sigma and the estimated x0.
 
 A sampler is f(denoise, objective, x, times, ...) -> x0, with x at times[0] and denoise(x (N, ...), t ()) -> x0. Times
-are on the host, decrease strictly and end at 0 (grids.py): no loop waits for the device. Noise drawn on the way is
+are on the host, decrease strictly and end at 0 (timesteps.py): no loop waits for the device. Noise drawn on the way is
 keyed by the row's own number, so that an image does not depend on its batch.
 """
 
@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.diffusion.guidance import Denoiser
 from ldm.diffusion.objectives import Objective
-from ldm.float64 import double
 from ldm.randomness import Draws
+from ldm.runtime.float64 import double
+from ldm.sampling.guidance import Denoiser
 
 
 def start(objective: Objective, noise: Tensor, t: Tensor, x0: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm.config import build, to_yaml
+from ldm.config.load import build, to_yaml
 from ldm.errors import ConfigError, LdmError
 from ldm.randomness import Draws
 

@@ -17,11 +17,13 @@ from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
-from ldm import checkpoint, distributed, errors, ranks, signals
+from ldm import errors
+from ldm.checkpoints import store
 from ldm.errors import CheckpointError, ConfigError, LdmError, PeerError, ResourceError
-from ldm.run import RunFolder, RunState
-from ldm.saving import files_of, set_aside_later
-from ldm.signals import Stopped
+from ldm.run_folder import RunFolder, RunState
+from ldm.runtime import distributed, launcher, signals
+from ldm.runtime.signals import Stopped
+from ldm.training.callbacks.checkpoints import files_of, set_aside_later
 
 # Two checkpoints are kept, and a third is being written.
 _FILES = 3
@@ -37,11 +39,11 @@ def run(
     Raises:
         LdmError: something the user can mend; the checkpoints stand.
     """
-    file = named or checkpoint.newest(folder.checkpoints)
+    file = named or store.newest(folder.checkpoints)
     if trainer.is_global_zero:
-        checkpoint.sweep(folder.checkpoints)
+        store.sweep(folder.checkpoints)
         if named is not None and named.parent.resolve() == folder.checkpoints.resolve():
-            set_aside_later(folder.checkpoints, checkpoint.load(named)["global_step"])
+            set_aside_later(folder.checkpoints, store.load(named)["global_step"])
     home = _Home(folder)
     trainer.callbacks.insert(0, home)  # type: ignore[attr-defined]  # Lightning sets it where mypy does not see
     record(trainer, folder, RunState("running", resume_from=_within(folder, file)))
@@ -55,7 +57,7 @@ def run(
     except BaseException as error:
         return _failed(trainer, home, error)
     finally:
-        ranks.end_children(home.children)
+        launcher.end_children(home.children)
     if trainer.global_step < trainer.max_steps:
         return record(trainer, folder, RunState("stopped", trainer.global_step, "before max_steps, as configured", 0))
     return record(trainer, folder, RunState("finished", trainer.global_step, "", 0))
@@ -95,18 +97,18 @@ class _Home(pl.Callback):
         self.folder = folder
         self.children: list[subprocess.Popen[bytes]] = []
         self.under_way = self.trying = False
-        self._watch: ranks.Watch | None = None
+        self._watch: launcher.Watch | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.folder = RunFolder(Path(trainer.strategy.broadcast(str(self.folder.path))))
-        launcher = trainer.strategy.launcher
-        if self._watch is None and isinstance(launcher, _SubprocessScriptLauncher) and launcher.procs:
-            self.children = launcher.procs
+        starter = trainer.strategy.launcher
+        if self._watch is None and isinstance(starter, _SubprocessScriptLauncher) and starter.procs:
+            self.children = starter.procs
             for thread in threading.enumerate():
                 if isinstance(thread, _ChildProcessObserver):
                     # It would kill this process, at most five seconds after a child has left, in the middle of its end.
                     thread._child_processes = []
-            self._watch = ranks.Watch(self.children, lambda reason: self._died(trainer, reason))
+            self._watch = launcher.Watch(self.children, lambda reason: self._died(trainer, reason))
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         self.under_way = True
@@ -131,7 +133,7 @@ class _Home(pl.Callback):
 
 def validate(trainer: pl.Trainer, model: Any, data: Any, folder: RunFolder, named: Path | None) -> None:
     """Validate `named`, else the folder's newest checkpoint; Lightning prints and the loggers keep the metrics."""
-    file = named or checkpoint.newest(folder.checkpoints)
+    file = named or store.newest(folder.checkpoints)
     if file is None:
         raise ConfigError("Without training there is nothing to validate: name a run or a checkpoint with --resume.")
     trainer.validate(model, datamodule=data, ckpt_path=file, weights_only=True)
@@ -159,7 +161,7 @@ def record_first(trainer: pl.Trainer, folder: RunFolder, state: RunState) -> Run
 
 def _resumable(folder: RunFolder, state: RunState) -> RunState:
     with suppress(CheckpointError):  # all damaged: nothing to resume from
-        return replace(state, resume_from=_within(folder, checkpoint.newest(folder.checkpoints)))
+        return replace(state, resume_from=_within(folder, store.newest(folder.checkpoints)))
     return state
 
 

@@ -21,7 +21,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from ldm.errors import ResourceError
 from ldm.ranges import Positive
-from ldm.run import write_whole
+from ldm.run_folder import write_whole
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@
                     network, guided denoising, the profiles of averages, optimizers and schedules
     Rehearsal       at the beginning of fit, with the run's own objects: what a checkpoint will hold can be loaded again
 
-Validation and its metrics get one batch with its real values, by Lightning's own sanity check (ldm/trainer.py).
+Validation and its metrics get one batch with its real values, by Lightning's own sanity check (trainer.py).
 """
 
 import copy
@@ -20,13 +20,13 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from ldm import plain
 from ldm.autoencoder.module import AutoencoderKL
-from ldm.callbacks import SampleLogger
-from ldm.diffusion.guidance import classifier_free
+from ldm.checkpoints import state_tree
 from ldm.diffusion.module import LatentDiffusion, parts
-from ldm.dry_run import meta_batch
 from ldm.errors import CheckpointError, ConfigError, LdmError
+from ldm.sampling.guidance import classifier_free
+from ldm.training.callbacks.previews import SampleLogger
+from ldm.training.dry_run import meta_batch
 
 Origin = Callable[[str], str]
 
@@ -194,8 +194,10 @@ class Rehearsal(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         try:
             state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-            # Tensors can be saved, sharded ones in a way of their own (sharding.py): what is asked is all else.
-            plain.check_plain(plain.replaced(state, lambda key, leaf: 0 if isinstance(leaf, torch.Tensor) else leaf))
+            # Tensors can be saved, sharded ones in a way of their own (runtime/fsdp.py): what is asked is all else.
+            state_tree.check_plain(
+                state_tree.replaced(state, lambda key, leaf: 0 if isinstance(leaf, torch.Tensor) else leaf)
+            )
         except CheckpointError as error:
             raise ConfigError(_guilty(trainer, str(error))) from error
         except LdmError:

@@ -2,7 +2,7 @@
 
 A resumed run keeps its configuration with every reference filled in, as it first ran. A change that would change the
 mathematics is refused unless it is allowed by name. What counts as a change, and what follows from one, is said in
-ldm/resume_changes.py.
+ldm/training/resume_changes.py.
 """
 
 import json
@@ -12,13 +12,13 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from ldm import run
-from ldm.commandline import Options
-from ldm.config import Config
-from ldm.config_read import Node, apply, from_plain, merge, read, to_yaml
+from ldm import run_folder
+from ldm.cli.options import Options
+from ldm.config.load import Config
+from ldm.config.tree import Node, apply, from_plain, merge, read, to_yaml
 from ldm.errors import ConfigError
-from ldm.resume_changes import Written, bound, brief, changes, differences, going_on, refuse
-from ldm.run import RunFolder
+from ldm.run_folder import RunFolder
+from ldm.training.resume_changes import Written, bound, brief, changes, differences, going_on, refuse
 
 _SCALED = "--scale-lr belongs to a run's start: the rates that were saved are scaled already."
 
@@ -61,9 +61,9 @@ def start(options: Options) -> Start:
     if options.resume is None:
         return _new(options)
     if options.resume == "auto":
-        folder = run.newest(options.logdir, _name(options, _written_new(options)), options.postfix)
+        folder = run_folder.newest(options.logdir, _name(options, _written_new(options)), options.postfix)
         return _new(options) if folder is None else _continued(options, folder, None)
-    found, checkpoint = run.resolve(options.resume, options.logdir)
+    found, checkpoint = run_folder.resolve(options.resume, options.logdir)
     if found is not None:
         return _continued(options, found, checkpoint)
     assert checkpoint is not None
@@ -78,10 +78,10 @@ def save(folder: RunFolder, source: Mapping[str, Any], tree: Mapping[str, Any], 
         tree: the configuration as it was built, every reference filled in.
         facts: what the data said of itself.
     """
-    run.write_whole(folder.source_file, to_yaml(dict(source)))
-    run.write_whole(folder.facts_file, json.dumps(dict(facts), indent=2) + "\n")
+    run_folder.write_whole(folder.source_file, to_yaml(dict(source)))
+    run_folder.write_whole(folder.facts_file, json.dumps(dict(facts), indent=2) + "\n")
     # Last, since this file makes the folder a run.
-    run.write_whole(folder.config_file, to_yaml(dict(tree)))
+    run_folder.write_whole(folder.config_file, to_yaml(dict(tree)))
 
 
 def check_facts(start: Start, facts: Mapping[str, Any], allowed: Sequence[str]) -> None:
@@ -114,7 +114,7 @@ def _written_new(options: Options) -> Node:
 def _new(options: Options) -> Start:
     root = _written_new(options)
     name = _name(options, root)
-    run.check_name(f"{name}{options.postfix}")
+    run_folder.check_name(f"{name}{options.postfix}")
     return Start(Config(root, options.trust), root.plain(), name)
 
 
@@ -133,7 +133,7 @@ def _continued(options: Options, folder: RunFolder, checkpoint: Path | None) -> 
 def _from_checkpoint(options: Options, checkpoint: Path) -> Start:
     if options.scale_lr:
         raise ConfigError(_SCALED)
-    from ldm.checkpoint import load  # torch, which a mistake on the command line need not wait for
+    from ldm.checkpoints.store import load  # torch, which a mistake on the command line need not wait for
 
     record = load(checkpoint).get("ldm", {})
     if record.get("config") is None:
@@ -142,7 +142,7 @@ def _from_checkpoint(options: Options, checkpoint: Path) -> Start:
     facts = record.get("data")
     written = Written(saved, saved, _wanted(options, saved), facts)
     name = _name(options, written.wanted)
-    run.check_name(f"{name}{options.postfix}")  # it may be a stranger's
+    run_folder.check_name(f"{name}{options.postfix}")  # it may be a stranger's
     config, notes = _changed(options, written, checkpoint)
     return Start(config, written.wanted.plain(), name, None, checkpoint, notes, facts)
 

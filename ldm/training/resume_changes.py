@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm.config import REFERENCE, expanded
-from ldm.config_read import Node, from_plain
+from ldm.config.load import REFERENCE, expanded
+from ldm.config.tree import Node, from_plain
 from ldm.errors import ConfigError
 
 # A key is bound to the run when it is, or lies under, one of these; all others may change freely.

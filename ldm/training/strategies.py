@@ -1,7 +1,7 @@
 """How several processes share the training of one model: each holds all of it (DDP), or a part (FSDP2).
 
     lightning:
-      strategy: {target: ldm.strategies.FSDP2, params: {timeout: 300, sharded_checkpoints: true}}
+      strategy: {target: ldm.training.strategies.FSDP2, params: {timeout: 300, sharded_checkpoints: true}}
 
 Without a line of YAML several devices or ranks use `DDP()`. The data, the mathematics and the checkpoints are the same
 under either and on one device: a run may go on under another strategy and on another number of ranks.
@@ -17,8 +17,9 @@ from pytorch_lightning.core.optimizer import LightningOptimizer
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from torch.optim import Optimizer
 
-from ldm import checkpoint, distributed, sharding, shards
+from ldm.checkpoints import shards, store
 from ldm.ranges import Positive
+from ldm.runtime import distributed, fsdp
 
 TIMEOUT = 300.0
 """Seconds that a rank waits for another before it takes it for lost; Lightning's own default is half an hour."""
@@ -88,28 +89,28 @@ class FSDP2(ModelParallelStrategy):
         # Only rank 0 knows the run folder; each save has shards of its own, so that it never touches the last one's.
         path, token = self.broadcast((str(filepath), secrets.token_hex(4)))
         folder = f"{Path(path).name}.{token}{shards.SUFFIX}"
-        self.checkpoint_io.save_checkpoint(sharding.cut(checkpoint, folder, self.timeout), path)
+        self.checkpoint_io.save_checkpoint(fsdp.cut(checkpoint, folder, self.timeout), path)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """The state; of a sharded checkpoint only this rank's rows are read."""
         path = Path(self.broadcast(str(checkpoint_path)))
-        state = checkpoint.load(path, assemble=False)
+        state = store.load(path, assemble=False)
         named = state.pop("shards", None)
         if named is None:
             return state
-        return sharding.read(state, shards.folder_of(path, named["folder"]), self.device_mesh["data_parallel"])
+        return fsdp.read(state, shards.folder_of(path, named["folder"]), self.device_mesh["data_parallel"])
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
-        sharding.load_weights(self.lightning_module, checkpoint["state_dict"], strict)
+        fsdp.load_weights(self.lightning_module, checkpoint["state_dict"], strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            sharding.load_optimizer(optimizer, state)
+            fsdp.load_optimizer(optimizer, state)
 
     def teardown(self) -> None:
         super().teardown()
         self.checkpoint_io.teardown()  # which Lightning's class forgets
 
     def _saved(self, state: Any) -> Any:
-        return state if self.sharded_checkpoints else sharding.gathered(state)
+        return state if self.sharded_checkpoints else fsdp.gathered(state)

@@ -5,7 +5,7 @@
       logger: {name: {target: ...}}    # beside wandb and metrics.csv; `wandb: null`: without wandb. A node or a list
                                        # of nodes: these alone. metrics.csv is always written; null: nothing else
       callbacks: {name: {target: ...}} # added to the defaults, or in place of the one of that name; null: without it
-      strategy: {target: ldm.strategies.FSDP2}   # several devices or ranks have ldm.strategies.DDP without a word
+      strategy: {target: ldm.training.strategies.FSDP2}   # without a word, several ranks have DDP of that module
 
 `val_check_interval` counts optimizer steps; accumulation follows from the data's batch sizes. Where torchrun or srun
 has started the processes, their number is not asked of `devices` and `num_nodes`. What keeps a run's work
@@ -32,23 +32,23 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from ldm import distributed, threads
 from ldm.autoencoder.module import AutoencoderKL
-from ldm.callbacks import ImageLogger, Progress, SampleLogger, Throughput
-from ldm.config import build
-from ldm.config_signature import live_signature
-from ldm.config_target import is_node, resolve
-from ldm.diffusion.conditioning import Unconditional
+from ldm.config.load import build
+from ldm.config.signatures import live_signature
+from ldm.config.targets import is_node, resolve
+from ldm.diffusion.conditioners.base import Unconditional
 from ldm.diffusion.module import LatentDiffusion, parts
 from ldm.errors import ConfigError
-from ldm.finite import FiniteGuard
-from ldm.loggers import FencedWandb, MetricsFile
-from ldm.rehearsal import Rehearsal
-from ldm.run import RunFolder
-from ldm.safety import Provenance, StopOnSignal
-from ldm.saving import AtomicCheckpointIO, Checkpoints
-from ldm.step_mean import is_logged
-from ldm.strategies import DDP, FSDP2
+from ldm.run_folder import RunFolder
+from ldm.runtime import distributed, threads
+from ldm.runtime.step_metrics import is_logged
+from ldm.training.callbacks.checkpoints import AtomicCheckpointIO, Checkpoints
+from ldm.training.callbacks.previews import ImageLogger, Progress, SampleLogger, Throughput
+from ldm.training.callbacks.provenance import Provenance, StopOnSignal
+from ldm.training.callbacks.skip_nonfinite import FiniteGuard
+from ldm.training.loggers import FencedWandb, MetricsFile
+from ldm.training.rehearsal import Rehearsal
+from ldm.training.strategies import DDP, FSDP2
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ def _check_model(model: Any, arguments: Mapping[str, Any], strategy: Any) -> Non
     if isinstance(model, AutoencoderKL):
         raise ConfigError(
             "lightning.strategy: FSDP2 is for stage 2. An autoencoder is small, and its two optimizers share one "
-            "backward pass: train it with {target: ldm.strategies.DDP}, or leave lightning.strategy out."
+            "backward pass: train it with {target: ldm.training.strategies.DDP}, or leave lightning.strategy out."
         )
     precision = arguments.get("precision")
     if precision not in (None, 32, "32", "32-true", "bf16-mixed"):

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ldm import checkpoint, sealed
-from ldm.config import to_yaml
+from ldm.checkpoints import sealed_file, store
+from ldm.config.load import to_yaml
 from scripts.fault_catalogue.harness import Place, fault
 from scripts.fault_catalogue.processes import demand
 from scripts.fault_catalogue.runs import Run, last_line
@@ -54,10 +54,10 @@ def _targets(marker: Path) -> dict[str, Tree]:
         "torch.multiprocessing.spawn": node("torch.multiprocessing.spawn", fn="os.system", args=[touch]),
         "torchvision.io.write_file": node("torchvision.io.write_file", filename=str(marker), data="x"),
         "pytorch_lightning...os.system": node("pytorch_lightning.utilities.imports.os.system", command=touch),
-        "ldm.distributed.os.system": node("ldm.distributed.os.system", command=touch),
-        "ldm.config_read.Path.touch": node("ldm.config_read.Path.touch", self=str(marker)),
-        "ldm.config_read.yaml.load": node(
-            "ldm.config_read.yaml.load", stream=f"!!python/object/apply:os.system ['{touch}']"
+        "ldm.runtime.distributed.os.system": node("ldm.runtime.distributed.os.system", command=touch),
+        "ldm.config.tree.Path.touch": node("ldm.config.tree.Path.touch", self=str(marker)),
+        "ldm.config.tree.yaml.load": node(
+            "ldm.config.tree.yaml.load", stream=f"!!python/object/apply:os.system ['{touch}']"
         ),
         "a module of the working folder": node("trap.Trap"),
         "partial": node("os.system", partial=True, command=touch),
@@ -89,9 +89,9 @@ def _sealed_pickle(place: Place, marker: Path) -> None:
     """A run whose newest checkpoint is sealed as it should be, and holds an object with __reduce__."""
     run = Run(place.new("run"), stage2(place.lab, steps=2))
     run.complete()
-    good = checkpoint.load(run.newest())
+    good = store.load(run.newest())
     # An attacker can compute a checksum, too.
-    sealed.write(run.folder.checkpoints / "step=00000009.ckpt", good | {"x": Harm(marker)}, 9)
+    sealed_file.write(run.folder.checkpoints / "step=00000009.ckpt", good | {"x": Harm(marker)}, 9)
     _demand_refused(run, marker, (4,), "lightning.trainer.max_steps=4")
 
 
@@ -112,17 +112,17 @@ def _torch_pickle(place: Place, marker: Path) -> None:
 def _autoencoder_pickle(place: Place, marker: Path) -> None:
     """data.params.autoencoder names a sealed checkpoint with an object in it."""
     file = place.new("evil") / "evil.ckpt"
-    sealed.write(file, {"state_dict": {}, "ldm": {"step": 1, "kind": "autoencoder"}, "x": Harm(marker)}, 1)
+    sealed_file.write(file, {"state_dict": {}, "ldm": {"step": 1, "kind": "autoencoder"}, "x": Harm(marker)}, 1)
     run = Run(place.new("run"), stage2(place.lab))
     _demand_refused(run, marker, (4,), f"data.params.autoencoder={file}", said="evil.ckpt")
 
 
 def _autoencoder_target(place: Place, marker: Path) -> None:
     """An autoencoder's checkpoint whose stored configuration names os.system as its encoder."""
-    state = checkpoint.load(checkpoint.find(place.lab / "autoencoder"))
+    state = store.load(store.find(place.lab / "autoencoder"))
     state["ldm"]["config"]["model"]["params"]["encoder"] = node("os.system", command=f"touch {marker}")
     file = place.new("evil") / "evil.ckpt"
-    checkpoint.save(file, state)
+    store.save(file, state)
     run = Run(place.new("run"), stage2(place.lab))
     _demand_refused(run, marker, (2, 4), f"data.params.autoencoder={file}", said="os.system")
 
@@ -131,10 +131,10 @@ def _configuration_in_checkpoint(place: Place, marker: Path) -> None:
     """`--resume` of a checkpoint whose stored configuration names os.system."""
     run = Run(place.new("run"), stage2(place.lab, steps=2))
     run.complete()
-    state = checkpoint.load(run.newest())
+    state = store.load(run.newest())
     state["ldm"]["config"]["data"] = node("os.system", command=f"touch {marker}")
     file = place.new("evil") / "evil.ckpt"
-    checkpoint.save(file, state)
+    store.save(file, state)
     words = ["--resume", str(file), "--allow-change", "data", "--allow-change", "model"]
     _demand_refused(Run(place.new("other"), {"name": "evil"}), marker, (2,), *words, said="os.system")
 

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ldm.data.latent_files import read_sealed, seal
-from ldm.data.latents import verify
 from ldm.errors import DataError
+from ldm.latents.claims import read_sealed, seal
+from ldm.latents.manifest import verify
 from scripts.fault_catalogue.harness import Place, fault
 from scripts.fault_catalogue.interpreter import ROOT, Hook, python
 from scripts.fault_catalogue.processes import Child, demand, fork, wait_until
@@ -106,7 +106,7 @@ STALE: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "pixels.interpolation": (
         lambda lab: None,
         (
-            "data.params.transform={target: ldm.data.pixels.EvalTransform, "
+            "data.params.transform={target: ldm.data.transforms.EvalTransform, "
             "params: {resolution: 16, interpolation: nearest}}",
         ),
     ),

@@ -118,8 +118,8 @@ def environments_as_started() -> Hook:
     def hook() -> None:
         import os
 
-        from ldm import ranks
+        from ldm.runtime import launcher
 
-        vars(ranks)["_environment"] = lambda process: dict(os.environ)
+        vars(launcher)["_environment"] = lambda process: dict(os.environ)
 
     return hook

@@ -38,7 +38,7 @@ MISTAKES: tuple[tuple[Edit, tuple[str, ...]], ...] = (
     ("data.target=ImageDataModule", ("data.target", "dotted name")),
     ("data.target=my_data.Images", ("data.target", "allow-list", "--trust")),
     ("data.target=ldm.data.datamodule.ImageDataModule", ("data.target", "did you mean 'datamodules'")),
-    ("data.target=ldm.data.datamodules.ImageDataModul", ("data.target", "did you mean 'ImageDataModule'")),
+    ("data.target=ldm.data.datamodule.ImageDataModul", ("data.target", "did you mean 'ImageDataModule'")),
     ("model.params.optimizer.target=torch.optim.Adm", ("model.params.optimizer.target", "did you mean")),
     # lightning
     ("lightning.trainr={}", ("lightning.trainr", "did you mean 'trainer'")),

@@ -5,7 +5,7 @@ import signal
 import time
 from functools import partial
 
-from ldm import checkpoint
+from ldm.checkpoints import store
 from scripts.fault_catalogue import machine
 from scripts.fault_catalogue.harness import Place, fault
 from scripts.fault_catalogue.inject import before_each_step, both, environments_as_started, slow_steps
@@ -46,10 +46,10 @@ def _demand_peer_error(run: Run) -> None:
 
 def _demand_intact(run: Run) -> None:
     """The last checkpoint is good, and the run can go on from it."""
-    before = checkpoint.load(run.newest())["global_step"]
+    before = store.load(run.newest())["global_step"]
     alone = ("lightning.trainer.devices=1", "lightning.trainer.num_nodes=1")
     run.complete(f"lightning.trainer.max_steps={before + 3}", *alone)
-    demand(checkpoint.load(run.newest())["global_step"] == before + 3, "it did not go on from the last checkpoint")
+    demand(store.load(run.newest())["global_step"] == before + 3, "it did not go on from the last checkpoint")
 
 
 @fault(20, "rank killed")

@@ -136,7 +136,7 @@ def bombs(place: Place) -> str:
 
 def _weigh(path: Path, result: Path) -> None:
     """Write down by how many megabytes the process grows at most while it reads a picture that it has to refuse."""
-    from ldm.data.images import read_image
+    from ldm.data.sources.folder import read_image
     from ldm.errors import DataError
 
     def megabytes(key: str) -> float:
@@ -162,7 +162,7 @@ def nothing(place: Place) -> str:
     empty, one, three = place.new("empty"), place.new("one"), place.new("three")
     pictures(one, 1)
     pictures(three, 3)
-    folder = "{{target: ldm.data.images.ImageFolder, params: {{root: {}}}}}".format
+    folder = "{{target: ldm.data.sources.folder.ImageFolder, params: {{root: {}}}}}".format
     cases = {
         "empty": (f"data.params.train={folder(empty)}", "0 images"),
         "no folder": (f"data.params.train={folder(place.folder / 'none')}", "none"),
@@ -209,7 +209,7 @@ def labels(place: Place) -> str:
         with place.trial(name):
             root = place.new("idx")
             _labels(change, root)
-            train = {"target": "ldm.data.arrays.MNIST", "params": {"root": str(root)}}
+            train = {"target": "ldm.data.sources.arrays.MNIST", "params": {"root": str(root)}}
             child = Run(place.new("run"), stage1(place.lab, train=train, channels=1)).start()
             code, text = child.wait(30), child.output()
             demand(code == 3 and "labels" in text, f"exit code {code}: {last_line(text)}")

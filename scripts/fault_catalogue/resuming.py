@@ -6,7 +6,7 @@ import signal
 import time
 from pathlib import Path
 
-from ldm import checkpoint
+from ldm.checkpoints import store
 from scripts.fault_catalogue.harness import Place, fault
 from scripts.fault_catalogue.inject import diary, slow_steps
 from scripts.fault_catalogue.processes import demand
@@ -150,7 +150,7 @@ def changed_at_resume(place: Place) -> str:
     Expected: code 2 naming the key, what the run has and what is asked for; --allow-change KEY lets it pass.
     """
     root = pictures(place.folder / "pictures")
-    train = {"target": "ldm.data.images.ImageFolder", "params": {"root": str(root)}}
+    train = {"target": "ldm.data.sources.folder.ImageFolder", "params": {"root": str(root)}}
     first = Run(place.new("first"), stage2(place.lab, steps=4, train=train, cache=None))
     first.complete()
     changes = {
@@ -209,7 +209,7 @@ def times(place: Place) -> str:
         with place.trial(kind):
             run = straight.copy(place.new("times"))
             for file in run.folder.checkpoints.iterdir():
-                step = checkpoint.load(file)["global_step"]
+                step = store.load(file)["global_step"]
                 if step == 12:
                     file.unlink()
                 moment = {"reversed": 1e9 - step, "equal": 1e9, "future": 4e9 - step}[kind]

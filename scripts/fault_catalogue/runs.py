@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from ldm import checkpoint
-from ldm.config import to_yaml
+from ldm.checkpoints import store
+from ldm.config.load import to_yaml
 from ldm.errors import CheckpointError
-from ldm.loggers import read_metrics
-from ldm.run import RunFolder, RunState
+from ldm.run_folder import RunFolder, RunState
+from ldm.training.loggers import read_metrics
 from scripts.fault_catalogue.interpreter import ROOT, Hook, python, torchrun
 from scripts.fault_catalogue.processes import Child, Wrong, children, demand, descendants, fork, wait_until
 from scripts.fault_catalogue.tiny import Tree, pictures, stage1, stage2
@@ -41,8 +41,8 @@ def prepare(lab: Path, listing: Path) -> None:
     pictures(lab / "pictures")
     first = Run(lab / "first", stage1(lab))
     first.complete()
-    state = checkpoint.load(first.newest()) | {"optimizer_states": []}  # every run of stage 2 reads it
-    checkpoint.save(lab / "autoencoder" / "checkpoints" / "step=00000004.ckpt", state)
+    state = store.load(first.newest()) | {"optimizer_states": []}  # every run of stage 2 reads it
+    store.save(lab / "autoencoder" / "checkpoints" / "step=00000004.ckpt", state)
     Run(lab / "second", stage2(lab, steps=2)).complete(hook=list_modules)
 
 
@@ -131,7 +131,7 @@ class Run:
     def newest(self) -> Path:
         """Its newest good checkpoint. Raises Wrong where there is none."""
         try:
-            found = checkpoint.newest(self.folder.checkpoints)
+            found = store.newest(self.folder.checkpoints)
         except CheckpointError as error:
             raise Wrong(str(error)) from error
         if found is None:
@@ -177,7 +177,7 @@ def all_gone(child: Child, seconds: float) -> float:
 
 def essence(file: Path) -> Tree:
     """See `Run.final`."""
-    state = checkpoint.load(file)
+    state = store.load(file)
     kept = {key: state.get(key) for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step")}
     metrics = {name: value for name, value in state["ldm"]["metrics"].items() if name.startswith("val/")}
     return kept | {"images_seen": state["ldm"]["images_seen"], "metrics": metrics}

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ldm import checkpoint
+from ldm.checkpoints import store
 from ldm.errors import CheckpointError
 from scripts.fault_catalogue import machine
 from scripts.fault_catalogue.harness import NotTried, Place, fault
@@ -33,7 +33,7 @@ def _state(step: int, values: int = _VALUES) -> dict[str, Any]:
 
 def _save_for_ever(folder: Path, acknowledged: mmap.mmap) -> None:
     for step in range(1, 1_000_000):
-        checkpoint.save(folder / "last.ckpt", _state(step))
+        store.save(folder / "last.ckpt", _state(step))
         acknowledged[:8] = struct.pack("q", step)
 
 
@@ -66,10 +66,10 @@ def _kill_one_saver(place: Place, folder: Path) -> int:
     child.send(signal.SIGKILL)
     demand(child.wait(10) == -signal.SIGKILL, f"the saver failed: {last_line(child.output())}")
     (promised,) = struct.unpack("q", acknowledged[:8])
-    swept = checkpoint.sweep(folder)
+    swept = store.sweep(folder)
     demand({path.name for path in folder.iterdir()} <= {"last.ckpt"}, f"left: {os.listdir(folder)}")
     if promised or (folder / "last.ckpt").exists():
-        state = checkpoint.load(folder / "last.ckpt")
+        state = store.load(folder / "last.ckpt")
         demand(state["global_step"] >= promised, f"step {state['global_step']}, though {promised} was acknowledged")
         demand(bool((state["state_dict"]["weight"] == state["global_step"]).all()), "a mix of two saves")
     return len(swept)
@@ -88,12 +88,12 @@ def power_cut(place: Place) -> str:
     for number in place.repeats(20, quick=3):
         with place.trial(f"cut {number}"):
             step = number + 1
-            checkpoint.save(live / "last.ckpt", _state(step))
+            store.save(live / "last.ckpt", _state(step))
             shutil.copyfile(image, place.folder / "cut.img")
             subprocess.run(["fsck.ext4", "-p", place.folder / "cut.img"], capture_output=True)
             machine.mount_image(place.folder / "cut.img", dead)
             try:
-                found = checkpoint.load(dead / "last.ckpt")["global_step"]
+                found = store.load(dead / "last.ckpt")["global_step"]
             finally:
                 machine.unmount(dead)
             demand(found == step, f"step {found} is there, {step} had been acknowledged")
@@ -120,7 +120,7 @@ def disk_full(place: Place) -> str:
             run.wait_for_step(8, child)
             filler = machine.fill(disk)
             demand(child.says("needed", 30), f"nobody noticed: {last_line(child.output())}")
-            demand(checkpoint.load(run.newest())["global_step"] > 0, "no old checkpoint")
+            demand(store.load(run.newest())["global_step"] > 0, "no old checkpoint")
             if again:
                 filler.unlink()
             code = child.wait(60)
@@ -151,7 +151,7 @@ def temporary_full(place: Place) -> str:
                 tempfile.tempdir = None
 
             run.complete(environment={"TMPDIR": str(full)}, hook=forget)
-            demand(checkpoint.load(run.newest())["global_step"] == 12, "the last checkpoint is not of step 12")
+            demand(store.load(run.newest())["global_step"] == 12, "the last checkpoint is not of step 12")
     return "saved as ever"
 
 
@@ -239,7 +239,7 @@ def flipped(place: Place) -> str:
         with place.trial(f"flip {number}"):
             target.write_bytes(_flip(good, place.random))
             try:
-                checkpoint.load(target)
+                store.load(target)
             except CheckpointError as error:
                 demand(target.name in str(error), f"the file is not named: {error}")
                 continue

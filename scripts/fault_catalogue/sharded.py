@@ -5,7 +5,7 @@ import signal
 import time
 from pathlib import Path
 
-from ldm import checkpoint
+from ldm.checkpoints import store
 from scripts.fault_catalogue.harness import Place, fault
 from scripts.fault_catalogue.inject import diary, slow_saves, slow_steps
 from scripts.fault_catalogue.processes import demand
@@ -17,7 +17,7 @@ def _sharded(place: Place, steps: int = 24, every: int = 4) -> Tree:
     """FSDP2 on two ranks, each of which saves its own rows."""
     tree = stage2(place.lab, steps=steps, every=every, keep=3, validate=12)
     tree["lightning"]["trainer"]["devices"] = 2
-    tree["lightning"]["strategy"] = node("ldm.strategies.FSDP2", timeout=20, sharded_checkpoints=True)
+    tree["lightning"]["strategy"] = node("ldm.training.strategies.FSDP2", timeout=20, sharded_checkpoints=True)
     return tree
 
 
@@ -142,7 +142,7 @@ def requeued(place: Place) -> str:
             code = child.wait(30)
             demand(code == 138, f"exit code {code}: {last_line(child.output())}")
             demand(asked.exists() and asked.read_text() == "requeue 4711\n", "it was not requeued, once")
-            saved = checkpoint.load(run.newest())["global_step"]
+            saved = store.load(run.newest())["global_step"]
             demand(saved == run.state.step > 0, f"{saved} is saved, {run.state.step} was reached")
             run.complete(environment=job)
             demand_same(run.final(), straight.final())

@@ -8,7 +8,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from ldm import checkpoint
+from ldm.checkpoints import store
 from scripts.fault_catalogue.harness import Place, fault
 from scripts.fault_catalogue.inject import both, in_validation, slow_saves, slow_steps
 from scripts.fault_catalogue.interpreter import ROOT
@@ -38,7 +38,7 @@ def _demand_stopped(run: Run, code: int | None, number: int, launcher: str = "si
     expected = 1 if launcher == "torchrun" else 128 + number  # torchrun returns 1 whatever its workers do
     demand(code == expected, f"exit code {code}, expected {expected}")
     demand(state.resume_from is not None, "nothing to resume from")
-    saved = checkpoint.load(run.folder.path / str(state.resume_from))["global_step"]
+    saved = store.load(run.folder.path / str(state.resume_from))["global_step"]
     demand(saved == state.step > 0, f"step {state.step} was reached, {saved} is saved")
     no_leftovers(run)
     return state.step
@@ -258,14 +258,14 @@ def short_grace(place: Place) -> str:
             run.wait_for_step(9, child)
             child.send(signal.SIGKILL)
             child.wait(10)
-            old = checkpoint.load(run.newest())["global_step"]
+            old = store.load(run.newest())["global_step"]
             child = run.start(hook=slow_saves(5.0, begun))
             demand(wait_until(begun.exists, 60), f"no save: {last_line(child.output())}")
             child.send(signal.SIGTERM)
             time.sleep(1.0)
             child.send(signal.SIGKILL)
             demand(child.wait(10) == -signal.SIGKILL, f"exit code {child.code}")
-            demand(checkpoint.load(run.newest())["global_step"] == old, "another checkpoint than the old one")
+            demand(store.load(run.newest())["global_step"] == old, "another checkpoint than the old one")
             run.complete()
             demand_same(run.final(), straight.final())
             no_leftovers(run)

@@ -35,7 +35,7 @@ def pictures(folder: Path, number: int = ITEMS + 4, seed: int = 7) -> Path:
 def lightning(steps: int, every: int, keep: int, validate: int, **callbacks: Tree | None) -> Tree:
     """The section `lightning`: metrics of each step, no pictures, no progress bar."""
     trainer = {"max_steps": steps, "val_check_interval": validate, "log_every_n_steps": 1, "accelerator": "cpu"}
-    saves = node("ldm.saving.Checkpoints", every=every, keep=keep)
+    saves = node("ldm.training.callbacks.checkpoints.Checkpoints", every=every, keep=keep)
     return {
         "trainer": trainer | {"devices": 1, "precision": "32-true", "enable_progress_bar": False},
         "logger": None,
@@ -58,7 +58,7 @@ def stage1(lab: Path, steps: int = 4, every: int = 1000, keep: int = 2, validate
             optimizer=node("torch.optim.Adam", partial=True, lr=1e-3),
         ),
         "data": node(
-            "ldm.data.datamodules.ImageDataModule",
+            "ldm.data.datamodule.ImageDataModule",
             **_common(lab) | {"resolution": 16} | data,
         ),
         "lightning": lightning(steps, every, keep, validate),
@@ -68,7 +68,7 @@ def stage1(lab: Path, steps: int = 4, every: int = 1000, keep: int = 2, validate
 def stage2(lab: Path, steps: int = 24, every: int = 1000, keep: int = 2, validate: int = 1000, **data: Any) -> Tree:
     """A class-conditional UNet on 2 x 8 x 8 latents, with dropout, dropped labels, a schedule and an average."""
     network = node(
-        "ldm.diffusion.unet.UNet",
+        "ldm.diffusion.networks.unet.UNet",
         in_channels="${data:channels}",
         channels=8,
         channel_multipliers=[1],
@@ -84,15 +84,17 @@ def stage2(lab: Path, steps: int = 24, every: int = 1000, keep: int = 2, validat
         "model": node(
             "ldm.diffusion.module.LatentDiffusion",
             network=network,
-            conditioner=node("ldm.diffusion.conditioning.ClassVector", num_classes="${data:num_classes}", channels=8),
+            conditioner=node(
+                "ldm.diffusion.conditioners.base.ClassVector", num_classes="${data:num_classes}", channels=8
+            ),
             objective=node("ldm.diffusion.objectives.DDPM", schedule=node("ldm.diffusion.noise_schedules.SqrtLinear")),
             optimizer=node("torch.optim.AdamW", partial=True, lr=1e-3),
-            schedule=node("ldm.schedule.Cosine", steps="${lightning.trainer.max_steps}", warm_up=5),
-            ema=node("ldm.ema.EMA", partial=True, profile=node("ldm.ema.Decay")),
+            schedule=node("ldm.optim.lr_schedules.Cosine", steps="${lightning.trainer.max_steps}", warm_up=5),
+            ema=node("ldm.optim.ema.EMA", partial=True, profile=node("ldm.optim.ema.Decay")),
             label_dropout=0.1,
         ),
         "data": node(
-            "ldm.data.latent_datamodule.LatentDataModule",
+            "ldm.latents.datamodule.LatentDataModule",
             **_common(lab) | {"autoencoder": str(lab / "autoencoder"), "cache": str(lab / "cache")} | data,
         ),
         "lightning": lightning(steps, every, keep, validate),
@@ -100,7 +102,7 @@ def stage2(lab: Path, steps: int = 24, every: int = 1000, keep: int = 2, validat
 
 
 def _common(lab: Path) -> Tree:
-    train = node("ldm.data.images.ImageFolder", root=str(lab / "pictures"))
+    train = node("ldm.data.sources.folder.ImageFolder", root=str(lab / "pictures"))
     return {"train": train, "batch_size": BATCH, "seed": "${seed}", "num_validation": 4}
 
 
@@ -119,7 +121,7 @@ def elastic(tree: Tree) -> Tree:
 def two_ranks(tree: Tree, timeout: float = 300.0) -> Tree:
     """The same configuration on two devices; `timeout` in seconds is that of the process group."""
     tree["lightning"]["trainer"]["devices"] = 2
-    tree["lightning"]["strategy"] = node("ldm.strategies.DDP", timeout=timeout)
+    tree["lightning"]["strategy"] = node("ldm.training.strategies.DDP", timeout=timeout)
     return tree
 
 

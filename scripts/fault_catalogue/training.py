@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ldm import checkpoint
+from ldm.checkpoints import store
 from scripts.fault_catalogue import machine
 from scripts.fault_catalogue.harness import NotTried, Place, fault
 from scripts.fault_catalogue.inject import after_backward, before_each_step, slow_steps
@@ -44,7 +44,7 @@ def _poison(kind: str, bad: Callable[[int], bool]) -> Hook:
 
 def _demand_finite(run: Run) -> None:
     for file in run.folder.checkpoints.glob("*.ckpt"):
-        state = checkpoint.load(file)
+        state = store.load(file)
         tensors = [*state["state_dict"].values()]
         tensors += [
             t for one in state["optimizer_states"] for moments in one["state"].values() for t in moments.values()
@@ -179,7 +179,10 @@ def _with_wandb(place: Place, straight: Run, kind: str) -> float:
             machine.private_mounts()
             machine.small_disk(disk, 3)
         disk.mkdir(exist_ok=True)
-        tree["lightning"]["logger"] = {"target": "ldm.loggers.FencedWandb", "params": {"save_dir": str(disk), **logger}}
+        tree["lightning"]["logger"] = {
+            "target": "ldm.training.loggers.FencedWandb",
+            "params": {"save_dir": str(disk), **logger},
+        }
         run = Run(folder / "run", tree)
         began = time.monotonic()
         child = run.start(environment=environment, hook=slow_steps(0.2))

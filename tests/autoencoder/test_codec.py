@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
-from ldm import checkpoint
 from ldm.autoencoder.codec import Codec
 from ldm.autoencoder.networks import Decoder, Encoder
 from ldm.autoencoder.posterior import DiagonalGaussian
+from ldm.checkpoints import store
 from ldm.errors import CheckpointError, ConfigError
 
 
@@ -20,7 +20,7 @@ def codec(runs):
 @pytest.fixture
 def state(runs):
     """The stage-1 checkpoint's content."""
-    return checkpoint.load(checkpoint.find(runs.autoencoder))
+    return store.load(store.find(runs.autoencoder))
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_it_is_frozen_and_stays_in_eval_mode(codec, images):
 def test_weight_hash_follows_the_weights_alone(codec, state, runs, other_autoencoder, tmp_path):
     state["ldm"]["step"] = 99
     state["optimizer_states"] = [{"x": torch.ones(3)}]
-    checkpoint.save(tmp_path / "moved.ckpt", state)
+    store.save(tmp_path / "moved.ckpt", state)
     moved = Codec.load(tmp_path / "moved.ckpt")
     assert moved.weight_hash() == codec.weight_hash() == Codec.load(runs.autoencoder).weight_hash()
     assert Codec.load(other_autoencoder).weight_hash() != codec.weight_hash()
@@ -112,7 +112,7 @@ def test_it_knows_its_configuration_resolution_and_statistics(codec, state, tmp_
     assert (codec.resolution, codec.statistics) == (None, None)
     state["ldm"]["latents"] = {"mean": [0.0] * 4, "std": [1.0] * 4}
     state["ldm"]["config"]["data"] = {"target": "x", "params": {"resolution": 64}}
-    checkpoint.save(tmp_path / "more.ckpt", state)
+    store.save(tmp_path / "more.ckpt", state)
     more = Codec.load(tmp_path / "more.ckpt")
     assert (more.resolution, more.statistics) == (64, {"mean": [0.0] * 4, "std": [1.0] * 4})
     assert more.path == str(tmp_path / "more.ckpt")
@@ -124,7 +124,7 @@ def test_a_stage_2_checkpoint_is_refused_for_what_it_is(runs):
 
 
 def test_a_foreign_checkpoint_is_refused_for_what_it_is(tmp_path):
-    checkpoint.save(tmp_path / "foreign.ckpt", {"state_dict": {}})
+    store.save(tmp_path / "foreign.ckpt", {"state_dict": {}})
     with pytest.raises(CheckpointError, match=r"foreign.ckpt: expected .* autoencoder .*found not one of ldm's"):
         Codec.load(tmp_path / "foreign.ckpt")
 
@@ -143,13 +143,13 @@ def test_weights_that_do_not_fit_are_an_error(state, tmp_path, change):
         weights["decoder.more"] = torch.zeros(1)
     else:
         weights[name] = torch.zeros(7)
-    checkpoint.save(tmp_path / "odd.ckpt", state)
+    store.save(tmp_path / "odd.ckpt", state)
     with pytest.raises(CheckpointError, match=r"odd.ckpt: the weights of the decoder do not fit"):
         Codec.load(tmp_path / "odd.ckpt")
 
 
 def test_a_target_outside_the_allow_list_is_refused(state, tmp_path):
     state["ldm"]["config"]["model"]["params"]["decoder"] = {"target": "os.system", "params": {"command": "true"}}
-    checkpoint.save(tmp_path / "evil.ckpt", state)
+    store.save(tmp_path / "evil.ckpt", state)
     with pytest.raises(ConfigError, match=r"evil.ckpt: .*model.params.decoder.target: .*os.system"):
         Codec.load(tmp_path / "evil.ckpt")

@@ -13,7 +13,7 @@ from ldm.autoencoder.losses import AutoencoderLoss, Hinge, Vanilla
 from ldm.autoencoder.lpips import LPIPS
 from ldm.autoencoder.networks import Decoder, Encoder
 from ldm.autoencoder.posterior import DiagonalGaussian, Posterior
-from ldm.autoencoder.quantiser import VectorQuantiser
+from ldm.autoencoder.quantizer import VectorQuantiser
 
 
 class Model(nn.Module):

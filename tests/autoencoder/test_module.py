@@ -19,7 +19,7 @@ from ldm.autoencoder.lpips import LPIPS
 from ldm.autoencoder.module import AutoencoderKL, latent_sums, statistics
 from ldm.autoencoder.networks import Decoder, Encoder
 from ldm.autoencoder.posterior import DiagonalGaussian
-from ldm.optimizers import AdamW, Muon
+from ldm.optim.optimizers import AdamW, Muon
 from ldm.randomness import Draws
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldm.autoencoder.quantiser import VectorQuantiser, usage
+from ldm.autoencoder.quantizer import VectorQuantiser, usage
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""ldm.shards and what ldm.checkpoint makes of them: all shards or no checkpoint, and a damaged one is never loaded."""
+"""Shard files and what the store makes of them: all shards or no checkpoint, and a damaged one is never loaded."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY
 
-from ldm import checkpoint, shards
+from ldm.checkpoints import shards, store
 from ldm.errors import CheckpointError, NumericError, PeerError, ResourceError
 
 WORLD = 2
@@ -51,7 +51,7 @@ def share(rank: int, step: int = 4, token: str = "0", timeout: float = 20.0) -> 
 
 def save(path: Path, step: int = 4, token: str = "0") -> None:
     with ThreadPoolExecutor(WORLD) as ranks:
-        list(ranks.map(lambda rank: checkpoint.save(path, share(rank, step, token)), range(WORLD)))
+        list(ranks.map(lambda rank: store.save(path, share(rank, step, token)), range(WORLD)))
 
 
 def same(ours: Any, theirs: Any) -> bool:
@@ -66,11 +66,11 @@ def same(ours: Any, theirs: Any) -> bool:
 
 def test_it_loads_as_what_one_process_would_have_saved(tmp_path):
     save(tmp_path / NAME)
-    assert same(checkpoint.load(tmp_path / NAME), whole(4))
-    rest = checkpoint.load(tmp_path / NAME, assemble=False)
+    assert same(store.load(tmp_path / NAME), whole(4))
+    rest = store.load(tmp_path / NAME, assemble=False)
     assert rest["state_dict"]["a"] is None
     assert sorted(rest["shards"]["files"]) == [f"rank-0000{rank}-of-00002.safetensors" for rank in range(WORLD)]
-    assert checkpoint.newest(tmp_path) == tmp_path / NAME
+    assert store.newest(tmp_path) == tmp_path / NAME
 
 
 def test_the_key_is_the_one_that_torch_reads():
@@ -78,7 +78,7 @@ def test_the_key_is_the_one_that_torch_reads():
 
 
 def test_every_kind_of_damage_to_a_shard_is_found(tmp_path):
-    checkpoint.save(tmp_path / "step=3.ckpt", whole(3))
+    store.save(tmp_path / "step=3.ckpt", whole(3))
     draw = random.Random(0)
     for round_ in range(30):
         save(tmp_path / NAME, token=str(round_))
@@ -92,8 +92,8 @@ def test_every_kind_of_damage_to_a_shard_is_found(tmp_path):
             place = draw.randrange(len(good))
             victim.write_bytes(good[:place] + bytes([good[place] ^ 1 << draw.randrange(8)]) + good[place + 1 :])
         with pytest.raises(CheckpointError, match=victim.name):
-            checkpoint.load(tmp_path / NAME)
-    assert checkpoint.newest(tmp_path) == tmp_path / "step=3.ckpt"
+            store.load(tmp_path / NAME)
+    assert store.newest(tmp_path) == tmp_path / "step=3.ckpt"
     assert (tmp_path / f"{NAME}.corrupt").exists()
 
 
@@ -101,16 +101,16 @@ def test_the_old_shards_go_when_the_new_ones_are_sealed(tmp_path):
     for step, token in ((4, "0"), (5, "1")):
         save(tmp_path / NAME, step, token)
     assert sorted(os.listdir(tmp_path)) == [NAME, f"{NAME}.1{shards.SUFFIX}"]
-    assert same(checkpoint.load(tmp_path / NAME), whole(5))
-    checkpoint.remove(tmp_path / NAME)
+    assert same(store.load(tmp_path / NAME), whole(5))
+    store.remove(tmp_path / NAME)
     assert not os.listdir(tmp_path)
 
 
 def test_a_rank_that_never_writes_is_missed_and_the_old_file_stands(tmp_path):
     save(tmp_path / NAME)
     with pytest.raises(PeerError, match=r"0\.1 s.*rank-00001"):
-        checkpoint.save(tmp_path / NAME, share(0, 5, "1", timeout=0.1))
-    assert same(checkpoint.load(tmp_path / NAME), whole(4))
+        store.save(tmp_path / NAME, share(0, 5, "1", timeout=0.1))
+    assert same(store.load(tmp_path / NAME), whole(4))
     assert sorted(os.listdir(tmp_path)) == [NAME, f"{NAME}.0{shards.SUFFIX}"]
 
 
@@ -118,9 +118,9 @@ def test_a_weight_that_is_not_finite_on_one_rank_is_no_checkpoint_on_any(tmp_pat
     bad = share(1)
     bad["shard"]["tensors"]["state_dict.a"] = torch.full((1, 2), float("nan"))
     with pytest.raises(NumericError, match=r"state_dict\.a"):
-        checkpoint.save(tmp_path / NAME, bad)
+        store.save(tmp_path / NAME, bad)
     with pytest.raises(NumericError, match=r"rank-00001.*state_dict\.a"):
-        checkpoint.save(tmp_path / NAME, share(0))
+        store.save(tmp_path / NAME, share(0))
     assert not os.listdir(tmp_path)
 
 
@@ -131,20 +131,20 @@ def test_a_full_disk_on_one_rank_is_told_to_the_main_one(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(shards, "save_file", full)
         with pytest.raises(ResourceError, match="No space left"):
-            checkpoint.save(tmp_path / NAME, share(1))
+            store.save(tmp_path / NAME, share(1))
     with pytest.raises(ResourceError, match=r"rank-00001.*No space left"):
-        checkpoint.save(tmp_path / NAME, share(0))
+        store.save(tmp_path / NAME, share(0))
     assert not os.listdir(tmp_path)
 
 
 def test_sweep_removes_shards_that_no_checkpoint_names(tmp_path):
     save(tmp_path / NAME)
-    checkpoint.save(tmp_path / NAME, share(1, 5, "1"))  # and rank 0 was killed
-    assert checkpoint.sweep(tmp_path) == [tmp_path / f"{NAME}.1{shards.SUFFIX}"]
+    store.save(tmp_path / NAME, share(1, 5, "1"))  # and rank 0 was killed
+    assert store.sweep(tmp_path) == [tmp_path / f"{NAME}.1{shards.SUFFIX}"]
     (tmp_path / NAME).rename(tmp_path / f"{NAME}.superseded")
-    assert checkpoint.sweep(tmp_path) == []  # it can be put back
+    assert store.sweep(tmp_path) == []  # it can be put back
     (tmp_path / f"{NAME}.superseded").unlink()
-    assert checkpoint.sweep(tmp_path) == [tmp_path / f"{NAME}.0{shards.SUFFIX}"]
+    assert store.sweep(tmp_path) == [tmp_path / f"{NAME}.0{shards.SUFFIX}"]
     assert not os.listdir(tmp_path)
 
 
@@ -155,10 +155,10 @@ def test_a_file_cannot_send_us_elsewhere(tmp_path, name):
         folder.mkdir()
     (inside / "link.shards").symlink_to(outside)
     path = inside / NAME
-    checkpoint.save(path, whole(4) | {"shards": {"folder": name, "files": {}}})
+    store.save(path, whole(4) | {"shards": {"folder": name, "files": {}}})
     with pytest.raises(CheckpointError, match="folder of shards"):
-        checkpoint.load(path)
-    checkpoint.remove(path)
+        store.load(path)
+    store.remove(path)
     assert outside.exists()
 
 
@@ -173,7 +173,7 @@ def test_kill_9_of_either_rank_leaves_a_good_checkpoint(tmp_path, rounds):
             child = os.fork()
             if child == 0:
                 for step in range(1, 10_000):
-                    checkpoint.save(folder / NAME, share(rank, step, f"{round_}-{step}"))
+                    store.save(folder / NAME, share(rank, step, f"{round_}-{step}"))
                 os._exit(0)
             children.append(child)
         time.sleep(draw.uniform(0.01, 0.15))
@@ -181,9 +181,9 @@ def test_kill_9_of_either_rank_leaves_a_good_checkpoint(tmp_path, rounds):
         for child in children:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-        state = checkpoint.load(folder / NAME)
+        state = store.load(folder / NAME)
         assert same(state, whole(state["global_step"]))
-        checkpoint.sweep(folder)
+        store.sweep(folder)
         (kept,) = folder.glob(f"*{shards.SUFFIX}")
         assert sorted(os.listdir(folder)) == [NAME, kept.name]
         assert json.loads((kept / "rank-00001-of-00002.json").read_text()).keys() == {"crc32"}

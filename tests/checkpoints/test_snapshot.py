@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ldm.snapshot import HostMemory
+from ldm.checkpoints.snapshot import HostMemory
 
 
 def a_state() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""ldm.checkpoint: a save is all or nothing, a damaged file is never loaded, and nothing but data goes in or out."""
+"""The store: a save is all or nothing, a damaged file is never loaded, and nothing but data goes in or out."""
 
 import errno
 import json
@@ -21,7 +21,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ldm import checkpoint, plain
+from ldm.checkpoints import state_tree, store
 from ldm.errors import CheckpointError, NumericError, ResourceError
 
 
@@ -52,8 +52,8 @@ def shared_memory(tmp_path: Path):
 
 def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     state = a_state(7)
-    checkpoint.save(tmp_path / "deep" / "last.ckpt", state)
-    back = checkpoint.load(tmp_path / "deep" / "last.ckpt")
+    store.save(tmp_path / "deep" / "last.ckpt", state)
+    back = store.load(tmp_path / "deep" / "last.ckpt")
     assert torch.equal(back["state_dict"]["weight"], state["state_dict"]["weight"])
     assert back["optimizer_states"][0]["param_groups"] == state["optimizer_states"][0]["param_groups"]
     assert back["ldm"] == state["ldm"]
@@ -66,15 +66,15 @@ def test_every_permitted_type_loads_again(tmp_path: Path) -> None:
         "containers": [{}, OrderedDict(a=1), [1], (1, 2), {1, 2}, torch.Size([2, 3])],
         "tensors": [torch.ones(2), torch.nn.Parameter(torch.ones(2)), torch.ones(2, dtype=torch.bfloat16)],
     }
-    checkpoint.save(tmp_path / "a.ckpt", values)
-    back = checkpoint.load(tmp_path / "a.ckpt")
+    store.save(tmp_path / "a.ckpt", values)
+    back = store.load(tmp_path / "a.ckpt")
     assert back["leaves"] == values["leaves"]
     assert back["containers"] == values["containers"]
     assert all(torch.equal(new, old) for new, old in zip(back["tensors"], values["tensors"], strict=True))
 
 
 def test_plain_torch_can_read_the_file(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path / "a.ckpt", a_state(3))
+    store.save(tmp_path / "a.ckpt", a_state(3))
     assert torch.load(tmp_path / "a.ckpt", weights_only=True)["global_step"] == 3
 
 
@@ -91,28 +91,28 @@ def test_plain_torch_can_read_the_file(tmp_path: Path) -> None:
 def test_a_value_that_would_not_load_again_is_refused_by_key(tmp_path: Path, value: object, kind: str) -> None:
     state = a_state(1) | {"hyper_parameters": {"deep": [0, {"lr": value}]}}
     with pytest.raises(CheckpointError, match=r"hyper_parameters\.deep\[1\]\.lr") as caught:
-        checkpoint.save(tmp_path / "a.ckpt", state)
+        store.save(tmp_path / "a.ckpt", state)
     assert kind in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_key_that_would_not_load_again_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"callbacks: a key: numpy\.int64"):
-        checkpoint.save(tmp_path / "a.ckpt", {"callbacks": {np.int64(1): 2}})
+        store.save(tmp_path / "a.ckpt", {"callbacks": {np.int64(1): 2}})
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_never_published(tmp_path: Path, bad: float) -> None:
-    checkpoint.save(tmp_path / "last.ckpt", a_state(1))
+    store.save(tmp_path / "last.ckpt", a_state(1))
     broken = a_state(2)
     broken["state_dict"]["weight"][17] = bad
     with pytest.raises(NumericError, match=r"state_dict\.weight"):
-        checkpoint.save(tmp_path / "last.ckpt", broken)
-    assert checkpoint.load(tmp_path / "last.ckpt")["global_step"] == 1
+        store.save(tmp_path / "last.ckpt", broken)
+    assert store.load(tmp_path / "last.ckpt")["global_step"] == 1
 
 
 def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path / "a.ckpt", a_state(5, values=100))
+    store.save(tmp_path / "a.ckpt", a_state(5, values=100))
     good = (tmp_path / "a.ckpt").read_bytes()
     draw = random.Random(0)
     for place in {*draw.sample(range(len(good)), 100), *range(64), *range(len(good) - 64, len(good))}:
@@ -120,7 +120,7 @@ def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
         flipped[place] ^= 1 << draw.randrange(8)
         (tmp_path / "a.ckpt").write_bytes(flipped)
         with pytest.raises(CheckpointError, match=r"a\.ckpt"):
-            checkpoint.load(tmp_path / "a.ckpt")
+            store.load(tmp_path / "a.ckpt")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
@@ -128,10 +128,10 @@ def test_a_truncated_newest_gives_way_to_the_one_before(
     tmp_path: Path, share: float, caplog: pytest.LogCaptureFixture
 ) -> None:
     for step in (10, 20):
-        checkpoint.save(tmp_path / f"step={step}.ckpt", a_state(step))
+        store.save(tmp_path / f"step={step}.ckpt", a_state(step))
     os.truncate(tmp_path / "step=20.ckpt", int(share * os.path.getsize(tmp_path / "step=20.ckpt")))
     with caplog.at_level(logging.WARNING):
-        assert checkpoint.newest(tmp_path) == tmp_path / "step=10.ckpt"
+        assert store.newest(tmp_path) == tmp_path / "step=10.ckpt"
     assert "step=20.ckpt" in caplog.text
     assert ("empty" if share == 0 else "seal") in caplog.text
     assert sorted(os.listdir(tmp_path)) == ["step=10.ckpt", "step=20.ckpt.corrupt"]
@@ -139,28 +139,28 @@ def test_a_truncated_newest_gives_way_to_the_one_before(
 
 def test_newest_goes_by_the_step_inside(tmp_path: Path) -> None:
     for name, step in (("zz.ckpt", 3), ("aa.ckpt", 12), ("last.ckpt", 9)):
-        checkpoint.save(tmp_path / name, a_state(step))
+        store.save(tmp_path / name, a_state(step))
     os.utime(tmp_path / "aa.ckpt", (0, 0))
     (tmp_path / "aa.ckpt.tmp.host.1").write_bytes(b"half")
-    assert checkpoint.newest(tmp_path) == tmp_path / "aa.ckpt"
+    assert store.newest(tmp_path) == tmp_path / "aa.ckpt"
 
 
 def test_nothing_at_all_is_none_but_only_damaged_ones_are_an_error(tmp_path: Path) -> None:
-    assert checkpoint.newest(tmp_path) is None
+    assert store.newest(tmp_path) is None
     (tmp_path / "a.ckpt").write_bytes(b"x" * 100)
     (tmp_path / "b.ckpt").write_bytes(b"")
     for _ in range(2):  # the second time there are only files set aside
         with pytest.raises(CheckpointError, match=r"(?s)a\.ckpt\.corrupt.*b\.ckpt\.corrupt"):
-            checkpoint.newest(tmp_path)
+            store.newest(tmp_path)
 
 
 def test_find_takes_a_run_a_folder_or_a_file(tmp_path: Path) -> None:
     file = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    checkpoint.save(file, a_state(1))
-    assert checkpoint.find(tmp_path / "run") == checkpoint.find(file.parent) == checkpoint.find(file) == file
+    store.save(file, a_state(1))
+    assert store.find(tmp_path / "run") == store.find(file.parent) == store.find(file) == file
     for wrong in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(CheckpointError, match=str(wrong)):
-            checkpoint.find(wrong)
+            store.find(wrong)
 
 
 class _Harm:
@@ -172,29 +172,29 @@ class _Harm:
 def test_a_malicious_file_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sealed: bool) -> None:
     monkeypatch.chdir(tmp_path)
     if sealed:  # an attacker can compute a checksum too
-        monkeypatch.setattr(plain, "check_plain", lambda state: None)
-        checkpoint.save(tmp_path / "a.ckpt", {"state_dict": {}, "x": _Harm()})
+        monkeypatch.setattr(state_tree, "check_plain", lambda state: None)
+        store.save(tmp_path / "a.ckpt", {"state_dict": {}, "x": _Harm()})
     else:
         (tmp_path / "a.ckpt").write_bytes(pickle.dumps(_Harm()))
     with pytest.raises(CheckpointError, match=r"a\.ckpt"):
-        checkpoint.load(tmp_path / "a.ckpt")
+        store.load(tmp_path / "a.ckpt")
     assert not (tmp_path / "harm_was_done").exists()
 
 
 def test_the_variable_that_permits_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint.save(tmp_path / "a.ckpt", a_state(1))
+    store.save(tmp_path / "a.ckpt", a_state(1))
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     with pytest.raises(CheckpointError, match="TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
-        checkpoint.load(tmp_path / "a.ckpt")
+        store.load(tmp_path / "a.ckpt")
 
 
 def test_too_little_space_is_noticed_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint.save(tmp_path / "last.ckpt", a_state(1))
+    store.save(tmp_path / "last.ckpt", a_state(1))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=12345))
     with pytest.raises(ResourceError, match=r"free 12345 bytes, needed about \d{7} bytes"):
-        checkpoint.save(tmp_path / "last.ckpt", a_state(2))
-    assert checkpoint.load(tmp_path / "last.ckpt")["global_step"] == 1
+        store.save(tmp_path / "last.ckpt", a_state(2))
+    assert store.load(tmp_path / "last.ckpt")["global_step"] == 1
     assert os.listdir(tmp_path) == ["last.ckpt"]
 
 
@@ -202,7 +202,7 @@ def _save_with_a_file_limit(path: Path, report: Path) -> int:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
     try:
-        checkpoint.save(path, a_state(2, values=200_000))
+        store.save(path, a_state(2, values=200_000))
     except ResourceError as error:
         report.write_text(str(error))
         return error.exit_code
@@ -211,7 +211,7 @@ def _save_with_a_file_limit(path: Path, report: Path) -> int:
 
 def test_a_write_that_fails_halfway_leaves_the_old_file(tmp_path: Path) -> None:
     path, report = tmp_path / "run" / "last.ckpt", tmp_path / "report"
-    checkpoint.save(path, a_state(1))
+    store.save(path, a_state(1))
     child = os.fork()
     if child == 0:
         try:
@@ -222,7 +222,7 @@ def test_a_write_that_fails_halfway_leaves_the_old_file(tmp_path: Path) -> None:
     assert os.strerror(errno.EFBIG) in report.read_text()
     assert "needed about" in report.read_text()
     assert os.listdir(path.parent) == ["last.ckpt"]
-    assert checkpoint.load(path)["global_step"] == 1
+    assert store.load(path)["global_step"] == 1
 
 
 def test_a_full_file_system_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,14 +232,14 @@ def test_a_full_file_system_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     if mounted.returncode:
         pytest.skip("mounting is not permitted")
     try:
-        checkpoint.save(small / "last.ckpt", a_state(1, values=200_000))
+        store.save(small / "last.ckpt", a_state(1, values=200_000))
         usage = shutil.disk_usage(small)
         for free in (usage.free, 10**9):  # noticed before, and only while writing
             monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
             with pytest.raises(ResourceError, match=f"free {free} bytes, needed about"):
-                checkpoint.save(small / "last.ckpt", a_state(2, values=500_000))
+                store.save(small / "last.ckpt", a_state(2, values=500_000))
             assert os.listdir(small) == ["last.ckpt"]
-            assert checkpoint.load(small / "last.ckpt")["global_step"] == 1
+            assert store.load(small / "last.ckpt")["global_step"] == 1
     finally:
         subprocess.run(["umount", str(small)], check=True)
 
@@ -252,20 +252,20 @@ def test_sweep_spares_a_living_saver(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", code + "; time.sleep(60)", alive], stdout=subprocess.PIPE) as saver:
         assert saver.stdout is not None
         assert saver.stdout.readline()
-        assert checkpoint.sweep(tmp_path) == [dead]
+        assert store.sweep(tmp_path) == [dead]
         saver.kill()
-    assert checkpoint.sweep(tmp_path) == [alive]
+    assert store.sweep(tmp_path) == [alive]
 
 
 def _save_for_ever(folder: Path, acknowledged: Path) -> None:
     for step in range(1, 10_000):
-        checkpoint.save(folder / "last.ckpt", a_state(step, values=400_000))
+        store.save(folder / "last.ckpt", a_state(step, values=400_000))
         acknowledged.write_text(json.dumps(step))
 
 
 def _kill_savers(folder: Path, acknowledged: Path, rounds: int) -> None:
     draw = random.Random(0)
-    checkpoint.save(folder / "last.ckpt", a_state(0, values=400_000))
+    store.save(folder / "last.ckpt", a_state(0, values=400_000))
     for _ in range(rounds):
         acknowledged.write_text("0")
         child = os.fork()
@@ -277,10 +277,10 @@ def _kill_savers(folder: Path, acknowledged: Path, rounds: int) -> None:
         time.sleep(draw.uniform(0.005, 0.15))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        state = checkpoint.load(folder / "last.ckpt")
+        state = store.load(folder / "last.ckpt")
         assert (state["state_dict"]["weight"] == state["global_step"]).all()
         assert state["global_step"] >= int(acknowledged.read_text() or 0)
-    checkpoint.sweep(folder)
+    store.sweep(folder)
     assert os.listdir(folder) == ["last.ckpt"]
 
 

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm.commandline import parse
+from ldm.cli.options import parse
 from ldm.errors import ConfigError
 
 LINES = [

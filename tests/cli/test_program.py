@@ -1,4 +1,4 @@
-"""ldm.process and ldm.slurm: how a program leaves, and when its SLURM job is put back into the queue."""
+"""ldm.cli.program and ldm.runtime.slurm: how a program leaves, and when its SLURM job is put back into the queue."""
 
 import os
 import signal
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ldm import process
+from ldm.cli import program
 
-ROOT = Path(process.__file__).parents[1]
+ROOT = Path(program.__file__).parents[2]
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_a_place_that_cannot_be_written_to_is_answered_in_one_line(capsys, errno
     def work() -> None:
         raise OSError(errno, os.strerror(errno), "some/place")
 
-    assert process.answer(work) == 6
+    assert program.answer(work) == 6
     message = capsys.readouterr().err
     assert message.startswith("error: some/place: ")
     assert said in message
@@ -103,4 +103,4 @@ def test_other_errors_of_the_system_keep_their_traceback():
         raise OSError(5, "Input/output error", "some/place")
 
     with pytest.raises(OSError, match="Input/output"):
-        process.answer(work)
+        program.answer(work)

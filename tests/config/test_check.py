@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from ldm import config, config_check, config_read
-from ldm.config import ConfigError
+from ldm.config import check
+from ldm.config.load import Config, build
+from ldm.config.load import load as load_files
+from ldm.config.tree import Node
+from ldm.errors import ConfigError
 
 TRUST = ("house",)
 PARTS = """
@@ -97,8 +100,8 @@ def write(folder: Path, text: str, name: str = "base.yaml") -> Path:
     return folder / name
 
 
-def load(folder: Path, text: str = BASE, *overrides: str) -> config.Config:
-    return config.load([write(folder, text)], overrides, TRUST)
+def load(folder: Path, text: str = BASE, *overrides: str) -> Config:
+    return load_files([write(folder, text)], overrides, TRUST)
 
 
 def model(*lines: str) -> tuple[str, str]:
@@ -242,14 +245,14 @@ def test_the_source_tells_what_the_class_tells(case: str, tmp_path: Path) -> Non
     except ConfigError:
         return  # refused before parameters are looked at
     tree = made.root
-    quick = config_check.parameters(_without_lightning(tree), config_check.quick_look_up(TRUST))
-    full = config_check.parameters(_without_lightning(tree), config_check.full_look_up(TRUST))
+    quick = check.parameters(_without_lightning(tree), check.quick_look_up(TRUST))
+    full = check.parameters(_without_lightning(tree), check.full_look_up(TRUST))
     assert set(quick) <= set(full)
 
 
-def _without_lightning(root: config_read.Node) -> config_read.Node:
+def _without_lightning(root: Node) -> Node:
     assert isinstance(root.value, dict)
-    return config_read.Node({name: node for name, node in root.value.items() if name != "lightning"}, root.origin)
+    return Node({name: node for name, node in root.value.items() if name != "lightning"}, root.origin)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +287,7 @@ def test_torch_and_lightning_are_checked_by_their_own_signatures(tmp_path: Path)
     with pytest.raises(ConfigError, match=r"model.params.kernel_size.1 .*expected int, found str 'x'"):
         load(tmp_path, text, conv).check()
     adam = {"target": "torch.optim.AdamW", "partial": True, "params": {"lr": 1e-3, "betas": [0.5, 0.9]}}
-    optimizer = config.build(adam)([torch.nn.Parameter(torch.zeros(1))])
+    optimizer = build(adam)([torch.nn.Parameter(torch.zeros(1))])
     assert isinstance(optimizer, torch.optim.AdamW)
     assert list(optimizer.defaults["betas"]) == [0.5, 0.9]
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from ldm import config
-from ldm.config import ConfigError
+from ldm.config.load import Config, from_tree, newest_run
+from ldm.config.load import load as load_files
+from ldm.errors import ConfigError
 
 BASE = """\
 name: house
@@ -32,8 +33,8 @@ def write(folder: Path, text: str, name: str = "base.yaml") -> Path:
     return folder / name
 
 
-def load(folder: Path, text: str = BASE, *overrides: str) -> config.Config:
-    return config.load([write(folder, text)], overrides)
+def load(folder: Path, text: str = BASE, *overrides: str) -> Config:
+    return load_files([write(folder, text)], overrides)
 
 
 def model(*lines: str) -> tuple[str, str]:
@@ -44,7 +45,7 @@ def model(*lines: str) -> tuple[str, str]:
 def test_later_files_and_overrides_win_and_origins_follow(tmp_path: Path) -> None:
     first = write(tmp_path, BASE)
     second = write(tmp_path, "seed: 5\nmodel:\n  params:\n    text: new\n", "second.yaml")
-    made = config.load([first, second], ["data.params.num_workers=2", "seed=6", "seed=7"])
+    made = load_files([first, second], ["data.params.num_workers=2", "seed=6", "seed=7"])
     tree = made.resolved()
     assert tree["seed"] == 7
     assert tree["model"]["params"] | {"part": 0} == {"channels": 8, "part": 0, "text": "new"}
@@ -90,17 +91,17 @@ def test_newest_run_goes_by_the_time_in_the_name(tmp_path: Path, monkeypatch: py
     assert made.resolved()["model"]["params"]["path"] == "logs/2026-01-10T09-00-00_kl"
     (tmp_path / "logs" / "2026-02-01T00-00-00_kl").mkdir()
     assert made.resolved()["model"]["params"]["path"] == "logs/2026-01-10T09-00-00_kl"  # one Config, one run
-    assert config.newest_run(str(tmp_path / "logs" / "*_kl")) == str(tmp_path / "logs" / "2026-02-01T00-00-00_kl")
+    assert newest_run(str(tmp_path / "logs" / "*_kl")) == str(tmp_path / "logs" / "2026-02-01T00-00-00_kl")
 
 
 def test_a_tree_from_elsewhere_is_plain_or_refused() -> None:
     tree = {"a": [1, 2.0, {"b": None}], "c": "x"}
-    made = config.from_tree(tree, "last.ckpt")
+    made = from_tree(tree, "last.ckpt")
     assert made.resolved() == tree
     assert made.resolved() is not tree
     assert made.origin("a.2.b") == "last.ckpt"
     with pytest.raises(ConfigError, match=r"last.ckpt: a.0: expected .*found PosixPath"):
-        config.from_tree({"a": [Path("x")]}, "last.ckpt")
+        from_tree({"a": [Path("x")]}, "last.ckpt")
 
 
 def test_no_resolver_of_omegaconf_is_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,17 +109,17 @@ def test_no_resolver_of_omegaconf_is_reached(tmp_path: Path, monkeypatch: pytest
     secret = "${oc.env:SECRET}"
     for text in (secret, "x ${oc.env:SECRET}", "${oc.env:${a}}", "\\${oc.env:SECRET}", "${.a}", "${a[0]}", "${${a}}"):
         with pytest.raises(ConfigError, match=r"^b \(file\): .*expected \$\{a.b\}"):
-            config.from_tree({"a": [1], "b": text}, "file").resolved()
+            from_tree({"a": [1], "b": text}, "file").resolved()
     # Neither through what the data says of itself nor by putting an expression together.
     tree = {"a": "$", "b": "${a}{oc.env:SECRET}", "c": {"d": "${b}"}, "e": "${c}", "f": "${data:n}", "g": "x${f}"}
-    made = config.from_tree(tree, "file").resolved({"n": secret})
+    made = from_tree(tree, "file").resolved({"n": secret})
     assert made == {"a": "$", "b": secret, "c": {"d": secret}, "e": {"d": secret}, "f": secret, "g": f"x{secret}"}
     assert type(made["e"]) is dict
 
 
 def test_backslashes_stay_as_they_are() -> None:
     tree = {"n": 3, "a": r"c:\d\${n}\ ", "b": r"\\${n}${data:m}", "c": r"\${data:m}", "d": r"\n"}
-    made = config.from_tree(tree, "file")
+    made = from_tree(tree, "file")
     assert made.resolved() == {"n": 3, "a": r"c:\d\3\ ", "b": r"\\3${data:m}", "c": r"\${data:m}", "d": r"\n"}
     assert made.resolved({"m": 4})["c"] == r"\4"
 
@@ -129,13 +130,13 @@ def test_home_is_filled_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         (tmp_path / "logs" / run).mkdir(parents=True)
     tree = {"root": "~/data", "list": ["~/a", {"b": "${root}/b"}], "home": "~", "run": "${newest:~/logs/*_kl}/x"}
     untouched = {"text": "a ~/b", "user": "~x", "n": 1}
-    made = config.from_tree(tree | untouched, "file").resolved()
+    made = from_tree(tree | untouched, "file").resolved()
     newest = f"{tmp_path}/logs/2026-01-03T10-00-00_kl/x"
     filled = {"root": f"{tmp_path}/data", "list": [f"{tmp_path}/a", {"b": f"{tmp_path}/data/b"}], "run": newest}
     assert made == filled | {"home": str(tmp_path)} | untouched
     # What was resolved stays where it was, whoever resumes it.
     monkeypatch.setenv("HOME", "/elsewhere")
-    assert config.from_tree(made, "file").resolved() == made
+    assert from_tree(made, "file").resolved() == made
 
 
 def test_a_start_that_was_killed_has_left_no_run(tmp_path: Path) -> None:
@@ -143,4 +144,4 @@ def test_a_start_that_was_killed_has_left_no_run(tmp_path: Path) -> None:
     (tmp_path / "2026-01-02T10-00-00_kl" / "configs" / "config.yaml").touch()
     (tmp_path / "2026-01-03T10-00-00_kl" / "configs").mkdir(parents=True)
     (tmp_path / "2026-01-03T10-00-00_kl" / "checkpoints").mkdir()
-    assert config.newest_run(str(tmp_path / "*_kl")) == str(tmp_path / "2026-01-02T10-00-00_kl")
+    assert newest_run(str(tmp_path / "*_kl")) == str(tmp_path / "2026-01-02T10-00-00_kl")

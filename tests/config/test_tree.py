@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldm.config_read import Node, apply, dotted, from_plain, merge, parse, read, to_yaml
+from ldm.config.tree import Node, apply, dotted, from_plain, merge, parse, read, to_yaml
 from ldm.errors import ConfigError
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from pytorch_lightning import LightningModule, Trainer
 
-from ldm.data.datamodules import VALIDATION_SEED, ImageDataModule
-from ldm.data.images import ImageFolder, Subset, hold_out
-from ldm.data.pixels import EvalTransform
+from ldm.data.datamodule import VALIDATION_SEED, ImageDataModule
+from ldm.data.sources.folder import ImageFolder, Subset, hold_out
+from ldm.data.transforms import EvalTransform
 from ldm.errors import ConfigError, DataError
 from ldm.randomness import Draws
-from ldm.signals import ignore_in_worker
+from ldm.runtime.signals import ignore_in_worker
 
 CPU_TRAINER = {
     "accelerator": "cpu",
@@ -242,7 +242,7 @@ def test_a_worker_takes_no_signal_before_it_knows_what_to_make_of_it(make, tmp_p
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
         (tmp_path / "blocked").write_text(str(signal.SIGTERM in blocked))
 
-    monkeypatch.setattr("ldm.data.datamodules.ignore_in_worker", note)
+    monkeypatch.setattr("ldm.data.datamodule.ignore_in_worker", note)
     next(iter(make(num_workers=1).train_dataloader()))
     assert (tmp_path / "blocked").read_text() == "True"
     assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])

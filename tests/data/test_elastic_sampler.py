@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldm.data.sampler import ElasticBatchSampler, accumulation, divisors, validation_batches
+from ldm.data.elastic_sampler import ElasticBatchSampler, accumulation, divisors, validation_batches
 from ldm.errors import ConfigError, DataError
 from ldm.randomness import permutation
 

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
-from ldm.data.images import ImageFolder
-from ldm.data.pixels import BrokenImages, EvalTransform, TrainTransform, View, collate
+from ldm.data.sources.folder import ImageFolder
+from ldm.data.transforms import BrokenImages, EvalTransform, TrainTransform, View, collate
 from ldm.errors import ConfigError, DataError
 
 
@@ -74,8 +74,8 @@ class TestTransforms:
         waves = 127 + 60 * np.sin(x[..., None] / (9, 11, 17)) + 60 * np.cos(y[..., None] / (5, 13, 8))
         image = Image.fromarray(waves.astype(np.uint8))
         whole = EvalTransform(16, name)(image)
-        monkeypatch.setattr("ldm.data.pixels.MAX_PIXELS", 0)
-        monkeypatch.setattr("ldm.data.pixels._LEAST_RATIO", 1.0)
+        monkeypatch.setattr("ldm.data.transforms.MAX_PIXELS", 0)
+        monkeypatch.setattr("ldm.data.transforms._LEAST_RATIO", 1.0)
         error = (EvalTransform(16, name)(image) - whole).abs() * 127.5
         # A shift by a pixel makes 4 levels on average; between two pixels at equal distance either may be the nearest.
         assert error.mean() < 0.5

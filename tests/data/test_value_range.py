@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 from PIL import Image
+from tests.data.test_images import wide_colors
 
 from ldm.data import value_range
-from ldm.data.images import MAX_PIXELS, ImageFolder, hold_out
-from tests.data.test_images import wide_colors
+from ldm.data.sources.folder import MAX_PIXELS, ImageFolder, hold_out
 
 
 def pictures(folder, highest: list[int], suffix: str = "png") -> list[str]:

@@ -8,16 +8,16 @@ import torch
 from pytorch_lightning.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
-from ldm.diffusion.conditioning import ClassOneHot, ClassVector, Unconditional
-from ldm.diffusion.edm2 import MagnitudePreservingUNet, Weight
+from ldm.diffusion.conditioners.base import ClassOneHot, ClassVector, Unconditional
 from ldm.diffusion.module import LatentDiffusion
+from ldm.diffusion.networks.edm2 import MagnitudePreservingUNet, Weight
+from ldm.diffusion.networks.unet import UNet
 from ldm.diffusion.noise_schedules import SqrtLinear
 from ldm.diffusion.objectives import DDPM
-from ldm.diffusion.unet import UNet
-from ldm.ema import EMA, HalfLife
 from ldm.errors import ConfigError
+from ldm.optim.ema import EMA, HalfLife
+from ldm.optim.lr_schedules import Linear
 from ldm.randomness import Draws
-from ldm.schedule import Linear
 
 BATCH, SHAPE = 8, (2, 4, 4)
 

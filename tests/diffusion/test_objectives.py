@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldm.config import load
-from ldm.diffusion.conditioning import Conditioning
+from ldm.config.load import load
+from ldm.diffusion.conditioners.base import Conditioning
 from ldm.diffusion.noise_levels import LogitNormal, LogNormal, Shifted, Uniform
 from ldm.diffusion.noise_schedules import Linear, SqrtLinear, ZeroTerminal
 from ldm.diffusion.objectives import DDPM, EDM, Flow, Interpolant, rowwise

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ldm.diffusion.conditioning import Conditioning
+from ldm.diffusion.conditioners.base import Conditioning
 from ldm.diffusion.objectives import Interpolant
 from ldm.diffusion.paths import GVP, VP, Straight
 from ldm.diffusion.predictions import X0, Eps, PathVelocity, V, Velocity

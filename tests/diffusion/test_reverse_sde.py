@@ -6,12 +6,12 @@ import math
 import pytest
 import torch
 
-from ldm.diffusion.grids import Karras
 from ldm.diffusion.noise_schedules import SqrtLinear, ZeroTerminal
 from ldm.diffusion.objectives import DDPM, EDM, Flow, Interpolant
 from ldm.diffusion.paths import GVP, VP
 from ldm.diffusion.predictions import V
-from ldm.diffusion.samplers import dpm_solver
+from ldm.sampling.samplers import dpm_solver
+from ldm.sampling.timesteps import Karras
 
 OBJECTIVES = {
     "ddpm": DDPM(SqrtLinear()),

@@ -6,12 +6,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from ldm.diffusion.grids import Default, Karras
 from ldm.diffusion.noise_schedules import Cosine, Linear, SqrtLinear, ZeroTerminal
 from ldm.diffusion.objectives import DDPM, EDM, Flow, Interpolant
 from ldm.diffusion.paths import GVP, VP
 from ldm.diffusion.predictions import V
-from ldm.diffusion.samplers import first_order_step, heun, start
+from ldm.sampling.samplers import first_order_step, heun, start
+from ldm.sampling.timesteps import Default, Karras
 
 WIDE = torch.linspace(0.2, 2.2, 16, dtype=torch.float64)
 SPECTRUM = WIDE / WIDE.square().mean().sqrt()  # standard deviations of whitened data whose directions differ

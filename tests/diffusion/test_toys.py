@@ -7,17 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ldm.diffusion.conditioning import Conditioning
-from ldm.diffusion.grids import Karras
+from ldm.diffusion.conditioners.base import Conditioning
 from ldm.diffusion.noise_levels import LogitNormal
 from ldm.diffusion.noise_schedules import Cosine, SqrtLinear, ZeroTerminal
 from ldm.diffusion.objectives import DDPM, EDM, Flow, Interpolant
 from ldm.diffusion.paths import GVP, VP
 from ldm.diffusion.predictions import X0, Eps, V
-from ldm.diffusion.samplers import dpm_solver, start
 from ldm.diffusion.weightings import Absolute, MinSNR, Plain, Uncertainty
 from ldm.layers import sinusoid
 from ldm.randomness import Draws
+from ldm.sampling.samplers import dpm_solver, start
+from ldm.sampling.timesteps import Karras
 
 OBJECTIVES = {
     "ddpm, eps": lambda: DDPM(SqrtLinear()),

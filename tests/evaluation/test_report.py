@@ -2,11 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.data.arrays import ArrayImages
+from ldm.data.sources.arrays import ArrayImages
 from ldm.errors import ConfigError, DataError
-from ldm.evaluation import quality
-from ldm.evaluation.generate import Pipeline
-from ldm.evaluation.quality import Pictures, compare
+from ldm.evaluation.report import Pictures, compare, of_each_class, read, to_bytes, unit_range
+from ldm.sampling.generate import Pipeline
 
 
 def dataset(number: int, seed: int) -> ArrayImages:
@@ -44,7 +43,7 @@ def test_every_row_is_as_many_of_each_class(report):
 
 
 def test_real_images_come_from_the_tenth_that_the_classifier_never_saw(report):
-    last = quality.read(dataset(600, 0), 16, 3).images[540:]
+    last = read(dataset(600, 0), 16, 3).images[540:]
     for image in report.pictures["real"].images:
         assert (last == image).flatten(1).all(1).any()
 
@@ -67,20 +66,20 @@ def test_the_report_as_table_and_picture(report):
 
 
 def test_pixels_are_read_as_the_autoencoder_gets_them():
-    pictures = quality.read(dataset(3, 0), 16, 3)
+    pictures = read(dataset(3, 0), 16, 3)
     assert np.array_equal(pictures.images.permute(0, 2, 3, 1).numpy(), dataset(3, 0).images)
-    assert quality.read(dataset(3, 0), 8, 1).images.shape == (3, 1, 8, 8)
+    assert read(dataset(3, 0), 8, 1).images.shape == (3, 1, 8, 8)
 
 
 def test_bytes_and_units_are_inverse():
     every = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(quality.to_bytes(quality.unit_range(every)), every)
+    assert torch.equal(to_bytes(unit_range(every)), every)
 
 
 def test_too_few_images_of_a_class_are_refused():
     pictures = Pictures(torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 0, 1]))
     with pytest.raises(DataError, match="class 1: expected 2 images, found 1"):
-        quality.of_each_class(pictures, 2, 2)
+        of_each_class(pictures, 2, 2)
 
 
 def test_an_unconditional_model_is_refused(make_runs):

@@ -10,15 +10,15 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image
 
-from ldm import checkpoint
 from ldm.autoencoder.codec import Codec
-from ldm.data.datamodules import VALIDATION_SEED
+from ldm.checkpoints import store
+from ldm.data.datamodule import VALIDATION_SEED
 from ldm.data.fingerprint import parts
-from ldm.data.images import ImageFolder
-from ldm.data.latent_datamodule import LatentDataModule
-from ldm.data.latents import Manifest
-from ldm.data.pixels import EvalTransform
+from ldm.data.sources.folder import ImageFolder
+from ldm.data.transforms import EvalTransform
 from ldm.errors import CheckpointError, ConfigError, DataError, ResourceError
+from ldm.latents.datamodule import LatentDataModule
+from ldm.latents.manifest import Manifest
 from ldm.randomness import Draws, permutation
 
 
@@ -107,9 +107,9 @@ def test_the_resolution_is_the_autoencoder_s_unless_given(make, runs, here):
     with pytest.raises(ConfigError, match=r"data.params.resolution: .* does not say its resolution"):
         make(resolution=None).facts()
     assert make(resolution=None, transform=EvalTransform(8)).facts()["image_resolution"] == 8
-    state = checkpoint.load(checkpoint.find(runs.autoencoder))
+    state = store.load(store.find(runs.autoencoder))
     state["ldm"]["config"]["data"] = {"params": {"resolution": 32}}
-    checkpoint.save(here / "known.ckpt", state)
+    store.save(here / "known.ckpt", state)
     assert make(resolution=None, autoencoder=here / "known.ckpt").facts()["resolution"] == 8
 
 
@@ -270,7 +270,7 @@ def test_an_old_cache_that_cannot_be_written_serves(make, image_folder, monkeypa
     def refuse(*args):
         raise ResourceError("read-only")
 
-    monkeypatch.setattr("ldm.data.latents.publish", refuse)
+    monkeypatch.setattr("ldm.latents.manifest.publish", refuse)
     make(ImageFolder(image_folder)).setup()
 
 
@@ -295,8 +295,8 @@ def test_names_that_are_not_utf_8_from_the_folder_to_the_checkpoint(make, here):
     assert len(module.sources(range(9))) == 9
     module = make(ImageFolder(here / "data"), max_broken=0.1, cache=name)
     module.setup()
-    checkpoint.save(here / "x.ckpt", {"ldm": {"latents": module.manifest.to_dict()}})
-    assert Manifest.from_dict(checkpoint.load(here / "x.ckpt")["ldm"]["latents"]) == module.manifest
+    store.save(here / "x.ckpt", {"ldm": {"latents": module.manifest.to_dict()}})
+    assert Manifest.from_dict(store.load(here / "x.ckpt")["ldm"]["latents"]) == module.manifest
 
 
 def test_pictures_of_more_than_eight_bits_are_broken_not_cut_off(make):
@@ -404,11 +404,11 @@ def test_seven_steps_are_three_and_four_after_a_resume(make, here, workers, micr
 def test_the_manifest_can_go_into_a_checkpoint(make, here):
     module = make()
     module.setup()
-    checkpoint.save(here / "x.ckpt", {"ldm": {"latents": module.manifest.to_dict()}})
-    assert Manifest.from_dict(checkpoint.load(here / "x.ckpt")["ldm"]["latents"]) == module.manifest
+    store.save(here / "x.ckpt", {"ldm": {"latents": module.manifest.to_dict()}})
+    assert Manifest.from_dict(store.load(here / "x.ckpt")["ldm"]["latents"]) == module.manifest
 
 
 def test_a_log_file_hears_of_the_building_now_and_then(make, here, capsys, monkeypatch):
-    monkeypatch.setattr("ldm.data.latent_datamodule._LOG_SECONDS", 0.0)
+    monkeypatch.setattr("ldm.latents.datamodule._LOG_SECONDS", 0.0)
     make(encode_batch_size=2).setup()
     assert "train latents: 4/10  0:00 elapsed, 0:00 left\n" in capsys.readouterr().out

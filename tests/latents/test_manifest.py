@@ -15,13 +15,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldm import signals
-from ldm.data.latent_build import Source, build, shard_items
-from ldm.data.latent_files import Claims, publish, read_sealed, seal
-from ldm.data.latent_reader import LatentCache, LatentDataset
-from ldm.data.latents import MANIFEST, PLAN, Manifest, Plan, verify
 from ldm.errors import DataError, ResourceError
+from ldm.latents.build import Source, build, shard_items
+from ldm.latents.claims import Claims, publish, read_sealed, seal
+from ldm.latents.manifest import MANIFEST, PLAN, Manifest, Plan, verify
+from ldm.latents.reader import LatentCache, LatentDataset
 from ldm.randomness import Draws
+from ldm.runtime import signals
 from tests.points import in_a_child
 
 SHAPE = (2, 4, 3)

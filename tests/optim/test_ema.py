@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.ema import EMA, Decay, HalfLife, PowerFunction, mixture, power_exponent
 from ldm.errors import ConfigError
+from ldm.optim.ema import EMA, Decay, HalfLife, PowerFunction, mixture, power_exponent
 
 
 class Steady:

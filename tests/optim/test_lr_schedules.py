@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldm.schedule import Constant, Cosine, InverseSqrt, Linear
+from ldm.optim.lr_schedules import Constant, Cosine, InverseSqrt, Linear
 
 
 def test_constant():

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from ldm.errors import CheckpointError
-from ldm.optimizers import AdamW, Muon, Scheduled, decay_groups, keep_settings, place_schedules
-from ldm.schedule import Cosine
+from ldm.optim.lr_schedules import Cosine
+from ldm.optim.optimizers import AdamW, Muon, Scheduled, decay_groups, keep_settings, place_schedules
 
 
 @pytest.fixture

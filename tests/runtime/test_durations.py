@@ -1,8 +1,8 @@
-"""ldm.durations: times as a person reads them."""
+"""ldm.runtime.durations: times as a person reads them."""
 
 import pytest
 
-from ldm.durations import clock, so_far
+from ldm.runtime.durations import clock, so_far
 
 
 @pytest.mark.parametrize(

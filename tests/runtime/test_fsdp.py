@@ -1,4 +1,4 @@
-"""ldm.sharding on two ranks of gloo: a sharded model computes, steps, averages and is saved like a whole one."""
+"""ldm.runtime.fsdp on two ranks of gloo: a sharded model computes, steps, averages and is saved like a whole one."""
 
 import copy
 import pickle
@@ -13,11 +13,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_
 
-from ldm import checkpoint, distributed, sharding
-from ldm.diffusion.conditioning import ClassVector, Conditioning
-from ldm.diffusion.unet import UNet
-from ldm.ema import EMA, Decay
+from ldm.checkpoints import store
+from ldm.diffusion.conditioners.base import ClassVector, Conditioning
+from ldm.diffusion.networks.unet import UNet
 from ldm.layers import sinusoid
+from ldm.optim.ema import EMA, Decay
+from ldm.runtime import distributed, fsdp
 
 BATCH = 4
 LEVELS = torch.tensor([1.0, 250.0, 511.0, 999.0])  # bf16 knows 510 and 512, 996 and 1000
@@ -44,8 +45,8 @@ class Denoiser(nn.Module):
 
 def sharded(model: Denoiser, compute: torch.dtype | None = None) -> Denoiser:
     mesh = init_device_mesh("cpu", (distributed.world_size(),))
-    sharding.shard(model.network, mesh, model.network.blocks(), compute)
-    sharding.shard(model.conditioner, mesh, methods=["null"])
+    fsdp.shard(model.network, mesh, model.network.blocks(), compute)
+    fsdp.shard(model.conditioner, mesh, methods=["null"])
     return model
 
 
@@ -66,7 +67,7 @@ def train(model: Denoiser, rows: slice, steps: int = 3, clip: float = 0.5, poiso
     for step in range(steps):
         loss = model.loss(rows)
         (loss * float("nan") if step == poison and distributed.rank() == 0 else loss).backward()
-        norm = sharding.total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+        norm = fsdp.total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
         clip_grads_with_norm_(list(model.parameters()), clip, norm)
         vars(optimizer)["found_inf"] = (~torch.isfinite(norm)).float()
         optimizer.step()
@@ -80,9 +81,9 @@ def train(model: Denoiser, rows: slice, steps: int = 3, clip: float = 0.5, poiso
     return {
         "losses": torch.tensor(losses),
         "norms": torch.tensor(norms),
-        "weights": sharding.gathered(model.state_dict()),
-        "average": sharding.gathered(ema.average.state_dict()),
-        "optimizer": sharding.gathered(optimizer.state_dict()),
+        "weights": fsdp.gathered(model.state_dict()),
+        "average": fsdp.gathered(ema.average.state_dict()),
+        "optimizer": fsdp.gathered(optimizer.state_dict()),
     }
 
 
@@ -148,8 +149,8 @@ def saved_by(rank: int, path: Path) -> dict[str, Any]:
     model.loss(mine()).backward()
     optimizer.step()
     state = {"state_dict": model.state_dict(), "optimizer_states": [optimizer.state_dict()], "global_step": 1}
-    checkpoint.save(path, sharding.cut(state, f"{path.name}.x.shards", 20.0))
-    return {"state_dict": sharding.gathered(state["state_dict"]), "moments": sharding.gathered(optimizer.state_dict())}
+    store.save(path, fsdp.cut(state, f"{path.name}.x.shards", 20.0))
+    return {"state_dict": fsdp.gathered(state["state_dict"]), "moments": fsdp.gathered(optimizer.state_dict())}
 
 
 def loaded_by(rank: int, path: Path, cut: bool) -> dict[str, Any]:
@@ -159,17 +160,17 @@ def loaded_by(rank: int, path: Path, cut: bool) -> dict[str, Any]:
         for parameter in model.parameters():
             parameter.mul_(3.0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
-    state = checkpoint.load(path, assemble=not cut)
+    state = store.load(path, assemble=not cut)
     if cut:
         folder = path.parent / state.pop("shards")["folder"]
-        state = sharding.read(state, folder, init_device_mesh("cpu", (distributed.world_size(),)))
-    sharding.load_weights(model, state["state_dict"])
-    sharding.load_optimizer(optimizer, state["optimizer_states"][0])
+        state = fsdp.read(state, folder, init_device_mesh("cpu", (distributed.world_size(),)))
+    fsdp.load_weights(model, state["state_dict"])
+    fsdp.load_optimizer(optimizer, state["optimizer_states"][0])
     assert all(isinstance(value["exp_avg"], DTensor) for value in optimizer.state.values())
-    moments = copy.deepcopy(sharding.gathered(optimizer.state_dict()))
+    moments = copy.deepcopy(fsdp.gathered(optimizer.state_dict()))
     model.loss(mine()).backward()
     optimizer.step()  # with what was loaded
-    return {"state_dict": sharding.gathered(state["state_dict"]), "moments": moments}
+    return {"state_dict": fsdp.gathered(state["state_dict"]), "moments": moments}
 
 
 class Harm:
@@ -191,7 +192,7 @@ def test_shards_load_on_any_number_of_ranks(grouped, tmp_path, world, cut):
     loaded, *_ = grouped(world, partial(loaded_by, path=path, cut=cut))
     close(loaded["moments"], saved["moments"], rtol=0, atol=0)
     close(loaded["state_dict"], saved["state_dict"], rtol=0, atol=0)
-    alone = checkpoint.load(path)
+    alone = store.load(path)
     close(alone["state_dict"], saved["state_dict"], rtol=0, atol=0)
     close(alone["optimizer_states"][0], saved["moments"], rtol=0, atol=0)
     assert not (tmp_path / "harm").exists()
@@ -200,10 +201,10 @@ def test_shards_load_on_any_number_of_ranks(grouped, tmp_path, world, cut):
 def test_a_checkpoint_of_another_model_is_told_by_its_shapes(grouped, tmp_path):
     def other(rank: int) -> str:
         model = sharded(Denoiser())
-        weights = checkpoint.load(tmp_path / "a.ckpt")["state_dict"]
+        weights = store.load(tmp_path / "a.ckpt")["state_dict"]
         weights["conditioner.table.weight"] = torch.ones(7, 5)
         with pytest.raises(RuntimeError) as caught:
-            sharding.load_weights(model, weights)
+            fsdp.load_weights(model, weights)
         return str(caught.value)
 
     grouped(2, partial(saved_by, path=tmp_path / "a.ckpt"))

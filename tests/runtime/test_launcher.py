@@ -1,4 +1,4 @@
-"""ldm.ranks: no process of a run outlives the others."""
+"""ldm.runtime.launcher: no process of a run outlives the others."""
 
 import os
 import signal
@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from ldm import ranks
+from ldm.runtime import launcher
 from tests.points import in_a_child, wait_until
 
-ROOT = Path(ranks.__file__).parents[1]
+ROOT = Path(launcher.__file__).parents[2]
 SLEEPER = "import time; from ldm import ranks; ranks.tie_to_starter(); print(flush=True); time.sleep(100)"
 
 
 def alive(process: int) -> bool:
-    return ranks._state(process) not in ("", "Z")
+    return launcher._state(process) not in ("", "Z")
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_rank_dies_with_its_launcher_and_a_program_not_with_its_shell(tmp_path: Path, launcher: str) -> None:
     def launching() -> None:
         environment = {"torchrun": {"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "0"}, "rank 0": {"LOCAL_RANK": "1"}}
-        ranks.tie_to_starter()  # known to its children
+        launcher.tie_to_starter()  # known to its children
         own = os.environ | environment.get(launcher, {})
         child = subprocess.Popen([sys.executable, "-c", SLEEPER], stdout=subprocess.PIPE, env=own, cwd=ROOT)
         assert child.stdout is not None
@@ -62,7 +62,7 @@ def test_a_rank_whose_parent_died_before_it_looked_does_not_stay() -> None:
 def test_the_watch_ends_a_process_that_misses_its_child(tmp_path: Path, child_does: str, expected: int) -> None:
     def watching() -> None:
         child = subprocess.Popen([sys.executable, "-c", f"import os, sys; {child_does}"])
-        ranks.Watch([child], lambda reason: (tmp_path / "told").write_text(reason) and None, grace=0.5)
+        launcher.Watch([child], lambda reason: (tmp_path / "told").write_text(reason) and None, grace=0.5)
         time.sleep(5)  # in a collective
 
     assert in_a_child(watching) == expected
@@ -72,7 +72,7 @@ def test_the_watch_ends_a_process_that_misses_its_child(tmp_path: Path, child_do
 def test_the_watch_leaves_alone_who_is_about_to_leave() -> None:
     def watching() -> None:
         child = subprocess.Popen([sys.executable, "-c", "import sys; sys.exit(1)"])
-        watch = ranks.Watch([child], lambda reason: None, grace=1.0)
+        watch = launcher.Watch([child], lambda reason: None, grace=1.0)
         child.wait()
         time.sleep(0.7)
         watch.close()
@@ -84,7 +84,7 @@ def test_the_watch_leaves_alone_who_is_about_to_leave() -> None:
 def test_children_are_waited_for_and_then_killed() -> None:
     children = [subprocess.Popen(["sleep", seconds]) for seconds in ("0.2", "100")]
     os.kill(children[1].pid, signal.SIGSTOP)
-    ranks.end_children(children, seconds=1.0)
+    launcher.end_children(children, seconds=1.0)
     assert children[0].returncode == 0
     assert children[1].wait(5) == -signal.SIGKILL
 
@@ -93,7 +93,7 @@ def test_stopped_ranks_of_the_same_agent_are_ended() -> None:
     def agent() -> None:
         workers = [subprocess.Popen(["sleep", "100"]) for _ in range(2)]
         os.kill(workers[0].pid, signal.SIGSTOP)
-        assert wait_until(lambda: ranks._state(workers[0].pid) == "T", 5)
+        assert wait_until(lambda: launcher._state(workers[0].pid) == "T", 5)
         finder = [sys.executable, "-c", "from ldm import ranks; ranks.end_stopped()"]
         for environment, code in ({}, None), ({"TORCHELASTIC_RUN_ID": "x"}, -signal.SIGKILL):
             assert subprocess.run(finder, env=os.environ | environment, cwd=ROOT).returncode == 0
@@ -106,12 +106,12 @@ def test_stopped_ranks_of_the_same_agent_are_ended() -> None:
 
 def test_a_stopped_rank_0_is_ended_by_its_child() -> None:
     def rank_0() -> None:
-        ranks.tie_to_starter()
+        launcher.tie_to_starter()
         child = os.fork()
         if child == 0:
             os.environ["LOCAL_RANK"] = "1"
-            wait_until(lambda: ranks._state(os.getppid()) == "T", 10)
-            ranks.end_stopped()
+            wait_until(lambda: launcher._state(os.getppid()) == "T", 10)
+            launcher.end_stopped()
             os._exit(0)
         os.kill(os.getpid(), signal.SIGSTOP)
 

@@ -1,4 +1,4 @@
-"""ldm.precision: what `auto` becomes on which device, who is warned, and that a run keeps what it started with."""
+"""What `auto` becomes on which device, who is warned, and that a run keeps what it started with."""
 
 import os
 import subprocess
@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import main
-from ldm import checkpoint, precision
-from ldm.config import load, to_yaml
+from ldm.checkpoints import store
+from ldm.config.load import load, to_yaml
 from ldm.errors import ConfigError
-from ldm.precision import Answer, settle
+from ldm.runtime import precision
+from ldm.runtime.precision import Answer, settle
 
-ROOT = Path(precision.__file__).parents[1]
+ROOT = Path(precision.__file__).parents[2]
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "DNNL_MAX_CPU_ISA": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 
 
@@ -139,7 +140,7 @@ def test_a_run_holds_the_answer_and_a_resumed_one_keeps_it(cpu, autoencoder_tree
     assert "precision: " not in said
     assert "27 times as long" in said
     (last,) = (run / "checkpoints").glob("*3*.ckpt")
-    assert checkpoint.load(last)["ldm"]["config"]["lightning"]["trainer"]["precision"] == "bf16-mixed"
+    assert store.load(last)["ldm"]["config"]["lightning"]["trainer"]["precision"] == "bf16-mixed"
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""ldm.signals: what is noted, who is told, and what ends at once."""
+"""ldm.runtime.signals: what is noted, who is told, and what ends at once."""
 
 import os
 import re
@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from ldm import signals
+from ldm.runtime import signals
 from tests.points import in_a_child, wait_until
 
-ROOT = Path(signals.__file__).parents[1]
+ROOT = Path(signals.__file__).parents[2]
 
 
 @pytest.mark.parametrize("number", signals.STOPPING)

@@ -1,6 +1,6 @@
 import torch
 
-from ldm.step_mean import StepMean
+from ldm.runtime.step_metrics import StepMean
 
 
 def halves(rank: int) -> list[dict[str, float]]:

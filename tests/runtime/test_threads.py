@@ -1,4 +1,4 @@
-"""ldm.threads: a container's share of the processors, how threads wait, and what the user has set."""
+"""ldm.runtime.threads: a container's share of the processors, how threads wait, and what the user has set."""
 
 import os
 import subprocess
@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm import threads
+from ldm.runtime import threads
 
-ROOT = Path(threads.__file__).parents[1]
+ROOT = Path(threads.__file__).parents[2]
 
 
 @pytest.fixture

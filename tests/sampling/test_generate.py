@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from ldm import checkpoint
 from ldm.autoencoder.codec import Codec
-from ldm.data.latents import Manifest
-from ldm.diffusion.samplers import ancestral, ddim
+from ldm.checkpoints import store
 from ldm.errors import CheckpointError, ConfigError, NumericError
-from ldm.evaluation.generate import Pipeline, generate
-from ldm.evaluation.steering import Guidance
+from ldm.latents.manifest import Manifest
 from ldm.randomness import Draws
+from ldm.sampling.generate import Pipeline, generate
+from ldm.sampling.img2img import Guidance
+from ldm.sampling.samplers import ancestral, ddim
 
 SEEDS, LABELS = [3, 1, 4, 1, 5, 9, 2, 6], [0, 1, 2, 2, 1, 0, 0, 1]
 
@@ -141,18 +141,18 @@ def test_another_autoencoder_is_refused_and_the_right_one_accepted_anywhere(runs
     for part in (str(other_autoencoder), str(runs.diffusion), Codec.load(runs.autoencoder).weight_hash()[:16]):
         assert part in str(refused.value)
     moved = tmp_path / "moved.ckpt"
-    moved.write_bytes(checkpoint.find(runs.autoencoder).read_bytes())
+    moved.write_bytes(store.find(runs.autoencoder).read_bytes())
     Pipeline.load(runs.diffusion, autoencoder=moved)
 
 
 def test_a_missing_autoencoder_says_how_to_name_it(runs, tmp_path):
-    state = checkpoint.load(checkpoint.find(runs.diffusion))
+    state = store.load(store.find(runs.diffusion))
     for path, message in (("/nowhere", "/nowhere"), (None, "does not say where")):
         manifest = Manifest.from_dict(state["ldm"]["latents"])
         manifest.plan.autoencoder["path"] = path
         state["ldm"]["latents"] = manifest.to_dict()
         file = tmp_path / "lost.ckpt"
-        checkpoint.save(file, state)
+        store.save(file, state)
         with pytest.raises(CheckpointError, match=message) as refused:
             Pipeline.load(file)
         assert "--autoencoder PATH" in str(refused.value)
@@ -161,19 +161,19 @@ def test_a_missing_autoencoder_says_how_to_name_it(runs, tmp_path):
 def test_checkpoints_of_other_kinds_are_refused(runs, tmp_path):
     with pytest.raises(CheckpointError, match=r"stage 2.*'autoencoder'"):
         Pipeline.load(runs.autoencoder)
-    checkpoint.save(tmp_path / "foreign.ckpt", {"state_dict": {}})
+    store.save(tmp_path / "foreign.ckpt", {"state_dict": {}})
     with pytest.raises(CheckpointError, match="not saved by ldm"):
         Pipeline.load(tmp_path / "foreign.ckpt")
-    state = checkpoint.load(checkpoint.find(runs.diffusion))
+    state = store.load(store.find(runs.diffusion))
     state["state_dict"].pop("ema.average.network.conv_in.bias")
-    checkpoint.save(tmp_path / "torn.ckpt", state)
+    store.save(tmp_path / "torn.ckpt", state)
     with pytest.raises(CheckpointError, match=r"network\.conv_in\.bias"):
         Pipeline.load(tmp_path / "torn.ckpt")
 
 
 def test_sampling_does_not_import_the_training_machinery(runs):
     code = (
-        "import sys; from ldm.evaluation.generate import Pipeline, generate\n"
+        "import sys; from ldm.sampling.generate import Pipeline, generate\n"
         f"list(generate(Pipeline.load({str(runs.diffusion)!r}), [0], [0], steps=1))\n"
         "assert 'pytorch_lightning' not in sys.modules"
     )

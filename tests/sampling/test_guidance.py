@@ -5,13 +5,13 @@ from itertools import pairwise
 import pytest
 import torch
 
-from ldm.diffusion.conditioning import Conditioning
-from ldm.diffusion.grids import Default, Shift
-from ldm.diffusion.guidance import autoguidance, classifier, classifier_free, inpaint, within
+from ldm.diffusion.conditioners.base import Conditioning
 from ldm.diffusion.noise_schedules import SqrtLinear
 from ldm.diffusion.objectives import DDPM, EDM, Flow
-from ldm.diffusion.samplers import ancestral, ddim, dpm_solver, heun, start, unipc
 from ldm.randomness import Draws
+from ldm.sampling.guidance import autoguidance, classifier, classifier_free, inpaint, within
+from ldm.sampling.samplers import ancestral, ddim, dpm_solver, heun, start, unipc
+from ldm.sampling.timesteps import Default, Shift
 
 
 class Counted:

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from ldm.diffusion.objectives import Flow
-from ldm.diffusion.samplers import ancestral, dpm_solver, heun, unipc
 from ldm.errors import ConfigError, DataError, NumericError
-from ldm.evaluation.generate import Pipeline, generate
-from ldm.evaluation.steering import Guidance, Original
+from ldm.sampling.generate import Pipeline, generate
+from ldm.sampling.img2img import Guidance, Original
+from ldm.sampling.samplers import ancestral, dpm_solver, heun, unipc
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 
 from ldm.errors import ConfigError
-from ldm.evaluation import sample_folder
-from ldm.evaluation.generate import Sample
-from ldm.evaluation.sample_folder import SHOWN, Order, claim, default_folder, record, save, save_arrays, sheet, whole
+from ldm.sampling import sample_folder
+from ldm.sampling.generate import Sample
+from ldm.sampling.sample_folder import SHOWN, Order, claim, default_folder, record, save, save_arrays, sheet, whole
 
 SETTINGS = {
     "checkpoint": "logs/run/checkpoints/step=7.ckpt",

@@ -7,13 +7,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from ldm.diffusion.grids import CompVis, Karras
 from ldm.diffusion.noise_schedules import Cosine, SqrtLinear, ZeroTerminal
 from ldm.diffusion.objectives import DDPM, EDM, Flow, Interpolant
 from ldm.diffusion.paths import GVP, VP
 from ldm.diffusion.predictions import V
-from ldm.diffusion.samplers import ancestral, ddim, dpm_solver, first_order_step, heun, start, unipc
 from ldm.randomness import Draws
+from ldm.sampling.samplers import ancestral, ddim, dpm_solver, first_order_step, heun, start, unipc
+from ldm.sampling.timesteps import CompVis, Karras
 
 N = 4000
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from ldm.diffusion.grids import CompVis, Default, Karras, Power, Shift
 from ldm.diffusion.noise_schedules import Cosine, SqrtLinear, ZeroTerminal
 from ldm.diffusion.objectives import DDPM, EDM, Flow, Interpolant
 from ldm.diffusion.paths import GVP, VP
 from ldm.diffusion.predictions import V
 from ldm.errors import ConfigError
+from ldm.sampling.timesteps import CompVis, Default, Karras, Power, Shift
 
 OBJECTIVES = {
     "ddpm": DDPM(SqrtLinear()),

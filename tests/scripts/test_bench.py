@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from ldm.autoencoder.lpips import LPIPS
-from ldm.data.arrays import DEBIAN_FASHION_MNIST, FashionMNIST
-from ldm.data.images import Subset
+from ldm.data.sources.arrays import DEBIAN_FASHION_MNIST, FashionMNIST
+from ldm.data.sources.folder import Subset
 from scripts import bench
 
 
@@ -93,7 +93,8 @@ def test_quality_from_nothing_to_the_table(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # where the latent cache goes
     part = [*range(10_000)]
     monkeypatch.setattr(bench, "FashionMNIST", lambda train=True: Subset(FashionMNIST(train=train), part))
-    subset = "{target: ldm.data.images.Subset, params: {dataset: {target: ldm.data.arrays.FashionMNIST}, indices: %s}}"
+    source = "{target: ldm.data.sources.arrays.FashionMNIST}"
+    subset = f"{{target: ldm.data.sources.folder.Subset, params: {{dataset: {source}, indices: %s}}}}"
     small = [
         "lightning.trainer.max_steps=60",
         "lightning.trainer.val_check_interval=60",

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from ldm.data.latents import verify
+from ldm.latents.manifest import verify
 from scripts import cache_latents
 
 ROOT = Path(__file__).parents[2]
@@ -24,9 +24,9 @@ def base(runs, tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture).save(path)
     data = {
-        "target": "ldm.data.latent_datamodule.LatentDataModule",
+        "target": "ldm.latents.datamodule.LatentDataModule",
         "params": {
-            "train": {"target": "ldm.data.images.ImageFolder", "params": {"root": "pictures"}},
+            "train": {"target": "ldm.data.sources.folder.ImageFolder", "params": {"root": "pictures"}},
             "autoencoder": str(runs.autoencoder),
             "batch_size": 4,
             "resolution": 8,
@@ -71,12 +71,12 @@ def test_verify_looks_at_every_folder_and_ends_with_code_3(base, capsys):
 
 def test_a_stage_1_configuration_is_refused(base, capsys):
     tree = yaml.safe_load(base.read_text())
-    tree["data"]["target"] = "ldm.data.datamodules.ImageDataModule"
+    tree["data"]["target"] = "ldm.data.datamodule.ImageDataModule"
     del tree["data"]["params"]["autoencoder"]
     base.write_text(yaml.safe_dump(tree))
     capsys.readouterr()
     assert cache_latents.main(["--base", str(base)]) == 2
-    assert "data.target: expected ldm.data.latent_datamodule.LatentDataModule, found" in capsys.readouterr().err
+    assert "data.target: expected ldm.latents.datamodule.LatentDataModule, found" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [[], ["--base", "x.yaml", "--verify", "y"], ["--bose", "x"], ["--base", "none.yaml"]])

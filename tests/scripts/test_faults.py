@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm import checkpoint
+from ldm.checkpoints import store
 from scripts import faults
 from scripts.fault_catalogue import harness, interpreter, processes, runs
 from scripts.fault_catalogue.attempts import Attempt, run_all
@@ -198,8 +198,8 @@ def test_kills_are_survived_by_our_saves_and_not_by_plain_ones(tmp_path, monkeyp
             torch.save(state, file)
             file.write(b" " * 1000)
 
-    monkeypatch.setattr(checkpoint, "save", plain)
-    monkeypatch.setattr(checkpoint, "load", torch.load)
+    monkeypatch.setattr(store, "save", plain)
+    monkeypatch.setattr(store, "load", torch.load)
     result = tried(1, tmp_path / "plain")
     assert result.verdict == "fail"
     assert result.passed < result.tried
@@ -223,11 +223,11 @@ def lab(tmp_path_factory) -> Path:
 
 
 BROKEN = {
-    9: ("ldm.sealed.fault", lambda path: None),
-    17: ("ldm.signals.listen", lambda: False),
-    26: ("ldm.finite.FiniteGuard.on_before_optimizer_step", lambda *_: None),
-    33: ("ldm.data.latents.check_bytes", lambda *_: None),
-    34: ("ldm.data.latents.Plan.demand", lambda *_: None),
+    9: ("ldm.checkpoints.sealed_file.fault", lambda path: None),
+    17: ("ldm.runtime.signals.listen", lambda: False),
+    26: ("ldm.training.callbacks.skip_nonfinite.FiniteGuard.on_before_optimizer_step", lambda *_: None),
+    33: ("ldm.latents.manifest.check_bytes", lambda *_: None),
+    34: ("ldm.latents.manifest.Plan.demand", lambda *_: None),
     39: ("fcntl.lockf", lambda *_: None),
 }
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm import checkpoint
-from ldm.ema import power_exponent
-from ldm.evaluation.generate import Pipeline
+from ldm.checkpoints import store
+from ldm.optim.ema import power_exponent
+from ldm.sampling.generate import Pipeline
 from scripts import reconstruct_ema as script
 
 
@@ -22,7 +22,7 @@ def run(make_runs):
             "exponents": [power_exponent(0.05), power_exponent(0.1)],
             "images_seen": step * 8,
         }
-        checkpoint.save(runs.diffusion / "averages" / f"step={step:08d}.ckpt", state)
+        store.save(runs.diffusion / "averages" / f"step={step:08d}.ckpt", state)
     return runs
 
 
@@ -37,7 +37,7 @@ def test_what_it_writes_can_be_sampled_from(run, capsys):
         for name, value in pipeline.denoiser.state_dict().items():
             torch.testing.assert_close(value, weights[name] * factor, rtol=1e-4, atol=1e-5)
     # The run's own checkpoints are left alone.
-    assert checkpoint.find(run.diffusion).parent.name == "checkpoints"
+    assert store.find(run.diffusion).parent.name == "checkpoints"
 
 
 @pytest.mark.parametrize(

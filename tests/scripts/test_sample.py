@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.evaluation.generate import Pipeline, generate
-from ldm.evaluation.steering import Guidance
+from ldm.sampling.generate import Pipeline, generate
+from ldm.sampling.img2img import Guidance
 from scripts import sample
 from tests.tiny_runs import CLASSES, save_diffusion
 

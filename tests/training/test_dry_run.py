@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from ldm import dry_run
-from ldm.config import from_tree
+from ldm.config.load import from_tree
 from ldm.errors import ConfigError
+from ldm.training import dry_run
 
 IMAGES = {"channels": 3, "resolution": 16, "num_classes": 2, "batch_size": 6, "num_items": 16}
 LATENTS = {"channels": 2, "resolution": 8, "num_classes": 2, "batch_size": 6, "num_items": 16, "down_factor": 2}

@@ -15,11 +15,13 @@ import torch
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from ldm import checkpoint, outcome, signals
+from ldm.checkpoints import store
 from ldm.errors import CheckpointError, ConfigError, DataError, LdmError, PeerError, ResourceError
-from ldm.run import RunFolder, RunState
-from ldm.safety import StopOnSignal
-from ldm.saving import Checkpoints
+from ldm.run_folder import RunFolder, RunState
+from ldm.runtime import signals
+from ldm.training import fit
+from ldm.training.callbacks.checkpoints import Checkpoints
+from ldm.training.callbacks.provenance import StopOnSignal
 from tests.points import Automatic, PointData, a_trainer, ranks_at, wait_until
 
 FROM_A_WORKER = """Caught DataError in DataLoader worker process 0.
@@ -44,26 +46,26 @@ ldm.errors.DataError: a.png: broken
     ],
 )
 def test_errors_that_a_user_can_mend(error, kind, said):
-    known = outcome.explain(error)
+    known = fit.explain(error)
     assert type(known) is kind
     assert said in str(known)
     assert "Traceback" not in str(known)
-    with pytest.raises(kind, match=said.replace("/", ".")), outcome.explained():
+    with pytest.raises(kind, match=said.replace("/", ".")), fit.explained():
         raise error
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes"), OSError(errno.ENOENT, "no such file"), KeyError("x")])
 def test_bugs_stay_bugs(error):
-    assert outcome.explain(error) is None
-    with pytest.raises(type(error)), outcome.explained():
+    assert fit.explain(error) is None
+    with pytest.raises(type(error)), fit.explained():
         raise error
 
 
 def test_space_is_counted_for_three_files_of_weights_and_moments():
     model = torch.nn.Linear(10, 10, bias=False)
-    assert outcome.space_needed(model) == 3 * 4 * (100 + 200)
+    assert fit.space_needed(model) == 3 * 4 * (100 + 200)
     model.requires_grad_(False)
-    assert outcome.space_needed(model) == 3 * 4 * 100
+    assert fit.space_needed(model) == 3 * 4 * 100
 
 
 # ---------------------------------------------------------------------- ranks that are lost
@@ -86,8 +88,8 @@ def a_run(
         # Only the first rank knows the folder of a new run.
         own = folder if rank == 0 else RunFolder(folder.path.parent)
         try:
-            with outcome.explained():
-                state = outcome.run(trainer, Automatic(on_batch=on_batch(rank)), PointData(4, seed=1), own, None)
+            with fit.explained():
+                state = fit.run(trainer, Automatic(on_batch=on_batch(rank)), PointData(4, seed=1), own, None)
         except LdmError as error:
             (folder.path / f"said.{rank}").write_text(str(error))
             os._exit(error.exit_code)  # as ranks.leave does
@@ -108,7 +110,7 @@ def assert_last_checkpoint_stands(folder: RunFolder) -> RunState:
     state = folder.read_state()
     assert state is not None
     assert state.resume_from is not None
-    assert checkpoint.load(folder.path / state.resume_from)["global_step"] % 20 == 0
+    assert store.load(folder.path / state.resume_from)["global_step"] % 20 == 0
     return state
 
 

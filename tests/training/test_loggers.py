@@ -1,4 +1,4 @@
-"""ldm.loggers: the metrics file survives kill -9 and resume; nothing that happens to wandb reaches training."""
+"""The metrics file survives kill -9 and resume; nothing that happens to wandb reaches training."""
 
 import csv
 import logging
@@ -15,8 +15,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from ldm.config import to_yaml
-from ldm.loggers import FencedWandb, MetricsFile, read_metrics
+from ldm.config.load import to_yaml
+from ldm.training.loggers import FencedWandb, MetricsFile, read_metrics
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -99,8 +99,8 @@ _RUN = """
 import os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from ldm.config import to_yaml
-from ldm.loggers import FencedWandb
+from ldm.config.load import to_yaml
+from ldm.training.loggers import FencedWandb
 folder, fault = Path(sys.argv[2]), sys.argv[3]
 logger = FencedWandb(folder, project="test", time_limit=float(sys.argv[4]))
 started = time.monotonic()
@@ -128,7 +128,7 @@ def run_with_wandb(
     folder: Path, fault: str = "none", limit: float = 30, **environment: str
 ) -> tuple[subprocess.CompletedProcess, float]:
     """A process that logs to wandb while `fault` happens to it, and how long it took."""
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     keep = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     env = keep | {"HOME": str(folder), "WANDB_CACHE_DIR": str(folder / "cache")} | environment
     core = folder / "core.pid"
@@ -162,8 +162,8 @@ def test_a_run_says_one_line_of_wandb_and_what_a_newcomer_reads(tmp_path: Path, 
     del autoencoder_tree["lightning"]["logger"]
     (tmp_path / "config.yaml").write_text(to_yaml(autoencoder_tree))
     keep = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    environment = keep | {"HOME": str(tmp_path), "WANDB_MODE": "offline", "PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, str(Path(__file__).parents[1] / "main.py"), "--base", "config.yaml"]
+    environment = keep | {"HOME": str(tmp_path), "WANDB_MODE": "offline", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, str(Path(__file__).parents[2] / "main.py"), "--base", "config.yaml"]
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
     )

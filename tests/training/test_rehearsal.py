@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from tests.test_dry_run import IMAGES, LATENTS
 
 import main
-from ldm import checkpoint, dry_run, rehearsal
-from ldm.config import from_tree
+from ldm.checkpoints import store
+from ldm.config.load import from_tree
 from ldm.errors import ConfigError
-from ldm.loggers import read_metrics
-from tests.test_dry_run import IMAGES, LATENTS
+from ldm.training import dry_run, rehearsal
+from ldm.training.loggers import read_metrics
 
 HOUSE = """
     import math
@@ -163,7 +164,7 @@ def test_the_discriminators_optimizer_has_its_own_key(autoencoder_tree):
 
 def test_fused_optimizers_pass(diffusion_tree):
     diffusion_tree["data"]["params"]["autoencoder"] = "somewhere"
-    for target in ("ldm.optimizers.AdamW", "ldm.optimizers.Muon"):
+    for target in ("ldm.optim.optimizers.AdamW", "ldm.optim.optimizers.Muon"):
         diffusion_tree["model"]["params"]["optimizer"] = {"target": target, "params": {"lr": 1e-3}, "partial": True}
         rehearse(diffusion_tree, LATENTS)
 
@@ -185,7 +186,7 @@ def test_a_profile_is_asked_for_its_end(value, diffusion_tree):
 
 
 def test_a_network_that_cannot_be_guided(diffusion_tree, monkeypatch):
-    from ldm.diffusion.conditioning import ClassVector, Conditioning
+    from ldm.diffusion.conditioners.base import ClassVector, Conditioning
 
     diffusion_tree["data"]["params"]["autoencoder"] = "somewhere"
     diffusion_tree["model"]["params"]["label_dropout"] = 0.0
@@ -202,16 +203,16 @@ def test_a_network_that_cannot_be_guided(diffusion_tree, monkeypatch):
 )
 def test_previews_that_cannot_be_made(params, message, diffusion_tree):
     diffusion_tree["data"]["params"]["autoencoder"] = "somewhere"
-    images = {"target": "ldm.callbacks.SampleLogger", "params": params}
+    images = {"target": "ldm.training.callbacks.previews.SampleLogger", "params": params}
     diffusion_tree["lightning"]["callbacks"]["images"] = images
     assert refused(diffusion_tree, LATENTS).startswith(message)
 
 
 def test_previews_of_classes_need_a_model_that_knows_them(diffusion_tree):
     diffusion_tree["data"]["params"]["autoencoder"] = "somewhere"
-    diffusion_tree["model"]["params"]["conditioner"] = {"target": "ldm.diffusion.conditioning.Unconditional"}
+    diffusion_tree["model"]["params"]["conditioner"] = {"target": "ldm.diffusion.conditioners.base.Unconditional"}
     diffusion_tree["model"]["params"]["network"]["params"]["vector_channels"] = None
-    images = {"target": "ldm.callbacks.SampleLogger", "params": {"classes": [0]}}
+    images = {"target": "ldm.training.callbacks.previews.SampleLogger", "params": {"classes": [0]}}
     diffusion_tree["lightning"]["callbacks"]["images"] = images
     assert "expected none, since the model has no classes, found 0" in refused(diffusion_tree, LATENTS)
 
@@ -264,8 +265,8 @@ def test_pictures_smaller_than_the_window_of_ssim(stage1, capsys):
 
 
 def test_a_metric_that_validation_does_not_log(stage1, capsys):
-    line = "lightning.callbacks.checkpoints={target: ldm.saving.Checkpoints, params: {monitor: val/beauty}}"
-    assert train(stage1, line) == 2
+    node = "{target: ldm.training.callbacks.checkpoints.Checkpoints, params: {monitor: val/beauty}}"
+    assert train(stage1, f"lightning.callbacks.checkpoints={node}") == 2
     ended_at("lightning.callbacks.checkpoints.params.monitor: there is no metric 'val/beauty'", capsys)
 
 
@@ -278,7 +279,7 @@ def test_the_trial_changes_nothing(stage1):
         rows = read_metrics(run / "metrics.csv")
         timed = ("images_per_second", "data_wait")
         rows = [{key: value for key, value in row.items() if key not in timed} for row in rows]
-        state = checkpoint.load(next(run.glob("checkpoints/step=00000006.ckpt")))["state_dict"]
+        state = store.load(next(run.glob("checkpoints/step=00000006.ckpt")))["state_dict"]
         outcomes.append((rows, state, sorted(path.name for path in run.glob("images/*/*"))))
     (rows, state, pictures), (other_rows, other_state, other_pictures) = outcomes
     assert rows == other_rows

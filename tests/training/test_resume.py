@@ -12,14 +12,14 @@ import pytest
 import torch
 
 import main
-from ldm import checkpoint
 from ldm.autoencoder.module import AutoencoderKL
-from ldm.config import to_yaml
-from ldm.data.datamodules import ElasticDataModule
+from ldm.checkpoints import store
+from ldm.config.load import to_yaml
+from ldm.data.datamodule import ElasticDataModule
 from ldm.diffusion.module import LatentDiffusion
-from ldm.loggers import read_metrics
-from ldm.schedule import Constant, Cosine, Linear
-from ldm.signals import STOPPING
+from ldm.optim.lr_schedules import Constant, Cosine, Linear
+from ldm.runtime.signals import STOPPING
+from ldm.training.loggers import read_metrics
 
 STEPS = 12
 
@@ -79,7 +79,7 @@ def only(folder: Path) -> Path:
 
 
 def saves(tree: dict[str, Any], every: int) -> dict[str, Any]:
-    node = {"target": "ldm.saving.Checkpoints", "params": {"every": every, "keep": 9}}
+    node = {"target": "ldm.training.callbacks.checkpoints.Checkpoints", "params": {"every": every, "keep": 9}}
     tree["lightning"]["callbacks"] = {"checkpoints": node}
     return tree
 
@@ -96,7 +96,7 @@ def as_killed_after(run_folder: Path, step: int, place: Path) -> Path:
 
 
 def final(run_folder: Path) -> dict[str, Any]:
-    state = checkpoint.load(run_folder / "checkpoints" / f"step={STEPS:08d}.ckpt")
+    state = store.load(run_folder / "checkpoints" / f"step={STEPS:08d}.ckpt")
     state["ldm"]["metrics"] = {
         name: value for name, value in state["ldm"]["metrics"].items() if name.startswith("val/")
     }
@@ -166,7 +166,7 @@ def test_stopped_by_a_signal_and_resumed_is_the_same_run(stage, tmp_path, monkey
     assert run(stage, "run.yaml", logdir=tmp_path / "stopped") == 128 + signal.SIGUSR1
     monkeypatch.setattr(module, "training_step", step)
     stopped = only(tmp_path / "stopped")
-    assert checkpoint.load(checkpoint.find(stopped))["global_step"] == 7
+    assert store.load(store.find(stopped))["global_step"] == 7
     assert run(stage, "run.yaml", "--resume", "auto", logdir=tmp_path / "stopped") == 0
     assert_same(final(only(tmp_path / "stopped")), final(only(tmp_path / "straight")))
 
@@ -208,7 +208,7 @@ def test_a_changed_rate_decay_or_beta_is_what_the_next_step_is_made_with(stage, 
     """Kingma and Ba 2015, algorithm 1, from the checkpoint's moments; Loshchilov and Hutter 2019 for the decay."""
     assert run(saves(stage, every=5), "run.yaml", logdir=tmp_path / "straight") == 0
     killed = as_killed_after(only(tmp_path / "straight"), 5, tmp_path / "killed")
-    saved = checkpoint.load(checkpoint.find(killed))
+    saved = store.load(store.find(killed))
     autoencoder = stage["name"] == "tiny_autoencoder"
     seen = watched(monkeypatch, AutoencoderKL if autoencoder else LatentDiffusion)
     key = "model.params.optimizer.params"
@@ -247,7 +247,7 @@ def test_a_schedule_may_come_and_go(stage, tmp_path, monkeypatch):
     step, places = module.training_step, {"schedule": 5, "discriminator_schedule": 1}
     for key in keys:
         for number, (node, factor) in enumerate(
-            [("{target: ldm.schedule.Linear, params: {steps: 20}}", Linear(20)), ("null", Constant())]
+            [("{target: ldm.optim.lr_schedules.Linear, params: {steps: 20}}", Linear(20)), ("null", Constant())]
         ):
             killed = as_killed_after(only(tmp_path / "straight"), 5, tmp_path / f"{key}{number}")
             seen = watched(monkeypatch, module)
@@ -262,7 +262,7 @@ def test_a_schedule_may_come_and_go(stage, tmp_path, monkeypatch):
 def test_the_clip_and_the_average_are_the_configurations(stage, tmp_path, monkeypatch):
     assert run(saves(stage, every=5), "run.yaml", logdir=tmp_path / "straight") == 0
     killed = as_killed_after(only(tmp_path / "straight"), 5, tmp_path / "killed")
-    old = checkpoint.load(checkpoint.find(killed))["state_dict"]
+    old = store.load(store.find(killed))["state_dict"]
     words = ["model.params.gradient_clip=1e-3", "model.params.ema.params.profile.params.decay=0.25"]
     norms: list[float] = []
     update = LatentDiffusion.optimizer_step
@@ -277,7 +277,7 @@ def test_the_clip_and_the_average_are_the_configurations(stage, tmp_path, monkey
     words += [*betas, "--allow-change", "model", "lightning.trainer.max_steps=6"]
     assert main.main(["--resume", str(killed), *words]) == 0
     assert norms == [pytest.approx(1e-3, rel=1e-3)]
-    new = checkpoint.load(killed / "checkpoints" / "step=00000006.ckpt")["state_dict"]
+    new = store.load(killed / "checkpoints" / "step=00000006.ckpt")["state_dict"]
     name = (
         "network.input.weight"
         if "denoiser.network.input.weight" in new
@@ -296,11 +296,11 @@ def test_another_autoencoder_in_the_same_place_is_refused(stage, tmp_path, capsy
     stage["data"]["params"] |= {"autoencoder": str(place), "cache": str(tmp_path / "cache")}
     assert run(stage, "run.yaml", "lightning.trainer.max_steps=2", logdir=tmp_path / "logs") == 0
     folder = only(tmp_path / "logs")
-    file = checkpoint.find(place)
-    state = checkpoint.load(file)
+    file = store.find(place)
+    state = store.load(file)
     state["state_dict"][next(key for key in state["state_dict"] if key.startswith("decoder."))] += 1.0
-    checkpoint.save(file, state)
-    outside = shutil.copy(checkpoint.find(folder), tmp_path / "elsewhere.ckpt")
+    store.save(file, state)
+    outside = shutil.copy(store.find(folder), tmp_path / "elsewhere.ckpt")
     capsys.readouterr()
     for named in (str(folder), str(outside)):
         assert main.main(["--resume", named, "--logdir", "new", "lightning.trainer.max_steps=3"]) == 2

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from ldm import checkpoint, resume, run
-from ldm.commandline import parse
-from ldm.config import load, to_yaml
+from ldm import run_folder
+from ldm.checkpoints import store
+from ldm.cli.options import parse
+from ldm.config.load import load, to_yaml
 from ldm.errors import CheckpointError, ConfigError
-from ldm.run import RunFolder
+from ldm.run_folder import RunFolder
+from ldm.training import resume
 
 BASE = """
 name: faces
@@ -33,7 +35,7 @@ def folder() -> RunFolder:
     """A run of BASE that has begun; since then another autoencoder has appeared."""
     options = parse(["-b", "base.yaml"])
     start = resume.start(options)
-    made = run.create(options.logdir, start.name)
+    made = run_folder.create(options.logdir, start.name)
     resume.save(made, start.source, start.config.resolved(FACTS), FACTS)
     Path("logs/2026-02-01T00-00-00_vae").mkdir(parents=True)
     return made
@@ -141,7 +143,7 @@ def linked() -> RunFolder:
 
 def begun(file: str, facts: dict[str, object] = FACTS) -> RunFolder:
     start = started("-b", file)
-    made = run.create(Path("logs"), start.name)
+    made = run_folder.create(Path("logs"), start.name)
     resume.save(made, start.source, start.config.resolved(facts), facts)
     Path("logs/2026-02-01T00-00-00_vae").mkdir(parents=True, exist_ok=True)
     return made
@@ -216,7 +218,7 @@ def test_a_reference_is_what_it_leads_to(folder):
 def saved(folder: RunFolder, file: str = "elsewhere.ckpt", **more: object) -> str:
     """A checkpoint of that run, outside of it."""
     record = {"config": load([folder.config_file]).resolved(), "step": 3, "data": FACTS, **more}
-    checkpoint.save(Path(file), {"global_step": 3, "ldm": record})
+    store.save(Path(file), {"global_step": 3, "ldm": record})
     return file
 
 
@@ -353,7 +355,7 @@ BAD_NAMES = [
 def test_a_name_is_checked_wherever_it_comes_from(folder, name, tmp_path):
     named = {**load([folder.config_file]).resolved(), "name": name}
     Path("named.yaml").write_text(to_yaml(named))
-    checkpoint.save(Path("named.ckpt"), {"ldm": {"config": named, "step": 1}})
+    store.save(Path("named.ckpt"), {"ldm": {"config": named, "step": 1}})
     indirect = {**named, "name": "${text}", "text": name}
     Path("indirect.yaml").write_text(to_yaml(indirect))
     sources = [["-b", "named.yaml"], ["-b", "indirect.yaml"], ["-b", "base.yaml", "-n", name], ["-r", "named.ckpt"]]
@@ -367,16 +369,16 @@ def test_a_name_is_checked_wherever_it_comes_from(folder, name, tmp_path):
         with pytest.raises(ConfigError, match="cannot be the name of a run"):
             started(*words)
     with pytest.raises(ConfigError, match="cannot be the name of a run"):
-        run.create(tmp_path / "logs", name)
+        run_folder.create(tmp_path / "logs", name)
     # One choice by the user is enough.
     assert started("-r", "named.ckpt", "-n", "mine").name == "mine"
 
 
 @pytest.mark.parametrize("name", ["a", "a.b", "kl_f8-2+x=1,y", PI * 117, "x" * 235, "-", "_"])
 def test_a_run_is_found_again_by_its_name(name, tmp_path):
-    made = run.create(tmp_path / "logs", name)
+    made = run_folder.create(tmp_path / "logs", name)
     made.config_file.write_text("seed: 1\n")
-    assert run.newest(tmp_path / "logs", name) == made
+    assert run_folder.newest(tmp_path / "logs", name) == made
 
 
 def test_an_old_run_of_a_name_that_is_refused_now_goes_on(folder):

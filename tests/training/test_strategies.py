@@ -6,10 +6,10 @@ import pytest
 from pytorch_lightning import LightningModule
 from pytorch_lightning.strategies import SingleDeviceStrategy
 
-from ldm import dry_run, trainer
-from ldm.config import from_tree
+from ldm.config.load import from_tree
 from ldm.errors import ConfigError
-from ldm.strategies import DDP, FSDP2
+from ldm.training import dry_run, trainer
+from ldm.training.strategies import DDP, FSDP2
 
 TORCHRUN = (
     "TORCHELASTIC_RUN_ID=x RANK=5 LOCAL_RANK=1 WORLD_SIZE=6 LOCAL_WORLD_SIZE=2 GROUP_RANK=2 "
@@ -37,7 +37,7 @@ def make(strategy: Any = None, model: Any = None, **arguments: Any) -> Any:
 
 
 def node(name: str, **params: Any) -> dict[str, Any]:
-    return {"target": f"ldm.strategies.{name}", "params": params}
+    return {"target": f"ldm.training.strategies.{name}", "params": params}
 
 
 @pytest.fixture(autouse=True)

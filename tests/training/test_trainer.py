@@ -10,16 +10,16 @@ from pytorch_lightning import LightningModule
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.strategies import DDPStrategy
 
-from ldm import trainer
-from ldm.callbacks import Progress, Throughput
-from ldm.config import from_tree
-from ldm.dry_run import meta_model
+from ldm.config.load import from_tree
 from ldm.errors import ConfigError
-from ldm.finite import FiniteGuard
-from ldm.loggers import FencedWandb, MetricsFile
-from ldm.run import RunFolder
-from ldm.safety import Provenance, StopOnSignal
-from ldm.saving import AtomicCheckpointIO, Checkpoints
+from ldm.run_folder import RunFolder
+from ldm.training import trainer
+from ldm.training.callbacks.checkpoints import AtomicCheckpointIO, Checkpoints
+from ldm.training.callbacks.previews import Progress, Throughput
+from ldm.training.callbacks.provenance import Provenance, StopOnSignal
+from ldm.training.callbacks.skip_nonfinite import FiniteGuard
+from ldm.training.dry_run import meta_model
+from ldm.training.loggers import FencedWandb, MetricsFile
 
 
 class Data:
@@ -92,7 +92,7 @@ def test_a_run_is_kept_without_a_line_of_yaml(tmp_path):
 def test_callbacks_are_replaced_added_and_left_out_by_name(tmp_path):
     made = callbacks(
         {
-            "checkpoints": {"target": "ldm.saving.Checkpoints", "params": {"every": 7}},
+            "checkpoints": {"target": "ldm.training.callbacks.checkpoints.Checkpoints", "params": {"every": 7}},
             "progress": None,
             "mine": {"target": "pytorch_lightning.callbacks.Timer", "params": {"duration": "00:01:00:00"}},
         },
@@ -122,7 +122,7 @@ def test_metrics_are_always_written_and_wandb_is_a_choice(tmp_path, monkeypatch)
 
 
 CSV = {"target": "pytorch_lightning.loggers.CSVLogger"}
-WANDB = {"target": "ldm.loggers.FencedWandb"}
+WANDB = {"target": "ldm.training.loggers.FencedWandb"}
 
 
 @pytest.mark.parametrize(

@@ -17,14 +17,14 @@ from typing import Protocol, TypedDict
 import numpy as np
 from PIL import Image, ImageOps
 
-from ldm import distributed
-from ldm.data import captions as caption_files
 from ldm.data import fingerprint
 from ldm.data import value_range as ranges
-from ldm.data.listing import EXTENSIONS, demand_no_lost_class, find
+from ldm.data.sources import captions as caption_files
+from ldm.data.sources.listing import EXTENSIONS, demand_no_lost_class, find
 from ldm.errors import DataError
 from ldm.randomness import keys
 from ldm.ranges import Count, CountOrZero, Finite
+from ldm.runtime import distributed
 
 MAX_PIXELS = 50_000_000
 

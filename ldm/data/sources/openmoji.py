@@ -16,10 +16,11 @@ from typing import Any
 
 from rich.progress import track
 
-from ldm import distributed, files
-from ldm.data.images import Item, read_image
+from ldm import files
+from ldm.data.sources.folder import Item, read_image
 from ldm.errors import DataError, ResourceError
 from ldm.ranges import Count, Fraction
+from ldm.runtime import distributed
 
 ATTRIBUTION = "Emoji designed by OpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0"
 

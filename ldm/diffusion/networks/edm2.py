@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm.diffusion.conditioning import Conditioning
+from ldm.diffusion.conditioners.base import Conditioning
 from ldm.errors import ConfigError
 from ldm.layers import attend, halvings
 from ldm.ranges import Count, CountOrZero, FractionBelowOne, Positive

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm.diffusion.conditioning import Conditioning
+from ldm.diffusion.conditioners.base import Conditioning
 from ldm.errors import ConfigError
 from ldm.layers import Attention, GatedFeedForward, attend, group_norm, halvings, sinusoid, zeroed
 from ldm.ranges import Count, CountOrZero, FractionBelowOne, Positive

@@ -14,22 +14,23 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins import CheckpointIO
 from pytorch_lightning.utilities import rank_zero_info
 
-from ldm import checkpoint, distributed, sealed
+from ldm.checkpoints import sealed_file, store
+from ldm.checkpoints.snapshot import HostMemory
 from ldm.errors import ConfigError, LdmError, PeerError, ResourceError
 from ldm.ranges import Count
-from ldm.snapshot import HostMemory
+from ldm.runtime import distributed
 
 TRIES = 3
 """So many saves in a row may fail for want of room before the run ends."""
 
-_BEST = f"best{checkpoint.SUFFIX}"
-_OURS = re.compile(rf"(step=\d+|stopped|finite){re.escape(checkpoint.SUFFIX)}")
+_BEST = f"best{store.SUFFIX}"
+_OURS = re.compile(rf"(step=\d+|stopped|finite){re.escape(store.SUFFIX)}")
 
 log = logging.getLogger(__name__)
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Lightning's reading and writing of checkpoints, done by ldm.checkpoint, in a thread.
+    """Lightning's reading and writing of checkpoints, done by ldm.checkpoints.store, in a thread.
 
     Where it is asynchronous, a save copies the state to the host and returns; a second one waits for the first. The
     first of a run is read back as soon as it is written: what cannot be loaded should be known in the first minute,
@@ -86,18 +87,18 @@ class AtomicCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        return checkpoint.load(Path(path), "cpu" if map_location is None else map_location)
+        return store.load(Path(path), "cpu" if map_location is None else map_location)
 
     def remove_checkpoint(self, path: Any) -> None:
-        checkpoint.remove(Path(path))
+        store.remove(Path(path))
 
     def _write(self, state: dict[str, Any], path: Path) -> None:
         """The thread's work."""
         try:
-            checkpoint.save(path, state)
+            store.save(path, state)
             if distributed.is_main():
                 if not self._proven:
-                    checkpoint.load(path, assemble=False)
+                    store.load(path, assemble=False)
                     self._proven = True
                 self.published()
         except Exception as error:
@@ -116,7 +117,7 @@ class AtomicCheckpointIO(CheckpointIO):
 def files_of(trainer: pl.Trainer) -> AtomicCheckpointIO:
     """The trainer's reader and writer of checkpoints."""
     files = trainer.strategy.checkpoint_io
-    assert isinstance(files, AtomicCheckpointIO), "ldm.trainer.make_trainer puts it there"
+    assert isinstance(files, AtomicCheckpointIO), "ldm.training.trainer.make_trainer puts it there"
     return files
 
 
@@ -229,7 +230,7 @@ class Checkpoints(Checkpoint):
             trainer.save_checkpoint(self._path(trainer.global_step), weights_only=False)
 
     def _path(self, step: int) -> Path:
-        return self._folder / f"step={step:08d}{checkpoint.SUFFIX}"
+        return self._folder / f"step={step:08d}{store.SUFFIX}"
 
     def _among_best(self, trainer: pl.Trainer, monitor: str) -> bool:
         _check_logged(trainer, monitor)
@@ -242,7 +243,7 @@ class Checkpoints(Checkpoint):
 
     def _tidy(self) -> None:
         """After a save, in its thread: point out the best, remove what is not kept."""
-        files = {file: sealed.step(file) for file in self._folder.glob(f"*{checkpoint.SUFFIX}") if _is_ours(file)}
+        files = {file: sealed_file.step(file) for file in self._folder.glob(f"*{store.SUFFIX}") if _is_ours(file)}
         scored = [file for file, step in files.items() if file == self._path(step) and step in self._scores]
         best = sorted(scored, key=lambda file: (self._scores[files[file]], files[file]))[: self.keep_best]
         if best:
@@ -250,7 +251,7 @@ class Checkpoints(Checkpoint):
         kept = {*sorted(files, key=lambda file: (files[file], file.name))[-self.keep :], *best}
         for file, step in files.items():
             if file not in kept and not (self.keep_every and file == self._path(step) and step % self.keep_every == 0):
-                checkpoint.remove(file)
+                store.remove(file)
 
 
 def _check_logged(trainer: pl.Trainer, monitor: str) -> None:
@@ -264,8 +265,8 @@ def _check_logged(trainer: pl.Trainer, monitor: str) -> None:
 def set_aside_later(folder: Path, step: int) -> list[Path]:
     """Rename the checkpoints of later steps than `step` to `.superseded`: the run is about to take another way."""
     aside = []
-    for file in sorted(folder.glob(f"*{checkpoint.SUFFIX}")):
-        if sealed.step(file) <= step:
+    for file in sorted(folder.glob(f"*{store.SUFFIX}")):
+        if sealed_file.step(file) <= step:
             continue
         if file.is_symlink():
             file.unlink()

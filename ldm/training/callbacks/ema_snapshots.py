@@ -7,12 +7,13 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import Tensor
 
-from ldm import checkpoint, sharding
+from ldm.checkpoints import store
 from ldm.diffusion.module import LatentDiffusion
-from ldm.ema import PowerFunction, mixture, power_exponent
 from ldm.errors import CheckpointError, ConfigError
-from ldm.float64 import double
+from ldm.optim.ema import PowerFunction, mixture, power_exponent
 from ldm.ranges import Count
+from ldm.runtime import fsdp
+from ldm.runtime.float64 import double
 
 FOLDER = "averages"
 """In the run folder."""
@@ -47,7 +48,7 @@ class AverageSnapshots(pl.Callback):
         self._step = trainer.global_step
         assert isinstance(pl_module, LatentDiffusion)
         ema = pl_module.ema
-        averages = sharding.gathered([dict(average.state_dict()) for average in (ema.average, *ema.others)])
+        averages = fsdp.gathered([dict(average.state_dict()) for average in (ema.average, *ema.others)])
         learned = {name for name, _ in ema.average.named_parameters()}
         if trainer.is_global_zero:
             state = {
@@ -56,7 +57,7 @@ class AverageSnapshots(pl.Callback):
                 "images_seen": ema.images_seen,
                 "ldm": {"kind": "averages", "step": self._step},
             }
-            checkpoint.save(self._folder / f"step={self._step:08d}{checkpoint.SUFFIX}", state)
+            store.save(self._folder / f"step={self._step:08d}{store.SUFFIX}", state)
 
 
 def _exponents(module: pl.LightningModule) -> list[float]:
@@ -66,8 +67,8 @@ def _exponents(module: pl.LightningModule) -> list[float]:
     for profile in module.ema.profiles:
         if not isinstance(profile, PowerFunction):
             raise ConfigError(
-                f"model.params.ema.params: snapshots of averages need ldm.ema.PowerFunction as every profile, found "
-                f"{type(profile).__name__}"
+                f"model.params.ema.params: snapshots of averages need ldm.optim.ema.PowerFunction as every profile, "
+                f"found {type(profile).__name__}"
             )
         exponents.append(profile.exponent)
     return exponents
@@ -84,11 +85,11 @@ def snapshots(run: Path) -> list[Path]:
     Raises:
         CheckpointError: there are none.
     """
-    found = sorted((run / FOLDER).glob(f"step=*{checkpoint.SUFFIX}"))
+    found = sorted((run / FOLDER).glob(f"step=*{store.SUFFIX}"))
     if not found:
         raise CheckpointError(
             f"{run / FOLDER}: no snapshots of averages. Train with lightning.callbacks.averages={{target: "
-            f"ldm.averages.AverageSnapshots, params: {{every: ...}}}}"
+            f"ldm.training.callbacks.ema_snapshots.AverageSnapshots, params: {{every: ...}}}}"
         )
     return found
 
@@ -103,13 +104,13 @@ def reconstruct(files: Sequence[Path], width: float) -> dict[str, Tensor]:
     times: list[float] = []
     exponents: list[float] = []
     for file in files:  # read twice, since all of them together may not fit into memory
-        state = checkpoint.load(file)
+        state = store.load(file)
         times += [state["images_seen"]] * len(state["exponents"])
         exponents += state["exponents"]
     shares = iter(mixture(times, exponents, times[-1], wanted).tolist())
     total: dict[str, Tensor] = {}
     for file in files:
-        for average in checkpoint.load(file)["averages"]:
+        for average in store.load(file)["averages"]:
             _add(total, average, next(shares))
     return {name: value.float() if value.is_floating_point() else value for name, value in total.items()}
 

@@ -20,17 +20,17 @@ from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 from torch import Tensor
 
-from ldm import distributed
 from ldm.autoencoder.codec import Codec
-from ldm.diffusion.grids import Default
 from ldm.diffusion.module import LatentDiffusion
-from ldm.durations import so_far
 from ldm.errors import ConfigError
-from ldm.evaluation.generate import Pipeline, check, generate, load_codec
-from ldm.evaluation.sheets import grid, picture
-from ldm.evaluation.steering import Guidance
+from ldm.images import grid, picture
 from ldm.randomness import Draws
 from ldm.ranges import Count, CountOrZero, Finite, NotNegative
+from ldm.runtime import distributed
+from ldm.runtime.durations import so_far
+from ldm.sampling.generate import Pipeline, check, generate, load_codec
+from ldm.sampling.img2img import Guidance
+from ldm.sampling.timesteps import Default
 
 log = logging.getLogger(__name__)
 

@@ -14,11 +14,11 @@ from pytorch_lightning.trainer.connectors.signal_connector import _SignalConnect
 from pytorch_lightning.utilities import rank_zero_info
 
 import ldm
-from ldm import signals
-from ldm.checkpoint import SUFFIX
-from ldm.distributed import max_over_ranks
-from ldm.saving import files_of, raise_together, save_at_end
-from ldm.signals import Stopped
+from ldm.checkpoints.store import SUFFIX
+from ldm.runtime import signals
+from ldm.runtime.distributed import max_over_ranks
+from ldm.runtime.signals import Stopped
+from ldm.training.callbacks.checkpoints import files_of, raise_together, save_at_end
 
 FORMAT = 1
 """Of the "ldm" key of a checkpoint."""

@@ -15,13 +15,13 @@ from pytorch_lightning.plugins import MixedPrecision
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ldm.checkpoint import SUFFIX
-from ldm.data.datamodules import ElasticDataModule
-from ldm.distributed import gather
+from ldm.checkpoints.store import SUFFIX
+from ldm.data.datamodule import ElasticDataModule
 from ldm.errors import ConfigError, LdmError, NumericError
 from ldm.ranges import Count, CountOrZero
-from ldm.saving import save_at_end
-from ldm.sharding import total_norm
+from ldm.runtime.distributed import gather
+from ldm.runtime.fsdp import total_norm
+from ldm.training.callbacks.checkpoints import save_at_end
 
 _FILES = 32  # named in a message, at most
 

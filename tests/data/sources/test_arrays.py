@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torchvision
 
-from ldm.data.arrays import CIFAR10, DEBIAN_FASHION_MNIST, MNIST, ArrayImages, FashionMNIST
+from ldm.data.sources.arrays import CIFAR10, DEBIAN_FASHION_MNIST, MNIST, ArrayImages, FashionMNIST
 from ldm.errors import DataError
 
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from ldm.data.fingerprint import agrees
-from ldm.data.images import ImageFolder, Subset, hold_out, read_image
+from ldm.data.sources.folder import ImageFolder, Subset, hold_out, read_image
 from ldm.errors import ConfigError, DataError
 
 RED = (200, 30, 40)

@@ -6,7 +6,7 @@ import os
 import pytest
 from PIL import Image, features
 
-from ldm.data.listing import EXTENSIONS, describe, find
+from ldm.data.sources.listing import EXTENSIONS, describe, find
 from ldm.errors import DataError
 
 OLD = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}

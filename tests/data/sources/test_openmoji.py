@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from ldm.data.openmoji import OpenMoji
+from ldm.data.sources.openmoji import OpenMoji
 from ldm.errors import DataError, ResourceError
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldm.diffusion.conditioning import ClassOneHot, ClassToken, ClassVector, Conditioning, Unconditional
+from ldm.diffusion.conditioners.base import ClassOneHot, ClassToken, ClassVector, Conditioning, Unconditional
 
 
 def test_where_chooses_whole_rows():

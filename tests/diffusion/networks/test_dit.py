@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
 
-from ldm.diffusion.conditioning import ClassVector, Conditioning
-from ldm.diffusion.dit import Block, DiT, positions, rotate, rotations
+from ldm.diffusion.conditioners.base import ClassVector, Conditioning
+from ldm.diffusion.networks.dit import Block, DiT, positions, rotate, rotations
 from ldm.errors import ConfigError
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}

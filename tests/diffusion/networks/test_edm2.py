@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ldm.diffusion.conditioning import ClassOneHot, Conditioning
-from ldm.diffusion.edm2 import Block, MagnitudePreservingUNet, Weight, joined, mixed, normalised, silu
+from ldm.diffusion.conditioners.base import ClassOneHot, Conditioning
+from ldm.diffusion.networks.edm2 import Block, MagnitudePreservingUNet, Weight, joined, mixed, normalised, silu
 from ldm.errors import ConfigError
 
 # Karras et al. 2024, table 2, in millions.

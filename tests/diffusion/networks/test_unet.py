@@ -8,8 +8,8 @@ from diffusers.models.attention_processor import Attention as DiffusersAttention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from ldm.diffusion.conditioning import Conditioning
-from ldm.diffusion.unet import ResBlock, SelfAttention, SpatialTransformer, UNet
+from ldm.diffusion.conditioners.base import Conditioning
+from ldm.diffusion.networks.unet import ResBlock, SelfAttention, SpatialTransformer, UNet
 from ldm.errors import ConfigError
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ldm.evaluation.features import Classifier, judge, train_classifier, unit_range
+from ldm.evaluation.features.classifier import Classifier, judge, train_classifier, unit_range
 from ldm.evaluation.metrics import accuracy
 
 

@@ -15,10 +15,10 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
-from ldm import checkpoint
+from ldm.checkpoints import store
 from ldm.errors import ConfigError, ResourceError
-from ldm.safety import StopOnSignal
-from ldm.saving import AtomicCheckpointIO, Checkpoints, set_aside_later
+from ldm.training.callbacks.checkpoints import AtomicCheckpointIO, Checkpoints, set_aside_later
+from ldm.training.callbacks.provenance import StopOnSignal
 from tests.points import Automatic, PointData, a_trainer, ranks_at, wait_until
 
 
@@ -63,7 +63,7 @@ def fit(
 
 
 def saved(folder: Path) -> dict[str, int]:
-    return {path.name: checkpoint.load(path)["global_step"] for path in (folder / "checkpoints").iterdir()}
+    return {path.name: store.load(path)["global_step"] for path in (folder / "checkpoints").iterdir()}
 
 
 def test_the_last_ones_are_kept_and_the_end_is_saved(tmp_path):
@@ -102,7 +102,7 @@ def test_milestones_are_never_removed(tmp_path):
 def test_what_a_stop_has_saved_is_kept_as_long_as_any_other(tmp_path):
     folder = tmp_path / "checkpoints"
     for name, step in {"stopped.ckpt": 3, "finite.ckpt": 1, "mine.ckpt": 1}.items():
-        checkpoint.save(folder / name, {"global_step": step})
+        store.save(folder / name, {"global_step": step})
     fit(tmp_path, Checkpoints(every=4))
     assert saved(tmp_path) == {"mine.ckpt": 1, "step=00000004.ckpt": 4, "step=00000006.ckpt": 6}
 
@@ -134,7 +134,7 @@ def test_later_checkpoints_are_set_aside(tmp_path):
     aside = set_aside_later(folder, 4)
     assert not (folder / "best.ckpt").is_symlink()
     assert [path.name for path in aside] == ["step=00000006.ckpt.superseded"]
-    newest = checkpoint.newest(folder)
+    newest = store.newest(folder)
     assert newest is not None
     assert newest.name == "step=00000004.ckpt"
 
@@ -150,8 +150,8 @@ class Gate:
         self.open.set()
         self.tried: list[int] = []
         self._fails = fails
-        self._save = checkpoint.save
-        monkeypatch.setattr(checkpoint, "save", self)
+        self._save = store.save
+        monkeypatch.setattr(store, "save", self)
 
     def __call__(self, path: Path, state: dict[str, Any]) -> None:
         self.tried.append(state["global_step"])
@@ -179,7 +179,7 @@ def test_training_goes_on_during_a_save_and_the_save_is_of_its_own_step(tmp_path
     second.join()
     assert files.wait() is None
     for step in (1, 2):
-        state = checkpoint.load(tmp_path / f"{step}.ckpt")
+        state = store.load(tmp_path / f"{step}.ckpt")
         assert torch.equal(state["state_dict"]["weight"], torch.full((1000,), step - 1.0))
 
 
@@ -195,7 +195,7 @@ def test_no_thread_outlives_its_save(tmp_path):
 
 def test_the_first_save_is_read_back(tmp_path, monkeypatch):
     read: list[Path] = []
-    monkeypatch.setattr(checkpoint, "load", lambda path, **_: read.append(path))
+    monkeypatch.setattr(store, "load", lambda path, **_: read.append(path))
     files = AtomicCheckpointIO()
     for step in (1, 2):
         files.save_checkpoint({"global_step": step}, tmp_path / f"{step}.ckpt")
@@ -220,7 +220,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_training_goes_on(tmp_path, mo
     fit(tmp_path, callback, (1.0,) * 6, StopOnSignal(tmp_path), val_check_interval=100)
     assert gate.tried == [1, 2, 3, 4, 5, 6]
     assert saved(tmp_path) == {"step=00000006.ckpt": 6}
-    said = [record.getMessage() for record in caplog.records if record.name == "ldm.saving"]
+    said = [record.getMessage() for record in caplog.records if record.name == "ldm.training.callbacks.checkpoints"]
     assert [line.partition(":")[0] for line in said] == [f"NOT SAVED ({n} of 3 in a row)" for n in (1, 2, 1)]
     assert "free 1 bytes, needed about 9 bytes" in said[0]
     assert "tries again at the next interval" in said[0]
@@ -248,7 +248,7 @@ def test_what_is_no_want_of_room_ends_the_run_at_once(tmp_path, monkeypatch):
     def broken(path: Path, state: dict[str, Any]) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr(checkpoint, "save", broken)
+    monkeypatch.setattr(store, "save", broken)
     with pytest.raises(KeyError, match="a bug"):
         fit(tmp_path, Checkpoints(every=1), (1.0,) * 60, StopOnSignal(tmp_path), val_check_interval=100, max_steps=60)
 
@@ -313,14 +313,14 @@ def kill_while_saving(folder: Path, seconds: float) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     with os.fdopen(reading) as pipe:
         steps = [int(line) for line in pipe.read().split("\n")[:-1]]
-    newest = checkpoint.newest(folder)
+    newest = store.newest(folder)
     if steps:
         assert newest is not None
-        state = checkpoint.load(newest)
+        state = store.load(newest)
         assert state["global_step"] >= steps[-1]
         assert bool((state["state_dict"]["weight"] == state["global_step"]).all())
     assert not list(folder.glob("*.corrupt"))
-    checkpoint.sweep(folder)
+    store.sweep(folder)
     assert not list(folder.glob("*.tmp.*"))
     assert len(list(folder.iterdir())) <= 3
 

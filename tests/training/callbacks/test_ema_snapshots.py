@@ -9,16 +9,16 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from ldm import checkpoint
-from ldm.averages import AverageSnapshots, reconstruct, snapshots
-from ldm.diffusion.conditioning import Unconditional
+from ldm.checkpoints import store
+from ldm.diffusion.conditioners.base import Unconditional
 from ldm.diffusion.module import LatentDiffusion
+from ldm.diffusion.networks.unet import UNet
 from ldm.diffusion.noise_schedules import SqrtLinear
 from ldm.diffusion.objectives import DDPM
-from ldm.diffusion.unet import UNet
-from ldm.ema import EMA, HalfLife, PowerFunction
 from ldm.errors import CheckpointError, ConfigError
+from ldm.optim.ema import EMA, HalfLife, PowerFunction
 from ldm.randomness import Draws
+from ldm.training.callbacks.ema_snapshots import AverageSnapshots, reconstruct, snapshots
 
 STEPS, BATCH = 120, 4
 
@@ -70,7 +70,7 @@ def test_a_width_that_was_not_kept(tmp_path: Path) -> None:
     kept = Everything(0.075)
     fit(module, tmp_path, [kept, AverageSnapshots(every=6)])
     files = snapshots(tmp_path)
-    assert [checkpoint.load(file)["images_seen"] for file in files] == [n * 6 * BATCH for n in range(1, 21)]
+    assert [store.load(file)["images_seen"] for file in files] == [n * 6 * BATCH for n in range(1, 21)]
     made = reconstruct(files, 0.075)
     last = module.denoiser.state_dict()
     assert made.keys() == last.keys()
@@ -96,7 +96,7 @@ def test_counters_are_taken_from_the_latest(tmp_path: Path) -> None:
     for step, value in ((1, 2.0), (2, 4.0)):
         averages = [{"weight": torch.full((2,), value).half(), "count": torch.tensor(step)}]
         state = {"averages": averages, "exponents": [6.94], "images_seen": step * 10}
-        checkpoint.save(tmp_path / "averages" / f"step={step:08d}.ckpt", state)
+        store.save(tmp_path / "averages" / f"step={step:08d}.ckpt", state)
     made = reconstruct(snapshots(tmp_path), 0.1)
     assert made["count"] == 2
     assert np.allclose(made["weight"], 4.0, rtol=0.05)

@@ -1,4 +1,4 @@
-"""ldm.callbacks: pictures land where they should and show what they should; speed and progress are told truly."""
+"""Pictures land where they should and show what they should; speed and progress are told truly."""
 
 import io
 import math
@@ -18,15 +18,15 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ldm import distributed
-from ldm.callbacks import ImageLogger, Progress, SampleLogger, Throughput, to_uint8
-from ldm.data.latents import Manifest
 from ldm.errors import ConfigError
-from ldm.evaluation.generate import Pipeline, generate
-from ldm.evaluation.sheets import grid
-from ldm.evaluation.steering import Guidance
-from ldm.loggers import MetricsFile, read_metrics
+from ldm.images import grid
+from ldm.latents.manifest import Manifest
 from ldm.randomness import Draws
+from ldm.runtime import distributed
+from ldm.sampling.generate import Pipeline, generate
+from ldm.sampling.img2img import Guidance
+from ldm.training.callbacks.previews import ImageLogger, Progress, SampleLogger, Throughput, to_uint8
+from ldm.training.loggers import MetricsFile, read_metrics
 
 SIDE = 6
 
@@ -234,7 +234,7 @@ def test_throughput_counts_images_and_waiting(tmp_path: Path) -> None:
 
 def test_saves_do_not_pass_for_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 100.0, 101.0, 103.0, 104.0])
-    monkeypatch.setattr("ldm.callbacks.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("ldm.training.callbacks.previews.time.monotonic", lambda: next(clock))
     logged: dict[str, float] = {}
     module: Any = SimpleNamespace(log_dict=lambda values, **_: logged.update(values))
     batch = {"draws": Draws(0, range(6), 6)}
@@ -304,7 +304,7 @@ def test_times_are_of_the_steps_that_this_process_has_done(monkeypatch: pytest.M
     progress, text = a_progress(terminal=False)
     progress._pause = 0.0
     clock = iter([0.0, 12.0, 12.0, 20.0, 20.0])
-    monkeypatch.setattr("ldm.callbacks.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("ldm.training.callbacks.previews.time.monotonic", lambda: next(clock))
     module: Any = SimpleNamespace(automatic_optimization=False)
     metrics = {"val/psnr": torch.tensor(24.0), "val/ssim": torch.tensor(0.5), "train/loss": torch.tensor(1.0)}
     trainer: Any = SimpleNamespace(global_step=900, max_steps=1000, world_size=2, sanity_checking=False)

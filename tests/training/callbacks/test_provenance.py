@@ -1,4 +1,4 @@
-"""ldm.safety: checkpoints say where they come from, and a signal gives one checkpoint that resumes exactly."""
+"""Checkpoints say where they come from, and a signal gives one checkpoint that resumes exactly."""
 
 import os
 import signal
@@ -14,9 +14,10 @@ import torch
 from lightning_fabric.plugins.environments import SLURMEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 
-from ldm import checkpoint, signals
+from ldm.checkpoints import store
 from ldm.errors import CheckpointError
-from ldm.safety import Provenance, StopOnSignal
+from ldm.runtime import signals
+from ldm.training.callbacks.provenance import Provenance, StopOnSignal
 from tests.points import BATCH, Automatic, PointData, a_trainer, in_a_child, ranks_at, same, wait_until, weights
 
 # ---------------------------------------------------------------------- checkpoints
@@ -29,7 +30,7 @@ def test_lightning_saves_and_resumes_through_our_files(tmp_path: Path) -> None:
     trainer = a_trainer(tmp_path, 7, [Provenance({"seed": 1})])
     trainer.fit(first, PointData(BATCH, seed=1))
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    record = checkpoint.load(tmp_path / "last.ckpt")["ldm"]
+    record = store.load(tmp_path / "last.ckpt")["ldm"]
     assert record["versions"]["torch"] == torch.__version__
     told = {name: record[name] for name in ("config", "step", "images_seen", "kind")}
     assert told == {"config": {"seed": 1}, "step": 7, "images_seen": 7 * BATCH, "kind": "test"}
@@ -81,7 +82,7 @@ def test_a_signal_saves_once_and_the_run_resumes_exactly(tmp_path: Path, number:
         a_trainer(tmp_path, 12, [StopOnSignal(tmp_path)], accumulate_grad_batches=2).fit(module, data)
 
     assert in_a_child(interrupted) == 128 + number
-    assert checkpoint.load(tmp_path / "stopped.ckpt")["global_step"] == 7
+    assert store.load(tmp_path / "stopped.ckpt")["global_step"] == 7
     results = []
     for start in (None, tmp_path / "stopped.ckpt"):
         module = Automatic()
@@ -105,7 +106,7 @@ def test_a_signal_during_validation_saves_and_validation_is_done_again(tmp_path:
         trainer.fit(Stopping(), PointData(BATCH, seed=1))
 
     assert in_a_child(interrupted) == 128 + signal.SIGTERM
-    assert checkpoint.load(tmp_path / "stopped.ckpt")["global_step"] == 10
+    assert store.load(tmp_path / "stopped.ckpt")["global_step"] == 10
     modules = [Automatic(), Automatic()]
     for module, start in zip(modules, (None, tmp_path / "stopped.ckpt"), strict=True):
         trainer = a_trainer(tmp_path, 20, [StopOnSignal(tmp_path)], **validating)
@@ -157,7 +158,7 @@ def test_lightning_installs_no_handler_not_even_under_slurm(tmp_path: Path, monk
     class Looks(pl.Callback):
         def on_train_batch_end(self, *_: Any) -> None:
             handlers = [signal.getsignal(number) for number in signals.STOPPING]
-            assert {handler.__module__ for handler in handlers} == {"ldm.signals"}  # type: ignore[union-attr]
+            assert {handler.__module__ for handler in handlers} == {"ldm.runtime.signals"}  # type: ignore[union-attr]
             (tmp_path / "looked").touch()
 
     def trains() -> None:
@@ -195,7 +196,7 @@ def test_two_ranks_stop_after_the_same_step(tmp_path: Path, number: int, workers
         ranks.send(number, target)
         assert wait_until(ranks.ended, 60)
     assert ranks.codes == {0: 128 + number, 1: 128 + number}
-    assert checkpoint.load(tmp_path / "stopped.ckpt")["global_step"] > 1
+    assert store.load(tmp_path / "stopped.ckpt")["global_step"] > 1
 
 
 @pytest.mark.parametrize("target", [0, 1, None])

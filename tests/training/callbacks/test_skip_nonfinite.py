@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.optim import SGD, AdamW
 
-from ldm import checkpoint
+from ldm.checkpoints import store
 from ldm.errors import ConfigError, NumericError
-from ldm.finite import FiniteGuard
+from ldm.training.callbacks.skip_nonfinite import FiniteGuard
 from tests.points import (
     BATCH,
     FUSED,
@@ -63,7 +63,7 @@ def test_some_in_a_row_are_left_out_and_too_many_end_the_run(tmp_path: Path, cap
     trainer.fit(module, PointData(BATCH, seed=1))
     assert guard.state_dict() == {"in_a_row": 0, "skipped": 6}
     assert trainer.callback_metrics["train/skipped_steps"] == 6
-    said = [record.getMessage() for record in caplog.records if record.name == "ldm.finite"]
+    said = [record.getMessage() for record in caplog.records if record.name == "ldm.training.callbacks.skip_nonfinite"]
     assert [line.partition(" is left out")[0] for line in said] == [f"step {n}" for n in (3, 4, 5, 7, 8, 9)]
     assert "the 3rd in a row: the loss is not finite (loss nan; sample numbers 16 to 19), made of item " in said[2]
 
@@ -124,7 +124,7 @@ def test_two_ranks_leave_out_what_is_bad_on_one(tmp_path: Path) -> None:
     assert said[0] == said[1]
     assert said[0].startswith("step 5: the loss is not finite (loss inf; sample numbers 18 to 19), made of item ")
     assert same(torch.load(tmp_path / "weights.0"), torch.load(tmp_path / "weights.1"))
-    saved = checkpoint.load(tmp_path / "finite.ckpt")
+    saved = store.load(tmp_path / "finite.ckpt")
     assert saved["global_step"] == 5
     assert same(list(saved["state_dict"].values()), torch.load(tmp_path / "weights.0"))
 
@@ -135,7 +135,7 @@ def test_a_bad_micro_batch_is_found_when_its_step_is_made(tmp_path: Path) -> Non
     trainer = a_trainer(tmp_path, 6, [FiniteGuard(tmp_path, 0)], accumulate_grad_batches=2, gradient_clip_val=1.0)
     with pytest.raises(NumericError, match=r"step 3: .*loss nan; sample numbers 8 to 9\)"):
         trainer.fit(module, data)
-    assert checkpoint.load(tmp_path / "finite.ckpt")["global_step"] == 3
+    assert store.load(tmp_path / "finite.ckpt")["global_step"] == 3
 
 
 def test_the_host_does_not_look_at_every_step_on_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
