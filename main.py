@@ -17,12 +17,13 @@ from typing import Any
 
 from ldm import run_folder
 from ldm.cli import program
-from ldm.cli.options import Options, parse
+from ldm.cli.options import parse
 from ldm.config.load import Config, build
 from ldm.errors import CheckpointError, ConfigError
 from ldm.run_folder import RunFolder
 from ldm.runtime import signals
 from ldm.training import resume
+from ldm.training.options import Options
 
 
 def main(argv: Sequence[str] | None = None) -> int:

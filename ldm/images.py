@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 LEGIBLE = 64
 """Pixels: the side below which a picture on a screen is hard to make out."""
@@ -30,3 +32,9 @@ def grid(images: Sequence[np.ndarray], columns: int, gap: int = 2) -> np.ndarray
 def picture(image: np.ndarray) -> Image.Image:
     """(H,W,1 or 3) uint8 -> PIL."""
     return Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
+
+
+def to_uint8(images: Tensor) -> list[np.ndarray]:
+    """(N, C, H, W) in [-1, 1], C = 1 or 3 -> N pictures (H, W, C) uint8; values beyond are clamped."""
+    levels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return list(levels.permute(0, 2, 3, 1).cpu().numpy())

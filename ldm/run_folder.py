@@ -27,6 +27,7 @@ from pathlib import Path
 
 from ldm import files
 from ldm.errors import CheckpointError, ConfigError, LockError, ResourceError
+from ldm.files import expanded
 
 TIME_FORMAT = "%Y-%m-%dT%H-%M-%S"
 # A folder's name has at most 255 bytes, the time and its underscore take 20.
@@ -289,3 +290,26 @@ def _taken(folder: Path, record: str) -> str:
         who = json.loads(record)
         owner = f"process {who['pid']} on {who['host']}, since {who['time']},"
     return f"{folder}: {owner} is writing to this run.\nStop it first, or start a new run (leave out --resume)."
+
+
+def newest_run(pattern: str) -> str:
+    """The folder `<time>_<name>` with the latest time among those that match a glob such as `logs/*_emoji`.
+
+    The time is read from the name: copying or touching a folder changes nothing. A start that was killed before it had
+    written its configuration has left no run. ConfigError if there is none.
+    """
+    path = Path(expanded(pattern))
+    base = Path(path.anchor) if path.is_absolute() else Path()
+    runs = []
+    for folder in base.glob(str(path.relative_to(base))) if pattern.strip() else ():
+        time = re.match(r"\d{4}-?\d{2}-?\d{2}[^_]*(?=_)", folder.name)
+        killed = (folder / "configs").is_dir() and not (folder / "configs" / "config.yaml").is_file()
+        if time and folder.is_dir() and not killed:
+            runs.append((re.sub(r"\D", "", time[0]), folder.name, str(folder)))
+    if not runs:
+        name = path.name.lstrip("*_") or "that name"
+        raise ConfigError(
+            f"no run folder <time>_<name> matches '{pattern}' (looked in {base.absolute()}); train '{name}' first: "
+            f"python main.py --base <the configuration named {name}>, or write the path of a run here"
+        )
+    return max(runs)[2]

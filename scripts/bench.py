@@ -44,7 +44,7 @@ from ldm.diffusion.objectives import DDPM
 from ldm.evaluation.report import compare, markdown
 from ldm.randomness import Draws
 from ldm.runtime.precision import computes_bf16
-from ldm.sampling.generate import Pipeline
+from ldm.sampling.pipeline import Pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 EPILOG = "With `quality`, words of the form key=value override the configuration of both stages."

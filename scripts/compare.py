@@ -28,8 +28,8 @@ from ldm.cli.options import Parser, finite, path, positive, split_overrides, who
 from ldm.data.sources.arrays import FashionMNIST
 from ldm.errors import ConfigError, LdmError
 from ldm.evaluation.report import Judge, markdown, samples
-from ldm.sampling.generate import Pipeline
-from ldm.sampling.img2img import Guidance
+from ldm.sampling.guidance import Guidance
+from ldm.sampling.pipeline import Pipeline
 from ldm.sampling.timesteps import Default
 from ldm.training.loggers import read_metrics
 

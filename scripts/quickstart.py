@@ -13,9 +13,9 @@ from pathlib import Path
 
 from ldm.cli import program
 from ldm.cli.options import Parser
-from ldm.config.load import newest_run
 from ldm.config.tree import read
 from ldm.errors import DataError
+from ldm.run_folder import newest_run
 
 DIFFUSION = "configs/quickstart/diffusion.yaml"
 OWN = "configs/quickstart/own_pictures.yaml"

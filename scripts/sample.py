@@ -32,12 +32,14 @@ if __name__ == "__main__":
 import torch
 
 from ldm.cli.options import Parser, finite, path, positive, ratio, seed, share, some_share, whole_number
-from ldm.config.load import newest_run
 from ldm.errors import ConfigError
 from ldm.files import whole
 from ldm.images import picture
-from ldm.sampling.generate import Pipeline, Sampler, check, generate
-from ldm.sampling.img2img import Guidance, Original
+from ldm.run_folder import newest_run
+from ldm.sampling.generate import Sampler, check, generate
+from ldm.sampling.guidance import Guidance
+from ldm.sampling.img2img import Original
+from ldm.sampling.pipeline import Pipeline
 from ldm.sampling.sample_folder import Order, claim, default_folder, record, save, save_arrays, sheet
 from ldm.sampling.samplers import ancestral, ddim, dpm_solver, heun, unipc
 from ldm.sampling.timesteps import CompVis, Default, Grid, Karras, Power, Shift

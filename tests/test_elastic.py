@@ -24,7 +24,8 @@ from ldm.checkpoints import store
 from ldm.config.load import to_yaml
 from ldm.diffusion.module import LatentDiffusion
 from ldm.randomness import Draws
-from ldm.sampling.generate import Pipeline, generate
+from ldm.sampling.generate import generate
+from ldm.sampling.pipeline import Pipeline
 from ldm.training.loggers import read_metrics
 from tests.forked import Forked
 
@@ -310,7 +311,7 @@ def test_constrained_weights_on_ranks(forked, diffusion, tmp_path, strategy):
     network = {**sizes, "attention_levels": [1], "vector_channels": "${data:num_classes}"}
     params["network"] = {"target": "ldm.diffusion.networks.edm2.MagnitudePreservingUNet", "params": network}
     classes = {"num_classes": "${data:num_classes}"}
-    params["conditioner"] = {"target": "ldm.diffusion.conditioners.base.ClassOneHot", "params": classes}
+    params["conditioner"] = {"target": "ldm.diffusion.conditioners.classes.ClassOneHot", "params": classes}
     alone = Run(forked, diffusion, tmp_path / "alone")
     diary = alone.go(1)
     ranks = Run(forked, diffusion, tmp_path / "ranks")

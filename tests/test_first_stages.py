@@ -11,7 +11,7 @@ import main
 from ldm.autoencoder.codec import Codec
 from ldm.checkpoints import store
 from ldm.config.load import to_yaml
-from ldm.sampling.generate import Pipeline
+from ldm.sampling.pipeline import Pipeline
 from ldm.training.loggers import read_metrics
 from scripts import sample
 from tests.conftest import node

@@ -5,36 +5,15 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from ldm.errors import ConfigError
+from ldm.training.options import Options
 
 # `a.b=1`, `a.0.b=[1,2]`; never a flag (starts with a dash) nor a path before the equals sign.
 _OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=.*", re.DOTALL)
-
-
-@dataclass(frozen=True)
-class Options:
-    """The parsed command line of main.py; `--help` describes each."""
-
-    base: tuple[Path, ...]
-    overrides: tuple[str, ...]
-    resume: str | None
-    name: str | None
-    postfix: str
-    logdir: Path
-    project: str
-    seed: int | None
-    debug: bool
-    train: bool
-    test: bool
-    scale_lr: bool
-    dry_run: bool
-    trust: tuple[str, ...]
-    allow_change: tuple[str, ...]
 
 
 class Parser(argparse.ArgumentParser):

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Union
 
 from annotated_types import Ge
 
+from ldm.config import moved
 from ldm.config.hints import LookUp, Parameter, Signature, mismatches, spell
 from ldm.config.signatures import live_signature, static_signature
 from ldm.config.targets import check_name, resolve
@@ -229,5 +230,7 @@ def _arguments(key: str, given: Node, target: str, signature: Signature, look_up
             wrong = mismatches(value, signature.parameters[name].hint, dotted(key, name), look_up)
             yield from (_problem(*mismatch) for mismatch in wrong)
         elif not signature.open:
-            text = f"{target} has no parameter '{name}'; {nearest(name, signature.parameters)}"
+            now = moved.parameter(target, name)
+            hint = nearest(name, signature.parameters) if now == name else f"it is called '{now}' now"
+            text = f"{target} has no parameter '{name}'; {hint}"
             yield _problem(dotted(key, name), value, text)

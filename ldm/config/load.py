@@ -18,7 +18,6 @@ A text that begins with `~/` is a path in the home folder, and resolved as one.
     model = build(config.resolved(data.facts())["model"], config.trust)
 """
 
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
@@ -33,6 +32,8 @@ from ldm.config import check
 from ldm.config.targets import build
 from ldm.config.tree import Node, apply, dotted, from_plain, merge, nearest, read, to_yaml
 from ldm.errors import ConfigError
+from ldm.files import expanded
+from ldm.run_folder import newest_run
 
 __all__ = ["Config", "build", "from_tree", "load", "to_yaml"]
 
@@ -172,12 +173,6 @@ def _at_home(node: Node) -> Node:
     return Node(expanded(node.value), node.origin) if isinstance(node.value, str) else node
 
 
-def expanded(value: Any) -> Any:
-    """`~` and `~/...` with the home folder written out; everything else as it is."""
-    home = isinstance(value, str) and (value == "~" or value.startswith("~/"))
-    return os.path.expanduser(value) if home else value
-
-
 REFERENCE = re.compile(r"\$\{\s*((?P<key>[\w-]+(\.[\w-]+)*)|(?P<resolver>data|newest):(?P<argument>[^${}]+?))\s*\}")
 """`${a.b}`, `${data:fact}` or `${newest:glob}`; nothing else is allowed."""
 
@@ -207,26 +202,3 @@ def _find(root: Node, key: str) -> Node:
             raise ConfigError(f"there is no key '{dotted(seen, name)}'; {nearest(name, node.children)}")
         node, seen = node.children[name], dotted(seen, name)
     return node
-
-
-def newest_run(pattern: str) -> str:
-    """The folder `<time>_<name>` with the latest time among those that match a glob such as `logs/*_emoji`.
-
-    The time is read from the name: copying or touching a folder changes nothing. A start that was killed before it had
-    written its configuration has left no run. ConfigError if there is none.
-    """
-    path = Path(expanded(pattern))
-    base = Path(path.anchor) if path.is_absolute() else Path()
-    runs = []
-    for folder in base.glob(str(path.relative_to(base))) if pattern.strip() else ():
-        time = re.match(r"\d{4}-?\d{2}-?\d{2}[^_]*(?=_)", folder.name)
-        killed = (folder / "configs").is_dir() and not (folder / "configs" / "config.yaml").is_file()
-        if time and folder.is_dir() and not killed:
-            runs.append((re.sub(r"\D", "", time[0]), folder.name, str(folder)))
-    if not runs:
-        name = path.name.lstrip("*_") or "that name"
-        raise ConfigError(
-            f"no run folder <time>_<name> matches '{pattern}' (looked in {base.absolute()}); train '{name}' first: "
-            f"python main.py --base <the configuration named {name}>, or write the path of a run here"
-        )
-    return max(runs)[2]

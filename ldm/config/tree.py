@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import yaml
 
+from ldm.config import moved
 from ldm.errors import ConfigError
 
 Scalar = str | int | float | bool | None
@@ -52,19 +53,40 @@ class Node:
 
 
 def from_plain(value: Any, origin: str, key: str = "") -> Node:
-    """The tree of plain containers; ConfigError if something else is among them."""
+    """The tree of plain containers, with the names of today; ConfigError if something else is among them."""
+    return _current(_from_plain(value, origin, key))
+
+
+def _from_plain(value: Any, origin: str, key: str) -> Node:
     if isinstance(value, dict):
         for name in value:
             if not isinstance(name, str):
                 raise ConfigError(f"{origin}: {key or 'top level'}: keys are text, found {name!r}")
-        return Node({name: from_plain(child, origin, dotted(key, name)) for name, child in value.items()}, origin)
+        return Node({name: _from_plain(child, origin, dotted(key, name)) for name, child in value.items()}, origin)
     if isinstance(value, list | tuple):
-        return Node([from_plain(child, origin, dotted(key, i)) for i, child in enumerate(value)], origin)
+        return Node([_from_plain(child, origin, dotted(key, i)) for i, child in enumerate(value)], origin)
     if value is None or type(value) in (str, int, float, bool):
         return Node(value, origin)
     raise ConfigError(
         f"{origin}: {key}: expected text, number, true/false, null, list or mapping, found {type(value).__name__}"
     )
+
+
+def _current(node: Node) -> Node:
+    """The tree with the names of today in every object."""
+    if isinstance(node.value, list):
+        return Node([_current(child) for child in node.value], node.origin)
+    if not isinstance(node.value, dict):
+        return node
+    children = {key: _current(child) for key, child in node.value.items()}
+    target, params = children.get("target"), children.get("params")
+    if target is not None and isinstance(target.value, str):
+        name = moved.target(target.value)
+        children["target"] = Node(name, target.origin)
+        if params is not None and isinstance(params.value, dict):
+            renamed = {moved.parameter(name, key): child for key, child in params.value.items()}
+            children["params"] = Node(renamed, params.origin)
+    return Node(children, node.origin)
 
 
 def dotted(*keys: str | int) -> str:
@@ -136,15 +158,18 @@ def to_yaml(tree: Any) -> str:
 
 
 def parse(text: str, name: str, *, numbered: bool = True) -> Node | None:
-    """The document as a Node (None if it is empty); ConfigError naming `name` and the line if it is not valid.
+    """The document as a Node, with the names of today; None if it is empty.
 
     Args:
         name: the file, or `command line: a.b=1`.
         numbered: whether origins are `name:line` or `name` alone.
+
+    Raises:
+        ConfigError: it is not valid; names `name` and the line.
     """
     try:
         root = yaml.compose(text, Loader=_Loader)
-        return None if root is None else _convert(root, name, numbered, "")
+        return None if root is None else _current(_convert(root, name, numbered, ""))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if numbered and mark else name
@@ -269,8 +294,10 @@ def _override(text: str) -> tuple[list[str], Node]:
     origin = f"command line: {text}"
     if not equals or not re.fullmatch(r"[^.\s=]+(\.[^.\s=]+)*", key):
         raise ConfigError(f"{origin}: expected key=value with a dotted key, as in data.params.batch_size=64")
-    node = parse(value, origin, numbered=False)
-    return key.split("."), node or Node(None, origin)
+    node, keys = parse(value, origin, numbered=False) or Node(None, origin), key.split(".")
+    if keys[-1] == "target" and isinstance(node.value, str):
+        node = Node(moved.target(node.value), origin)
+    return keys, node
 
 
 def _nested(node: Node, keys: list[str], value: Node, key: str) -> Node:

@@ -7,9 +7,10 @@ import torch
 from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
+from ldm.data.dataset import ImageDataset, hold_out
 from ldm.data.elastic_sampler import ElasticBatchSampler, accumulation, items, validation_batches
-from ldm.data.sources.folder import ImageDataset, hold_out
-from ldm.data.transforms import BrokenImages, EvalTransform, TrainTransform, Transform, View, collate
+from ldm.data.loading import BrokenImages, View, collate
+from ldm.data.transforms import EvalTransform, TrainTransform, Transform
 from ldm.errors import ConfigError, DataError
 from ldm.randomness import Draws
 from ldm.ranges import Count, CountOrZero, Fraction, Seed

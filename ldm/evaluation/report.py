@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from ldm.autoencoder.codec import Codec
-from ldm.data.sources.folder import ImageDataset
+from ldm.data.dataset import ImageDataset
 from ldm.data.transforms import EvalTransform
 from ldm.errors import ConfigError, DataError
 from ldm.evaluation.features.classifier import Classifier, judge, train_classifier, unit_range
 from ldm.evaluation.metrics import accuracy, frechet_distance
 from ldm.images import grid
-from ldm.sampling.generate import Pipeline, generate
-from ldm.sampling.img2img import Guidance
+from ldm.sampling.generate import generate
+from ldm.sampling.guidance import Guidance
+from ldm.sampling.pipeline import Pipeline
 
 BATCH = 100
 

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,11 +14,12 @@ from torch.utils.data import DataLoader
 
 from ldm.autoencoder.codec import Codec
 from ldm.data.datamodule import VALIDATION_SEED, ElasticDataModule, split
-from ldm.data.sources.folder import ImageDataset
+from ldm.data.dataset import ImageDataset
 from ldm.data.transforms import EvalTransform, transformed
 from ldm.errors import ConfigError, DataError
 from ldm.latents.build import Source, build, shard_items
-from ldm.latents.manifest import Manifest, Plan, note_source, noted_source
+from ldm.latents.claims import read_sealed
+from ldm.latents.manifest import PLAN, Manifest, Plan, note_source, noted_source
 from ldm.latents.reader import LatentCache, LatentDataset
 from ldm.ranges import Count, CountOrZero, Fraction, Seed
 from ldm.runtime import distributed
@@ -227,10 +228,20 @@ class LatentDataModule(ElasticDataModule):
 
 
 def _default_folder(plan: Plan) -> Path:
-    """Where the cache lies if no folder is given: that of the plan as it was once written goes on, while it holds."""
-    folder, former = (Path("cache") / each.fingerprint() for each in (plan, plan.former()))
-    goes_on = former.is_dir() and not folder.is_dir() and noted_source(former) in (None, plan.source)
-    return former if goes_on else folder
+    """Where the cache lies if no folder is given.
+
+    A folder is called by all that its plan says. One of the same content may be called otherwise, because its plan was
+    written under former names of ours, or when a source's fingerprint did not yet hold its bytes: it goes on.
+    """
+    folder = Path("cache") / plan.fingerprint()
+    if folder.is_dir():
+        return folder
+    for other in sorted(Path("cache").glob(f"*/{PLAN}")):
+        with suppress(DataError):  # a folder that is damaged is of no use here, and none of our business
+            same = not plan.differences(Plan.from_dict(read_sealed(other)))
+            if same and noted_source(other.parent) in (None, plan.source):
+                return other.parent
+    return folder
 
 
 def _opened(cache: LatentCache | None) -> LatentCache:

@@ -28,7 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.data.fingerprint import comparable, parts
+from ldm.config.moved import current_plain
+from ldm.data.fingerprint import comparable
 from ldm.errors import DataError, ResourceError
 from ldm.latents.claims import COMMAND, REBUILD, dump, publish, read_sealed, seal
 
@@ -101,13 +102,10 @@ class Plan:
         """Names the cache's content: two caches of one fingerprint are interchangeable."""
         return sha256(dump(self.facts())).hexdigest()[:16]
 
-    def former(self) -> "Plan":
-        """The same as it was written when fingerprints of sources were of names and sizes alone."""
-        return replace(self, source=parts(self.source)[0])
-
     def differences(self, found: "Plan") -> list[str]:
         """One line for each fact in which `found` is not what this plan asks for."""
-        ours, theirs = self.facts(), found.facts()
+        # A configuration that was stored under former names says the same.
+        ours, theirs = (replace(plan, autoencoder=current_plain(plan.autoencoder)).facts() for plan in (self, found))
         ours["source"], theirs["source"] = comparable(self.source, found.source)
         return [
             f"{key}: expected {_short(ours.get(key))}, found {_short(theirs.get(key))}"

@@ -6,22 +6,15 @@ let go after it. Functions here that talk to other ranks say so: every rank has 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.distributed.tensor import empty as empty_dtensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
-
-from ldm.checkpoints import state_tree
-from ldm.runtime import distributed
 
 
 @runtime_checkable
@@ -72,61 +65,6 @@ def total_norm(gradients: Iterable[Tensor]) -> Tensor:
     """The 2-norm of all gradients together, all ranks' rows of them: a plain scalar, on their device (collective)."""
     norm = get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def gathered(value: Any) -> Any:
-    """A copy of the containers with whole tensors, on the CPU of rank 0; None in their place elsewhere (collective)."""
-
-    def gather(key: str, leaf: Any) -> Any:
-        if not isinstance(leaf, DTensor):
-            return leaf
-        whole = leaf.full_tensor()  # one at a time: more need not fit
-        return whole.cpu() if distributed.is_main() else None
-
-    return state_tree.replaced(value, gather)
-
-
-def cut(state: Mapping[str, Any], folder: str, timeout: float) -> dict[str, Any]:
-    """A checkpoint as `checkpoint.save` takes it from each rank: this rank's rows aside, None in their place.
-
-    Args:
-        folder: name of the shards' folder, the same on all ranks.
-        timeout: seconds that rank 0 may wait for the files of the others.
-    """
-    tensors: dict[str, Tensor] = {}
-    offsets: dict[str, list[int]] = {}
-
-    def take(key: str, leaf: Any) -> Any:
-        if not isinstance(leaf, DTensor):
-            return leaf
-        tensors[key] = leaf.to_local()
-        rows = -(-leaf.shape[0] // leaf.device_mesh.size())
-        offsets[key] = [min(rows * leaf.device_mesh.get_local_rank(), leaf.shape[0]), *[0] * (leaf.ndim - 1)]
-        return None
-
-    rest: dict[str, Any] = state_tree.replaced(dict(state), take)
-    place = {"rank": distributed.rank(), "world": distributed.world_size(), "folder": folder, "timeout": timeout}
-    return {**rest, "shard": {**place, "tensors": tensors, "offsets": offsets}}
-
-
-def read(state: dict[str, Any], folder: Path, mesh: DeviceMesh) -> dict[str, Any]:
-    """Put into a checkpoint, loaded without its shards, this rank's rows of their tensors (collective).
-
-    Args:
-        state: what `checkpoint.load(path, assemble=False)` gave.
-        folder: of the shards, written by any number of ranks.
-        mesh: the ranks, in one dimension.
-    """
-    reader = dcp.HuggingFaceStorageReader(str(folder))
-    known = reader.read_metadata().state_dict_metadata
-    tensors = {
-        key: empty_dtensor(*entry.size, dtype=entry.properties.dtype, device_mesh=mesh, placements=[Shard(0)])
-        for key, entry in known.items()
-        if isinstance(entry, TensorStorageMetadata)  # safetensors hold nothing else
-    }
-    dcp.load(tensors, storage_reader=reader)
-    loaded: dict[str, Any] = state_tree.replaced(state, lambda key, leaf: tensors.get(key, leaf))
-    return loaded
 
 
 def load_weights(module: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:

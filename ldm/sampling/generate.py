@@ -7,32 +7,26 @@ to float rounding: a batch of another size may take another matrix kernel, which
 The starting noise is drawn on the CPU, so that a seed names the same picture on every machine.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from ldm.autoencoder.codec import Codec
-from ldm.checkpoints import store
-from ldm.config.load import build
-from ldm.diffusion.conditioners.base import Conditioner
 from ldm.diffusion.objectives import Objective
-from ldm.errors import CheckpointError, ConfigError, NumericError
-from ldm.latents.manifest import Manifest
+from ldm.errors import ConfigError, NumericError
 from ldm.randomness import Draws
-from ldm.sampling.guidance import Denoiser, inpaint
-from ldm.sampling.img2img import Guidance, Original
+from ldm.sampling.guidance import Denoiser, Guidance
+from ldm.sampling.img2img import Original, inpaint
+from ldm.sampling.pipeline import Pipeline
 from ldm.sampling.samplers import ddim, start
 from ldm.sampling.timesteps import Default, Grid
 
 if TYPE_CHECKING:  # sampling from a checkpoint needs nothing of the training code
-    from ldm.diffusion.module import LatentDiffusion
+    pass
 
 UNGUIDED = Guidance()
 
@@ -54,84 +48,6 @@ class Sample(NamedTuple):
     seed: int
     label: int | None
     image: np.ndarray
-
-
-@dataclass(frozen=True)
-class Pipeline:
-    """What it takes to make pictures.
-
-    Args:
-        denoiser: the modules `network` and `conditioner`.
-        objective: what the network was trained on.
-        codec: the autoencoder whose latents it was trained on.
-        manifest: of the latent cache: shape and scale of the latents, the classes.
-        label_dropout: the share of pictures that it was trained on without their classes.
-        origin: where the weights came from, in plain values: {"checkpoint", "step", "weights"}.
-    """
-
-    denoiser: nn.ModuleDict
-    objective: Objective
-    codec: Codec
-    manifest: Manifest
-    label_dropout: float
-    origin: Mapping[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def load(
-        cls,
-        path: Path | str,
-        *,
-        ema: bool = True,
-        autoencoder: Path | str | None = None,
-        device: torch.device | str = "cpu",
-        trust: Sequence[str] = (),
-    ) -> "Pipeline":
-        """From a stage-2 checkpoint; builds the network, its conditioner and the objective, and no optimizer or data.
-
-        Args:
-            path: run folder (its newest good checkpoint) or checkpoint file.
-            ema: the averaged weights; False: those of the last step.
-            autoencoder: stage-1 run folder or checkpoint; None: where it lay when the latents were made.
-            trust: packages besides ldm's own that the checkpoints' configurations may name.
-
-        Raises:
-            CheckpointError: missing, damaged, not from stage 2, or an autoencoder other than the latents'.
-        """
-        file = store.find(Path(path))
-        state = store.load(file)
-        record = _diffusion_record(state, file)
-        params = record["config"]["model"]["params"]
-        denoiser = nn.ModuleDict({name: build(params[name], trust) for name in ("network", "conditioner")})
-        objective = build(params["objective"], trust)
-        store.fill(denoiser, state["state_dict"], "ema.average" if ema else "denoiser", file)
-        store.fill(objective, state["state_dict"], "objective", file)
-        manifest = Manifest.from_dict(record["latents"])
-        codec = load_codec(manifest, autoencoder, file, trust)
-        origin = {"checkpoint": str(file), "step": record["step"], "weights": "ema" if ema else "raw"}
-        denoiser.requires_grad_(False).eval()
-        dropout = params.get("label_dropout", 0.0)
-        return cls(denoiser.to(device), objective.to(device), codec.to(device), manifest, dropout, origin)
-
-    @classmethod
-    def from_module(cls, module: "LatentDiffusion", codec: Codec, manifest: Manifest, ema: bool = True) -> "Pipeline":
-        """From a model in training, whose weights it shares; `codec` should lie on the module's device."""
-        denoiser = module.ema.average if ema else module.denoiser
-        assert isinstance(denoiser, nn.ModuleDict)
-        return cls(denoiser, module.objective, codec, manifest, module.label_dropout)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.denoiser.parameters()).device
-
-    @property
-    def conditioner(self) -> Conditioner:
-        return cast(Conditioner, self.denoiser["conditioner"])
-
-    @property
-    def num_classes(self) -> int | None:
-        """How many classes can be asked for; None: the model was trained without."""
-        told = vars(self.conditioner.null(1)).values()
-        return None if all(slot is None for slot in told) else self.manifest.plan.num_classes
 
 
 def generate(
@@ -237,53 +153,3 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.train(training)
-
-
-def _diffusion_record(state: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """What a stage-2 checkpoint says of itself."""
-    record = state.get("ldm")
-    kind = record.get("kind") if isinstance(record, dict) else None
-    if not isinstance(record, dict) or kind != "diffusion":
-        found = f"one of kind {kind!r}" if kind else "one that was not saved by ldm"
-        raise CheckpointError(
-            f"{file}: expected the checkpoint of a diffusion model (stage 2), found {found}. "
-            f"Name the run folder of a stage-2 run."
-        )
-    return record
-
-
-def load_codec(
-    manifest: Manifest,
-    given: Path | str | None,
-    file: Path | str,
-    trust: Sequence[str] = (),
-    where: str = "with --autoencoder PATH",
-) -> Codec:
-    """The autoencoder that made the latents, proven by its weights' hash; none, where they are pixels.
-
-    Args:
-        manifest: of the latents.
-        given: its run folder or checkpoint; None: where it lay when the latents were made.
-        file: who asks, for messages.
-        trust: packages besides ldm's own that its configuration may name.
-        where: the place to name it, for messages.
-
-    Raises:
-        CheckpointError: it is not there, or another.
-    """
-    recorded = manifest.plan.autoencoder
-    if not recorded["config"]:
-        return Codec.pixels(manifest.plan.shape[0])
-    fix = f"Name that autoencoder's run folder or checkpoint {where}."
-    if not (path := given or recorded.get("path")):
-        raise CheckpointError(f"{file}: does not say where the autoencoder of its latents lies. {fix}")
-    try:
-        codec = Codec.load(path, trust)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}\n{file} needs the autoencoder that made its latents. {fix}") from error
-    if (found := codec.weight_hash()) != recorded["weights"]:
-        raise CheckpointError(
-            f"{codec.path}: not the autoencoder that made the latents of {file}: weights {found[:16]}..., "
-            f"expected {recorded['weights'][:16]}.... {fix}"
-        )
-    return codec

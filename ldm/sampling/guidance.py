@@ -4,13 +4,21 @@ x0 is affine in what a network predicts, whatever that is: extrapolating one is 
 channel by channel too: where `channels` is given, the first so many are guided, and the others are as without guidance.
 """
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ldm.diffusion.conditioners.base import Conditioning
 from ldm.diffusion.objectives import Objective
+from ldm.errors import ConfigError
+
+if TYPE_CHECKING:  # generate.py builds on this file
+    from ldm.sampling.pipeline import Pipeline
 
 # denoise(x (N, ...), t () on the host, conditioning of N rows) -> x0, and the same with the conditioning filled in.
 ConditionalDenoiser = Callable[[Tensor, Tensor, Conditioning], Tensor]
@@ -99,11 +107,6 @@ def classifier(
     return guided
 
 
-def inpaint(denoise: Denoiser, known: Tensor, mask: Tensor) -> Denoiser:
-    """`known` (N, ...) where `mask` is true, the estimate elsewhere; any sampler ends with what is known."""
-    return lambda x, t: torch.where(mask, known, denoise(x, t))
-
-
 def _completed(first: Tensor, x0: Tensor) -> Tensor:
     """`first` (N, c, ...) as the first channels of `x0` (N, C, ...)."""
     channels = first.shape[1]
@@ -113,3 +116,114 @@ def _completed(first: Tensor, x0: Tensor) -> Tensor:
 def _spread(x: Tensor) -> Tensor:
     """The standard deviation of each row, (N, 1, ...)."""
     return x.flatten(1).std(1).reshape(-1, *[1] * (x.ndim - 1))
+
+
+_ALWAYS_TOLD = "this model never saw a picture without its class (model.params.label_dropout: 0)"
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How strongly samples are led, and away from what (diffusion/guidance.py).
+
+    Args:
+        scale: 1 = not at all; above: away from no class, or from `worse`, at twice the cost. Of a classifier: the
+            factor on its gradient, 0 = not at all.
+        rescale: 0 ... 1: how far each sample's spread is brought back to the unguided one's.
+        above, up_to: the ratios sigma / alpha between which samples are led.
+        worse: a smaller or less trained model of the same latents and path (autoguidance); None: no class.
+        classifier: of noisy latents: (x (N,c,h,w), t (), labels (N,)) -> log p(label | x), (N,). Leads any model,
+            also one that was trained without classes; None: the model alone.
+        channels: of the latents, the first so many are led, and the others are as without guidance; None: all.
+
+    Raises:
+        ConfigError: values out of range, or that contradict one another.
+    """
+
+    scale: float = 1.0
+    rescale: float = 0.0
+    above: float = 0.0
+    up_to: float = math.inf
+    worse: "Pipeline | None" = None
+    classifier: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    channels: int | None = None
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise ConfigError(f"guidance scale: expected a finite number, found {self.scale:g}")
+        if not 0 <= self.rescale <= 1:
+            raise ConfigError(f"guidance rescale: expected 0 to 1, found {self.rescale:g}")
+        if not 0 <= self.above < self.up_to:
+            raise ConfigError(
+                f"guidance interval: expected 0 <= LOW < HIGH, as ratios sigma / alpha, "
+                f"found {self.above:g} and {self.up_to:g}"
+            )
+        if self.channels is not None and self.channels < 1:
+            raise ConfigError(f"guidance channels: expected 1 or more, found {self.channels}")
+        others = [name for name in ("worse", "classifier") if getattr(self, name) is not None]
+        if self.rescale and others:
+            raise ConfigError(f"guidance rescale: belongs to classifier-free guidance; leave out it or {others[0]}")
+        if len(others) == 2:
+            raise ConfigError("guidance: by a worse model or by a classifier; leave one of them out")
+
+    def check(self, pipeline: "Pipeline", told: bool, times: Tensor) -> None:
+        """ConfigError where there is nothing to lead with, or nothing that was learned of no class.
+
+        Args:
+            pipeline: what is to be led.
+            told: whether classes are asked for.
+            times: of the sampler; a worse model has to speak of the same noise levels there.
+        """
+        if self.channels is not None and self.channels > (there := pipeline.manifest.plan.shape[0]):
+            raise ConfigError(
+                f"guidance channels: expected 1 to {there}, the channels of this model's latents, found {self.channels}"
+            )
+        if self.worse is not None:
+            self._check_worse(pipeline, self.worse, times)
+        elif self.classifier is not None and not told:
+            raise ConfigError("guidance by a classifier: no classes are asked for; ask for some, or leave it out")
+        elif self.classifier is None and self.scale != 1:
+            self._check_classes(pipeline, told)
+        if pipeline.num_classes is not None and not told and pipeline.label_dropout == 0:
+            raise ConfigError(f"classes: found none, but {_ALWAYS_TOLD}; ask for some")
+
+    def _check_classes(self, pipeline: "Pipeline", told: bool) -> None:
+        found = f"guidance scale: found {self.scale:g}, but"
+        if pipeline.num_classes is None:
+            raise ConfigError(f"{found} this model was trained without classes; expected 1, or a worse model as well")
+        if not told:
+            raise ConfigError(f"{found} no classes are asked for; ask for some, or leave the scale at 1")
+        if pipeline.label_dropout == 0:
+            raise ConfigError(f"{found} {_ALWAYS_TOLD}; expected 1, or a worse model as well")
+
+    def _check_worse(self, pipeline: "Pipeline", worse: "Pipeline", times: Tensor) -> None:
+        ours, theirs = pipeline.manifest, worse.manifest
+        classes = pipeline.num_classes, worse.num_classes
+        found = worse.origin.get("checkpoint", "the worse model")
+        same = ours.plan.autoencoder["weights"] == theirs.plan.autoencoder["weights"]
+        if not same or (ours.plan.shape, ours.mean, ours.std) != (theirs.plan.shape, theirs.mean, theirs.std):
+            raise ConfigError(f"{found}: was trained on other latents than the model that it is to guide")
+        if classes[1] is not None and classes[1] != classes[0]:
+            raise ConfigError(f"{found}: knows {classes[1]} classes, the model that it is to guide {classes[0]}")
+        for name in ("alpha", "sigma"):
+            mine, other = (getattr(one.objective, name)(times) for one in (pipeline, worse))
+            if not torch.allclose(mine, other):
+                raise ConfigError(f"{found}: noises latents in another way than the model that it is to guide")
+
+    def denoiser(self, pipeline: "Pipeline", labels: Tensor | None, number: int) -> Denoiser:
+        """For `number` rows of the classes `labels` (number,), None: of no class."""
+        conditional = partial(pipeline.objective.denoise, pipeline.denoiser["network"])
+        null = pipeline.conditioner.null(number)
+        told = null if labels is None else pipeline.conditioner({"class_label": labels})
+        plain = classifier_free(conditional, told, null, 1.0)
+        if self.worse is not None:
+            guided = autoguidance(plain, Guidance().denoiser(self.worse, labels, number), self.scale, self.channels)
+        elif self.classifier is not None and labels is not None:
+            sees, wanted = self.classifier, labels
+            guided = classifier(plain, pipeline.objective, lambda x, t: sees(x, t, wanted), self.scale, self.channels)
+        elif labels is not None:
+            guided = classifier_free(conditional, told, null, self.scale, self.rescale, self.channels)
+        else:
+            guided = plain
+        if self.above == 0 and math.isinf(self.up_to):
+            return guided
+        return within(guided, plain, pipeline.objective, self.above, self.up_to)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ldm.data.sources.folder import read_image
+from ldm.data.decoding import read_image
 from ldm.errors import ConfigError
 from ldm.files import whole
 from ldm.images import grid, picture

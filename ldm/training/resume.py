@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ldm import run_folder
-from ldm.cli.options import Options
 from ldm.config.load import Config
 from ldm.config.tree import Node, apply, from_plain, merge, read, to_yaml
 from ldm.errors import ConfigError
 from ldm.run_folder import RunFolder
+from ldm.training.options import Options
 from ldm.training.resume_changes import Written, bound, brief, changes, differences, going_on, refuse
 
 _SCALED = "--scale-lr belongs to a run's start: the rates that were saved are scaled already."

@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm.config.load import REFERENCE, expanded
+from ldm.config.load import REFERENCE
 from ldm.config.tree import Node, from_plain
 from ldm.errors import ConfigError
+from ldm.files import expanded
 
 # A key is bound to the run when it is, or lies under, one of these; all others may change freely.
 _BOUND = (

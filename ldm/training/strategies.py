@@ -17,7 +17,7 @@ from pytorch_lightning.core.optimizer import LightningOptimizer
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from torch.optim import Optimizer
 
-from ldm.checkpoints import shards, store
+from ldm.checkpoints import sharded_state, shards, store
 from ldm.ranges import Positive
 from ldm.runtime import distributed, fsdp
 
@@ -89,7 +89,7 @@ class FSDP2(ModelParallelStrategy):
         # Only rank 0 knows the run folder; each save has shards of its own, so that it never touches the last one's.
         path, token = self.broadcast((str(filepath), secrets.token_hex(4)))
         folder = f"{Path(path).name}.{token}{shards.SUFFIX}"
-        self.checkpoint_io.save_checkpoint(fsdp.cut(checkpoint, folder, self.timeout), path)
+        self.checkpoint_io.save_checkpoint(sharded_state.cut(checkpoint, folder, self.timeout), path)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """The state; of a sharded checkpoint only this rank's rows are read."""
@@ -98,7 +98,7 @@ class FSDP2(ModelParallelStrategy):
         named = state.pop("shards", None)
         if named is None:
             return state
-        return fsdp.read(state, shards.folder_of(path, named["folder"]), self.device_mesh["data_parallel"])
+        return sharded_state.read(state, shards.folder_of(path, named["folder"]), self.device_mesh["data_parallel"])
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
@@ -113,4 +113,4 @@ class FSDP2(ModelParallelStrategy):
         self.checkpoint_io.teardown()  # which Lightning's class forgets
 
     def _saved(self, state: Any) -> Any:
-        return state if self.sharded_checkpoints else fsdp.gathered(state)
+        return state if self.sharded_checkpoints else sharded_state.gathered(state)

@@ -43,9 +43,11 @@ from ldm.run_folder import RunFolder
 from ldm.runtime import distributed, threads
 from ldm.runtime.step_metrics import is_logged
 from ldm.training.callbacks.checkpoints import AtomicCheckpointIO, Checkpoints
-from ldm.training.callbacks.previews import ImageLogger, Progress, SampleLogger, Throughput
-from ldm.training.callbacks.provenance import Provenance, StopOnSignal
+from ldm.training.callbacks.previews import ImageLogger, SampleLogger
+from ldm.training.callbacks.progress import Progress, Throughput
+from ldm.training.callbacks.provenance import Provenance
 from ldm.training.callbacks.skip_nonfinite import FiniteGuard
+from ldm.training.callbacks.stop import StopOnSignal
 from ldm.training.loggers import FencedWandb, MetricsFile
 from ldm.training.rehearsal import Rehearsal
 from ldm.training.strategies import DDP, FSDP2

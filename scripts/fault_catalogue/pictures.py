@@ -136,7 +136,7 @@ def bombs(place: Place) -> str:
 
 def _weigh(path: Path, result: Path) -> None:
     """Write down by how many megabytes the process grows at most while it reads a picture that it has to refuse."""
-    from ldm.data.sources.folder import read_image
+    from ldm.data.decoding import read_image
     from ldm.errors import DataError
 
     def megabytes(key: str) -> float:

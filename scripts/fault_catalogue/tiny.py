@@ -85,7 +85,7 @@ def stage2(lab: Path, steps: int = 24, every: int = 1000, keep: int = 2, validat
             "ldm.diffusion.module.LatentDiffusion",
             network=network,
             conditioner=node(
-                "ldm.diffusion.conditioners.base.ClassVector", num_classes="${data:num_classes}", channels=8
+                "ldm.diffusion.conditioners.classes.ClassVector", num_classes="${data:num_classes}", channels=8
             ),
             objective=node("ldm.diffusion.objectives.DDPM", schedule=node("ldm.diffusion.noise_schedules.SqrtLinear")),
             optimizer=node("torch.optim.AdamW", partial=True, lr=1e-3),

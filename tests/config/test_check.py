@@ -306,10 +306,10 @@ def test_a_mistake_is_reported_without_importing_torch(tmp_path: Path) -> None:
     code = f"""
         import sys
         from pathlib import Path
-        from ldm import config
+        from ldm.config.load import ConfigError, load
         try:
-            config.load([Path({str(path)!r})], ["lightning.trainer.max_step=1"]).check()
-        except config.ConfigError as error:
+            load([Path({str(path)!r})], ["lightning.trainer.max_step=1"]).check()
+        except ConfigError as error:
             print(error)
         print("torch" in sys.modules)
     """

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from ldm.config.load import Config, from_tree, newest_run
+from ldm.config.load import Config, from_tree
 from ldm.config.load import load as load_files
 from ldm.errors import ConfigError
+from ldm.run_folder import newest_run
 
 BASE = """\
 name: house

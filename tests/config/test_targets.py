@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from ldm.config import load
-from ldm.config.load import ConfigError
+from ldm.config.load import build
+from ldm.errors import ConfigError
 
 TRUST = ("house",)
 PARTS = """
@@ -90,17 +90,17 @@ def test_leaves_are_built_first_and_containers_are_walked() -> None:
             "make": {"target": "house.parts.Part", "params": {"size": 9}, "partial": True},
         },
     }
-    network = load.build(node, TRUST)
+    network = build(node, TRUST)
     given = network.given
     from house import parts  # type: ignore[import-not-found]
 
     assert parts.made[-1] is network
     assert parts.made[-3:-1] == [given["part"], given["parts"][0]]
     assert given["make"](scale=3.0).size == 9
-    pair = load.build({"a": node["params"]["part"], "b": [1, None, "x"]}, TRUST)
+    pair = build({"a": node["params"]["part"], "b": [1, None, "x"]}, TRUST)
     assert isinstance(pair["a"], parts.Bolt)
     assert pair["b"] == [1, None, "x"]
-    assert load.build({"target": "house.parts.double", "partial": True, "params": {"factor": 3.0}}, TRUST)(2) == 6.0
+    assert build({"target": "house.parts.double", "partial": True, "params": {"factor": 3.0}}, TRUST)(2) == 6.0
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_leaves_are_built_first_and_containers_are_walked() -> None:
 )
 def test_what_cannot_be_built_is_named(node: dict[str, Any], words: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError) as caught:
-        load.build(node, TRUST, key="model.x")
+        build(node, TRUST, key="model.x")
     for part in words:
         assert part in str(caught.value)
 
@@ -130,23 +130,23 @@ def test_what_cannot_be_built_is_named(node: dict[str, Any], words: tuple[str, .
 def test_whatever_a_constructor_raises_comes_with_the_key(error: str) -> None:
     node = {"target": "house.parts.Raises", "params": {"error": error, "text": "out of tea"}}
     with pytest.raises(ConfigError, match=rf"^model\.x: house\.parts\.Raises cannot be built: {error}: .*out of tea"):
-        load.build({"x": node}, TRUST, key="model")
+        build({"x": node}, TRUST, key="model")
 
 
 def test_no_memory_is_no_mistake_of_the_configuration() -> None:
     with pytest.raises(MemoryError):
-        load.build({"target": "house.parts.Raises", "params": {"error": "MemoryError", "text": ""}}, TRUST)
+        build({"target": "house.parts.Raises", "params": {"error": "MemoryError", "text": ""}}, TRUST)
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it() -> None:
     words = r"model: .*it needs a package that is not installed: .*; install it: pip install surely_not_installed$"
     with pytest.raises(ConfigError, match=words):
-        load.build({"target": "house.parts.NeedsPackage"}, TRUST, key="model")
+        build({"target": "house.parts.NeedsPackage"}, TRUST, key="model")
 
 
 def test_errors_that_are_the_users_pass_through() -> None:
     with pytest.raises(ConfigError, match=r"^a class refused$"):
-        load.build({"target": "house.parts.Anything", "params": {"x": {"target": "house.parts.Refuses"}}}, TRUST)
+        build({"target": "house.parts.Anything", "params": {"x": {"target": "house.parts.Refuses"}}}, TRUST)
 
 
 TOUCH = "touch MARKER"
@@ -229,13 +229,13 @@ def test_no_target_runs_code(target: str, params: dict[str, Any], partial: bool,
 
     node = {"target": target, "params": fill(params), "partial": partial}
     with pytest.raises(ConfigError, match=r"model.target:"):
-        load.build(node, TRUST, key="model")
+        build(node, TRUST, key="model")
     tree = {"seed": 1, "model": node, "data": {"target": "house.parts.Nut"}}
     with pytest.raises(ConfigError, match=r"model\.(target|params)"):
         load.from_tree(tree, "stranger.ckpt", TRUST).check()
     # Nor inside the parameters of something harmless.
     with pytest.raises(ConfigError):
-        load.build({"target": "house.parts.Anything", "params": {"x": [{"y": node}]}}, TRUST)
+        build({"target": "house.parts.Anything", "params": {"x": [{"y": node}]}}, TRUST)
     assert not marker.exists()
 
 
@@ -244,8 +244,8 @@ def test_a_module_that_is_not_trusted_is_not_even_imported(tmp_path: Path, monke
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="--trust trap"):
-        load.build({"target": "trap.Trap"})
+        build({"target": "trap.Trap"})
     assert "trap" not in sys.modules
     assert not (tmp_path / "marker").exists()
-    assert type(load.build({"target": "trap.Trap"}, ["trap"])).__name__ == "Trap"
+    assert type(build({"target": "trap.Trap"}, ["trap"])).__name__ == "Trap"
     sys.modules.pop("trap")

@@ -13,7 +13,8 @@ from PIL import Image
 from pytorch_lightning import LightningModule, Trainer
 
 from ldm.data.datamodule import VALIDATION_SEED, ImageDataModule
-from ldm.data.sources.folder import ImageFolder, Subset, hold_out
+from ldm.data.dataset import Subset, hold_out
+from ldm.data.sources.folder import ImageFolder
 from ldm.data.transforms import EvalTransform
 from ldm.errors import ConfigError, DataError
 from ldm.randomness import Draws

@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
+from ldm.data.loading import BrokenImages, View, collate
 from ldm.data.sources.folder import ImageFolder
-from ldm.data.transforms import BrokenImages, EvalTransform, TrainTransform, View, collate
+from ldm.data.transforms import EvalTransform, TrainTransform
 from ldm.errors import ConfigError, DataError
 
 

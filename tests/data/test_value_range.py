@@ -6,7 +6,9 @@ from PIL import Image
 from tests.data.test_images import wide_colors
 
 from ldm.data import value_range
-from ldm.data.sources.folder import MAX_PIXELS, ImageFolder, hold_out
+from ldm.data.dataset import hold_out
+from ldm.data.decoding import MAX_PIXELS
+from ldm.data.sources.folder import ImageFolder
 
 
 def pictures(folder, highest: list[int], suffix: str = "png") -> list[str]:

@@ -8,7 +8,8 @@ import torch
 from pytorch_lightning.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
-from ldm.diffusion.conditioners.base import ClassOneHot, ClassVector, Unconditional
+from ldm.diffusion.conditioners.base import Unconditional
+from ldm.diffusion.conditioners.classes import ClassOneHot, ClassVector
 from ldm.diffusion.module import LatentDiffusion
 from ldm.diffusion.networks.edm2 import MagnitudePreservingUNet, Weight
 from ldm.diffusion.networks.unet import UNet

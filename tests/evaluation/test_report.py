@@ -5,7 +5,7 @@ import torch
 from ldm.data.sources.arrays import ArrayImages
 from ldm.errors import ConfigError, DataError
 from ldm.evaluation.report import Pictures, compare, of_each_class, read, to_bytes, unit_range
-from ldm.sampling.generate import Pipeline
+from ldm.sampling.pipeline import Pipeline
 
 
 def dataset(number: int, seed: int) -> ArrayImages:

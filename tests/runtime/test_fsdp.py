@@ -13,8 +13,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_
 
-from ldm.checkpoints import store
-from ldm.diffusion.conditioners.base import ClassVector, Conditioning
+from ldm.checkpoints import sharded_state, store
+from ldm.diffusion.conditioners.base import Conditioning
+from ldm.diffusion.conditioners.classes import ClassVector
 from ldm.diffusion.networks.unet import UNet
 from ldm.layers import sinusoid
 from ldm.optim.ema import EMA, Decay
@@ -81,9 +82,9 @@ def train(model: Denoiser, rows: slice, steps: int = 3, clip: float = 0.5, poiso
     return {
         "losses": torch.tensor(losses),
         "norms": torch.tensor(norms),
-        "weights": fsdp.gathered(model.state_dict()),
-        "average": fsdp.gathered(ema.average.state_dict()),
-        "optimizer": fsdp.gathered(optimizer.state_dict()),
+        "weights": sharded_state.gathered(model.state_dict()),
+        "average": sharded_state.gathered(ema.average.state_dict()),
+        "optimizer": sharded_state.gathered(optimizer.state_dict()),
     }
 
 
@@ -149,8 +150,11 @@ def saved_by(rank: int, path: Path) -> dict[str, Any]:
     model.loss(mine()).backward()
     optimizer.step()
     state = {"state_dict": model.state_dict(), "optimizer_states": [optimizer.state_dict()], "global_step": 1}
-    store.save(path, fsdp.cut(state, f"{path.name}.x.shards", 20.0))
-    return {"state_dict": fsdp.gathered(state["state_dict"]), "moments": fsdp.gathered(optimizer.state_dict())}
+    store.save(path, sharded_state.cut(state, f"{path.name}.x.shards", 20.0))
+    return {
+        "state_dict": sharded_state.gathered(state["state_dict"]),
+        "moments": sharded_state.gathered(optimizer.state_dict()),
+    }
 
 
 def loaded_by(rank: int, path: Path, cut: bool) -> dict[str, Any]:
@@ -163,14 +167,14 @@ def loaded_by(rank: int, path: Path, cut: bool) -> dict[str, Any]:
     state = store.load(path, assemble=not cut)
     if cut:
         folder = path.parent / state.pop("shards")["folder"]
-        state = fsdp.read(state, folder, init_device_mesh("cpu", (distributed.world_size(),)))
+        state = sharded_state.read(state, folder, init_device_mesh("cpu", (distributed.world_size(),)))
     fsdp.load_weights(model, state["state_dict"])
     fsdp.load_optimizer(optimizer, state["optimizer_states"][0])
     assert all(isinstance(value["exp_avg"], DTensor) for value in optimizer.state.values())
-    moments = copy.deepcopy(fsdp.gathered(optimizer.state_dict()))
+    moments = copy.deepcopy(sharded_state.gathered(optimizer.state_dict()))
     model.loss(mine()).backward()
     optimizer.step()  # with what was loaded
-    return {"state_dict": fsdp.gathered(state["state_dict"]), "moments": moments}
+    return {"state_dict": sharded_state.gathered(state["state_dict"]), "moments": moments}
 
 
 class Harm:

@@ -13,7 +13,7 @@ from ldm.runtime import launcher
 from tests.points import in_a_child, wait_until
 
 ROOT = Path(launcher.__file__).parents[2]
-SLEEPER = "import time; from ldm import ranks; ranks.tie_to_starter(); print(flush=True); time.sleep(100)"
+SLEEPER = "import time; from ldm.runtime import launcher; launcher.tie_to_starter(); print(flush=True); time.sleep(100)"
 
 
 def alive(process: int) -> bool:
@@ -94,7 +94,7 @@ def test_stopped_ranks_of_the_same_agent_are_ended() -> None:
         workers = [subprocess.Popen(["sleep", "100"]) for _ in range(2)]
         os.kill(workers[0].pid, signal.SIGSTOP)
         assert wait_until(lambda: launcher._state(workers[0].pid) == "T", 5)
-        finder = [sys.executable, "-c", "from ldm import ranks; ranks.end_stopped()"]
+        finder = [sys.executable, "-c", "from ldm.runtime import launcher; launcher.end_stopped()"]
         for environment, code in ({}, None), ({"TORCHELASTIC_RUN_ID": "x"}, -signal.SIGKILL):
             assert subprocess.run(finder, env=os.environ | environment, cwd=ROOT).returncode == 0
             assert wait_until(lambda code=code: workers[0].poll() == code, 5)
@@ -120,8 +120,8 @@ def test_a_stopped_rank_0_is_ended_by_its_child() -> None:
 
 def test_leaving_runs_exit_hooks_and_flushes(tmp_path: Path) -> None:
     program = (
-        "import atexit, sys; from pathlib import Path; from ldm import ranks;"
-        f"atexit.register(lambda: Path({str(tmp_path / 'hook')!r}).touch()); print('said', end=''); ranks.leave(5)"
+        "import atexit, sys; from pathlib import Path; from ldm.runtime import launcher;"
+        f"atexit.register(lambda: Path({str(tmp_path / 'hook')!r}).touch()); print('said', end=''); launcher.leave(5)"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=20)
     assert (ended.returncode, ended.stdout) == (5, "said")

@@ -64,7 +64,7 @@ def test_the_third_request_ends_at_once_but_a_doubled_signal_is_one(capfd: pytes
 def test_the_third_request_ends_at_once_also_in_a_call_that_never_returns() -> None:
     """As in a collective whose other ranks are gone: Python's handlers do not run there."""
     program = (
-        "import ctypes; from ldm import signals; signals.listen(); print(flush=True);"
+        "import ctypes; from ldm.runtime import signals; signals.listen(); print(flush=True);"
         "libc = ctypes.CDLL(None)\nwhile True: libc.sleep(1000)"
     )
     child = subprocess.Popen(

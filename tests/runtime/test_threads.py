@@ -103,9 +103,9 @@ def test_no_control_groups_no_quota(tmp_path):
 
 def test_a_program_has_it_before_torch_is_there(monkeypatch):
     program = (
-        "import os, sys\nfrom ldm import process\n"
+        "import os, sys\nfrom ldm.cli import program\n"
         "def main():\n assert 'torch' not in sys.modules\n print(os.environ['GOMP_SPINCOUNT'])\n return 0\n"
-        "process.run(main)"
+        "program.run(main)"
     )
     for name in threads._WAITING:
         monkeypatch.delenv(name, raising=False)

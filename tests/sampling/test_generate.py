@@ -11,8 +11,9 @@ from ldm.checkpoints import store
 from ldm.errors import CheckpointError, ConfigError, NumericError
 from ldm.latents.manifest import Manifest
 from ldm.randomness import Draws
-from ldm.sampling.generate import Pipeline, generate
-from ldm.sampling.img2img import Guidance
+from ldm.sampling.generate import generate
+from ldm.sampling.guidance import Guidance
+from ldm.sampling.pipeline import Pipeline
 from ldm.sampling.samplers import ancestral, ddim
 
 SEEDS, LABELS = [3, 1, 4, 1, 5, 9, 2, 6], [0, 1, 2, 2, 1, 0, 0, 1]

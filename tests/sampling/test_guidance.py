@@ -9,7 +9,8 @@ from ldm.diffusion.conditioners.base import Conditioning
 from ldm.diffusion.noise_schedules import SqrtLinear
 from ldm.diffusion.objectives import DDPM, EDM, Flow
 from ldm.randomness import Draws
-from ldm.sampling.guidance import autoguidance, classifier, classifier_free, inpaint, within
+from ldm.sampling.guidance import autoguidance, classifier, classifier_free, within
+from ldm.sampling.img2img import inpaint
 from ldm.sampling.samplers import ancestral, ddim, dpm_solver, heun, start, unipc
 from ldm.sampling.timesteps import Default, Shift
 

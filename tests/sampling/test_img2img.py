@@ -11,8 +11,10 @@ from PIL import Image
 
 from ldm.diffusion.objectives import Flow
 from ldm.errors import ConfigError, DataError, NumericError
-from ldm.sampling.generate import Pipeline, generate
-from ldm.sampling.img2img import Guidance, Original
+from ldm.sampling.generate import generate
+from ldm.sampling.guidance import Guidance
+from ldm.sampling.img2img import Original
+from ldm.sampling.pipeline import Pipeline
 from ldm.sampling.samplers import ancestral, dpm_solver, heun, unipc
 
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from ldm.autoencoder.lpips import LPIPS
+from ldm.data.dataset import Subset
 from ldm.data.sources.arrays import DEBIAN_FASHION_MNIST, FashionMNIST
-from ldm.data.sources.folder import Subset
 from scripts import bench
 
 
@@ -94,7 +94,7 @@ def test_quality_from_nothing_to_the_table(tmp_path, monkeypatch, capsys):
     part = [*range(10_000)]
     monkeypatch.setattr(bench, "FashionMNIST", lambda train=True: Subset(FashionMNIST(train=train), part))
     source = "{target: ldm.data.sources.arrays.FashionMNIST}"
-    subset = f"{{target: ldm.data.sources.folder.Subset, params: {{dataset: {source}, indices: %s}}}}"
+    subset = f"{{target: ldm.data.dataset.Subset, params: {{dataset: {source}, indices: %s}}}}"
     small = [
         "lightning.trainer.max_steps=60",
         "lightning.trainer.val_check_interval=60",

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from ldm.data.dataset import Subset
 from ldm.data.sources.arrays import DEBIAN_FASHION_MNIST, FashionMNIST
-from ldm.data.sources.folder import Subset
 from scripts import compare
 
 RECORD = {
@@ -69,7 +69,7 @@ def test_two_configurations_are_compared(make_runs, tmp_path, monkeypatch, capsy
     few = [*range(600)]
     monkeypatch.setattr(compare, "FashionMNIST", lambda train=True: Subset(FashionMNIST(train=train), few))
     source = "{target: ldm.data.sources.arrays.FashionMNIST}"
-    subset = f"{{target: ldm.data.sources.folder.Subset, params: {{dataset: {source}, indices: %s}}}}"
+    subset = f"{{target: ldm.data.dataset.Subset, params: {{dataset: {source}, indices: %s}}}}"
     flow = compare.CONFIGS / "variants" / "flow.yaml"
     words = [
         "--variants",

@@ -7,7 +7,7 @@ import torch
 
 from ldm.checkpoints import store
 from ldm.optim.ema import power_exponent
-from ldm.sampling.generate import Pipeline
+from ldm.sampling.pipeline import Pipeline
 from scripts import reconstruct_ema as script
 
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.sampling.generate import Pipeline, generate
-from ldm.sampling.img2img import Guidance
+from ldm.sampling.generate import generate
+from ldm.sampling.guidance import Guidance
+from ldm.sampling.pipeline import Pipeline
 from scripts import sample
 from tests.tiny_runs import CLASSES, save_diffusion
 

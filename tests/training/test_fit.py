@@ -21,7 +21,7 @@ from ldm.run_folder import RunFolder, RunState
 from ldm.runtime import signals
 from ldm.training import fit
 from ldm.training.callbacks.checkpoints import Checkpoints
-from ldm.training.callbacks.provenance import StopOnSignal
+from ldm.training.callbacks.stop import StopOnSignal
 from tests.points import Automatic, PointData, a_trainer, ranks_at, wait_until
 
 FROM_A_WORKER = """Caught DataError in DataLoader worker process 0.

@@ -186,7 +186,8 @@ def test_a_profile_is_asked_for_its_end(value, diffusion_tree):
 
 
 def test_a_network_that_cannot_be_guided(diffusion_tree, monkeypatch):
-    from ldm.diffusion.conditioners.base import ClassVector, Conditioning
+    from ldm.diffusion.conditioners.base import Conditioning
+    from ldm.diffusion.conditioners.classes import ClassVector
 
     diffusion_tree["data"]["params"]["autoencoder"] = "somewhere"
     diffusion_tree["model"]["params"]["label_dropout"] = 0.0

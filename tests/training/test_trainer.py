@@ -15,9 +15,10 @@ from ldm.errors import ConfigError
 from ldm.run_folder import RunFolder
 from ldm.training import trainer
 from ldm.training.callbacks.checkpoints import AtomicCheckpointIO, Checkpoints
-from ldm.training.callbacks.previews import Progress, Throughput
-from ldm.training.callbacks.provenance import Provenance, StopOnSignal
+from ldm.training.callbacks.progress import Progress, Throughput
+from ldm.training.callbacks.provenance import Provenance
 from ldm.training.callbacks.skip_nonfinite import FiniteGuard
+from ldm.training.callbacks.stop import StopOnSignal
 from ldm.training.dry_run import meta_model
 from ldm.training.loggers import FencedWandb, MetricsFile
 

@@ -10,7 +10,7 @@ import numpy as np
 import torchvision
 from PIL import Image
 
-from ldm.data.sources.folder import Item
+from ldm.data.dataset import Item
 from ldm.errors import DataError
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")

@@ -4,113 +4,26 @@ A data set decodes and labels; it neither resizes nor augments (pixels.py does).
 (PIL, grey or RGB), `class_label` (int, if it has classes) and `caption` (str, if it has captions).
 """
 
-import errno
 import hashlib
 import json
 import logging
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, TypedDict
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from ldm.data import fingerprint
 from ldm.data import value_range as ranges
+from ldm.data.dataset import Item
+from ldm.data.decoding import MAX_PIXELS, read_image
 from ldm.data.sources import captions as caption_files
 from ldm.data.sources.listing import EXTENSIONS, demand_no_lost_class, find
 from ldm.errors import DataError
-from ldm.randomness import keys
-from ldm.ranges import Count, CountOrZero, Finite
+from ldm.ranges import Count, Finite
 from ldm.runtime import distributed
 
-MAX_PIXELS = 50_000_000
-
 logger = logging.getLogger(__name__)
-
-
-class _Pixels(TypedDict):
-    image: Image.Image
-
-
-class Item(_Pixels, total=False):
-    """One item of a data set."""
-
-    class_label: int
-    caption: str
-
-
-class ImageDataset(Protocol):
-    """What a data module asks of a data set of images."""
-
-    @property
-    def num_classes(self) -> int | None:
-        """Labels are 0 .. num_classes - 1; None: items have no `class_label`."""
-
-    @property
-    def class_names(self) -> list[str] | None:
-        """A name for each label, if there are any."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Item:
-        """Decode one item. Raises DataError naming the file if it cannot be read."""
-
-    def path(self, index: int) -> str:
-        """Where the item comes from, for messages."""
-
-    def fingerprint(self) -> str:
-        """Changes with the items, their order, labels or captions, wherever they lie (ldm/data/fingerprint.py)."""
-
-    def prepare(self) -> None:
-        """Make the files ready (download, draw); called once a machine before items are read; cheap to repeat."""
-
-
-def read_image(
-    path: str | Path, max_pixels: int = MAX_PIXELS, value_range: tuple[float, float] | None = None
-) -> Image.Image:
-    """Decode an image file: upright (EXIF), first frame, 8 bits, alpha over white; mode "L" or "RGB".
-
-    Args:
-        path: of the file.
-        max_pixels: the most that an image may have.
-        value_range: (black, white) of grey images with more than 8 bits; None: 0 and 65535 where they have 16.
-
-    Raises:
-        DataError: the file is no image, is damaged, or has more than `max_pixels`, which its header says before
-            anything is decoded; or it is one of colours with 16 bits, which are read as 8, and a range is given.
-    """
-    try:
-        with warnings.catch_warnings():
-            # Pillow warns above a limit of its own, which ours stands in for; its refusal above twice that stays.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path)
-        with image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise DataError(f"{path}: {width} x {height} pixels, more than the limit of {max_pixels} (max_pixels)")
-            if value_range is not None and ranges.is_wide_color(image):
-                raise DataError(f"{path}: value_range is for grey images, this is one of colours; convert it to 8 bits")
-            return _flatten(ImageOps.exif_transpose(image), value_range)
-    except DataError:
-        raise
-    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error, ValueError, ...
-        exhausted = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-        if exhausted or isinstance(error, MemoryError):
-            raise  # the machine's fault: replacing the image would make the run depend on it
-        raise DataError(f"{path}: cannot be read as an image ({type(error).__name__}: {error})") from error
-
-
-def _flatten(image: Image.Image, value_range: tuple[float, float] | None) -> Image.Image:
-    """Any mode -> "L" or "RGB"."""
-    if image.mode.startswith(("I", "F")):
-        return ranges.to_8_bits(image, value_range)
-    if image.has_transparency_data:
-        colours = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours).convert("RGB")
-    return image.convert("L" if image.mode in ("1", "L") else "RGB")
 
 
 class ImageFolder:
@@ -233,65 +146,3 @@ class ImageFolder:
         if not self._prepared and self.value_range is None and distributed.is_main():
             self._say(ranges.warning([self.path(index) for index in range(len(self))], self.max_pixels))
         self._prepared = True
-
-
-class Subset:
-    """Some items of a data set, in the given order."""
-
-    def __init__(self, dataset: ImageDataset, indices: Sequence[CountOrZero]) -> None:
-        self.dataset = dataset
-        self.indices = [int(index) for index in indices]
-
-    @property
-    def num_classes(self) -> int | None:
-        return self.dataset.num_classes
-
-    @property
-    def class_names(self) -> list[str] | None:
-        return self.dataset.class_names
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Item:
-        return self.dataset[self.indices[index]]
-
-    def path(self, index: int) -> str:
-        return self.dataset.path(self.indices[index])
-
-    def fingerprint(self) -> str:
-        chosen = np.asarray(self.indices, dtype=np.int64).tobytes()
-        names, contents = fingerprint.parts(self.dataset.fingerprint())
-        return hashlib.sha256(names.encode() + chosen).hexdigest() + contents
-
-    def prepare(self) -> None:
-        self.dataset.prepare()
-
-
-def hold_out(dataset: ImageDataset, number: int) -> tuple[Subset, Subset]:
-    """Split into (the rest, `number` scattered items): the same split in every run, whatever its seed.
-
-    Of a data set that has no more than `number` items a tenth is held out instead, with a warning: a configuration
-    made for a large data set goes for a small one as well.
-
-    Raises:
-        DataError: nothing would be left to train on.
-    """
-    total = len(dataset)
-    if number < 1 or total < 2:
-        raise DataError(
-            f"data.params.num_validation: cannot hold out {number} of {total} items; write 0 to train on all of them"
-        )
-    tenth = max(1, total // 10)
-    held_out = number if number < total else tenth
-    if 2 * number > total and distributed.is_main():
-        found = f"data.params.num_validation: {number} of {total} items"
-        if number < total:
-            logger.warning(
-                "%s are held out, %d are left to train on; a tenth would be %d", found, total - number, tenth
-            )
-        else:
-            logger.warning("%s would leave none to train on; a tenth, %d, is held out instead", found, tenth)
-    ranking = np.argsort(keys(0, "hold out", np.arange(total)), kind="stable")
-    rest, scattered = sorted(ranking[held_out:].tolist()), sorted(ranking[:held_out].tolist())
-    return Subset(dataset, rest), Subset(dataset, scattered)

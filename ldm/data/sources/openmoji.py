@@ -17,7 +17,8 @@ from typing import Any
 from rich.progress import track
 
 from ldm import files
-from ldm.data.sources.folder import Item, read_image
+from ldm.data.dataset import Item
+from ldm.data.decoding import read_image
 from ldm.errors import DataError, ResourceError
 from ldm.ranges import Count, Fraction
 from ldm.runtime import distributed

@@ -5,15 +5,12 @@ cross-attention) and a picture (concatenated to the latent). A conditioner turns
 what stands there when nothing is said, which training uses for dropped labels and sampling for guidance.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-
-from ldm.ranges import Count, NotNegative
 
 
 @dataclass(frozen=True)
@@ -75,72 +72,3 @@ class Unconditional(nn.Module):
 
     def null(self, n: int) -> Conditioning:
         return Conditioning()
-
-
-class _ClassTable(nn.Module):
-    """One learned row a class, and one more, the last, for "no class".
-
-    Args:
-        num_classes: labels are 0 .. num_classes - 1; None: the data has none, and every row is that of "no class".
-        channels: of a row.
-        std: of the rows' first, normal values.
-    """
-
-    def __init__(self, num_classes: Count | None, channels: Count, std: NotNegative = 1.0) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        self.table = nn.Embedding((num_classes or 0) + 1, channels)
-        with torch.no_grad():
-            self.table.weight.mul_(std)
-
-    def rows(self, batch: Mapping[str, Any]) -> Tensor:
-        """(N, D) from batch["class_label"], (N,) integers in [0, num_classes)."""
-        return self.null_rows(len(batch["draws"])) if self.num_classes is None else self.table(batch["class_label"])
-
-    def null_rows(self, n: int) -> Tensor:
-        return self.table(torch.full((n,), self.num_classes or 0, device=self.table.weight.device))
-
-
-class ClassVector(_ClassTable):
-    """The class as a vector (N, `channels`), as in ADM (Dhariwal and Nichol 2021) and DiT."""
-
-    def forward(self, batch: Mapping[str, Any]) -> Conditioning:
-        return Conditioning(vector=self.rows(batch))
-
-    def null(self, n: int) -> Conditioning:
-        return Conditioning(vector=self.null_rows(n))
-
-
-class ClassOneHot(nn.Module):
-    """The class as a vector (N, num_classes): sqrt(num_classes) at its place, else 0, so that its mean square is 1.
-
-    No class is all zeros. For networks with a class table of their own (EDM2).
-
-    Args:
-        num_classes: labels are 0 .. num_classes - 1; None: the data has none, and no slot is filled.
-    """
-
-    def __init__(self, num_classes: Count | None) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        self.register_buffer("rows", math.sqrt(num_classes or 0) * torch.eye(num_classes or 0), persistent=False)
-
-    def forward(self, batch: Mapping[str, Any]) -> Conditioning:
-        if self.num_classes is None:
-            return Conditioning()
-        return Conditioning(vector=self.get_buffer("rows")[batch["class_label"]])
-
-    def null(self, n: int) -> Conditioning:
-        if self.num_classes is None:
-            return Conditioning()
-        return Conditioning(vector=self.get_buffer("rows").new_zeros(n, self.num_classes))
-
-
-class ClassToken(_ClassTable):
-    """The class as one token (N, 1, `channels`) for cross-attention, as in LDM's class-conditional models."""
-
-    def forward(self, batch: Mapping[str, Any]) -> Conditioning:
-        return Conditioning(tokens=self.rows(batch)[:, None])
-
-    def null(self, n: int) -> Conditioning:
-        return Conditioning(tokens=self.null_rows(n)[:, None])

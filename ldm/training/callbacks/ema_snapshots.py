@@ -7,12 +7,11 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import Tensor
 
-from ldm.checkpoints import store
+from ldm.checkpoints import sharded_state, store
 from ldm.diffusion.module import LatentDiffusion
 from ldm.errors import CheckpointError, ConfigError
 from ldm.optim.ema import PowerFunction, mixture, power_exponent
 from ldm.ranges import Count
-from ldm.runtime import fsdp
 from ldm.runtime.float64 import double
 
 FOLDER = "averages"
@@ -48,7 +47,7 @@ class AverageSnapshots(pl.Callback):
         self._step = trainer.global_step
         assert isinstance(pl_module, LatentDiffusion)
         ema = pl_module.ema
-        averages = fsdp.gathered([dict(average.state_dict()) for average in (ema.average, *ema.others)])
+        averages = sharded_state.gathered([dict(average.state_dict()) for average in (ema.average, *ema.others)])
         learned = {name for name, _ in ema.average.named_parameters()}
         if trainer.is_global_zero:
             state = {

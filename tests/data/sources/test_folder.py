@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm.data.dataset import Subset, hold_out
+from ldm.data.decoding import read_image
 from ldm.data.fingerprint import agrees
-from ldm.data.sources.folder import ImageFolder, Subset, hold_out, read_image
+from ldm.data.sources.folder import ImageFolder
 from ldm.errors import ConfigError, DataError
 
 RED = (200, 30, 40)

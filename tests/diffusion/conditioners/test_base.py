@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ldm.diffusion.conditioners.base import ClassOneHot, ClassToken, ClassVector, Conditioning, Unconditional
+from ldm.diffusion.conditioners.base import Conditioning, Unconditional
+from ldm.diffusion.conditioners.classes import ClassOneHot, ClassToken, ClassVector
 
 
 def test_where_chooses_whole_rows():

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
 
-from ldm.diffusion.conditioners.base import ClassVector, Conditioning
+from ldm.diffusion.conditioners.base import Conditioning
+from ldm.diffusion.conditioners.classes import ClassVector
 from ldm.diffusion.networks.dit import Block, DiT, positions, rotate, rotations
 from ldm.errors import ConfigError
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ldm.diffusion.conditioners.base import ClassOneHot, Conditioning
+from ldm.diffusion.conditioners.base import Conditioning
+from ldm.diffusion.conditioners.classes import ClassOneHot
 from ldm.diffusion.networks.edm2 import Block, MagnitudePreservingUNet, Weight, joined, mixed, normalised, silu
 from ldm.errors import ConfigError
 

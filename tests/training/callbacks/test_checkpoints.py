@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from ldm.checkpoints import store
 from ldm.errors import ConfigError, ResourceError
 from ldm.training.callbacks.checkpoints import AtomicCheckpointIO, Checkpoints, set_aside_later
-from ldm.training.callbacks.provenance import StopOnSignal
+from ldm.training.callbacks.stop import StopOnSignal
 from tests.points import Automatic, PointData, a_trainer, ranks_at, wait_until
 
 

@@ -19,13 +19,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ldm.errors import ConfigError
-from ldm.images import grid
+from ldm.images import grid, to_uint8
 from ldm.latents.manifest import Manifest
 from ldm.randomness import Draws
 from ldm.runtime import distributed
-from ldm.sampling.generate import Pipeline, generate
-from ldm.sampling.img2img import Guidance
-from ldm.training.callbacks.previews import ImageLogger, Progress, SampleLogger, Throughput, to_uint8
+from ldm.sampling.generate import generate
+from ldm.sampling.guidance import Guidance
+from ldm.sampling.pipeline import Pipeline
+from ldm.training.callbacks.previews import ImageLogger, SampleLogger
+from ldm.training.callbacks.progress import Progress, Throughput
 from ldm.training.loggers import MetricsFile, read_metrics
 
 SIDE = 6

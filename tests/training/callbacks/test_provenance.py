@@ -17,7 +17,8 @@ from pytorch_lightning.strategies import DDPStrategy
 from ldm.checkpoints import store
 from ldm.errors import CheckpointError
 from ldm.runtime import signals
-from ldm.training.callbacks.provenance import Provenance, StopOnSignal
+from ldm.training.callbacks.provenance import Provenance
+from ldm.training.callbacks.stop import StopOnSignal
 from tests.points import BATCH, Automatic, PointData, a_trainer, in_a_child, ranks_at, same, wait_until, weights
 
 # ---------------------------------------------------------------------- checkpoints

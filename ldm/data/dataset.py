@@ -1,0 +1,116 @@
+"""The contract of a data set of images, a part of one, and how images are held out for validation."""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from typing import Protocol, TypedDict
+
+import numpy as np
+from PIL import Image
+
+from ldm.data import fingerprint
+from ldm.errors import DataError
+from ldm.randomness import keys
+from ldm.ranges import CountOrZero
+from ldm.runtime import distributed
+
+logger = logging.getLogger(__name__)
+
+
+class _Pixels(TypedDict):
+    image: Image.Image
+
+
+class Item(_Pixels, total=False):
+    """One item of a data set."""
+
+    class_label: int
+    caption: str
+
+
+class ImageDataset(Protocol):
+    """What a data module asks of a data set of images."""
+
+    @property
+    def num_classes(self) -> int | None:
+        """Labels are 0 .. num_classes - 1; None: items have no `class_label`."""
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """A name for each label, if there are any."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Item:
+        """Decode one item. Raises DataError naming the file if it cannot be read."""
+
+    def path(self, index: int) -> str:
+        """Where the item comes from, for messages."""
+
+    def fingerprint(self) -> str:
+        """Changes with the items, their order, labels or captions, wherever they lie (ldm/data/fingerprint.py)."""
+
+    def prepare(self) -> None:
+        """Make the files ready (download, draw); called once a machine before items are read; cheap to repeat."""
+
+
+class Subset:
+    """Some items of a data set, in the given order."""
+
+    def __init__(self, dataset: ImageDataset, indices: Sequence[CountOrZero]) -> None:
+        self.dataset = dataset
+        self.indices = [int(index) for index in indices]
+
+    @property
+    def num_classes(self) -> int | None:
+        return self.dataset.num_classes
+
+    @property
+    def class_names(self) -> list[str] | None:
+        return self.dataset.class_names
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Item:
+        return self.dataset[self.indices[index]]
+
+    def path(self, index: int) -> str:
+        return self.dataset.path(self.indices[index])
+
+    def fingerprint(self) -> str:
+        chosen = np.asarray(self.indices, dtype=np.int64).tobytes()
+        names, contents = fingerprint.parts(self.dataset.fingerprint())
+        return hashlib.sha256(names.encode() + chosen).hexdigest() + contents
+
+    def prepare(self) -> None:
+        self.dataset.prepare()
+
+
+def hold_out(dataset: ImageDataset, number: int) -> tuple[Subset, Subset]:
+    """Split into (the rest, `number` scattered items): the same split in every run, whatever its seed.
+
+    Of a data set that has no more than `number` items a tenth is held out instead, with a warning: a configuration
+    made for a large data set goes for a small one as well.
+
+    Raises:
+        DataError: nothing would be left to train on.
+    """
+    total = len(dataset)
+    if number < 1 or total < 2:
+        raise DataError(
+            f"data.params.num_validation: cannot hold out {number} of {total} items; write 0 to train on all of them"
+        )
+    tenth = max(1, total // 10)
+    held_out = number if number < total else tenth
+    if 2 * number > total and distributed.is_main():
+        found = f"data.params.num_validation: {number} of {total} items"
+        if number < total:
+            logger.warning(
+                "%s are held out, %d are left to train on; a tenth would be %d", found, total - number, tenth
+            )
+        else:
+            logger.warning("%s would leave none to train on; a tenth, %d, is held out instead", found, tenth)
+    ranking = np.argsort(keys(0, "hold out", np.arange(total)), kind="stable")
+    rest, scattered = sorted(ranking[held_out:].tolist()), sorted(ranking[:held_out].tolist())
+    return Subset(dataset, rest), Subset(dataset, scattered)

@@ -1,0 +1,57 @@
+"""How an image file becomes pixels: upright, 8 bits, grey or RGB, within limits."""
+
+import errno
+import warnings
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from ldm.data import value_range as ranges
+from ldm.errors import DataError
+
+MAX_PIXELS = 50_000_000
+
+
+def read_image(
+    path: str | Path, max_pixels: int = MAX_PIXELS, value_range: tuple[float, float] | None = None
+) -> Image.Image:
+    """Decode an image file: upright (EXIF), first frame, 8 bits, alpha over white; mode "L" or "RGB".
+
+    Args:
+        path: of the file.
+        max_pixels: the most that an image may have.
+        value_range: (black, white) of grey images with more than 8 bits; None: 0 and 65535 where they have 16.
+
+    Raises:
+        DataError: the file is no image, is damaged, or has more than `max_pixels`, which its header says before
+            anything is decoded; or it is one of colours with 16 bits, which are read as 8, and a range is given.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns above a limit of its own, which ours stands in for; its refusal above twice that stays.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(path)
+        with image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise DataError(f"{path}: {width} x {height} pixels, more than the limit of {max_pixels} (max_pixels)")
+            if value_range is not None and ranges.is_wide_color(image):
+                raise DataError(f"{path}: value_range is for grey images, this is one of colours; convert it to 8 bits")
+            return _flatten(ImageOps.exif_transpose(image), value_range)
+    except DataError:
+        raise
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error, ValueError, ...
+        exhausted = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+        if exhausted or isinstance(error, MemoryError):
+            raise  # the machine's fault: replacing the image would make the run depend on it
+        raise DataError(f"{path}: cannot be read as an image ({type(error).__name__}: {error})") from error
+
+
+def _flatten(image: Image.Image, value_range: tuple[float, float] | None) -> Image.Image:
+    """Any mode -> "L" or "RGB"."""
+    if image.mode.startswith(("I", "F")):
+        return ranges.to_8_bits(image, value_range)
+    if image.has_transparency_data:
+        colours = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours).convert("RGB")
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")

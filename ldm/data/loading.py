@@ -1,0 +1,134 @@
+"""What loaders read: a data set's items as rows of pixels, collated to batches; and images that cannot be read."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ldm.data.dataset import ImageDataset
+from ldm.data.elastic_sampler import Address
+from ldm.data.transforms import Transform, transformed
+from ldm.errors import ConfigError, DataError
+from ldm.randomness import ambient
+from ldm.ranges import Count, CountOrZero, Fraction, Seed
+
+logger = logging.getLogger(__name__)
+
+
+class View(Dataset[dict[str, Any]]):
+    """A data set as rows of a batch, addressed by (sample number, item).
+
+    A row holds `image` (C,H,W), `class_label` and `caption` where the data set has them, `sample_number`, and
+    `broken` {item: message}: the unreadable items that stood before the one delivered. An unreadable item is
+    replaced by the next readable one, which depends on the data alone: it is the same on every rank, in every
+    worker and after a resume. `BrokenImages` reports and counts them where they arrive.
+
+    Args:
+        dataset: what to read.
+        transform: PIL image -> (channels, resolution, resolution) float32 in [-1,1].
+        channels: 1 (grey) or 3 (RGB).
+        resolution: expected side of the transformed image.
+        seed: the run's seed, for random transforms.
+        patience: give up after so many unreadable items in a row and deliver a row without an image.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        transform: Transform,
+        channels: Count,
+        resolution: Count,
+        seed: Seed,
+        patience: Count = 100,
+    ) -> None:
+        self.dataset = dataset
+        self.transform = transform
+        self.channels = channels
+        self.resolution = resolution
+        self.seed = seed
+        self.patience = patience
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, address: Address) -> dict[str, Any]:
+        number, index = address
+        broken: dict[int, str] = {}
+        while len(broken) < min(self.patience, len(self)):
+            candidate = (index + len(broken)) % len(self)
+            try:
+                item = self.dataset[candidate]
+                row: dict[str, Any] = {**item, "image": self._pixels(item["image"], number, candidate)}
+            except DataError as error:
+                broken[candidate] = str(error)
+                continue
+            return {**row, "sample_number": number, "broken": broken}
+        return {"sample_number": number, "broken": broken}
+
+    def _pixels(self, image: Image.Image, number: int, index: int) -> Tensor:
+        """The transformed image (C,H,W); refuses a transform that gives anything else."""
+        with ambient(self.seed, "augment", number):
+            pixels = transformed(image, self.transform, self.channels, self.dataset.path(index))
+        expected = (self.channels, self.resolution, self.resolution)
+        if tuple(pixels.shape) != expected or pixels.dtype != torch.float32:
+            raise ConfigError(
+                f"the transform made {tuple(pixels.shape)} {pixels.dtype} of {self.dataset.path(index)}; "
+                f"expected {expected} torch.float32 in [-1,1]: end it with a crop to data.params.resolution, "
+                "v2.ToImage, v2.ToDtype(torch.float32, scale=True) and v2.Normalize([0.5], [0.5])"
+            )
+        return pixels
+
+
+def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Rows of a `View` -> a batch: `image` (N,C,H,W), `class_label` (N,) int64, `caption` list of N, and what stays
+    on the host: `sample_number` (N,) int64 array and `broken`.
+
+    Where a row came without an image the batch holds the last two alone: `BrokenImages.check` must see it first.
+    """
+    broken = {index: message for row in rows for index, message in row["broken"].items()}
+    batch: dict[str, Any] = {"sample_number": np.array([row["sample_number"] for row in rows]), "broken": broken}
+    if any("image" not in row for row in rows):
+        return batch
+    batch["image"] = torch.stack([row["image"] for row in rows])
+    if "class_label" in rows[0]:
+        batch["class_label"] = torch.tensor([row["class_label"] for row in rows], dtype=torch.int64)
+    if "caption" in rows[0]:
+        batch["caption"] = [row["caption"] for row in rows]
+    return batch
+
+
+class BrokenImages:
+    """Reports each unreadable image of one data set once, counts them, and stops the run when they are too many.
+
+    Args:
+        total: items in the data set.
+        allowed: the share of them that may be broken.
+    """
+
+    def __init__(self, total: CountOrZero, allowed: Fraction) -> None:
+        self.total = total
+        self.allowed = allowed
+        self.found: set[int] = set()
+
+    def check(self, batch: dict[str, Any]) -> None:
+        """Take `broken` out of a batch and warn of what is new in it.
+
+        Raises:
+            DataError: more than the allowed share is broken.
+        """
+        broken: dict[int, str] = batch.pop("broken")
+        for index, message in broken.items():
+            if index not in self.found:
+                self.found.add(index)
+                logger.warning("%s; the next readable image takes its place (%d so far)", message, len(self.found))
+        if broken and (len(self.found) > self.allowed * self.total or "image" not in batch):
+            raise DataError(
+                f"{len(self.found)} of {self.total} images are broken, more than the share of {self.allowed:g} that "
+                f"data.params.max_broken allows; the last: {list(broken.values())[-1]}. "
+                "Mend or remove them, or raise data.params.max_broken"
+            )

@@ -1,0 +1,149 @@
+"""What it takes to make pictures, out of a checkpoint: network, conditioner, objective, codec, manifest."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from ldm.autoencoder.codec import Codec
+from ldm.checkpoints import store
+from ldm.config.load import build
+from ldm.config.moved import current_plain
+from ldm.diffusion.conditioners.base import Conditioner
+from ldm.diffusion.objectives import Objective
+from ldm.errors import CheckpointError
+from ldm.latents.manifest import Manifest
+
+if TYPE_CHECKING:  # sampling from a checkpoint needs nothing of the training code
+    from ldm.diffusion.module import LatentDiffusion
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What it takes to make pictures.
+
+    Args:
+        denoiser: the modules `network` and `conditioner`.
+        objective: what the network was trained on.
+        codec: the autoencoder whose latents it was trained on.
+        manifest: of the latent cache: shape and scale of the latents, the classes.
+        label_dropout: the share of pictures that it was trained on without their classes.
+        origin: where the weights came from, in plain values: {"checkpoint", "step", "weights"}.
+    """
+
+    denoiser: nn.ModuleDict
+    objective: Objective
+    codec: Codec
+    manifest: Manifest
+    label_dropout: float
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(
+        cls,
+        path: Path | str,
+        *,
+        ema: bool = True,
+        autoencoder: Path | str | None = None,
+        device: torch.device | str = "cpu",
+        trust: Sequence[str] = (),
+    ) -> "Pipeline":
+        """From a stage-2 checkpoint; builds the network, its conditioner and the objective, and no optimizer or data.
+
+        Args:
+            path: run folder (its newest good checkpoint) or checkpoint file.
+            ema: the averaged weights; False: those of the last step.
+            autoencoder: stage-1 run folder or checkpoint; None: where it lay when the latents were made.
+            trust: packages besides ldm's own that the checkpoints' configurations may name.
+
+        Raises:
+            CheckpointError: missing, damaged, not from stage 2, or an autoencoder other than the latents'.
+        """
+        file = store.find(Path(path))
+        state = store.load(file)
+        record = _diffusion_record(state, file)
+        params = current_plain(record["config"])["model"]["params"]
+        denoiser = nn.ModuleDict({name: build(params[name], trust) for name in ("network", "conditioner")})
+        objective = build(params["objective"], trust)
+        store.fill(denoiser, state["state_dict"], "ema.average" if ema else "denoiser", file)
+        store.fill(objective, state["state_dict"], "objective", file)
+        manifest = Manifest.from_dict(record["latents"])
+        codec = load_codec(manifest, autoencoder, file, trust)
+        origin = {"checkpoint": str(file), "step": record["step"], "weights": "ema" if ema else "raw"}
+        denoiser.requires_grad_(False).eval()
+        dropout = params.get("label_dropout", 0.0)
+        return cls(denoiser.to(device), objective.to(device), codec.to(device), manifest, dropout, origin)
+
+    @classmethod
+    def from_module(cls, module: "LatentDiffusion", codec: Codec, manifest: Manifest, ema: bool = True) -> "Pipeline":
+        """From a model in training, whose weights it shares; `codec` should lie on the module's device."""
+        denoiser = module.ema.average if ema else module.denoiser
+        assert isinstance(denoiser, nn.ModuleDict)
+        return cls(denoiser, module.objective, codec, manifest, module.label_dropout)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    @property
+    def conditioner(self) -> Conditioner:
+        return cast(Conditioner, self.denoiser["conditioner"])
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes can be asked for; None: the model was trained without."""
+        told = vars(self.conditioner.null(1)).values()
+        return None if all(slot is None for slot in told) else self.manifest.plan.num_classes
+
+
+def _diffusion_record(state: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """What a stage-2 checkpoint says of itself."""
+    record = state.get("ldm")
+    kind = record.get("kind") if isinstance(record, dict) else None
+    if not isinstance(record, dict) or kind != "diffusion":
+        found = f"one of kind {kind!r}" if kind else "one that was not saved by ldm"
+        raise CheckpointError(
+            f"{file}: expected the checkpoint of a diffusion model (stage 2), found {found}. "
+            f"Name the run folder of a stage-2 run."
+        )
+    return record
+
+
+def load_codec(
+    manifest: Manifest,
+    given: Path | str | None,
+    file: Path | str,
+    trust: Sequence[str] = (),
+    where: str = "with --autoencoder PATH",
+) -> Codec:
+    """The autoencoder that made the latents, proven by its weights' hash; none, where they are pixels.
+
+    Args:
+        manifest: of the latents.
+        given: its run folder or checkpoint; None: where it lay when the latents were made.
+        file: who asks, for messages.
+        trust: packages besides ldm's own that its configuration may name.
+        where: the place to name it, for messages.
+
+    Raises:
+        CheckpointError: it is not there, or another.
+    """
+    recorded = manifest.plan.autoencoder
+    if not recorded["config"]:
+        return Codec.pixels(manifest.plan.shape[0])
+    fix = f"Name that autoencoder's run folder or checkpoint {where}."
+    if not (path := given or recorded.get("path")):
+        raise CheckpointError(f"{file}: does not say where the autoencoder of its latents lies. {fix}")
+    try:
+        codec = Codec.load(path, trust)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}\n{file} needs the autoencoder that made its latents. {fix}") from error
+    if (found := codec.weight_hash()) != recorded["weights"]:
+        raise CheckpointError(
+            f"{codec.path}: not the autoencoder that made the latents of {file}: weights {found[:16]}..., "
+            f"expected {recorded['weights'][:16]}.... {fix}"
+        )
+    return codec
