@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ldm.config.load import build
+from ldm.config.load import build, from_tree
 from ldm.errors import ConfigError
 
 TRUST = ("house",)
@@ -232,7 +232,7 @@ def test_no_target_runs_code(target: str, params: dict[str, Any], partial: bool,
         build(node, TRUST, key="model")
     tree = {"seed": 1, "model": node, "data": {"target": "house.parts.Nut"}}
     with pytest.raises(ConfigError, match=r"model\.(target|params)"):
-        load.from_tree(tree, "stranger.ckpt", TRUST).check()
+        from_tree(tree, "stranger.ckpt", TRUST).check()
     # Nor inside the parameters of something harmless.
     with pytest.raises(ConfigError):
         build({"target": "house.parts.Anything", "params": {"x": [{"y": node}]}}, TRUST)

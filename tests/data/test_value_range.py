@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 from PIL import Image
-from tests.data.test_images import wide_colors
 
 from ldm.data import value_range
 from ldm.data.dataset import hold_out
 from ldm.data.decoding import MAX_PIXELS
 from ldm.data.sources.folder import ImageFolder
+from tests.data.sources.test_folder import wide_colors
 
 
 def pictures(folder, highest: list[int], suffix: str = "png") -> list[str]:

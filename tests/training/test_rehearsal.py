@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.test_dry_run import IMAGES, LATENTS
 
 import main
 from ldm.checkpoints import store
@@ -16,6 +15,7 @@ from ldm.config.load import from_tree
 from ldm.errors import ConfigError
 from ldm.training import dry_run, rehearsal
 from ldm.training.loggers import read_metrics
+from tests.training.test_dry_run import IMAGES, LATENTS
 
 HOUSE = """
     import math
