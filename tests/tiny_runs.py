@@ -55,12 +55,12 @@ def save_diffusion(folder: Path, autoencoder: Path, classes: list[str] | None, s
     """A UNet of random weights, whose average is another network than its last step."""
     torch.manual_seed(seed)
     sizes = {"channels": 16, "channel_multipliers": [1, 2], "blocks_per_level": 1, "attention_levels": [1], "heads": 2}
-    conditioner = node("diffusion.conditioning.Unconditional")
+    conditioner = node("diffusion.conditioners.base.Unconditional")
     if classes:
-        conditioner = node("diffusion.conditioning.ClassVector", num_classes=len(classes), channels=16)
+        conditioner = node("diffusion.conditioners.classes.ClassVector", num_classes=len(classes), channels=16)
     vector = 16 if classes else None
     params = {
-        "network": node("diffusion.unet.UNet", in_channels=4, vector_channels=vector, dropout=0.5, **sizes),
+        "network": node("diffusion.networks.unet.UNet", in_channels=4, vector_channels=vector, dropout=0.5, **sizes),
         "conditioner": conditioner,
         # v keeps an untrained network's samples in range, where eps would send them to the clamp.
         "objective": node(
