@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ldm.ranges import Count
 
 
-def sinusoid(noise_level: Tensor, channels: int, longest_period: float = 10_000.0) -> Tensor:
+def timestep_embedding(noise_level: Tensor, channels: int, longest_period: float = 10_000.0) -> Tensor:
     """Cosines, then sines, of the noise level: (N,) -> (N, channels) float32 (Vaswani et al. 2017, section 3.5)."""
     half = channels // 2
     exponents = torch.arange(half, dtype=torch.float32, device=noise_level.device) / half  # (half,)
@@ -33,7 +33,7 @@ def halvings(*sides: int) -> int:
     return (common & -common).bit_length() - 1
 
 
-def zeroed(module: nn.Module) -> nn.Module:
+def zero_module(module: nn.Module) -> nn.Module:
     """The module with its parameters at zero: a residual branch that starts as nothing."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
@@ -72,9 +72,9 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, channels: Count) -> None:
         super().__init__()
-        self.widen = nn.Linear(channels, 8 * channels)
-        self.narrow = nn.Linear(4 * channels, channels)
+        self.fc1 = nn.Linear(channels, 8 * channels)
+        self.fc2 = nn.Linear(4 * channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.widen(x).chunk(2, dim=-1)  # 2 x (N, L, 4C)
-        return self.narrow(value * F.gelu(gate))  # (N, L, C)
+        value, gate = self.fc1(x).chunk(2, dim=-1)  # 2 x (N, L, 4C)
+        return self.fc2(value * F.gelu(gate))  # (N, L, C)

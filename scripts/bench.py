@@ -99,7 +99,7 @@ def our_autoencoder(size: Size, images: Tensor, perceptual: nn.Module) -> Contes
     encoder = Encoder(3, size.autoencoder, size.multipliers, size.blocks, latent_channels=4).to(images.device)
     decoder = Decoder(3, size.autoencoder, size.multipliers, size.blocks, latent_channels=4).to(images.device)
     critic = PatchDiscriminator()
-    loss = AutoencoderLoss(perceptual, discriminator=critic, adversarial_start=0).to(images.device)
+    loss = AutoencoderLoss(perceptual, discriminator=critic, disc_start=0).to(images.device)
     generator = Optimizer([*encoder.parameters(), *decoder.parameters(), loss.logvar])
     discriminator = Optimizer(critic.parameters())
 
@@ -159,7 +159,7 @@ def usual_autoencoder(size: Size, images: Tensor, perceptual: nn.Module) -> Cont
 
 def our_unet(size: Size, latents: Tensor) -> Contestant:
     last = len(size.multipliers) - 1
-    network = UNet(4, size.unet, size.multipliers, size.blocks, attention_levels=[last], heads=4).to(latents.device)
+    network = UNet(4, size.unet, size.multipliers, size.blocks, attention_levels=[last], num_heads=4).to(latents.device)
     objective, optimizer = DDPM(SqrtLinear()), Optimizer(network.parameters())
     draws = Draws(0, range(len(latents)), len(latents), latents.device)
 

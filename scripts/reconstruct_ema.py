@@ -7,7 +7,7 @@ A run keeps snapshots where its configuration has power-function averages and th
 
     model.params.ema.params: {profile: {target: ldm.optim.ema.PowerFunction, params: {width: 0.05}},
                               others: [{target: ldm.optim.ema.PowerFunction, params: {width: 0.1}}]}
-    lightning.callbacks.averages: {target: ldm.training.callbacks.ema_snapshots.AverageSnapshots, params: {every: 1000}}
+    lightning.callbacks.averages: {target: ldm.training.callbacks.ema_snapshots.EMASnapshots, params: {every: 1000}}
 
 The width is the relative standard deviation of the weights' shares over the training so far (Karras et al. 2024,
 "EDM2").

@@ -3,8 +3,8 @@
     python scripts/sample.py -r logs/<run>                                  # 8 of every class
     python scripts/sample.py -r logs/<run> --classes 3 dress --steps 30 --guidance 2
     python scripts/sample.py -r 'logs/*_my_diffusion' -n 100 --npz          # newest run that matches; for evaluation
-    python scripts/sample.py -r logs/<run> --guidance 2 --worse logs/<smaller run> --interval 0.2 3
-    python scripts/sample.py -r logs/<run> --guidance 10 --guidance-channels 3 --grid shifted --shift 3.3333333
+    python scripts/sample.py -r logs/<run> --guidance 2 --guide logs/<smaller run> --interval 0.2 3
+    python scripts/sample.py -r logs/<run> --guidance 10 --guidance-channels 3 --schedule shifted --shift 3.3333333
     python scripts/sample.py -r logs/<run> --image photo.png --strength 0.5 # image to image
     python scripts/sample.py -r logs/<run> --image photo.png --mask m.png   # what is white in m.png is painted anew
 
@@ -38,11 +38,11 @@ from ldm.images import picture
 from ldm.run_folder import newest_run
 from ldm.sampling.generate import Sampler, check, generate
 from ldm.sampling.guidance import Guidance
-from ldm.sampling.img2img import Original
+from ldm.sampling.img2img import InitImage
 from ldm.sampling.pipeline import Pipeline
 from ldm.sampling.sample_folder import Order, claim, default_folder, record, save, save_arrays, sheet
 from ldm.sampling.samplers import ancestral, ddim, dpm_solver, heun, unipc
-from ldm.sampling.timesteps import CompVis, Default, Grid, Karras, Power, Shift
+from ldm.sampling.timesteps import CompVis, Default, Karras, Power, Shift, TimestepSchedule
 
 SAMPLERS: dict[str, Sampler] = {
     "ddim": ddim,
@@ -54,7 +54,7 @@ SAMPLERS: dict[str, Sampler] = {
     "unipc": unipc,
 }
 WITH_ETA: dict[str, Callable[..., torch.Tensor]] = {"ddim": ddim, "euler": ddim, "dpm": dpm_solver}
-GRIDS: dict[str, Callable[[Pipeline], Grid]] = {
+SCHEDULES: dict[str, Callable[[Pipeline], TimestepSchedule]] = {
     "default": lambda pipeline: Default(),
     "uniform": lambda pipeline: Power(1),
     "quadratic": lambda pipeline: Power(2),
@@ -86,9 +86,14 @@ def parse(argv: Sequence[str]) -> Any:
         help="of the sampler, a network call each, heun two (default: 50)",
     )
     add("--sampler", choices=SAMPLERS, default="ddim", help="(default: ddim, which is Euler's for EDM and flows)")
-    add("--grid", choices=GRIDS, default="default", help="where the steps lie (default: as the objective has them)")
+    add(
+        "--schedule",
+        choices=SCHEDULES,
+        default="default",
+        help="where the steps lie (default: as the objective has them)",
+    )
     add("--eta", type=share, default=0.0, help="fresh noise on the way, ddim or dpm: 0 none (default) ... 1 all")
-    add("--shift", type=positive, metavar="S", help="with --grid shifted: by S instead, above 1 towards noise")
+    add("--shift", type=positive, metavar="S", help="with --schedule shifted: by S instead, above 1 towards noise")
     add("--guidance", type=finite, default=1.0, help="classifier-free guidance scale; 1 (default): none")
     add("--rescale", type=share, default=0.0, help="0 (default) ... 1: keep large scales from burning pictures out")
     add(
@@ -100,7 +105,7 @@ def parse(argv: Sequence[str]) -> Any:
         help="guide between these ratios sigma / alpha alone (default: everywhere)",
     )
     add("--guidance-channels", type=whole_number, metavar="C", help="guide the first C of the latents (default: all)")
-    add("--worse", metavar="RUN", help="guide away from this smaller or less trained model (autoguidance)")
+    add("--guide", metavar="RUN", help="guide away from this smaller or less trained model (autoguidance)")
     add("--image", type=path, metavar="FILE", help="begin with this picture instead of noise alone")
     add(
         "--strength",
@@ -129,9 +134,11 @@ def _check_together(options: Any) -> None:
     for flag in ("mask", "strength"):
         if options.image is None and getattr(options, flag) is not None:
             raise ConfigError(f"--{flag} {getattr(options, flag)}: belongs to --image FILE, which is missing.")
-    if options.shift is not None and options.grid != "shifted":
-        raise ConfigError(f"--shift {options.shift:g}: belongs to --grid shifted, found --grid {options.grid}.")
-    idle = {"rescale": 0.0, "interval": [0.0, math.inf], "guidance_channels": None, "worse": None}
+    if options.shift is not None and options.schedule != "shifted":
+        raise ConfigError(
+            f"--shift {options.shift:g}: belongs to --schedule shifted, found --schedule {options.schedule}."
+        )
+    idle = {"rescale": 0.0, "interval": [0.0, math.inf], "guidance_channels": None, "guide": None}
     for key, value in idle.items():
         if options.guidance == 1 and getattr(options, key) != value:
             flag = key.replace("_", "-")
@@ -175,14 +182,14 @@ def sample(options: Any) -> list[Path]:
     labels = chosen_classes(options.classes, pipeline.num_classes, names)
     seeds = [*dict.fromkeys(options.seeds or range(options.seed, options.seed + options.number))]
     orders = [Order(label, seed) for label in labels for seed in seeds]
-    guidance, original = steering(pipeline, options, device)
-    chosen = ("sampler", "grid", "steps", "eta", "guidance")
+    guidance, init_image = steering(pipeline, options, device)
+    chosen = ("sampler", "schedule", "steps", "eta", "guidance")
     settings = {
         **pipeline.origin,
         **{key: getattr(options, key) for key in chosen},
-        **steered(options, guidance, original),
+        **steered(options, guidance, init_image),
     }
-    times = grid(pipeline, options)(pipeline.objective, options.steps)
+    times = schedule(pipeline, options)(pipeline.objective, options.steps)
     # Both refuse what cannot be, before anything is written.
     check(pipeline, [order.seed for order in orders], classes(orders), times, guidance)
     folder: Path = options.out or default_folder(settings)
@@ -190,7 +197,7 @@ def sample(options: Any) -> list[Path]:
     missing = [order for order in orders if not (folder / order.file).is_file()]
     try:
         if missing:
-            make(pipeline, missing, folder, options, guidance, original)
+            make(pipeline, missing, folder, options, guidance, init_image)
     finally:  # also of an interrupted call: what it made is there
         record(folder, settings, names)
     written = [folder / "grid.png"]
@@ -202,9 +209,9 @@ def sample(options: Any) -> list[Path]:
     return written
 
 
-def grid(pipeline: Pipeline, options: Any) -> Grid:
+def schedule(pipeline: Pipeline, options: Any) -> TimestepSchedule:
     """Where the command line has the steps."""
-    return GRIDS[options.grid](pipeline) if options.shift is None else Shift(options.shift)
+    return SCHEDULES[options.schedule](pipeline) if options.shift is None else Shift(options.shift)
 
 
 def classes(orders: Sequence[Order]) -> list[int] | None:
@@ -216,27 +223,27 @@ def _found(run: str) -> Path | str:
     return newest_run(run) if "*" in run else run
 
 
-def steering(pipeline: Pipeline, options: Any, device: str) -> tuple[Guidance, Original | None]:
+def steering(pipeline: Pipeline, options: Any, device: str) -> tuple[Guidance, InitImage | None]:
     """What the command line says of guidance, and of a picture to begin with."""
-    worse = None
-    if options.worse is not None:
-        worse = Pipeline.load(
-            _found(options.worse),
+    guide = None
+    if options.guide is not None:
+        guide = Pipeline.load(
+            _found(options.guide),
             ema=not options.raw,
             autoencoder=options.autoencoder,
             device=device,
             trust=options.trust,
         )
     low, high = options.interval
-    guidance = Guidance(options.guidance, options.rescale, low, high, worse, channels=options.guidance_channels)
+    guidance = Guidance(options.guidance, options.rescale, (low, high), guide, channels=options.guidance_channels)
     if options.image is None:
         return guidance, None
     strength = options.strength if options.strength is not None else 0.6 if options.mask is None else 1.0
-    return guidance, Original.read(pipeline.manifest, options.image, strength, options.mask)
+    return guidance, InitImage.read(pipeline.manifest, options.image, strength, options.mask)
 
 
-def steered(options: Any, guidance: Guidance, original: Original | None) -> dict[str, Any]:
-    """The settings of grid and steering that were asked for, in plain values; files by name and hash."""
+def steered(options: Any, guidance: Guidance, init_image: InitImage | None) -> dict[str, Any]:
+    """The settings of schedule and steering that were asked for, in plain values; files by name and hash."""
     settings: dict[str, Any] = {}
     if options.shift is not None:
         settings["shift"] = options.shift
@@ -246,10 +253,10 @@ def steered(options: Any, guidance: Guidance, original: Original | None) -> dict
         settings["guidance_channels"] = options.guidance_channels
     if options.interval != [0.0, math.inf]:
         settings["interval"] = options.interval
-    if guidance.worse is not None:
-        settings["worse"] = "{checkpoint} step {step} {weights}".format_map(guidance.worse.origin)
-    if original is not None:
-        settings |= {"image": _known(options.image), "strength": original.strength}
+    if guidance.guide is not None:
+        settings["guide"] = "{checkpoint} step {step} {weights}".format_map(guidance.guide.origin)
+    if init_image is not None:
+        settings |= {"image": _known(options.image), "strength": init_image.strength}
     if options.mask is not None:
         settings["mask"] = _known(options.mask)
     return settings
@@ -265,7 +272,7 @@ def make(
     folder: Path,
     options: Any,
     guidance: Guidance,
-    original: Original | None,
+    init_image: InitImage | None,
 ) -> None:
     """Make the missing pictures, each written as soon as its batch is done."""
     samples = generate(
@@ -274,9 +281,9 @@ def make(
         classes(missing),
         sampler=partial(WITH_ETA[options.sampler], eta=options.eta) if options.eta else SAMPLERS[options.sampler],
         steps=options.steps,
-        grid=grid(pipeline, options),
+        schedule=schedule(pipeline, options),
         guidance=guidance,
-        original=original,
+        init_image=init_image,
         batch_size=options.batch_size,
         progress=True,
     )

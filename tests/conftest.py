@@ -51,11 +51,11 @@ def image_folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def autoencoder_tree(image_folder) -> Tree:
     """Stage 1 with a discriminator from step 4: 16 px, f = 2, 12 steps of 6 images."""
-    networks = {"channels": 16, "channel_multipliers": [1, 1], "blocks_per_level": 1, "latent_channels": 2}
+    networks = {"base_channels": 16, "channel_mult": [1, 1], "num_res_blocks": 1, "latent_channels": 2}
     loss = node(
         "ldm.autoencoder.losses.AutoencoderLoss",
         discriminator=node("ldm.autoencoder.discriminator.PatchDiscriminator", in_channels=3, channels=8, layers=1),
-        adversarial_start=4,
+        disc_start=4,
     )
     return {
         "name": "tiny_autoencoder",
@@ -86,11 +86,11 @@ def diffusion_tree(image_folder) -> Tree:
     network = node(
         "ldm.diffusion.networks.unet.UNet",
         in_channels="${data:channels}",
-        channels=16,
-        channel_multipliers=[1, 1],
-        blocks_per_level=1,
+        model_channels=16,
+        channel_mult=[1, 1],
+        num_res_blocks=1,
         attention_levels=[1],
-        heads=1,
+        num_heads=1,
         vector_channels=8,
         dropout=0.1,
     )
@@ -105,7 +105,7 @@ def diffusion_tree(image_folder) -> Tree:
             ),
             objective=node("ldm.diffusion.objectives.DDPM", schedule=node("ldm.diffusion.noise_schedules.SqrtLinear")),
             optimizer=node("torch.optim.AdamW", partial=True, lr=1e-3),
-            ema=node("ldm.optim.ema.EMA", partial=True, profile=node("ldm.optim.ema.Decay")),
+            ema=node("ldm.optim.ema.EMA", partial=True, profile=node("ldm.optim.ema.FixedDecay")),
             label_dropout=0.1,
         ),
         "data": node(

@@ -122,17 +122,17 @@ def test_lightningdit_is_as_published():
     with torch.device("meta"):
         model = build(shipped(name).resolved(facts(name))["model"], key="model")
     network, objective = model.denoiser["network"], model.objective
-    assert network.rotary
+    assert network.rope
     assert network.absolute_positions
     assert not [weight for weight, _ in network.named_parameters() if "norm_q" in weight or "norm_k" in weight]
-    assert objective.path.told(torch.tensor(0.25)) == 0.25
+    assert objective.path.c_noise(torch.tensor(0.25)) == 0.25
     assert objective.direction_weight == 1
 
 
 @pytest.mark.parametrize(
     ("name", "flags"),
     {
-        "lightningdit_xl1_f16": "--sampler euler --steps 249 --grid shifted --shift 3.3333333 --guidance 10 "
+        "lightningdit_xl1_f16": "--sampler euler --steps 249 --schedule shifted --shift 3.3333333 --guidance 10 "
         "--guidance-channels 3 --interval 0 9",
         "sit_xl2_imagenet256": "--steps 125 --sampler heun --guidance 1.5 --guidance-channels 3",
         "dit_xl2_imagenet256": "--steps 250 --sampler ancestral --guidance 1.5 --guidance-channels 3",
@@ -164,13 +164,13 @@ def overrides(name: str, image_folder: Path) -> list[str]:
 @pytest.mark.parametrize("name", STAGE_1)
 def test_stage_1_trains_two_steps(name, image_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = ["model.params.encoder.params.channels=16", *overrides(name, image_folder)]
+    words = ["model.params.encoder.params.base_channels=16", *overrides(name, image_folder)]
     words.append("data.params.channels=3")
     text = CONFIGS[name].read_text()
     if "perceptual:" in text:
         words.append("model.params.loss.params.perceptual.params.pretrained=false")
-    if "adversarial_start:" in text:
-        words.append("model.params.loss.params.adversarial_start=1")
+    if "disc_start:" in text:
+        words.append("model.params.loss.params.disc_start=1")
     assert main.main(["--base", str(CONFIGS[name]), *words]) == 0
     check_run(tmp_path)
 
@@ -180,10 +180,11 @@ def test_stage_1_trains_two_steps(name, image_folder, tmp_path, monkeypatch):
 def test_stage_2_trains_two_steps(name, image_folder, runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     edm2 = "ldm.diffusion.networks.edm2" in CONFIGS[name].read_text()
-    words = [f"model.params.network.params.channels={64 if edm2 else 32}", *overrides(name, image_folder)]
-    words += ["model.params.network.params.blocks_per_level=1", "data.params.resolution=32"] if edm2 else []
+    width = "hidden_size" if "ldm.diffusion.networks.dit" in CONFIGS[name].read_text() else "model_channels"
+    words = [f"model.params.network.params.{width}={64 if edm2 else 32}", *overrides(name, image_folder)]
+    words += ["model.params.network.params.num_res_blocks=1", "data.params.resolution=32"] if edm2 else []
     if "ldm.diffusion.networks.dit.DiT" in CONFIGS[name].read_text():
-        words += ["model.params.network.params.depth=2", "model.params.network.params.heads=4"]
+        words += ["model.params.network.params.depth=2", "model.params.network.params.num_heads=4"]
     words.append(f"data.params.autoencoder={runs.autoencoder}")
     assert main.main(["--base", str(CONFIGS[name]), *words]) == 0
     check_run(tmp_path)

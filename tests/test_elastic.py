@@ -225,7 +225,7 @@ def diffusion(diffusion_tree, autoencoder_tree, stage_1, forked) -> dict[str, An
 @pytest.fixture
 def autoencoder(autoencoder_tree) -> dict[str, Any]:
     """Stage 1 before its adversarial branch, whose weight depends on how a batch is cut up."""
-    autoencoder_tree["model"]["params"]["loss"]["params"]["adversarial_start"] = 100
+    autoencoder_tree["model"]["params"]["loss"]["params"]["disc_start"] = 100
     autoencoder_tree["model"]["params"]["optimizer"]["params"]["eps"] = 1e-3
     autoencoder_tree["model"]["params"].pop("schedule")
     return quick(autoencoder_tree, None)
@@ -289,7 +289,7 @@ def test_a_transformer_and_a_learned_weighting_on_shards(forked, diffusion, tmp_
     plain = {"target": "ldm.diffusion.weightings.Plain"}
     learned = {"target": "ldm.diffusion.weightings.Uncertainty", "params": {"weighting": plain, "channels": 8}}
     params["objective"]["params"]["weighting"] = learned
-    params["ema"]["params"]["others"] = [{"target": "ldm.optim.ema.PowerFunction", "params": {"width": 0.1}}]
+    params["ema"]["params"]["others"] = [{"target": "ldm.optim.ema.PowerFunction", "params": {"std": 0.1}}]
     alone = Run(forked, diffusion, tmp_path / "alone")
     diary = alone.go(1)
     shards = Run(forked, diffusion, tmp_path / "shards")
@@ -307,7 +307,7 @@ def test_a_transformer_and_a_learned_weighting_on_shards(forked, diffusion, tmp_
 def test_constrained_weights_on_ranks(forked, diffusion, tmp_path, strategy):
     """The magnitude-preserving UNet's rows are brought back to unit length where they lie."""
     params = diffusion["model"]["params"]
-    sizes = {"in_channels": "${data:channels}", "channels": 8, "channel_multipliers": [1, 2], "blocks_per_level": 1}
+    sizes = {"in_channels": "${data:channels}", "channels": 8, "channel_mult": [1, 2], "num_res_blocks": 1}
     network = {**sizes, "attention_levels": [1], "vector_channels": "${data:num_classes}"}
     params["network"] = {"target": "ldm.diffusion.networks.edm2.MagnitudePreservingUNet", "params": network}
     classes = {"num_classes": "${data:num_classes}"}
@@ -345,7 +345,7 @@ def test_a_codebook_on_ranks(forked, autoencoder, tmp_path):
     params = autoencoder["model"]["params"]
     params["encoder"]["params"]["moments"] = False
     book = {"size": 16, "channels": 2}
-    params["quantiser"] = {"target": "ldm.autoencoder.quantizer.VectorQuantiser", "params": book}
+    params["quantizer"] = {"target": "ldm.autoencoder.quantizer.VectorQuantizer", "params": book}
     alone = Run(forked, autoencoder, tmp_path / "alone").go(1)
     assert_same_run(Run(forked, autoencoder, tmp_path / "two").go(2, DDP), alone)
 
@@ -413,7 +413,7 @@ def test_a_sharded_checkpoint_is_validated_and_sampled_from(forked, diffusion, t
 
 @pytest.mark.slow
 def test_stage_1_killed_and_resumed_on_two_ranks_is_the_same_run(forked, autoencoder, tmp_path):
-    autoencoder["model"]["params"]["loss"]["params"]["adversarial_start"] = 2
+    autoencoder["model"]["params"]["loss"]["params"]["disc_start"] = 2
     straight = Run(forked, autoencoder, tmp_path / "straight")
     diary = straight.go(2, DDP)
     killed = straight.killed_after(3, tmp_path / "copy")

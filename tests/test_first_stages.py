@@ -39,7 +39,7 @@ def run(name: str) -> Path:
 def vq_tree(autoencoder_tree):
     params = autoencoder_tree["model"]["params"]
     params["encoder"]["params"]["moments"] = False
-    params["quantiser"] = node("ldm.autoencoder.quantizer.VectorQuantiser", size=32, channels=2)
+    params["quantizer"] = node("ldm.autoencoder.quantizer.VectorQuantizer", size=32, channels=2)
     return autoencoder_tree
 
 
@@ -53,16 +53,16 @@ def test_a_codebook_from_pictures_to_pictures(vq_tree, diffusion_tree):
     codec = Codec.load(run("tiny_autoencoder"))
     mean, std = codec.encode(torch.zeros(1, 3, 16, 16))
     assert (tuple(mean.shape), bool(std.any())) == ((1, 2, 8, 8), False)
-    assert codec.quantiser is not None
+    assert codec.quantizer is not None
     # The latents are the encoder's own; the decoder sees their codes, whichever side of a code they lie on.
-    codes = codec.quantiser(mean).mode()
+    codes = codec.quantizer(mean).mode()
     torch.testing.assert_close(codec.decode(mean), codec.decode(codes))
 
     assert train(diffusion_tree) == 0
     assert sample.main(["-r", "logs/*_tiny_diffusion", "-n", "1", "--steps", "2"]) == 0
     pipeline = Pipeline.load(run("tiny_diffusion"))
     assert pipeline.codec.weight_hash() == codec.weight_hash()
-    assert pipeline.codec.quantiser is not None
+    assert pipeline.codec.quantizer is not None
 
 
 @pytest.mark.slow
@@ -73,11 +73,11 @@ def test_a_resumed_codebook_is_the_same(vq_tree):
     assert main.main(["-r", str(run("parts")), "lightning.trainer.max_steps=4"]) == 0
     whole, parts = (store.load(store.find(run(name)))["state_dict"] for name in ("tiny_autoencoder", "parts"))
     assert whole.keys() == parts.keys()
-    assert "quantiser.codebook.weight" in whole
+    assert "quantizer.codebook.weight" in whole
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
-def test_an_encoder_of_moments_and_a_quantiser_do_not_fit(vq_tree, capsys):
+def test_an_encoder_of_moments_and_a_quantizer_do_not_fit(vq_tree, capsys):
     vq_tree["model"]["params"]["encoder"]["params"]["moments"] = True
     assert train(vq_tree) == 2
     assert "encoder.params.moments: expected False, found True" in capsys.readouterr().err

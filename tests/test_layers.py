@@ -5,14 +5,14 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import get_timestep_embedding
 
-from ldm.layers import attend, group_norm, sinusoid
+from ldm.layers import attend, group_norm, timestep_embedding
 
 
 def test_sinusoid_equals_diffusers():
     levels = torch.tensor([0.0, 1.0, 12.5, 999.0])
     expected = get_timestep_embedding(levels, 64, flip_sin_to_cos=True, downscale_freq_shift=0)
-    torch.testing.assert_close(sinusoid(levels, 64), expected)
-    assert sinusoid(levels, 65).shape == (4, 65)
+    torch.testing.assert_close(timestep_embedding(levels, 64), expected)
+    assert timestep_embedding(levels, 65).shape == (4, 65)
 
 
 @pytest.mark.parametrize("pixels", [16, 128, 129])

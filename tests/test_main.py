@@ -234,7 +234,7 @@ def test_a_failed_start_leaves_no_folder(stage1, monkeypatch, place, error):
 def test_a_checkpoint_of_another_model_leaves_no_run(stage1, capsys):
     assert train() == 0
     file = store.find(the_run().path).rename("elsewhere.ckpt")
-    words = ["model.params.decoder.params.channels=24", "--allow-change", "model", "lightning.trainer.max_steps=3"]
+    words = ["model.params.decoder.params.base_channels=24", "--allow-change", "model", "lightning.trainer.max_steps=3"]
     assert main.main(["-r", str(file), "-l", "new", *words]) == 4
     assert "another model" in capsys.readouterr().err
     assert not [*Path("new").iterdir()]

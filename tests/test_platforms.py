@@ -74,7 +74,7 @@ def on_both(compute: Any) -> tuple[Any, Any]:
         lambda device: usage(torch.tensor([3, 0, 5, 1]).to(device)),
         lambda device: LogitNormal()(torch.linspace(0.1, 0.9, 5).to(device)),
         lambda device: LogNormal()(torch.linspace(0.1, 0.9, 5).to(device)),
-        lambda device: DDPM(SqrtLinear()).time(torch.tensor([0.5, 2.0, 30.0]).to(device)),
+        lambda device: DDPM(SqrtLinear()).time_at(torch.tensor([0.5, 2.0, 30.0]).to(device)),
         lambda device: torch.tensor(_log_ratios(DDPM(SqrtLinear()), torch.tensor([1000.0, 250.0, 3.5]).to(device))),
         lambda device: torch.tensor(_log_ratios(EDM(), torch.tensor([80.0, 1.0, 0.01]).to(device))),
         lambda device: torch.tensor(accuracy(torch.eye(3).to(device), torch.tensor([0, 1, 1]).to(device))),
@@ -164,7 +164,7 @@ def test_what_loader_workers_get_can_be_pickled(image_folder):
 # ---- Windows -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words", ["import main", "from ldm import process"])
+@pytest.mark.parametrize("words", ["import main", "from ldm.cli import program"])
 def test_windows_is_sent_to_wsl(words):
     code = f"import sys; sys.platform = 'win32'; {words}"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -14,8 +14,8 @@ from ldm.autoencoder.module import AutoencoderKL
 from ldm.checkpoints import store
 from ldm.config.load import build
 from ldm.diffusion.module import LatentDiffusion
-from ldm.latents.manifest import Manifest, Plan
-from ldm.optim.ema import EMA, Decay
+from ldm.latents.manifest import CacheSpec, Manifest
+from ldm.optim.ema import EMA, FixedDecay
 
 CLASSES = ["cat", "dog", "Ankle boot"]
 ADAM = partial(torch.optim.AdamW, lr=1e-3)
@@ -42,7 +42,7 @@ def save_run(folder: Path, module: torch.nn.Module, record: dict[str, Any]) -> P
 def save_autoencoder(folder: Path, channels: int = 3, seed: int = 0) -> Path:
     """A kl-f4 of random weights."""
     torch.manual_seed(seed)
-    sizes = {"channels": 8, "channel_multipliers": [1, 1, 1], "blocks_per_level": 1, "latent_channels": 4}
+    sizes = {"base_channels": 8, "channel_mult": [1, 1, 1], "num_res_blocks": 1, "latent_channels": 4}
     params = {
         "encoder": node("autoencoder.networks.Encoder", in_channels=channels, **sizes),
         "decoder": node("autoencoder.networks.Decoder", out_channels=channels, **sizes),
@@ -54,7 +54,7 @@ def save_autoencoder(folder: Path, channels: int = 3, seed: int = 0) -> Path:
 def save_diffusion(folder: Path, autoencoder: Path, classes: list[str] | None, seed: int = 1) -> LatentDiffusion:
     """A UNet of random weights, whose average is another network than its last step."""
     torch.manual_seed(seed)
-    sizes = {"channels": 16, "channel_multipliers": [1, 2], "blocks_per_level": 1, "attention_levels": [1], "heads": 2}
+    sizes = {"model_channels": 16, "channel_mult": [1, 2], "num_res_blocks": 1, "attention_levels": [1], "num_heads": 2}
     conditioner = node("diffusion.conditioners.base.Unconditional")
     if classes:
         conditioner = node("diffusion.conditioners.classes.ClassVector", num_classes=len(classes), channels=16)
@@ -71,14 +71,14 @@ def save_diffusion(folder: Path, autoencoder: Path, classes: list[str] | None, s
         "label_dropout": 0.1,
     }
     parts = [build(params[name]) for name in ("network", "conditioner", "objective")]
-    module = LatentDiffusion(*parts, optimizer=ADAM, ema=partial(EMA, profile=Decay()), label_dropout=0.1)
+    module = LatentDiffusion(*parts, optimizer=ADAM, ema=partial(EMA, profile=FixedDecay()), label_dropout=0.1)
     # The branches that start at zero would make every class look alike.
     for denoiser in (module.denoiser, module.ema.average):
         for weight in denoiser.parameters():
             if weight.ndim > 1 and not weight.any():
                 torch.nn.init.normal_(weight.data, std=0.05)
     codec = Codec.load(autoencoder)
-    plan = Plan(
+    plan = CacheSpec(
         shape=(4, 4, 4),
         num_items=10,
         source="",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ldm.autoencoder.networks import Decoder, Encoder
 from ldm.autoencoder.posterior import DiagonalGaussian, Posterior
-from ldm.autoencoder.quantizer import VectorQuantiser
+from ldm.autoencoder.quantizer import VectorQuantizer
 from ldm.checkpoints import store
 from ldm.config.load import build
 from ldm.config.moved import current_plain
@@ -36,13 +36,13 @@ class Codec(nn.Module):
     """An encoder and a decoder that nothing trains: no gradients, always in eval mode.
 
     Args:
-        encoder: images -> moments, or the latents that `quantiser` takes.
+        encoder: images -> moments, or the latents that `quantizer` takes.
         decoder: latents -> images.
-        config: {"encoder": node, "decoder": node}, and a quantiser's, that builds them again; {}: pixels.
+        config: {"encoder": node, "decoder": node}, and a quantizer's, that builds them again; {}: pixels.
         resolution: side of the images it was trained on, where known.
         statistics: per-channel {"mean": [...], "std": [...]} of the latents, as measured in stage 1, or None.
         path: where it was loaded from.
-        quantiser: replaces latents by their codes before they are decoded; None: the posterior is Gaussian.
+        quantizer: replaces latents by their codes before they are decoded; None: the posterior is Gaussian.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class Codec(nn.Module):
         resolution: Count | None = None,
         statistics: Mapping[str, Any] | None = None,
         path: str = "",
-        quantiser: VectorQuantiser | None = None,
+        quantizer: VectorQuantizer | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
-        self.quantiser = quantiser
+        self.quantizer = quantizer
         self.register_buffer("_place", torch.zeros(()), persistent=False)  # pixels have no other tensor
         self.config = dict(config)
         self.resolution = resolution
@@ -87,7 +87,7 @@ class Codec(nn.Module):
                 f"Name the run folder of a stage-1 run."
             )
         params = current_plain(record["config"])["model"]["params"]
-        config = {name: params[name] for name in ("encoder", "decoder", "quantiser") if params.get(name)}
+        config = {name: params[name] for name in ("encoder", "decoder", "quantizer") if params.get(name)}
         try:
             parts = {name: build(node, trust, key=f"model.params.{name}") for name, node in config.items()}
         except ConfigError as error:
@@ -96,7 +96,7 @@ class Codec(nn.Module):
             store.fill(network, state["state_dict"], name, file)
         resolution = record["config"].get("data", {}).get("params", {}).get("resolution")
         about = config, resolution, record.get("latents"), str(file)
-        return cls(parts["encoder"], parts["decoder"], *about, parts.get("quantiser"))
+        return cls(parts["encoder"], parts["decoder"], *about, parts.get("quantizer"))
 
     @classmethod
     def pixels(cls, channels: int) -> "Codec":
@@ -119,7 +119,7 @@ class Codec(nn.Module):
             images: (N,C,H,W) in [-1, 1], on any device.
 
         Returns:
-            mean and std, each (N,c,h,w) float32 on the codec's device, not whitened.
+            mean and std, each (N,c,h,w) float32 on the codec's device, not standardized.
         """
         images = images.to(self.device, torch.float32)
         with torch.autocast(self.device.type, enabled=False), _full_precision():
@@ -127,16 +127,16 @@ class Codec(nn.Module):
         return posterior.mean, posterior.std
 
     def _posterior(self, output: Tensor) -> Posterior:
-        if self.quantiser is not None:
-            return self.quantiser(output)
+        if self.quantizer is not None:
+            return self.quantizer(output)
         return DiagonalGaussian(output, deterministic=isinstance(self.encoder, Pixels))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """(N,c,h,w), not whitened -> images (N,C,H,W) float32 in [-1, 1]; follows the caller's autocast."""
+        """(N,c,h,w), not standardized -> images (N,C,H,W) float32 in [-1, 1]; follows the caller's autocast."""
         latents = latents.to(self.device)
-        if self.quantiser is not None:
-            latents = self.quantiser(latents).mode()
+        if self.quantizer is not None:
+            latents = self.quantizer(latents).mode()
         images: Tensor = self.decoder(latents)
         return images.float().clamp(-1.0, 1.0)
 
@@ -155,7 +155,9 @@ class Codec(nn.Module):
     def weight_hash(self) -> str:
         """sha256 (hex) over names, shapes and bytes of all weights: the same on every device and out of any file."""
         digest = sha256()
-        for name, tensor in sorted(self.state_dict().items()):
+        # A codebook is counted under its first name, by which caches know their autoencoder.
+        named = {name.replace("quantizer.", "quantiser.", 1): tensor for name, tensor in self.state_dict().items()}
+        for name, tensor in sorted(named.items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()

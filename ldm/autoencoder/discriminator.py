@@ -44,7 +44,7 @@ class PatchDiscriminator(nn.Module):
             stack += [norm(width), nn.LeakyReLU(0.2)]
         stack.append(nn.Conv2d(width, 1, 4, padding=1))
         self.layers = nn.Sequential(*stack)
-        self.apply(_initialise)
+        self.apply(_initialize)
 
     def forward(self, images: Tensor) -> Tensor:
         side = min(images.shape[2:])
@@ -63,7 +63,7 @@ def _smallest(layers: int) -> int:
     return 3 * 2**layers if layers else 4
 
 
-def _initialise(module: nn.Module) -> None:
+def _initialize(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d):
         nn.init.normal_(module.weight, 0.0, 0.02)
         if module.bias is not None:

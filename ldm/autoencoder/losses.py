@@ -77,7 +77,7 @@ class AutoencoderLoss(nn.Module):
         discriminator: images -> logits; None trains without one.
         adversarial: Hinge() or Vanilla().
         adversarial_weight: factor on the adaptive weight w.
-        adversarial_start: first optimizer step with the discriminator; before it neither runs.
+        disc_start: first optimizer step with the discriminator; before it neither runs.
         max_adversarial_weight: bound of w before that factor, in units of an error summed over an image (top of file).
     """
 
@@ -92,7 +92,7 @@ class AutoencoderLoss(nn.Module):
         discriminator: nn.Module | None = None,
         adversarial: Adversarial | None = None,
         adversarial_weight: NotNegative = 0.5,
-        adversarial_start: CountOrZero = 50_001,
+        disc_start: CountOrZero = 50_001,
         max_adversarial_weight: Positive = 1e4,
     ) -> None:
         super().__init__()
@@ -105,12 +105,12 @@ class AutoencoderLoss(nn.Module):
         self.discriminator = discriminator
         self.adversarial = Hinge() if adversarial is None else adversarial
         self.adversarial_weight = adversarial_weight
-        self.adversarial_start = adversarial_start
+        self.disc_start = disc_start
         self.max_adversarial_weight = max_adversarial_weight
 
     def adversarial_at(self, step: int) -> bool:
         """Whether optimizer step `step` uses the discriminator."""
-        return self.discriminator is not None and step >= self.adversarial_start
+        return self.discriminator is not None and step >= self.disc_start
 
     def forward(
         self, images: Tensor, reconstruction: Tensor, posterior: Posterior, last_layer: nn.Conv2d, step: int
@@ -130,22 +130,22 @@ class AutoencoderLoss(nn.Module):
         target = images.float()
         # A view, because the hooks of FLOP counters and the like cannot follow autograd.grad to a leaf.
         copy = reconstruction.detach().float().requires_grad_().view_as(reconstruction)  # (N, C, H, W)
-        error, parts = self.error(target, copy)  # mean over the batch of the sum over an image
+        error, parts = self.reconstruction_loss(target, copy)  # mean over the batch of the sum over an image
         (gradient,) = torch.autograd.grad(error, copy)  # (N, C, H, W)
         error = error.detach()
         precision = (-self.logvar).exp()
         nll = error * precision + self.logvar * copy[0].numel()
         gradient = gradient * precision.detach()
         logs = {"nll": nll.detach(), **posterior.logs(), "logvar": self.logvar.detach(), **parts}
-        total = nll + self.kl_weight * posterior.cost().mean()
+        total = nll + self.kl_weight * posterior.regularization_loss().mean()
         if self.adversarial_at(step):
             assert self.discriminator is not None
             fake = self.discriminator(copy).float()
             generator = self.adversarial.generator(fake)
-            (push,) = torch.autograd.grad(generator, copy, retain_graph=True)  # (N, C, H, W)
-            balance = _balance(reconstruction, last_layer.weight, gradient, push)
+            (adversarial_grad,) = torch.autograd.grad(generator, copy, retain_graph=True)  # (N, C, H, W)
+            balance = _balance(reconstruction, last_layer.weight, gradient, adversarial_grad)
             weight = self.adversarial_weight * balance.clamp(0.0, self.max_adversarial_weight)
-            gradient = gradient + weight * push
+            gradient = gradient + weight * adversarial_grad
             real = self.discriminator(target).float()
             discriminator = self.adversarial.discriminator(real, fake)
             total = total + weight * generator.detach() + discriminator
@@ -159,7 +159,7 @@ class AutoencoderLoss(nn.Module):
         total = total + _with_gradient(reconstruction, gradient)
         return total, {"loss": total.detach(), **logs}
 
-    def error(self, images: Tensor, reconstruction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def reconstruction_loss(self, images: Tensor, reconstruction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """L1 + weighted L2 and LPIPS, summed over an image, mean over the batch: a scalar; and its parts per value."""
         l1 = (images - reconstruction).abs().mean()
         parts = {"l1": l1.detach()}
@@ -175,13 +175,13 @@ class AutoencoderLoss(nn.Module):
         return error * images[0].numel(), parts
 
 
-def _balance(reconstruction: Tensor, last_weight: Tensor, nll: Tensor, push: Tensor) -> Tensor:
+def _balance(reconstruction: Tensor, last_weight: Tensor, nll: Tensor, adversarial_grad: Tensor) -> Tensor:
     """How much longer the nll's gradient is than the adversarial one at the last weight: a scalar, 0 or more."""
     norms = [
         torch.autograd.grad(reconstruction, last_weight, gradient.to(reconstruction.dtype), retain_graph=True)[0]
         .float()
         .norm()
-        for gradient in (nll, push)
+        for gradient in (nll, adversarial_grad)
     ]
     return norms[0] / (norms[1] + 1e-4)
 

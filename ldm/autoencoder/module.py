@@ -15,7 +15,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from ldm.autoencoder.losses import AutoencoderLoss
 from ldm.autoencoder.networks import Decoder, Encoder
 from ldm.autoencoder.posterior import DiagonalGaussian, Posterior
-from ldm.autoencoder.quantizer import Quantised, VectorQuantiser, usage
+from ldm.autoencoder.quantizer import Quantized, VectorQuantizer, usage
 from ldm.errors import ConfigError
 from ldm.optim.optimizers import Scheduled, keep_settings, place_schedules
 from ldm.ranges import Positive
@@ -39,7 +39,7 @@ class AutoencoderKL(pl.LightningModule):
     the discriminator's batch statistics where it has any.
 
     Args:
-        encoder: images to moments, or, for a quantiser, to latents.
+        encoder: images to moments, or, for a quantizer, to latents.
         decoder: latents to images.
         loss: with the discriminator, if there is one.
         optimizer: makes the optimizer of encoder, decoder, codebook and log-variance (where that is learned).
@@ -48,7 +48,7 @@ class AutoencoderKL(pl.LightningModule):
         discriminator_schedule: the same for the discriminator, counted from its own first step.
         gradient_clip: largest norm of each optimizer's gradient; None does not clip. The loss is a sum over an
             image, so a useful threshold grows with the number of pixels.
-        quantiser: a codebook in the Gaussian's place; None: the posterior is a diagonal Gaussian.
+        quantizer: a codebook in the Gaussian's place; None: the posterior is a diagonal Gaussian.
     """
 
     def __init__(
@@ -61,30 +61,30 @@ class AutoencoderKL(pl.LightningModule):
         discriminator_optimizer: MakeOptimizer | None = None,
         discriminator_schedule: Schedule | None = None,
         gradient_clip: Positive | None = None,
-        quantiser: VectorQuantiser | None = None,
+        quantizer: VectorQuantizer | None = None,
     ) -> None:
         super().__init__()
-        if encoder.outputs != (1 if quantiser else 2):
+        if encoder.outputs != (1 if quantizer else 2):
             raise ConfigError(
-                f"model.params.encoder.params.moments: expected {quantiser is None}, found {quantiser is not None}: "
-                f"a Gaussian needs mean and log-variance, a quantiser the latent itself"
+                f"model.params.encoder.params.moments: expected {quantizer is None}, found {quantizer is not None}: "
+                f"a Gaussian needs mean and log-variance, a quantizer the latent itself"
             )
-        if quantiser is not None and quantiser.channels != encoder.latent_channels:
+        if quantizer is not None and quantizer.channels != encoder.latent_channels:
             raise ConfigError(
-                f"model.params.quantiser.params.channels: expected the encoder's latent_channels, "
-                f"{encoder.latent_channels}, found {quantiser.channels}"
+                f"model.params.quantizer.params.channels: expected the encoder's latent_channels, "
+                f"{encoder.latent_channels}, found {quantizer.channels}"
             )
         self.automatic_optimization = False
         self.encoder = encoder
         self.decoder = decoder
-        self.quantiser = quantiser
+        self.quantizer = quantizer
         self.loss = loss
         self._recipes = [(optimizer, schedule), (discriminator_optimizer or optimizer, discriminator_schedule)]
         self._gradient_clip = gradient_clip
         self._micro_batches = 0  # seen since the last optimizer step
         self._step_mean = StepMean()
         self._latent_sums = torch.zeros(3, encoder.latent_channels, dtype=torch.float64)
-        self._code_counts = torch.zeros(0 if quantiser is None else quantiser.size, dtype=torch.int64)
+        self._code_counts = torch.zeros(0 if quantizer is None else quantizer.size, dtype=torch.int64)
         self._latents: dict[str, list[float]] | None = None
         self._metrics: dict[str, float] = {}
 
@@ -93,7 +93,7 @@ class AutoencoderKL(pl.LightningModule):
     def encode(self, images: Tensor) -> Posterior:
         """(N, C, H, W) in [-1, 1] -> the posterior over (N, c, h, w), in float32."""
         output = self.encoder(images).float()
-        return DiagonalGaussian(output) if self.quantiser is None else self.quantiser(output)
+        return DiagonalGaussian(output) if self.quantizer is None else self.quantizer(output)
 
     def decode(self, latents: Tensor) -> Tensor:
         """(N, c, h, w) -> (N, C, H, W), about [-1, 1]."""
@@ -137,7 +137,7 @@ class AutoencoderKL(pl.LightningModule):
     def configure_optimizers(self) -> tuple[list[Optimizer], list[Scheduled]]:
         # The log-variance is in the group also where it is fixed, and then without a gradient: a run in which that is
         # changed can go on, since an optimizer's state is kept by the parameters' places.
-        codebook = [] if self.quantiser is None else [*self.quantiser.parameters()]
+        codebook = [] if self.quantizer is None else [*self.quantizer.parameters()]
         groups = [[*self.encoder.parameters(), *self.decoder.parameters(), self.loss.logvar, *codebook]]
         if self.loss.discriminator is not None:
             groups.append(list(self.loss.discriminator.parameters()))
@@ -206,7 +206,7 @@ class AutoencoderKL(pl.LightningModule):
         images = batch["image"]
         reconstruction, posterior = self.reconstruct(batch)
         self._latent_sums += latent_sums(posterior)
-        if isinstance(posterior, Quantised):
+        if isinstance(posterior, Quantized):
             self._code_counts += posterior.counts()
         metrics = {f"val/{name}": value for name, value in self.evaluate(images, reconstruction, posterior).items()}
         self.log_dict(metrics, batch_size=len(images), sync_dist=True)
@@ -215,7 +215,7 @@ class AutoencoderKL(pl.LightningModule):
         sums = self.trainer.strategy.reduce(self._latent_sums, reduce_op="sum")
         if not self.trainer.sanity_checking:
             self._latents = statistics(sums)
-        if self.quantiser is not None:
+        if self.quantizer is not None:
             counts = self.trainer.strategy.reduce(self._code_counts, reduce_op="sum")
             self.log_dict({f"val/{name}": value.float() for name, value in usage(counts).items()})
 
@@ -237,7 +237,7 @@ class AutoencoderKL(pl.LightningModule):
             )
         with torch.autocast(images.device.type, enabled=False):
             target, reconstruction = images.float(), reconstruction.float()
-            error, parts = self.loss.error(target, reconstruction)
+            error, parts = self.loss.reconstruction_loss(target, reconstruction)
             shown = reconstruction.clamp(-1.0, 1.0)
             psnr = peak_signal_noise_ratio(shown, target, data_range=2.0, reduction="none", dim=(1, 2, 3))
             ssim = structural_similarity_index_measure(shown, target, data_range=2.0, reduction="none")
@@ -260,7 +260,7 @@ class AutoencoderKL(pl.LightningModule):
         images = batch["image"]
         reconstruction, _ = self.reconstruct(batch)
         draws = _noise(self.encoder, batch, "prior")
-        prior = self.decode(draws if self.quantiser is None else self.quantiser(draws).mode())
+        prior = self.decode(draws if self.quantizer is None else self.quantizer(draws).mode())
         pictures = {
             "input": images,
             "reconstruction": reconstruction,
@@ -285,7 +285,7 @@ class AutoencoderKL(pl.LightningModule):
         self._latents = facts.get("latents")
         self._metrics = dict(facts.get("metrics", {}))
         done = checkpoint.get("global_step", 0)
-        place_schedules(checkpoint, [done, max(0, done - self.loss.adversarial_start)])
+        place_schedules(checkpoint, [done, max(0, done - self.loss.disc_start)])
 
 
 def latent_sums(posterior: Posterior) -> Tensor:

@@ -116,15 +116,15 @@ class Encoder(nn.Module):
 
     Args:
         in_channels: of the image.
-        channels: of level 0.
-        channel_multipliers: width of each level, in units of `channels`; one entry a level.
-        blocks_per_level: residual blocks of each level.
+        base_channels: of level 0.
+        channel_mult: width of each level, in units of `base_channels`; one entry a level.
+        num_res_blocks: residual blocks of each level.
         attention_levels: levels with self-attention after each block (the published f16 model: its last).
         latent_channels: of the latent.
         dropout: probability within the residual blocks.
         patch_size: side of the squares of pixels that level 0 sees as one position (1 in the published models).
             2 makes the two most expensive resolutions one, at some loss of detail: for small machines.
-        moments: give mean and log-variance, twice the latent's channels; False: the latent itself, for a quantiser.
+        moments: give mean and log-variance, twice the latent's channels; False: the latent itself, for a quantizer.
         middle_attention: self-attention between the two blocks at the lowest resolution; the published vq-f4-noattn
             has none.
 
@@ -135,9 +135,9 @@ class Encoder(nn.Module):
     def __init__(
         self,
         in_channels: Count,
-        channels: Count,
-        channel_multipliers: Sequence[Count],
-        blocks_per_level: Count,
+        base_channels: Count,
+        channel_mult: Sequence[Count],
+        num_res_blocks: Count,
         latent_channels: Count,
         attention_levels: Sequence[CountOrZero] = (),
         dropout: FractionBelowOne = 0.0,
@@ -150,13 +150,13 @@ class Encoder(nn.Module):
         self.outputs = 2 if moments else 1
         self.latent_channels = latent_channels
         self.patch_size = patch_size
-        self.down_factor = patch_size * 2 ** (len(channel_multipliers) - 1)
-        widths = [channels * multiplier for multiplier in channel_multipliers]
-        self.conv_in = nn.Conv2d(in_channels * patch_size**2, channels, 3, padding=1)
+        self.down_factor = patch_size * 2 ** (len(channel_mult) - 1)
+        widths = [base_channels * multiplier for multiplier in channel_mult]
+        self.conv_in = nn.Conv2d(in_channels * patch_size**2, base_channels, 3, padding=1)
         self.levels = nn.Sequential()
-        previous = channels
+        previous = base_channels
         for level, width in enumerate(widths):
-            layers = _blocks(previous, width, blocks_per_level, level in attention_levels, dropout)
+            layers = _blocks(previous, width, num_res_blocks, level in attention_levels, dropout)
             if level < len(widths) - 1:
                 layers.append(Downsample(width))
             self.levels.append(nn.Sequential(*layers))
@@ -170,7 +170,7 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         self._check(*images.shape[2:])
         h = F.pixel_unshuffle(images, self.patch_size)  # (N, in_channels*p*p, H/p, W/p), p = patch_size
-        h = self.conv_in(h)  # (N, channels, H/p, W/p)
+        h = self.conv_in(h)  # (N, base_channels, H/p, W/p)
         h = self.levels(h)  # (N, last width, H/f, W/f)
         h = self.middle(h)  # (N, last width, H/f, W/f)
         h = self.conv_out(F.silu(self.norm_out(h)))  # (N, outputs*latent_channels, H/f, W/f)
@@ -184,8 +184,8 @@ class Encoder(nn.Module):
         fix = f"at most {fit} levels can divide" if fit else f"patch_size={patch} does not divide"
         raise ConfigError(
             f"Encoder: expected pictures with sides divisible by {factor} (patch_size={patch} times 2 for each of "
-            f"channel_multipliers' {len(self.levels)} levels but the first), found {height}x{width}, which {fix}: "
-            f"change data.params.resolution, or the encoder's and decoder's channel_multipliers"
+            f"channel_mult' {len(self.levels)} levels but the first), found {height}x{width}, which {fix}: "
+            f"change data.params.resolution, or the encoder's and decoder's channel_mult"
         )
 
 
@@ -199,9 +199,9 @@ class Decoder(nn.Module):
     def __init__(
         self,
         out_channels: Count,
-        channels: Count,
-        channel_multipliers: Sequence[Count],
-        blocks_per_level: Count,
+        base_channels: Count,
+        channel_mult: Sequence[Count],
+        num_res_blocks: Count,
         latent_channels: Count,
         attention_levels: Sequence[CountOrZero] = (),
         dropout: FractionBelowOne = 0.0,
@@ -212,15 +212,15 @@ class Decoder(nn.Module):
         self.out_channels = out_channels
         self.latent_channels = latent_channels
         self.patch_size = patch_size
-        self.up_factor = patch_size * 2 ** (len(channel_multipliers) - 1)
-        widths = [channels * multiplier for multiplier in channel_multipliers]
+        self.up_factor = patch_size * 2 ** (len(channel_mult) - 1)
+        widths = [base_channels * multiplier for multiplier in channel_mult]
         previous = widths[-1]
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
         self.conv_in = nn.Conv2d(latent_channels, previous, 3, padding=1)
         self.middle = _middle(previous, middle_attention, dropout)
         self.levels = nn.Sequential()
         for level, width in reversed(list(enumerate(widths))):
-            layers = _blocks(previous, width, blocks_per_level + 1, level in attention_levels, dropout)
+            layers = _blocks(previous, width, num_res_blocks + 1, level in attention_levels, dropout)
             if level > 0:
                 layers.append(Upsample(width))
             self.levels.append(nn.Sequential(*layers))
@@ -236,6 +236,6 @@ class Decoder(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         h = self.conv_in(self.post_quant_conv(latents))  # (N, last width, h, w)
         h = self.middle(h)  # (N, last width, h, w)
-        h = self.levels(h)  # (N, channels, h*f/p, w*f/p), p = patch_size
+        h = self.levels(h)  # (N, base_channels, h*f/p, w*f/p), p = patch_size
         h = self.conv_out(F.silu(self.norm_out(h)))  # (N, out_channels*p*p, h*f/p, w*f/p)
         return F.pixel_shuffle(h, self.patch_size)  # (N, out_channels, h*f, w*f)

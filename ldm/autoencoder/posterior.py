@@ -26,7 +26,7 @@ class Posterior(Protocol):
         """What is decoded at best: (N, C, ...)."""
         ...
 
-    def cost(self) -> Tensor:
+    def regularization_loss(self) -> Tensor:
         """What the loss adds: (N,)."""
         ...
 
@@ -80,7 +80,7 @@ class DiagonalGaussian:
         ratio = ((self.mean - other.mean).square() + self.var) / other.var
         return 0.5 * _sum(ratio - 1.0 - self.logvar + other.logvar)
 
-    def cost(self) -> Tensor:
+    def regularization_loss(self) -> Tensor:
         """The KL against the standard normal, in nats: (N,)."""
         return self.kl()
 

@@ -12,14 +12,14 @@ from ldm.ranges import Count, NotNegative
 from ldm.runtime.float64 import double
 
 
-class Quantised:
+class Quantized:
     """The latents of a batch beside their nearest codes; speaks as `DiagonalGaussian` does.
 
     Args:
         latents: (N, C, h, w) float32, of the encoder.
         indices: (N, h, w), of each latent's nearest code.
         codes: (N, C, h, w), those codes.
-        commitment: see VectorQuantiser.
+        commitment: see VectorQuantizer.
         size: of the codebook.
     """
 
@@ -46,14 +46,14 @@ class Quantised:
         """The codes: (N, C, h, w)."""
         return self._codes
 
-    def cost(self) -> Tensor:
+    def regularization_loss(self) -> Tensor:
         """|sg(z) - code|^2 + commitment |z - sg(code)|^2, summed over the latent (VQ-VAE, eq. 3): (N,)."""
         to_latents = (self._codes - self.mean.detach()).square().flatten(1).sum(1)
         to_codes = (self.mean - self._codes.detach()).square().flatten(1).sum(1)
         return to_latents + self._commitment * to_codes
 
     def logs(self) -> dict[str, Tensor]:
-        return {"codebook": self.cost().detach().mean()}
+        return {"codebook": self.regularization_loss().detach().mean()}
 
     def counts(self) -> Tensor:
         """How often each code was chosen: (size,) int64, to be added up."""
@@ -71,8 +71,8 @@ def usage(counts: Tensor) -> dict[str, Tensor]:
     return {"perplexity": entropy.exp(), "codes_used": double(counts > 0).mean()}
 
 
-class VectorQuantiser(nn.Module):
-    """Latents (N, C, h, w) -> Quantised.
+class VectorQuantizer(nn.Module):
+    """Latents (N, C, h, w) -> Quantized.
 
     Args:
         size: number of codes.
@@ -86,12 +86,12 @@ class VectorQuantiser(nn.Module):
         self.codebook = nn.Embedding(size, channels)
         nn.init.uniform_(self.codebook.weight, -1 / size, 1 / size)
 
-    def forward(self, latents: Tensor) -> Quantised:
+    def forward(self, latents: Tensor) -> Quantized:
         latents = latents.float()
         indices = self.nearest(latents)  # (N, h, w)
         # F.embedding: its gradient reaches the chosen codes alone.
         codes = F.embedding(indices, self.codebook.weight).movedim(-1, 1)  # (N, C, h, w)
-        return Quantised(latents, indices, codes, self.commitment, self.size)
+        return Quantized(latents, indices, codes, self.commitment, self.size)
 
     @torch.no_grad()
     def nearest(self, latents: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ldm.checkpoints import sealed_file, shards, state_tree
+from ldm.checkpoints import former_keys, sealed_file, shards, state_tree
 from ldm.errors import CheckpointError, ResourceError
 
 SUFFIX = ".ckpt"
@@ -78,12 +78,14 @@ def load(path: Path, map_location: Any = "cpu", assemble: bool = True) -> dict[s
     if (reason := fault(path)) is not None:
         raise CheckpointError(f"{path}: {reason}. Choose another checkpoint of the run, or its folder for the newest.")
     state = sealed_file.read(path, map_location)
-    if not assemble or "shards" not in state:
-        return state
+    if "shards" not in state:
+        return former_keys.current(state)
+    if not assemble:
+        return state  # under the keys that its shards have
     named = state.pop("shards")
     tensors = shards.assembled(shards.folder_of(path, named["folder"]), named["files"], str(map_location))
     whole: dict[str, Any] = state_tree.replaced(state, lambda key, leaf: tensors.get(key, leaf))
-    return whole
+    return former_keys.current(whole)
 
 
 def fault(path: Path) -> str | None:

@@ -10,7 +10,9 @@ from typing import Any
 
 MOVED = {
     "ldm.averages": "ldm.training.callbacks.ema_snapshots",
+    "ldm.averages.AverageSnapshots": "ldm.training.callbacks.ema_snapshots.EMASnapshots",
     "ldm.autoencoder.quantiser": "ldm.autoencoder.quantizer",
+    "ldm.autoencoder.quantiser.VectorQuantiser": "ldm.autoencoder.quantizer.VectorQuantizer",
     "ldm.callbacks": "ldm.training.callbacks.previews",
     "ldm.callbacks.Progress": "ldm.training.callbacks.progress.Progress",
     "ldm.callbacks.Throughput": "ldm.training.callbacks.progress.Throughput",
@@ -28,8 +30,14 @@ MOVED = {
     "ldm.diffusion.grids": "ldm.sampling.timesteps",
     "ldm.diffusion.samplers": "ldm.sampling.samplers",
     "ldm.diffusion.unet": "ldm.diffusion.networks.unet",
+    "ldm.diffusion.paths.Discrete": "ldm.diffusion.paths.DiscreteVP",
+    "ldm.diffusion.paths.Exploding": "ldm.diffusion.paths.VE",
+    "ldm.diffusion.paths.Straight": "ldm.diffusion.paths.Linear",
+    "ldm.diffusion.predictions.Preconditioned": "ldm.diffusion.predictions.EDMPreconditioned",
     "ldm.ema": "ldm.optim.ema",
+    "ldm.ema.Decay": "ldm.optim.ema.FixedDecay",
     "ldm.finite": "ldm.training.callbacks.skip_nonfinite",
+    "ldm.finite.FiniteGuard": "ldm.training.callbacks.skip_nonfinite.SkipNonFinite",
     "ldm.loggers": "ldm.training.loggers",
     "ldm.optimizers": "ldm.optim.optimizers",
     "ldm.safety": "ldm.training.callbacks.provenance",
@@ -40,7 +48,35 @@ MOVED = {
 }
 """Modules, and classes that went elsewhere than the rest of their module: dotted name then -> now."""
 
-PARAMETERS: dict[str, dict[str, str]] = {}
+_LEVELS = {"channel_multipliers": "channel_mult", "blocks_per_level": "num_res_blocks"}
+
+PARAMETERS = {
+    "ldm.autoencoder.losses.AutoencoderLoss": {"adversarial_start": "disc_start"},
+    "ldm.autoencoder.module.AutoencoderKL": {"quantiser": "quantizer"},
+    "ldm.autoencoder.networks.Decoder": {"channels": "base_channels", **_LEVELS},
+    "ldm.autoencoder.networks.Encoder": {"channels": "base_channels", **_LEVELS},
+    "ldm.diffusion.networks.dit.DiT": {
+        "channels": "hidden_size",
+        "feed_ratio": "mlp_ratio",
+        "heads": "num_heads",
+        "normalise_attention": "qk_norm",
+        "rotary": "rope",
+    },
+    "ldm.diffusion.networks.edm2.MagnitudePreservingUNet": {"channels": "model_channels", **_LEVELS},
+    "ldm.diffusion.networks.unet.UNet": {
+        "channels": "model_channels",
+        "context_channels": "context_dim",
+        "head_channels": "num_head_channels",
+        "heads": "num_heads",
+        **_LEVELS,
+    },
+    "ldm.diffusion.objectives.Flow": {"told_scale": "time_scale"},
+    "ldm.diffusion.paths.GVP": {"last": "t_max", "told_scale": "time_scale"},
+    "ldm.diffusion.paths.Linear": {"last": "t_max", "told_scale": "time_scale"},
+    "ldm.diffusion.paths.VP": {"last": "t_max", "told_scale": "time_scale"},
+    "ldm.optim.ema.EMA": {"others": "extra"},
+    "ldm.optim.ema.PowerFunction": {"width": "std"},
+}
 """By the class' name of today: parameter then -> now."""
 
 

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ldm.data.dataset import ImageDataset, hold_out
 from ldm.data.elastic_sampler import ElasticBatchSampler, accumulation, items, validation_batches
-from ldm.data.loading import BrokenImages, View, collate
+from ldm.data.loading import BrokenImages, TransformedDataset, collate
 from ldm.data.transforms import EvalTransform, TrainTransform, Transform
 from ldm.errors import ConfigError, DataError
 from ldm.randomness import Draws
@@ -210,13 +210,15 @@ class ImageDataModule(ElasticDataModule):
             self.validation_dataset.prepare()
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        view = View(self.train_dataset, self.transform, self.channels, self.resolution, self.seed)
+        view = TransformedDataset(self.train_dataset, self.transform, self.channels, self.resolution, self.seed)
         return self.training_loader(view, len(view), collate)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
         if self.validation_dataset is None:
             return []
-        view = View(self.validation_dataset, self.eval_transform, self.channels, self.resolution, VALIDATION_SEED)
+        view = TransformedDataset(
+            self.validation_dataset, self.eval_transform, self.channels, self.resolution, VALIDATION_SEED
+        )
         return self.validation_loader(view, len(view), collate)
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:

@@ -52,6 +52,6 @@ def _flatten(image: Image.Image, value_range: tuple[float, float] | None) -> Ima
     if image.mode.startswith(("I", "F")):
         return ranges.to_8_bits(image, value_range)
     if image.has_transparency_data:
-        colours = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours).convert("RGB")
+        colors = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", colors.size, "white"), colors).convert("RGB")
     return image.convert("L" if image.mode in ("1", "L") else "RGB")

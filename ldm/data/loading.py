@@ -20,7 +20,7 @@ from ldm.ranges import Count, CountOrZero, Fraction, Seed
 logger = logging.getLogger(__name__)
 
 
-class View(Dataset[dict[str, Any]]):
+class TransformedDataset(Dataset[dict[str, Any]]):
     """A data set as rows of a batch, addressed by (sample number, item).
 
     A row holds `image` (C,H,W), `class_label` and `caption` where the data set has them, `sample_number`, and

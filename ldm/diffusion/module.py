@@ -38,8 +38,8 @@ class Constrained(Protocol):
 class LatentDiffusion(LightningModule):
     """A conditional denoiser under an objective, and its running average.
 
-    A batch holds `latent` (N,C,h,w) float32, whitened, `draws` (its randomness, with the global batch size), and what
-    the conditioner reads.
+    A batch holds `latent` (N,C,h,w) float32, standardized, `draws` (its randomness, with the global batch size), and
+    what the conditioner reads.
 
     Args:
         network: net(x (N,C,h,w), noise_level (N,), conditioning) -> the shape of x.
@@ -85,7 +85,7 @@ class LatentDiffusion(LightningModule):
         mesh = self.device_mesh["data_parallel"]
         # Otherwise autocast alone converts, as on one device.
         compute = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
-        for denoiser in (self.denoiser, self.ema.average, *self.ema.others):
+        for denoiser in (self.denoiser, self.ema.average, *self.ema.extra):
             network, conditioner = cast(nn.ModuleDict, denoiser).values()
             blocks = _blocks(network, "lightning.strategy: FSDP2 gathers", "train it with ldm.training.strategies.DDP")
             # A constrained network measures its weights, and rounds them afterwards by itself.

@@ -17,7 +17,7 @@ from ldm.runtime.float64 import double
 class NoiseLevels(Protocol):
     """The quantile function of a distribution of noise levels."""
 
-    sigmas: bool
+    in_sigma: bool
     """Whether a place is the noise's standard deviation, and not a share of the way."""
 
     def __call__(self, uniform: Tensor) -> Tensor: ...
@@ -26,7 +26,7 @@ class NoiseLevels(Protocol):
 class Uniform:
     """Every place alike."""
 
-    sigmas = False
+    in_sigma = False
 
     def __call__(self, uniform: Tensor) -> Tensor:
         return uniform
@@ -35,7 +35,7 @@ class Uniform:
 class LogitNormal:
     """logit(place) is normal: more of the middle (Esser et al. 2024, "Scaling Rectified Flow Transformers", eq. 19)."""
 
-    sigmas = False
+    in_sigma = False
 
     def __init__(self, mean: Finite = 0.0, std: Positive = 1.0) -> None:
         self.mean, self.std = mean, std
@@ -47,7 +47,7 @@ class LogitNormal:
 class LogNormal:
     """ln(sigma) is normal (Karras et al. 2022, "EDM"; its values. EDM2: -0.4 and 1.0)."""
 
-    sigmas = True
+    in_sigma = True
 
     def __init__(self, mean: Finite = -1.2, std: Positive = 1.2) -> None:
         self.mean, self.std = mean, std
@@ -70,11 +70,11 @@ class Shifted:
     def __init__(self, dimensions: Count, levels: NoiseLevels) -> None:
         self.shift = math.sqrt(dimensions / 4096)
         self.levels = levels
-        self.sigmas = levels.sigmas
+        self.in_sigma = levels.in_sigma
 
     def __call__(self, uniform: Tensor) -> Tensor:
         place = self.levels(uniform)
-        return self.shift * place if self.sigmas else shifted(place, self.shift)
+        return self.shift * place if self.in_sigma else shifted(place, self.shift)
 
 
 def shifted(place: Tensor, shift: float) -> Tensor:

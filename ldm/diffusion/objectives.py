@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ldm.diffusion.conditioners.base import Conditioning
 from ldm.diffusion.noise_levels import LogNormal, NoiseLevels, Uniform
 from ldm.diffusion.noise_schedules import NoiseSchedule
-from ldm.diffusion.paths import Discrete, Exploding, Path, Smooth, Straight
-from ldm.diffusion.predictions import Eps, PathVelocity, Preconditioned, Prediction, Velocity
+from ldm.diffusion.paths import VE, DiscreteVP, Linear, ProbabilityPath, Smooth
+from ldm.diffusion.predictions import EDMPreconditioned, Eps, PathVelocity, Prediction, Velocity
 from ldm.diffusion.weightings import VLB, Distance, Level, Plain, Squared, Weighting
 from ldm.errors import ConfigError
 from ldm.randomness import Draws
@@ -51,7 +51,7 @@ class Objective(nn.Module):
 
     def __init__(
         self,
-        path: Path,
+        path: ProbabilityPath,
         prediction: Prediction,
         weighting: Weighting,
         levels: NoiseLevels,
@@ -59,20 +59,20 @@ class Objective(nn.Module):
         distance: Distance | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(weighting, VLB) and path.step == 0:
+        if isinstance(weighting, VLB) and path.vlb_step == 0:
             raise ConfigError("objective: the variational bound adds up steps of t, which this path does not have")
         if isinstance(weighting, VLB) and distance is not None and not isinstance(distance, Squared):
             raise ConfigError(
                 f"objective distance: the variational bound is of squared errors, found {type(distance).__name__}; "
                 f"leave it out or choose another weighting"
             )
-        if isinstance(prediction, Eps) and float(path.alpha(torch.tensor(path.last, device="cpu"))) == 0:
+        if isinstance(prediction, Eps) and float(path.alpha(torch.tensor(path.t_max, device="cpu"))) == 0:
             raise ConfigError(
                 "objective: expected a prediction that tells data from pure noise, such as V or Velocity, found Eps; "
                 "at the end of this path, where sampling begins, no signal is left"
             )
-        if levels.sigmas != path.sigmas:
-            wanted = "noise levels sigma, such as LogNormal" if path.sigmas else "places in [0, 1], such as Uniform"
+        if levels.in_sigma != path.in_sigma:
+            wanted = "noise levels sigma, such as LogNormal" if path.in_sigma else "places in [0, 1], such as Uniform"
             raise ConfigError(
                 f"objective levels: {type(path).__name__} expects a distribution of {wanted}; "
                 f"found {type(levels).__name__}"
@@ -85,53 +85,53 @@ class Objective(nn.Module):
         self.distance = distance or Squared()
 
     @property
-    def last(self) -> float:
+    def t_max(self) -> float:
         """The last noise level, where sampling starts."""
-        return self.path.last
+        return self.path.t_max
 
     def alpha(self, t: Tensor) -> Tensor:
-        """The signal's factor at 0 <= t <= last, float32 of t's shape, () or (N,)."""
+        """The signal's factor at 0 <= t <= t_max, float32 of t's shape, () or (N,)."""
         return self.path.alpha(t)
 
     def sigma(self, t: Tensor) -> Tensor:
-        """The noise's factor at 0 <= t <= last, float32 of t's shape, () or (N,)."""
+        """The noise's factor at 0 <= t <= t_max, float32 of t's shape, () or (N,)."""
         return self.path.sigma(t)
 
-    def time(self, ratio: Tensor) -> Tensor:
+    def time_at(self, ratio: Tensor) -> Tensor:
         """The t at which sigma / alpha is `ratio`; on the host."""
-        return self.path.time(ratio)
+        return self.path.time_at(ratio)
 
-    def grid(self, steps: int) -> Tensor:
+    def timesteps(self, steps: int) -> Tensor:
         """(steps + 1,) strictly decreasing times on the host: the last noise level first, data (0) last.
 
         Raises:
             ConfigError: a number of steps that there cannot be.
         """
-        return self.path.grid(steps)
+        return self.path.timesteps(steps)
 
     def loss(self, net: Network, x0: Tensor, conditioning: Conditioning, draws: Draws) -> Tensor:
         """Weighted error of the prediction at the levels visited, mean over all but the batch: (N,)."""
-        t = self.path.visit(self.levels(draws.stratified("timestep")))  # (N,)
+        t = self.path.to_time(self.levels(draws.stratified("timestep")))  # (N,)
         noise = draws.normal("noise", x0.shape[1:])
         alpha, sigma = self.alpha(t), self.sigma(t)
         a, s = rowwise(alpha, x0), rowwise(sigma, x0)
         output = self._output(net, a * x0 + s * noise, t, conditioning)
         target = self.prediction.target(x0, noise, a, s)
         error = self.distance(output, target).flatten(1).mean(1)
-        before = self._snr((t - self.path.step).clamp(min=0))
-        loss = self.weighting(error, Level(self._snr(t), before, self.prediction.gain(alpha, sigma)))
+        before = self._snr((t - self.path.vlb_step).clamp(min=0))
+        loss = self.weighting(error, Level(self._snr(t), before, self.prediction.x0_error_scale(alpha, sigma)))
         if self.direction_weight > 0:
             loss = loss + self.direction_weight * (1 - F.cosine_similarity(output, target, dim=1)).flatten(1).mean(1)
         return loss
 
     def denoise(self, net: Network, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """The network's estimate of x0, float32, from x (N, ...) at t, () or (N,), 0 < t <= last."""
+        """The network's estimate of x0, float32, from x (N, ...) at t, () or (N,), 0 < t <= t_max."""
         t = t.to(x.device, non_blocking=True).expand(len(x))
         output = self._output(net, x, t, conditioning)
         return self.prediction.x0(output, x, rowwise(self.alpha(t), x), rowwise(self.sigma(t), x))
 
     def _output(self, net: Network, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        return net(rowwise(self.path.input_scale(t), x) * x, self.path.told(t), conditioning).float()
+        return net(rowwise(self.path.c_in(t), x) * x, self.path.c_noise(t), conditioning).float()
 
     def _snr(self, t: Tensor) -> Tensor:
         return (self.alpha(t) / self.sigma(t)).square()
@@ -159,7 +159,7 @@ class DDPM(Objective):
         direction_weight: NotNegative = 0.0,
         distance: Distance | None = None,
     ) -> None:
-        path = Discrete(schedule, steps)
+        path = DiscreteVP(schedule, steps)
         prediction, weighting, levels = prediction or Eps(), weighting or Plain(), levels or Uniform()
         super().__init__(path, prediction, weighting, levels, direction_weight, distance)
 
@@ -170,7 +170,7 @@ class EDM(Objective):
     Args:
         levels: which noise levels training visits (default: the paper's).
         weighting: squared errors of the preconditioned output -> losses (default: as they are; EDM2: `Uncertainty`).
-        sigma_data: standard deviation of the data; latents out of a cache are whitened: 1.
+        sigma_data: standard deviation of the data; latents out of a cache are standardized: 1.
         sigma_min, sigma_max, rho: of the sampling levels.
         distance: see Objective.
     """
@@ -185,8 +185,8 @@ class EDM(Objective):
         rho: Positive = 7.0,
         distance: Distance | None = None,
     ) -> None:
-        path = Exploding(sigma_data, sigma_min, sigma_max, rho)
-        prediction, weighting, levels = Preconditioned(sigma_data), weighting or Plain(), levels or LogNormal()
+        path = VE(sigma_data, sigma_min, sigma_max, rho)
+        prediction, weighting, levels = EDMPreconditioned(sigma_data), weighting or Plain(), levels or LogNormal()
         super().__init__(path, prediction, weighting, levels, distance=distance)
 
 
@@ -198,7 +198,7 @@ class Flow(Objective):
         weighting: errors -> losses (default: as they are).
         levels: which noise levels training visits (default: all alike).
         direction_weight, distance: see Objective.
-        told_scale: the network is told told_scale * t.
+        time_scale: the network is given time_scale * t.
     """
 
     def __init__(
@@ -207,11 +207,11 @@ class Flow(Objective):
         weighting: Weighting | None = None,
         levels: NoiseLevels | None = None,
         direction_weight: NotNegative = 0.0,
-        told_scale: Positive = 1000.0,
+        time_scale: Positive = 1000.0,
         distance: Distance | None = None,
     ) -> None:
         prediction, weighting, levels = prediction or Velocity(), weighting or Plain(), levels or Uniform()
-        super().__init__(Straight(told_scale), prediction, weighting, levels, direction_weight, distance)
+        super().__init__(Linear(time_scale), prediction, weighting, levels, direction_weight, distance)
 
 
 class Interpolant(Objective):

@@ -1,4 +1,4 @@
-"""The ways from data to noise: x_t = alpha(t) x0 + sigma(t) noise, from t = 0 (data) to t = `last`.
+"""The ways from data to noise: x_t = alpha(t) x0 + sigma(t) noise, from t = 0 (data) to t = `t_max`.
 
 Times are float32, () or (N,), on any device; what comes back has their shape.
 """
@@ -16,42 +16,42 @@ from ldm.ranges import Count, FractionAboveZero, Positive
 from ldm.runtime.float64 import double
 
 
-class Path(Protocol):
-    """alpha, sigma and what goes with their times; alpha falls and sigma rises from t = 0 to t = `last`."""
+class ProbabilityPath(Protocol):
+    """alpha, sigma and what goes with their times; alpha falls and sigma rises from t = 0 to t = `t_max`."""
 
-    last: float
+    t_max: float
     """The last noise level, where sampling starts."""
-    step: float
+    vlb_step: float
     """One of the steps that the variational bound adds up."""
-    sigmas: bool
+    in_sigma: bool
     """Whether the places that training draws are noise levels sigma (noise_levels.py)."""
 
     def alpha(self, t: Tensor) -> Tensor: ...
 
     def sigma(self, t: Tensor) -> Tensor: ...
 
-    def time(self, ratio: Tensor) -> Tensor:
-        """The t at which sigma / alpha is `ratio`; `last` for more than a path reaches that ends there."""
+    def time_at(self, ratio: Tensor) -> Tensor:
+        """The t at which sigma / alpha is `ratio`; `t_max` for more than a path reaches that ends there."""
         ...
 
-    def visit(self, place: Tensor) -> Tensor:
+    def to_time(self, place: Tensor) -> Tensor:
         """The time of a place on the scale that training draws from (noise_levels.py)."""
         ...
 
-    def told(self, t: Tensor) -> Tensor:
+    def c_noise(self, t: Tensor) -> Tensor:
         """What the network is told of t."""
         ...
 
-    def input_scale(self, t: Tensor) -> Tensor:
+    def c_in(self, t: Tensor) -> Tensor:
         """What the network's input is multiplied by."""
         ...
 
-    def grid(self, steps: int) -> Tensor:
-        """(steps + 1,) strictly decreasing times on the host, `last` first, 0 last: where samplers stop by default."""
+    def timesteps(self, steps: int) -> Tensor:
+        """(steps + 1,) strictly decreasing times on the host, `t_max` first, 0 last: where samplers stop by default."""
         ...
 
 
-class Smooth(Path, Protocol):
+class Smooth(ProbabilityPath, Protocol):
     """A path whose velocity has a closed form (predictions.py: PathVelocity)."""
 
     def slopes(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,7 +59,7 @@ class Smooth(Path, Protocol):
         ...
 
 
-class Discrete:
+class DiscreteVP:
     """DDPM's (Ho et al. 2020): alpha^2 + sigma^2 = 1 at `steps` levels, t = 1 .. steps; linear between them.
 
     Args:
@@ -67,12 +67,12 @@ class Discrete:
         steps: T, the number of noise levels.
     """
 
-    step = 1.0
-    sigmas = False
+    vlb_step = 1.0
+    in_sigma = False
 
     def __init__(self, schedule: NoiseSchedule, steps: Count = 1000) -> None:
         self.steps = steps
-        self.last = float(steps)
+        self.t_max = float(steps)
         squared_alpha = np.concatenate([[1.0], np.cumprod(1 - schedule.betas(steps))])  # t = 0..T
         # No buffers of a module: those would follow .to(bfloat16), and a bf16 model still needs these in full.
         self._tables = {"alpha": np.sqrt(squared_alpha), "sigma": np.sqrt(1 - squared_alpha)}
@@ -84,7 +84,7 @@ class Discrete:
     def sigma(self, t: Tensor) -> Tensor:
         return self._look_up("sigma", t)
 
-    def time(self, ratio: Tensor) -> Tensor:
+    def time_at(self, ratio: Tensor) -> Tensor:
         alpha, sigma = self._tables["alpha"], self._tables["sigma"]
         wanted = np.minimum(double(ratio).cpu().numpy(), 1e30)
         with np.errstate(divide="ignore"):  # nothing may be left of the signal at the last level
@@ -93,17 +93,17 @@ class Discrete:
         low, high = (wanted * alpha[level] - sigma[level] for level in (above - 1, above))
         return torch.as_tensor(above - 1 + (low / (low - high)).clip(0, 1), dtype=torch.float32, device=ratio.device)
 
-    def visit(self, place: Tensor) -> Tensor:
+    def to_time(self, place: Tensor) -> Tensor:
         return (place * self.steps).floor().add(1).clamp(max=self.steps)
 
-    def told(self, t: Tensor) -> Tensor:
+    def c_noise(self, t: Tensor) -> Tensor:
         """The lineage counts its levels from 0, so published weights work unchanged."""
         return t - 1
 
-    def input_scale(self, t: Tensor) -> Tensor:
+    def c_in(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
 
-    def grid(self, steps: int) -> Tensor:
+    def timesteps(self, steps: int) -> Tensor:
         """Whole times, as even as they can be.
 
         Raises:
@@ -127,7 +127,7 @@ class Discrete:
         return {**vars(self), "_on_device": {}}
 
 
-class Exploding:
+class VE:
     """EDM's (Karras et al. 2022): alpha = 1, and t is the noise's standard deviation itself.
 
     Args:
@@ -137,14 +137,14 @@ class Exploding:
         rho: how the levels between are spread: the larger, the more of them near sigma_min.
     """
 
-    step = 0.0
-    sigmas = True
+    vlb_step = 0.0
+    in_sigma = True
 
     def __init__(
         self, sigma_data: Positive = 1.0, sigma_min: Positive = 0.002, sigma_max: Positive = 80.0, rho: Positive = 7.0
     ) -> None:
         self.sigma_data, self.sigma_min, self.rho = sigma_data, sigma_min, rho
-        self.last = sigma_max
+        self.t_max = sigma_max
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
@@ -152,24 +152,24 @@ class Exploding:
     def sigma(self, t: Tensor) -> Tensor:
         return t
 
-    def time(self, ratio: Tensor) -> Tensor:
-        """`ratio` itself: sampling starts at `last`, but the path goes on beyond it, as churn needs."""
+    def time_at(self, ratio: Tensor) -> Tensor:
+        """`ratio` itself: sampling starts at `t_max`, but the path goes on beyond it, as churning needs."""
         return ratio
 
-    def visit(self, place: Tensor) -> Tensor:
+    def to_time(self, place: Tensor) -> Tensor:
         return place
 
-    def told(self, t: Tensor) -> Tensor:
+    def c_noise(self, t: Tensor) -> Tensor:
         """ln(t) / 4, as in the paper, but on the scale of the other paths' 0..1000: t is told by the same embedding."""
         return 250.0 * t.log()
 
-    def input_scale(self, t: Tensor) -> Tensor:
+    def c_in(self, t: Tensor) -> Tensor:
         return (t**2 + self.sigma_data**2).rsqrt()
 
-    def grid(self, steps: int) -> Tensor:
+    def timesteps(self, steps: int) -> Tensor:
         """Even steps in t^(1/rho) from sigma_max to sigma_min, then 0 (eq. 5)."""
         _demand(steps)
-        ends = self.last ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
+        ends = self.t_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
         place = torch.arange(steps, dtype=torch.float64) / max(1, steps - 1)
         levels = (ends[0] + place * (ends[1] - ends[0])) ** self.rho
         return torch.cat([levels, torch.zeros(1, dtype=torch.float64)]).float()
@@ -179,40 +179,40 @@ class _Continuous:
     """What paths share whose t is the share of the way, 0 to 1.
 
     Args:
-        told_scale: the network is told told_scale * t.
-        last: where the path ends, 0 < last <= 1. Below 1 some signal is left there, which a prediction of noise needs
+        time_scale: the network is given time_scale * t.
+        t_max: where the path ends, 0 < t_max <= 1. Below 1 some signal is left there, which a prediction of noise needs
             on a path to pure noise (Ma et al. 2024, "SiT": 0.999).
 
     Raises:
-        ConfigError: another `last`.
+        ConfigError: another `t_max`.
     """
 
-    step = 1e-3
-    sigmas = False
+    vlb_step = 1e-3
+    in_sigma = False
 
-    def __init__(self, told_scale: Positive = 1000.0, last: FractionAboveZero = 1.0) -> None:
-        if not 0 < last <= 1:
-            raise ConfigError(f"path: last: expected more than 0 and at most 1, found {last:g}")
-        self.told_scale = told_scale
-        self.last = last
+    def __init__(self, time_scale: Positive = 1000.0, t_max: FractionAboveZero = 1.0) -> None:
+        if not 0 < t_max <= 1:
+            raise ConfigError(f"path: t_max: expected more than 0 and at most 1, found {t_max:g}")
+        self.time_scale = time_scale
+        self.t_max = t_max
 
-    def visit(self, place: Tensor) -> Tensor:
+    def to_time(self, place: Tensor) -> Tensor:
         # At t = 0 there is nothing to learn, and an infinite signal-to-noise ratio to weigh it with.
-        return (place * self.last).clamp(1e-5, self.last)
+        return (place * self.t_max).clamp(1e-5, self.t_max)
 
-    def told(self, t: Tensor) -> Tensor:
-        return self.told_scale * t
+    def c_noise(self, t: Tensor) -> Tensor:
+        return self.time_scale * t
 
-    def input_scale(self, t: Tensor) -> Tensor:
+    def c_in(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
 
-    def grid(self, steps: int) -> Tensor:
-        """Even steps from `last` to 0."""
+    def timesteps(self, steps: int) -> Tensor:
+        """Even steps from `t_max` to 0."""
         _demand(steps)
-        return torch.linspace(self.last, 0, steps + 1)
+        return torch.linspace(self.t_max, 0, steps + 1)
 
 
-class Straight(_Continuous):
+class Linear(_Continuous):
     """Rectified flow's (Liu et al. 2023; Lipman et al. 2023): alpha = 1 - t, sigma = t, for 0 <= t <= 1."""
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -221,8 +221,8 @@ class Straight(_Continuous):
     def sigma(self, t: Tensor) -> Tensor:
         return t
 
-    def time(self, ratio: Tensor) -> Tensor:
-        return (1 / (1 + 1 / ratio)).clamp(max=self.last)
+    def time_at(self, ratio: Tensor) -> Tensor:
+        return (1 / (1 + 1 / ratio)).clamp(max=self.t_max)
 
     def slopes(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return -torch.ones_like(alpha), torch.ones_like(sigma)
@@ -240,8 +240,8 @@ class GVP(_Continuous):
     def sigma(self, t: Tensor) -> Tensor:
         return (math.pi / 2 * t).sin()
 
-    def time(self, ratio: Tensor) -> Tensor:
-        return (2 / math.pi * ratio.atan()).clamp(max=self.last)
+    def time_at(self, ratio: Tensor) -> Tensor:
+        return (2 / math.pi * ratio.atan()).clamp(max=self.t_max)
 
     def slopes(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return -math.pi / 2 * sigma, math.pi / 2 * alpha
@@ -254,7 +254,7 @@ class VP(_Continuous):
 
     Args:
         beta_min, beta_max: the rates at t = 0 and t = 1 at which noise comes in (SiT's sigma_min and sigma_max).
-        told_scale, last: as in the other paths.
+        time_scale, t_max: as in the other paths.
 
     Raises:
         ConfigError: unless 0 < beta_min <= beta_max.
@@ -264,10 +264,10 @@ class VP(_Continuous):
         self,
         beta_min: Positive = 0.1,
         beta_max: Positive = 20.0,
-        told_scale: Positive = 1000.0,
-        last: FractionAboveZero = 1.0,
+        time_scale: Positive = 1000.0,
+        t_max: FractionAboveZero = 1.0,
     ) -> None:
-        super().__init__(told_scale, last)
+        super().__init__(time_scale, t_max)
         if not 0 < beta_min <= beta_max:
             raise ConfigError(f"path: expected 0 < beta_min <= beta_max, found {beta_min:g} and {beta_max:g}")
         self.beta_min, self.rise = beta_min, beta_max - beta_min
@@ -278,9 +278,9 @@ class VP(_Continuous):
     def sigma(self, t: Tensor) -> Tensor:
         return (-torch.expm1(2 * self._log_alpha(t))).sqrt()
 
-    def time(self, ratio: Tensor) -> Tensor:
+    def time_at(self, ratio: Tensor) -> Tensor:
         faded = torch.log1p(ratio.clamp(max=1e9) ** 2)  # -2 ln(alpha), whose quadratic equation in t this solves
-        return (2 * faded / (self.beta_min + (self.beta_min**2 + 2 * self.rise * faded).sqrt())).clamp(max=self.last)
+        return (2 * faded / (self.beta_min + (self.beta_min**2 + 2 * self.rise * faded).sqrt())).clamp(max=self.t_max)
 
     def slopes(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         beta = (self.beta_min**2 - 4 * self.rise * alpha.log()).sqrt()  # beta_min + t (beta_max - beta_min)

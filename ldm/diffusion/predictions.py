@@ -19,7 +19,7 @@ class Prediction(Protocol):
 
     def x0(self, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor: ...
 
-    def gain(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+    def x0_error_scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         """By how much the error of x0 is smaller than the output's: x0 = ... +- gain * output; the shape of alpha."""
         ...
 
@@ -33,7 +33,7 @@ class Eps:
     def x0(self, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         return (x - sigma * output) / alpha
 
-    def gain(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+    def x0_error_scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         return sigma / alpha
 
 
@@ -46,7 +46,7 @@ class X0:
     def x0(self, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         return output
 
-    def gain(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+    def x0_error_scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         return alpha.new_ones(alpha.shape)
 
 
@@ -59,7 +59,7 @@ class V:
     def x0(self, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         return (alpha * x - sigma * output) / (alpha**2 + sigma**2)
 
-    def gain(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+    def x0_error_scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         return sigma / (alpha**2 + sigma**2)
 
 
@@ -72,7 +72,7 @@ class Velocity:
     def x0(self, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         return (x - sigma * output) / (alpha + sigma)
 
-    def gain(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+    def x0_error_scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         return sigma / (alpha + sigma)
 
 
@@ -96,30 +96,30 @@ class PathVelocity:
         of_alpha, of_sigma = self.path.slopes(alpha, sigma)
         return (of_sigma * x - sigma * output) / (of_sigma * alpha - of_alpha * sigma)
 
-    def gain(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+    def x0_error_scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         of_alpha, of_sigma = self.path.slopes(alpha, sigma)
         return sigma / (of_sigma * alpha - of_alpha * sigma)
 
 
-class Preconditioned:
+class EDMPreconditioned:
     """EDM's output F: x0 = c_skip x + c_out F, with the coefficients of Karras et al. 2022, table 1 (alpha = 1).
 
     Its squared error counts 1 / c_out^2 of that of x0, which is the weighting of the paper.
 
     Args:
-        sigma_data: standard deviation of the data; latents out of a cache are whitened: 1.
+        sigma_data: standard deviation of the data; latents out of a cache are standardized: 1.
     """
 
     def __init__(self, sigma_data: Positive = 1.0) -> None:
         self.sigma_data = sigma_data
 
     def target(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return (x0 - self._skip(sigma) * (alpha * x0 + sigma * noise)) / self.gain(alpha, sigma)
+        return (x0 - self._skip(sigma) * (alpha * x0 + sigma * noise)) / self.x0_error_scale(alpha, sigma)
 
     def x0(self, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return self._skip(sigma) * x + self.gain(alpha, sigma) * output
+        return self._skip(sigma) * x + self.x0_error_scale(alpha, sigma) * output
 
-    def gain(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+    def x0_error_scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         return sigma * self.sigma_data / (sigma**2 + self.sigma_data**2).sqrt()
 
     def _skip(self, sigma: Tensor) -> Tensor:

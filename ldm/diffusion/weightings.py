@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ldm.layers import sinusoid
+from ldm.layers import timestep_embedding
 from ldm.ranges import Count, Finite, NotNegative, Positive
 
 
@@ -50,12 +50,12 @@ class Level:
     Attributes:
         snr: (N,) alpha^2 / sigma^2.
         snr_before: (N,) the same one of the objective's steps closer to the data.
-        gain: (N,) by how much the error of x0 is smaller than the output's (Prediction.gain).
+        x0_error_scale: (N,) by how much the error of x0 is smaller than the output's (Prediction.x0_error_scale).
     """
 
     snr: Tensor
     snr_before: Tensor
-    gain: Tensor
+    x0_error_scale: Tensor
 
 
 class Weighting(Protocol):
@@ -78,7 +78,7 @@ class MinSNR:
         self.gamma = gamma
 
     def __call__(self, error: Tensor, level: Level) -> Tensor:
-        return error * level.gain**2 * level.snr.clamp(max=self.gamma)
+        return error * level.x0_error_scale**2 * level.snr.clamp(max=self.gamma)
 
 
 class SoftMinSNR:
@@ -91,7 +91,7 @@ class SoftMinSNR:
         self.gamma = gamma
 
     def __call__(self, error: Tensor, level: Level) -> Tensor:
-        return error * level.gain**2 / (1 / self.gamma + 1 / level.snr)
+        return error * level.x0_error_scale**2 / (1 / self.gamma + 1 / level.snr)
 
 
 class Sigmoid(SoftMinSNR):
@@ -108,7 +108,7 @@ class P2:
         self.gamma, self.k = gamma, k
 
     def __call__(self, error: Tensor, level: Level) -> Tensor:
-        return error * level.gain**2 * level.snr / (self.k + level.snr) ** self.gamma
+        return error * level.x0_error_scale**2 * level.snr / (self.k + level.snr) ** self.gamma
 
 
 class KarrasWeighting:
@@ -118,7 +118,7 @@ class KarrasWeighting:
         self.sigma_data = sigma_data
 
     def __call__(self, error: Tensor, level: Level) -> Tensor:
-        return error * level.gain**2 * (level.snr + self.sigma_data**-2)
+        return error * level.x0_error_scale**2 * (level.snr + self.sigma_data**-2)
 
 
 class VLB:
@@ -131,7 +131,7 @@ class VLB:
     def __call__(self, error: Tensor, level: Level) -> Tensor:
         # Infinity only where the step before is the data itself.
         gained = torch.where(level.snr_before.isinf(), level.snr, level.snr_before - level.snr)
-        return error * level.gain**2 * gained / 2
+        return error * level.x0_error_scale**2 * gained / 2
 
 
 class Uncertainty(nn.Module):
@@ -154,7 +154,7 @@ class Uncertainty(nn.Module):
 
     def forward(self, error: Tensor, level: Level) -> Tensor:
         logarithm = level.snr.log().clamp(-20, 20)  # (N,)
-        features = sinusoid(logarithm, self.channels, longest_period=100.0)  # (N, channels)
+        features = timestep_embedding(logarithm, self.channels, longest_period=100.0)  # (N, channels)
         # Not by calling the layer, which autocast would round to bf16; on meta, where a dry run is, it has no off.
         # Over sqrt(channels), as theirs: else the network's high learning rate throws u about.
         u = (features * self.u.weight).sum(1) / math.sqrt(self.channels) + self.u.bias  # (N,)

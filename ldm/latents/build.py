@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ldm.errors import DataError
 from ldm.latents.claims import Claims, publish, read_sealed, seal
-from ldm.latents.manifest import MANIFEST, PLAN, Manifest, Plan, check_size, shard_path
+from ldm.latents.manifest import MANIFEST, PLAN, CacheSpec, Manifest, check_size, shard_path
 from ldm.runtime.signals import stop_if_asked
 
 LARGEST = float(np.finfo(np.float16).max)
@@ -79,7 +79,7 @@ class Source:
 
 def build(
     folder: Path | str,
-    plan: Plan,
+    plan: CacheSpec,
     encode: Callable[[Tensor], tuple[Tensor, Tensor]],
     source: Source,
     rank: int = 0,
@@ -123,12 +123,12 @@ def build(
     return manifest
 
 
-def _finished(folder: Path, plan: Plan) -> Manifest | None:
+def _finished(folder: Path, plan: CacheSpec) -> Manifest | None:
     """The manifest, if nothing is left to do; a cache of another plan is refused."""
     if not (folder / MANIFEST).is_file():
         return None
     manifest = Manifest.read(folder)
-    plan.demand(folder, manifest.plan)
+    plan.require(folder, manifest.plan)
     try:
         for shard in range(manifest.plan.num_shards):
             check_size(folder, manifest, shard)
@@ -139,13 +139,13 @@ def _finished(folder: Path, plan: Plan) -> Manifest | None:
     return manifest
 
 
-def _agree(folder: Path, plan: Plan, claims: Claims) -> Plan:
+def _agree(folder: Path, plan: CacheSpec, claims: Claims) -> CacheSpec:
     """The plan of this build: the one already in the folder (its layout holds), else ours, written down first."""
     with claims.take(_PLAN_CLAIM, folder / PLAN, wait=True):
         if not (folder / PLAN).is_file():
             publish(folder / PLAN, seal(plan.to_dict()))
-        begun = Plan.from_dict(read_sealed(folder / PLAN))
-    plan.demand(folder, begun)
+        begun = CacheSpec.from_dict(read_sealed(folder / PLAN))
+    plan.require(folder, begun)
     return begun
 
 
@@ -163,7 +163,7 @@ class _Writer:
     def __init__(
         self,
         folder: Path,
-        plan: Plan,
+        plan: CacheSpec,
         encode: Callable[[Tensor], tuple[Tensor, Tensor]],
         source: Source,
         progress: Callable[[int, int], None],
@@ -273,7 +273,7 @@ def _demand_few(folder: Path, broken: Mapping[str, str], most: int) -> None:
         )
 
 
-def _merge(folder: Path, plan: Plan, source: Source) -> Manifest:
+def _merge(folder: Path, plan: CacheSpec, source: Source) -> Manifest:
     """The manifest out of all sidecars: a function of their content, whoever wrote them."""
     sidecars = [read_sealed(shard_path(folder, shard, ".json")) for shard in range(plan.num_shards)]
     for shard, sidecar in enumerate(sidecars):

@@ -19,7 +19,7 @@ from ldm.data.transforms import EvalTransform, transformed
 from ldm.errors import ConfigError, DataError
 from ldm.latents.build import Source, build, shard_items
 from ldm.latents.claims import read_sealed
-from ldm.latents.manifest import PLAN, Manifest, Plan, note_source, noted_source
+from ldm.latents.manifest import PLAN, CacheSpec, Manifest, note_source, noted_source
 from ldm.latents.reader import LatentCache, LatentDataset
 from ldm.ranges import Count, CountOrZero, Fraction, Seed
 from ldm.runtime import distributed
@@ -29,7 +29,7 @@ _LOG_SECONDS = 30.0
 
 
 class LatentDataModule(ElasticDataModule):
-    """Latents for stage 2: batches of `latent` (N,c,h,w) float32, whitened; `class_label`, `caption`, `draws`.
+    """Latents for stage 2: batches of `latent` (N,c,h,w) float32, standardized; `class_label`, `caption`, `draws`.
 
     A latent is drawn from its posterior each time it is seen, on the device. The autoencoder is loaded to build or to
     check the cache, and let go before training.
@@ -125,7 +125,7 @@ class LatentDataModule(ElasticDataModule):
 
     @property
     def manifest(self) -> Manifest:
-        """Of the training cache; its statistics whiten validation too. DataError before `setup`."""
+        """Of the training cache; its statistics standardize validation too. DataError before `setup`."""
         return _opened(self.train_cache).manifest
 
     def prepare_data(self) -> None:
@@ -162,15 +162,15 @@ class LatentDataModule(ElasticDataModule):
         return self.train_dataset.path(int(_opened(self.train_cache).items([item])[0]))
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Draw the latents: z = mean + std * noise, whitened."""
+        """Draw the latents: z = mean + std * noise, standardized."""
         mean, std = batch.pop("moments").float().unbind(1)  # each (N,c,h,w)
         draws = self.attach_draws(batch, mean.device)
-        batch["latent"] = self.manifest.whiten(mean + std * draws.normal("posterior", mean.shape[1:]))
+        batch["latent"] = self.manifest.standardize(mean + std * draws.normal("posterior", mean.shape[1:]))
         return batch
 
-    def plan(self, dataset: ImageDataset, codec: Codec, weights: str) -> Plan:
+    def plan(self, dataset: ImageDataset, codec: Codec, weights: str) -> CacheSpec:
         """What the cache of `dataset` has to hold; `weights` is the codec's hash."""
-        plan = Plan(
+        plan = CacheSpec(
             shape=codec.latent_shape(self.image_resolution),
             num_items=len(dataset),
             source=dataset.fingerprint(),
@@ -198,7 +198,7 @@ class LatentDataModule(ElasticDataModule):
         cache = LatentCache(folder, plan)
         if cache.plan.source != plan.source:
             known = noted_source(folder)
-            plan.demand(folder, replace(plan, source=known or plan.source))
+            plan.require(folder, replace(plan, source=known or plan.source))
             if known is None and distributed.is_main():
                 note_source(folder, plan)
         return cache
@@ -227,7 +227,7 @@ class LatentDataModule(ElasticDataModule):
         return torch.device("cpu")
 
 
-def _default_folder(plan: Plan) -> Path:
+def _default_folder(plan: CacheSpec) -> Path:
     """Where the cache lies if no folder is given.
 
     A folder is called by all that its plan says. One of the same content may be called otherwise, because its plan was
@@ -238,7 +238,7 @@ def _default_folder(plan: Plan) -> Path:
         return folder
     for other in sorted(Path("cache").glob(f"*/{PLAN}")):
         with suppress(DataError):  # a folder that is damaged is of no use here, and none of our business
-            same = not plan.differences(Plan.from_dict(read_sealed(other)))
+            same = not plan.differences(CacheSpec.from_dict(read_sealed(other)))
             if same and noted_source(other.parent) in (None, plan.source):
                 return other.parent
     return folder

@@ -1,15 +1,15 @@
 """The latent cache as it lies on disk: what is in it, and the proof that it is whole and the right one.
 
-    plan.json          what is being encoded, by which autoencoder: everything that decides the bytes (Plan)
+    plan.json          what is being encoded, by which autoencoder: everything that decides the bytes (CacheSpec)
     shard-00000.bin    records of fixed size, memory-mapped: the posterior's moments, plain and mirrored, and the label
     shard-00000.json   the shard's checksum, its sums for the statistics, its broken items, its captions
     manifest.json      the plan, the statistics over all items and both orientations, every shard's checksum (Manifest)
     contents.json      only where the plan knows names and sizes of its source alone: the fingerprint, noted later
 
 Vocabulary: an *item* is a number into the source dataset; *moments* are mean and standard deviation of the posterior
-N(mean, std^2), so that a fresh latent is drawn each time, z = mean + std * noise; *whitened* is a latent with zero mean
-and unit variance per channel over the whole cache. The mirrored orientation is the encoding of the mirrored *pixels*:
-an autoencoder is not equivariant, so a mirrored latent is something else.
+N(mean, std^2), so that a fresh latent is drawn each time, z = mean + std * noise; *standardized* is a latent with zero
+mean and unit variance per channel over the whole cache. The mirrored orientation is the encoding of the mirrored
+*pixels*: an autoencoder is not equivariant, so a mirrored latent is something else.
 
 latent_build.py writes what is described here, latent_reader.py reads it.
 """
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Plan:
+class CacheSpec:
     """Everything that decides what a cache holds, known before the first image is encoded; plain JSON types only.
 
     Args:
@@ -71,7 +71,7 @@ class Plan:
     format: int = FORMAT
 
     @classmethod
-    def from_dict(cls, tree: Mapping[str, Any]) -> "Plan":
+    def from_dict(cls, tree: Mapping[str, Any]) -> "CacheSpec":
         return cls(**{**tree, "shape": tuple(tree["shape"])})
 
     def to_dict(self) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class Plan:
         """Names the cache's content: two caches of one fingerprint are interchangeable."""
         return sha256(dump(self.facts())).hexdigest()[:16]
 
-    def differences(self, found: "Plan") -> list[str]:
+    def differences(self, found: "CacheSpec") -> list[str]:
         """One line for each fact in which `found` is not what this plan asks for."""
         # A configuration that was stored under former names says the same.
         ours, theirs = (replace(plan, autoencoder=current_plain(plan.autoencoder)).facts() for plan in (self, found))
@@ -113,7 +113,7 @@ class Plan:
             if ours.get(key) != theirs.get(key)
         ]
 
-    def demand(self, folder: Path, found: "Plan") -> None:
+    def require(self, folder: Path, found: "CacheSpec") -> None:
         """Raise DataError, naming every difference, unless the cache (or the half of one) in `folder` is this one."""
         if lines := self.differences(found):
             raise DataError(
@@ -134,7 +134,7 @@ class Manifest:
         shards: {"crc32": hex, "items": count} of each.
     """
 
-    plan: Plan
+    plan: CacheSpec
     mean: list[float]
     std: list[float]
     broken: list[int]
@@ -143,7 +143,7 @@ class Manifest:
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> "Manifest":
-        return cls(**{**tree, "plan": Plan.from_dict(tree["plan"])})
+        return cls(**{**tree, "plan": CacheSpec.from_dict(tree["plan"])})
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -172,13 +172,13 @@ class Manifest:
         """Items with a record."""
         return self.plan.num_items - len(self.broken)
 
-    def whiten(self, latents: Tensor) -> Tensor:
+    def standardize(self, latents: Tensor) -> Tensor:
         """(N,c,h,w) as the encoder gives them -> zero mean, unit variance per channel over the cache."""
         mean, std = self._on(latents.device)
         return ((latents - mean) / std).to(latents.dtype)
 
-    def unwhiten(self, latents: Tensor) -> Tensor:
-        """(N,c,h,w) whitened -> as the decoder takes them."""
+    def unstandardize(self, latents: Tensor) -> Tensor:
+        """(N,c,h,w) standardized -> as the decoder takes them."""
         mean, std = self._on(latents.device)
         return (latents * std + mean).to(latents.dtype)
 
@@ -205,7 +205,7 @@ def verify(folder: Path | str, progress: Callable[[int, int], None] = lambda don
     plan, total = manifest.plan, manifest.plan.num_shards
     damage: list[str] = []
     try:
-        plan.demand(folder, Plan.from_dict(read_sealed(folder / PLAN)))
+        plan.require(folder, CacheSpec.from_dict(read_sealed(folder / PLAN)))
     except DataError as error:
         damage.append(str(error))
     for shard in range(total):
@@ -227,7 +227,7 @@ def noted_source(folder: Path) -> str | None:
     return str(read_sealed(path)["source"]) if path.is_file() else None
 
 
-def note_source(folder: Path, plan: Plan) -> None:
+def note_source(folder: Path, plan: CacheSpec) -> None:
     """Note what the source of such a cache holds now, so that what is replaced from now on is noticed."""
     log.warning(
         "%s: was made when only names and sizes of the pictures were noted, so it may hold one that was replaced by "

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ldm.latents.claims import read_sealed
-from ldm.latents.manifest import Manifest, Plan, check_bytes, check_size, shard_path
+from ldm.latents.manifest import CacheSpec, Manifest, check_bytes, check_size, shard_path
 from ldm.randomness import Draws
 from ldm.ranges import Seed
 
@@ -29,12 +29,12 @@ class LatentCache:
         DataError: not finished, truncated, damaged, or not what is expected: naming file, key and remedy.
     """
 
-    def __init__(self, folder: Path | str, expected: Plan | None = None) -> None:
+    def __init__(self, folder: Path | str, expected: CacheSpec | None = None) -> None:
         self.folder = Path(folder)
         self.manifest = Manifest.read(self.folder)
         self.plan = self.manifest.plan
         if expected is not None:
-            expected.demand(self.folder, self.plan)
+            expected.require(self.folder, self.plan)
         for shard in range(self.plan.num_shards):
             check_size(self.folder, self.manifest, shard)
         broken = np.asarray(self.manifest.broken, dtype=np.int64)

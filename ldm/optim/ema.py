@@ -38,7 +38,7 @@ class HalfLife:
         return 0.5 ** (images / half_life) if half_life > 0 else 0.0
 
 
-class Decay:
+class FixedDecay:
     """The classic: a constant share an update, at first at most (1 + n) / (10 + n) in the nth, n = 1, 2, ...
 
     As latent diffusion's LitEma, whose count goes up before it is read: 2/11 in the first update.
@@ -59,26 +59,24 @@ class PowerFunction:
     other width can be put together from snapshots of two of these (`mixture`).
 
     Args:
-        width: relative standard deviation of the shares, sigma_rel: 0.05 and 0.1 are the paper's two.
+        std: relative standard deviation of the shares, sigma_rel: 0.05 and 0.1 are the paper's two.
     """
 
-    def __init__(self, width: Annotated[float, Interval(gt=0, lt=12**-0.5)]) -> None:
-        self.exponent = power_exponent(width)
+    def __init__(self, std: Annotated[float, Interval(gt=0, lt=12**-0.5)]) -> None:
+        self.exponent = power_exponent(std)
 
     def __call__(self, images_seen: int, images: int) -> float:
         return float((images_seen / (images_seen + images)) ** (self.exponent + 1))
 
 
-def power_exponent(width: float) -> float:
-    """The exponent gamma of a power-function average of relative standard deviation `width`, 0 < width < 0.28.
+def power_exponent(std: float) -> float:
+    """The exponent gamma of a power-function average of relative standard deviation `std`, 0 < std < 0.28.
 
     sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), EDM2, eq. 123-126; the largest root.
     """
-    if not 0 < width < 12**-0.5:
-        raise ConfigError(
-            f"EMA: width {width:g}: expected more than 0 and less than {12**-0.5:.3f} (all weights alike)"
-        )
-    return float(np.roots([1, 7, 16 - width**-2, 12 - width**-2]).real.max())
+    if not 0 < std < 12**-0.5:
+        raise ConfigError(f"EMA: std {std:g}: expected more than 0 and less than {12**-0.5:.3f} (all weights alike)")
+    return float(np.roots([1, 7, 16 - std**-2, 12 - std**-2]).real.max())
 
 
 def mixture(times: Sequence[float], exponents: Sequence[float], time: float, exponent: float) -> np.ndarray:
@@ -111,26 +109,26 @@ class EMA(nn.Module):
     Args:
         model: what to average.
         profile: of `average`, the one that samples are made with.
-        others: of further averages, for `scripts/reconstruct_ema.py`.
+        extra: of further averages, for `scripts/reconstruct_ema.py`.
 
     Attributes:
         average: the averaged model.
-        others: further averages.
+        extra: further averages.
         images_seen: images counted so far; kept on the host (reading it never waits) and saved with the weights.
     """
 
-    def __init__(self, model: nn.Module, profile: Profile, others: Sequence[Profile] = ()) -> None:
+    def __init__(self, model: nn.Module, profile: Profile, extra: Sequence[Profile] = ()) -> None:
         super().__init__()
         self.average = copy.deepcopy(model).float().requires_grad_(False)
-        self.others = nn.ModuleList(copy.deepcopy(self.average) for _ in others)
-        self.profiles = [profile, *others]
+        self.extra = nn.ModuleList(copy.deepcopy(self.average) for _ in extra)
+        self.profiles = [profile, *extra]
         self.images_seen = 0
         self.train(False)
 
     @torch.no_grad()
     def update(self, model: nn.Module, images: int) -> None:
         """Take in the weights after an optimizer step over `images` images (the global batch)."""
-        for average, profile in zip([self.average, *self.others], self.profiles, strict=True):
+        for average, profile in zip([self.average, *self.extra], self.profiles, strict=True):
             averages: list[Tensor] = [*average.parameters()]
             weights = [w.to(a.dtype) for a, w in zip(averages, model.parameters(), strict=True)]
             torch._foreach_lerp_(averages, weights, 1 - profile(self.images_seen, images))

@@ -20,10 +20,10 @@ from ldm.diffusion.objectives import Objective
 from ldm.errors import ConfigError, NumericError
 from ldm.randomness import Draws
 from ldm.sampling.guidance import Denoiser, Guidance
-from ldm.sampling.img2img import Original, inpaint
+from ldm.sampling.img2img import InitImage, inpaint
 from ldm.sampling.pipeline import Pipeline
 from ldm.sampling.samplers import ddim, start
-from ldm.sampling.timesteps import Default, Grid
+from ldm.sampling.timesteps import Default, TimestepSchedule
 
 if TYPE_CHECKING:  # sampling from a checkpoint needs nothing of the training code
     pass
@@ -57,9 +57,9 @@ def generate(
     *,
     sampler: Sampler = ddim,
     steps: int = 50,
-    grid: Grid | None = None,
+    schedule: TimestepSchedule | None = None,
     guidance: Guidance = UNGUIDED,
-    original: Original | None = None,
+    init_image: InitImage | None = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> Iterator[Sample]:
@@ -70,9 +70,9 @@ def generate(
         labels: as many classes, each in [0, num_classes); None: of no class, also from a conditional model.
         sampler: such as `ddim`, `ancestral` or `partial(ddim, eta=0.5)`.
         steps: of the sampler, each one call of the network (heun: two).
-        grid: where the steps lie between noise and data; None: as the objective has them.
+        schedule: where the steps lie between noise and data; None: as the objective has them.
         guidance: how strongly they are led to their classes.
-        original: a picture to begin with (image-to-image, inpainting); None: noise alone.
+        init_image: a picture to begin with (image-to-image, inpainting); None: noise alone.
         batch_size: pictures made at once; decides speed and memory only.
         progress: show a progress bar.
 
@@ -81,19 +81,19 @@ def generate(
             of other latents, or away from a class that the model never went without.
         NumericError: the network gave something that is not finite.
     """
-    times = (grid or Default())(pipeline.objective, steps)
+    times = (schedule or Default())(pipeline.objective, steps)
     check(pipeline, seeds, labels, times, guidance)
     for first in track(range(0, len(seeds), batch_size), "sampling", disable=not progress):
         rows = slice(first, first + batch_size)
         few = None if labels is None else labels[rows]
-        images = _images(pipeline, seeds[rows], few, sampler, times, guidance, original)
+        images = _images(pipeline, seeds[rows], few, sampler, times, guidance, init_image)
         yield from map(Sample, seeds[rows], [None] * len(images) if few is None else few, images)
 
 
 def check(
     pipeline: Pipeline, seeds: Sequence[int], labels: Sequence[int] | None, times: Tensor, guidance: Guidance
 ) -> None:
-    """What `generate` refuses before it begins; its arguments and errors, `times` (steps + 1,) of the grid."""
+    """What `generate` refuses before it begins; its arguments and errors, `times` (steps + 1,) of the schedule."""
     guidance.check(pipeline, labels is not None, times)
     if labels is None:
         return
@@ -117,7 +117,7 @@ def _images(
     sampler: Sampler,
     times: Tensor,
     guidance: Guidance,
-    original: Original | None,
+    init_image: InitImage | None,
 ) -> np.ndarray:
     """(N,H,W,C) uint8."""
     number, device, manifest = len(seeds), pipeline.device, pipeline.manifest
@@ -126,16 +126,16 @@ def _images(
         denoise = guidance.denoiser(pipeline, classes, number)
         noise = Draws(SEED, seeds, number).normal("noise", manifest.plan.shape).to(device)
         known = None
-        if original is not None:
-            times = original.times(times)
-            known = manifest.whiten(pipeline.codec.encode(original.image[None])[0])  # (1,c,h,w)
-            if (kept := original.kept(manifest.plan.shape)) is not None:
+        if init_image is not None:
+            times = init_image.times(times)
+            known = manifest.standardize(pipeline.codec.encode(init_image.image[None])[0])  # (1,c,h,w)
+            if (kept := init_image.latent_mask(manifest.plan.shape)) is not None:
                 denoise = inpaint(denoise, known, kept.to(device))
         x = start(pipeline.objective, noise, times[0], known)
         latents = sampler(denoise, pipeline.objective, x, times, draws=Draws(SEED, seeds, number, device))
-        images = pipeline.codec.decode(manifest.unwhiten(latents))
-        if original is not None:
-            images = original.around(images)
+        images = pipeline.codec.decode(manifest.unstandardize(latents))
+        if init_image is not None:
+            images = init_image.composite(images)
     if not bool(torch.isfinite(images).all()):
         steered = "" if guidance.scale == 1 else f", or guidance {guidance.scale:g} leads out of what numbers can hold"
         raise NumericError(

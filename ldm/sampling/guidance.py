@@ -58,25 +58,28 @@ def classifier_free(
     return guided
 
 
-def autoguidance(denoise: Denoiser, worse: Denoiser, scale: float, channels: int | None = None) -> Denoiser:
-    """x0 = worse + scale (denoise - worse): away from what a smaller or less trained model gets wrong.
+def autoguidance(denoise: Denoiser, guide: Denoiser, scale: float, channels: int | None = None) -> Denoiser:
+    """x0 = guide + scale (denoise - guide): away from what a smaller or less trained model gets wrong.
 
     Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of Itself", eq. 3.
     """
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
         better = denoise(x, t)
-        return _completed(torch.lerp(worse(x, t)[:, :channels], better[:, :channels], scale), better)
+        return _completed(torch.lerp(guide(x, t)[:, :channels], better[:, :channels], scale), better)
 
     return guided
 
 
-def within(guided: Denoiser, plain: Denoiser, objective: Objective, above: float, up_to: float) -> Denoiser:
-    """Guidance for above < sigma / alpha <= up_to alone, elsewhere `plain` (Kynkäänniemi et al. 2024)."""
+def limited_interval(
+    guided: Denoiser, plain: Denoiser, objective: Objective, interval: tuple[float, float]
+) -> Denoiser:
+    """Guidance for low < sigma / alpha <= high of the interval alone, elsewhere `plain` (Kynkäänniemi et al. 2024)."""
+    low, high = interval
 
     def chosen(x: Tensor, t: Tensor) -> Tensor:
         ratio = float(objective.sigma(t) / objective.alpha(t))  # t is on the host: nothing waits for the device
-        return (guided if above < ratio <= up_to else plain)(x, t)
+        return (guided if low < ratio <= high else plain)(x, t)
 
     return chosen
 
@@ -126,11 +129,11 @@ class Guidance:
     """How strongly samples are led, and away from what (diffusion/guidance.py).
 
     Args:
-        scale: 1 = not at all; above: away from no class, or from `worse`, at twice the cost. Of a classifier: the
+        scale: 1 = not at all; above: away from no class, or from `guide`, at twice the cost. Of a classifier: the
             factor on its gradient, 0 = not at all.
         rescale: 0 ... 1: how far each sample's spread is brought back to the unguided one's.
-        above, up_to: the ratios sigma / alpha between which samples are led.
-        worse: a smaller or less trained model of the same latents and path (autoguidance); None: no class.
+        interval: (low, high), the ratios sigma / alpha between which samples are led.
+        guide: a smaller or less trained model of the same latents and path (autoguidance); None: no class.
         classifier: of noisy latents: (x (N,c,h,w), t (), labels (N,)) -> log p(label | x), (N,). Leads any model,
             also one that was trained without classes; None: the model alone.
         channels: of the latents, the first so many are led, and the others are as without guidance; None: all.
@@ -141,9 +144,8 @@ class Guidance:
 
     scale: float = 1.0
     rescale: float = 0.0
-    above: float = 0.0
-    up_to: float = math.inf
-    worse: "Pipeline | None" = None
+    interval: tuple[float, float] = (0.0, math.inf)
+    guide: "Pipeline | None" = None
     classifier: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     channels: int | None = None
 
@@ -152,18 +154,18 @@ class Guidance:
             raise ConfigError(f"guidance scale: expected a finite number, found {self.scale:g}")
         if not 0 <= self.rescale <= 1:
             raise ConfigError(f"guidance rescale: expected 0 to 1, found {self.rescale:g}")
-        if not 0 <= self.above < self.up_to:
+        low, high = self.interval
+        if not 0 <= low < high:
             raise ConfigError(
-                f"guidance interval: expected 0 <= LOW < HIGH, as ratios sigma / alpha, "
-                f"found {self.above:g} and {self.up_to:g}"
+                f"guidance interval: expected 0 <= LOW < HIGH, as ratios sigma / alpha, found {low:g} and {high:g}"
             )
         if self.channels is not None and self.channels < 1:
             raise ConfigError(f"guidance channels: expected 1 or more, found {self.channels}")
-        others = [name for name in ("worse", "classifier") if getattr(self, name) is not None]
+        others = [name for name in ("guide", "classifier") if getattr(self, name) is not None]
         if self.rescale and others:
             raise ConfigError(f"guidance rescale: belongs to classifier-free guidance; leave out it or {others[0]}")
         if len(others) == 2:
-            raise ConfigError("guidance: by a worse model or by a classifier; leave one of them out")
+            raise ConfigError("guidance: by another model or by a classifier; leave one of them out")
 
     def check(self, pipeline: "Pipeline", told: bool, times: Tensor) -> None:
         """ConfigError where there is nothing to lead with, or nothing that was learned of no class.
@@ -177,8 +179,8 @@ class Guidance:
             raise ConfigError(
                 f"guidance channels: expected 1 to {there}, the channels of this model's latents, found {self.channels}"
             )
-        if self.worse is not None:
-            self._check_worse(pipeline, self.worse, times)
+        if self.guide is not None:
+            self._check_guide(pipeline, self.guide, times)
         elif self.classifier is not None and not told:
             raise ConfigError("guidance by a classifier: no classes are asked for; ask for some, or leave it out")
         elif self.classifier is None and self.scale != 1:
@@ -195,17 +197,17 @@ class Guidance:
         if pipeline.label_dropout == 0:
             raise ConfigError(f"{found} {_ALWAYS_TOLD}; expected 1, or a worse model as well")
 
-    def _check_worse(self, pipeline: "Pipeline", worse: "Pipeline", times: Tensor) -> None:
-        ours, theirs = pipeline.manifest, worse.manifest
-        classes = pipeline.num_classes, worse.num_classes
-        found = worse.origin.get("checkpoint", "the worse model")
+    def _check_guide(self, pipeline: "Pipeline", guide: "Pipeline", times: Tensor) -> None:
+        ours, theirs = pipeline.manifest, guide.manifest
+        classes = pipeline.num_classes, guide.num_classes
+        found = guide.origin.get("checkpoint", "the worse model")
         same = ours.plan.autoencoder["weights"] == theirs.plan.autoencoder["weights"]
         if not same or (ours.plan.shape, ours.mean, ours.std) != (theirs.plan.shape, theirs.mean, theirs.std):
             raise ConfigError(f"{found}: was trained on other latents than the model that it is to guide")
         if classes[1] is not None and classes[1] != classes[0]:
             raise ConfigError(f"{found}: knows {classes[1]} classes, the model that it is to guide {classes[0]}")
         for name in ("alpha", "sigma"):
-            mine, other = (getattr(one.objective, name)(times) for one in (pipeline, worse))
+            mine, other = (getattr(one.objective, name)(times) for one in (pipeline, guide))
             if not torch.allclose(mine, other):
                 raise ConfigError(f"{found}: noises latents in another way than the model that it is to guide")
 
@@ -215,8 +217,8 @@ class Guidance:
         null = pipeline.conditioner.null(number)
         told = null if labels is None else pipeline.conditioner({"class_label": labels})
         plain = classifier_free(conditional, told, null, 1.0)
-        if self.worse is not None:
-            guided = autoguidance(plain, Guidance().denoiser(self.worse, labels, number), self.scale, self.channels)
+        if self.guide is not None:
+            guided = autoguidance(plain, Guidance().denoiser(self.guide, labels, number), self.scale, self.channels)
         elif self.classifier is not None and labels is not None:
             sees, wanted = self.classifier, labels
             guided = classifier(plain, pipeline.objective, lambda x, t: sees(x, t, wanted), self.scale, self.channels)
@@ -224,6 +226,6 @@ class Guidance:
             guided = classifier_free(conditional, told, null, self.scale, self.rescale, self.channels)
         else:
             guided = plain
-        if self.above == 0 and math.isinf(self.up_to):
+        if self.interval == (0.0, math.inf):
             return guided
-        return within(guided, plain, pipeline.objective, self.above, self.up_to)
+        return limited_interval(guided, plain, pipeline.objective, self.interval)

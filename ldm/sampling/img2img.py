@@ -22,14 +22,14 @@ if TYPE_CHECKING:  # generate.py builds on this file
 
 
 @dataclass(frozen=True)
-class Original:
+class InitImage:
     """A picture that samples begin with.
 
     Args:
         image: (C,H,W) float in [-1, 1], of the size that the model makes.
         strength: 0 < strength <= 1: the share of the way to noise that it goes, hence of the sampler's steps; what it
             keeps of the picture is the rest.
-        free: (H,W) bool: what may change; the rest stays as it is, pixel for pixel. None: all of it.
+        mask: (H,W) bool: what may change; the rest stays as it is, pixel for pixel. None: all of it.
 
     Raises:
         ConfigError: a strength that there is not, or a mask that frees nothing.
@@ -37,16 +37,16 @@ class Original:
 
     image: Tensor
     strength: float = 1.0
-    free: Tensor | None = None
+    mask: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.strength <= 1:
             raise ConfigError(f"strength: expected more than 0 and at most 1, found {self.strength:g}")
-        if self.free is not None and not bool(self.free.any()):
+        if self.mask is not None and not bool(self.mask.any()):
             raise ConfigError("mask: all of it is black, so nothing is to be painted; white is what may change")
 
     @classmethod
-    def read(cls, manifest: Manifest, image: Path, strength: float, mask: Path | None = None) -> "Original":
+    def read(cls, manifest: Manifest, image: Path, strength: float, mask: Path | None = None) -> "InitImage":
         """From files, brought to the size of the model's pictures; of the mask, white is what may change.
 
         Raises:
@@ -71,17 +71,17 @@ class Original:
         steps = max(1, round(self.strength * (len(times) - 1)))
         return times[-steps - 1 :]
 
-    def kept(self, shape: tuple[int, int, int]) -> Tensor | None:
+    def latent_mask(self, shape: tuple[int, int, int]) -> Tensor | None:
         """Where a latent (c, h, w) stays as it is: (h, w) bool; a place with any free pixel is free."""
-        if self.free is None:
+        if self.mask is None:
             return None
-        return F.adaptive_max_pool2d(self.free[None].float(), shape[1:])[0] == 0
+        return F.adaptive_max_pool2d(self.mask[None].float(), shape[1:])[0] == 0
 
-    def around(self, images: Tensor) -> Tensor:
+    def composite(self, images: Tensor) -> Tensor:
         """`images` (N,C,H,W) where they are free, the picture elsewhere."""
-        if self.free is None:
+        if self.mask is None:
             return images
-        return torch.where(self.free.to(images.device), images, self.image.to(images.device))
+        return torch.where(self.mask.to(images.device), images, self.image.to(images.device))
 
 
 def inpaint(denoise: Denoiser, known: Tensor, mask: Tensor) -> Denoiser:

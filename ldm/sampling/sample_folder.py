@@ -82,8 +82,8 @@ def _check(folder: Path, settings: Mapping[str, Any]) -> None:
             raise ConfigError(f"--out {folder}: holds files, but none of sample.py. Name an empty or a new folder.")
         return
     try:
-        found = json.loads(there.read_text())["settings"]
-    except (ValueError, KeyError, TypeError):
+        found = {_FORMER.get(key, key): value for key, value in json.loads(there.read_text())["settings"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"{there}: is not a record of sample.py. Name another folder with --out.") from None
     keys = dict.fromkeys([*settings, *found])
     different = [
@@ -102,6 +102,8 @@ def _list(folder: Path, settings: Mapping[str, Any], names: Sequence[str] | None
 
 
 _LOCK = ".lock"
+_FORMER = {"grid": "schedule", "worse": "guide"}
+"""Settings as samples.json once called them, and as it does now."""
 
 
 @contextmanager
@@ -144,7 +146,7 @@ def _read(path: Path) -> np.ndarray:
 
 
 _LONGEST = 255  # bytes of a name
-ALWAYS = ("checkpoint", "step", "weights", "sampler", "grid", "steps", "eta", "guidance")
+ALWAYS = ("checkpoint", "step", "weights", "sampler", "schedule", "steps", "eta", "guidance")
 """Settings of every folder; others are named where they were asked for."""
 
 
@@ -154,7 +156,7 @@ def default_folder(settings: Mapping[str, Any]) -> Path:
     regular = file.parent.name == "checkpoints"
     run, which = (file.parent.parent, "") if regular else (file.parent, f"{file.stem}-")
     eta = f"-eta{settings['eta']:g}" if settings["eta"] else ""
-    spacing = "" if settings["grid"] == "default" else f"-{settings['grid']}"
+    spacing = "" if settings["schedule"] == "default" else f"-{settings['schedule']}"
     name = f"{which}step{settings['step']}-{settings['weights']}-{settings['sampler']}{settings['steps']}{spacing}{eta}"
     more = "".join(f"-{key}{_worded(value)}" for key, value in settings.items() if key not in ALWAYS)
     return run / "samples" / _folder_name(f"{name}-guidance{settings['guidance']:g}{more}")

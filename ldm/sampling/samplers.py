@@ -91,10 +91,10 @@ def heun(
     x: Tensor,
     times: Tensor,
     draws: Draws | None = None,
-    churn: float = 0.0,
-    churn_from: float = 0.0,
-    churn_to: float = math.inf,
-    inflation: float = 1.0,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
 ) -> Tensor:
     """Heun's method, of second order; two calls of `denoise` a step but the last.
 
@@ -104,21 +104,21 @@ def heun(
     Args:
         x: (N, ...) float32 at times[0].
         times: (steps + 1,) on the host.
-        draws: the rows' randomness on x's device; needed where churn > 0.
-        churn: noise added on the way, S_churn. It raises the level at times t by at most sqrt(2) - 1, also beyond
+        draws: the rows' randomness on x's device; needed where s_churn > 0.
+        s_churn: noise added on the way, S_churn. It raises the level at times t by at most sqrt(2) - 1, also beyond
             `last` where the path goes on (EDM); where it ends (DDPM, flows) no further than to its end, so that
             nothing is added at its last level.
-        churn_from, churn_to: the ratios sigma / alpha between which it is added, S_min and S_max.
-        inflation: of the noise added, S_noise.
+        s_tmin, s_tmax: the ratios sigma / alpha between which it is added, S_min and S_max.
+        s_noise: of the noise added, S_noise.
     """
-    gamma = min(churn / (len(times) - 1), math.sqrt(2) - 1)
+    gamma = min(s_churn / (len(times) - 1), math.sqrt(2) - 1)
     for i, (t, s) in enumerate(pairwise(times)):
         ratio = objective.sigma(t) / objective.alpha(t)
-        if gamma > 0 and churn_from <= float(ratio) <= churn_to and math.isfinite(float(ratio)):
-            noisier = objective.time(ratio * (1 + gamma))
+        if gamma > 0 and s_tmin <= float(ratio) <= s_tmax and math.isfinite(float(ratio)):
+            noisier = objective.time_at(ratio * (1 + gamma))
             more = (objective.sigma(noisier) / objective.alpha(noisier)) ** 2 - ratio**2
             fresh = _drawn(draws, i, x)
-            x = objective.alpha(noisier) * (x / objective.alpha(t) + inflation * more.clamp(min=0).sqrt() * fresh)
+            x = objective.alpha(noisier) * (x / objective.alpha(t) + s_noise * more.clamp(min=0).sqrt() * fresh)
             t = noisier
         x = _heun_step(denoise, objective, x, t, s)
     return x
@@ -127,10 +127,11 @@ def heun(
 def _heun_step(denoise: Denoiser, objective: Objective, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """From t to s along the mean of both ends' x0 and eps; to the data itself, where eps is not known, along t's alone.
 
-    x = alpha x0 + sigma eps moves by dx = x0 d(alpha) + eps d(sigma), also where alpha or sigma is 0. On whitened data,
-    with 10 to 40 steps, the error is 1.2 to 14 times smaller on flows than along d(x / alpha) = eps d(sigma / alpha),
-    and 1.3 to 40 times on DDPM with `Karras`' grid. With DDPM's even grid the last step decides, and they are alike
-    (the other is better for white noise alone); on the cosine schedule, whose last ratios are huge, the other diverges.
+    x = alpha x0 + sigma eps moves by dx = x0 d(alpha) + eps d(sigma), also where alpha or sigma is 0. On standardized
+    data, with 10 to 40 steps, the error is 1.2 to 14 times smaller on flows than along d(x / alpha) = eps d(sigma /
+    alpha), and 1.3 to 40 times on DDPM with `Karras`' grid. With DDPM's even grid the last step decides, and they are
+    alike (the other is better for white noise alone); on the cosine schedule, whose last ratios are huge, the other
+    diverges.
     """
     x0 = denoise(x, t)
     ahead = first_order_step(objective, x, x0, t, s)

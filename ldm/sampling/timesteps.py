@@ -8,12 +8,12 @@ from torch import Tensor
 
 from ldm.diffusion.noise_levels import shifted
 from ldm.diffusion.objectives import Objective
-from ldm.diffusion.paths import Discrete
+from ldm.diffusion.paths import DiscreteVP
 from ldm.errors import ConfigError
 from ldm.ranges import Positive
 
 
-class Grid(Protocol):
+class TimestepSchedule(Protocol):
     """Raises ConfigError for a number of steps that there cannot be."""
 
     def __call__(self, objective: Objective, steps: int) -> Tensor: ...
@@ -23,7 +23,7 @@ class Default:
     """The objective's own: even whole times for DDPM, Karras' for EDM, even times for flows."""
 
     def __call__(self, objective: Objective, steps: int) -> Tensor:
-        return objective.grid(steps)
+        return objective.timesteps(steps)
 
 
 class Power:
@@ -33,7 +33,7 @@ class Power:
         self.power = power
 
     def __call__(self, objective: Objective, steps: int) -> Tensor:
-        objective.grid(steps)  # refuses what cannot be
+        objective.timesteps(steps)  # refuses what cannot be
         return _times(objective, torch.linspace(1, 0, steps + 1, dtype=torch.float64) ** self.power)
 
 
@@ -44,7 +44,7 @@ class Shift:
         self.shift = shift
 
     def __call__(self, objective: Objective, steps: int) -> Tensor:
-        objective.grid(steps)
+        objective.timesteps(steps)
         return _times(objective, shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64), self.shift))
 
 
@@ -61,13 +61,13 @@ class Karras:
         self.ratio_min, self.ratio_max, self.rho = ratio_min, ratio_max, rho
 
     def __call__(self, objective: Objective, steps: int) -> Tensor:
-        objective.grid(steps)
-        last = torch.tensor(objective.last)
+        objective.timesteps(steps)
+        last = torch.tensor(objective.t_max)
         largest = min(self.ratio_max, float(objective.sigma(last) / objective.alpha(last)))
         ends = largest ** (1 / self.rho), self.ratio_min ** (1 / self.rho)
         place = torch.arange(steps, dtype=torch.float64) / max(1, steps - 1)
         ratios = (ends[0] + place * (ends[1] - ends[0])) ** self.rho
-        times = objective.time(ratios.float())
+        times = objective.time_at(ratios.float())
         times[0] = last
         return _checked(torch.cat([times, torch.zeros(1)]))
 
@@ -82,13 +82,13 @@ class CompVis:
 
     def __call__(self, objective: Objective, steps: int) -> Tensor:
         """Raises ConfigError for an objective without discrete levels, or steps that do not divide their number."""
-        if not isinstance(objective.path, Discrete):
+        if not isinstance(objective.path, DiscreteVP):
             raise ConfigError(
                 f"sampling grid: CompVis' is of discrete levels (DDPM), which {type(objective.path).__name__} has not; "
                 f"choose another"
             )
         levels = objective.path.steps
-        objective.grid(steps)  # refuses what cannot be
+        objective.timesteps(steps)  # refuses what cannot be
         stride = levels // steps
         if levels % steps or stride == 1:
             theirs = range(1, levels + 1, stride)  # levels counted from 0
@@ -103,7 +103,7 @@ class CompVis:
 
 
 def _times(objective: Objective, places: Tensor) -> Tensor:
-    return _checked((places * objective.last).float())
+    return _checked((places * objective.t_max).float())
 
 
 def _checked(times: Tensor) -> Tensor:

@@ -198,7 +198,7 @@ def explain(error: BaseException) -> LdmError | None:
         case LdmError():
             # A loader worker's error comes with its traceback before the message.
             return (
-                type(error)(text.rpartition(f"{type(error).__name__}: ")[2]) if "Original Traceback" in text else error
+                type(error)(text.rpartition(f"{type(error).__name__}: ")[2]) if "InitImage Traceback" in text else error
             )
         case MisconfigurationException():
             return ConfigError(f"lightning.trainer: {text}")

@@ -60,7 +60,7 @@ def _first_stage(model: AutoencoderKL, batch: Mapping[str, Any], steps: int, ori
         reconstruction, posterior = model.reconstruct(dict(batch))
         if reconstruction.shape != images.shape:
             raise ConfigError(f"pictures {(*images.shape[1:],)} come back as {(*reconstruction.shape[1:],)}")
-    start = loss.adversarial_start
+    start = loss.disc_start
     if loss.discriminator is not None and start < steps:
         with _named("model.params.loss.params.discriminator", origin, f"from step {start} on, "):
             total, _ = loss(images, reconstruction, posterior, model.decoder.last_layer, start)
@@ -74,7 +74,7 @@ def _second_stage(
     model: LatentDiffusion, batch: Mapping[str, Any], steps: int, batch_size: int, origin: Origin
 ) -> None:
     latent, rows = batch["latent"], len(batch["latent"])
-    averaged = nn.ModuleList([model.ema.average, *model.ema.others])
+    averaged = nn.ModuleList([model.ema.average, *model.ema.extra])
     for average in averaged:
         network, conditioner = parts(average)
         with _named("model", origin, "in validation, "), torch.no_grad():
@@ -83,7 +83,7 @@ def _second_stage(
     with _named("model", origin, "for its samples, "), torch.no_grad():
         denoise = partial(model.objective.denoise, network)
         guided = classifier_free(denoise, conditioner(batch), conditioner.null(rows), 2.0)
-        guided(latent, torch.tensor(model.objective.last, device="cpu"))
+        guided(latent, torch.tensor(model.objective.t_max, device="cpu"))
     for profile in model.ema.profiles:
         for seen in (0, batch_size, batch_size * steps):
             with _named("model.params.ema", origin, f"after {seen} images, "):
@@ -100,7 +100,7 @@ def _previews(model: LatentDiffusion, callbacks: Mapping[str, Any], facts: Mappi
         params, key = node.get("params") or {}, f"lightning.callbacks.{name}.params"
         if params.get("steps") is not None:
             with _named(f"{key}.steps", origin):
-                model.objective.grid(params["steps"])
+                model.objective.timesteps(params["steps"])
         wrong = [label for label in params.get("classes") or () if number is None or not 0 <= label < number]
         if wrong:
             known = "none, since the model has no classes" if number is None else f"0 to {number - 1}"

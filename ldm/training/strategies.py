@@ -17,7 +17,7 @@ from pytorch_lightning.core.optimizer import LightningOptimizer
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from torch.optim import Optimizer
 
-from ldm.checkpoints import sharded_state, shards, store
+from ldm.checkpoints import former_keys, sharded_state, shards, store
 from ldm.ranges import Positive
 from ldm.runtime import distributed, fsdp
 
@@ -98,7 +98,8 @@ class FSDP2(ModelParallelStrategy):
         named = state.pop("shards", None)
         if named is None:
             return state
-        return sharded_state.read(state, shards.folder_of(path, named["folder"]), self.device_mesh["data_parallel"])
+        rows = sharded_state.read(state, shards.folder_of(path, named["folder"]), self.device_mesh["data_parallel"])
+        return former_keys.current(rows)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None

@@ -46,7 +46,7 @@ from ldm.training.callbacks.checkpoints import AtomicCheckpointIO, Checkpoints
 from ldm.training.callbacks.previews import ImageLogger, SampleLogger
 from ldm.training.callbacks.progress import Progress, Throughput
 from ldm.training.callbacks.provenance import Provenance
-from ldm.training.callbacks.skip_nonfinite import FiniteGuard
+from ldm.training.callbacks.skip_nonfinite import SkipNonFinite
 from ldm.training.callbacks.stop import StopOnSignal
 from ldm.training.loggers import FencedWandb, MetricsFile
 from ldm.training.rehearsal import Rehearsal
@@ -286,7 +286,7 @@ def make_callbacks(
     trainer = section["trainer"]
     callbacks: dict[str, pl.Callback | None] = {
         "provenance": Provenance(tree, facts),
-        "finite": FiniteGuard(folder.checkpoints),
+        "finite": SkipNonFinite(folder.checkpoints),
         "stop": StopOnSignal(folder.checkpoints),
         "images": _pictures(model, _interval(trainer), facts, trust),
         "throughput": Throughput(trainer.get("log_every_n_steps", LOG_EVERY)),

@@ -156,7 +156,7 @@ def not_fitting(place: Place) -> str:
         f"{network}.heads=3": ("heads",),
         "model.params.conditioner.params.channels=5": ("channels",),
         "data.params.resolution=15": ("data.params.resolution", "2"),
-        f"{network}.channel_multipliers=[1,1,1,1,1,1]": ("network",),
+        f"{network}.channel_mult=[1,1,1,1,1,1]": ("network",),
     }
     for word, said in place.some(cases.items(), quick=2):
         with place.trial(word):

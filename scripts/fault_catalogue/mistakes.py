@@ -54,7 +54,7 @@ MISTAKES: tuple[tuple[Edit, tuple[str, ...]], ...] = (
     ("data.params.batch_size=true", ("data.params.batch_size", "expected int", "bool")),
     ("data.params.batch_size=null", ("data.params.batch_size", "expected int", "null")),
     (("  channels: 8", "  chanels: 8"), ("chanels", "did you mean 'channels'")),
-    ("model.params.encoder.params.channel_multipliers=[1,x]", ("channel_multipliers.1", "'x'")),
+    ("model.params.encoder.params.channel_mult=[1,x]", ("channel_mult.1", "'x'")),
     ("model.params.encoder=Encoder", ("model.params.encoder", "'Encoder'")),
     ("seed.x=1", ("seed.x", "int 23")),
     # references

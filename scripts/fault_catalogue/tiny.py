@@ -45,7 +45,7 @@ def lightning(steps: int, every: int, keep: int, validate: int, **callbacks: Tre
 
 def stage1(lab: Path, steps: int = 4, every: int = 1000, keep: int = 2, validate: int = 1000, **data: Any) -> Tree:
     """An autoencoder of 16 px, f = 2, with a discriminator from step 4."""
-    networks: Tree = {"channels": 8, "channel_multipliers": [1, 1], "blocks_per_level": 1, "latent_channels": 2}
+    networks: Tree = {"base_channels": 8, "channel_mult": [1, 1], "num_res_blocks": 1, "latent_channels": 2}
     discriminator = node("ldm.autoencoder.discriminator.PatchDiscriminator", in_channels=3, channels=8, layers=1)
     return {
         "name": "tiny_autoencoder",
@@ -54,7 +54,7 @@ def stage1(lab: Path, steps: int = 4, every: int = 1000, keep: int = 2, validate
             "ldm.autoencoder.module.AutoencoderKL",
             encoder=node("ldm.autoencoder.networks.Encoder", in_channels="${data:channels}", **networks),
             decoder=node("ldm.autoencoder.networks.Decoder", out_channels="${data:channels}", **networks),
-            loss=node("ldm.autoencoder.losses.AutoencoderLoss", discriminator=discriminator, adversarial_start=4),
+            loss=node("ldm.autoencoder.losses.AutoencoderLoss", discriminator=discriminator, disc_start=4),
             optimizer=node("torch.optim.Adam", partial=True, lr=1e-3),
         ),
         "data": node(
@@ -70,11 +70,11 @@ def stage2(lab: Path, steps: int = 24, every: int = 1000, keep: int = 2, validat
     network = node(
         "ldm.diffusion.networks.unet.UNet",
         in_channels="${data:channels}",
-        channels=8,
-        channel_multipliers=[1],
-        blocks_per_level=1,
+        model_channels=8,
+        channel_mult=[1],
+        num_res_blocks=1,
         attention_levels=[0],
-        heads=1,
+        num_heads=1,
         vector_channels=8,
         dropout=0.1,
     )
@@ -90,7 +90,7 @@ def stage2(lab: Path, steps: int = 24, every: int = 1000, keep: int = 2, validat
             objective=node("ldm.diffusion.objectives.DDPM", schedule=node("ldm.diffusion.noise_schedules.SqrtLinear")),
             optimizer=node("torch.optim.AdamW", partial=True, lr=1e-3),
             schedule=node("ldm.optim.lr_schedules.Cosine", steps="${lightning.trainer.max_steps}", warm_up=5),
-            ema=node("ldm.optim.ema.EMA", partial=True, profile=node("ldm.optim.ema.Decay")),
+            ema=node("ldm.optim.ema.EMA", partial=True, profile=node("ldm.optim.ema.FixedDecay")),
             label_dropout=0.1,
         ),
         "data": node(

@@ -29,7 +29,7 @@ def images():
 
 
 def test_encodes_and_decodes_with_the_weights_of_the_checkpoint(codec, state, images):
-    sizes = {"channels": 8, "channel_multipliers": [1, 1, 1], "blocks_per_level": 1, "latent_channels": 4}
+    sizes = {"base_channels": 8, "channel_mult": [1, 1, 1], "num_res_blocks": 1, "latent_channels": 4}
     encoder, decoder = Encoder(in_channels=3, **sizes).eval(), Decoder(out_channels=3, **sizes).eval()
     for name, network in (("encoder.", encoder), ("decoder.", decoder)):
         weights = state["state_dict"].items()

@@ -13,24 +13,24 @@ from ldm.autoencoder.losses import AutoencoderLoss, Hinge, Vanilla
 from ldm.autoencoder.lpips import LPIPS
 from ldm.autoencoder.networks import Decoder, Encoder
 from ldm.autoencoder.posterior import DiagonalGaussian, Posterior
-from ldm.autoencoder.quantizer import VectorQuantiser
+from ldm.autoencoder.quantizer import VectorQuantizer
 
 
 class Model(nn.Module):
     """A tiny autoencoder and a loss, the same weights each time."""
 
-    def __init__(self, quantiser: VectorQuantiser | None = None, **options) -> None:
+    def __init__(self, quantizer: VectorQuantizer | None = None, **options) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.quantiser = quantiser
-        self.encoder = Encoder(3, 8, (1, 2), 1, 2, moments=quantiser is None)
+        self.quantizer = quantizer
+        self.encoder = Encoder(3, 8, (1, 2), 1, 2, moments=quantizer is None)
         self.decoder = Decoder(3, 8, (1, 2), 1, 2)
         self.loss = AutoencoderLoss(**options)
         nn.init.constant_(self.loss.logvar, 0.3)
 
     def run(self, images: Tensor) -> tuple[Tensor, Posterior]:
-        if self.quantiser is not None:
-            posterior = self.quantiser(self.encoder(images))
+        if self.quantizer is not None:
+            posterior = self.quantizer(self.encoder(images))
             return self.decoder(posterior.sample()), posterior
         posterior = DiagonalGaussian(self.encoder(images))
         return self.decoder(posterior.sample(generator=torch.Generator().manual_seed(1))), posterior
@@ -99,7 +99,7 @@ def test_one_backward_gives_the_textbook_gradients(adversarial, perceptual, imag
         kl_weight=0.1,
         discriminator=PatchDiscriminator(3, 8, 2),
         adversarial=adversarial,
-        adversarial_start=0,
+        disc_start=0,
     )
     reference = copy.deepcopy(ours)
     loss, logs = ours.ours(images)
@@ -118,7 +118,7 @@ def test_each_part_of_the_loss_has_weight_in_the_parity(images):
     discriminator = PatchDiscriminator(3, 8, 2)
     gradients = []
     for start in (0, 1):
-        model = Model(discriminator=copy.deepcopy(discriminator), adversarial_start=start)
+        model = Model(discriminator=copy.deepcopy(discriminator), disc_start=start)
         model.ours(images)[0].backward()
         gradients.append(model.decoder.conv_out.weight.grad)
     assert (gradients[0] - gradients[1]).norm() > 0.1 * gradients[1].norm()
@@ -134,7 +134,7 @@ def test_logvar_balances_the_error(images):
 
 
 def test_the_discriminator_sleeps_until_its_start(images):
-    model = Model(discriminator=PatchDiscriminator(3, 8, 2), adversarial_start=5)
+    model = Model(discriminator=PatchDiscriminator(3, 8, 2), disc_start=5)
     calls = []
     model.loss.discriminator.register_forward_hook(lambda *_: calls.append(1))
     loss, logs = model.ours(images, step=4)
@@ -148,14 +148,14 @@ def test_the_discriminator_sleeps_until_its_start(images):
 
 
 def test_flops_can_be_counted_through_the_inner_gradients():
-    model = Model(perceptual=LPIPS(pretrained=False), discriminator=PatchDiscriminator(3, 8, 2), adversarial_start=0)
+    model = Model(perceptual=LPIPS(pretrained=False), discriminator=PatchDiscriminator(3, 8, 2), disc_start=0)
     with FlopCounterMode(display=False) as counter:
         model.ours(torch.rand(2, 3, 16, 16))[0].backward()
     assert counter.get_total_flops() > 0
 
 
 def test_networks_run_forward_once(images):
-    model = Model(discriminator=PatchDiscriminator(3, 8, 2), adversarial_start=0)
+    model = Model(discriminator=PatchDiscriminator(3, 8, 2), disc_start=0)
     calls = []
     for network in (model.encoder, model.decoder):
         network.register_forward_hook(lambda *_: calls.append(1))
@@ -183,7 +183,7 @@ def adaptive_weight(slope: float, side: int, **options) -> float:
     last = nn.Conv2d(1, 1, 1, bias=False)
     nn.init.ones_(last.weight)
     reconstruction = last(torch.full((2, 1, side, side), 2.0))
-    loss = AutoencoderLoss(discriminator=Slope(slope), adversarial_start=0, adversarial_weight=0.75, **options)
+    loss = AutoencoderLoss(discriminator=Slope(slope), disc_start=0, adversarial_weight=0.75, **options)
     posterior = DiagonalGaussian(torch.zeros(2, 2, 1, 1))
     return loss(torch.zeros(2, 1, side, side), reconstruction, posterior, last, 0)[1]["adversarial_weight"].item()
 
@@ -208,18 +208,18 @@ def test_the_adaptive_weight_of_a_summed_error(slope, ratio, side):
 def test_published_vq_training(discriminator_scale, images):
     """Means over values and codes, beta at the codebook's term, no log-variance: all gradients are ours over n."""
     n, codes = images[0].numel(), 2 * 8 * 8
-    options = {"perceptual": Contrast(), "adversarial_start": 0, "adversarial_weight": 0.75, "learn_logvar": False}
+    options = {"perceptual": Contrast(), "disc_start": 0, "adversarial_weight": 0.75, "learn_logvar": False}
     options |= {"kl_weight": 0.25 * n / codes, "max_adversarial_weight": 1e4 * n}
-    ours = Model(discriminator=PatchDiscriminator(3, 8, 2), quantiser=VectorQuantiser(16, 2, 4.0), **options)
+    ours = Model(discriminator=PatchDiscriminator(3, 8, 2), quantizer=VectorQuantizer(16, 2, 4.0), **options)
     nn.init.zeros_(ours.loss.logvar)
-    nn.init.normal_(ours.quantiser.codebook.weight)
+    nn.init.normal_(ours.quantizer.codebook.weight)
     ours.loss.discriminator.layers[-1].weight.data.mul_(discriminator_scale)
     reference = copy.deepcopy(ours)
     total, logs = ours.ours(images)
     total.backward()
 
     latents = reference.encoder(images)
-    book = reference.quantiser.codebook.weight
+    book = reference.quantizer.codebook.weight
     rows = latents.permute(0, 2, 3, 1).reshape(-1, 2)
     chosen = book[((rows[:, None] - book) ** 2).sum(2).argmin(1)].view(3, 8, 8, 2).permute(0, 3, 1, 2)
     codebook = ((chosen.detach() - latents) ** 2).mean() + 0.25 * ((chosen - latents.detach()) ** 2).mean()
@@ -232,7 +232,7 @@ def test_published_vq_training(discriminator_scale, images):
     assert (weight == 7500) == (discriminator_scale == 0)
     (error + weight.detach() * fooled + codebook).backward()
     assert logs["adversarial_weight"].item() == pytest.approx(n * weight.item(), rel=1e-4)
-    for part in ("encoder", "decoder", "quantiser"):
+    for part in ("encoder", "decoder", "quantizer"):
         found, expected = (
             torch.cat([parameter.grad.flatten() for parameter in model.get_submodule(part).parameters()])
             for model in (ours, reference)
@@ -254,7 +254,7 @@ def test_a_fixed_logvar_is_in_the_state_alone(images):
 
 
 def test_the_adversarial_weight_is_capped_and_finite(images):
-    model = Model(discriminator=PatchDiscriminator(3, 8, 2), adversarial_start=0, adversarial_weight=1.0)
+    model = Model(discriminator=PatchDiscriminator(3, 8, 2), disc_start=0, adversarial_weight=1.0)
     for parameter in model.loss.discriminator.parameters():
         nn.init.zeros_(parameter)
     _, logs = model.ours(images)
@@ -275,7 +275,7 @@ def test_the_loss_is_float32_under_autocast_and_close(images):
     options = {
         "perceptual": LPIPS(pretrained=False),
         "discriminator": PatchDiscriminator(3, 8, 2),
-        "adversarial_start": 0,
+        "disc_start": 0,
     }
     exact, mixed = Model(**options), Model(**options)
     exact.ours(images)[0].backward()

@@ -56,9 +56,7 @@ def make(
     """A tiny model, the same each time; with a discriminator from step `start` on."""
     torch.manual_seed(0)
     discriminator = None if start is None else PatchDiscriminator(3, 8, 1)
-    loss = AutoencoderLoss(
-        perceptual, discriminator=discriminator, adversarial_start=start or 0, learn_logvar=learn_logvar
-    )
+    loss = AutoencoderLoss(perceptual, discriminator=discriminator, disc_start=start or 0, learn_logvar=learn_logvar)
     return AutoencoderKL(Encoder(3, 8, (1, 2), 1, 2), Decoder(3, 8, (1, 2), 1, 2), loss, optimizer, **options)
 
 
@@ -323,7 +321,7 @@ devices, start, path, learned = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3],
 torch.manual_seed(0)
 norm = partial(torch.nn.InstanceNorm2d, affine=True)
 loss = AutoencoderLoss(
-    discriminator=PatchDiscriminator(3, 8, 1, norm=norm), adversarial_start=start, learn_logvar=learned
+    discriminator=PatchDiscriminator(3, 8, 1, norm=norm), disc_start=start, learn_logvar=learned
 )
 model = AutoencoderKL(
     Encoder(3, 8, (1, 2), 1, 2), Decoder(3, 8, (1, 2), 1, 2), loss, partial(torch.optim.SGD, lr=1e-5)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
-from ldm.data.loading import BrokenImages, View, collate
+from ldm.data.loading import BrokenImages, TransformedDataset, collate
 from ldm.data.sources.folder import ImageFolder
 from ldm.data.transforms import EvalTransform, TrainTransform
 from ldm.errors import ConfigError, DataError
@@ -19,8 +19,8 @@ def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
     return Image.fromarray(np.random.default_rng(width).integers(0, 256, shape, dtype=np.uint8))
 
 
-def view(folder, transform=None, **options) -> View:
-    return View(ImageFolder(folder), transform or TrainTransform(16), 3, 16, seed=1, **options)
+def view(folder, transform=None, **options) -> TransformedDataset:
+    return TransformedDataset(ImageFolder(folder), transform or TrainTransform(16), 3, 16, seed=1, **options)
 
 
 class TestTransforms:
@@ -155,8 +155,8 @@ class TestView:
         assert len(broken) == 20
         assert "expected pixels of 8 bits, grey or RGB, found mode 'I;16'" in broken[3]
 
-    def test_grey_and_colour(self, image_folder):
-        grey = View(ImageFolder(image_folder), EvalTransform(16), 1, 16, seed=0)
+    def test_grey_and_color(self, image_folder):
+        grey = TransformedDataset(ImageFolder(image_folder), EvalTransform(16), 1, 16, seed=0)
         assert grey[0, 0]["image"].shape == (1, 16, 16)
         assert view(image_folder)[0, 0]["image"].shape == (3, 16, 16)
 

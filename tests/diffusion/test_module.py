@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from ldm.diffusion.conditioners.base import Unconditional
 from ldm.diffusion.conditioners.classes import ClassOneHot, ClassVector
 from ldm.diffusion.module import LatentDiffusion
-from ldm.diffusion.networks.edm2 import MagnitudePreservingUNet, Weight
+from ldm.diffusion.networks.edm2 import MagnitudePreservingUNet, MPConv
 from ldm.diffusion.networks.unet import UNet
 from ldm.diffusion.noise_schedules import SqrtLinear
 from ldm.diffusion.objectives import DDPM
@@ -60,7 +60,7 @@ class Latents(pl.LightningDataModule):
 def make_module(**changes):
     torch.manual_seed(0)
     parameters = {
-        "network": UNet(2, 8, (1, 2), 1, (1,), heads=2, vector_channels=4),
+        "network": UNet(2, 8, (1, 2), 1, (1,), num_heads=2, vector_channels=4),
         "conditioner": ClassVector(3, 4),
         "objective": DDPM(SqrtLinear()),
         "optimizer": partial(torch.optim.AdamW, lr=1e-2, fused=True),
@@ -234,7 +234,7 @@ def test_compiled_blocks_train_alike_under_the_same_names(tmp_path, monkeypatch)
 
     # The default backend would need a C++ compiler.
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: whole(module, backend=backend))
-    networks = [UNet(2, 8, (1, 2), 2, (1,), heads=2, vector_channels=4) for _ in range(2)]
+    networks = [UNet(2, 8, (1, 2), 2, (1,), num_heads=2, vector_channels=4) for _ in range(2)]
     sgd = partial(torch.optim.SGD, lr=1e-3)
     plain = make_module(optimizer=sgd, network=networks[0])
     other = make_module(optimizer=sgd, network=networks[1], compile_blocks=True)
@@ -263,6 +263,6 @@ def test_constrained_weights_have_unit_length_after_each_step(tmp_path):
     module = make_module(network=network, conditioner=ClassOneHot(3))
     fit(module, Latents(BATCH), 2, tmp_path)
     for layer in network.modules():
-        if isinstance(layer, Weight):
+        if isinstance(layer, MPConv):
             lengths = layer.weight.flatten(1).square().mean(1).sqrt()
             torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=1e-3, atol=0)

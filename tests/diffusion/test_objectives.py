@@ -15,7 +15,7 @@ from ldm.diffusion.conditioners.base import Conditioning
 from ldm.diffusion.noise_levels import LogitNormal, LogNormal, Shifted, Uniform
 from ldm.diffusion.noise_schedules import Linear, SqrtLinear, ZeroTerminal
 from ldm.diffusion.objectives import DDPM, EDM, Flow, Interpolant, rowwise
-from ldm.diffusion.paths import GVP, VP, Discrete
+from ldm.diffusion.paths import GVP, VP, DiscreteVP
 from ldm.diffusion.predictions import X0, Eps, V
 from ldm.diffusion.weightings import P2, VLB, Absolute, MinSNR, Plain, Squared, Uncertainty
 from ldm.errors import ConfigError
@@ -36,10 +36,10 @@ def test_the_noise_is_not_predicted_where_no_signal_is_left(make):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: EDM(levels=Uniform()), "Exploding expects a distribution of noise levels sigma.*found Uniform"),
-        (lambda: EDM(levels=Shifted(9, LogitNormal())), "Exploding expects .* found Shifted"),
-        (lambda: Flow(levels=LogNormal()), r"Straight expects a distribution of places in \[0, 1\].*found LogNormal"),
-        (lambda: DDPM(SqrtLinear(), levels=Shifted(9, LogNormal())), "Discrete expects .* found Shifted"),
+        (lambda: EDM(levels=Uniform()), "VE expects a distribution of noise levels sigma.*found Uniform"),
+        (lambda: EDM(levels=Shifted(9, LogitNormal())), "VE expects .* found Shifted"),
+        (lambda: Flow(levels=LogNormal()), r"Linear expects a distribution of places in \[0, 1\].*found LogNormal"),
+        (lambda: DDPM(SqrtLinear(), levels=Shifted(9, LogNormal())), "DiscreteVP expects .* found Shifted"),
     ],
 )
 def test_noise_levels_of_another_path_are_refused(make, message):
@@ -108,9 +108,9 @@ def test_loss_is_the_error_of_the_prediction(prediction):
 
 def test_weighting_is_told_each_row_s_level():
     def by_noise(error, level):
-        assert error.shape == level.snr.shape == level.snr_before.shape == level.gain.shape == (8,)
+        assert error.shape == level.snr.shape == level.snr_before.shape == level.x0_error_scale.shape == (8,)
         assert (level.snr_before > level.snr).all()
-        torch.testing.assert_close(level.gain, level.snr.rsqrt())  # of eps
+        torch.testing.assert_close(level.x0_error_scale, level.snr.rsqrt())  # of eps
         return error / (1 + level.snr)
 
     levels = []
@@ -150,9 +150,9 @@ def test_a_row_depends_on_its_number_alone():
 @given(st.integers(1, 1200).flatmap(lambda levels: st.tuples(st.just(levels), st.integers(1, levels))))
 def test_grid_has_exactly_the_steps_asked_for(lengths):
     levels, steps = lengths
-    path = Discrete.__new__(Discrete)  # the grid needs no tables: 1200 of them would take long
+    path = DiscreteVP.__new__(DiscreteVP)  # the grid needs no tables: 1200 of them would take long
     path.steps = levels
-    grid = path.grid(steps)
+    grid = path.timesteps(steps)
     assert grid.shape == (steps + 1,)
     assert grid[0] == levels
     assert grid[-1] == 0
@@ -165,7 +165,7 @@ def test_grid_has_exactly_the_steps_asked_for(lengths):
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_grid_of_impossible_length(steps):
     with pytest.raises(ConfigError, match="1 to 1000"):
-        DDPM(SqrtLinear()).grid(steps)
+        DDPM(SqrtLinear()).timesteps(steps)
 
 
 def test_tables_are_no_state():
@@ -184,7 +184,7 @@ OBJECTIVES = {
     "edm": EDM(),
     "flow": Flow(),
     "gvp": Interpolant(GVP()),
-    "gvp, eps": Interpolant(GVP(last=0.999), Eps()),
+    "gvp, eps": Interpolant(GVP(t_max=0.999), Eps()),
     "vp": Interpolant(VP()),
     "vp, x0": Interpolant(VP(), X0()),
 }
@@ -196,7 +196,7 @@ def objective(request):
 
 
 def test_the_path_leads_from_data_to_noise(objective):
-    t = torch.linspace(0, 1, 101) * objective.last
+    t = torch.linspace(0, 1, 101) * objective.t_max
     ratio = objective.sigma(t) / objective.alpha(t)
     assert (objective.alpha(t[0]), objective.sigma(t[0])) == (1, 0)
     assert (ratio.diff() > 0).all()
@@ -205,13 +205,13 @@ def test_the_path_leads_from_data_to_noise(objective):
 
 def test_time_is_the_inverse_of_the_ratio(objective):
     ratio = torch.tensor([0.0, 0.05, 0.2, 1.0, 7.0])
-    t = objective.time(ratio)
+    t = objective.time_at(ratio)
     torch.testing.assert_close(objective.sigma(t) / objective.alpha(t), ratio, rtol=1e-4, atol=1e-6)
     if isinstance(objective, EDM):  # its path has no end: sampling only begins at `last`
-        assert objective.time(torch.tensor(1e9)) == 1e9
+        assert objective.time_at(torch.tensor(1e9)) == 1e9
     else:
-        assert objective.time(torch.tensor(1e9)) == pytest.approx(objective.last)
-        assert objective.time(torch.tensor(torch.inf)) == objective.last
+        assert objective.time_at(torch.tensor(1e9)) == pytest.approx(objective.t_max)
+        assert objective.time_at(torch.tensor(torch.inf)) == objective.t_max
 
 
 def test_loss_is_that_of_the_optimal_denoiser_s_error(objective):
@@ -224,16 +224,16 @@ def test_loss_is_that_of_the_optimal_denoiser_s_error(objective):
     def best(x, told, conditioning):
         seen["x"], t = x, seen["t"]
         a, s = rowwise(objective.alpha(t), x), rowwise(objective.sigma(t), x)
-        noisy = x / rowwise(objective.path.input_scale(t), x)
+        noisy = x / rowwise(objective.path.c_in(t), x)
         estimate = a * spread**2 / (a**2 * spread**2 + s**2) * noisy
         eps = (noisy - a * estimate) / s
         return objective.prediction.target(estimate, eps, a, s)
 
-    t = seen["t"] = objective.path.visit(objective.levels(draws.stratified("timestep")))
+    t = seen["t"] = objective.path.to_time(objective.levels(draws.stratified("timestep")))
     losses = objective.loss(best, x0, NOTHING, draws)
     a, s = objective.alpha(t), objective.sigma(t)
     error = spread**2 * s**2 / (a**2 * spread**2 + s**2)
-    expected = error / objective.prediction.gain(a, s) ** 2
+    expected = error / objective.prediction.x0_error_scale(a, s) ** 2
     assert losses.mean().item() == pytest.approx(expected.mean().item(), rel=0.05)
     assert torch.isfinite(losses).all()
 
@@ -243,7 +243,7 @@ def test_all_objectives_agree_on_the_same_denoiser():
     x0, noise = torch.randn(6, 2, 3, 3), torch.randn(6, 2, 3, 3)
     estimate = x0 + 0.1 * torch.randn(6, 2, 3, 3)
     for objective in OBJECTIVES.values():
-        t = objective.time(torch.tensor([0.01, 0.1, 0.5, 1.0, 3.0, 8.0]))
+        t = objective.time_at(torch.tensor([0.01, 0.1, 0.5, 1.0, 3.0, 8.0]))
         a, s = rowwise(objective.alpha(t), x0), rowwise(objective.sigma(t), x0)
         x = a * x0 + s * noise
         output = objective.prediction.target(estimate, (x - a * estimate) / s, a, s)
@@ -328,7 +328,7 @@ NAMED = {
 def test_absolute_errors_are_those_of_loss_type_l1(make):
     """The mean over each picture of |output - target|; squared by default."""
     objective, draws, x0 = make(distance=Absolute()), Draws(0, range(8), 8), torch.randn(8, 2, 4, 4)
-    t = objective.path.visit(objective.levels(draws.stratified("timestep")))
+    t = objective.path.to_time(objective.levels(draws.stratified("timestep")))
     a, s = (rowwise(level(t), x0) for level in (objective.alpha, objective.sigma))
     target = objective.prediction.target(x0, draws.normal("noise", (2, 4, 4)), a, s)
     off = torch.linspace(-2, 2, 32).reshape(2, 4, 4)

@@ -7,16 +7,16 @@ import torch
 
 from ldm.diffusion.conditioners.base import Conditioning
 from ldm.diffusion.objectives import Interpolant
-from ldm.diffusion.paths import GVP, VP, Straight
+from ldm.diffusion.paths import GVP, VP, Linear
 from ldm.diffusion.predictions import X0, Eps, PathVelocity, V, Velocity
 from ldm.errors import ConfigError
 
 PATHS = {
-    "straight": Straight(),
+    "straight": Linear(),
     "gvp": GVP(),
     "vp": VP(),
     "vp, constant rate": VP(5.0, 5.0),
-    "gvp, cut": GVP(last=0.999),
+    "gvp, cut": GVP(t_max=0.999),
 }
 TIMES = torch.linspace(0.001, 0.999, 999, dtype=torch.float64)
 
@@ -77,7 +77,7 @@ def test_the_velocity_is_that_of_x(path):
 
 def test_the_velocity_is_known_by_other_names_on_some_paths():
     x0, noise = torch.randn(999, dtype=torch.float64), torch.randn(999, dtype=torch.float64)
-    straight, circle = Straight(), GVP()
+    straight, circle = Linear(), GVP()
     level = straight.alpha(TIMES), straight.sigma(TIMES)
     torch.testing.assert_close(PathVelocity(straight).target(x0, noise, *level), Velocity().target(x0, noise, *level))
     level = circle.alpha(TIMES), circle.sigma(TIMES)
@@ -86,35 +86,35 @@ def test_the_velocity_is_known_by_other_names_on_some_paths():
 
 
 def test_time_is_the_inverse_of_the_ratio(path):
-    torch.testing.assert_close(path.time(path.sigma(TIMES) / path.alpha(TIMES)), TIMES, rtol=1e-9, atol=0)
+    torch.testing.assert_close(path.time_at(path.sigma(TIMES) / path.alpha(TIMES)), TIMES, rtol=1e-9, atol=0)
     ratio = torch.tensor([0.0, 1e-5, 1e30, torch.inf])
-    assert path.time(ratio).dtype == torch.float32
-    assert path.time(ratio)[0] == 0
-    assert path.time(ratio)[2:].tolist() == pytest.approx([path.last] * 2)
-    assert (path.time(ratio) <= path.last).all()
+    assert path.time_at(ratio).dtype == torch.float32
+    assert path.time_at(ratio)[0] == 0
+    assert path.time_at(ratio)[2:].tolist() == pytest.approx([path.t_max] * 2)
+    assert (path.time_at(ratio) <= path.t_max).all()
 
 
 def test_ends_are_exact():
     zero, one = torch.tensor(0.0), torch.tensor(1.0)
-    for path in (Straight(), GVP(), VP()):
+    for path in (Linear(), GVP(), VP()):
         assert (path.alpha(zero), path.sigma(zero)) == (1, 0)
-    for path in (Straight(), GVP()):
+    for path in (Linear(), GVP()):
         assert (path.alpha(one), path.sigma(one)) == (0, 1)
 
 
 def test_training_and_sampling_stay_on_the_path(path):
-    visited = path.visit(torch.linspace(0, 1, 101))
+    visited = path.to_time(torch.linspace(0, 1, 101))
     assert visited.min() > 0
-    assert visited.max() == pytest.approx(path.last)
-    assert path.grid(10)[[0, -1]].tolist() == pytest.approx([path.last, 0])
+    assert visited.max() == pytest.approx(path.t_max)
+    assert path.timesteps(10)[[0, -1]].tolist() == pytest.approx([path.t_max, 0])
 
 
-@pytest.mark.parametrize("path", [GVP(last=0.999), VP(), Straight(last=0.999)], ids=lambda path: type(path).__name__)
+@pytest.mark.parametrize("path", [GVP(t_max=0.999), VP(), Linear(t_max=0.999)], ids=lambda path: type(path).__name__)
 @pytest.mark.parametrize("make", [PathVelocity, lambda path: Eps(), lambda path: X0(), lambda path: V()])
 def test_every_prediction_denoises_on_them(path, make):
     prediction = make(path)
     objective = Interpolant(path, prediction)
-    t = torch.tensor([1e-3, 0.2, 0.7, path.last])
+    t = torch.tensor([1e-3, 0.2, 0.7, path.t_max])
     x0, noise = torch.randn(4, 2, 3, 3), torch.randn(4, 2, 3, 3)
     a, s = (level(t).reshape(-1, 1, 1, 1) for level in (objective.alpha, objective.sigma))
     target = prediction.target(x0, noise, a, s)
@@ -132,11 +132,11 @@ def test_the_default_prediction_is_the_path_s_velocity():
     ("make", "message"),
     [
         (lambda: Interpolant(GVP(), Eps()), "found Eps"),
-        (lambda: GVP(last=0.0), "last: expected more than 0 and at most 1, found 0"),
-        (lambda: VP(last=1.5), "last: expected .* found 1.5"),
+        (lambda: GVP(t_max=0.0), "t_max: expected more than 0 and at most 1, found 0"),
+        (lambda: VP(t_max=1.5), "t_max: expected .* found 1.5"),
         (lambda: VP(beta_min=0.0), "0 < beta_min <= beta_max, found 0 and 20"),
         (lambda: VP(beta_min=3.0, beta_max=2.0), "found 3 and 2"),
-        (lambda: GVP().grid(0), "1 or more"),
+        (lambda: GVP().timesteps(0), "1 or more"),
     ],
 )
 def test_mistakes_are_refused(make, message):

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from ldm.diffusion.paths import GVP
-from ldm.diffusion.predictions import X0, Eps, PathVelocity, Preconditioned, V, Velocity
+from ldm.diffusion.predictions import X0, EDMPreconditioned, Eps, PathVelocity, V, Velocity
 
-PREDICTIONS = [Eps(), X0(), V(), Velocity(), PathVelocity(GVP()), Preconditioned(0.5)]
+PREDICTIONS = [Eps(), X0(), V(), Velocity(), PathVelocity(GVP()), EDMPreconditioned(0.5)]
 LEVELS = {
     "variance preserving": (0.6, 0.8),
     "straight": (0.3, 0.7),
@@ -33,7 +33,7 @@ def drawn():
 
 def usable(prediction, alpha):
     """EDM's coefficients are for alpha = 1."""
-    return not isinstance(prediction, Preconditioned) or alpha == 1
+    return not isinstance(prediction, EDMPreconditioned) or alpha == 1
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS, ids=name)
@@ -50,7 +50,7 @@ def test_gain_is_how_errors_carry_over(prediction, level):
     x0, noise = drawn()
     x, target = alpha * x0 + sigma * noise, prediction.target(x0, noise, alpha, sigma)
     moved = prediction.x0(target + 0.25, x, alpha, sigma) - x0
-    torch.testing.assert_close(moved.abs(), (0.25 * prediction.gain(alpha, sigma)).expand(5, 3))
+    torch.testing.assert_close(moved.abs(), (0.25 * prediction.x0_error_scale(alpha, sigma)).expand(5, 3))
 
 
 @pytest.mark.parametrize(("one", "other"), [*itertools.permutations(PREDICTIONS[:5], 2)], ids=name)
@@ -67,10 +67,10 @@ def test_they_convert_into_one_another(one, other, level):
 def test_preconditioning_is_the_paper_s():
     """Karras et al. 2022, table 1: c_skip, c_out, and the weight (sigma^2 + s^2) / (sigma s)^2."""
     sigma, s = torch.tensor([0.01, 0.5, 80.0]), 0.5
-    prediction = Preconditioned(s)
-    torch.testing.assert_close(prediction.gain(torch.ones(3), sigma), sigma * s / (sigma**2 + s**2).sqrt())
+    prediction = EDMPreconditioned(s)
+    torch.testing.assert_close(prediction.x0_error_scale(torch.ones(3), sigma), sigma * s / (sigma**2 + s**2).sqrt())
     weight = (sigma**2 + s**2) / (sigma * s) ** 2
-    torch.testing.assert_close(prediction.gain(torch.ones(3), sigma) ** -2, weight)
+    torch.testing.assert_close(prediction.x0_error_scale(torch.ones(3), sigma) ** -2, weight)
     # The target has variance 1 at every level, and so has the scaled input.
     x0, noise = s * torch.randn(100_000), torch.randn(100_000)
     for level in sigma:

@@ -70,7 +70,7 @@ def test_the_variance_is_right_at_every_step_in_the_limit(objective, eta):
 
     def error(steps):
         ratios = torch.exp(torch.linspace(2, -3, steps + 1, dtype=torch.float64))
-        found, right = variances(objective, 0.7, objective.time(ratios), eta, every=steps // 10)
+        found, right = variances(objective, 0.7, objective.time_at(ratios), eta, every=steps // 10)
         return (found / right - 1).abs().max().item()
 
     coarse, fine = error(20), error(80)
@@ -86,7 +86,7 @@ def test_noise_is_forgotten_at_the_pace_of_the_sde(objective, eta):
     ends = torch.tensor([2.0, -1.0], dtype=torch.float64)
     for steps in (1, 2, 7):
         ratios = torch.exp(ends[0] + torch.linspace(0, 1, steps + 1, dtype=torch.float64) * (ends[1] - ends[0]))
-        times = objective.time(ratios)
+        times = objective.time_at(ratios)
         x = torch.zeros(steps + 1, 1, dtype=torch.float64)
         x[0] = objective.sigma(times[0])  # eps = 1
         x = dpm_solver(lambda x, t: torch.zeros_like(x), objective, x, times, Impulses(steps), eta)
@@ -98,7 +98,7 @@ def test_noise_is_forgotten_at_the_pace_of_the_sde(objective, eta):
 def test_a_step_is_that_of_k_diffusion(eta):
     """Its DPM-Solver++(2M) SDE on EDM's path, whose eta multiplies the step in lambda: it is ours squared."""
     objective, x = EDM(), torch.randn(5, 3, dtype=torch.float64)
-    times = objective.grid(6).double()[:-1]
+    times = objective.timesteps(6).double()[:-1]
     noises = [torch.randn(5, 3, dtype=torch.float64) for _ in range(5)]
 
     class Given:

@@ -1,4 +1,4 @@
-"""Heun's method and churn, against their papers' algorithms and exact solutions."""
+"""Heun's method and s_churn, against their papers' algorithms and exact solutions."""
 
 import math
 from itertools import pairwise
@@ -14,7 +14,7 @@ from ldm.sampling.samplers import first_order_step, heun, start
 from ldm.sampling.timesteps import Default, Karras
 
 WIDE = torch.linspace(0.2, 2.2, 16, dtype=torch.float64)
-SPECTRUM = WIDE / WIDE.square().mean().sqrt()  # standard deviations of whitened data whose directions differ
+SPECTRUM = WIDE / WIDE.square().mean().sqrt()  # standard deviations of standardized data whose directions differ
 
 
 class Noises:
@@ -41,7 +41,7 @@ def gaussian(objective, stds):
 
 
 def mixture(objective):
-    """E[x0 | x] for eight bumps in 16 dimensions, whitened as a whole."""
+    """E[x0 | x] for eight bumps in 16 dimensions, standardized as a whole."""
     centers = torch.randn(8, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     centers, spread = centers - centers.mean(0), 0.4
     centers = centers / centers.square().mean().sqrt() * math.sqrt(1 - spread**2)
@@ -56,16 +56,16 @@ def mixture(objective):
     return denoise
 
 
-def algorithm_2(denoise, noises, x, levels, churn, low, high, inflation):
+def algorithm_2(denoise, noises, x, levels, s_churn, low, high, s_noise):
     """Karras et al. 2022, algorithm 2, line by line; returns the levels that it visited as well."""
     steps, visited = len(levels) - 1, []
     for i in range(steps):
         level, following = levels[i], levels[i + 1]
-        gamma = min(churn / steps, math.sqrt(2) - 1) if low <= level <= high else 0.0
+        gamma = min(s_churn / steps, math.sqrt(2) - 1) if low <= level <= high else 0.0
         raised = level + gamma * level
         visited.append(raised)
         if gamma > 0:
-            x = x + math.sqrt(raised**2 - level**2) * inflation * noises.pop(0)
+            x = x + math.sqrt(raised**2 - level**2) * s_noise * noises.pop(0)
         slope = (x - denoise(x, torch.tensor(raised, dtype=torch.float64))) / raised
         there = x + (following - raised) * slope
         if following != 0:
@@ -84,16 +84,16 @@ CHURNS = {
 }
 
 
-@pytest.mark.parametrize("churn", CHURNS)
+@pytest.mark.parametrize("s_churn", CHURNS)
 @pytest.mark.parametrize("steps", [1, 2, 18])
-def test_equals_algorithm_2_on_edm(churn, steps):
-    objective, (amount, low, high, inflation) = EDM(), CHURNS[churn]
-    times, noises = objective.grid(steps).double(), Noises((6, 16))
+def test_equals_algorithm_2_on_edm(s_churn, steps):
+    objective, (amount, low, high, s_noise) = EDM(), CHURNS[s_churn]
+    times, noises = objective.timesteps(steps).double(), Noises((6, 16))
     denoise, x = mixture(objective), 80 * torch.randn(6, 16, dtype=torch.float64)
-    ours = heun(denoise, objective, x, times, noises, amount, low, high, inflation)
-    expected, visited = algorithm_2(denoise, noises.drawn, x, times.tolist(), amount, low, high, inflation)
+    ours = heun(denoise, objective, x, times, noises, amount, low, high, s_noise)
+    expected, visited = algorithm_2(denoise, noises.drawn, x, times.tolist(), amount, low, high, s_noise)
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
-    if amount and churn != "in the middle":
+    if amount and s_churn != "in the middle":
         assert max(visited) > 80  # the original goes beyond where sampling starts
 
 
@@ -108,7 +108,14 @@ def test_churn_goes_beyond_the_last_level_where_the_path_does():
             return 0.5 * x
 
         draws = Noises((2, 3))
-        heun(denoise, objective, torch.randn(2, 3, dtype=torch.float64), objective.grid(4).double(), draws, churn=100.0)
+        heun(
+            denoise,
+            objective,
+            torch.randn(2, 3, dtype=torch.float64),
+            objective.timesteps(4).double(),
+            draws,
+            s_churn=100.0,
+        )
         return times, draws.drawn
 
     times, noises = visited(EDM())
@@ -116,17 +123,17 @@ def test_churn_goes_beyond_the_last_level_where_the_path_does():
     assert len(noises) == 4
     for objective in (DDPM(SqrtLinear()), Flow(), Interpolant(GVP()), Interpolant(VP())):
         times, _ = visited(objective)
-        grid = objective.grid(4).tolist()
-        assert times[0] == max(times) == objective.last
+        grid = objective.timesteps(4).tolist()
+        assert times[0] == max(times) == objective.t_max
         assert all(raised > t for raised, t in zip(times[2::2], grid[1:-1], strict=True))
 
 
 @pytest.mark.parametrize("objective", [DDPM(SqrtLinear()), Flow(), Interpolant(VP())], ids=["ddpm", "flow", "vp"])
 def test_churn_at_the_end_of_a_path_changes_nothing(objective):
     """One step from the last level: there is no noisier one, so it is the step without churn."""
-    x, times = torch.randn(4, 16, dtype=torch.float64), torch.tensor([objective.last, 0.5 * objective.last])
+    x, times = torch.randn(4, 16, dtype=torch.float64), torch.tensor([objective.t_max, 0.5 * objective.t_max])
     denoise = gaussian(objective, SPECTRUM)
-    churned = heun(denoise, objective, x, times, Noises((4, 16)), churn=100.0)
+    churned = heun(denoise, objective, x, times, Noises((4, 16)), s_churn=100.0)
     torch.testing.assert_close(churned, heun(denoise, objective, x, times), rtol=1e-6, atol=1e-7)
 
 
@@ -174,29 +181,29 @@ def errors(objective, stds, grid, steps):
     return [(one - exact).square().mean().sqrt().item() for one in made]
 
 
-WHITENED = {"white": torch.ones(16, dtype=torch.float64), "spectrum": SPECTRUM}
+STANDARDIZED = {"white": torch.ones(16, dtype=torch.float64), "spectrum": SPECTRUM}
 
 
 @pytest.mark.parametrize("grid", [Default(), Karras()], ids=["default", "karras"])
 @pytest.mark.parametrize("steps", [20, 40])
-@pytest.mark.parametrize("data", WHITENED)
+@pytest.mark.parametrize("data", STANDARDIZED)
 def test_is_more_exact_on_flows_than_along_the_ratio(data, steps, grid):
-    ours, former = errors(Flow(), WHITENED[data], grid, steps)
+    ours, former = errors(Flow(), STANDARDIZED[data], grid, steps)
     assert ours < former / 1.5
 
 
-@pytest.mark.parametrize("data", WHITENED)
+@pytest.mark.parametrize("data", STANDARDIZED)
 @pytest.mark.parametrize(
     "schedule", [SqrtLinear(), Linear(), Cosine(), ZeroTerminal(SqrtLinear())], ids=lambda s: type(s).__name__
 )
 def test_is_more_exact_on_ddpm_with_karras_levels(schedule, data):
-    ours, former = errors(DDPM(schedule, V()), WHITENED[data], Karras(), 20)
+    ours, former = errors(DDPM(schedule, V()), STANDARDIZED[data], Karras(), 20)
     assert ours < former / 1.4
 
 
-@pytest.mark.parametrize("data", WHITENED)
+@pytest.mark.parametrize("data", STANDARDIZED)
 def test_stays_near_the_data_on_the_cosine_schedule(data):
     """Whose last ratios are in the hundreds and thousands: along the ratio the error is that of no picture at all."""
-    ours, former = errors(DDPM(Cosine()), WHITENED[data], Default(), 20)
+    ours, former = errors(DDPM(Cosine()), STANDARDIZED[data], Default(), 20)
     assert ours < 0.05
     assert former > 1

@@ -14,7 +14,7 @@ from ldm.diffusion.objectives import DDPM, EDM, Flow, Interpolant
 from ldm.diffusion.paths import GVP, VP
 from ldm.diffusion.predictions import X0, Eps, V
 from ldm.diffusion.weightings import Absolute, MinSNR, Plain, Uncertainty
-from ldm.layers import sinusoid
+from ldm.layers import timestep_embedding
 from ldm.randomness import Draws
 from ldm.sampling.samplers import dpm_solver, start
 from ldm.sampling.timesteps import Karras
@@ -47,7 +47,7 @@ class Net(nn.Module):
         self.out = nn.Linear(128, 2)
 
     def forward(self, x, noise_level, conditioning):
-        place, level = x.flatten(1), sinusoid(noise_level, 32)  # (N, 2), (N, 32)
+        place, level = x.flatten(1), timestep_embedding(noise_level, 32)  # (N, 2), (N, 32)
         waves = torch.cat([place * 2**k for k in range(3)], dim=1)  # (N, 6)
         h = self.place(torch.cat([place, waves.sin(), waves.cos()], dim=1))  # (N, 128)
         for layer, told in zip(self.middle, self.told, strict=True):

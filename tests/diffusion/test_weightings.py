@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldm.diffusion.predictions import X0, Eps, Preconditioned, V
+from ldm.diffusion.predictions import X0, EDMPreconditioned, Eps, V
 from ldm.diffusion.weightings import (
     P2,
     VLB,
@@ -24,7 +24,9 @@ ONE = torch.ones(4)
 
 def factor(weighting, prediction):
     """What multiplies the squared error of the prediction's output."""
-    return weighting(ONE, Level(SNR, torch.tensor([torch.inf, 20.0, 2.0, 0.1]), prediction.gain(ALPHA, SIGMA)))
+    return weighting(
+        ONE, Level(SNR, torch.tensor([torch.inf, 20.0, 2.0, 0.1]), prediction.x0_error_scale(ALPHA, SIGMA))
+    )
 
 
 def test_plain_changes_nothing():
@@ -50,7 +52,7 @@ def test_p2():
 
 def test_karras_weighting_is_plain_for_edm_s_own_output():
     sigma = torch.tensor([0.01, 0.5, 5.0, 80.0])
-    level = Level(sigma**-2, sigma**-2, Preconditioned(0.5).gain(ONE, sigma))
+    level = Level(sigma**-2, sigma**-2, EDMPreconditioned(0.5).x0_error_scale(ONE, sigma))
     torch.testing.assert_close(KarrasWeighting(0.5)(ONE, level), ONE)
 
 

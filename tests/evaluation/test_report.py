@@ -9,7 +9,7 @@ from ldm.sampling.pipeline import Pipeline
 
 
 def dataset(number: int, seed: int) -> ArrayImages:
-    """Plain colours, one a class, in the three classes of the tiny pipeline; 16 px."""
+    """Plain colors, one a class, in the three classes of the tiny pipeline; 16 px."""
     random = np.random.default_rng(seed)
     labels = np.arange(number) % 3
     images = random.integers(0, 60, (number, 16, 16, 3), dtype=np.uint8)

@@ -118,7 +118,7 @@ def test_a_missing_autoencoder_is_an_error(make):
         make(autoencoder="logs/none").facts()
 
 
-def test_a_batch_is_whitened_draws_from_the_posteriors(make, codec):
+def test_a_batch_is_standardized_draws_from_the_posteriors(make, codec):
     module = make()
     module.setup("fit")
     (batch,) = first(module.train_dataloader(), 1)
@@ -129,7 +129,7 @@ def test_a_batch_is_whitened_draws_from_the_posteriors(make, codec):
     mean, std = latents_of(module, codec, items, draws.uniform("flip") < 0.5).unbind(1)
     # The module has no trainer here, so it takes the draws of validation.
     noise = Draws(VALIDATION_SEED, numbers, 4).normal("posterior", (4, 4, 4))
-    torch.testing.assert_close(batch["latent"], module.manifest.whiten(mean + std * noise), atol=5e-3, rtol=5e-3)
+    torch.testing.assert_close(batch["latent"], module.manifest.standardize(mean + std * noise), atol=5e-3, rtol=5e-3)
     assert batch["latent"].dtype == torch.float32
     assert batch["class_label"].tolist() == (items % 3).tolist()
     assert batch["draws"].numbers.tolist() == numbers.tolist()
@@ -170,7 +170,7 @@ def test_validation_is_the_same_whatever_the_seed_and_never_mirrored(make, codec
     plain, std = codec.encode(images)
     noise = Draws(VALIDATION_SEED, order, 4).normal("posterior", (4, 4, 4))
     # Whitened by the statistics of training: a validation set has none of its own.
-    torch.testing.assert_close(mean, module.manifest.whiten(plain + std * noise), atol=5e-3, rtol=5e-3)
+    torch.testing.assert_close(mean, module.manifest.standardize(plain + std * noise), atol=5e-3, rtol=5e-3)
 
 
 def test_without_validation_there_is_no_loader(make):

@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 from ldm.errors import DataError, ResourceError
 from ldm.latents.build import Source, build, shard_items
 from ldm.latents.claims import Claims, publish, read_sealed, seal
-from ldm.latents.manifest import MANIFEST, PLAN, Manifest, Plan, verify
+from ldm.latents.manifest import MANIFEST, PLAN, CacheSpec, Manifest, verify
 from ldm.latents.reader import LatentCache, LatentDataset
 from ldm.randomness import Draws
 from ldm.runtime import signals
 from tests.points import in_a_child
 
 SHAPE = (2, 4, 3)
-PLAN_FACTS = Plan(
+PLAN_FACTS = CacheSpec(
     shape=SHAPE,
     num_items=50,
     source="abc",
@@ -106,13 +106,13 @@ def test_statistics_equal_those_of_numpy_on_the_whole(whole):
     np.testing.assert_allclose(cache.manifest.std, np.sqrt(variance), rtol=1e-12)
 
 
-def test_whitened_draws_have_zero_mean_and_unit_variance(whole):
+def test_standardized_draws_have_zero_mean_and_unit_variance(whole):
     cache = LatentCache(whole)
     manifest = cache.manifest
     moments = torch.cat([torch.from_numpy(cache.gather(range(50), np.full(50, s))[0]).float() for s in (False, True)])
     mean, std = moments.repeat(40, 1, 1, 1, 1).unbind(1)
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
-    latents = manifest.whiten(mean + std * noise)
+    latents = manifest.standardize(mean + std * noise)
     torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(2), atol=0.01, rtol=0)
     torch.testing.assert_close(latents.var((0, 2, 3)), torch.ones(2), atol=0.02, rtol=0)
 
@@ -126,13 +126,13 @@ def test_whitened_draws_have_zero_mean_and_unit_variance(whole):
 def test_unwhiten_undoes_whiten(mean, std, seed):
     manifest = Manifest(PLAN_FACTS, mean, std, [], [])
     latents = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(seed)) * 10
-    torch.testing.assert_close(manifest.unwhiten(manifest.whiten(latents)), latents, atol=1e-3, rtol=1e-4)
-    torch.testing.assert_close(manifest.whiten(manifest.unwhiten(latents)), latents, atol=2e-2, rtol=1e-4)
+    torch.testing.assert_close(manifest.unstandardize(manifest.standardize(latents)), latents, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(manifest.standardize(manifest.unstandardize(latents)), latents, atol=2e-2, rtol=1e-4)
 
 
 def test_whiten_keeps_dtype():
     manifest = Manifest(PLAN_FACTS, [1.0, 2.0], [2.0, 4.0], [], [])
-    out = manifest.whiten(torch.zeros(1, *SHAPE, dtype=torch.bfloat16))
+    out = manifest.standardize(torch.zeros(1, *SHAPE, dtype=torch.bfloat16))
     assert out.dtype == torch.bfloat16
     assert out[0, :, 0, 0].tolist() == [-0.5, -0.5]
 

@@ -17,8 +17,8 @@ from ldm.checkpoints import sharded_state, store
 from ldm.diffusion.conditioners.base import Conditioning
 from ldm.diffusion.conditioners.classes import ClassVector
 from ldm.diffusion.networks.unet import UNet
-from ldm.layers import sinusoid
-from ldm.optim.ema import EMA, Decay
+from ldm.layers import timestep_embedding
+from ldm.optim.ema import EMA, FixedDecay
 from ldm.runtime import distributed, fsdp
 
 BATCH = 4
@@ -31,7 +31,7 @@ class Denoiser(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.network = UNet(3, 8, [1, 1], blocks_per_level=1, attention_levels=[1], heads=1, vector_channels=5)
+        self.network = UNet(3, 8, [1, 1], num_res_blocks=1, attention_levels=[1], num_heads=1, vector_channels=5)
         self.conditioner = ClassVector(2, 5)
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=0.2)  # no branch that starts at zero
@@ -59,7 +59,7 @@ def mine() -> slice:
 
 def train(model: Denoiser, rows: slice, steps: int = 3, clip: float = 0.5, poison: int = -1) -> dict[str, Any]:
     """Fused AdamW with clipping, found_inf and an average, as stage 2 does it; all that comes of it."""
-    ema = EMA(Denoiser(), Decay(0.5))
+    ema = EMA(Denoiser(), FixedDecay(0.5))
     if isinstance(next(model.parameters()), DTensor):
         ema.average = sharded(Denoiser()).requires_grad_(False).eval()
     # So large an eps keeps Adam from blowing rounding up where a gradient is next to nothing.
@@ -140,7 +140,7 @@ def test_bf16_is_for_computing_only(grouped):
         alone = [Denoiser().loss(rows).detach() for rows in (slice(0, 2), slice(2, 4))]
     for (loss, told, kept), expected, levels in zip(grouped(2, in_bf16), alone, LEVELS.split(2), strict=True):
         torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)  # the same roundings as under autocast
-        assert torch.equal(told, sinusoid(levels, 8))
+        assert torch.equal(told, timestep_embedding(levels, 8))
         assert kept, "rows and gradients stay in float32"
 
 

@@ -54,12 +54,12 @@ def test_seed_class_guidance_and_sampler_all_matter(pipeline):
 
 
 def test_images_are_the_decoded_samples(pipeline):
-    """Against the sampler called by hand on the noise of one seed: whitening undone, [-1,1] mapped to 0..255."""
+    """Against the sampler called by hand on the noise of one seed: standardization undone, [-1,1] mapped to 0..255."""
     noise = Draws(0, [5], 1).normal("noise", (4, 4, 4))
     network, conditioner = pipeline.denoiser["network"], pipeline.denoiser["conditioner"]
     with torch.no_grad():
         told = conditioner({"class_label": torch.tensor([1])})
-        times = pipeline.objective.grid(4)
+        times = pipeline.objective.timesteps(4)
         latent = ddim(lambda x, t: pipeline.objective.denoise(network, x, t, told), pipeline.objective, noise, times)
         image = pipeline.codec.decode(latent * 2.0 + 0.5)[0]
     expected = ((image.permute(1, 2, 0) + 1) / 2 * 255).numpy()
@@ -85,7 +85,7 @@ def test_a_preview_in_training_is_free_of_dropout_and_leaves_the_module_as_it_wa
     assert runs.module.denoiser["network"].training
     assert torch.equal(torch.get_rng_state(), state)
     # And training goes on: nothing that the preview cached is closed to autograd.
-    x0 = live.manifest.unwhiten(torch.randn(2, 4, 4, 4, requires_grad=True))
+    x0 = live.manifest.unstandardize(torch.randn(2, 4, 4, 4, requires_grad=True))
     x = live.objective.denoise(runs.module.denoiser["network"], x0, torch.tensor(9.0), live.conditioner.null(2))
     x.sum().backward()
 

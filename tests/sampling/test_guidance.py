@@ -9,7 +9,7 @@ from ldm.diffusion.conditioners.base import Conditioning
 from ldm.diffusion.noise_schedules import SqrtLinear
 from ldm.diffusion.objectives import DDPM, EDM, Flow
 from ldm.randomness import Draws
-from ldm.sampling.guidance import autoguidance, classifier, classifier_free, within
+from ldm.sampling.guidance import autoguidance, classifier, classifier_free, limited_interval
 from ldm.sampling.img2img import inpaint
 from ldm.sampling.samplers import ancestral, ddim, dpm_solver, heun, start, unipc
 from ldm.sampling.timesteps import Default, Shift
@@ -126,14 +126,14 @@ def test_samples_as_lightningdit(scale, begin, ratio):
     )
     grid = Shift(3.3333333)(objective, points - 1)
     torch.testing.assert_close(1 - grid.double(), times, rtol=0, atol=1e-6)
-    ours = ddim(within(steered, plain, objective, 0.0, ratio), objective, noise, grid)
+    ours = ddim(limited_interval(steered, plain, objective, (0.0, ratio)), objective, noise, grid)
     assert len(led) == guided
     assert ((ours - theirs).norm() / theirs.norm()).item() < 1e-5
 
 
 def test_interval():
     objective = EDM()
-    chosen = within(lambda x, t: 2 * x, lambda x, t: x, objective, above=0.5, up_to=5.0)
+    chosen = limited_interval(lambda x, t: 2 * x, lambda x, t: x, objective, (0.5, 5.0))
     for sigma, factor in ((0.1, 1), (0.5, 1), (0.6, 2), (5.0, 2), (5.1, 1), (80.0, 1)):
         assert torch.equal(chosen(x, torch.tensor(sigma)), factor * x)
 
@@ -176,7 +176,7 @@ def test_inpainting_keeps_what_is_known_and_carries_it_on(sampler, objective):
         a, s = objective.alpha(t), objective.sigma(t)
         return (2 * a / (2 * a**2 + s**2) * x.mean(1, keepdim=True)).expand_as(x)  # both halves are one N(0, 1)
 
-    draws, times = Draws(0, [1, 2], 2), objective.grid(100)
+    draws, times = Draws(0, [1, 2], 2), objective.timesteps(100)
     x = start(objective, draws.normal("noise", (2,)), times[0])
     x0 = sampler(inpaint(denoise, known, mask), objective, x, times, draws=draws)
     assert torch.equal(x0[mask], known[mask])
@@ -186,7 +186,7 @@ def test_inpainting_keeps_what_is_known_and_carries_it_on(sampler, objective):
 def test_an_image_comes_back_from_little_noise():
     """Image to image: with a weak start the sampler stays near where it began."""
     objective = Flow()
-    image, times = torch.randn(4, 3), objective.grid(20)[-5:]  # a fifth of the way
+    image, times = torch.randn(4, 3), objective.timesteps(20)[-5:]  # a fifth of the way
     draws = Draws(0, range(4), 4)
 
     def denoise(x, t):

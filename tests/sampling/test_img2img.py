@@ -13,7 +13,7 @@ from ldm.diffusion.objectives import Flow
 from ldm.errors import ConfigError, DataError, NumericError
 from ldm.sampling.generate import generate
 from ldm.sampling.guidance import Guidance
-from ldm.sampling.img2img import Original
+from ldm.sampling.img2img import InitImage
 from ldm.sampling.pipeline import Pipeline
 from ldm.sampling.samplers import ancestral, dpm_solver, heun, unipc
 
@@ -47,29 +47,29 @@ def pictures(pipeline, guidance, **options):
 
 def test_an_interval_of_everything_is_all_guidance_and_of_nothing_none(pipeline):
     guided, plain = pictures(pipeline, Guidance(4.0)), pictures(pipeline, Guidance())
-    assert np.array_equal(pictures(pipeline, Guidance(4.0, above=1e-6, up_to=1e6)), guided)
-    assert np.array_equal(pictures(pipeline, Guidance(4.0, above=1e5, up_to=1e6)), plain)
-    some = pictures(pipeline, Guidance(4.0, above=0.2, up_to=3.0))
+    assert np.array_equal(pictures(pipeline, Guidance(4.0, interval=(1e-6, 1e6))), guided)
+    assert np.array_equal(pictures(pipeline, Guidance(4.0, interval=(1e5, 1e6))), plain)
+    some = pictures(pipeline, Guidance(4.0, interval=(0.2, 3.0)))
     assert not np.array_equal(some, guided)
     assert not np.array_equal(some, plain)
 
 
 def test_a_worse_model_that_is_no_worse_changes_nothing(pipeline, raw):
     plain = pictures(pipeline, Guidance())
-    assert np.abs(pictures(pipeline, Guidance(3.0, worse=pipeline)) - plain).max() <= 1
-    assert np.array_equal(pictures(pipeline, Guidance(0.0, worse=raw)), pictures(raw, Guidance()))
-    assert np.abs(pictures(pipeline, Guidance(3.0, worse=raw)) - plain).max() > 1
+    assert np.abs(pictures(pipeline, Guidance(3.0, guide=pipeline)) - plain).max() <= 1
+    assert np.array_equal(pictures(pipeline, Guidance(0.0, guide=raw)), pictures(raw, Guidance()))
+    assert np.abs(pictures(pipeline, Guidance(3.0, guide=raw)) - plain).max() > 1
 
 
 def test_a_worse_model_of_something_else_is_refused(pipeline, raw):
     other = replace(raw, manifest=replace(raw.manifest, std=[3.0] * 4))
     with pytest.raises(ConfigError, match="trained on other latents"):
-        pictures(pipeline, Guidance(2.0, worse=other))
+        pictures(pipeline, Guidance(2.0, guide=other))
     with pytest.raises(ConfigError, match="noises latents in another way"):
-        pictures(pipeline, Guidance(2.0, worse=replace(raw, objective=Flow())))
+        pictures(pipeline, Guidance(2.0, guide=replace(raw, objective=Flow())))
     fewer = replace(raw, manifest=replace(raw.manifest, plan=replace(raw.manifest.plan, num_classes=2)))
     with pytest.raises(ConfigError, match="knows 2 classes, the model that it is to guide 3"):
-        pictures(pipeline, Guidance(2.0, worse=fewer))
+        pictures(pipeline, Guidance(2.0, guide=fewer))
 
 
 @pytest.mark.parametrize(
@@ -77,12 +77,12 @@ def test_a_worse_model_of_something_else_is_refused(pipeline, raw):
     [
         *(({"scale": value}, "scale: expected a finite number") for value in (math.nan, math.inf, -math.inf)),
         *(({"rescale": value}, "rescale: expected 0 to 1, found") for value in (1.5, -0.1, math.nan, math.inf)),
-        ({"above": 2.0, "up_to": 1.0}, "interval: expected 0 <= LOW < HIGH.* found 2 and 1"),
-        ({"above": 2.0, "up_to": 2.0}, "interval: expected"),
-        ({"above": -1.0}, "interval: expected"),
-        ({"above": math.nan}, "interval: expected"),
-        ({"above": math.inf}, "interval: expected"),
-        ({"up_to": math.nan}, "interval: expected"),
+        ({"interval": (2.0, 1.0)}, "interval: expected 0 <= LOW < HIGH.* found 2 and 1"),
+        ({"interval": (2.0, 2.0)}, "interval: expected"),
+        ({"interval": (-1.0, 2.0)}, "interval: expected"),
+        ({"interval": (math.nan, 2.0)}, "interval: expected"),
+        ({"interval": (math.inf, math.inf)}, "interval: expected"),
+        ({"interval": (0.0, math.nan)}, "interval: expected"),
         ({"channels": 0}, "channels: expected 1 or more, found 0"),
         ({"channels": -3}, "channels: expected 1 or more, found -3"),
     ],
@@ -92,10 +92,10 @@ def test_what_cannot_be_is_refused(values, message):
         Guidance(**{"scale": 2.0, **values})
 
 
-@pytest.mark.parametrize("way", ["no class", "worse", "classifier"])
+@pytest.mark.parametrize("way", ["no class", "guide", "classifier"])
 def test_the_first_channels_alone_are_led(pipeline, raw, way):
     """In the first step, from the same noise, the other channels are as without guidance."""
-    others = {"no class": {}, "worse": {"worse": raw}, "classifier": {"classifier": prefers_bright}}[way]
+    others = {"no class": {}, "guide": {"guide": raw}, "classifier": {"classifier": prefers_bright}}[way]
     x, t, labels = torch.randn(2, 4, 4, 4), torch.tensor(500.0), torch.tensor([0, 2])
 
     def estimate(**values):
@@ -123,12 +123,12 @@ def test_a_scale_too_large_is_named_beside_the_weights(pipeline):
 
 
 def test_ways_of_guidance_exclude_one_another(pipeline):
-    with pytest.raises(ConfigError, match="rescale: belongs to classifier-free guidance; leave out it or worse"):
-        Guidance(2.0, rescale=0.5, worse=pipeline)
+    with pytest.raises(ConfigError, match="rescale: belongs to classifier-free guidance; leave out it or guide"):
+        Guidance(2.0, rescale=0.5, guide=pipeline)
     with pytest.raises(ConfigError, match="leave out it or classifier"):
         Guidance(2.0, rescale=0.5, classifier=prefers_bright)
-    with pytest.raises(ConfigError, match="by a worse model or by a classifier"):
-        Guidance(2.0, worse=pipeline, classifier=prefers_bright)
+    with pytest.raises(ConfigError, match="by another model or by a classifier"):
+        Guidance(2.0, guide=pipeline, classifier=prefers_bright)
 
 
 def test_a_model_that_always_knew_the_class_cannot_be_led_away_from_none(pipeline):
@@ -138,7 +138,7 @@ def test_a_model_that_always_knew_the_class_cannot_be_led_away_from_none(pipelin
     with pytest.raises(ConfigError, match="classes: found none, but this model never saw"):
         list(generate(always, [1]))
     assert np.array_equal(pictures(always, Guidance()), pictures(pipeline, Guidance()))
-    assert len(pictures(always, Guidance(2.0, worse=replace(always, objective=pipeline.objective)))) == 2
+    assert len(pictures(always, Guidance(2.0, guide=replace(always, objective=pipeline.objective)))) == 2
 
 
 def prefers_bright(x, t, labels):
@@ -165,29 +165,29 @@ def test_a_classifier_leads_a_model_without_classes(make_runs):
 
 
 def test_a_picture_is_kept_the_more_the_lower_the_strength(pipeline, picture):
-    original = [Original.read(pipeline.manifest, picture / "picture.png", strength) for strength in (0.05, 0.5, 1.0)]
-    assert original[0].image.shape == (3, 16, 16)
-    through = pipeline.codec.decode(pipeline.codec.encode(original[0].image[None])[0])
+    init_image = [InitImage.read(pipeline.manifest, picture / "picture.png", strength) for strength in (0.05, 0.5, 1.0)]
+    assert init_image[0].image.shape == (3, 16, 16)
+    through = pipeline.codec.decode(pipeline.codec.encode(init_image[0].image[None])[0])
     coded = ((through[0] + 1) * 127.5).round().permute(1, 2, 0).numpy()
-    made = [pictures(pipeline, Guidance(), steps=20, original=one) for one in original]
+    made = [pictures(pipeline, Guidance(), steps=20, init_image=one) for one in init_image]
     gaps = [np.abs(one - coded).mean() for one in made]
     assert gaps[0] < gaps[1] < gaps[2]
 
 
 @pytest.mark.parametrize(("strength", "steps", "left"), [(1.0, 10, 10), (0.5, 10, 5), (0.01, 10, 1), (0.6, 5, 3)])
 def test_strength_is_a_share_of_the_steps(pipeline, strength, steps, left):
-    times = pipeline.objective.grid(steps)
-    found = Original(torch.zeros(3, 16, 16), strength).times(times)
+    times = pipeline.objective.timesteps(steps)
+    found = InitImage(torch.zeros(3, 16, 16), strength).times(times)
     assert len(found) == left + 1
     assert torch.equal(found, times[-left - 1 :])
 
 
 @pytest.mark.parametrize("sampler", [ancestral, heun, dpm_solver, unipc])
 def test_what_is_outside_the_mask_stays_pixel_for_pixel(pipeline, picture, sampler):
-    original = Original.read(pipeline.manifest, picture / "picture.png", 1.0, picture / "mask.png")
-    made = pictures(pipeline, Guidance(), original=original, sampler=sampler)
-    before = ((original.image + 1) * 127.5).round().permute(1, 2, 0).numpy().astype(int)
-    kept = ~original.free.numpy()
+    init_image = InitImage.read(pipeline.manifest, picture / "picture.png", 1.0, picture / "mask.png")
+    made = pictures(pipeline, Guidance(), init_image=init_image, sampler=sampler)
+    before = ((init_image.image + 1) * 127.5).round().permute(1, 2, 0).numpy().astype(int)
+    kept = ~init_image.mask.numpy()
     assert 0.3 < kept.mean() < 0.6
     assert np.array_equal(made[:, kept], np.stack([before[kept]] * 2))
     assert np.abs(made[0] - made[1])[~kept].mean() > 5
@@ -196,20 +196,20 @@ def test_what_is_outside_the_mask_stays_pixel_for_pixel(pipeline, picture, sampl
 def test_a_latent_place_with_one_free_pixel_is_free():
     free = torch.zeros(16, 16, dtype=torch.bool)
     free[5, 6] = True
-    kept = Original(torch.zeros(3, 16, 16), free=free).kept((4, 4, 4))
+    kept = InitImage(torch.zeros(3, 16, 16), mask=free).latent_mask((4, 4, 4))
     assert (~kept).nonzero().tolist() == [[1, 1]]
-    assert Original(torch.zeros(3, 16, 16)).kept((4, 4, 4)) is None
+    assert InitImage(torch.zeros(3, 16, 16)).latent_mask((4, 4, 4)) is None
 
 
 def test_strengths_and_masks_that_cannot_be(pipeline, picture, tmp_path):
     for strength in (0.0, 1.1, math.nan):
         with pytest.raises(ConfigError, match="strength: expected"):
-            Original(torch.zeros(3, 16, 16), strength)
+            InitImage(torch.zeros(3, 16, 16), strength)
     Image.new("L", (24, 20)).save(tmp_path / "black.png")
     with pytest.raises(ConfigError, match="all of it is black"):
-        Original.read(pipeline.manifest, picture / "picture.png", 1.0, tmp_path / "black.png")
+        InitImage.read(pipeline.manifest, picture / "picture.png", 1.0, tmp_path / "black.png")
     Image.new("L", (20, 20), "white").save(tmp_path / "square.png")
     with pytest.raises(ConfigError, match=r"square\.png: expected the size of .*24 x 20, found 20 x 20"):
-        Original.read(pipeline.manifest, picture / "picture.png", 1.0, tmp_path / "square.png")
+        InitImage.read(pipeline.manifest, picture / "picture.png", 1.0, tmp_path / "square.png")
     with pytest.raises(DataError, match=r"nothing\.png"):
-        Original.read(pipeline.manifest, tmp_path / "nothing.png", 1.0)
+        InitImage.read(pipeline.manifest, tmp_path / "nothing.png", 1.0)

@@ -15,7 +15,7 @@ SETTINGS = {
     "step": 7,
     "weights": "ema",
     "sampler": "ddim",
-    "grid": "default",
+    "schedule": "default",
     "steps": 20,
     "eta": 0.0,
     "guidance": 1.5,
@@ -146,7 +146,7 @@ def test_arrays_say_which_pictures_they_are(tmp_path):
     ("more", "name"),
     [
         ({}, "step7-ema-ddim20-guidance1.5"),
-        ({"eta": 0.25, "grid": "karras"}, "step7-ema-ddim20-karras-eta0.25-guidance1.5"),
+        ({"eta": 0.25, "schedule": "karras"}, "step7-ema-ddim20-karras-eta0.25-guidance1.5"),
         ({"interval": [0.2, 3.0], "rescale": 0.7}, "step7-ema-ddim20-guidance1.5-interval0.2_3-rescale0.7"),
         ({"shift": 3.5, "guidance_channels": 3}, "step7-ema-ddim20-guidance1.5-shift3.5-guidance_channels3"),
         ({"mask": {"file": "a/line.png", "sha256": "0123456789"}}, "step7-ema-ddim20-guidance1.5-mask_line_012345"),

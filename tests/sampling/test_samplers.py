@@ -51,7 +51,7 @@ def half_sde(*args, **kwargs):
 
 
 def churned(*args, **kwargs):
-    return heun(*args, churn=20.0, **kwargs)
+    return heun(*args, s_churn=20.0, **kwargs)
 
 
 SAMPLERS = {
@@ -78,7 +78,7 @@ OBJECTIVES = {
 def draw(objective, denoise, sampler):
     """As many steps as the sampler's order makes necessary."""
     steps = {ancestral: 1000, ddim: 250}.get(sampler, 60)
-    draws, times = OneGenerator(), objective.grid(1000) if steps == 1000 else Karras(0.01)(objective, steps)
+    draws, times = OneGenerator(), objective.timesteps(1000) if steps == 1000 else Karras(0.01)(objective, steps)
     return sampler(denoise, objective, start(objective, draws.normal("noise", (1,)), times[0]), times, draws=draws)
 
 
@@ -127,7 +127,7 @@ def test_errors_fall_at_the_sampler_s_order(sampler, objective):
     def error(steps):
         # Even in ln(sigma / alpha), from 4 down to 0.25.
         ratios = torch.exp(torch.linspace(1, -1, steps + 1, dtype=torch.float64) * torch.log(torch.tensor(4.0)))
-        times = objective.time(ratios)
+        times = objective.time_at(ratios)
         (a, b), (s, r) = ([f(times[i]) for i in (0, -1)] for f in (objective.alpha, objective.sigma))
         exact = b * mean + (x - a * mean) * ((b**2 * std**2 + r**2) / (a**2 * std**2 + s**2)).sqrt()
         return (SAMPLERS[sampler](denoise, objective, x, times) - exact).abs().max().item()
@@ -160,7 +160,7 @@ def test_equals_diffusers(eta, steps):
         1000, 0.0015, 0.0195, "scaled_linear", clip_sample=False, timestep_spacing="trailing", prediction_type="sample"
     )
     scheduler.set_timesteps(steps)
-    assert scheduler.timesteps.tolist() == [t - 1 for t in objective.grid(steps)[:-1].int().tolist()]
+    assert scheduler.timesteps.tolist() == [t - 1 for t in objective.timesteps(steps)[:-1].int().tolist()]
     draws = Draws(0, range(3), 3)
     x = noise = draws.normal("noise", (2, 4, 4))
 
@@ -171,7 +171,7 @@ def test_equals_diffusers(eta, steps):
         fresh = draws.normal(f"step{i}", (2, 4, 4))
         x = scheduler.step(denoise(x, t + 1), t, x, eta=eta, variance_noise=fresh).prev_sample
     torch.testing.assert_close(
-        ddim(denoise, objective, noise, objective.grid(steps), draws, eta), x, rtol=1e-4, atol=1e-4
+        ddim(denoise, objective, noise, objective.timesteps(steps), draws, eta), x, rtol=1e-4, atol=1e-4
     )
 
 
@@ -229,7 +229,7 @@ def test_an_image_depends_on_its_number_alone(sampler):
     def images(numbers):
         draws = Draws(0, numbers, 1)
         noise = draws.normal("noise", (2, 4, 4))
-        return SAMPLERS[sampler](denoise, objective, noise, objective.grid(7), draws=draws)
+        return SAMPLERS[sampler](denoise, objective, noise, objective.timesteps(7), draws=draws)
 
     torch.testing.assert_close(images([3, 11, 5])[1:2], images([11]), rtol=0, atol=0)
     assert not torch.equal(images([11]), images([12]))
@@ -247,7 +247,7 @@ def test_calls_and_times(sampler, steps):
         return torch.full_like(x, 0.25)
 
     draws = Draws(0, [0], 1)
-    x = SAMPLERS[sampler](denoise, objective, torch.randn(1, 1, 2, 2), objective.grid(steps), draws=draws)
+    x = SAMPLERS[sampler](denoise, objective, torch.randn(1, 1, 2, 2), objective.timesteps(steps), draws=draws)
     assert len(times) == (2 * steps - 1 if "heun" in sampler or "churned" in sampler else steps)
     assert times[0] == 1000
     assert times[-1] >= 1
@@ -259,7 +259,7 @@ def test_calls_and_times(sampler, steps):
 def test_nothing_waits_for_the_device(sampler, objective):
     """On the meta device there are no values: reading one would be an error."""
     objective = OBJECTIVES[objective]
-    draws, times = Draws(0, range(2), 2, "meta"), objective.grid(5)
+    draws, times = Draws(0, range(2), 2, "meta"), objective.timesteps(5)
     x = start(objective, torch.empty(2, 1, 4, 4, device="meta"), times[0])
     x = SAMPLERS[sampler](lambda x, t: x * t, objective, x, times, draws=draws)
     assert x.shape == (2, 1, 4, 4)
@@ -269,17 +269,17 @@ def test_nothing_waits_for_the_device(sampler, objective):
 def test_noise_on_the_way_needs_draws(sampler):
     objective = DDPM(SqrtLinear())
     with pytest.raises(ValueError, match="draws"):
-        SAMPLERS[sampler](lambda x, t: x, objective, torch.zeros(1, 1), objective.grid(5), draws=None)
+        SAMPLERS[sampler](lambda x, t: x, objective, torch.zeros(1, 1), objective.timesteps(5), draws=None)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_start_has_the_spread_of_the_last_level_and_keeps_an_image(objective):
     objective = OBJECTIVES[objective]
     noise, x0 = torch.randn(4000, 1), torch.randn(4000, 1)
-    last = torch.tensor(objective.last)
+    last = torch.tensor(objective.t_max)
     of_data = objective.alpha(last) * x0 + objective.sigma(last) * noise
     assert start(objective, noise, last).std().item() == pytest.approx(of_data.std().item(), rel=0.05)
-    early = objective.time(torch.tensor(0.05))
+    early = objective.time_at(torch.tensor(0.05))
     assert (start(objective, noise, early, x0) / objective.alpha(early) - x0).std().item() == pytest.approx(
         0.05, rel=0.1
     )

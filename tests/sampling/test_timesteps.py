@@ -30,7 +30,7 @@ def test_exactly_the_steps_asked_for(objective, grid, steps):
     times = GRIDS[grid](objective, steps)
     assert times.shape == (steps + 1,)
     assert times.dtype == torch.float32
-    assert times[0] == objective.last
+    assert times[0] == objective.t_max
     assert times[-1] == 0
     assert (times.diff() < 0).all()
 
@@ -46,7 +46,7 @@ def test_impossible_numbers_of_steps(grid):
 def test_formulas():
     assert Power(2)(Flow(), 4).tolist() == [1, 0.5625, 0.25, 0.0625, 0]
     assert Shift(3.0)(Flow(), 2).tolist() == [1, 0.75, 0]
-    torch.testing.assert_close(EDM().grid(18), Karras()(EDM(), 18))
+    torch.testing.assert_close(EDM().timesteps(18), Karras()(EDM(), 18))
     times = Karras(0.01, 10.0, rho=3.0)(DDPM(SqrtLinear()), 8)
     objective = OBJECTIVES["ddpm"]
     ratios = (objective.sigma(times) / objective.alpha(times))[1:-1] ** (1 / 3)
@@ -71,8 +71,8 @@ def test_compvis_times_are_those_of_its_code(levels, steps):
         (DDPM(SqrtLinear()), 1000, "found 1000, of which the original fails"),
         (DDPM(SqrtLinear()), 0, "1 to 1000"),
         (DDPM(SqrtLinear()), 1001, "1 to 1000"),
-        (Flow(), 50, "discrete levels.*which Straight has not"),
-        (EDM(), 50, "discrete levels.*which Exploding has not"),
+        (Flow(), 50, "discrete levels.*which Linear has not"),
+        (EDM(), 50, "discrete levels.*which VE has not"),
     ],
 )
 def test_compvis_grid_refuses_what_its_code_does_not_do(objective, steps, message):

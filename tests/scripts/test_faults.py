@@ -225,9 +225,9 @@ def lab(tmp_path_factory) -> Path:
 BROKEN = {
     9: ("ldm.checkpoints.sealed_file.fault", lambda path: None),
     17: ("ldm.runtime.signals.listen", lambda: False),
-    26: ("ldm.training.callbacks.skip_nonfinite.FiniteGuard.on_before_optimizer_step", lambda *_: None),
+    26: ("ldm.training.callbacks.skip_nonfinite.SkipNonFinite.on_before_optimizer_step", lambda *_: None),
     33: ("ldm.latents.manifest.check_bytes", lambda *_: None),
-    34: ("ldm.latents.manifest.Plan.demand", lambda *_: None),
+    34: ("ldm.latents.manifest.CacheSpec.demand", lambda *_: None),
     39: ("fcntl.lockf", lambda *_: None),
 }
 

@@ -18,8 +18,8 @@ SMALL = [
     *("lightning.logger=null", "data.params.batch_size=4"),
 ]
 SMALLER = {
-    "autoencoder": ["model.params.encoder.params.channels=32"],
-    "diffusion": ["model.params.network.params.channels=32", "lightning.callbacks.images=null"],
+    "autoencoder": ["model.params.encoder.params.base_channels=32"],
+    "diffusion": ["model.params.network.params.model_channels=32", "lightning.callbacks.images=null"],
 }
 
 

@@ -55,4 +55,4 @@ def test_mistakes_are_one_message(run, capsys, arguments, code, message):
 
 def test_a_run_without_snapshots(runs, capsys):
     assert script.main(["-r", str(runs.diffusion), "--width", "0.1"]) == 4
-    assert "AverageSnapshots" in capsys.readouterr().err
+    assert "EMASnapshots" in capsys.readouterr().err

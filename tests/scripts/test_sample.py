@@ -109,8 +109,8 @@ def test_each_setting_has_a_folder_of_its_own_by_default(runs, capsys):
         [],
         ["--sampler", "ancestral"],
         ["--eta", "0.5"],
-        ["--sampler", "unipc", "--grid", "karras"],
-        ["--grid", "compvis"],
+        ["--sampler", "unipc", "--schedule", "karras"],
+        ["--schedule", "compvis"],
     ):
         assert sample.main([*arguments, *more]) == 0
     folders = sorted(path.name for path in (runs.diffusion / "samples").iterdir())
@@ -151,7 +151,7 @@ def test_grey_pictures_of_an_unconditional_model_in_a_square(make_runs, run):
         (["--steps", "0"], 2, "--steps: expected a whole number of 1 or more, found '0'"),
         (["--steps", "2000"], 2, "1 to 1000"),
         (["--eta", "0.5", "--sampler", "ancestral"], 2, "--eta 0.5: expected a sampler of ddim, euler, dpm"),
-        (["--steps", "3", "--grid", "compvis"], 2, "a divisor of 1000"),
+        (["--steps", "3", "--schedule", "compvis"], 2, "a divisor of 1000"),
         (["--eta", "1.5"], 2, "0 to 1"),
         (["--sampler", "plms"], 2, "ancestral"),
         (["--guidence", "2"], 2, "--guidance"),
@@ -185,9 +185,9 @@ def test_classes_of_an_unconditional_model_are_refused(make_runs, run, capsys):
 
 
 def test_steering_is_done_recorded_and_named(runs, tmp_path, capsys):
-    worse = tmp_path / "worse"
-    worse.mkdir()
-    save_diffusion(worse, runs.autoencoder, CLASSES, seed=5)
+    guide = tmp_path / "guide"
+    guide.mkdir()
+    save_diffusion(guide, runs.autoencoder, CLASSES, seed=5)
     Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
     Image.fromarray(np.eye(16, dtype=np.uint8) * 255).save(tmp_path / "line.png")
     image = ["--image", str(tmp_path / "red.png")]
@@ -196,10 +196,10 @@ def test_steering_is_done_recorded_and_named(runs, tmp_path, capsys):
     made = {pixels(runs.diffusion / "samples" / "step7-ema-ddim2-guidance2" / "001-000000.png").tobytes()}
     wanted = {
         "-guidance_channels3": ["--guidance-channels", "3"],
-        "-shift2.5": ["--grid", "shifted", "--shift", "2.5"],
+        "-shift2.5": ["--schedule", "shifted", "--shift", "2.5"],
         "-rescale0.5": ["--rescale", "0.5"],
         "-interval0.1_2": ["--interval", "0.1", "2"],
-        "-worse_": ["--worse", str(worse)],
+        "-worse_": ["--guide", str(guide)],
         "-image_red_": [*image],
         "-strength1": [*image, "--strength", "1"],
         "-mask_line_": [*image, "--mask", str(tmp_path / "line.png")],
@@ -223,9 +223,9 @@ def test_steering_is_done_recorded_and_named(runs, tmp_path, capsys):
         (["--guidance", "1", "--rescale", "0.5"], "--rescale: does nothing at --guidance 1"),
         (["--guidance", "1", "--guidance-channels", "3"], "--guidance-channels: does nothing at --guidance 1"),
         (["--guidance-channels", "5"], "guidance channels: expected 1 to 4, the channels of this model's latents"),
-        (["--shift", "2"], "--shift 2: belongs to --grid shifted, found --grid default"),
+        (["--shift", "2"], "--shift 2: belongs to --schedule shifted, found --schedule default"),
         (["--image", "nothing.png"], "nothing.png"),
-        (["--worse", "nowhere"], "nowhere"),
+        (["--guide", "nowhere"], "nowhere"),
     ],
 )
 def test_steering_that_cannot_be_writes_nothing(run, capsys, words, message):
@@ -290,5 +290,5 @@ def test_home_is_known_where_the_shell_left_it(runs, monkeypatch, tmp_path):
         options = sample.parse(["-r", source, "--out=~/a", "--autoencoder=~/b", "--image=~/c", "--mask=~/d"])
         pictures = [options.out, options.autoencoder, options.image, options.mask]
         assert pictures == [runs.diffusion.parent / name for name in "abcd"]
-    words = ["-r", "~/*_tiny_diffusion", "--worse", home, "--out", str(tmp_path / "out"), "--classes", "0", "-n", "1"]
+    words = ["-r", "~/*_tiny_diffusion", "--guide", home, "--out", str(tmp_path / "out"), "--classes", "0", "-n", "1"]
     assert sample.main([*words, *QUICK]) == 0

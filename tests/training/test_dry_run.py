@@ -71,5 +71,5 @@ def test_too_few_classes(diffusion_tree):
 
 
 def test_a_resolution_that_cannot_be_halved(diffusion_tree):
-    diffusion_tree["model"]["params"]["network"]["params"]["channel_multipliers"] = [1] * 5
+    diffusion_tree["model"]["params"]["network"]["params"]["channel_mult"] = [1] * 5
     assert "latent (6, 2, 8, 8)" in misfit(diffusion_tree)

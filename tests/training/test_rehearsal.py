@@ -103,7 +103,7 @@ def test_a_discriminator_too_deep_for_the_pictures_is_refused_before_its_start(a
     loss["discriminator"]["params"]["layers"] = 3
     message = refused(autoencoder_tree, IMAGES)
     assert message.startswith("model.params.loss.params.discriminator (run.yaml): from step 4 on, ")
-    loss["adversarial_start"] = 100  # beyond the run's 12 steps
+    loss["disc_start"] = 100  # beyond the run's 12 steps
     rehearse(autoencoder_tree, IMAGES)
 
 

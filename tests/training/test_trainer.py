@@ -17,7 +17,7 @@ from ldm.training import trainer
 from ldm.training.callbacks.checkpoints import AtomicCheckpointIO, Checkpoints
 from ldm.training.callbacks.progress import Progress, Throughput
 from ldm.training.callbacks.provenance import Provenance
-from ldm.training.callbacks.skip_nonfinite import FiniteGuard
+from ldm.training.callbacks.skip_nonfinite import SkipNonFinite
 from ldm.training.callbacks.stop import StopOnSignal
 from ldm.training.dry_run import meta_model
 from ldm.training.loggers import FencedWandb, MetricsFile
@@ -87,7 +87,7 @@ def callbacks(section: dict[str, Any], tmp_path: Path) -> list[Any]:
 
 def test_a_run_is_kept_without_a_line_of_yaml(tmp_path):
     kinds = [type(callback) for callback in callbacks({}, tmp_path)]
-    assert kinds == [Provenance, FiniteGuard, StopOnSignal, Throughput, Progress, Checkpoints]
+    assert kinds == [Provenance, SkipNonFinite, StopOnSignal, Throughput, Progress, Checkpoints]
 
 
 def test_callbacks_are_replaced_added_and_left_out_by_name(tmp_path):
@@ -100,7 +100,7 @@ def test_callbacks_are_replaced_added_and_left_out_by_name(tmp_path):
         tmp_path,
     )
     names = [type(callback).__name__ for callback in made]
-    assert names == ["Provenance", "FiniteGuard", "StopOnSignal", "Throughput", "Checkpoints", "Timer"]
+    assert names == ["Provenance", "SkipNonFinite", "StopOnSignal", "Throughput", "Checkpoints", "Timer"]
     assert made[-2].every == 7
 
 

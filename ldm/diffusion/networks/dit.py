@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ldm.diffusion.conditioners.base import Conditioning
 from ldm.errors import ConfigError
-from ldm.layers import attend, sinusoid, zeroed
+from ldm.layers import attend, timestep_embedding, zero_module
 from ldm.ranges import Count, CountOrZero, Positive
 
 _FREQUENCIES = 256
@@ -28,12 +28,12 @@ _FREQUENCIES = 256
 class SelfAttention(nn.Module):
     """Tokens (N, L, C) look at one another; `rotation` (2, L, C / heads) turns queries and keys by their places."""
 
-    def __init__(self, channels: Count, heads: Count, normalise: bool) -> None:
+    def __init__(self, channels: Count, heads: Count, qk_norm: bool) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(channels, 3 * channels)
-        self.norm_q = nn.RMSNorm(channels // heads, eps=1e-6) if normalise else nn.Identity()
-        self.norm_k = nn.RMSNorm(channels // heads, eps=1e-6) if normalise else nn.Identity()
+        self.norm_q = nn.RMSNorm(channels // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.norm_k = nn.RMSNorm(channels // heads, eps=1e-6) if qk_norm else nn.Identity()
         self.out = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
@@ -50,12 +50,12 @@ class FeedForward(nn.Module):
 
     def __init__(self, channels: Count, ratio: Positive) -> None:
         super().__init__()
-        self.widen = nn.Linear(channels, int(ratio * channels))
-        self.narrow = nn.Linear(int(ratio * channels), channels)
+        self.fc1 = nn.Linear(channels, int(ratio * channels))
+        self.fc2 = nn.Linear(int(ratio * channels), channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.gelu(self.widen(x), approximate="tanh")  # (N, L, ratio C)
-        return self.narrow(h)  # (N, L, C)
+        h = F.gelu(self.fc1(x), approximate="tanh")  # (N, L, ratio C)
+        return self.fc2(h)  # (N, L, C)
 
 
 class SwiGLU(nn.Module):
@@ -64,16 +64,16 @@ class SwiGLU(nn.Module):
     def __init__(self, channels: Count, ratio: Positive) -> None:
         super().__init__()
         width = int(ratio * channels * 2 / 3)
-        self.widen = nn.Linear(channels, 2 * width)
-        self.narrow = nn.Linear(width, channels)
+        self.fc1 = nn.Linear(channels, 2 * width)
+        self.fc2 = nn.Linear(width, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.widen(x).chunk(2, dim=-1)  # 2 x (N, L, 2/3 ratio C)
-        return self.narrow(F.silu(gate) * value)  # (N, L, C)
+        gate, value = self.fc1(x).chunk(2, dim=-1)  # 2 x (N, L, 2/3 ratio C)
+        return self.fc2(F.silu(gate) * value)  # (N, L, C)
 
 
 class Block(nn.Module):
-    """Attention, then a feed-forward network, each normalised, shifted, scaled and gated by `told` (N, C)."""
+    """Attention, then a feed-forward network, each normalised, shifted, scaled and gated by `emb` (N, C)."""
 
     def __init__(
         self, channels: Count, attention: nn.Module, feed: nn.Module, make_norm: Callable[[int], nn.Module]
@@ -83,12 +83,10 @@ class Block(nn.Module):
         self.attention = attention
         self.norm_feed = make_norm(channels)
         self.feed = feed
-        self.modulation = zeroed(nn.Linear(channels, 6 * channels))
+        self.modulation = zero_module(nn.Linear(channels, 6 * channels))
 
-    def forward(self, x: Tensor, told: Tensor, rotation: Tensor | None) -> Tensor:
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.modulation(told)[:, None].chunk(
-            6, dim=-1
-        )  # (N, 1, C)
+    def forward(self, x: Tensor, emb: Tensor, rotation: Tensor | None) -> Tensor:
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.modulation(emb)[:, None].chunk(6, dim=-1)  # (N, 1, C)
         h = self.attention(self.norm_attention(x) * (1 + scale_a) + shift_a, rotation)  # (N, L, C)
         x = x + gate_a * h  # (N, L, C)
         h = self.feed(self.norm_feed(x) * (1 + scale_f) + shift_f)  # (N, L, C)
@@ -103,17 +101,17 @@ class DiT(nn.Module):
     Args:
         in_channels: channels of x, and of the output.
         patch_size: side of the patches that become tokens.
-        channels: width; also that of the conditioning vector, where there is one.
+        hidden_size: width; also that of the conditioning vector, where there is one.
         depth: number of blocks.
-        heads: attention heads.
-        feed_ratio: width of the feed-forward networks in units of `channels`.
+        num_heads: attention heads.
+        mlp_ratio: width of the feed-forward networks in units of `hidden_size`.
         spatial_channels: channels of the conditioning picture, concatenated to x.
         rms_norm: RMSNorm with a learned scale instead of LayerNorm without.
         swiglu: gated feed-forward networks.
-        rotary: positions turn queries and keys (Su et al. 2021, along both axes).
-        normalise_attention: RMSNorm of queries and keys (Dehghani et al. 2023), which keeps long training stable.
+        rope: positions turn queries and keys (Su et al. 2021, along both axes).
+        qk_norm: RMSNorm of queries and keys (Dehghani et al. 2023), which keeps long training stable.
         checkpointing: compute activations again in the backward pass instead of keeping them.
-        absolute_positions: fixed sines and cosines of its place are added to each token; None: unless `rotary` is on.
+        absolute_positions: fixed sines and cosines of its place are added to each token; None: unless `rope` is on.
 
     Raises:
         ConfigError: parameters that contradict one another, or an input that does not fit them.
@@ -123,48 +121,48 @@ class DiT(nn.Module):
         self,
         in_channels: Count,
         patch_size: Count,
-        channels: Count,
+        hidden_size: Count,
         depth: Count,
-        heads: Count,
-        feed_ratio: Positive = 4.0,
+        num_heads: Count,
+        mlp_ratio: Positive = 4.0,
         spatial_channels: CountOrZero = 0,
         rms_norm: bool = False,
         swiglu: bool = False,
-        rotary: bool = False,
-        normalise_attention: bool = False,
+        rope: bool = False,
+        qk_norm: bool = False,
         checkpointing: bool = False,
         absolute_positions: bool | None = None,
     ) -> None:
         super().__init__()
-        if channels % (4 * heads):
-            raise ConfigError(f"DiT: channels={channels} must be divisible by 4 x heads={heads}")
-        if absolute_positions is False and not rotary:
-            raise ConfigError("DiT: without positions no token knows its place; turn on rotary or absolute_positions")
-        self.in_channels, self.patch_size, self.channels = in_channels, patch_size, channels
-        self.spatial_channels, self.rotary, self.checkpointing = spatial_channels, rotary, checkpointing
-        self.absolute_positions = not rotary if absolute_positions is None else absolute_positions
-        self.head_channels = channels // heads
+        if hidden_size % (4 * num_heads):
+            raise ConfigError(f"DiT: hidden_size={hidden_size} must be divisible by 4 x num_heads={num_heads}")
+        if absolute_positions is False and not rope:
+            raise ConfigError("DiT: without positions no token knows its place; turn on rope or absolute_positions")
+        self.in_channels, self.patch_size, self.hidden_size = in_channels, patch_size, hidden_size
+        self.spatial_channels, self.rope, self.checkpointing = spatial_channels, rope, checkpointing
+        self.absolute_positions = not rope if absolute_positions is None else absolute_positions
+        self.head_channels = hidden_size // num_heads
         make_norm = (
             partial(nn.RMSNorm, eps=1e-6) if rms_norm else partial(nn.LayerNorm, eps=1e-6, elementwise_affine=False)
         )
         make_feed = SwiGLU if swiglu else FeedForward
-        self.embed = nn.Sequential(nn.Linear(_FREQUENCIES, channels), nn.SiLU(), nn.Linear(channels, channels))
-        self.patches = nn.Linear((in_channels + spatial_channels) * patch_size**2, channels)
+        self.embed = nn.Sequential(nn.Linear(_FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.patches = nn.Linear((in_channels + spatial_channels) * patch_size**2, hidden_size)
         self.layers = nn.ModuleList(
             Block(
-                channels,
-                SelfAttention(channels, heads, normalise_attention),
-                make_feed(channels, feed_ratio),
+                hidden_size,
+                SelfAttention(hidden_size, num_heads, qk_norm),
+                make_feed(hidden_size, mlp_ratio),
                 make_norm,
             )
             for _ in range(depth)
         )
-        self.norm_out = make_norm(channels)
-        self.modulation_out = nn.Linear(channels, 2 * channels)
-        self.out = nn.Linear(channels, in_channels * patch_size**2)
-        self._initialise()
+        self.norm_out = make_norm(hidden_size)
+        self.modulation_out = nn.Linear(hidden_size, 2 * hidden_size)
+        self.out = nn.Linear(hidden_size, in_channels * patch_size**2)
+        self._initialize()
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -175,9 +173,9 @@ class DiT(nn.Module):
         # Every block starts as the identity, and the whole as zero.
         for module in self.modules():
             if isinstance(module, Block):
-                zeroed(module.modulation)
-        zeroed(self.modulation_out)
-        zeroed(self.out)
+                zero_module(module.modulation)
+        zero_module(self.modulation_out)
+        zero_module(self.out)
 
     def forward(self, x: Tensor, noise_level: Tensor, conditioning: Conditioning) -> Tensor:
         self._check(x, conditioning)
@@ -185,19 +183,19 @@ class DiT(nn.Module):
             x = torch.cat([x, conditioning.spatial], dim=1)  # (N, in_channels + spatial_channels, H, W)
         p = self.patch_size
         rows, columns = x.shape[2] // p, x.shape[3] // p
-        told = self.embed(sinusoid(noise_level, _FREQUENCIES))  # (N, C)
+        emb = self.embed(timestep_embedding(noise_level, _FREQUENCIES))  # (N, C)
         if conditioning.vector is not None:
-            told = told + conditioning.vector  # (N, C)
-        told = F.silu(told)  # (N, C), activated here once for all blocks
+            emb = emb + conditioning.vector  # (N, C)
+        emb = F.silu(emb)  # (N, C), activated here once for all blocks
         tokens = self.patches(rearrange(x, "n c (h p) (w q) -> n (h w) (c p q)", p=p, q=p))  # (N, L, C)
         rotation = None
-        if self.rotary:
+        if self.rope:
             rotation = rotations(rows, columns, self.head_channels, x.device)  # (2, L, C / heads)
         if self.absolute_positions:
-            tokens = tokens + positions(rows, columns, self.channels, x.device)  # (N, L, C)
+            tokens = tokens + positions(rows, columns, self.hidden_size, x.device)  # (N, L, C)
         for block in self.layers:
-            tokens = self._run(block, tokens, told, rotation)  # (N, L, C)
-        shift, scale = self.modulation_out(told)[:, None].chunk(2, dim=-1)  # 2 x (N, 1, C)
+            tokens = self._run(block, tokens, emb, rotation)  # (N, L, C)
+        shift, scale = self.modulation_out(emb)[:, None].chunk(2, dim=-1)  # 2 x (N, 1, C)
         tokens = self.out(self.norm_out(tokens) * (1 + scale) + shift)  # (N, L, in_channels p p)
         return rearrange(tokens, "n (h w) (c p q) -> n c (h p) (w q)", h=rows, p=p, q=p)  # (N, in_channels, H, W)
 
@@ -205,11 +203,11 @@ class DiT(nn.Module):
         """The parts that hold nearly all of the weights and run one after another, for sharding."""
         return [*self.layers]
 
-    def _run(self, block: nn.Module, tokens: Tensor, told: Tensor, rotation: Tensor | None) -> Tensor:
+    def _run(self, block: nn.Module, tokens: Tensor, emb: Tensor, rotation: Tensor | None) -> Tensor:
         if not (self.checkpointing and torch.is_grad_enabled()):
-            return block(tokens, told, rotation)
+            return block(tokens, emb, rotation)
         # Not re-entrant: the second pass sees the autocast of the first.
-        return checkpoint(block, tokens, told, rotation, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(block, tokens, emb, rotation, use_reentrant=False, preserve_rng_state=False)
 
     def _check(self, x: Tensor, conditioning: Conditioning) -> None:
         """Shapes only: costs nothing and never waits for the device."""
@@ -220,9 +218,11 @@ class DiT(nn.Module):
             )
         if conditioning.tokens is not None:
             raise ConfigError("DiT: reads no tokens; use a conditioner that fills the vector (ClassVector), or a UNet")
-        if conditioning.vector is not None and conditioning.vector.shape[-1] != self.channels:
+        if conditioning.vector is not None and conditioning.vector.shape[-1] != self.hidden_size:
             found = conditioning.vector.shape[-1]
-            raise ConfigError(f"DiT: channels={self.channels}, but the conditioner's vector slot has width {found}")
+            raise ConfigError(
+                f"DiT: hidden_size={self.hidden_size}, but the conditioner's vector slot has width {found}"
+            )
         width = 0 if conditioning.spatial is None else conditioning.spatial.shape[1]
         if width != self.spatial_channels:
             raise ConfigError(

@@ -24,37 +24,37 @@ from ldm.ranges import Count, CountOrZero, FractionBelowOne, Positive
 
 _EPS = 1e-4
 _SILU = 0.596
-"""Standard deviation of silu(x) for normal x (eq. 81)."""
+"""Standard deviation of mp_silu(x) for normal x (eq. 81)."""
 _HEAD_CHANNELS = 64
 _LIMIT = 256.0
 """Activations are clipped there, for the sake of fp16."""
 
 
-def normalised(x: Tensor, dims: Sequence[int]) -> Tensor:
+def normalize(x: Tensor, dims: Sequence[int]) -> Tensor:
     """x with a root mean square of 1 over `dims`; the length is measured in float32."""
     length = torch.linalg.vector_norm(x, dim=[*dims], keepdim=True, dtype=torch.float32)
     size = math.prod(x.shape[dim] for dim in dims)
     return x / (_EPS + length / math.sqrt(size)).to(x.dtype)
 
 
-def silu(x: Tensor) -> Tensor:
+def mp_silu(x: Tensor) -> Tensor:
     """Keeps unit variance (eq. 81)."""
     return F.silu(x) / _SILU
 
 
-def mixed(a: Tensor, b: Tensor, balance: float) -> Tensor:
+def mp_sum(a: Tensor, b: Tensor, balance: float) -> Tensor:
     """(1 - balance) a + balance b, of unit variance where both are independent and have it (eq. 88)."""
     return a.lerp(b, balance) / math.hypot(1 - balance, balance)
 
 
-def joined(a: Tensor, b: Tensor, balance: float = 0.5) -> Tensor:
+def mp_cat(a: Tensor, b: Tensor, balance: float = 0.5) -> Tensor:
     """Concatenation along the channels in which each part counts by its share, not by its width (eq. 103)."""
     total = math.sqrt((a.shape[1] + b.shape[1]) / ((1 - balance) ** 2 + balance**2))
     shares = total * (1 - balance) / math.sqrt(a.shape[1]), total * balance / math.sqrt(b.shape[1])
     return torch.cat([shares[0] * a, shares[1] * b], dim=1)
 
 
-class Weight(nn.Module):
+class MPConv(nn.Module):
     """A linear layer (size 0) or convolution (size 1 or 3) without bias; rows of unit length times `gain` (eq. 47)."""
 
     def __init__(self, c_in: Count, c_out: Count, size: CountOrZero = 0) -> None:
@@ -63,7 +63,7 @@ class Weight(nn.Module):
         self.weight = nn.Parameter(torch.randn(c_out, c_in, size, size) if size else torch.randn(c_out, c_in))
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
-        weight = normalised(self.weight.float(), self._row_dims)  # float32: its small changes matter
+        weight = normalize(self.weight.float(), self._row_dims)  # float32: its small changes matter
         weight = (weight * (gain / math.sqrt(self.weight[0].numel()))).to(x.dtype)
         return F.conv2d(x, weight, padding=self.size // 2) if self.size else x @ weight.t()
 
@@ -74,11 +74,11 @@ class Weight(nn.Module):
     @torch.no_grad()
     def constrain(self) -> None:
         """Rows back to unit length (eq. 66)."""
-        self.weight.copy_(normalised(self.weight, self._row_dims))
+        self.weight.copy_(normalize(self.weight, self._row_dims))
 
 
 class Block(nn.Module):
-    """Two convolutions beside a shortcut, told the embedding; then, where there are heads, self-attention.
+    """Two convolutions beside a shortcut, scaled by the embedding; then, where there are heads, self-attention.
 
     Args:
         down: on the way down: x is normalised, and narrowed or widened before everything else.
@@ -89,7 +89,7 @@ class Block(nn.Module):
         self,
         c_in: Count,
         c_out: Count,
-        told: Count,
+        emb_channels: Count,
         down: bool,
         resize: Positive = 1,
         attention: bool = False,
@@ -98,13 +98,13 @@ class Block(nn.Module):
         super().__init__()
         self.down, self.resize = down, resize
         self.dropout = nn.Dropout(dropout)
-        self.shortcut = Weight(c_in, c_out, 1) if c_in != c_out else None
-        self.conv_in = Weight(c_out if down else c_in, c_out, 3)
-        self.embedding = Weight(told, c_out)
+        self.shortcut = MPConv(c_in, c_out, 1) if c_in != c_out else None
+        self.conv_in = MPConv(c_out if down else c_in, c_out, 3)
+        self.embedding = MPConv(emb_channels, c_out)
         self.gain = nn.Parameter(torch.zeros(1))  # of one dimension, since numbers cannot be sharded
-        self.conv_out = Weight(c_out, c_out, 3)
-        self.qkv = Weight(c_out, 3 * c_out, 1) if attention else None
-        self.out = Weight(c_out, c_out, 1) if attention else None
+        self.conv_out = MPConv(c_out, c_out, 3)
+        self.qkv = MPConv(c_out, 3 * c_out, 1) if attention else None
+        self.out = MPConv(c_out, c_out, 1) if attention else None
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         if self.resize < 1:
@@ -112,16 +112,16 @@ class Block(nn.Module):
         elif self.resize > 1:
             x = F.interpolate(x, scale_factor=2.0, mode="nearest")  # (N, C, 2 H, 2 W)
         if self.down:
-            x = normalised(x if self.shortcut is None else self.shortcut(x), [1])  # (N, C', H, W)
-        h = self.conv_in(silu(x))  # (N, C', H, W)
-        told = self.embedding(embedding, self.gain) + 1  # (N, C')
-        h = silu(h * told[:, :, None, None].to(h.dtype))  # (N, C', H, W)
+            x = normalize(x if self.shortcut is None else self.shortcut(x), [1])  # (N, C', H, W)
+        h = self.conv_in(mp_silu(x))  # (N, C', H, W)
+        emb = self.embedding(embedding, self.gain) + 1  # (N, C')
+        h = mp_silu(h * emb[:, :, None, None].to(h.dtype))  # (N, C', H, W)
         h = self.conv_out(self.dropout(h))  # (N, C', H, W)
         if not self.down and self.shortcut is not None:
             x = self.shortcut(x)  # (N, C', H, W)
-        x = mixed(x, h, 0.3)  # (N, C', H, W)
+        x = mp_sum(x, h, 0.3)  # (N, C', H, W)
         if self.qkv is not None and self.out is not None:
-            x = mixed(x, self.out(self._attend(self.qkv(x))), 0.3)  # (N, C', H, W)
+            x = mp_sum(x, self.out(self._attend(self.qkv(x))), 0.3)  # (N, C', H, W)
         return x.clamp(-_LIMIT, _LIMIT)
 
     @staticmethod
@@ -130,7 +130,7 @@ class Block(nn.Module):
         parts = rearrange(
             qkv, "n (three h d) y x -> three n h (y x) d", three=3, d=min(_HEAD_CHANNELS, qkv.shape[1] // 3)
         )
-        q, k, v = normalised(parts, [-1])  # each (N, heads, H W, D), cosine attention
+        q, k, v = normalize(parts, [-1])  # each (N, heads, H W, D), cosine attention
         return rearrange(attend(q, k, v), "n h (y x) d -> n (h d) y x", y=rows)  # (N, C', H, W)
 
 
@@ -142,9 +142,9 @@ class MagnitudePreservingUNet(nn.Module):
 
     Args:
         in_channels: channels of x, and of the output.
-        channels: width at the first level; levels with attention are a multiple of 64 wide, or less.
-        channel_multipliers: width of each level in units of `channels`; each further level has half the resolution.
-        blocks_per_level: blocks a level on the way down (one more on the way up).
+        model_channels: width at the first level; levels with attention are a multiple of 64 wide, or less.
+        channel_mult: width of each level in units of `model_channels`; each further level has half the resolution.
+        num_res_blocks: blocks a level on the way down (one more on the way up).
         attention_levels: levels with attention, 0 = full resolution. The middle always has it.
         vector_channels: width of the conditioning vector, such as `ClassOneHot` gives; None: none.
         dropout: probability inside blocks.
@@ -157,54 +157,58 @@ class MagnitudePreservingUNet(nn.Module):
     def __init__(
         self,
         in_channels: Count,
-        channels: Count,
-        channel_multipliers: Sequence[Count] = (1, 2, 3, 4),
-        blocks_per_level: Count = 3,
+        model_channels: Count,
+        channel_mult: Sequence[Count] = (1, 2, 3, 4),
+        num_res_blocks: Count = 3,
         attention_levels: Sequence[CountOrZero] = (2, 3),
         vector_channels: Count | None = None,
         dropout: FractionBelowOne = 0.0,
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        widths = [channels * multiplier for multiplier in channel_multipliers]
+        widths = [model_channels * multiplier for multiplier in channel_mult]
         attending = {widths[-1], *(widths[level] for level in attention_levels)}
         if uneven := sorted(width for width in attending if width > _HEAD_CHANNELS and width % _HEAD_CHANNELS):
             raise ConfigError(
-                f"MagnitudePreservingUNet: channels={channels} makes a level with attention {uneven[0]} wide; "
-                f"expected a multiple of {_HEAD_CHANNELS}, the width of a head, or less"
+                f"MagnitudePreservingUNet: model_channels={model_channels} makes a level with attention {uneven[0]} "
+                f"wide; expected a multiple of {_HEAD_CHANNELS}, the width of a head, or less"
             )
-        told, last = max(widths), len(widths) - 1
+        emb_channels, last = max(widths), len(widths) - 1
         self.in_channels, self.vector_channels = in_channels, vector_channels
         self.checkpointing, self.keep_random_state = checkpointing, dropout > 0
         self.shrink = 2**last
         # Random features of the noise level, never trained (eq. 75).
         self.register_buffer("frequencies", 2 * math.pi * torch.randn(widths[0]))
         self.register_buffer("phases", 2 * math.pi * torch.rand(widths[0]))
-        self.embed = Weight(widths[0], told)
-        self.embed_vector = None if vector_channels is None else Weight(vector_channels, told)
-        self.conv_in = Weight(in_channels + 1, widths[0], 3)
+        self.embed = MPConv(widths[0], emb_channels)
+        self.embed_vector = None if vector_channels is None else MPConv(vector_channels, emb_channels)
+        self.conv_in = MPConv(in_channels + 1, widths[0], 3)
 
         c, skips = widths[0], [widths[0]]
         self.down = nn.ModuleList()
         for level, width in enumerate(widths):
             if level > 0:
-                self.down.append(Block(c, c, told, down=True, resize=0.5, dropout=dropout))
+                self.down.append(Block(c, c, emb_channels, down=True, resize=0.5, dropout=dropout))
                 skips.append(c)
-            for _ in range(blocks_per_level):
-                self.down.append(Block(c, width, told, True, 1, level in attention_levels, dropout))
+            for _ in range(num_res_blocks):
+                self.down.append(Block(c, width, emb_channels, True, 1, level in attention_levels, dropout))
                 c = width
                 skips.append(c)
-        self.middle = nn.ModuleList(Block(c, c, told, False, 1, attention, dropout) for attention in (True, False))
+        self.middle = nn.ModuleList(
+            Block(c, c, emb_channels, False, 1, attention, dropout) for attention in (True, False)
+        )
         self.up = nn.ModuleList()
         self.joints = set[int]()  # blocks on the way up that take a skip
         for level, width in reversed([*enumerate(widths)]):
             if level < last:
-                self.up.append(Block(c, c, told, down=False, resize=2, dropout=dropout))
-            for _ in range(blocks_per_level + 1):
+                self.up.append(Block(c, c, emb_channels, down=False, resize=2, dropout=dropout))
+            for _ in range(num_res_blocks + 1):
                 self.joints.add(len(self.up))
-                self.up.append(Block(c + skips.pop(), width, told, False, 1, level in attention_levels, dropout))
+                self.up.append(
+                    Block(c + skips.pop(), width, emb_channels, False, 1, level in attention_levels, dropout)
+                )
                 c = width
-        self.conv_out = Weight(c, in_channels, 3)
+        self.conv_out = MPConv(c, in_channels, 3)
         self.gain_out = nn.Parameter(torch.zeros(1))
         self.constrain()
 
@@ -212,12 +216,12 @@ class MagnitudePreservingUNet(nn.Module):
         self._check(x, conditioning)
         level = noise_level.float() / 1000
         waves = level[:, None] * self.get_buffer("frequencies") + self.get_buffer("phases")  # (N, C)
-        embedding = self.embed((waves.cos() * math.sqrt(2)).to(x.dtype))  # (N, told)
+        embedding = self.embed((waves.cos() * math.sqrt(2)).to(x.dtype))  # (N, emb_channels)
         if self.embed_vector is not None and conditioning.vector is not None:
-            embedding = mixed(embedding, self.embed_vector(conditioning.vector.to(x.dtype)), 0.5)  # (N, told)
-        embedding = silu(embedding)  # (N, told)
+            embedding = mp_sum(embedding, self.embed_vector(conditioning.vector.to(x.dtype)), 0.5)  # (N, emb_channels)
+        embedding = mp_silu(embedding)  # (N, emb_channels)
         # A channel of ones stands in for the biases.
-        x = self.conv_in(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))  # (N, channels, H, W)
+        x = self.conv_in(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))  # (N, model_channels, H, W)
         skips = [x]
         for block in self.down:
             x = self._run(block, x, embedding)
@@ -225,7 +229,7 @@ class MagnitudePreservingUNet(nn.Module):
         for block in self.middle:
             x = self._run(block, x, embedding)  # (N, last width, H / shrink, W / shrink)
         for place, block in enumerate(self.up):
-            x = self._run(block, joined(x, skips.pop()) if place in self.joints else x, embedding)
+            x = self._run(block, mp_cat(x, skips.pop()) if place in self.joints else x, embedding)
         return self.conv_out(x, self.gain_out)  # (N, in_channels, H, W)
 
     def blocks(self) -> list[nn.Module]:
@@ -235,7 +239,7 @@ class MagnitudePreservingUNet(nn.Module):
     def constrain(self) -> None:
         """Bring every weight's rows back to unit length; LatentDiffusion calls it after each optimizer step."""
         for module in self.modules():
-            if isinstance(module, Weight):
+            if isinstance(module, MPConv):
                 module.constrain()
 
     def _run(self, block: nn.Module, x: Tensor, embedding: Tensor) -> Tensor:
@@ -249,7 +253,7 @@ class MagnitudePreservingUNet(nn.Module):
         if x.shape[1] != self.in_channels or x.shape[2] % self.shrink or x.shape[3] % self.shrink:
             raise ConfigError(
                 f"MagnitudePreservingUNet: expects a latent of {self.in_channels} channels (in_channels) with sides "
-                f"divisible by {self.shrink} (levels of channel_multipliers), got {[*x.shape[1:]]}, where at most "
+                f"divisible by {self.shrink} (levels of channel_mult), got {[*x.shape[1:]]}, where at most "
                 f"{1 + halvings(*x.shape[2:])} levels can: change the network or the data"
             )
         if conditioning.tokens is not None or conditioning.spatial is not None:

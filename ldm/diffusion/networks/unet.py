@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ldm.diffusion.conditioners.base import Conditioning
 from ldm.errors import ConfigError
-from ldm.layers import Attention, GatedFeedForward, attend, group_norm, halvings, sinusoid, zeroed
+from ldm.layers import Attention, GatedFeedForward, attend, group_norm, halvings, timestep_embedding, zero_module
 from ldm.ranges import Count, CountOrZero, FractionBelowOne, Positive
 
 
@@ -64,7 +64,7 @@ class ResBlock(nn.Module):
         self.embedding = nn.Linear(embedding_channels, out_channels * (2 if scale_shift else 1))
         self.norm_out = group_norm(out_channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv_out = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv_out = zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None) -> Tensor:
@@ -92,7 +92,7 @@ class SelfAttention(nn.Module):
         self.heads = heads
         self.norm = group_norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = zeroed(nn.Conv2d(channels, channels, 1))
+        self.out = zero_module(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None) -> Tensor:
         qkv = self.qkv(self.norm(x)).flatten(2)  # (N, 3C, HW)
@@ -130,7 +130,7 @@ class SpatialTransformer(nn.Module):
         self.norm_cross, self.attend_cross = nn.LayerNorm(channels), Attention(channels, token_channels, heads)
         self.norm_feed, self.feed = nn.LayerNorm(channels), GatedFeedForward(channels)
         self.further = nn.ModuleList(TransformerBlock(channels, token_channels, heads) for _ in range(depth - 1))
-        self.conv_out = zeroed(nn.Conv2d(channels, channels, 1))
+        self.conv_out = zero_module(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor) -> Tensor:
         h = self.conv_in(self.norm(x)).flatten(2).transpose(1, 2)  # (N, HW, C)
@@ -164,13 +164,13 @@ class UNet(nn.Module):
 
     Args:
         in_channels: channels of x, and of the output.
-        channels: width at the first level.
-        channel_multipliers: width of each level in units of `channels`; each further level has half the resolution.
-        blocks_per_level: residual blocks a level on the way down (one more on the way up).
+        model_channels: width at the first level.
+        channel_mult: width of each level in units of `model_channels`; each further level has half the resolution.
+        num_res_blocks: residual blocks a level on the way down (one more on the way up).
         attention_levels: levels with attention, 0 = full resolution. The middle always has it.
-        heads: attention heads; give this or `head_channels`.
-        head_channels: channels a head, so that wider levels have more heads.
-        context_channels: width of conditioning tokens; None: no cross-attention.
+        num_heads: attention heads; give this or `num_head_channels`.
+        num_head_channels: channels a head, so that wider levels have more heads.
+        context_dim: width of conditioning tokens; None: no cross-attention.
         transformer_depth: transformer blocks at each place with attention, where there is cross-attention (1 in nearly
             all published models, 3 in that of layouts to images).
         vector_channels: width of the conditioning vector; None: none.
@@ -187,13 +187,13 @@ class UNet(nn.Module):
     def __init__(
         self,
         in_channels: Count,
-        channels: Count,
-        channel_multipliers: Sequence[Count],
-        blocks_per_level: Count = 2,
+        model_channels: Count,
+        channel_mult: Sequence[Count],
+        num_res_blocks: Count = 2,
         attention_levels: Sequence[CountOrZero] = (),
-        heads: Count | None = None,
-        head_channels: Count | None = None,
-        context_channels: Count | None = None,
+        num_heads: Count | None = None,
+        num_head_channels: Count | None = None,
+        context_dim: Count | None = None,
         vector_channels: Count | None = None,
         spatial_channels: CountOrZero = 0,
         scale_shift: bool = False,
@@ -203,43 +203,47 @@ class UNet(nn.Module):
         transformer_depth: Count = 1,
     ) -> None:
         super().__init__()
-        self.in_channels, self.channels, self.spatial_channels = in_channels, channels, spatial_channels
-        self.context_channels, self.vector_channels = context_channels, vector_channels
+        self.in_channels, self.model_channels, self.spatial_channels = in_channels, model_channels, spatial_channels
+        self.context_dim, self.vector_channels = context_dim, vector_channels
         self.checkpointing, self.keep_random_state = checkpointing, dropout > 0
-        self.shrink = 2 ** (len(channel_multipliers) - 1)
-        if (heads is None) == (head_channels is None):
-            raise ConfigError("UNet: give exactly one of 'heads' and 'head_channels'")
-        if transformer_depth < 1 or (transformer_depth > 1 and context_channels is None):
+        self.shrink = 2 ** (len(channel_mult) - 1)
+        if (num_heads is None) == (num_head_channels is None):
+            raise ConfigError("UNet: give exactly one of 'num_heads' and 'num_head_channels'")
+        if transformer_depth < 1 or (transformer_depth > 1 and context_dim is None):
             raise ConfigError(
-                f"UNet: transformer_depth={transformer_depth}, context_channels={context_channels}: expected 1 or more "
-                f"blocks, and more than 1 only with cross-attention: set context_channels, or transformer_depth to 1"
+                f"UNet: transformer_depth={transformer_depth}, context_dim={context_dim}: expected 1 or more "
+                f"blocks, and more than 1 only with cross-attention: set context_dim, or transformer_depth to 1"
             )
-        levels = range(len(channel_multipliers))
+        levels = range(len(channel_mult))
         if not set(attention_levels) <= set(levels):
             raise ConfigError(f"UNet: attention_levels {[*attention_levels]} must lie in 0..{levels[-1]}, the levels")
-        told = 4 * channels
+        emb_channels = 4 * model_channels
 
         def residual(c_in: int, c_out: int, resize: float = 1) -> ResBlock:
-            return ResBlock(c_in, c_out, told, dropout, scale_shift, resize)
+            return ResBlock(c_in, c_out, emb_channels, dropout, scale_shift, resize)
 
         def attention(c: int) -> nn.Module:
-            n = heads if heads is not None else c // (head_channels or c)
-            if n == 0 or c % n or (head_channels and c % head_channels):
-                raise ConfigError(f"UNet: {c} channels cannot be split: heads={heads}, head_channels={head_channels}")
-            if context_channels is None:
+            n = num_heads if num_heads is not None else c // (num_head_channels or c)
+            if n == 0 or c % n or (num_head_channels and c % num_head_channels):
+                raise ConfigError(
+                    f"UNet: {c} channels cannot be split: num_heads={num_heads}, num_head_channels={num_head_channels}"
+                )
+            if context_dim is None:
                 return SelfAttention(c, n)
-            return SpatialTransformer(c, context_channels, n, transformer_depth)
+            return SpatialTransformer(c, context_dim, n, transformer_depth)
 
-        self.embed = nn.Sequential(nn.Linear(channels, told), nn.SiLU(), nn.Linear(told, told))
-        self.embed_vector = None if vector_channels is None else nn.Linear(vector_channels, told)
-        self.conv_in = nn.Conv2d(in_channels + spatial_channels, channels, 3, padding=1)
-        widths = [channels * multiplier for multiplier in channel_multipliers]
+        self.embed = nn.Sequential(
+            nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+        )
+        self.embed_vector = None if vector_channels is None else nn.Linear(vector_channels, emb_channels)
+        self.conv_in = nn.Conv2d(in_channels + spatial_channels, model_channels, 3, padding=1)
+        widths = [model_channels * multiplier for multiplier in channel_mult]
         last = len(widths) - 1
 
-        c, skips = channels, [channels]
+        c, skips = model_channels, [model_channels]
         self.down = nn.ModuleList()
         for level, width in enumerate(widths):
-            for _ in range(blocks_per_level):
+            for _ in range(num_res_blocks):
                 block = residual(c, width)
                 self.down.append(Chain([block, attention(width)] if level in attention_levels else [block]))
                 c = width
@@ -252,27 +256,27 @@ class UNet(nn.Module):
 
         self.up = nn.ModuleList()
         for level, width in reversed([*enumerate(widths)]):
-            for place in range(blocks_per_level + 1):
+            for place in range(num_res_blocks + 1):
                 chain = Chain([residual(c + skips.pop(), width)])
                 c = width
                 if level in attention_levels:
                     chain.append(attention(c))
-                if level > 0 and place == blocks_per_level:
+                if level > 0 and place == num_res_blocks:
                     chain.append(residual(c, c, resize=2) if resample_in_blocks else Upsample(c))
                 self.up.append(chain)
 
         self.norm_out = group_norm(c)
-        self.conv_out = zeroed(nn.Conv2d(c, in_channels, 3, padding=1))
+        self.conv_out = zero_module(nn.Conv2d(c, in_channels, 3, padding=1))
 
     def forward(self, x: Tensor, noise_level: Tensor, conditioning: Conditioning) -> Tensor:
         self._check(x, conditioning)
-        embedding = self.embed(sinusoid(noise_level, self.channels))  # (N, 4 channels)
+        embedding = self.embed(timestep_embedding(noise_level, self.model_channels))  # (N, 4 model_channels)
         if self.embed_vector is not None:
-            embedding = embedding + self.embed_vector(conditioning.vector)  # (N, 4 channels)
-        embedding = F.silu(embedding)  # (N, 4 channels), activated here once for all blocks
+            embedding = embedding + self.embed_vector(conditioning.vector)  # (N, 4 model_channels)
+        embedding = F.silu(embedding)  # (N, 4 model_channels), activated here once for all blocks
         if conditioning.spatial is not None:
             x = torch.cat([x, conditioning.spatial], dim=1)  # (N, in_channels + spatial_channels, H, W)
-        h = self.conv_in(x)  # (N, channels, H, W)
+        h = self.conv_in(x)  # (N, model_channels, H, W)
         skips = [h]
         for chain in self.down:
             h = self._run(chain, h, embedding, conditioning.tokens)
@@ -297,12 +301,12 @@ class UNet(nn.Module):
         if x.shape[1] != self.in_channels or x.shape[2] % self.shrink or x.shape[3] % self.shrink:
             raise ConfigError(
                 f"UNet: expects a latent of {self.in_channels} channels (in_channels) with sides divisible by "
-                f"{self.shrink} (levels of channel_multipliers), got {[*x.shape[1:]]}, where at most "
+                f"{self.shrink} (levels of channel_mult), got {[*x.shape[1:]]}, where at most "
                 f"{1 + halvings(*x.shape[2:])} levels can: change the network or the data"
             )
         slots = (
             ("vector", "vector_channels", self.vector_channels, conditioning.vector, -1),
-            ("tokens", "context_channels", self.context_channels, conditioning.tokens, -1),
+            ("tokens", "context_dim", self.context_dim, conditioning.tokens, -1),
             ("spatial", "spatial_channels", self.spatial_channels or None, conditioning.spatial, 1),
         )
         for slot, parameter, expected, given, axis in slots:

@@ -18,7 +18,7 @@ FOLDER = "averages"
 """In the run folder."""
 
 
-class AverageSnapshots(pl.Callback):
+class EMASnapshots(pl.Callback):
     """Writes all averages of a diffusion model to `averages/step=<step>.ckpt` at intervals, in half precision.
 
     They have to be power functions, best two of them (widths 0.05 and 0.1), since others cannot be made of one alone.
@@ -47,7 +47,7 @@ class AverageSnapshots(pl.Callback):
         self._step = trainer.global_step
         assert isinstance(pl_module, LatentDiffusion)
         ema = pl_module.ema
-        averages = sharded_state.gathered([dict(average.state_dict()) for average in (ema.average, *ema.others)])
+        averages = sharded_state.gathered([dict(average.state_dict()) for average in (ema.average, *ema.extra)])
         learned = {name for name, _ in ema.average.named_parameters()}
         if trainer.is_global_zero:
             state = {
@@ -88,18 +88,18 @@ def snapshots(run: Path) -> list[Path]:
     if not found:
         raise CheckpointError(
             f"{run / FOLDER}: no snapshots of averages. Train with lightning.callbacks.averages={{target: "
-            f"ldm.training.callbacks.ema_snapshots.AverageSnapshots, params: {{every: ...}}}}"
+            f"ldm.training.callbacks.ema_snapshots.EMASnapshots, params: {{every: ...}}}}"
         )
     return found
 
 
-def reconstruct(files: Sequence[Path], width: float) -> dict[str, Tensor]:
-    """The average of relative width `width` at the time of the last of the snapshots, in float32.
+def reconstruct(files: Sequence[Path], std: float) -> dict[str, Tensor]:
+    """The average of relative width `std` at the time of the last of the snapshots, in float32.
 
     Raises:
         ConfigError: no power function is that wide.
     """
-    wanted = power_exponent(width)
+    wanted = power_exponent(std)
     times: list[float] = []
     exponents: list[float] = []
     for file in files:  # read twice, since all of them together may not fit into memory

@@ -39,7 +39,7 @@ class _Step:
     in_a_row: Tensor | int = 0  # bad steps up to this one
 
 
-class FiniteGuard(pl.Callback):
+class SkipNonFinite(pl.Callback):
     """Leaves out every step whose loss or gradient is not finite, and ends the run after too many of them in a row.
 
     Such an update is left out by a fused optimizer on the device itself (`found_inf`), which costs no waiting; for

@@ -81,7 +81,7 @@ class TestReadImage:
         assert corner(write(tmp_path / "a.tif", Image.new("CMYK", (4, 4), (0, 255, 255, 0)))) == ("RGB", (255, 0, 0))
 
     def test_animation_gives_its_first_frame(self, tmp_path):
-        frames = [Image.new("RGB", (4, 4), colour) for colour in (RED, (0, 0, 255))]
+        frames = [Image.new("RGB", (4, 4), color) for color in (RED, (0, 0, 255))]
         path = write(tmp_path / "a.gif", frames[0], save_all=True, append_images=frames[1:])
         mode, pixel = corner(path)
         assert mode == "RGB"

@@ -45,7 +45,7 @@ def test_xl_2_to_the_last_parameter():
 
 @pytest.mark.parametrize("patch", [1, 2])
 def test_modern_form_is_as_large(patch):
-    switches = {"rms_norm": True, "swiglu": True, "rotary": True, "normalise_attention": True}
+    switches = {"rms_norm": True, "swiglu": True, "rope": True, "qk_norm": True}
     assert count(*make("XL", patch, **switches)) == pytest.approx(675e6, rel=0.01)
 
 
@@ -78,7 +78,7 @@ def test_equals_diffusers():
         qkv = zip(*(mine[f"{block}.attention.qkv.{kind}"].chunk(3) for kind in ("weight", "bias")), strict=True)
         for name, (weight, bias) in zip(("to_q", "to_k", "to_v"), qkv, strict=True):
             copy(f"{theirs}.attn1.{name}", weight, bias)
-        copies = {"attention.out": "attn1.to_out.0", "feed.widen": "ff.net.0.proj", "feed.narrow": "ff.net.2"}
+        copies = {"attention.out": "attn1.to_out.0", "feed.fc1": "ff.net.0.proj", "feed.fc2": "ff.net.2"}
         for ours_name, name in copies.items():
             copy(f"{theirs}.{name}", mine[f"{block}.{ours_name}.weight"], mine[f"{block}.{ours_name}.bias"])
     copy("proj_out_1", mine["modulation_out.weight"], mine["modulation_out.bias"])
@@ -186,7 +186,7 @@ def from_lightningdit(weights):
         for kind in ("weight", "bias"):
             ours[f"{here}.attention.qkv.{kind}"] = weights[f"{there}.attn.qkv.{kind}"][rows.flatten()]
         names |= {f"{there}.attn.proj": f"{here}.attention.out", f"{there}.adaLN_modulation.1": f"{here}.modulation"}
-        names |= {f"{there}.mlp.w12": f"{here}.feed.widen", f"{there}.mlp.w3": f"{here}.feed.narrow"}
+        names |= {f"{there}.mlp.w12": f"{here}.feed.fc1", f"{there}.mlp.w3": f"{here}.feed.fc2"}
         norms |= {f"{there}.norm1": f"{here}.norm_attention", f"{there}.norm2": f"{here}.norm_feed"}
         for which in "qk":
             if (scale := weights.get(f"{there}.attn.{which}_norm.weight")) is not None:
@@ -204,7 +204,7 @@ def test_equals_lightningdit(normalise):
     """Places added to the tokens *and* turning queries and keys; the published weights without their norms."""
     torch.manual_seed(0)
     weights = lightningdit_weights(normalise)
-    switches = {"rms_norm": True, "swiglu": True, "rotary": True, "normalise_attention": normalise}
+    switches = {"rms_norm": True, "swiglu": True, "rope": True, "qk_norm": normalise}
     x, t, vector = torch.randn(2, 4, 8, 12), torch.tensor([0.3, 0.9]), torch.randn(2, 64)
     expected = -lightningdit(weights, x, t, vector)
     gaps = {}
@@ -223,7 +223,7 @@ def test_positions_are_absolute_only_where_asked_for():
     nets = {}
     for switches in ((False, None), (False, True), (True, None), (True, False), (True, True)):
         torch.manual_seed(0)
-        nets[switches] = randomise(DiT(4, 1, 64, 2, 4, rotary=switches[0], absolute_positions=switches[1]))
+        nets[switches] = randomise(DiT(4, 1, 64, 2, 4, rope=switches[0], absolute_positions=switches[1]))
     made = {switches: net(x, t, Conditioning()) for switches, net in nets.items()}
     spread = {switches: image.flatten(2).std(-1).max().item() for switches, image in made.items()}
     assert max(spread[True, None], spread[True, False]) < 1e-5
@@ -255,7 +255,7 @@ def test_rotation_sees_only_distances():
     torch.testing.assert_close(q.norm(dim=-1), q[:, :, :1].norm(dim=-1).expand(1, 1, 35))
 
 
-@pytest.mark.parametrize("switch", ["rms_norm", "swiglu", "rotary", "normalise_attention"])
+@pytest.mark.parametrize("switch", ["rms_norm", "swiglu", "rope", "qk_norm"])
 def test_every_switch_changes_the_function(switch):
     torch.manual_seed(0)
     plain = randomise(DiT(4, 2, 64, 2, 4))
@@ -265,9 +265,9 @@ def test_every_switch_changes_the_function(switch):
     assert (plain(x, t, Conditioning()) - other(x, t, Conditioning())).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("rotary", [False, True])
-def test_checkpointing_changes_nothing(rotary):
-    net = randomise(DiT(4, 2, 64, 3, 4, rotary=rotary))
+@pytest.mark.parametrize("rope", [False, True])
+def test_checkpointing_changes_nothing(rope):
+    net = randomise(DiT(4, 2, 64, 3, 4, rope=rope))
     x, t = torch.randn(2, 4, 8, 4), torch.tensor([3.0, 700.0])
     gradients = []
     for net.checkpointing in (False, True):
@@ -278,7 +278,7 @@ def test_checkpointing_changes_nothing(rotary):
 
 
 def test_rows_do_not_see_one_another():
-    net = randomise(DiT(4, 2, 64, 2, 4, rotary=True))
+    net = randomise(DiT(4, 2, 64, 2, 4, rope=True))
     x, t, vector = torch.randn(3, 4, 8, 8), torch.tensor([3.0, 50.0, 700.0]), torch.randn(3, 64)
     together = net(x, t, Conditioning(vector=vector))
     torch.testing.assert_close(
@@ -298,7 +298,7 @@ def test_inputs_that_do_not_fit():
     for message, (x, conditioning) in cases.items():
         with pytest.raises(ConfigError, match=message):
             net(x, t, conditioning)
-    with pytest.raises(ConfigError, match="divisible by 4 x heads"):
+    with pytest.raises(ConfigError, match="divisible by 4 x num_heads"):
         DiT(4, 2, 66, 1, 4)
 
 

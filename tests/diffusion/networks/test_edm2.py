@@ -5,7 +5,7 @@ import torch
 
 from ldm.diffusion.conditioners.base import Conditioning
 from ldm.diffusion.conditioners.classes import ClassOneHot
-from ldm.diffusion.networks.edm2 import Block, MagnitudePreservingUNet, Weight, joined, mixed, normalised, silu
+from ldm.diffusion.networks.edm2 import Block, MagnitudePreservingUNet, MPConv, mp_cat, mp_silu, mp_sum, normalize
 from ldm.errors import ConfigError
 
 # Karras et al. 2024, table 2, in millions.
@@ -39,19 +39,19 @@ def spread(x):
 def test_operations_keep_unit_variance():
     torch.manual_seed(0)
     a, b = torch.randn(200, 32, 8, 8), torch.randn(200, 96, 8, 8)
-    assert spread(silu(a)) == pytest.approx(1, rel=0.01)
-    assert spread(mixed(a, torch.randn_like(a), 0.3)) == pytest.approx(1, rel=0.01)
-    both = joined(a, b)
+    assert spread(mp_silu(a)) == pytest.approx(1, rel=0.01)
+    assert spread(mp_sum(a, torch.randn_like(a), 0.3)) == pytest.approx(1, rel=0.01)
+    both = mp_cat(a, b)
     assert spread(both[:, :32]) * 32**0.5 == pytest.approx(spread(both[:, 32:]) * 96**0.5, rel=0.01)
     assert spread(both) == pytest.approx(1, rel=0.01)
-    assert spread(normalised(7 * a, [1])) == pytest.approx(1, rel=0.001)
-    for layer in (Weight(32, 48, 1), Weight(32, 48, 3)):
+    assert spread(normalize(7 * a, [1])) == pytest.approx(1, rel=0.001)
+    for layer in (MPConv(32, 48, 1), MPConv(32, 48, 3)):
         assert spread(layer(a)[:, :, 1:-1, 1:-1]) == pytest.approx(1, rel=0.03)
-    assert spread(Weight(32, 48)(a[..., 0, 0])) == pytest.approx(1, rel=0.03)
+    assert spread(MPConv(32, 48)(a[..., 0, 0])) == pytest.approx(1, rel=0.03)
 
 
 def test_a_weight_s_length_does_not_matter():
-    layer, x = Weight(6, 8, 3), torch.randn(2, 6, 5, 5)
+    layer, x = MPConv(6, 8, 3), torch.randn(2, 6, 5, 5)
     before = layer(x)
     with torch.no_grad():
         layer.weight.mul_(3)

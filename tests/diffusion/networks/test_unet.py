@@ -33,26 +33,26 @@ def copy_into(reference, ours, names):
 def tiny(**changes):
     parameters = {
         "in_channels": 4,
-        "channels": 32,
-        "channel_multipliers": (1, 2),
-        "blocks_per_level": 1,
+        "model_channels": 32,
+        "channel_mult": (1, 2),
+        "num_res_blocks": 1,
         "attention_levels": (1,),
     }
-    return randomise(UNet(**{**parameters, "heads": 4, **changes}))
+    return randomise(UNet(**{**parameters, "num_heads": 4, **changes}))
 
 
 @pytest.mark.parametrize(
     ("parameters", "count"),
     [
         # Rombach et al. 2022, tables 12 and 13; the exact figures are those of the authors' code.
-        ({"in_channels": 3, "channels": 224, "channel_multipliers": (1, 2, 3, 4), "attention_levels": (1, 2, 3),
-              "head_channels": 32}, 274_056_163),
-        ({"in_channels": 4, "channels": 192, "channel_multipliers": (1, 2, 2, 4, 4), "attention_levels": (0, 1, 2, 3),
-              "heads": 8, "scale_shift": True, "resample_in_blocks": True}, 294_966_916),
-        ({"in_channels": 4, "channels": 256, "channel_multipliers": (1, 2, 4), "attention_levels": (0, 1, 2),
-              "head_channels": 32, "context_channels": 512}, 394_984_196),
-        ({"in_channels": 3, "channels": 128, "channel_multipliers": (1, 2, 3, 4), "attention_levels": (1, 2, 3),
-              "head_channels": 32, "context_channels": 512, "transformer_depth": 3}, 246_277_379),
+        ({"in_channels": 3, "model_channels": 224, "channel_mult": (1, 2, 3, 4), "attention_levels": (1, 2, 3),
+              "num_head_channels": 32}, 274_056_163),
+        ({"in_channels": 4, "model_channels": 192, "channel_mult": (1, 2, 2, 4, 4), "attention_levels": (0, 1, 2, 3),
+              "num_heads": 8, "scale_shift": True, "resample_in_blocks": True}, 294_966_916),
+        ({"in_channels": 4, "model_channels": 256, "channel_mult": (1, 2, 4), "attention_levels": (0, 1, 2),
+              "num_head_channels": 32, "context_dim": 512}, 394_984_196),
+        ({"in_channels": 3, "model_channels": 128, "channel_mult": (1, 2, 3, 4), "attention_levels": (1, 2, 3),
+              "num_head_channels": 32, "context_dim": 512, "transformer_depth": 3}, 246_277_379),
     ],
     ids=["celebahq_f4", "lsun_churches_f8", "imagenet_f8_class", "layout2img_f4"],
 )  # fmt: skip
@@ -111,7 +111,7 @@ def test_transformer_blocks_equal_diffusers(depth):
     for ours_name, theirs in (("attend_self", "attn1"), ("attend_cross", "attn2")):
         names |= {f"{ours_name}.query": f"{theirs}.to_q", f"{ours_name}.key": f"{theirs}.to_k"}
         names |= {f"{ours_name}.value": f"{theirs}.to_v", f"{ours_name}.out": f"{theirs}.to_out.0"}
-    names |= {"feed.widen": "ff.net.0.proj", "feed.narrow": "ff.net.2"}
+    names |= {"feed.fc1": "ff.net.0.proj", "feed.fc2": "ff.net.2"}
     frame = ("norm.", "conv_in", "conv_out", "further")
     first = {name: value for name, value in ours.state_dict().items() if not name.startswith(frame)}
     x, tokens = torch.randn(2, 128, 4, 4), torch.randn(2, 3, 48)
@@ -131,7 +131,7 @@ def test_a_single_transformer_block_keeps_its_names_and_their_order():
     linear, plain = ("query.weight", "key.weight", "value.weight", "out.weight", "out.bias"), ("weight", "bias")
     parts = {"norm": plain, "conv_in": plain, "norm_self": plain, "attend_self": linear, "norm_cross": plain}
     parts |= {"attend_cross": linear, "norm_feed": plain}
-    parts |= {"feed": ("widen.weight", "widen.bias", "narrow.weight", "narrow.bias"), "conv_out": plain}
+    parts |= {"feed": ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"), "conv_out": plain}
     names = [f"{part}.{name}" for part, of in parts.items() for name in of]
     assert list(SpatialTransformer(8, 6, 1).state_dict()) == names
     deeper = list(SpatialTransformer(8, 6, 1, depth=3).state_dict())
@@ -140,7 +140,7 @@ def test_a_single_transformer_block_keeps_its_names_and_their_order():
 
 
 def test_starts_as_zero():
-    net = UNet(4, 32, (1, 2), 1, (1,), heads=4)
+    net = UNet(4, 32, (1, 2), 1, (1,), num_heads=4)
     out = net(torch.randn(2, 4, 8, 8), torch.tensor([1.0, 2.0]), Conditioning())
     assert out.shape == (2, 4, 8, 8)
     assert not out.any()
@@ -150,7 +150,7 @@ def test_starts_as_zero():
 def test_rows_do_not_mix_and_nothing_is_random(depth):
     net = tiny(
         vector_channels=16,
-        context_channels=12,
+        context_dim=12,
         spatial_channels=2,
         scale_shift=True,
         resample_in_blocks=True,
@@ -172,14 +172,14 @@ def test_rows_do_not_mix_and_nothing_is_random(depth):
             assert (changed - together).abs().flatten(1).amax(1).min() > 1e-4
 
 
-@pytest.mark.parametrize("context_channels", [None, 12])
-def test_checkpointing_changes_nothing_but_memory(context_channels):
-    tokens = None if context_channels is None else torch.randn(2, 3, 12)
+@pytest.mark.parametrize("context_dim", [None, 12])
+def test_checkpointing_changes_nothing_but_memory(context_dim):
+    tokens = None if context_dim is None else torch.randn(2, 3, 12)
     x, level = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.0])
     gradients = []
     for checkpointing in (False, True):
         torch.manual_seed(1)
-        net = tiny(context_channels=context_channels, dropout=0.3, checkpointing=checkpointing).train()
+        net = tiny(context_dim=context_dim, dropout=0.3, checkpointing=checkpointing).train()
         torch.manual_seed(2)
         with torch.autocast("cpu", torch.bfloat16):  # the second pass must see it too
             out = net(x, level, Conditioning(tokens=tokens))
@@ -196,7 +196,7 @@ def test_checkpointing_changes_nothing_but_memory(context_channels):
         ({}, (2, 4, 9, 8), Conditioning(), ["divisible by 2", "9"]),
         ({}, (2, 4, 8, 8), Conditioning(vector=torch.zeros(2, 16)), ["vector_channels=None", "16"]),
         ({"vector_channels": 8}, (2, 4, 8, 8), Conditioning(), ["vector_channels=8", "None"]),
-        ({"context_channels": 8}, (2, 4, 8, 8), Conditioning(tokens=torch.zeros(2, 1, 9)), ["context_channels=8", "9"]),
+        ({"context_dim": 8}, (2, 4, 8, 8), Conditioning(tokens=torch.zeros(2, 1, 9)), ["context_dim=8", "9"]),
         ({"spatial_channels": 1}, (2, 4, 8, 8), Conditioning(), ["spatial_channels=1"]),
     ],
 )
@@ -209,13 +209,13 @@ def test_inputs_that_do_not_fit_are_named(changes, shape, conditioning, words):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"heads": None}, ["heads", "head_channels"]),
-        ({"head_channels": 8}, ["exactly one"]),
-        ({"heads": 5}, ["64 channels", "heads=5"]),
-        ({"heads": None, "head_channels": 48}, ["head_channels=48"]),
+        ({"num_heads": None}, ["num_heads", "num_head_channels"]),
+        ({"num_head_channels": 8}, ["exactly one"]),
+        ({"num_heads": 5}, ["64 channels", "num_heads=5"]),
+        ({"num_heads": None, "num_head_channels": 48}, ["num_head_channels=48"]),
         ({"attention_levels": (2,)}, ["attention_levels", "0..1"]),
-        ({"transformer_depth": 3}, ["transformer_depth=3", "set context_channels"]),
-        ({"transformer_depth": 0, "context_channels": 8}, ["transformer_depth=0", "1 or more"]),
+        ({"transformer_depth": 3}, ["transformer_depth=3", "set context_dim"]),
+        ({"transformer_depth": 0, "context_dim": 8}, ["transformer_depth=0", "1 or more"]),
     ],
 )
 def test_parameters_that_contradict_are_named(changes, words):

@@ -18,7 +18,7 @@ from ldm.diffusion.objectives import DDPM
 from ldm.errors import CheckpointError, ConfigError
 from ldm.optim.ema import EMA, HalfLife, PowerFunction
 from ldm.randomness import Draws
-from ldm.training.callbacks.ema_snapshots import AverageSnapshots, reconstruct, snapshots
+from ldm.training.callbacks.ema_snapshots import EMASnapshots, reconstruct, snapshots
 
 STEPS, BATCH = 120, 4
 
@@ -46,7 +46,7 @@ class Everything(pl.Callback):
 
 def make(ema):
     torch.manual_seed(0)
-    network = UNet(2, 8, (1, 2), 1, (1,), heads=2)
+    network = UNet(2, 8, (1, 2), 1, (1,), num_heads=2)
     adam = partial(torch.optim.AdamW, lr=1e-2)
     return LatentDiffusion(network, Unconditional(), DDPM(SqrtLinear()), optimizer=adam, ema=ema)
 
@@ -66,9 +66,9 @@ def fit(module, folder, callbacks):
 
 
 def test_a_width_that_was_not_kept(tmp_path: Path) -> None:
-    module = make(partial(EMA, profile=PowerFunction(0.05), others=[PowerFunction(0.1)]))
+    module = make(partial(EMA, profile=PowerFunction(0.05), extra=[PowerFunction(0.1)]))
     kept = Everything(0.075)
-    fit(module, tmp_path, [kept, AverageSnapshots(every=6)])
+    fit(module, tmp_path, [kept, EMASnapshots(every=6)])
     files = snapshots(tmp_path)
     assert [store.load(file)["images_seen"] for file in files] == [n * 6 * BATCH for n in range(1, 21)]
     made = reconstruct(files, 0.075)
@@ -79,15 +79,15 @@ def test_a_width_that_was_not_kept(tmp_path: Path) -> None:
     assert sum(near.values()) < 0.03 * sum(far.values())  # half precision and 20 snapshots
     # What was kept is found as it is.
     own = reconstruct(files, 0.1)
-    for name, value in module.ema.others[0].state_dict().items():
+    for name, value in module.ema.extra[0].state_dict().items():
         torch.testing.assert_close(own[name], value, rtol=2e-3, atol=1e-3)
 
 
 def test_other_profiles_are_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="PowerFunction as every profile, found HalfLife"):
-        fit(make(partial(EMA, profile=HalfLife(100))), tmp_path, [AverageSnapshots(every=5)])
+        fit(make(partial(EMA, profile=HalfLife(100))), tmp_path, [EMASnapshots(every=5)])
     with pytest.raises(ConfigError, match="every"):
-        AverageSnapshots(every=0)
+        EMASnapshots(every=0)
     with pytest.raises(CheckpointError, match="no snapshots"):
         snapshots(tmp_path)
 
