@@ -16,7 +16,7 @@ OBJECTIVES = {
     "zero terminal": DDPM(ZeroTerminal(SqrtLinear()), V()),
     "edm": EDM(),
     "flow": Flow(),
-    "gvp": Interpolant(GVP(last=0.999)),
+    "gvp": Interpolant(GVP(t_max=0.999)),
     "vp": Interpolant(VP()),
 }
 GRIDS = {"default": Default(), "uniform": Power(1), "quadratic": Power(2), "karras": Karras(), "shifted": Shift(3.0)}
