@@ -49,9 +49,10 @@ lint: $(VENV)/installed  ## ruff (lint and format) and mypy
 lock: $(VENV)/installed  ## resolve pyproject.toml anew into requirements.lock and environment.yaml
 	$(VENV)/bin/uv pip compile --quiet --upgrade --universal --all-extras --generate-hashes --python-version 3.11 \
 		--no-emit-index-url --no-header pyproject.toml --output-file $(LOCK)
-	sed -i '/^      - /d' environment.yaml
-	sed -nE 's/ *\\$$//; s/^([a-z0-9._-]+==.*)$$/      - "\1"/p' $(LOCK) >> environment.yaml
-	echo '      - "--editable ."' >> environment.yaml
+	sed '/^      - /d' environment.yaml > environment.yaml.new
+	sed -nE 's/ *\\$$//; s/^([a-z0-9._-]+==.*)$$/      - "\1"/p' $(LOCK) >> environment.yaml.new
+	echo '      - "--editable ."' >> environment.yaml.new
+	mv environment.yaml.new environment.yaml
 
 clean:  ## remove the environment and caches, never runs or data
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

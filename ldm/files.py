@@ -28,6 +28,5 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def expanded(value: Any) -> Any:
-    """`~` and `~/...` with the home folder written out; everything else as it is."""
-    home = isinstance(value, str) and (value == "~" or value.startswith("~/"))
-    return os.path.expanduser(value) if home else value
+    """`~`, `~/...` and `~user/...` with the home folder written out; everything else as it is."""
+    return os.path.expanduser(value) if isinstance(value, str) else value

@@ -22,6 +22,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ldm.runtime import threads
+
+if __name__ == "__main__":
+    threads.prepare()  # before torch is imported
+
 import diffusers
 import torch
 import torch.nn.functional as F

@@ -12,12 +12,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.progress import Progress
+from ldm.runtime import threads
+
+if __name__ == "__main__":
+    threads.prepare()  # before torch is imported
 
 from ldm.cli import program
 from ldm.cli.options import Parser, path, split_overrides
 from ldm.errors import ConfigError, LdmError
 from ldm.runtime import distributed, signals
+from ldm.runtime.progress import shown
 
 
 def build(base: Sequence[Path], overrides: Sequence[str], trust: Sequence[str]) -> None:
@@ -44,12 +48,11 @@ def verify(folder: Path) -> None:
     """Check a cache whole, and print that it is sound."""
     from ldm.latents.manifest import verify
 
-    with Progress() as bar:
-        task = bar.add_task(str(folder))
+    with shown(str(folder)) as progress:
 
         def show(done: int, total: int) -> None:
             signals.stop_if_asked()
-            bar.update(task, completed=done, total=total)
+            progress(done, total)
 
         manifest = verify(folder, show)
     print(f"{folder}: sound, {manifest.num_items} items")

@@ -18,6 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from ldm.runtime import threads
+
+if __name__ == "__main__":
+    threads.prepare()  # before torch is imported
+
 import matplotlib
 import matplotlib.pyplot as plt
 import torch

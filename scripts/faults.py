@@ -30,9 +30,15 @@ from types import FrameType
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from ldm.runtime import threads
+
+if __name__ == "__main__":
+    threads.prepare()  # before torch is imported
+
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from ldm.cli.options import path, positive, whole_number
 from ldm.runtime.launcher import leave
 from scripts.fault_catalogue import processes
 from scripts.fault_catalogue.attempts import Attempt, run_all
@@ -169,10 +175,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="faults.py", description="Break runs in every way of the catalogue.")
     parser.add_argument("--only", nargs="+", default=[], metavar="FAULT", help="numbers, or parts of names")
     parser.add_argument("--quick", action="store_true", help="a sample of each fault instead of the full figures")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="repeat the trials of a fault for so long only")
-    parser.add_argument("--jobs", type=int, default=1, help="faults tried at a time (default: 1)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too, as they come")
-    parser.add_argument("--table", nargs="+", type=Path, metavar="FILE", help="try nothing: print what --json has kept")
+    parser.add_argument(
+        "--minutes", type=positive, default=math.inf, help="repeat the trials of a fault for so long only"
+    )
+    parser.add_argument("--jobs", type=whole_number, default=1, help="faults tried at a time (default: 1)")
+    parser.add_argument("--json", type=path, metavar="FILE", help="write the results there, too, as they come")
+    parser.add_argument("--table", nargs="+", type=path, metavar="FILE", help="try nothing: print what --json has kept")
     parser.add_argument("--keep", action="store_true", help="leave the scratch folders of failed faults")
     parser.add_argument("--list", action="store_true", help="list the faults and leave")
     return parser

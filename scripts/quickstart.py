@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm.cli import program
-from ldm.cli.options import Parser
+from ldm.cli.options import Parser, path
 from ldm.config.tree import read
 from ldm.errors import DataError
 from ldm.run_folder import newest_run
@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
     """Returns the exit code (ldm/errors.py)."""
     parser = Parser(prog="quickstart.py", description="Say where the quickstart's pictures are, and what to try next.")
     parser.add_argument("name", help="of the runs: emoji, or own_<folder>")
-    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="that they were trained on, instead of emoji")
+    parser.add_argument("--pictures", type=path, metavar="FOLDER", help="that they were trained on, instead of emoji")
 
     def work() -> None:
         options = parser.parse_strictly(argv)

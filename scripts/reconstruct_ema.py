@@ -18,9 +18,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ldm.runtime import threads
+
+if __name__ == "__main__":
+    threads.prepare()  # before torch is imported
+
 from ldm.checkpoints import store
 from ldm.cli import program
-from ldm.cli.options import Parser, path
+from ldm.cli.options import Parser, path, whole_number
 from ldm.errors import CheckpointError, ConfigError
 from ldm.training.callbacks.ema_snapshots import FOLDER, reconstruct, snapshots
 
@@ -31,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     add = parser.add_argument
     add("-r", "--run", required=True, type=path, metavar="RUN", help="run folder")
     add("--width", required=True, nargs="+", type=float, help="relative widths, more than 0 and less than 0.28")
-    add("--step", type=int, help="of the snapshot at whose time the average is wanted (default: the latest)")
+    add("--step", type=whole_number, help="of the snapshot at whose time the average is wanted (default: the latest)")
 
     def work() -> None:
         options = parser.parse_strictly(argv)

@@ -1,6 +1,8 @@
 """pyproject.toml, requirements.lock and environment.yaml name the same packages at the same versions."""
 
 import re
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -50,3 +52,16 @@ def test_conda_environment_meets_the_required_python():
     environment = yaml.safe_load((ROOT / "environment.yaml").read_text())
     python = next(entry for entry in environment["dependencies"] if str(entry).startswith("python="))
     assert Requirement(f"python{project['requires-python']}").specifier.contains(python.removeprefix("python="))
+
+
+def test_make_lock_writes_the_conda_file_with_what_every_sed_has(tmp_path):
+    """`-i` takes another argument on macOS than on Linux."""
+    names = {"Makefile", "environment.yaml", "requirements.lock", "pyproject.toml"}
+    for name in names:
+        shutil.copy(ROOT / name, tmp_path)
+    said = subprocess.run(["make", "-n", "lock"], cwd=tmp_path, capture_output=True, text=True).stdout
+    recipe = said[said.index("\nsed ") :]
+    assert not re.search(r"sed -[a-zA-Z]*i", recipe)
+    subprocess.run(["sh", "-ec", recipe], cwd=tmp_path, check=True)
+    assert (tmp_path / "environment.yaml").read_text() == (ROOT / "environment.yaml").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == names

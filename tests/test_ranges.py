@@ -254,3 +254,38 @@ def test_the_defaults_lie_within_their_ranges():
             hint = live_signature(made).parameters.get(name)
             if hint and ranges.bounds(hint.hint) and isinstance(parameter.default, int | float):
                 assert ranges.admits(hint.hint, parameter.default), f"{made}.{name}"
+
+
+# What takes two numbers in a fixed order: (maker, the lower one, the upper one, whether they may be equal).
+PAIRS = [
+    ("diffusion.paths.VE", "sigma_min", "sigma_max", False),
+    ("diffusion.objectives.EDM", "sigma_min", "sigma_max", False),
+    ("diffusion.paths.VP", "beta_min", "beta_max", True),
+    ("diffusion.noise_schedules.Linear", "start", "end", True),
+    ("diffusion.noise_schedules.SqrtLinear", "start", "end", True),
+    ("sampling.timesteps.Karras", "ratio_min", "ratio_max", False),
+    ("sampling.guidance.Guidance", "above", "up_to", False),
+]
+
+
+@pytest.mark.parametrize(("name", "lower", "upper", "equal"), PAIRS)
+def test_two_numbers_in_the_wrong_order_are_refused_with_both(name, lower, upper, equal):
+    module, _, kind = f"ldm.{name}".rpartition(".")
+    make = getattr(importlib.import_module(module), kind)
+    make(**{lower: 0.25, upper: 0.5})
+    wrong = [(0.5, 0.25), *([] if equal else [(0.5, 0.5)])]
+    names = ("LOW", "HIGH") if kind == "Guidance" else (lower, upper)  # as sample.py's flag calls them
+    for low, high in wrong:
+        with pytest.raises(ConfigError, match=rf"{names[0]} <=? {names[1]}.* found {low} and {high}"):
+            make(**{lower: low, upper: high})
+    if equal:
+        make(**{lower: 0.5, upper: 0.5})
+
+
+def test_every_pair_of_a_constructor_is_listed_above():
+    listed = {f"ldm.{name}" for name, *_ in PAIRS}
+    for made in targets():
+        names = set(inspect.signature(made).parameters)
+        pairs = [name for name in names if name.endswith("_min") and name.replace("_min", "_max") in names]
+        pairs += [name for name in names if name == "start" and "end" in names]
+        assert not pairs or f"{made.__module__}.{made.__name__}" in listed, (made, pairs)

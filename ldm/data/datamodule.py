@@ -182,22 +182,21 @@ class ImageDataModule(ElasticDataModule):
         if channels not in (1, 3):
             raise ConfigError(f"data.params.channels: expected 1 (grey) or 3 (RGB), found {channels}")
         self.train_dataset, self.validation_dataset = split(train, validation, num_validation)
+        self._own_validation = validation
         self.resolution = resolution
         self.channels = channels
         self.transform = transform or TrainTransform(resolution)
         self.eval_transform = eval_transform or EvalTransform(resolution)
-        self._broken = BrokenImages(len(self.train_dataset), max_broken)
-        self._broken_validation = BrokenImages(len(self.validation_dataset or ()), max_broken)
+        self._broken = BrokenImages(len(self.train_dataset), max_broken, self.train_dataset)
+        self._broken_validation = BrokenImages(len(self.validation_dataset or ()), max_broken, self.validation_dataset)
 
     def facts(self) -> dict[str, int | str | None]:
         """What configurations refer to as `${data:...}`, and what a resumed run must find again."""
         return {
             "channels": self.channels,
             "resolution": self.resolution,
-            "num_classes": self.train_dataset.num_classes,
             "batch_size": self.batch_size,
-            "num_items": len(self.train_dataset),
-            "source": self.train_dataset.fingerprint(),
+            **dataset_facts(self.train_dataset, self._own_validation),
         }
 
     def source(self, item: int) -> str:
@@ -230,6 +229,18 @@ class ImageDataModule(ElasticDataModule):
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         self.attach_draws(batch, batch["image"].device)
         return batch
+
+
+def dataset_facts(train: ImageDataset, validation: ImageDataset | None) -> dict[str, int | str | None]:
+    """What a data module's `facts` say of its data sets.
+
+    Args:
+        train: what is trained on.
+        validation: the data set of its own that is validated on; None: there is none, or a part of `train` is held out,
+            whose pictures `source` tells of as well.
+    """
+    facts = {"num_classes": train.num_classes, "num_items": len(train), "source": train.fingerprint()}
+    return facts if validation is None else {**facts, "validation_source": validation.fingerprint()}
 
 
 def split(

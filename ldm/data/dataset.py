@@ -2,8 +2,8 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
-from typing import Protocol, TypedDict
+from collections.abc import Collection, Sequence
+from typing import Any, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -54,6 +54,47 @@ class ImageDataset(Protocol):
         """Make the files ready (download, draw); called once a machine before items are read; cheap to repeat."""
 
 
+@runtime_checkable
+class Labeled(Protocol):
+    """A data set that knows its labels without decoding, so that a class can be missed. One need not be."""
+
+    def class_labels(self) -> np.ndarray | None:
+        """The label of every item, (N,) int64; None: there are no classes, or they are not known."""
+
+
+def class_labels(dataset: ImageDataset) -> np.ndarray | None:
+    """The label of every item, (N,) int64; None where there are none or only decoding would tell."""
+    return dataset.class_labels() if isinstance(dataset, Labeled) else None
+
+
+@runtime_checkable
+class Decoded(Protocol):
+    """A data set that can say how a file has to be decoded to look like an item of it. One need not be."""
+
+    def decoding(self) -> dict[str, Any]:
+        """In plain values, for a latent cache's manifest: `value_range` ([black, white]) where it is not the usual."""
+
+
+def decoding(dataset: ImageDataset) -> dict[str, Any]:
+    """How another file has to be decoded to look like an item of the data set; see `Decoded`."""
+    return dataset.decoding() if isinstance(dataset, Decoded) else {}
+
+
+def emptied_classes(dataset: ImageDataset, lost: Collection[int]) -> list[str]:
+    """Names of the classes that have no item besides those `lost`; none where labels are not known."""
+    labels = class_labels(dataset) if lost else None
+    if labels is None:
+        return []
+    taken = np.asarray(sorted(lost), dtype=np.int64)
+    return named(dataset, np.setdiff1d(labels[taken], np.delete(labels, taken)).tolist())
+
+
+def named(dataset: ImageDataset, labels: Sequence[int]) -> list[str]:
+    """What to call classes in messages."""
+    names = dataset.class_names
+    return [str(label) if names is None else names[label] for label in labels]
+
+
 class Subset:
     """Some items of a data set, in the given order."""
 
@@ -78,6 +119,13 @@ class Subset:
     def path(self, index: int) -> str:
         return self.dataset.path(self.indices[index])
 
+    def class_labels(self) -> np.ndarray | None:
+        labels = class_labels(self.dataset)
+        return None if labels is None else labels[self.indices]
+
+    def decoding(self) -> dict[str, Any]:
+        return decoding(self.dataset)
+
     def fingerprint(self) -> str:
         chosen = np.asarray(self.indices, dtype=np.int64).tobytes()
         names, contents = fingerprint.parts(self.dataset.fingerprint())
@@ -91,7 +139,8 @@ def hold_out(dataset: ImageDataset, number: int) -> tuple[Subset, Subset]:
     """Split into (the rest, `number` scattered items): the same split in every run, whatever its seed.
 
     Of a data set that has no more than `number` items a tenth is held out instead, with a warning: a configuration
-    made for a large data set goes for a small one as well.
+    made for a large data set goes for a small one as well. Classes of which nothing is left to train on are named in
+    another warning.
 
     Raises:
         DataError: nothing would be left to train on.
@@ -113,4 +162,11 @@ def hold_out(dataset: ImageDataset, number: int) -> tuple[Subset, Subset]:
             logger.warning("%s would leave none to train on; a tenth, %d, is held out instead", found, tenth)
     ranking = np.argsort(keys(0, "hold out", np.arange(total)), kind="stable")
     rest, scattered = sorted(ranking[held_out:].tolist()), sorted(ranking[:held_out].tolist())
+    emptied = emptied_classes(dataset, scattered) if distributed.is_main() else []
+    if emptied:
+        logger.warning(
+            "data.params.num_validation: the %d items held out are all that there is of %d classes, so that nothing is "
+            "left of them to train on: %s; hold out fewer items, or add pictures to these classes",
+            *(held_out, len(emptied), ", ".join(emptied)),
+        )
     return Subset(dataset, rest), Subset(dataset, scattered)

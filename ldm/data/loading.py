@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.data.dataset import ImageDataset
+from ldm.data.dataset import ImageDataset, class_labels, named
 from ldm.data.elastic_sampler import Address
 from ldm.data.transforms import Transform, transformed
 from ldm.errors import ConfigError, DataError
@@ -105,15 +105,21 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 class BrokenImages:
     """Reports each unreadable image of one data set once, counts them, and stops the run when they are too many.
 
+    A class of which no readable image is left is named.
+
     Args:
         total: items in the data set.
         allowed: the share of them that may be broken.
+        dataset: whose images they are, for its classes; None: unknown.
     """
 
-    def __init__(self, total: CountOrZero, allowed: Fraction) -> None:
+    def __init__(self, total: CountOrZero, allowed: Fraction, dataset: ImageDataset | None = None) -> None:
         self.total = total
         self.allowed = allowed
+        self.dataset = dataset
         self.found: set[int] = set()
+        self._labels: np.ndarray | None = None
+        self._readable: np.ndarray | None = None  # images left of each class
 
     def check(self, batch: dict[str, Any]) -> None:
         """Take `broken` out of a batch and warn of what is new in it.
@@ -126,9 +132,25 @@ class BrokenImages:
             if index not in self.found:
                 self.found.add(index)
                 logger.warning("%s; the next readable image takes its place (%d so far)", message, len(self.found))
+                self._count(index)
         if broken and (len(self.found) > self.allowed * self.total or "image" not in batch):
             raise DataError(
                 f"{len(self.found)} of {self.total} images are broken, more than the share of {self.allowed:g} that "
                 f"data.params.max_broken allows; the last: {list(broken.values())[-1]}. "
                 "Mend or remove them, or raise data.params.max_broken"
             )
+
+    def _count(self, index: int) -> None:
+        """Take a broken image off its class."""
+        if self.dataset is None:
+            return
+        if self._readable is None:
+            self._labels = class_labels(self.dataset)
+            self._readable = np.bincount(np.zeros(0, int) if self._labels is None else self._labels)
+        if self._labels is None:
+            return
+        label = int(self._labels[index])
+        self._readable[label] -= 1
+        if self._readable[label] == 0:
+            (name,) = named(self.dataset, [label])
+            logger.warning("class %s: none of its images can be read, so nothing is seen of it; mend them", name)

@@ -59,12 +59,12 @@ def warning(paths: Sequence[str], max_pixels: int) -> str:
     """What to say if the 16-bit pictures among `paths` use a small part of their range; "" otherwise.
 
     Looks at up to 16 of them, spread evenly, and speaks up only if all are darker than a quarter of white: one night
-    among days is no fault.
+    among days is no fault. A few pixels of a picture, such as hot ones of a sensor, do not count.
     """
     wide = [path for path in paths if os.path.splitext(path)[1].casefold() in _WIDE_EXTENSIONS]
     found: list[tuple[int, int]] = []
     for path in wide[:: max(1, len(wide) // _OPENED)][:_OPENED]:
-        extrema = _extrema(path, max_pixels) if len(found) < _LOOKED_AT else None
+        extrema = _extent(path, max_pixels) if len(found) < _LOOKED_AT else None
         found += [extrema] if extrema else []
     low, high = min((low for low, _ in found), default=0), max((high for _, high in found), default=FULL[1])
     if high >= _DARK:
@@ -77,18 +77,25 @@ def warning(paths: Sequence[str], max_pixels: int) -> str:
     )
 
 
-def _extrema(path: str, max_pixels: int) -> tuple[int, int] | None:
-    """The smallest and the largest value of a 16-bit picture; None if it is none, or cannot be read."""
+def _extent(path: str, max_pixels: int) -> tuple[int, int] | None:
+    """Where the values of a 16-bit picture lie, all but a few hot pixels; None if it is none, or cannot be read."""
     try:
         with Image.open(path) as image:
             if image.width * image.height > max_pixels:
                 return None
             if is_wide_color(image):
-                values = np.asarray(image.convert("RGB"))
-                return 256 * int(values.min()), 256 * int(values.max()) + 255
-            if not image.mode.startswith("I;16"):
-                return None
-            values = np.asarray(image)
-            return int(values.min()), int(values.max())
+                low, high = _bulk(np.asarray(image.convert("RGB")).max(2))
+                return 256 * low, 256 * high + 255
+            return _bulk(np.asarray(image)) if image.mode.startswith("I;16") else None
     except Exception:  # whatever decoders raise; who reads the picture says what is wrong with it
         return None
+
+
+def _bulk(values: np.ndarray) -> tuple[int, int]:
+    """The smallest of (H,W) values, and the largest when the brightest thousandth is left out (four pixels at least).
+
+    Of a picture of fewer than 100 pixels nothing is left out.
+    """
+    flat = values.ravel()
+    left_out = max(flat.size // 1000, 4 if flat.size >= 100 else 0)
+    return int(flat.min()), int(np.partition(flat, -1 - left_out)[-1 - left_out])

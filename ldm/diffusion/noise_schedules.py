@@ -5,6 +5,7 @@ from typing import Protocol
 
 import numpy as np
 
+from ldm.errors import ConfigError
 from ldm.ranges import FractionAboveZero, NotNegative
 
 
@@ -18,7 +19,7 @@ class Linear:
     """beta linear in t (Ho et al. 2020)."""
 
     def __init__(self, start: FractionAboveZero = 1e-4, end: FractionAboveZero = 0.02) -> None:
-        self.start, self.end = start, end
+        self.start, self.end = _rising(start, end)
 
     def betas(self, steps: int) -> np.ndarray:
         return np.linspace(self.start, self.end, steps)
@@ -28,10 +29,16 @@ class SqrtLinear:
     """sqrt(beta) linear in t: the "linear" of latent diffusion's code; 0.0015..0.0195 for its f4 and f8 models."""
 
     def __init__(self, start: FractionAboveZero = 0.0015, end: FractionAboveZero = 0.0195) -> None:
-        self.start, self.end = start, end
+        self.start, self.end = _rising(start, end)
 
     def betas(self, steps: int) -> np.ndarray:
         return np.linspace(math.sqrt(self.start), math.sqrt(self.end), steps) ** 2
+
+
+def _rising(start: float, end: float) -> tuple[float, float]:
+    if not start <= end:
+        raise ConfigError(f"noise schedule: expected start <= end, found {start:g} and {end:g}")
+    return start, end
 
 
 class Cosine:

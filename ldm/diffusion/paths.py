@@ -143,6 +143,8 @@ class VE:
     def __init__(
         self, sigma_data: Positive = 1.0, sigma_min: Positive = 0.002, sigma_max: Positive = 80.0, rho: Positive = 7.0
     ) -> None:
+        if not sigma_min < sigma_max:
+            raise ConfigError(f"path: expected sigma_min < sigma_max, found {sigma_min:g} and {sigma_max:g}")
         self.sigma_data, self.sigma_min, self.rho = sigma_data, sigma_min, rho
         self.t_max = sigma_max
 

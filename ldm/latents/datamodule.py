@@ -1,20 +1,19 @@
 """The data module of stage 2: latents out of a cache, which it builds first where there is none."""
 
+import logging
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch.utils.data import DataLoader
 
 from ldm.autoencoder.codec import Codec
-from ldm.data.datamodule import VALIDATION_SEED, ElasticDataModule, split
-from ldm.data.dataset import ImageDataset
+from ldm.data.datamodule import VALIDATION_SEED, ElasticDataModule, dataset_facts, split
+from ldm.data.dataset import ImageDataset, decoding, emptied_classes
 from ldm.data.transforms import EvalTransform, transformed
 from ldm.errors import ConfigError, DataError
 from ldm.latents.build import Source, build, shard_items
@@ -23,9 +22,9 @@ from ldm.latents.manifest import PLAN, CacheSpec, Manifest, note_source, noted_s
 from ldm.latents.reader import LatentCache, LatentDataset
 from ldm.ranges import Count, CountOrZero, Fraction, Seed
 from ldm.runtime import distributed
-from ldm.runtime.durations import so_far
+from ldm.runtime.progress import shown
 
-_LOG_SECONDS = 30.0
+log = logging.getLogger(__name__)
 
 
 class LatentDataModule(ElasticDataModule):
@@ -76,6 +75,7 @@ class LatentDataModule(ElasticDataModule):
     ) -> None:
         super().__init__(batch_size, seed, micro_batch_size, num_workers)
         self.train_dataset, self.validation_dataset = split(train, validation, num_validation)
+        self._own_validation = validation
         self.autoencoder = None if autoencoder is None else Path(autoencoder)
         self.channels = channels
         self.flip = flip
@@ -99,10 +99,8 @@ class LatentDataModule(ElasticDataModule):
         return {
             "channels": channels,
             "resolution": resolution,
-            "num_classes": self.train_dataset.num_classes,
             "batch_size": self.batch_size,
-            "num_items": len(self.train_dataset),
-            "source": self.train_dataset.fingerprint(),
+            **dataset_facts(self.train_dataset, self._own_validation),
             "down_factor": codec.encoder.down_factor,
             "image_resolution": self.image_resolution,
             "image_channels": codec.encoder.in_channels,
@@ -174,7 +172,7 @@ class LatentDataModule(ElasticDataModule):
             shape=codec.latent_shape(self.image_resolution),
             num_items=len(dataset),
             source=dataset.fingerprint(),
-            pixels={**self.transform.describe(), "channels": codec.encoder.in_channels},
+            pixels={**self.transform.describe(), "channels": codec.encoder.in_channels, **decoding(dataset)},
             autoencoder={"weights": weights, "config": codec.config, "path": codec.path},
             num_classes=dataset.num_classes,
             class_names=dataset.class_names,
@@ -193,9 +191,15 @@ class LatentDataModule(ElasticDataModule):
             max_broken=int(self.max_broken * len(dataset)),
             threads=self.read_threads,
         )
-        with _bar(f"{name} latents") as progress:
+        with shown(f"{name} latents", silent=not distributed.is_main()) as progress:
             build(folder, plan, codec.encode, source, distributed.rank(), distributed.world_size(), progress)
         cache = LatentCache(folder, plan)
+        if distributed.is_main() and (emptied := emptied_classes(dataset, cache.manifest.broken)):
+            log.warning(
+                "%s: none of the images of these classes could be read, so nothing is seen of them: %s; mend them, "
+                "remove the folder, and run the same command again",
+                *(folder, ", ".join(emptied)),
+            )
         if cache.plan.source != plan.source:
             known = noted_source(folder)
             plan.require(folder, replace(plan, source=known or plan.source))
@@ -263,33 +267,3 @@ def _has_captions(dataset: ImageDataset) -> bool:
         except DataError:
             continue
     return False
-
-
-@contextmanager
-def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Progress of the main rank, once there is any: gives a function of (done, total).
-
-    A bar in a terminal, a line now and then in a log file, where building may take hours.
-    """
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[times]}"))
-    bar = Progress(*columns, disable=not distributed.is_main())
-    task = bar.add_task(title, times="")
-    began = said = time.monotonic()
-    found = 0  # there before, by a build that was interrupted
-
-    def show(done: int, total: int) -> None:
-        nonlocal said, found
-        now = time.monotonic()
-        found = found or done
-        times = so_far(now - began, done - found, total - found)
-        bar.update(task, completed=done, total=total, times=times)
-        if bar.console.is_terminal:
-            bar.start()
-        elif distributed.is_main() and now - said > _LOG_SECONDS:
-            said = now
-            print(f"{title}: {done}/{total}  {times}", flush=True)
-
-    try:
-        yield show
-    finally:
-        bar.stop()

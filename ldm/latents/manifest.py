@@ -48,7 +48,8 @@ class CacheSpec:
         shape: (c, h, w) of one latent.
         num_items: items of the source, broken ones included.
         source: fingerprint of the source dataset; one without `:contents:` is of names and sizes alone.
-        pixels: how an item becomes a tensor: resolution, crop, interpolation, channels, range.
+        pixels: how an item becomes a tensor: resolution, crop, interpolation, channels, range; and `value_range` where
+            grey pictures of more than 8 bits have one (not compared: `source` tells of it as well).
         autoencoder: {"weights": hash, "config": of encoder and decoder, "path": where it was found (not compared)}.
         num_classes: None where items carry no class label; the labels are 0 .. num_classes - 1.
         class_names: their names, where known.
@@ -95,6 +96,7 @@ class CacheSpec:
         """The compared facts under dotted keys."""
         tree = {key: value for key, value in asdict(self).items() if key not in ("shard_items", "encode_batch")}
         tree["autoencoder"] = {key: value for key, value in self.autoencoder.items() if key != "path"}
+        tree["pixels"] = {key: value for key, value in self.pixels.items() if key != "value_range"}
         facts: dict[str, Any] = json.loads(json.dumps(dict(_flat(tree))))
         return facts
 

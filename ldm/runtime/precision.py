@@ -5,6 +5,7 @@ emulates it, 10 to 150 times slower. The run's configuration holds the answer, s
 """
 
 import os
+import platform
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,8 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ldm.errors import ConfigError
+
 AUTO = "auto"
+_FLOAT16 = ("16-mixed", "16")
 _NATIVE, _PLAIN = "bf16-mixed", "32-true"
+
+_X86 = ("x86_64", "amd64", "x86", "i386", "i686")
 
 # With these oneDNN, or torch itself, uses less than the processor has.
 _LIMITS = ("DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
@@ -32,6 +38,9 @@ def settle(trainer: dict[str, Any], is_new: bool) -> list[str]:
     Args:
         trainer: changed in place; a run that is new and says nothing has `auto`.
         is_new: False for a run that goes on: where it says nothing it ran in 32-true, the default of earlier versions.
+
+    Raises:
+        ConfigError: float16 is asked for on a processor.
     """
     asked = trainer.get("precision") or (AUTO if is_new else _PLAIN)
     kind = _device(trainer.get("accelerator", "auto"))
@@ -40,13 +49,23 @@ def settle(trainer: dict[str, Any], is_new: bool) -> list[str]:
         answer = computes_bf16(kind)
         trainer["precision"] = _NATIVE if answer.native else _PLAIN
         return [f"precision: {trainer['precision']}, since {answer.reason} (lightning.trainer.precision: auto)"]
-    if kind == "cpu" and str(asked).startswith("bf16") and not computes_bf16(kind).native:
-        allow = "" if is_new else " --allow-change lightning.trainer.precision"
-        return [
-            f"warning: lightning.trainer.precision is {asked}, which this processor emulates: a matrix product takes "
-            f"{bf16_slowdown():.0f} times as long as in float32. Use lightning.trainer.precision={_PLAIN}{allow}"
-        ]
+    allow = "" if is_new else " --allow-change lightning.trainer.precision"
+    if kind == "cpu" and str(asked) in _FLOAT16:
+        remedy = f"lightning.trainer.precision={AUTO if is_new else _NATIVE}{allow}"
+        raise ConfigError(
+            f"lightning.trainer.precision: {asked} is for GPUs, found a CPU, on which Lightning computes in {_NATIVE} "
+            f"in its place. Write {remedy}"
+        )
+    if kind in ("cpu", "cuda") and str(asked).startswith("bf16") and not computes_bf16(kind).native:
+        return [f"{_emulated(asked, kind)}. Use lightning.trainer.precision={_PLAIN}{allow}"]
     return []
+
+
+def _emulated(asked: Any, kind: str) -> str:
+    warning = f"warning: lightning.trainer.precision is {asked}, which "
+    if kind == "cuda":
+        return f"{warning}{torch.cuda.get_device_name()} emulates, slower than float32"
+    return f"{warning}this processor emulates: a matrix product takes {bf16_slowdown():.0f} times as long as in float32"
 
 
 def computes_bf16(kind: str) -> Answer:
@@ -92,6 +111,8 @@ def _seconds(work: Callable[[], Any]) -> float:
 
 def _cpu_says() -> bool | None:
     """What torch and oneDNN report of an x86 processor's bf16 instructions; None where that is not certain."""
+    if platform.machine().lower() not in _X86:
+        return None  # elsewhere, too, the capability may be "DEFAULT", and the questions below are answered by "no"
     # Private, all but the first: another version of torch may lack them.
     with suppress(AttributeError, RuntimeError):
         if torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2", "AVX512"):

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 
 from ldm.diffusion.objectives import Objective
 from ldm.errors import ConfigError, NumericError
 from ldm.randomness import Draws
+from ldm.runtime.progress import shown
 from ldm.sampling.guidance import Denoiser, Guidance
 from ldm.sampling.img2img import InitImage, inpaint
 from ldm.sampling.pipeline import Pipeline
@@ -74,7 +74,7 @@ def generate(
         guidance: how strongly they are led to their classes.
         init_image: a picture to begin with (image-to-image, inpainting); None: noise alone.
         batch_size: pictures made at once; decides speed and memory only.
-        progress: show a progress bar.
+        progress: show how far it is.
 
     Raises:
         ConfigError: labels that the model does not know, a number of steps it does not have, guidance by a model
@@ -83,11 +83,14 @@ def generate(
     """
     times = (schedule or Default())(pipeline.objective, steps)
     check(pipeline, seeds, labels, times, guidance)
-    for first in track(range(0, len(seeds), batch_size), "sampling", disable=not progress):
-        rows = slice(first, first + batch_size)
-        few = None if labels is None else labels[rows]
-        images = _images(pipeline, seeds[rows], few, sampler, times, guidance, init_image)
-        yield from map(Sample, seeds[rows], [None] * len(images) if few is None else few, images)
+    with shown("sampling", silent=not progress) as show:
+        for first in range(0, len(seeds), batch_size):
+            show(first, len(seeds))
+            rows = slice(first, first + batch_size)
+            few = None if labels is None else labels[rows]
+            images = _images(pipeline, seeds[rows], few, sampler, times, guidance, init_image)
+            yield from map(Sample, seeds[rows], [None] * len(images) if few is None else few, images)
+        show(len(seeds), len(seeds))
 
 
 def check(

@@ -2,23 +2,17 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.data.decoding import read_image
-from ldm.data.transforms import EvalTransform
+from ldm.data.transforms import EvalTransform, transformed
+from ldm.data.value_range import checked
 from ldm.errors import ConfigError
 from ldm.latents.manifest import Manifest
 from ldm.sampling.guidance import Denoiser
-
-if TYPE_CHECKING:  # generate.py builds on this file
-    pass
-
-if TYPE_CHECKING:  # generate.py builds on this file
-    pass
 
 
 @dataclass(frozen=True)
@@ -47,15 +41,16 @@ class InitImage:
 
     @classmethod
     def read(cls, manifest: Manifest, image: Path, strength: float, mask: Path | None = None) -> "InitImage":
-        """From files, brought to the size of the model's pictures; of the mask, white is what may change.
+        """From files, decoded and resized as the model's pictures were; of the mask, white is what may change.
 
         Raises:
             ConfigError: a mask of another size than the picture.
             DataError: a file that cannot be read.
         """
         pixels = manifest.plan.pixels
-        transform = EvalTransform(pixels["resolution"])
-        picture, free = read_image(image), None
+        transform = EvalTransform(pixels["resolution"], pixels.get("interpolation", "bicubic"))
+        value_range = checked(pixels.get("value_range"))
+        picture, free = read_image(image, value_range=value_range), None
         if mask is not None:
             stencil = read_image(mask)
             if stencil.size != picture.size:
@@ -63,8 +58,8 @@ class InitImage:
                     f"{mask}: expected the size of {image}, {picture.width} x {picture.height}, found "
                     f"{stencil.width} x {stencil.height}"
                 )
-            free = transform(stencil.convert("L"))[0] > 0
-        return cls(transform(picture.convert("L" if pixels["channels"] == 1 else "RGB")), strength, free)
+            free = transformed(stencil, transform, 1, str(mask))[0] > 0
+        return cls(transformed(picture, transform, pixels["channels"], str(image)), strength, free)
 
     def times(self, times: Tensor) -> Tensor:
         """Of a sampler's (steps + 1,) times those that are left, at least one step."""

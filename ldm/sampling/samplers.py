@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.objectives import Objective
+from ldm.errors import ConfigError
 from ldm.randomness import Draws
 from ldm.runtime.float64 import double
 from ldm.sampling.guidance import Denoiser
@@ -110,7 +111,12 @@ def heun(
             nothing is added at its last level.
         s_tmin, s_tmax: the ratios sigma / alpha between which it is added, S_min and S_max.
         s_noise: of the noise added, S_noise.
+
+    Raises:
+        ConfigError: nothing lies between `s_tmin` and `s_tmax`.
     """
+    if not s_tmin <= s_tmax:
+        raise ConfigError(f"heun: expected s_tmin <= s_tmax, found {s_tmin:g} and {s_tmax:g}")
     gamma = min(s_churn / (len(times) - 1), math.sqrt(2) - 1)
     for i, (t, s) in enumerate(pairwise(times)):
         ratio = objective.sigma(t) / objective.alpha(t)

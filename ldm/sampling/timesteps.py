@@ -58,6 +58,8 @@ class Karras:
     """
 
     def __init__(self, ratio_min: Positive = 0.002, ratio_max: Positive = 80.0, rho: Positive = 7.0) -> None:
+        if not ratio_min < ratio_max:
+            raise ConfigError(f"sampling grid: expected ratio_min < ratio_max, found {ratio_min:g} and {ratio_max:g}")
         self.ratio_min, self.ratio_max, self.rho = ratio_min, ratio_max, rho
 
     def __call__(self, objective: Objective, steps: int) -> Tensor:

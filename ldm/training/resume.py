@@ -20,6 +20,7 @@ from ldm.run_folder import RunFolder
 from ldm.training.options import Options
 from ldm.training.resume_changes import Written, bound, brief, changes, differences, going_on, refuse
 
+_FINGERPRINTS = ("source", "validation_source")
 _SCALED = "--scale-lr belongs to a run's start: the rates that were saved are scaled already."
 
 
@@ -97,12 +98,19 @@ def check_facts(start: Start, facts: Mapping[str, Any], allowed: Sequence[str]) 
     from ldm.data.fingerprint import comparable  # numpy, which a mistake on the command line need not wait for
 
     then, now = dict(start.facts), json.loads(json.dumps(dict(facts)))
-    if "source" in then and "source" in now:
-        then["source"], now["source"] = comparable(then["source"], now["source"])
+    for key in _FINGERPRINTS:
+        if key in then and key in now:
+            then[key], now[key] = comparable(then[key], now[key])
     found = differences(then, {key: value for key, value in now.items() if key in then})
     # Some facts repeat a key of the configuration, which may have been allowed by its own name.
-    found = {f"data ({key})": change for key, change in found.items() if f"data.params.{key}" not in allowed}
+    found = {f"data ({key})": change for key, change in found.items() if not _follows(key, allowed)}
     refuse(found, start.checkpoint or (start.folder.path if start.folder else Path()), allowed)
+
+
+def _follows(fact: str, allowed: Sequence[str]) -> bool:
+    """Whether a fact may differ since a change of the parameter that it comes from was allowed by name."""
+    parameter = f"data.params.{fact.removesuffix('_source')}"
+    return any(name == parameter or name.startswith(f"{parameter}.") for name in allowed)
 
 
 def _written_new(options: Options) -> Node:

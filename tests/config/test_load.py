@@ -1,9 +1,12 @@
 """A run's configuration as a whole: files and overrides in order, references, where each value comes from."""
 
+import os
+import pwd
 from pathlib import Path
 
 import pytest
 
+from ldm.cli.options import path
 from ldm.config.load import Config, from_tree
 from ldm.config.load import load as load_files
 from ldm.errors import ConfigError
@@ -130,11 +133,17 @@ def test_home_is_filled_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for run in ("2026-01-02T10-00-00_kl", "2026-01-03T10-00-00_kl"):
         (tmp_path / "logs" / run).mkdir(parents=True)
     tree = {"root": "~/data", "list": ["~/a", {"b": "${root}/b"}], "home": "~", "run": "${newest:~/logs/*_kl}/x"}
-    untouched = {"text": "a ~/b", "user": "~x", "n": 1}
+    untouched = {"text": "a ~/b", "user": "~no-such-user/x", "n": 1}
     made = from_tree(tree | untouched, "file").resolved()
     newest = f"{tmp_path}/logs/2026-01-03T10-00-00_kl/x"
     filled = {"root": f"{tmp_path}/data", "list": [f"{tmp_path}/a", {"b": f"{tmp_path}/data/b"}], "run": newest}
     assert made == filled | {"home": str(tmp_path)} | untouched
+    # As a flag has it: another user's home, too.
+    user = pwd.getpwuid(os.getuid())
+    assert from_tree({"root": f"~{user.pw_name}/data"}, "file").resolved() == {
+        "root": str(path(f"~{user.pw_name}/data"))
+    }
+    assert str(path(f"~{user.pw_name}/data")) == f"{user.pw_dir}/data"
     # What was resolved stays where it was, whoever resumes it.
     monkeypatch.setenv("HOME", "/elsewhere")
     assert from_tree(made, "file").resolved() == made

@@ -59,9 +59,9 @@ class Recorder(LightningModule):
 
 @pytest.fixture
 def make(image_folder):
-    def build(**options) -> ImageDataModule:
+    def build(train: ImageFolder | None = None, **options) -> ImageDataModule:
         options = {"batch_size": 6, "resolution": 16, "seed": 3, "num_validation": 5} | options
-        return ImageDataModule(ImageFolder(image_folder), **options)
+        return ImageDataModule(train or ImageFolder(image_folder), **options)
 
     return build
 
@@ -84,6 +84,11 @@ def test_facts(make):
     assert data.facts() == facts
     assert whole.facts() == facts | {"channels": 1, "num_items": 20, "source": whole.train_dataset.fingerprint()}
     assert whole.facts()["source"] != source
+
+
+def test_a_validation_set_of_its_own_is_a_fact(make, image_folder):
+    own = ImageFolder(image_folder)
+    assert make(num_validation=0, validation=own).facts()["validation_source"] == own.fingerprint()
 
 
 def test_wrong_parameters(make, image_folder, tmp_path):
@@ -116,6 +121,48 @@ def test_a_small_data_set_holds_out_a_tenth_where_more_is_asked_than_there_is(ma
     assert (len(data.train_dataset), len(data.validation_dataset)) == (20 - held_out, held_out)
     assert said in caplog.text
     assert bool(said) == bool(caplog.text)
+
+
+@pytest.fixture
+def lonely(tmp_path):
+    """Seven classes, of which six have one picture and the first has 30."""
+    for number in range(36):
+        file = tmp_path / "lonely" / str(max(0, number - 29)) / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (number, 0, 0)).save(file)
+    return tmp_path / "lonely"
+
+
+def test_classes_of_which_nothing_is_left_to_train_on_are_named(lonely, caplog):
+    data = ImageDataModule(ImageFolder(lonely), 4, 16, num_validation=20)
+    left = {data.train_dataset[item]["class_label"] for item in range(len(data.train_dataset))}
+    lost = [str(label) for label in range(7) if label not in left]
+    assert 0 < len(lost) < 7
+    assert f"all that there is of {len(lost)} classes" in caplog.text
+    assert f"nothing is left of them to train on: {', '.join(lost)}; hold out fewer" in caplog.text
+
+
+def test_nothing_is_said_of_classes_where_there_are_none_or_they_are_not_known(lonely, caplog):
+    class Unknown:
+        """What a data set of one's own has at least."""
+
+        num_classes, class_names = 7, None
+
+        def __len__(self):
+            return 36
+
+    hold_out(ImageFolder(lonely, classes=False), 15)
+    hold_out(Unknown(), 15)
+    hold_out(Subset(Unknown(), range(36)), 15)
+    assert caplog.text == ""
+
+
+def test_a_class_without_a_readable_picture_is_named(lonely, fit, caplog):
+    for name in ("3/32.png", "0/1.png"):
+        (lonely / name).write_bytes(b"damaged")
+    fit(9, train=ImageFolder(lonely), num_validation=0, max_broken=0.1)
+    assert caplog.text.count("none of its images can be read") == 1
+    assert "class 3: none of its images can be read" in caplog.text
 
 
 def test_a_world_that_does_not_fit(make, monkeypatch):

@@ -35,6 +35,25 @@ def test_dark_pictures_are_no_fault(tmp_path, highest):
     assert value_range.warning(pictures(tmp_path, highest), MAX_PIXELS) == ""
 
 
+@pytest.mark.parametrize("hot", [1, 3])
+def test_a_few_hot_pixels_hide_nothing(tmp_path, hot):
+    random = np.random.default_rng(0)
+    for number in range(8):
+        values = random.integers(0, 4096, (64, 64)).astype(np.uint16)
+        if number == 5:
+            values.flat[random.choice(4096, hot, replace=False)] = 65535
+        Image.fromarray(values).save(tmp_path / f"{number}.png")
+    told = value_range.warning([str(tmp_path / f"{number}.png") for number in range(8)], MAX_PIXELS)
+    assert "If white is 4095, set `value_range: [0, 4095]`" in told
+
+
+def test_a_small_bright_thing_is_no_hot_pixel(tmp_path):
+    values = np.full((64, 64), 300, dtype=np.uint16)
+    values[10:14, 20:24] = 60000
+    Image.fromarray(values).save(tmp_path / "star.png")
+    assert value_range.warning([str(tmp_path / "star.png")], MAX_PIXELS) == ""
+
+
 def test_only_pictures_of_sixteen_bits_count(tmp_path):
     Image.new("L", (4, 4), 5).save(tmp_path / "a.png")
     Image.new("RGB", (4, 4)).save(tmp_path / "b.png")

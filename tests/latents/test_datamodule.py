@@ -228,6 +228,18 @@ def test_replaced_pictures_get_a_cache_of_their_own(make, here, image_folder, ca
         make(ImageFolder(folder), cache="mine").setup()
 
 
+def test_replaced_validation_pictures_are_noticed(make, here, image_folder):
+    folder = shutil.copytree(image_folder, here / "pictures")
+    before = make(ImageFolder(image_folder), validation=ImageFolder(folder), cache="mine")
+    before.setup()
+    path = folder / "dogs" / "1.png"
+    path.write_bytes(bytes(path.stat().st_size))
+    after = make(ImageFolder(image_folder), validation=ImageFolder(folder), cache="mine")
+    assert {key for key, fact in after.facts().items() if before.facts()[key] != fact} == {"validation_source"}
+    with pytest.raises(DataError, match=r"(?s)mine/validation: .*\n  source: expected ':contents:\w+', found ':conten"):
+        after.setup()
+
+
 def files_of(here: Path) -> set[str]:
     return {str(path.relative_to(here)) for path in here.rglob("*") if path.is_file() and "pictures" not in path.parts}
 
@@ -279,6 +291,21 @@ def test_a_value_range_is_part_of_what_a_cache_was_made_of(make, here, image_fol
     make(ImageFolder(image_folder), cache="mine").setup()
     with pytest.raises(DataError, match=r"mine/train: .*\n  source: expected"):
         make(ImageFolder(image_folder, value_range=[0, 4095]), cache="mine").setup()
+
+
+@pytest.mark.parametrize("num_validation", [0, 4])
+def test_a_manifest_says_how_its_pictures_were_decoded(make, image_folder, monkeypatch, num_validation):
+    folder = ImageFolder(image_folder, value_range=[0, 4095])
+    with monkeypatch.context() as then:  # as a cache was written before this was noted
+        then.setattr(ImageFolder, "decoding", lambda self: {})
+        before = make(folder, num_validation=num_validation, cache="mine")
+        before.setup()
+    assert "value_range" not in before.manifest.plan.pixels
+    after = make(folder, num_validation=num_validation, cache="mine")
+    after.setup()  # it goes on
+    plan = after.plan(after.train_dataset, after._load(), "weights")
+    assert plan.pixels["value_range"] == [0, 4095]
+    assert plan.fingerprint() == before.plan(before.train_dataset, before._load(), "weights").fingerprint()
 
 
 def test_names_that_are_not_utf_8_from_the_folder_to_the_checkpoint(make, here):
@@ -334,6 +361,17 @@ def test_broken_images_are_left_out_up_to_a_limit(make):
     assert module.manifest.broken == [6]
     labels = torch.cat([batch["class_label"] for batch in first(module.train_dataloader(), 9)])
     assert sorted(labels.tolist()) == sorted(4 * [item % 3 for item in range(10) if item != 6])
+
+
+def test_a_class_without_a_readable_picture_is_named(make, here, caplog):
+    for number in range(12):
+        file = here / "data" / f"class {max(0, number - 8)}" / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (number, 0, 0)).save(file)
+    for name in ("class 0/1.png", "class 2/10.png"):
+        (here / "data" / name).write_bytes(b"damaged")
+    make(ImageFolder(here / "data"), max_broken=0.2).setup()
+    assert "could be read, so nothing is seen of them: class 2; mend them" in caplog.text
 
 
 def test_sample_numbers_lead_to_their_files(make):
@@ -409,6 +447,6 @@ def test_the_manifest_can_go_into_a_checkpoint(make, here):
 
 
 def test_a_log_file_hears_of_the_building_now_and_then(make, here, capsys, monkeypatch):
-    monkeypatch.setattr("ldm.latents.datamodule._LOG_SECONDS", 0.0)
+    monkeypatch.setattr("ldm.runtime.progress.LOG_SECONDS", 0.0)
     make(encode_batch_size=2).setup()
     assert "train latents: 4/10  0:00 elapsed, 0:00 left\n" in capsys.readouterr().out

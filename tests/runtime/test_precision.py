@@ -70,7 +70,17 @@ def test_emulated_bf16_is_warned_of_with_the_factor_and_the_key(cpu, asked):
     assert settle({"precision": asked}, is_new=True) == []
 
 
-@pytest.mark.parametrize("asked", ["32-true", 32, 64, "16-mixed"])
+@pytest.mark.parametrize("asked", ["16-mixed", "16", 16])
+def test_float16_on_a_processor_is_refused(cpu, asked):
+    cpu(True)
+    with pytest.raises(ConfigError, match=r"lightning\.trainer\.precision: 16\S* is for GPUs.*precision=auto$"):
+        settle({"precision": asked}, is_new=True)
+    remedy = r"Write lightning\.trainer\.precision=bf16-mixed --allow-change lightning\.trainer\.precision$"
+    with pytest.raises(ConfigError, match=remedy):  # that is what the run was computed in
+        settle({"precision": asked}, is_new=False)
+
+
+@pytest.mark.parametrize("asked", ["32-true", 32, 64])
 def test_what_is_asked_for_stays(cpu, asked):
     cpu(False)
     assert settle(trainer := {"precision": asked}, is_new=True) == []
@@ -90,6 +100,19 @@ def test_gpus(monkeypatch, native, expected):
     assert trainer["precision"] != expected
 
 
+@pytest.mark.parametrize("asked", ["bf16-mixed", "bf16-true", "bf16"])
+def test_a_gpu_that_emulates_bf16_is_warned_of(monkeypatch, asked):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    for native in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
+        found = settle(trainer := {"precision": asked}, is_new=True)
+        assert trainer == {"precision": asked}
+        assert len(found) == (not native)
+        assert all("Tesla T4 emulates" in note and note.endswith("precision=32-true") for note in found)
+    assert settle({"precision": "16-mixed"}, is_new=True) == []
+
+
 def test_apples_gpu_computes_in_float32(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     settle(trainer := {"accelerator": "mps"}, is_new=True)
@@ -104,9 +127,21 @@ def test_a_torch_without_the_private_probes_is_measured(monkeypatch, name):
     assert precision._cpu_says() is None
 
 
-def test_other_processors_are_measured(monkeypatch):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "SVE256")
+@pytest.mark.parametrize("capability", ["SVE256", "DEFAULT"])
+@pytest.mark.parametrize("machine", ["arm64", "aarch64", "ppc64le"])
+def test_other_processors_are_measured(monkeypatch, machine, capability):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert precision._cpu_says() is None
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "AMD64"])
+def test_an_x86_processor_without_avx2_has_no_bf16(monkeypatch, machine):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert precision._cpu_says() is False
 
 
 def test_the_measurement_changes_no_state():
@@ -159,3 +194,23 @@ def test_as_a_processor_without_bf16(autoencoder_tree, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "precision: 32-true, since this processor has no bf16 instructions" in done.stdout
     assert "finished at step 12" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_quickstart_as_a_processor_without_bf16(tmp_path):
+    """A few steps of its own first stage."""
+    few = ["lightning.trainer.max_steps=3", "lightning.trainer.val_check_interval=3", "data.params.num_workers=0"]
+    done = subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "main.py"), "--base"),
+            *(str(ROOT / "configs" / "quickstart" / "autoencoder.yaml"), *few, "lightning.trainer.limit_val_batches=2"),
+        ],
+        cwd=tmp_path,
+        env=os.environ | AVX2 | {"WANDB_MODE": "disabled"},
+        timeout=300,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "precision: 32-true, since this processor has no bf16 instructions" in done.stdout
+    assert "finished at step 3" in done.stdout

@@ -111,3 +111,43 @@ def test_a_program_has_it_before_torch_is_there(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=100)
     assert done.stdout == "1000\n"
+
+
+PROGRAMS = [ROOT / "main.py", *sorted((ROOT / "scripts").glob("*.py"))]
+WATCHED = """
+import os, runpy, sys
+
+class Watcher:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print("torch meets", os.environ.get("GOMP_SPINCOUNT"), flush=True)
+            os._exit(0)
+
+sys.meta_path.insert(0, Watcher())
+sys.argv = [sys.argv[1], "--help"]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.stem)
+def test_every_program_has_set_it_before_torch_is_imported(clean, program):
+    done = subprocess.run(
+        [sys.executable, "-c", WATCHED, str(program)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    met = [line for line in done.stdout.splitlines() if line.startswith("torch meets")]
+    assert met in ([], ["torch meets 1000"])  # a program that waits with the import has prepared by then
+
+
+def test_the_library_shows_what_was_set(clean):
+    """libgomp says so itself; another OpenMP library knows no such thing."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "cache_latents.py"), "--help"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0
+    shown = [line for line in done.stderr.splitlines() if "GOMP_SPINCOUNT" in line]
+    assert all("'1000'" in line for line in shown)

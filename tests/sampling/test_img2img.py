@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm.data.transforms import EvalTransform
 from ldm.diffusion.objectives import Flow
 from ldm.errors import ConfigError, DataError, NumericError
 from ldm.sampling.generate import generate
@@ -213,3 +214,38 @@ def test_strengths_and_masks_that_cannot_be(pipeline, picture, tmp_path):
         InitImage.read(pipeline.manifest, picture / "picture.png", 1.0, tmp_path / "square.png")
     with pytest.raises(DataError, match=r"nothing\.png"):
         InitImage.read(pipeline.manifest, tmp_path / "nothing.png", 1.0)
+
+
+def of_pixels(pipeline, **pixels):
+    """The manifest of a model of other pixels."""
+    plan = pipeline.manifest.plan
+    return replace(pipeline.manifest, plan=replace(plan, pixels={**plan.pixels, **pixels}))
+
+
+def test_a_picture_is_decoded_as_those_trained_on(pipeline, tmp_path):
+    Image.fromarray(np.full((16, 16), 4095, dtype=np.uint16)).save(tmp_path / "white.png")
+
+    def read(manifest):
+        return InitImage.read(manifest, tmp_path / "white.png", 1.0).image
+
+    assert (read(of_pixels(pipeline, value_range=[0, 4095], channels=1)) == 1).all()
+    assert read(of_pixels(pipeline, value_range=[0, 4095])).shape == (3, 16, 16)
+    for nothing in ({}, {"value_range": None}):  # as a model from before this was noted says
+        assert read(of_pixels(pipeline, **nothing)).mean() < -0.8
+
+
+def test_a_picture_is_resized_as_those_trained_on(pipeline, picture):
+    for name in ("nearest", "bilinear", "bicubic"):
+        found = InitImage.read(of_pixels(pipeline, interpolation=name), picture / "picture.png", 1.0).image
+        with Image.open(picture / "picture.png") as image:
+            assert torch.equal(found, EvalTransform(16, name)(image.convert("RGB")))
+
+
+def test_whatever_goes_wrong_with_a_picture_names_it(pipeline, picture, monkeypatch):
+    def fails(*args):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(EvalTransform, "__call__", fails)
+    with pytest.raises(RuntimeError) as caught:
+        InitImage.read(pipeline.manifest, picture / "picture.png", 1.0)
+    assert "picture.png, 24 x 20 pixels" in caught.value.__notes__[0]

@@ -11,6 +11,7 @@ from ldm.diffusion.noise_schedules import Cosine, SqrtLinear, ZeroTerminal
 from ldm.diffusion.objectives import DDPM, EDM, Flow, Interpolant
 from ldm.diffusion.paths import GVP, VP
 from ldm.diffusion.predictions import V
+from ldm.errors import ConfigError
 from ldm.randomness import Draws
 from ldm.sampling.samplers import ancestral, ddim, dpm_solver, first_order_step, heun, start, unipc
 from ldm.sampling.timesteps import CompVis, Karras
@@ -283,3 +284,8 @@ def test_start_has_the_spread_of_the_last_level_and_keeps_an_image(objective):
     assert (start(objective, noise, early, x0) / objective.alpha(early) - x0).std().item() == pytest.approx(
         0.05, rel=0.1
     )
+
+
+def test_churn_between_levels_in_the_wrong_order_is_refused():
+    with pytest.raises(ConfigError, match="s_tmin <= s_tmax, found 3 and 2"):
+        heun(lambda x, t: x, EDM(), torch.zeros(1, 2), EDM().timesteps(2), s_churn=1.0, s_tmin=3.0, s_tmax=2.0)

@@ -265,3 +265,19 @@ def test_a_sample_of_the_catalogue_holds(only, tmp_path):
     assert [str(result["number"]) for result in results] == only.split()
     assert all(result["tried"] > 0 for result in results if result["verdict"] == "pass")
     assert ended.stdout.startswith("| # | fault | injected | expected | observed | result |")
+
+
+@pytest.mark.parametrize(
+    "words", [["--jobs", "0"], ["--jobs", "-2"], ["--jobs", "1.5"], *(["--minutes", n] for n in ("0", "-1", "nan"))]
+)
+def test_numbers_out_of_range_are_refused_by_flag(words, capsys):
+    with pytest.raises(SystemExit) as end:
+        faults.main([*words, "--list"])
+    assert end.value.code == 2
+    assert f"argument {words[0]}: expected" in capsys.readouterr().err
+
+
+def test_home_in_file_names(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    options = faults._parser().parse_args(["--json=~/a.json", "--table", "~/b.json"])
+    assert (options.json, options.table) == (Path("/home/me/a.json"), [Path("/home/me/b.json")])

@@ -89,6 +89,14 @@ def test_without_a_run_it_says_what_is_missing(place, capsys):
     assert "logs/*_emoji_autoencoder" in capsys.readouterr().err
 
 
+def test_home_in_the_folder_of_pictures(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    seen = []
+    monkeypatch.setattr(quickstart, "ending", lambda name, pictures: seen.append(pictures) or "")
+    assert quickstart.main(["own", "--pictures=~/holiday"]) == 0
+    assert seen == [Path("/home/me/holiday")]
+
+
 def test_emoji_are_the_default(place):
     recipe = subprocess.run(["make", "-n", "quickstart", "VENV=venv"], capture_output=True, text=True).stdout
     assert "--name emoji_autoencoder --base configs/quickstart/autoencoder.yaml" in recipe

@@ -45,6 +45,7 @@ def test_what_it_writes_can_be_sampled_from(run, capsys):
     [
         (["--width", "0.5"], 2, "less than 0.289"),
         (["--width", "0.1", "--step", "15"], 2, "there are 10, 20, 30"),
+        *((["--width", "0.1", "--step", number], 2, "--step: expected a whole number") for number in ("0", "-1", "x")),
         (["--wdith", "0.1"], 2, "--width"),
     ],
 )

@@ -311,3 +311,23 @@ def test_another_autoencoder_in_the_same_place_is_refused(stage, tmp_path, capsy
     (folder / "configs" / "facts.json").write_text(json.dumps(facts))
     words = ["data.params.cache=other", "--allow-change", "data.params.cache", "lightning.trainer.max_steps=3"]
     assert main.main(["--resume", str(folder), *words]) == 0
+
+
+@pytest.mark.parametrize("stage", ["autoencoder"], indirect=True)
+def test_replaced_validation_pictures_are_refused(stage, tmp_path, image_folder, capsys):
+    pictures = shutil.copytree(image_folder, tmp_path / "validation")
+    own = {"target": "ldm.data.sources.folder.ImageFolder", "params": {"root": str(pictures)}}
+    stage["data"]["params"] |= {"num_validation": 0, "validation": own, "max_broken": 0.5}
+    assert run(stage, "run.yaml", "lightning.trainer.max_steps=2", logdir=tmp_path / "logs") == 0
+    folder = only(tmp_path / "logs")
+    path = pictures / "dogs" / "1.png"
+    path.write_bytes(bytes(path.stat().st_size))
+    capsys.readouterr()
+    again = ["--resume", str(folder), "lightning.trainer.max_steps=3"]
+    assert main.main(again) == 2
+    assert "data (validation_source): the run has" in capsys.readouterr().err
+    # A run that was begun before there was this fact goes on.
+    facts = json.loads((folder / "configs" / "facts.json").read_text())
+    del facts["validation_source"]
+    (folder / "configs" / "facts.json").write_text(json.dumps(facts))
+    assert main.main(again) == 0

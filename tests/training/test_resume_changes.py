@@ -304,15 +304,27 @@ def test_other_data_is_refused_unless_allowed(folder):
     assert json.loads(folder.facts_file.read_text()) == FACTS
 
 
-def test_replaced_pictures_are_refused_and_a_run_from_before_they_were_noticed_goes_on(folder):
-    for source in ("abc", "abc:contents:12"):
-        folder.facts_file.write_text(json.dumps(FACTS | {"source": source}))
+@pytest.mark.parametrize("fact", ["source", "validation_source"])
+def test_replaced_pictures_are_refused_and_a_run_from_before_they_were_noticed_goes_on(folder, fact):
+    for source in (None, "abc", "abc:contents:12"):
+        folder.facts_file.write_text(json.dumps(FACTS | ({fact: source} if source else {})))
         start = started("-r", str(folder.path))
-        resume.check_facts(start, FACTS | {"source": "abc:contents:12"}, [])
-    with pytest.raises(ConfigError, match=r'data \(source\): the run has ":contents:12", asked for is ":contents:13"'):
-        resume.check_facts(start, FACTS | {"source": "abc:contents:13"}, [])
-    with pytest.raises(ConfigError, match=r'data \(source\): the run has "abc:contents:12", asked for is "abd"'):
-        resume.check_facts(start, FACTS | {"source": "abd"}, [])
+        resume.check_facts(start, FACTS | {fact: "abc:contents:12"}, [])
+    refused = rf"data \({fact}\): the run has"
+    with pytest.raises(ConfigError, match=rf'{refused} ":contents:12", asked for is ":contents:13"'):
+        resume.check_facts(start, FACTS | {fact: "abc:contents:13"}, [])
+    with pytest.raises(ConfigError, match=rf'{refused} "abc:contents:12", asked for is "abd"'):
+        resume.check_facts(start, FACTS | {fact: "abd"}, [])
+
+
+@pytest.mark.parametrize("allowed", ["data", "data.params.validation", "data.params.validation.params.root"])
+def test_another_validation_set_that_is_allowed_by_its_parameter_is_not_asked_for_again(folder, allowed):
+    folder.facts_file.write_text(json.dumps(FACTS | {"validation_source": "abc:contents:12"}))
+    start = started("-r", str(folder.path))
+    resume.check_facts(start, FACTS | {"validation_source": "abd"}, [allowed])
+    resume.check_facts(start, FACTS, [allowed])  # now there is none
+    with pytest.raises(ConfigError, match=r"validation_source"):
+        resume.check_facts(start, FACTS, ["data.params.train"])
 
 
 def test_flags_that_would_be_ignored_are_refused(folder):

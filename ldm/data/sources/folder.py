@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -116,12 +117,21 @@ class ImageFolder:
     def __getitem__(self, index: int) -> Item:
         item: Item = {"image": read_image(self.path(index), self.max_pixels, self.value_range)}
         if self.class_names is not None:
-            item["class_label"] = self._label_of[self.files[index].split("/")[0]]
+            item["class_label"] = self._label(self.files[index])
         if self._captions is not None:
             item["caption"] = self._captions[self.files[index]]
         elif self._texts:
             item["caption"] = caption_files.read_text(self.root / self._texts[self.files[index]])
         return item
+
+    def _label(self, file: str) -> int:
+        return self._label_of[file.split("/")[0]]
+
+    def class_labels(self) -> np.ndarray | None:
+        return None if self.class_names is None else np.array([self._label(file) for file in self.files])
+
+    def decoding(self) -> dict[str, Any]:
+        return {} if self.value_range is None else {"value_range": list(self.value_range)}
 
     def path(self, index: int) -> str:
         return os.path.join(self.root, self.files[index])

@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from rich.progress import track
+import numpy as np
 
 from ldm import files
 from ldm.data.dataset import Item
@@ -22,6 +22,7 @@ from ldm.data.decoding import read_image
 from ldm.errors import DataError, ResourceError
 from ldm.ranges import Count, Fraction
 from ldm.runtime import distributed
+from ldm.runtime.progress import tracked
 
 ATTRIBUTION = "Emoji designed by OpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0"
 
@@ -112,6 +113,9 @@ class OpenMoji:
             self._draw(self.emoji[index])
         return {"image": read_image(path), "class_label": self.emoji[index].label, "caption": self.emoji[index].name}
 
+    def class_labels(self) -> np.ndarray | None:
+        return np.array([emoji.label for emoji in self.emoji])
+
     def path(self, index: int) -> str:
         return str(self._picture(self.emoji[index]))
 
@@ -120,12 +124,12 @@ class OpenMoji:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def prepare(self) -> None:
-        """Draw what is missing, with a progress bar. Safe to run in several processes at once."""
+        """Draw what is missing, showing how far it is. Safe to run in several processes at once."""
         present = set(os.listdir(self.folder)) if self.folder.is_dir() else set()
         missing = [emoji for emoji in self.emoji if self._picture(emoji).name not in present]
         if missing:
             silent = not distributed.is_main()
-            for emoji in track(missing, f"drawing OpenMoji at {self.size} px", disable=silent):
+            for emoji in tracked(missing, f"drawing OpenMoji at {self.size} px", silent):
                 self._draw(emoji)
 
     def _picture(self, emoji: Emoji) -> Path:

@@ -83,6 +83,7 @@ class Progress(ProgressBar):
         self._task = TaskID(0)
         self._shown_at = self._images = 0.0
         self._began_at, self._began = 0.0, 0  # when, and at which step
+        self._validating_since = 0.0
         self._enabled = True
 
     def disable(self) -> None:
@@ -121,9 +122,28 @@ class Progress(ProgressBar):
         self._shown_at, self._images = now, 0
         self._show(trainer, "training", "  ".join(words))
 
-    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        if self._enabled and self._bar is not None and not trainer.sanity_checking:
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._validating_since = self._shown_at = time.monotonic()
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if not self._enabled or trainer.sanity_checking:
+            return
+        now = time.monotonic()
+        if self._bar is not None:
             self._bar.update(self._task, description="validating")
+        elif now - self._shown_at >= self._pause:
+            self._shown_at = now
+            done, total = batch_idx + 1, sum(trainer.num_val_batches)
+            times = so_far(now - self._validating_since, done, total)
+            self._say(f"step {trainer.global_step}: validating {done}/{total}  {times}")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A line of all that was validated, in the order in which the module logs it."""

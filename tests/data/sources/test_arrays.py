@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torchvision
 
+from ldm.data.dataset import class_labels
 from ldm.data.sources.arrays import CIFAR10, DEBIAN_FASHION_MNIST, MNIST, ArrayImages, FashionMNIST
 from ldm.errors import DataError
 
@@ -65,6 +66,11 @@ def test_missing_and_damaged_files(tmp_path, pictures):
         path.write_bytes(content)
         with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz"):
             MNIST(tmp_path)
+
+
+def test_labels_are_known_without_decoding(pictures):
+    toy = ArrayImages("toy", *pictures, ["a"] * 10)
+    assert class_labels(toy).tolist() == [item["class_label"] for item in map(toy.__getitem__, range(5))]
 
 
 def test_labels_are_checked(pictures):

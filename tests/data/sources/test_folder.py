@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.data.dataset import Subset, hold_out
+from ldm.data.dataset import Subset, class_labels, hold_out
 from ldm.data.decoding import read_image
 from ldm.data.fingerprint import agrees
 from ldm.data.sources.folder import ImageFolder
@@ -405,6 +405,12 @@ class TestSubset:
         assert hold_out(folder, 6)[1].indices == held_out.indices
         # A larger part contains the smaller one: what was validated on is not trained on later.
         assert set(held_out.indices) < set(hold_out(folder, 9)[1].indices)
+
+    def test_labels_are_known_without_decoding(self, image_folder):
+        for part in (ImageFolder(image_folder), *hold_out(ImageFolder(image_folder), 6)):
+            found = [part[index]["class_label"] for index in range(len(part))]
+            assert class_labels(part).tolist() == found
+        assert class_labels(ImageFolder(image_folder, classes=False)) is None
 
     @pytest.mark.parametrize("number", [-1, 0])
     def test_impossible_parts(self, image_folder, number):

@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from ldm.data.dataset import class_labels
 from ldm.data.sources.openmoji import OpenMoji
 from ldm.errors import DataError, ResourceError
 
@@ -74,6 +75,12 @@ def test_preparing_draws_what_is_missing_and_nothing_else(few):
     assert [path.read_bytes() for path in paths] == before
     assert [path.stat().st_mtime_ns for path in paths if path != paths[3]] == stamps
     assert sorted(path.name for path in few.folder.iterdir()) == sorted(path.name for path in paths)
+
+
+def test_labels_are_known_without_drawing(few):
+    known = class_labels(few).tolist()
+    assert not few.folder.exists()
+    assert known == [few[index]["class_label"] for index in range(5)]
 
 
 def test_an_interrupted_drawing_leaves_no_half_picture(few, monkeypatch):

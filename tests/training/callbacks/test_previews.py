@@ -236,7 +236,7 @@ def test_throughput_counts_images_and_waiting(tmp_path: Path) -> None:
 
 def test_saves_do_not_pass_for_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 100.0, 101.0, 103.0, 104.0])
-    monkeypatch.setattr("ldm.training.callbacks.previews.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("ldm.training.callbacks.progress.time.monotonic", lambda: next(clock))
     logged: dict[str, float] = {}
     module: Any = SimpleNamespace(log_dict=lambda values, **_: logged.update(values))
     batch = {"draws": Draws(0, range(6), 6)}
@@ -306,7 +306,7 @@ def test_times_are_of_the_steps_that_this_process_has_done(monkeypatch: pytest.M
     progress, text = a_progress(terminal=False)
     progress._pause = 0.0
     clock = iter([0.0, 12.0, 12.0, 20.0, 20.0])
-    monkeypatch.setattr("ldm.training.callbacks.previews.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("ldm.training.callbacks.progress.time.monotonic", lambda: next(clock))
     module: Any = SimpleNamespace(automatic_optimization=False)
     metrics = {"val/psnr": torch.tensor(24.0), "val/ssim": torch.tensor(0.5), "train/loss": torch.tensor(1.0)}
     trainer: Any = SimpleNamespace(global_step=900, max_steps=1000, world_size=2, sanity_checking=False)
@@ -319,6 +319,20 @@ def test_times_are_of_the_steps_that_this_process_has_done(monkeypatch: pytest.M
     assert text.getvalue().splitlines() == [
         "step 910/1000: loss 0.5  10 images/s  0:12 elapsed, 1:48 left",
         "step 910: val/psnr 24  val/ssim 0.5  0:20 elapsed, 3:00 left",
+    ]
+
+
+def test_a_log_file_hears_of_a_long_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    progress, text = a_progress(terminal=False)
+    clock = iter(range(0, 10_000, 20))
+    monkeypatch.setattr("ldm.training.callbacks.progress.time.monotonic", lambda: float(next(clock)))
+    trainer: Any = SimpleNamespace(global_step=900, sanity_checking=False, num_val_batches=[4])
+    progress.on_validation_start(trainer, Shows())
+    for batch in range(4):
+        progress.on_validation_batch_end(trainer, Shows(), None, {}, batch)
+    assert text.getvalue().splitlines() == [
+        "step 900: validating 2/4  0:40 elapsed, 0:40 left",
+        "step 900: validating 4/4  1:20 elapsed, 0:00 left",
     ]
 
 
