@@ -125,28 +125,27 @@ def train(options: Options, start: resume.Start, tree: dict[str, Any], data: Any
     """Build the model, take the run folder, and fit."""
     from ldm.runtime import distributed
     from ldm.training import fit, trainer
+    from ldm.training.callbacks.first_step import FirstStep
+    from ldm.training.loggers import end
 
     with fit.explained(), ExitStack() as held:
         model = trainer.build_model(tree, options.trust)
         signals.stop_if_asked()
-        folder = start.folder
-        if folder is None:
-            # The other ranks write nothing, so that theirs need not exist.
-            main_rank = distributed.is_main()
-            folder = (
-                run_folder.create(options.logdir, start.name, options.postfix)
-                if main_rank
-                else RunFolder(options.logdir)
-            )
-            if main_rank:
-                held.enter_context(run_folder.removed_if_unused(folder))
+        folder, first_step = start.folder, FirstStep()
+        if folder is None and distributed.is_main():
+            folder = run_folder.create(options.logdir, start.name, options.postfix)
+            used = (lambda: first_step.made) if options.train else folder.has_results
+            held.enter_context(run_folder.removed_if_unused(folder, used))
+        elif folder is None:
+            folder = RunFolder(options.logdir)  # the other ranks write nothing, so that theirs need not exist
         if distributed.is_main():
             held.enter_context(folder.owned())
             run_folder.check_space(folder.checkpoints, fit.space_needed(model))
             resume.save(folder, start.source, tree, facts)
-        callbacks = trainer.make_callbacks(tree, folder, model, facts, options.trust)
+        callbacks = [first_step, *trainer.make_callbacks(tree, folder, model, facts, options.trust)]
         # A validation alone has no step of its own in the metrics file.
         loggers = trainer.make_loggers(tree, folder, options.project, options.trust) if options.train else []
+        held.callback(lambda: None if first_step.made else end(loggers))
         lightning = trainer.make_trainer(tree, data, model, callbacks, loggers, options.trust, folder.path)
         signals.stop_if_asked()
         if not options.train:

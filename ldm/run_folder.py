@@ -20,7 +20,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -98,14 +98,10 @@ class RunFolder:
         """True when this is a folder some run has written its configuration to."""
         return self.config_file.is_file()
 
-    def remove_unused(self) -> None:
-        """Remove the folder of a run that has not made a step, if nothing lies in it but what a start writes."""
-        state = self.read_state()
-        if state is not None and state.step > 0:
-            return
-        written = {self.config_file, self.source_file, self.facts_file, self.state_file, self.path / "lock"}
-        if all(path.is_dir() or path in written for path in self.path.rglob("*")):
-            shutil.rmtree(self.path, ignore_errors=True)
+    def has_results(self) -> bool:
+        """Whether anything lies in the folder but what says which run it is and how it stands."""
+        known = {self.config_file, self.source_file, self.facts_file, self.state_file, self.path / "lock"}
+        return any(not path.is_dir() and path not in known for path in self.path.rglob("*"))
 
     def make(self) -> None:
         """Create whatever of the folder is missing."""
@@ -173,12 +169,18 @@ def create(logdir: Path, name: str, postfix: str = "") -> RunFolder:
 
 
 @contextmanager
-def removed_if_unused(folder: RunFolder) -> Iterator[None]:
-    """However the block ends, a new run in which no step was made leaves no folder behind."""
+def removed_if_unused(folder: RunFolder, used: Callable[[], bool]) -> Iterator[None]:
+    """However the block ends, a new run that has come to nothing leaves no folder behind.
+
+    Args:
+        folder: made by this process, so that all in it is of this start: also what loggers and profilers write.
+        used: asked at the end: whether the run has come to something.
+    """
     try:
         yield
     finally:
-        folder.remove_unused()
+        if not used():
+            shutil.rmtree(folder.path, ignore_errors=True)
 
 
 def newest(logdir: Path, name: str, postfix: str = "") -> RunFolder | None:

@@ -7,16 +7,20 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pytorch_lightning.callbacks import device_stats_monitor
+from pytorch_lightning.loggers import CSVLogger
 
 import main
 from ldm import run_folder
 from ldm.autoencoder.module import AutoencoderKL
 from ldm.checkpoints import store
 from ldm.config.load import to_yaml
+from ldm.data import transforms
 from ldm.data.datamodule import ImageDataModule
 from ldm.errors import ResourceError
 from ldm.run_folder import RunFolder
@@ -87,6 +91,22 @@ def test_a_csv_logger_needs_a_line_of_yaml_and_writes_into_the_run_folder(stage1
     assert {path.name for path in Path().iterdir()} == {"logs", "stage1.yaml"}
 
 
+@pytest.mark.parametrize("kind", ["CSVLogger", "TensorBoardLogger"])
+def test_another_logger_stands_beside_wandb_with_a_line_of_yaml(stage1, capfd, kind):
+    """TensorBoard's files, where its package is installed; where it is not, how to install it."""
+    line = f"lightning.logger={{more: {{target: pytorch_lightning.loggers.{kind}}}}}"
+    if kind == "TensorBoardLogger" and not find_spec("tensorboard"):
+        assert "pip install" in refused(capfd, 2, line)
+        return
+    assert train(line) == 0
+    folder = the_run().path
+    assert [*folder.rglob("run-*.wandb")]
+    (written,) = (folder / "lightning_logs").iterdir()
+    names = {path.name.partition(".tfevents")[0] for path in written.iterdir()}
+    assert names == {"hparams.yaml", "metrics.csv" if kind == "CSVLogger" else "events.out"}
+    assert {path.name for path in Path().iterdir()} == {"logs", "stage1.yaml"}
+
+
 def test_training_is_off_and_on(stage1, capsys):
     assert "--resume" in refused(capsys, 2, "-t", "false")
     assert train() == 0
@@ -152,6 +172,31 @@ def test_mistakes_are_answered_before_there_is_a_run(stage1, capsys, words, code
         assert part in message
 
 
+def test_a_package_that_is_not_installed(stage1, capsys):
+    assert "pip install" in refused(capsys, 2, "lightning.trainer.accelerator=tpu")
+
+
+def test_a_package_that_a_callback_lacks(stage1, capsys, monkeypatch):
+    """Which it notices in `setup`."""
+    monkeypatch.setattr(device_stats_monitor, "_PSUTIL_AVAILABLE", False)
+    monitor = "lightning.callbacks.x={target: pytorch_lightning.callbacks.DeviceStatsMonitor}"
+    message = refused(capsys, 2, monitor, "lightning.logger={}")
+    assert "DeviceStatsMonitor" in message
+    assert "pip install psutil" in message
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_takes_all_memory_is_named(stage1, capsys, monkeypatch, workers):
+    def exhausted(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(transforms.EvalTransform, "__call__", exhausted)
+    message = refused(capsys, 6, f"data.params.num_workers={workers}")
+    assert "The picture was " in message
+    assert "16 x 16 pixels" in message
+    assert "micro_batch_size" not in message
+
+
 def test_an_empty_folder_of_images(stage1, capsys, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "0 images" in refused(capsys, 3, "data.params.train.params.root=empty")
@@ -209,6 +254,16 @@ def test_a_checkpoint_from_elsewhere_starts_a_new_run(stage1, tmp_path):
     assert saved["ldm"]["images_seen"] == 18
 
 
+def test_a_checkpoint_that_has_all_steps_already_leaves_a_run_that_is_finished(stage1):
+    assert train() == 0
+    elsewhere = store.find(the_run().path).rename("elsewhere.ckpt")
+    assert main.main(["-r", str(elsewhere), "-l", "new"]) == 0
+    (folder,) = Path("new").iterdir()
+    state = RunFolder(folder).read_state()
+    assert state is not None
+    assert state.status == "finished"
+
+
 def fails(error: BaseException) -> Any:
     def instead(*_: Any, **__: Any) -> None:
         raise error
@@ -218,6 +273,7 @@ def fails(error: BaseException) -> Any:
 
 PLACES = [(run_folder, "check_space"), (resume, "save"), (trainer, "make_callbacks"), (trainer, "make_loggers")]
 PLACES += [(AutoencoderKL, "configure_optimizers"), (ImageDataModule, "train_dataloader"), (fit, "record")]
+PLACES += [(AutoencoderKL, "validation_step"), (AutoencoderKL, "training_step")]
 ERRORS = [ResourceError("no"), KeyboardInterrupt(), Stopped(signal.SIGTERM), RuntimeError("a bug"), SystemExit(1)]
 
 
@@ -225,8 +281,54 @@ ERRORS = [ResourceError("no"), KeyboardInterrupt(), Stopped(signal.SIGTERM), Run
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place[1])
 def test_a_failed_start_leaves_no_folder(stage1, monkeypatch, place, error):
     monkeypatch.setattr(*place, fails(error))
+    assert_leaves_no_folder()
+
+
+# What every kind of logger, and a profiler, has written by then. wandb is on by default.
+CSV_AND_WANDB = "lightning.logger={csv: {target: pytorch_lightning.loggers.CSVLogger}}"
+LATE = [(trainer, "make_trainer"), (fit, "record")]
+LATE += [(AutoencoderKL, "validation_step"), (AutoencoderKL, "training_step")]
+
+
+@pytest.mark.parametrize("place", LATE, ids=lambda place: place[1])
+def test_a_failed_start_leaves_nothing_of_its_loggers(stage1, monkeypatch, place):
+    real = getattr(*place)
+
+    def late(tree: Any, data: Any, model: Any, *own: Any, **rest: Any) -> Any:
+        # The first Trainer is made before there is a folder.
+        return fails(ResourceError("no"))() if own else real(tree, data, model, *own, **rest)
+
+    monkeypatch.setattr(*place, late if place[1] == "make_trainer" else fails(ResourceError("no")))
+    assert_leaves_no_folder(CSV_AND_WANDB, "lightning.trainer.profiler=simple")
+
+
+def test_a_logger_that_cannot_start_leaves_nothing_of_the_others(stage1, monkeypatch):
+    monkeypatch.setattr(CSVLogger, "log_hyperparams", fails(ResourceError("no")))
+    assert_leaves_no_folder(CSV_AND_WANDB)
+
+
+def test_a_model_that_fails_in_validation_leaves_no_folder_beside_wandb(stage1, capsys):
+    words = ["lightning.logger={}", "data.params.resolution=4", "model.params.loss.params.discriminator=null"]
+    assert "SSIM" in refused(capsys, 2, *words)
+
+
+def test_a_run_that_fails_after_a_step_keeps_all_of_it(stage1, monkeypatch):
+    real = AutoencoderKL.training_step
+
+    def second_fails(self: AutoencoderKL, *batch: Any) -> Any:
+        return fails(ResourceError("no"))() if self.global_step else real(self, *batch)
+
+    monkeypatch.setattr(AutoencoderKL, "training_step", second_fails)
+    assert train(CSV_AND_WANDB) == 6
+    folder = the_run()
+    assert [row["step"] for row in read_metrics(folder.metrics_file)] == ["1"]
+    assert [*folder.path.rglob("run-*.wandb")]
+    assert [*folder.path.rglob("lightning_logs/*/hparams.yaml")]
+
+
+def assert_leaves_no_folder(*words: str) -> None:
     with suppress(BaseException):
-        assert train() != 0
+        assert train(*words) != 0
     assert Path("logs").is_dir()
     assert not [*Path("logs").iterdir()]
 
@@ -251,6 +353,15 @@ def test_a_run_that_goes_on_keeps_its_folder_when_it_fails(stage1, monkeypatch):
     assert sorted(the_run().path.rglob("*")) == before
 
 
+def test_a_fixed_logvar_changes_with_the_configuration(stage1, capsys):
+    assert train("model.params.loss.params.learn_logvar=false") == 0
+    key = "model.params.loss.params.logvar"
+    words = ["-r", str(the_run().path), f"{key}=1.0", "--allow-change", key, "lightning.trainer.max_steps=3"]
+    assert main.main(words) == 0
+    assert f"changed: {key}" in capsys.readouterr().out
+    assert store.load(store.find(the_run().path))["state_dict"]["loss.logvar"].item() == 1.0
+
+
 def test_a_file_in_the_place_of_a_folder(stage1, capsys):
     Path("taken").touch()
     for words in (["-l", "taken"], ["-l", "taken/logs"], ["-l", "taken", "-r", "auto"]):
@@ -271,6 +382,33 @@ def test_another_optimizer_is_refused_when_its_groups_differ(stage1, capsys):
 def start(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "main.py"), *words]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
+
+
+def test_paths_that_are_not_utf8(stage1, image_folder, tmp_path):
+    """In all places, through both stages, beside wandb, with what goes on from there."""
+    odd = os.fsdecode(b"caf\xe9")
+    Path(odd).symlink_to(image_folder)
+    logs, pictures = f"L{odd}", f"data.params.train.params.root={tmp_path}/{odd}"
+    ended = start("--base", "stage1.yaml", "-l", logs, pictures, "lightning.logger={}")
+    assert (ended.returncode, "Traceback" in ended.stderr) == (0, False), ended.stderr
+    assert "finished at step 2" in ended.stdout
+    assert "wandb: ResourceError: it cannot write to L" in ended.stderr
+    (folder,) = Path(logs).iterdir()
+    ended = start("-r", str(folder), "lightning.trainer.max_steps=3", pictures)
+    assert (ended.returncode, "Traceback" in ended.stderr) == (0, False), ended.stderr
+    ended = start("--base", "stage1.yaml", pictures, "lightning.logger={}")
+    assert (ended.returncode, "Traceback" in ended.stderr) == (0, False), ended.stderr
+
+
+def test_stage_2_of_and_in_paths_that_are_not_utf8(stage1, diffusion_tree, tmp_path):
+    odd = os.fsdecode(b"L\xe9")
+    assert train("-l", odd) == 0
+    diffusion_tree["lightning"]["trainer"] |= {"max_steps": 2, "val_check_interval": 2}
+    Path("stage2.yaml").write_text(to_yaml(diffusion_tree))
+    (folder,) = Path(odd).iterdir()
+    words = [f"data.params.autoencoder={folder}", f"data.params.cache={tmp_path}/{odd}/cache", "-l", odd]
+    ended = start("--base", "stage2.yaml", *words)
+    assert (ended.returncode, "Traceback" in ended.stderr) == (0, False), ended.stderr
 
 
 def test_a_mistake_takes_less_than_five_seconds(stage1):

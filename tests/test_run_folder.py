@@ -118,25 +118,32 @@ def test_names_that_are_no_folder_names(name):
         run_folder.check_name(name)
 
 
-def test_a_run_without_a_step_leaves_no_folder(tmp_path):
+WRITTEN = ["configs/config.yaml", "metrics.csv", "wandb/run/files/a", "lightning_logs/version_0/b", "fit-profile.txt"]
+
+
+def test_a_run_without_a_step_leaves_no_folder_and_one_with_a_step_all_of_it(tmp_path):
     def start(folder: RunFolder) -> None:
-        for file in (folder.config_file, folder.source_file, folder.facts_file, folder.path / "lock"):
-            file.touch()
+        for file in (*WRITTEN, "configs/source.yaml", "configs/facts.json", "lock"):
+            (folder.path / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder.path / file).touch()
         folder.write_state(RunState("failed"))
         raise KeyboardInterrupt
 
-    folder = run_folder.create(tmp_path, "faces")
-    with pytest.raises(KeyboardInterrupt), run_folder.removed_if_unused(folder):
-        start(folder)
-    assert not [*tmp_path.iterdir()]
+    for used in (False, True):
+        folder = run_folder.create(tmp_path, "faces")
+        with pytest.raises(KeyboardInterrupt), run_folder.removed_if_unused(folder, lambda used=used: used):
+            start(folder)
+        assert folder.path.exists() == used
+    assert all((folder.path / file).exists() for file in WRITTEN)
 
 
 @pytest.mark.parametrize("file", ["checkpoints/stopped.ckpt", "metrics.csv", "wandb/run", "images/val/a.png"])
-def test_a_run_with_anything_in_it_stays(tmp_path, file):
-    with run_folder.removed_if_unused(folder := run_folder.create(tmp_path, "faces")):
-        (folder.path / file).parent.mkdir(exist_ok=True)
-        (folder.path / file).touch()
-    assert (folder.path / file).exists()
-    with run_folder.removed_if_unused(other := run_folder.create(tmp_path, "cats")):
-        other.write_state(RunState("failed", step=1))
-    assert other.path.exists()
+def test_results_are_all_but_what_says_how_a_run_stands(tmp_path, file):
+    folder = made(tmp_path, "2026-01-01T00-00-00_faces")
+    folder.write_state(RunState("failed"))
+    for known in (folder.source_file, folder.facts_file, folder.path / "lock"):
+        known.touch()
+    assert not folder.has_results()
+    (folder.path / file).parent.mkdir(exist_ok=True)
+    (folder.path / file).touch()
+    assert folder.has_results()

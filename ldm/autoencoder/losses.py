@@ -72,8 +72,8 @@ class AutoencoderLoss(nn.Module):
         kl_weight: of the posterior's cost: the KL against the standard normal, in nats; of a codebook, squared
             distances summed over the latent.
         logvar: starting value of the log-variance, which belongs to the generator's optimizer.
-        learn_logvar: False fixes it there, as it is in the published training, whose optimizers do not hold it (a
-            checkpoint's value takes the place of `logvar` either way).
+        learn_logvar: False fixes it there, as it is in the published training, whose optimizers do not hold it. A
+            checkpoint's value takes the place of `logvar` only where it is learned.
         discriminator: images -> logits; None trains without one.
         adversarial: Hinge() or Vanilla().
         adversarial_weight: factor on the adaptive weight w.
@@ -102,6 +102,8 @@ class AutoencoderLoss(nn.Module):
         self.kl_weight = kl_weight
         # A parameter either way: every checkpoint has it, and a fixed one takes part in no reduction of gradients.
         self.logvar = nn.Parameter(torch.tensor(float(logvar)), requires_grad=learn_logvar)
+        if not learn_logvar:
+            self.register_load_state_dict_pre_hook(_keep_logvar)
         self.discriminator = discriminator
         self.adversarial = Hinge() if adversarial is None else adversarial
         self.adversarial_weight = adversarial_weight
@@ -173,6 +175,12 @@ class AutoencoderLoss(nn.Module):
             parts["lpips"] = perceptual.detach()
             error = error + self.perceptual_weight * perceptual
         return error * images[0].numel(), parts
+
+
+def _keep_logvar(loss: AutoencoderLoss, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A fixed log-variance is a hyperparameter: the configured one holds, whatever a checkpoint was trained with."""
+    if (key := f"{prefix}logvar") in state_dict:
+        state_dict[key] = loss.logvar.detach()
 
 
 def _balance(reconstruction: Tensor, last_weight: Tensor, nll: Tensor, adversarial_grad: Tensor) -> Tensor:

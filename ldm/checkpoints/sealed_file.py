@@ -67,6 +67,7 @@ def read(path: Path, map_location: Any = "cpu", mapped: bool = False) -> dict[st
     """
     if os.environ.get(_UNSAFE):
         raise CheckpointError(f"{path}: not loaded while {_UNSAFE} is set: it lets a checkpoint run code. Unset it.")
+    mapped = mapped and _is_utf8(path)  # torch maps no file of another name
     try:
         state: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -122,6 +123,14 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class _Summing:

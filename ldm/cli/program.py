@@ -1,5 +1,6 @@
 """What every program of ldm does around its own work: hear of signals, be tied to its launcher, leave quickly."""
 
+import io
 import signal
 import sys
 import traceback
@@ -17,6 +18,8 @@ def run(main: Callable[[], int]) -> NoReturn:
 
     A program that SLURM has warned (SIGUSR1) puts its job back into the queue, once it has stopped with nothing lost.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: a path need not be UTF-8
     threads.prepare()
     signals.listen()
     launcher.tie_to_starter()

@@ -147,14 +147,15 @@ def build(node: Any, trust: Sequence[str] = (), *, key: str = "") -> Any:
     except (LdmError, MemoryError):
         raise
     except Exception as error:
-        raise ConfigError(f"{key or target}: {target} cannot be built: {_reason(error)}") from error
+        raise ConfigError(f"{key or target}: {target} cannot be built: {reason(error)}") from error
 
 
-def _reason(error: Exception) -> str:
-    """What a constructor's error says; of a package that is missing, how to install it."""
+def reason(error: Exception) -> str:
+    """What a library's error says; of a package that is missing, how to install it."""
     text = str(error)
     if isinstance(error, ModuleNotFoundError):
-        name = (error.name or "").partition(".")[0]
+        named = re.search(r"`([\w-]+)` is not installed", text)  # Lightning raises it without a name
+        name = (error.name or (named[1] if named else "")).partition(".")[0]
         fix = f"; install it: pip install {name}" if name and "pip install" not in text else ""
         return f"it needs a package that is not installed: {text}{fix}"
     if isinstance(error, TypeError | ValueError):

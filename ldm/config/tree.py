@@ -123,6 +123,10 @@ _CORE = [  # (tag, what a plain scalar looks like, the characters it can start w
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
+    def check_printable(self, data: Any) -> None:
+        # Bytes of a path that are not UTF-8, as Python has them from the command line.
+        super().check_printable(re.sub("[\udc80-\udcff]", "?", data))
+
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark

@@ -10,6 +10,8 @@ from ldm.data import value_range as ranges
 from ldm.errors import DataError
 
 MAX_PIXELS = 50_000_000
+PICTURE = "The picture was"
+"""How the note begins that an error of one picture carries."""
 
 
 def read_image(
@@ -43,6 +45,7 @@ def read_image(
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error, ValueError, ...
         exhausted = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
         if exhausted or isinstance(error, MemoryError):
+            error.add_note(f"{PICTURE} {path}.")
             raise  # the machine's fault: replacing the image would make the run depend on it
         raise DataError(f"{path}: cannot be read as an image ({type(error).__name__}: {error})") from error
 

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-from ldm.data.decoding import MAX_PIXELS
+from ldm.data.decoding import MAX_PIXELS, PICTURE
 from ldm.errors import ConfigError, DataError
 from ldm.ranges import Count, Fraction
 
@@ -134,5 +134,5 @@ def transformed(image: Image.Image, transform: Transform, channels: int, path: s
     try:
         return transform(image.convert("L" if channels == 1 else "RGB"))
     except Exception as error:
-        error.add_note(f"The picture was {path}, {image.width} x {image.height} pixels.")
+        error.add_note(f"{PICTURE} {path}, {image.width} x {image.height} pixels.")
         raise

@@ -19,6 +19,8 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from ldm import errors
 from ldm.checkpoints import store
+from ldm.config.targets import reason
+from ldm.data.decoding import PICTURE
 from ldm.errors import CheckpointError, ConfigError, LdmError, PeerError, ResourceError
 from ldm.run_folder import RunFolder, RunState
 from ldm.runtime import distributed, launcher, signals
@@ -211,16 +213,39 @@ def explain(error: BaseException) -> LdmError | None:
                 "slow, raise lightning.strategy.params.timeout (seconds)."
             )
         case torch.OutOfMemoryError() | MemoryError():
-            return ResourceError(
-                f"out of memory: {first_line}\nLower data.params.micro_batch_size, or the model's size."
-            )
+            return _out_of_memory(error)
+        case RuntimeError() if "DefaultCPUAllocator" in text:
+            return _out_of_memory(error)
+        case ImportError():
+            return ConfigError(f"lightning: {reason(error)}")
         case OSError():
             return errors.of_place(error)
-        case RuntimeError() if "DataLoader worker" in text:
+        case RuntimeError() if "DataLoader worker" in text and "InitImage Traceback" not in text:
             return ResourceError(
                 f"a data loader's worker died, likely for want of memory: {first_line}\n"
                 "Resume with fewer data.params.num_workers."
             )
+        case RuntimeError() if text.startswith("Early stopping conditioned on metric"):
+            return ConfigError(f"lightning.callbacks: {first_line}")
         case RuntimeError() if text.startswith("Error(s) in loading state_dict"):
             return CheckpointError(f"the checkpoint is of another model than the configuration describes: {text}")
     return None
+
+
+def _out_of_memory(error: BaseException) -> ResourceError:
+    """What ran out of memory: a picture, where one is named in the error's notes or in what a worker wrote of them."""
+    text = str(error).strip()
+    lines = [*text.splitlines(), *getattr(error, "__notes__", [])]
+    pictures = [line.strip() for line in lines if line.startswith(PICTURE)]
+    worker = "InitImage Traceback" in text
+    what = f"{type(error).__name__} in a data loader's worker" if worker else lines[0] if text else type(error).__name__
+    if pictures:
+        advice = (
+            "Shrink or remove it, or set max_pixels of its data set below its size: it then counts as broken, and "
+            "another takes its place."
+        )
+    elif worker:
+        advice = "Resume with fewer data.params.num_workers."
+    else:
+        advice = "Lower data.params.micro_batch_size, or the model's size."
+    return ResourceError("\n".join([f"out of memory: {what}", *pictures, advice]))

@@ -9,8 +9,9 @@ import queue
 import threading
 import urllib.request
 from argparse import Namespace
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -265,6 +266,8 @@ class FencedWandb(WandbLogger):
     def _connect(self) -> None:
         import wandb
 
+        if (shown := str(self.save_dir).encode(errors="backslashreplace").decode()) != str(self.save_dir):
+            raise ResourceError(f"it cannot write to {shown}, whose name is not UTF-8")
         wandb.setup(wandb.Settings(**_quiet()))  # also for what login and teardown have to say
         if not self._offline:
             try:
@@ -291,6 +294,29 @@ class FencedWandb(WandbLogger):
             print(f"wandb: {run.url}")
         else:
             print(f"wandb: offline; to send this run: wandb sync {Path(run.dir).parent}")
+
+
+@contextmanager
+def ended_if_failed(loggers: Sequence[Logger]) -> Iterator[None]:
+    """Where the block fails, `loggers` are ended."""
+    try:
+        yield
+    except BaseException:
+        end(loggers)
+        raise
+
+
+def end(loggers: Sequence[Logger]) -> None:
+    """End the loggers of a run that has come to nothing, so that its folder can be removed.
+
+    Only wandb has a process of its own, which would go on writing there; others write when they are called.
+    """
+    for logger in loggers:
+        if isinstance(logger, FencedWandb):
+            logger.finalize("failed")
+            logger.close()
+        elif isinstance(logger, WandbLogger) and logger._experiment is not None:
+            _quietly(partial(logger._experiment.finish, exit_code=1))
 
 
 def _quiet() -> dict[str, Any]:

@@ -35,7 +35,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from ldm.autoencoder.module import AutoencoderKL
 from ldm.config.load import build
 from ldm.config.signatures import live_signature
-from ldm.config.targets import is_node, resolve
+from ldm.config.targets import is_node, reason, resolve
 from ldm.diffusion.conditioners.base import Unconditional
 from ldm.diffusion.module import LatentDiffusion, parts
 from ldm.errors import ConfigError
@@ -43,12 +43,13 @@ from ldm.run_folder import RunFolder
 from ldm.runtime import distributed, threads
 from ldm.runtime.step_metrics import is_logged
 from ldm.training.callbacks.checkpoints import AtomicCheckpointIO, Checkpoints
+from ldm.training.callbacks.monitors import Monitors, monitored
 from ldm.training.callbacks.previews import ImageLogger, SampleLogger
 from ldm.training.callbacks.progress import Progress, Throughput
 from ldm.training.callbacks.provenance import Provenance
 from ldm.training.callbacks.skip_nonfinite import SkipNonFinite
 from ldm.training.callbacks.stop import StopOnSignal
-from ldm.training.loggers import FencedWandb, MetricsFile
+from ldm.training.loggers import FencedWandb, MetricsFile, ended_if_failed
 from ldm.training.rehearsal import Rehearsal
 from ldm.training.strategies import DDP, FSDP2
 
@@ -121,8 +122,9 @@ def make_trainer(
     try:
         with _muted():
             trainer = _trainer(strategy, arguments)
-    except (MisconfigurationException, TypeError, ValueError) as error:
-        raise ConfigError(f"lightning.trainer: {error}") from error
+    except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
+        text = reason(error) if isinstance(error, ImportError) else str(error)
+        raise ConfigError(f"lightning.trainer: {text}") from error
     threads.share(trainer.num_devices)
     # Known only now: the world size is the strategy's. Lightning counts the interval in batches.
     steps.accumulation = data.accumulation(trainer.world_size)
@@ -243,8 +245,9 @@ def make_loggers(tree: Mapping[str, Any], folder: RunFolder, project: str, trust
     own["offline"] = mode == "offline"
     default = {} if mode == "disabled" else {"wandb": {"target": f"{FencedWandb.__module__}.{FencedWandb.__name__}"}}
     further = [_logger(node, own, trust, key) for key, node in _logger_nodes(tree["lightning"], default).items()]
-    for logger in further:
-        logger.log_hyperparams(dict(tree))
+    with ended_if_failed(further):
+        for logger in further:
+            logger.log_hyperparams(dict(tree))
     return [MetricsFile(folder.metrics_file), *further]
 
 
@@ -295,7 +298,9 @@ def make_callbacks(
     }
     for name, node in (section.get("callbacks") or {}).items():
         callbacks[name] = build(node, trust, key=f"lightning.callbacks.{name}")
-    return [callback for callback in callbacks.values() if callback is not None]
+    monitors = monitored(section.get("callbacks") or {})
+    first = [Monitors(monitors, tree["model"])] if monitors else []
+    return [*first, *(callback for callback in callbacks.values() if callback is not None)]
 
 
 def _pictures(model: Any, interval: int, facts: Mapping[str, Any], trust: Sequence[str]) -> pl.Callback | None:

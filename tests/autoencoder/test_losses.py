@@ -296,3 +296,15 @@ def test_adversarial_objectives_push_the_right_way(objective):
     fake.grad = None
     objective.generator(fake).backward()
     assert (fake.grad < 0).all()
+
+
+def test_a_fixed_logvar_is_the_configured_one_whatever_a_checkpoint_holds():
+    saved = nn.ModuleDict({"loss": AutoencoderLoss(logvar=-0.5)}).state_dict()
+    for learned, expected in ((False, 1.0), (True, -0.5)):
+        model = nn.ModuleDict({"loss": AutoencoderLoss(logvar=1.0, learn_logvar=learned)})
+        copy.deepcopy(model).load_state_dict(saved)
+        model.load_state_dict(saved)
+        assert model.loss.logvar.item() == expected
+        assert saved["loss.logvar"].item() == -0.5
+    with pytest.raises(RuntimeError, match="logvar"):
+        model.load_state_dict({})

@@ -1,6 +1,7 @@
 """Reading and merging: YAML without its traps, overrides, and where each value was written."""
 
 import functools
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,3 +157,15 @@ def _leaves(tree: dict[str, Any], key: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, dotted(key, name))
         elif not isinstance(value, list):
             yield dotted(key, name), value
+
+
+def test_bytes_of_a_path_that_are_not_utf8_pass_through_an_override_and_back():
+    path = os.fsdecode(b"/x/caf\xe9")
+    for written in (path, f"'{path}'", f'"{path}"'):
+        root = apply(Node({}, "test"), [f"data.root={written}"])
+        assert root.plain() == {"data": {"root": path}}
+        again = parse(to_yaml(root.plain()), "again")
+        assert again is not None
+        assert again.plain() == root.plain()
+    with pytest.raises(ConfigError, match="special characters"):
+        apply(Node({}, "test"), ["a=\x01"])

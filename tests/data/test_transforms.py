@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
+from ldm.data import decoding
 from ldm.data.loading import BrokenImages, TransformedDataset, collate
 from ldm.data.sources.folder import ImageFolder
 from ldm.data.transforms import EvalTransform, TrainTransform
@@ -145,6 +146,15 @@ class TestView:
         with pytest.raises(MemoryError) as caught:
             view(image_folder, fail)[0, 3]
         assert caught.value.__notes__ == [f"The picture was {ImageFolder(image_folder).path(3)}, 16 x 16 pixels."]
+
+    def test_a_picture_that_cannot_be_decoded_for_want_of_memory_is_named(self, image_folder, monkeypatch):
+        def fail(*_):
+            raise MemoryError
+
+        monkeypatch.setattr(decoding, "_flatten", fail)
+        with pytest.raises(MemoryError) as caught:
+            view(image_folder)[0, 3]
+        assert caught.value.__notes__ == [f"The picture was {ImageFolder(image_folder).path(3)}."]
 
     def test_more_than_eight_bits_are_not_cut_off(self, image_folder, monkeypatch):
         """From a data set of one's own, which is to deliver grey or RGB."""

@@ -31,6 +31,9 @@ ldm.errors.DataError: a.png: broken
 """
 
 
+NO_MEMORY = "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
+
+
 @pytest.mark.parametrize(
     ("error", "kind", "said"),
     [
@@ -38,6 +41,11 @@ ldm.errors.DataError: a.png: broken
         (torch.OutOfMemoryError("CUDA out of memory"), ResourceError, "micro_batch_size"),
         (MemoryError(), ResourceError, "micro_batch_size"),
         (OSError(errno.ENOSPC, "No space left on device", "/logs/a"), ResourceError, "/logs/a"),
+        (RuntimeError(NO_MEMORY), ResourceError, "micro_batch_size"),
+        (RuntimeError("Early stopping conditioned on metric `x` which is"), ConfigError, "lightning.callbacks: Early"),
+        (ModuleNotFoundError("X cannot log as `psutil` is not installed."), ConfigError, "pip install psutil"),
+        (ModuleNotFoundError("No module named 'abacus'", name="abacus"), ConfigError, "pip install abacus"),
+        (ImportError("requires PyTorch 9.4 or higher"), ConfigError, "lightning: ImportError: requires PyTorch 9.4"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), ResourceError, "num_workers"),
         (RuntimeError("Error(s) in loading state_dict for X: ..."), CheckpointError, "another model"),
         (DataError(FROM_A_WORKER), DataError, "a.png: broken"),
@@ -52,6 +60,47 @@ def test_errors_that_a_user_can_mend(error, kind, said):
     assert "Traceback" not in str(known)
     with pytest.raises(kind, match=said.replace("/", ".")), fit.explained():
         raise error
+
+
+def in_a_worker(error: type[Exception], *notes: str) -> Exception:
+    """What a loader makes of a worker's error: the same kind, with the traceback for a text."""
+
+    class Fails(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, index: int) -> None:
+            found = error()
+            for note in notes:
+                found.add_note(note)
+            raise found
+
+    with pytest.raises(error) as caught:
+        next(iter(torch.utils.data.DataLoader(Fails(), num_workers=1)))
+    return caught.value
+
+
+@pytest.mark.parametrize("worker", [True, False])
+@pytest.mark.parametrize("note", ["The picture was thin picture.png, 40000 x 1 pixels.", "The picture was huge.png."])
+def test_a_picture_that_takes_all_memory_is_named(worker, note):
+    error: Exception = MemoryError()
+    error.add_note(note)
+    known = str(fit.explain(in_a_worker(MemoryError, note) if worker else error))
+    assert note in known.splitlines()
+    assert "max_pixels" in known
+    assert "MemoryError" in known
+    assert "micro_batch_size" not in known
+    assert "Traceback" not in known
+
+
+def test_memory_that_a_worker_lacks():
+    known = str(fit.explain(in_a_worker(MemoryError)))
+    assert "num_workers" in known
+    assert "Traceback" not in known
+
+
+def test_a_bug_in_a_worker_stays_one():
+    assert fit.explain(in_a_worker(RuntimeError)) is None
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes"), OSError(errno.ENOENT, "no such file"), KeyError("x")])

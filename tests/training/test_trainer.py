@@ -1,5 +1,6 @@
 """The Trainer means by its numbers what the configuration means by them."""
 
+import gc
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.strategies import DDPStrategy
 
 from ldm.config.load import from_tree
+from ldm.config.tree import apply, from_plain
 from ldm.errors import ConfigError
 from ldm.run_folder import RunFolder
 from ldm.training import trainer
@@ -77,6 +79,19 @@ def test_what_lightning_refuses_is_a_config_error():
     with pytest.raises(ConfigError, match="cards"):
         make(tree(cards=1))
     assert make(tree(gradient_clip_val=1.0)).gradient_clip_val == 1.0
+
+
+MISSING = ["trainer.accelerator=tpu", "trainer.profiler=xla", "strategy=xla", "trainer.precision=transformer-engine"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a profiler that is half made
+@pytest.mark.parametrize("override", MISSING)
+def test_a_package_that_the_trainer_lacks(override):
+    """Lightning's errors of it are of another kind than its other ones."""
+    config = from_plain({"lightning": tree()["lightning"], "seed": 1}, "test")
+    with pytest.raises(ConfigError, match=r"lightning\.trainer: it needs a package that is not .*pip install"):
+        make(apply(config, [f"lightning.{override}"]).plain())
+    gc.collect()
 
 
 def callbacks(section: dict[str, Any], tmp_path: Path) -> list[Any]:

@@ -1,0 +1,93 @@
+"""Metrics that callbacks wait for: a name that nothing logs is refused before the first step, not hours later."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+
+from ldm.config.tree import from_plain
+from ldm.errors import ConfigError
+from ldm.runtime import distributed
+from ldm.runtime.step_metrics import is_logged
+
+_TRAINING = "train/"  # how names begin that training logs, where validation cannot know them
+
+
+class Monitors(pl.Callback):
+    """Looks for the metric of each `monitor` among what is logged, as soon as that can be known.
+
+    A new run: by the validation batch that is tried before the first step. One that goes on: by the metrics in its
+    checkpoint, unless the model has been changed since, and at its first validation. A metric of training
+    (`train/...`): at the first step that is logged. Stands before the callbacks that it speaks for.
+
+    Args:
+        monitors: name of a callback under `lightning.callbacks` -> its `monitor`.
+        model: the configuration's `model`, every reference filled in.
+
+    Raises:
+        ConfigError: there is no such metric, or no validation.
+    """
+
+    def __init__(self, monitors: Mapping[str, str], model: Any) -> None:
+        self._validated = {name: monitor for name, monitor in monitors.items() if not monitor.startswith(_TRAINING)}
+        self._trained = {name: monitor for name, monitor in monitors.items() if monitor.startswith(_TRAINING)}
+        self._model = model
+        self._step, self._logged = 0, False  # the step under way: steps before it, and whether it is logged
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        record = checkpoint.get("ldm") or {}
+        # With another model validation may log something else.
+        if trainer.state.fn == "fit" and record.get("metrics") and _same(record.get("config") or {}, self._model):
+            _check(self._validated, record["metrics"], "the validation before this checkpoint")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._validated:
+            return
+        own = int(min(sum(trainer.num_val_batches), 2**31)) if trainer.enable_validation else 0
+        if not distributed.max_over_ranks(own):
+            name, monitor = next(iter(self._validated.items()))
+            raise ConfigError(
+                f"lightning.callbacks.{name}.params.monitor: {monitor!r} is a metric of validation, of which this run "
+                "has none. Hold pictures out (data.params.num_validation), or leave the monitor out."
+            )
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            _check(self._validated, trainer.callback_metrics, "validation")
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self._step, self._logged = trainer.global_step, is_logged(trainer)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if self._trained and self._logged and trainer.global_step > self._step:
+            known = [name for name in trainer.callback_metrics if name.startswith(_TRAINING)]
+            _check(self._trained, known, "training")
+            self._trained = {}  # once is enough
+
+
+def monitored(callbacks: Mapping[str, Any]) -> dict[str, str]:
+    """Of the configuration's `lightning.callbacks`, those that wait for a metric: name -> `monitor`."""
+    params = {name: node.get("params") or {} for name, node in callbacks.items() if node is not None}
+    # EarlyStopping: `strict: false` means a metric that may be absent.
+    return {
+        name: of["monitor"]
+        for name, of in params.items()
+        if isinstance(of.get("monitor"), str) and of.get("strict") is not False
+    }
+
+
+def _check(monitors: Mapping[str, str], known: Iterable[str], where: str) -> None:
+    names = sorted({*known} - {"step"})  # a row's number
+    for name, monitor in monitors.items():
+        if monitor not in names:
+            raise ConfigError(
+                f"lightning.callbacks.{name}.params.monitor: there is no metric {monitor!r}; {where} logged "
+                f"{', '.join(names) or 'nothing'}"
+            )
+
+
+def _same(config: Mapping[str, Any], model: Any) -> bool:
+    """Whether a checkpoint's configuration describes `model`, by whatever names it did then."""
+    return from_plain(config.get("model"), "a checkpoint").plain() == from_plain(model, "the run").plain()
