@@ -4,9 +4,15 @@ Trained-looking run folders for sampling are in tiny_runs.py.
 """
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.update(WANDB_MODE="offline", WANDB_SILENT="true")
+
+# A shell without job control starts what runs in the background, as nohup does, with these ignored; tests send them.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 import copy
 from pathlib import Path

@@ -6,10 +6,12 @@ What trains is run dry, on stand-ins for the runs that it names; what samples, p
 import re
 import shlex
 import subprocess
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from packaging.requirements import Requirement
 from PIL import Image
 
 import main
@@ -23,6 +25,8 @@ README = (ROOT / "README.md").read_text()
 HEADERS = [path for path in sorted((ROOT / "configs").rglob("*")) if path.suffix in (".yaml", ".sh", ".sbatch")]
 PROGRAMS = r"([A-Z]+=\S+ )*(make|python|torchrun|pip|conda|sbatch|bash|main\.py) "
 PICTURES = "pictures"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = [line for extra in PROJECT["optional-dependencies"].values() for line in extra]
 CLASSES = ["faces", "food", *"23456789"]
 
 
@@ -156,6 +160,8 @@ def run(workshop, tmp_path, monkeypatch, autoencoder_tree, diffusion_tree):
         words = [word for word in words if not re.fullmatch(r"[A-Z]+=\S+", word) or words[0] == "make"]
         if words[0] == "make":
             return subprocess.run(["make", "-n", *words[1:]], capture_output=True).returncode
+        if words[:2] == ["pip", "install"]:  # a package that is an extra of ours
+            return 0 if set(words[2:]) <= {Requirement(line).name for line in EXTRAS} else 1
         if words[0] == "conda":
             return 0 if Path(words[words.index("-f") + 1]).is_file() else 1
         return programs[words[1]](words[2:]) if words[0] == "python" else started(words)
