@@ -16,9 +16,10 @@ from PIL import Image
 
 import main
 from ldm.checkpoints import store
+from ldm.cli import cache, ema, plot, sample
 from ldm.config.load import to_yaml
 from ldm.optim.ema import power_exponent
-from scripts import bench, cache_latents, compare, faults, plot_run, reconstruct_ema, sample
+from scripts import bench, compare, faults
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -127,7 +128,7 @@ def run(workshop, tmp_path, monkeypatch, autoencoder_tree, diffusion_tree):
 
     def build_cache(words: list[str]) -> int:
         (workshop / "FILE.yaml").write_text(to_yaml(diffusion_tree))
-        return cache_latents.main([*words, "data.params.resolution=32"])
+        return cache.main([*words, "data.params.resolution=32"])
 
     def started(words: list[str]) -> int:
         """Of a cluster: its scripts are valid, and what they and torchrun start is a run."""
@@ -147,8 +148,8 @@ def run(workshop, tmp_path, monkeypatch, autoencoder_tree, diffusion_tree):
         "main.py": train,
         "scripts/cache_latents.py": build_cache,
         "scripts/sample.py": lambda words: sample.main([*words, "--steps", "2", "-n", "1", "--out", str(tmp_path)]),
-        "scripts/reconstruct_ema.py": reconstruct_ema.main,
-        "scripts/plot_run.py": plot_run.main,
+        "scripts/reconstruct_ema.py": ema.main,
+        "scripts/plot_run.py": plot.main,
         # These take minutes to hours, and have tests of their own.
         "scripts/bench.py": parsed(bench.parse),
         "scripts/compare.py": parsed(compare.parse),

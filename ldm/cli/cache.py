@@ -12,13 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm.runtime import threads
-
-if __name__ == "__main__":
-    threads.prepare()  # before torch is imported
-
 from ldm.cli import program
-from ldm.cli.options import Parser, path, split_overrides
+from ldm.cli.options import Parser, called, path, split_overrides
 from ldm.errors import ConfigError, LdmError
 from ldm.runtime import distributed, signals
 from ldm.runtime.progress import shown
@@ -72,7 +67,9 @@ def verify_all(folders: Sequence[Path]) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code (ldm/errors.py)."""
-    parser = Parser(prog="cache_latents.py", description="Build or check latent caches.", allow_abbrev=False)
+    parser = Parser(
+        prog=called("cache_latents.py", "cache"), description="Build or check latent caches.", allow_abbrev=False
+    )
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("-b", "--base", nargs="+", type=path, metavar="YAML", help="stage-2 configuration")
     task.add_argument("--verify", nargs="+", type=path, metavar="FOLDER", help="caches to read and check whole")
@@ -87,7 +84,3 @@ def main(argv: Sequence[str]) -> int:
         return None
 
     return program.answer(work)
-
-
-if __name__ == "__main__":
-    program.run(lambda: main(sys.argv[1:]))

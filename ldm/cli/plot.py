@@ -6,7 +6,6 @@ python scripts/plot_run.py RUN OTHER_RUN --only loss psnr -o compare.png
 
 import csv
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from ldm.cli import program
-from ldm.cli.options import Parser, path
+from ldm.cli.options import Parser, called, path
 from ldm.errors import ConfigError, DataError
 
 Curve = tuple[list[int], list[float]]
@@ -119,7 +118,7 @@ def plot(runs: Sequence[Path], output: Path, only: Sequence[str] = ()) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code (ldm/errors.py)."""
-    parser = Parser(prog="plot_run.py", description="Draw a run's curves to a PNG.", allow_abbrev=False)
+    parser = Parser(prog=called("plot_run.py", "plot"), description="Draw a run's curves to a PNG.", allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help="run folder, or its metrics.csv")
     parser.add_argument("-o", "--output", type=path, help="the picture (default: metrics.png in the first run)")
     parser.add_argument("--only", nargs="+", default=[], metavar="METRIC", help="draw these panels alone")
@@ -134,7 +133,3 @@ def main(argv: Sequence[str]) -> int:
         print(output)
 
     return program.answer(work)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

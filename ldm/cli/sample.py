@@ -15,7 +15,6 @@ makes only what is missing; a folder with pictures of other settings is left alo
 """
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from functools import partial
@@ -23,19 +22,15 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from ldm.cli import program
-from ldm.runtime import signals, threads
-
-if __name__ == "__main__":
-    threads.prepare()  # before torch is imported
-
 import torch
 
-from ldm.cli.options import Parser, finite, path, positive, ratio, seed, share, some_share, whole_number
+from ldm.cli import program
+from ldm.cli.options import Parser, called, finite, path, positive, ratio, seed, share, some_share, whole_number
 from ldm.errors import ConfigError
 from ldm.files import whole
 from ldm.images import picture
 from ldm.run_folder import newest_run
+from ldm.runtime import signals
 from ldm.sampling.generate import Sampler, check, generate
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.img2img import InitImage
@@ -66,7 +61,11 @@ SCHEDULES: dict[str, Callable[[Pipeline], TimestepSchedule]] = {
 
 def parse(argv: Sequence[str]) -> Any:
     """The command line; ConfigError for a wrong one."""
-    parser = Parser(prog="sample.py", description="Make pictures with a trained diffusion model.", allow_abbrev=False)
+    parser = Parser(
+        prog=called("sample.py", "sample"),
+        description="Make pictures with a trained diffusion model.",
+        allow_abbrev=False,
+    )
     add = parser.add_argument
     add(
         "-r",
@@ -295,7 +294,3 @@ def make(
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code (ldm/errors.py)."""
     return program.answer(lambda: print(*sample(parse(argv)), sep="\n"))
-
-
-if __name__ == "__main__":
-    program.run(lambda: main(sys.argv[1:]))

@@ -155,7 +155,3 @@ def train(options: Options, start: resume.Start, tree: dict[str, Any], data: Any
         if lightning.is_global_zero:
             print(f"{folder.path}: {state.status} at step {state.step} {state.reason}".rstrip())
         return state.exit_code or 0
-
-
-if __name__ == "__main__":
-    program.run(main)

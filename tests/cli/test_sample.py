@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm.cli import sample
 from ldm.sampling.generate import generate
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.pipeline import Pipeline
-from scripts import sample
 from tests.tiny_runs import CLASSES, save_diffusion
 
 QUICK = ["--steps", "2", "--guidance", "2"]
