@@ -3,7 +3,7 @@
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,44 @@ def temporary(path: Path) -> Path:
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def published(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Another name to write to within the block; `path` is then there with all of it, or as it was before.
 
-    Not synced to the disk: for what can be made again.
+    Args:
+        path: the file.
+        durable: also after a power cut; False is for what can be made again.
+
+    Raises:
+        OSError: it could not be written; `path` is as it was.
     """
     aside = temporary(path)
     try:
         yield aside
+        if durable:
+            _sync(aside)
         aside.replace(path)
+        if durable:
+            _sync(path.parent)
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):  # after the rename there is none
+            aside.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file so that a reader, or a power cut, finds the old one or the new one, never a part."""
+    with published(path) as aside:
+        aside.write_text(text)
 
 
 def expanded(value: Any) -> Any:
     """`~`, `~/...` and `~user/...` with the home folder written out; everything else as it is."""
     return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+def _sync(path: Path) -> None:
+    """Make a file's bytes, or the names in a folder, durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -118,7 +118,7 @@ class RunFolder:
     def write_state(self, state: RunState) -> None:
         """Replace `run_state.json`: a reader sees the old one or the new one, whole."""
         record = asdict(state) | _whoami()
-        write_whole(self.state_file, json.dumps(record, indent=2) + "\n")
+        files.write_text(self.state_file, json.dumps(record, indent=2) + "\n")
 
     @contextmanager
     def owned(self) -> Iterator[None]:
@@ -222,7 +222,7 @@ def check_writable(folder: Path) -> None:
     probe = folder / f".probe.{socket.gethostname()}.{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(probe, "can we write here?\n")
+        files.write_text(probe, "can we write here?\n")
         probe.unlink()
     except OSError as error:
         raise ResourceError(
@@ -244,20 +244,6 @@ def check_space(folder: Path, needed: int) -> None:
             f"{folder}: {needed / 1e6:,.0f} MB are needed for checkpoints, {free / 1e6:,.0f} MB are free.\n"
             "Free some space or choose another folder with --logdir."
         )
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small text file so that a reader, or a power cut, finds the old one or the new one, never a part."""
-    temporary = files.temporary(path)
-    try:
-        with temporary.open("w") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-    finally:
-        with suppress(OSError):  # after the rename there is none
-            temporary.unlink()
 
 
 def check_name(name: str) -> None:

@@ -47,6 +47,7 @@ from ldm.diffusion.networks.unet import UNet
 from ldm.diffusion.noise_schedules import SqrtLinear
 from ldm.diffusion.objectives import DDPM
 from ldm.evaluation.report import compare, markdown
+from ldm.files import write_text
 from ldm.randomness import Draws
 from ldm.runtime.precision import computes_bf16
 from ldm.sampling.pipeline import Pipeline
@@ -285,7 +286,7 @@ def quality(options: Any) -> str:
         "rows": {name: row._asdict() for name, row in report.scores.items()},
         "minutes": {"training": (trained - started) / 60, "judging": (time.perf_counter() - trained) / 60},
     }
-    run_folder.write_whole(folder / "quality.json", json.dumps(record, indent=1) + "\n")
+    write_text(folder / "quality.json", json.dumps(record, indent=1) + "\n")
     about = f"{record['hardware']}; {options.number} images a class, DDIM {options.steps}; {record['checkpoint']}"
     return f"{about}\n\n{report.markdown()}\n\n{folder / 'pictures.png'}"
 

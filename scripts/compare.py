@@ -33,6 +33,7 @@ from ldm.cli.options import Parser, finite, path, positive, split_overrides, who
 from ldm.data.sources.arrays import FashionMNIST
 from ldm.errors import ConfigError, LdmError
 from ldm.evaluation.report import Judge, markdown, samples
+from ldm.files import write_text
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.pipeline import Pipeline
 from ldm.sampling.timesteps import Default
@@ -143,7 +144,7 @@ def compare(options: Any) -> str:
             entry["marks"][saved.name] = {"images": pipeline.origin["step"] * batch, "scores": scores}
             size = sum(parameter.numel() for parameter in pipeline.denoiser.parameters())
             entry |= {"parameters": size, "images_per_second": images_per_second}
-            run_folder.write_whole(file, json.dumps(record, indent=1) + "\n")
+            write_text(file, json.dumps(record, indent=1) + "\n")
     draw(record["configurations"], options.out / "comparison.png")
     return f"{table(record['configurations'])}\n\n{options.out / 'comparison.png'}"
 

@@ -7,23 +7,25 @@ import pytest
 from ldm import files
 
 
-def test_what_is_written_whole_is_there_at_once(tmp_path):
+@pytest.mark.parametrize("durable", [True, False])
+def test_what_is_written_whole_is_there_at_once(tmp_path, durable):
     path = tmp_path / "list.json"
     for text in ("first", "second"):
         before = path.read_text() if path.exists() else None
-        with files.whole(path) as aside:
+        with files.published(path, durable=durable) as aside:
             aside.write_text(text)
             assert (path.read_text() if path.exists() else None) == before
         assert path.read_text() == text
     assert os.listdir(tmp_path) == ["list.json"]
 
 
-def test_what_fails_leaves_what_was_there(tmp_path):
+@pytest.mark.parametrize("durable", [True, False])
+def test_what_fails_leaves_what_was_there(tmp_path, durable):
     path = tmp_path / "list.json"
     path.write_text("old")
 
     def fail() -> None:
-        with files.whole(path) as aside:
+        with files.published(path, durable=durable) as aside:
             aside.write_text("half")
             raise OSError("the disk is full")
 
@@ -31,6 +33,17 @@ def test_what_fails_leaves_what_was_there(tmp_path):
         fail()
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["list.json"]
+
+
+def test_what_is_durable_is_synced_before_and_after_its_name_is(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.readlink(f"/proc/self/fd/{handle}")))
+    files.write_text(tmp_path / "state.json", "{}")
+    assert (tmp_path / "state.json").read_text() == "{}"
+    assert synced == [str(files.temporary(tmp_path / "state.json")), str(tmp_path)]
+    with files.published(tmp_path / "grid.png", durable=False) as aside:
+        aside.write_bytes(b"1")
+    assert len(synced) == 2
 
 
 def test_processes_write_under_names_of_their_own(tmp_path, monkeypatch):

@@ -472,3 +472,13 @@ def test_a_signal_from_the_first_moment_on_ends_the_start_with_nothing_begun(sta
     assert child.returncode == 128 + number
     assert f"stopped by {number.name}; nothing is lost" in printed
     assert not [*Path().glob("logs/*")]
+
+
+def test_what_the_data_fills_in_is_checked_by_its_key(stage1, capsys):
+    words = ["model.params.gradient_clip=${data:num_classes}", "data.params.train.params.classes=false"]
+    words += ["model.params.encoder.params.latent_channels=${data:num_classes}"]
+    assert main.main(["--base", "stage1.yaml", *words]) == 2
+    said = capsys.readouterr().err
+    assert "model.params.encoder.params.latent_channels" in said
+    assert "expected a whole number from 1 up, found null" in said
+    assert "model.params.gradient_clip" not in said  # null is allowed there

@@ -12,7 +12,6 @@ import os
 import pickle
 import re
 import zlib
-from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
@@ -34,24 +33,15 @@ def write(path: Path, state: dict[str, Any], step: int) -> None:
     Raises:
         OSError: it could not be written; the old file is intact.
     """
-    temporary = files.temporary(path)
-    try:
-        with temporary.open("wb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells `abandoned` that the owner lives
-            summing = _Summing(file)
-            try:
-                torch.save(state, cast(IO[bytes], summing))  # it needs no more than write and flush
-            except RuntimeError as error:  # what torch makes of a full disk
-                raise summing.error or error from error
-            summing.write(b"\nldm %020d " % step)
-            summing.write(b"%08x\n" % summing.crc)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    finally:
-        with suppress(OSError):  # after the rename there is none
-            temporary.unlink()
+    with files.published(path) as aside, aside.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells `abandoned` that the owner lives
+        summing = _Summing(file)
+        try:
+            torch.save(state, cast(IO[bytes], summing))  # it needs no more than write and flush
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise summing.error or error from error
+        summing.write(b"\nldm %020d " % step)
+        summing.write(b"%08x\n" % summing.crc)
 
 
 def read(path: Path, map_location: Any = "cpu", mapped: bool = False) -> dict[str, Any]:
@@ -114,15 +104,6 @@ def abandoned(temporary: Path) -> bool:
     except OSError:
         return False  # its writer lives, or another process was faster
     return True
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _is_utf8(path: Path) -> bool:

@@ -14,7 +14,6 @@ HuggingFaceStorageReader reads them on any number of ranks. Nothing here is ever
 """
 
 import json
-import os
 import shutil
 import time
 import zlib
@@ -29,10 +28,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.checkpoints import state_tree
-from ldm.checkpoints.sealed_file import sync_folder
 from ldm.errors import CheckpointError, LdmError, NumericError, PeerError, ResourceError
-from ldm.files import temporary
-from ldm.run_folder import write_whole
+from ldm.files import published, write_text
 
 SUFFIX = ".shards"
 OFFSETS = "DCP_SHARDING_INFO"
@@ -73,12 +70,12 @@ def publish(folder: Path, shard: Shard) -> None:
         if (free := shutil.disk_usage(folder).free) < needed:
             raise ResourceError(f"{path}: cannot be written: free {free} bytes, needed about {needed} bytes")
         record = {"crc32": _write(path, tensors, shard["offsets"])}
-        write_whole(path.with_suffix(".json"), json.dumps(record))
+        write_text(path.with_suffix(".json"), json.dumps(record))
     except (LdmError, OSError, SafetensorError) as error:
         failure = error if isinstance(error, LdmError) else ResourceError(f"{path}: cannot be written: {error}")
         record = {"error": str(failure), "kind": type(failure).__name__}
         with suppress(OSError):  # else the others find out by waiting
-            write_whole(path.with_suffix(".json"), json.dumps(record))
+            write_text(path.with_suffix(".json"), json.dumps(record))
         raise failure from error
 
 
@@ -139,14 +136,9 @@ def _name(rank: int, world: int) -> str:
 def _write(path: Path, tensors: dict[str, Tensor], offsets: Mapping[str, list[int]]) -> str:
     """Returns the CRC-32 of the file's bytes."""
     places = {key: {"saved_offsets": list(offsets[key])} for key in tensors}
-    aside = temporary(path)
-    save_file(tensors, aside, {"format": "pt", OFFSETS: json.dumps(places)})
-    with aside.open("rb") as file:
-        os.fsync(file.fileno())
-    crc = _sum(aside)
-    os.replace(aside, path)
-    sync_folder(path.parent)
-    return crc
+    with published(path) as aside:
+        save_file(tensors, aside, {"format": "pt", OFFSETS: json.dumps(places)})
+        return _sum(aside)
 
 
 def _sum(path: Path) -> str:

@@ -155,7 +155,6 @@ def _parser() -> Parser:
         help="train (the default); `-t false` only validates",
     )
     add("--no-train", dest="train", action="store_false", help="the same as --train false")
-    add("--no-test", dest="test", action="store_false", help="leave out the test that follows training")
     add(
         "--scale-lr",
         action="store_true",

@@ -27,7 +27,7 @@ import torch
 from ldm.cli import program
 from ldm.cli.options import Parser, called, finite, path, positive, ratio, seed, share, some_share, whole_number
 from ldm.errors import ConfigError
-from ldm.files import whole
+from ldm.files import published
 from ldm.images import picture
 from ldm.run_folder import newest_run
 from ldm.runtime import signals
@@ -200,7 +200,7 @@ def sample(options: Any) -> list[Path]:
     finally:  # also of an interrupted call: what it made is there
         record(folder, settings, names)
     written = [folder / "grid.png"]
-    with whole(written[0]) as file:
+    with published(written[0], durable=False) as file:
         picture(sheet(folder, labels, seeds)).save(file, format="png")
     if options.npz:
         written.append(save_arrays(folder, orders))

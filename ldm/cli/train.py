@@ -101,6 +101,7 @@ def prepare(start: resume.Start, options: Options) -> tuple[Any, dict[str, Any],
     data = build(start.config.resolved()["data"], options.trust, key="data")
     data.trust = options.trust
     facts = data.facts()
+    start.config.check(facts)  # again, since what the data says is filled in now
     tree = start.config.resolved(facts)
     if options.scale_lr and start.is_new:
         for optimizer in ("optimizer", "discriminator_optimizer"):
@@ -151,7 +152,7 @@ def train(options: Options, start: resume.Start, tree: dict[str, Any], data: Any
         if not options.train:
             fit.validate(lightning, model, data, folder, start.checkpoint)
             return 0
-        state = fit.run(lightning, model, data, folder, start.checkpoint, test=options.test)
+        state = fit.run(lightning, model, data, folder, start.checkpoint)
         if lightning.is_global_zero:
             print(f"{folder.path}: {state.status} at step {state.step} {state.reason}".rstrip())
         return state.exit_code or 0

@@ -164,5 +164,5 @@ def _write_index(file: Path, keys: np.ndarray, states: np.ndarray, samples: np.n
     entries.sort(order="key")
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with files.whole(file) as aside, aside.open("wb") as handle:
+        with files.published(file, durable=False) as aside, aside.open("wb") as handle:
             np.savez(handle, entries=entries)

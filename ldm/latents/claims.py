@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import json
-import os
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -49,20 +48,10 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 def publish(path: Path, data: bytes | memoryview) -> None:
     """Put `data` at `path`: durable, and never half there. ResourceError where the disk refuses."""
-    aside = files.temporary(path)
     try:
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-        handle = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        with files.published(path) as aside:
+            aside.write_bytes(data)
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise ResourceError(
             f"{path}: cannot write the latent cache: {error.strerror}; needed {memoryview(data).nbytes} bytes. "
             f"Make room or permit writing in {path.parent}; a second start goes on from here."

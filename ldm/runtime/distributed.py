@@ -117,9 +117,3 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def barrier() -> None:
-    """Wait until every rank has come here."""
-    if _grouped():
-        dist.barrier()

@@ -19,9 +19,8 @@ import numpy as np
 
 from ldm.data.decoding import read_image
 from ldm.errors import ConfigError
-from ldm.files import whole
+from ldm.files import published, write_text
 from ldm.images import grid, picture
-from ldm.run_folder import write_whole
 from ldm.sampling.generate import Sample
 
 SHOWN = 16
@@ -98,7 +97,7 @@ def _list(folder: Path, settings: Mapping[str, Any], names: Sequence[str] | None
     found = (Order.of(path.name) for path in folder.iterdir())
     orders = sorted((order for order in found if order is not None), key=lambda order: (order.label or 0, order.seed))
     images = [{"file": order.file, **order._asdict(), "name": order.name(names)} for order in orders]
-    write_whole(folder / "samples.json", json.dumps({"settings": settings, "images": images}, indent=1) + "\n")
+    write_text(folder / "samples.json", json.dumps({"settings": settings, "images": images}, indent=1) + "\n")
 
 
 _LOCK = ".lock"
@@ -117,14 +116,14 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def save(folder: Path, sample: Sample) -> None:
     """Write one picture, whole or not at all."""
-    with whole(folder / Order(sample.label, sample.seed).file) as file:
+    with published(folder / Order(sample.label, sample.seed).file, durable=False) as file:
         picture(sample.image).save(file, format="png")
 
 
 def save_arrays(folder: Path, orders: Sequence[Order]) -> Path:
     """Write samples.npz of these pictures: arr_0 (N,H,W,3) uint8, and the name of each one's file (N,)."""
     arrays = [np.asarray(read_image(folder / order.file).convert("RGB")) for order in orders]
-    with whole(folder / "samples.npz") as file, file.open("wb") as handle:
+    with published(folder / "samples.npz", durable=False) as file, file.open("wb") as handle:
         np.savez(handle, arr_0=np.stack(arrays), names=np.array([order.file for order in orders]))
     return folder / "samples.npz"
 

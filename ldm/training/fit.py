@@ -31,9 +31,7 @@ from ldm.training.callbacks.checkpoints import files_of, set_aside_later
 _FILES = 3
 
 
-def run(
-    trainer: pl.Trainer, model: Any, data: Any, folder: RunFolder, named: Path | None, *, test: bool = True
-) -> RunState:
+def run(trainer: pl.Trainer, model: Any, data: Any, folder: RunFolder, named: Path | None) -> RunState:
     """Train from `named`, else from the folder's newest checkpoint, else from the start.
 
     Leaves the outcome, which it returns, in run_state.json, also where it raises.
@@ -51,7 +49,7 @@ def run(
     record(trainer, folder, RunState("running", resume_from=_within(folder, file)))
     try:
         trainer.fit(model, datamodule=data, ckpt_path=file, weights_only=True)
-        if test and is_overridden("test_step", model):
+        if is_overridden("test_step", model):
             trainer.test(model, datamodule=data)
     except Stopped as stopped:
         reason = f"by {stopped.signal.name}"

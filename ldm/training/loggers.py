@@ -21,8 +21,8 @@ from pytorch_lightning.loggers.logger import DummyExperiment
 from pytorch_lightning.utilities import rank_zero_only
 
 from ldm.errors import ResourceError
+from ldm.files import write_text
 from ldm.ranges import Positive
-from ldm.run_folder import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class MetricsFile(Logger):
             name for name in dict.fromkeys(key for row in rows for key in row) if name not in self._columns
         ]
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self._path, ",".join(self._columns) + "\n" + self._lines(rows))
+        write_text(self._path, ",".join(self._columns) + "\n" + self._lines(rows))
 
     def _lines(self, rows: list[dict[str, str]]) -> str:
         text = io.StringIO()

@@ -18,7 +18,6 @@ class Options:
     seed: int | None
     debug: bool
     train: bool
-    test: bool
     scale_lr: bool
     dry_run: bool
     trust: tuple[str, ...]

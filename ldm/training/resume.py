@@ -16,6 +16,7 @@ from ldm import run_folder
 from ldm.config.load import Config
 from ldm.config.tree import Node, apply, from_plain, merge, read, to_yaml
 from ldm.errors import ConfigError
+from ldm.files import write_text
 from ldm.run_folder import RunFolder
 from ldm.training.options import Options
 from ldm.training.resume_changes import Written, bound, brief, changes, differences, going_on, refuse
@@ -79,10 +80,10 @@ def save(folder: RunFolder, source: Mapping[str, Any], tree: Mapping[str, Any], 
         tree: the configuration as it was built, every reference filled in.
         facts: what the data said of itself.
     """
-    run_folder.write_whole(folder.source_file, to_yaml(dict(source)))
-    run_folder.write_whole(folder.facts_file, json.dumps(dict(facts), indent=2) + "\n")
+    write_text(folder.source_file, to_yaml(dict(source)))
+    write_text(folder.facts_file, json.dumps(dict(facts), indent=2) + "\n")
     # Last, since this file makes the folder a run.
-    run_folder.write_whole(folder.config_file, to_yaml(dict(tree)))
+    write_text(folder.config_file, to_yaml(dict(tree)))
 
 
 def check_facts(start: Start, facts: Mapping[str, Any], allowed: Sequence[str]) -> None:

@@ -6,9 +6,10 @@ import pytest
 from PIL import Image
 
 from ldm.errors import ConfigError
+from ldm.files import published
 from ldm.sampling import sample_folder
 from ldm.sampling.generate import Sample
-from ldm.sampling.sample_folder import SHOWN, Order, claim, default_folder, record, save, save_arrays, sheet, whole
+from ldm.sampling.sample_folder import SHOWN, Order, claim, default_folder, record, save, save_arrays, sheet
 
 SETTINGS = {
     "checkpoint": "logs/run/checkpoints/step=7.ckpt",
@@ -85,7 +86,7 @@ def test_a_picture_is_known_by_its_file(order):
 def test_calls_at_once_list_one_anothers_pictures(tmp_path, forked, monkeypatch):
     """A call that is slow to write its list does not write over a faster one's."""
     claim(tmp_path, SETTINGS, NAMES)
-    quick = sample_folder.write_whole
+    quick = sample_folder.write_text
 
     def slow(path, text):
         (tmp_path / "listing").touch()
@@ -94,7 +95,7 @@ def test_calls_at_once_list_one_anothers_pictures(tmp_path, forked, monkeypatch)
 
     def call(rank):
         if rank == 0:
-            monkeypatch.setattr(sample_folder, "write_whole", slow)
+            monkeypatch.setattr(sample_folder, "write_text", slow)
         else:
             while not (tmp_path / "listing").exists():
                 time.sleep(0.01)
@@ -111,7 +112,7 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
     file.write_text("before")
 
     def interrupted():
-        with whole(file) as aside:
+        with published(file, durable=False) as aside:
             aside.write_text("ha")
             raise KeyboardInterrupt
 

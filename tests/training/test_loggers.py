@@ -220,7 +220,7 @@ def test_calls_beyond_the_queue_are_counted_not_waited_for(tmp_path: Path, monke
     for step in range(1500):
         logger.log_metrics({"a": 1.0}, step=step)
     logger.finalize("success")
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 60  # of the hour that it would take to wait for wandb
     assert logger.lost == 501  # a thousand are kept for later; the last one asked whether all were sent
 
 
@@ -229,8 +229,11 @@ def test_a_run_that_was_stopped_waits_for_wandb_but_a_quarter_as_long(tmp_path, 
     monkeypatch.setattr(logger, "_connect", lambda: None)
     hung = threading.Event()
     logger._submit(lambda: hung.wait(20) and None)
-    for status, least, most in (("failed", 0.4, 1.5), ("success", 1.9, 5.0)):
+    waited = {}
+    for status, least in (("failed", 0.4), ("success", 1.9)):
         begin = time.monotonic()
         logger.finalize(status)
-        assert least < time.monotonic() - begin < most
+        waited[status] = time.monotonic() - begin
+        assert waited[status] > least
+    assert waited["failed"] < waited["success"]
     hung.set()

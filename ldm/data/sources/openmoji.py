@@ -146,11 +146,10 @@ class OpenMoji:
             svg_path=str(drawing), width=self.size, height=self.size, background="white", skip_system_fonts=True
         )
         path = self._picture(emoji)
-        aside = files.temporary(path.with_name(f".{path.name}"))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            aside.write_bytes(png)
-            aside.replace(path)
+            with files.published(path, durable=False) as aside:
+                aside.write_bytes(png)
         except OSError as error:
             raise ResourceError(f"{path}: cannot be written ({error}); set `folder` of OpenMoji elsewhere") from error
 
