@@ -71,12 +71,12 @@ def work(options: Options) -> int:
     resume.check_facts(start, facts, options.allow_change)
     from ldm.training import dry_run, rehearsal, trainer
 
-    outline = dry_run.meta_model(tree, options.trust)
-    dry_run.check_fit(outline, tree, facts, start.config.origin)
-    rehearsal.check(outline, tree, facts, start.config.origin)
+    outline, batch = dry_run.meta_model(tree, options.trust), data.meta_batch()
+    dry_run.check_fit(outline, tree, facts, batch, start.config.origin)
+    rehearsal.check(outline, tree, facts, batch, start.config.origin)
     trainer.make_trainer(tree, data, outline, trust=options.trust)
     if options.dry_run:
-        print(dry_run.report(outline, tree, facts))
+        print(dry_run.report(outline, tree, facts, batch))
         return 0
     return train(options, start, tree, data, facts)
 

@@ -7,7 +7,7 @@ import torch
 from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
-from ldm.data.dataset import ImageDataset, hold_out
+from ldm.data.dataset import ImageDataset, has_captions, hold_out
 from ldm.data.elastic_sampler import ElasticBatchSampler, accumulation, items, validation_batches
 from ldm.data.loading import BrokenImages, TransformedDataset, collate
 from ldm.data.transforms import EvalTransform, TrainTransform, Transform
@@ -44,6 +44,23 @@ class ElasticDataModule(LightningDataModule):
         self._resumed = {"images_seen": 0, "step": 0}
         self._num_items = 0
         self.accumulation(1)
+
+    def meta_batch(self, rows: int = 2) -> dict[str, Any]:
+        """A batch without values: every key of a real one, its tensors on torch's meta device.
+
+        Args:
+            rows: of the batch. Batch normalization refuses a single value a channel, so one row is not enough.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say what its batches hold: give it a meta_batch")
+
+    def meta_conditions(self, dataset: ImageDataset, rows: int) -> dict[str, Any]:
+        """What a batch of `dataset` holds beside its pictures or latents, without values."""
+        batch: dict[str, Any] = {"draws": Draws(0, range(rows), self.batch_size, "meta")}
+        if dataset.num_classes is not None:
+            batch["class_label"] = torch.zeros(rows, dtype=torch.int64, device="meta")
+        if has_captions(dataset):
+            batch["caption"] = [""] * rows
+        return batch
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches a step. Raises ConfigError where the batch cannot be shared out evenly."""
@@ -198,6 +215,10 @@ class ImageDataModule(ElasticDataModule):
             "batch_size": self.batch_size,
             **dataset_facts(self.train_dataset, self._own_validation),
         }
+
+    def meta_batch(self, rows: int = 2) -> dict[str, Any]:
+        image = torch.empty(rows, self.channels, self.resolution, self.resolution, device="meta")
+        return {"image": image, **self.meta_conditions(self.train_dataset, rows)}
 
     def source(self, item: int) -> str:
         return self.train_dataset.path(item)

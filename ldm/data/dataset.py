@@ -135,6 +135,16 @@ class Subset:
         self.dataset.prepare()
 
 
+def has_captions(dataset: ImageDataset) -> bool:
+    """Whether items carry captions: all do or none does, so the first readable one tells (of the first 64)."""
+    for item in range(min(len(dataset), 64)):
+        try:
+            return "caption" in dataset[item]
+        except DataError:
+            continue
+    return False
+
+
 def hold_out(dataset: ImageDataset, number: int) -> tuple[Subset, Subset]:
     """Split into (the rest, `number` scattered items): the same split in every run, whatever its seed.
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from ldm.autoencoder.codec import Codec
 from ldm.data.datamodule import VALIDATION_SEED, ElasticDataModule, dataset_facts, split
-from ldm.data.dataset import ImageDataset, decoding, emptied_classes
+from ldm.data.dataset import ImageDataset, decoding, emptied_classes, has_captions
 from ldm.data.transforms import EvalTransform, transformed
 from ldm.errors import ConfigError, DataError
 from ldm.latents.build import Source, build, shard_items
@@ -108,6 +108,12 @@ class LatentDataModule(ElasticDataModule):
             "autoencoder": None if self.autoencoder is None else codec.weight_hash(),
         }
 
+    def meta_batch(self, rows: int = 2) -> dict[str, Any]:
+        """Needs the autoencoder's checkpoint, but no cache."""
+        shape = self._load().latent_shape(self.image_resolution)
+        latent = torch.empty(rows, *shape, device="meta")
+        return {"latent": latent, **self.meta_conditions(self.train_dataset, rows)}
+
     @property
     def image_resolution(self) -> int:
         """Side of the images that are encoded, pixels."""
@@ -176,7 +182,7 @@ class LatentDataModule(ElasticDataModule):
             autoencoder={"weights": weights, "config": codec.config, "path": codec.path},
             num_classes=dataset.num_classes,
             class_names=dataset.class_names,
-            captions=_has_captions(dataset),
+            captions=has_captions(dataset),
             encode_batch=self.encode_batch_size,
         )
         items = shard_items(plan.num_items, plan.record.itemsize, plan.encode_batch)
@@ -257,13 +263,3 @@ def _opened(cache: LatentCache | None) -> LatentCache:
 def _as_gathered(batch: dict[str, Any]) -> dict[str, Any]:
     """The collate function of a data set that gives whole batches."""
     return batch
-
-
-def _has_captions(dataset: ImageDataset) -> bool:
-    """Whether items carry captions: all do or none does, so the first readable one tells."""
-    for item in range(len(dataset)):
-        try:
-            return "caption" in dataset[item]
-        except DataError:
-            continue
-    return False

@@ -13,10 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.config.load import build, to_yaml
 from ldm.errors import ConfigError, LdmError
-from ldm.randomness import Draws
 
-# Batch normalisation refuses a single value a channel, so one image is not enough; FLOPs are linear in the number.
-_ROWS = 2
 # Parameters of models that have to agree with a fact of the data, wherever they occur.
 _TIED = {"in_channels": "channels", "out_channels": "channels", "num_classes": "num_classes"}
 
@@ -28,24 +25,32 @@ def meta_model(tree: Mapping[str, Any], trust: Sequence[str] = ()) -> Any:
         return build(tree["model"], trust, key="model").train()
 
 
-def check_fit(model: Any, tree: Mapping[str, Any], facts: Mapping[str, Any], origin: Callable[[str], str]) -> None:
+def check_fit(
+    model: Any,
+    tree: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    batch: Mapping[str, Any],
+    origin: Callable[[str], str],
+) -> None:
     """Pass a batch without values through the model.
 
     Args:
         model: of `meta_model`.
+        tree: the configuration with every reference filled in.
+        facts: what the data said of itself.
+        batch: of the data, without values (`data.meta_batch()`).
         origin: dotted key -> where it was written.
 
     Raises:
         ConfigError: it does not pass, or labels are out of range; names the keys that disagree with the data.
     """
     tied = [(key, value, fact) for key, value, fact in _tied(tree["model"], "model") if facts.get(fact) is not None]
-    batch = meta_batch(facts)
     try:
         # An index out of range is not seen without values. (More classes than the data's are as well.)
         if any(value < facts[fact] for _, value, fact in tied if fact == "num_classes"):
             raise ValueError("labels out of range")
         model.total_loss(batch)
-    except (LdmError, RuntimeError, ValueError, IndexError) as error:
+    except (LdmError, RuntimeError, ValueError, IndexError, KeyError) as error:
         shapes = ", ".join(f"{name} {shape}" for name, shape, _ in _shapes(batch, facts))
         lines = [f"model: a global batch of {shapes} does not pass through it: {str(error).splitlines()[0]}."]
         lines += [
@@ -65,34 +70,23 @@ def _tied(node: Any, key: str) -> Iterator[tuple[str, int, str]]:
             yield from _tied(value, f"{key}.{name}")
 
 
-def report(model: Any, tree: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+def report(model: Any, tree: Mapping[str, Any], facts: Mapping[str, Any], batch: Mapping[str, Any]) -> str:
     """The resolved configuration, then parameter counts, the batch's shapes and the FLOPs of one optimizer step.
 
     Args:
         model: of `meta_model`.
         tree: the configuration with every reference filled in.
         facts: what the data said of itself.
+        batch: of the data, without values.
     """
-    batch = meta_batch(facts)
-    flops = step_flops(model, batch) * facts["batch_size"] / _ROWS
+    # FLOPs are linear in the number of rows.
+    flops = step_flops(model, batch) * facts["batch_size"] / len(batch["draws"])
     lines = [to_yaml(dict(tree)), "parameters"]
     lines += [f"  {name:<34}{count / 1e6:>10.2f} M" for name, count in parameter_counts(model).items()]
     lines += ["", f"global batch, of {facts['num_items']} items"]
     lines += [f"  {name:<34}{shape!s:>20} {kind}" for name, shape, kind in _shapes(batch, facts)]
     lines += ["", f"first optimizer step: {flops / 1e9:,.1f} GFLOPs, forward and backward (a multiply-add counts 2)"]
     return "\n".join(lines)
-
-
-def meta_batch(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch of the data that states `facts`, without values."""
-    # Only latents know how much smaller than the images they are.
-    key = "latent" if "down_factor" in facts else "image"
-    shape = (_ROWS, facts["channels"], facts["resolution"], facts["resolution"])
-    batch: dict[str, Any] = {key: torch.empty(shape, device="meta")}
-    if facts.get("num_classes") is not None:
-        batch["class_label"] = torch.zeros(_ROWS, dtype=torch.int64, device="meta")
-    batch["draws"] = Draws(0, range(_ROWS), facts["batch_size"], "meta")
-    return batch
 
 
 def step_flops(model: Any, batch: Mapping[str, Any]) -> int:

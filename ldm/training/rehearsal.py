@@ -26,24 +26,26 @@ from ldm.diffusion.module import LatentDiffusion, parts
 from ldm.errors import CheckpointError, ConfigError, LdmError
 from ldm.sampling.guidance import classifier_free
 from ldm.training.callbacks.previews import SampleLogger
-from ldm.training.dry_run import meta_batch
 
 Origin = Callable[[str], str]
 
 
-def check(model: Any, tree: Mapping[str, Any], facts: Mapping[str, Any], origin: Origin) -> None:
+def check(
+    model: Any, tree: Mapping[str, Any], facts: Mapping[str, Any], batch: Mapping[str, Any], origin: Origin
+) -> None:
     """Pass a batch without values through all that training comes to after its first step.
 
     Args:
         model: of `dry_run.meta_model`; models of others are left to the beginning of fit.
         tree: the configuration with every reference filled in.
         facts: what the data said of itself.
+        batch: of the data, without values (`data.meta_batch()`).
         origin: dotted key -> where it was written.
 
     Raises:
         ConfigError: something does not work; names the key.
     """
-    batch, steps = meta_batch(facts), int(tree["lightning"]["trainer"]["max_steps"])
+    steps = int(tree["lightning"]["trainer"]["max_steps"])
     if isinstance(model, AutoencoderKL):
         _first_stage(model, batch, steps, origin)
     elif isinstance(model, LatentDiffusion):

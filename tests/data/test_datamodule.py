@@ -294,3 +294,27 @@ def test_a_worker_takes_no_signal_before_it_knows_what_to_make_of_it(make, tmp_p
     next(iter(make(num_workers=1).train_dataloader()))
     assert (tmp_path / "blocked").read_text() == "True"
     assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+@pytest.mark.parametrize("captions", [True, False])
+@pytest.mark.parametrize("classes", [True, False])
+def test_meta_batch_has_the_keys_and_the_shapes_of_a_real_one(captions, classes, tmp_path):
+    for index in range(6):
+        picture = tmp_path / ("a", "b")[index % 2] / f"{index}.png"
+        picture.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (20, 16)).save(picture)
+        if captions:
+            picture.with_suffix(".txt").write_text(f"picture {index}")
+    data = ImageDataModule(ImageFolder(tmp_path, classes=classes), batch_size=2, resolution=16, seed=1)
+    real = next(iter(data.train_dataloader()))
+    data.on_before_batch_transfer(real, 0)
+    data.on_after_batch_transfer(real, 0)
+    meta = data.meta_batch()
+    assert meta.keys() == real.keys() - {"sample_number", "broken"}
+    assert ("caption" in meta, "class_label" in meta) == (captions, classes)
+    for name, value in meta.items():
+        assert type(value) is type(real[name]), name
+        if isinstance(value, torch.Tensor):
+            assert value.is_meta
+            assert (value.shape, value.dtype) == (real[name].shape, real[name].dtype)
+    assert len(meta["draws"]) == len(real["draws"])

@@ -450,3 +450,16 @@ def test_a_log_file_hears_of_the_building_now_and_then(make, here, capsys, monke
     monkeypatch.setattr("ldm.runtime.progress.LOG_SECONDS", 0.0)
     make(encode_batch_size=2).setup()
     assert "train latents: 4/10  0:00 elapsed, 0:00 left\n" in capsys.readouterr().out
+
+
+def test_meta_batch_has_the_keys_and_the_shapes_of_a_real_one(make, here):
+    data = make()
+    meta = data.meta_batch(rows=4)
+    assert not list(here.glob("cache/*"))  # it needs none
+    data.setup()
+    (real,) = first(data.train_dataloader(), 1)
+    data.on_after_batch_transfer(real, 0)
+    assert meta.keys() == real.keys() - {"sample_number"}
+    for name in ("latent", "class_label"):
+        assert meta[name].is_meta
+        assert (meta[name].shape, meta[name].dtype) == (real[name].shape, real[name].dtype)

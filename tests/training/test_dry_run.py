@@ -6,10 +6,21 @@ from torch import nn
 
 from ldm.config.load import from_tree
 from ldm.errors import ConfigError
+from ldm.randomness import Draws
 from ldm.training import dry_run
 
 IMAGES = {"channels": 3, "resolution": 16, "num_classes": 2, "batch_size": 6, "num_items": 16}
 LATENTS = {"channels": 2, "resolution": 8, "num_classes": 2, "batch_size": 6, "num_items": 16, "down_factor": 2}
+
+
+def meta_batch(facts):
+    """What a data module of these facts describes as its batch."""
+    key = "latent" if "down_factor" in facts else "image"
+    return {
+        key: torch.empty(2, facts["channels"], facts["resolution"], facts["resolution"], device="meta"),
+        "class_label": torch.zeros(2, dtype=torch.int64, device="meta"),
+        "draws": Draws(0, range(2), facts["batch_size"], "meta"),
+    }
 
 
 class Model(nn.Module):
@@ -28,7 +39,7 @@ def test_flops_by_hand():
     rows = 2 * 3 * 16
     # Forward of both layers; backward: the first one's weight and the second one's input.
     expected = 2 * rows * (16 * 32 + 32 * 32 + 16 * 32 + 32 * 32)
-    assert dry_run.step_flops(model, dry_run.meta_batch(IMAGES)) == expected
+    assert dry_run.step_flops(model, meta_batch(IMAGES)) == expected
 
 
 def test_parameters():
@@ -42,8 +53,8 @@ def test_both_stages_fit_their_data(autoencoder_tree, diffusion_tree):
         resolved = config.resolved(facts)
         model = dry_run.meta_model(resolved)
         assert all(parameter.device.type == "meta" for parameter in model.parameters())
-        dry_run.check_fit(model, resolved, facts, config.origin)
-        said = dry_run.report(model, resolved, facts)
+        dry_run.check_fit(model, resolved, facts, meta_batch(facts), config.origin)
+        said = dry_run.report(model, resolved, facts, meta_batch(facts))
         assert "GFLOPs" in said
         assert f"(6, {facts['channels']}, {facts['resolution']}, {facts['resolution']})" in said
 
@@ -55,7 +66,7 @@ def misfit(tree, **params):
     config = from_tree(tree, "run.yaml")
     resolved = config.resolved(LATENTS)
     with pytest.raises(ConfigError) as caught:
-        dry_run.check_fit(dry_run.meta_model(resolved), resolved, LATENTS, config.origin)
+        dry_run.check_fit(dry_run.meta_model(resolved), resolved, LATENTS, meta_batch(LATENTS), config.origin)
     return str(caught.value)
 
 

@@ -3,6 +3,7 @@
 import json
 import sys
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ldm.config.load import from_tree
 from ldm.errors import ConfigError
 from ldm.training import dry_run, rehearsal
 from ldm.training.loggers import read_metrics
-from tests.training.test_dry_run import IMAGES, LATENTS
+from tests.training.test_dry_run import IMAGES, LATENTS, meta_batch
 
 HOUSE = """
     import math
@@ -25,6 +26,7 @@ HOUSE = """
     import torch
 
     from ldm.autoencoder.module import AutoencoderKL
+    from ldm.diffusion.conditioners.base import Conditioning
     from ldm.diffusion.module import LatentDiffusion
 
 
@@ -59,6 +61,20 @@ HOUSE = """
 
         def __call__(self, *numbers):
             return 1.0 if numbers[0] < 5 else self.value / 0.0 if self.value == 1 else self.value
+
+    class CaptionLength(torch.nn.Module):
+        # As a text encoder: reads captions, and knows the empty one.
+
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Embedding(10, 8)
+
+        def forward(self, batch):
+            lengths = torch.tensor([len(text) % 10 for text in batch["caption"]], device=self.table.weight.device)
+            return Conditioning(vector=self.table(lengths))
+
+        def null(self, n):
+            return self({"caption": [""] * n})
 """
 
 
@@ -73,13 +89,13 @@ def house(tmp_path_factory):
     sys.modules.pop("rehearsed", None)
 
 
-def rehearse(tree: dict[str, Any], facts: dict[str, int]) -> None:
+def rehearse(tree: dict[str, Any], facts: dict[str, int], more: Mapping[str, Any] | None = None) -> None:
     tree["data"]["params"].setdefault("autoencoder", None)
     config = from_tree(tree, "run.yaml")
     resolved = config.resolved(facts)
-    model = dry_run.meta_model(resolved, ["rehearsed"])
-    dry_run.check_fit(model, resolved, facts, config.origin)
-    rehearsal.check(model, resolved, facts, config.origin)
+    model, batch = dry_run.meta_model(resolved, ["rehearsed"]), {**meta_batch(facts), **(more or {})}
+    dry_run.check_fit(model, resolved, facts, batch, config.origin)
+    rehearsal.check(model, resolved, facts, batch, config.origin)
 
 
 def refused(tree: dict[str, Any], facts: dict[str, int]) -> str:
@@ -216,6 +232,16 @@ def test_previews_of_classes_need_a_model_that_knows_them(diffusion_tree):
     images = {"target": "ldm.training.callbacks.previews.SampleLogger", "params": {"classes": [0]}}
     diffusion_tree["lightning"]["callbacks"]["images"] = images
     assert "expected none, since the model has no classes, found 0" in refused(diffusion_tree, LATENTS)
+
+
+def test_a_conditioner_that_reads_captions_is_shown_some(diffusion_tree):
+    """And one that asks for what the data does not have is refused with what there is."""
+    diffusion_tree["data"]["params"]["autoencoder"] = "somewhere"
+    diffusion_tree["model"]["params"]["conditioner"] = {"target": "rehearsed.CaptionLength", "params": {}}
+    rehearse(diffusion_tree, LATENTS, {"caption": ["", ""]})
+    message = refused(diffusion_tree, LATENTS)
+    assert message.startswith("model: a global batch of latent (6, 2, 8, 8), class_label (6,) does not pass through it")
+    assert "caption" in message
 
 
 # ---- with real values, at the beginning of fit -----------------------------------------------------------------
