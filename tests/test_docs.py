@@ -7,11 +7,13 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import main
 from ldm.config.load import to_yaml
@@ -93,6 +95,28 @@ def test_links_lead_somewhere(page):
             headings = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE)
             slugs = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
             assert anchor in slugs, target
+
+
+# ---- LICENSE, NOTICE, CITATION.cff ----
+
+
+def test_license_version_and_authors_are_stated_alike():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert project["license"] == citation["license"] == "MIT"
+    assert project["authors"] == citation["authors"]
+    assert project["version"] == citation["version"]
+    (holder,) = project["authors"]
+    for name in project["license-files"]:
+        assert f"Copyright (c) 2026 {holder['name']}" in (ROOT / name).read_text()
+    assert (ROOT / "LICENSE").read_text().startswith("MIT License\n")
+
+
+def test_every_picture_of_the_repository_has_a_notice():
+    notice = (ROOT / "NOTICE").read_text()
+    pictures = [path for path in ROOT.glob(".readme/*") if path.is_file()]
+    assert pictures
+    assert [path.name for path in pictures if f".readme/{path.name}" not in notice] == []
 
 
 # ---- README.md ----
