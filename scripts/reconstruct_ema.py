@@ -1,78 +1,8 @@
-"""Put together running averages of other widths than were kept in training, from snapshots of those that were.
-
-    python scripts/reconstruct_ema.py -r logs/<run> --width 0.03 0.075 0.15
-    python scripts/sample.py -r 'logs/<run>/averages/width=0.075_step=00010000.ckpt'
-
-A run keeps snapshots where its configuration has power-function averages and the callback that writes them:
-
-    model.params.ema.params: {profile: {target: ldm.optim.ema.PowerFunction, params: {width: 0.05}},
-                              others: [{target: ldm.optim.ema.PowerFunction, params: {width: 0.1}}]}
-    lightning.callbacks.averages: {target: ldm.training.callbacks.ema_snapshots.EMASnapshots, params: {every: 1000}}
-
-The width is the relative standard deviation of the weights' shares over the training so far (Karras et al. 2024,
-"EDM2").
-"""
+"""Put together running averages of other widths, from snapshots: the same as `ldm ema` (ldm/cli/ema.py)."""
 
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-from ldm.runtime import threads
+from ldm.cli.command import start
 
 if __name__ == "__main__":
-    threads.prepare()  # before torch is imported
-
-from ldm.checkpoints import store
-from ldm.cli import program
-from ldm.cli.options import Parser, path, whole_number
-from ldm.errors import CheckpointError, ConfigError
-from ldm.training.callbacks.ema_snapshots import FOLDER, reconstruct, snapshots
-
-
-def main(argv: Sequence[str]) -> int:
-    """Returns the exit code (ldm/errors.py)."""
-    parser = Parser(prog="reconstruct_ema.py", description="Averages of other widths, afterwards.", allow_abbrev=False)
-    add = parser.add_argument
-    add("-r", "--run", required=True, type=path, metavar="RUN", help="run folder")
-    add("--width", required=True, nargs="+", type=float, help="relative widths, more than 0 and less than 0.28")
-    add("--step", type=whole_number, help="of the snapshot at whose time the average is wanted (default: the latest)")
-
-    def work() -> None:
-        options = parser.parse_strictly(argv)
-        files = up_to(snapshots(options.run), options.step)
-        for width in options.width:
-            print(write(options.run, files, width))
-
-    return program.answer(work)
-
-
-def up_to(files: Sequence[Path], step: int | None) -> list[Path]:
-    """The snapshots until `step`, which has to be one of them."""
-    if step is None:
-        return [*files]
-    steps = [int(file.stem.removeprefix("step=")) for file in files]
-    if step not in steps:
-        raise ConfigError(f"--step {step}: there is no snapshot of it; there are {', '.join(map(str, steps))}.")
-    return [*files[: steps.index(step) + 1]]
-
-
-def write(run: Path, files: Sequence[Path], width: float) -> Path:
-    """A checkpoint to sample from, with the average in the place of the run's own; its path."""
-    source = store.find(run)
-    state: dict[str, Any] = store.load(source)
-    record = state.get("ldm", {})
-    if record.get("kind") != "diffusion":
-        raise CheckpointError(f"{source}: expected a checkpoint of a diffusion model, found {record.get('kind')!r}.")
-    average = reconstruct(files, width)
-    weights = {name: value for name, value in state["state_dict"].items() if name.startswith("objective.")}
-    weights |= {f"ema.average.{name}": value for name, value in average.items()}
-    step = int(files[-1].stem.removeprefix("step="))
-    file = run / FOLDER / f"width={width:g}_step={step:08d}{store.SUFFIX}"
-    record = {**record, "step": step, "average": {"width": width, "snapshots": len(files)}}
-    store.save(file, {"state_dict": weights, "ldm": record})
-    return file
-
-
-if __name__ == "__main__":
-    program.run(lambda: main(sys.argv[1:]))
+    start("ema", sys.argv[1:])

@@ -4,6 +4,7 @@ Trained-looking run folders for sampling are in tiny_runs.py.
 """
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.update(WANDB_MODE="offline", WANDB_SILENT="true")
@@ -15,6 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+
+# A shell without job control starts what runs in the background, as nohup does, with these ignored; tests send them.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 pytest_plugins = ["tests.tiny_runs", "tests.forked"]
 

@@ -10,8 +10,8 @@ import torch
 from pytorch_lightning.strategies import Strategy
 
 import main
+from ldm.cli import sample
 from ldm.config.load import Config, build, load
-from scripts import sample
 
 ROOT = Path(__file__).parents[1]
 FILES = {str(path.relative_to(ROOT / "configs")): path for path in sorted((ROOT / "configs").rglob("*.yaml"))}

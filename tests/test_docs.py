@@ -16,9 +16,10 @@ import pytest
 import yaml
 
 import main
+from ldm.cli import sample
 from ldm.config.load import to_yaml
 from ldm.training.loggers import read_metrics
-from scripts import faults, sample
+from scripts import faults
 from tests.test_layering import ROWS
 
 ROOT = Path(__file__).parents[1]

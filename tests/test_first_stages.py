@@ -10,10 +10,10 @@ from PIL import Image
 import main
 from ldm.autoencoder.codec import Codec
 from ldm.checkpoints import store
+from ldm.cli import sample
 from ldm.config.load import to_yaml
 from ldm.sampling.pipeline import Pipeline
 from ldm.training.loggers import read_metrics
-from scripts import sample
 from tests.conftest import node
 
 SHORT = {"max_steps": 4, "val_check_interval": 4, "log_every_n_steps": 2}

@@ -6,12 +6,14 @@ import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 from pytorch_lightning.callbacks import device_stats_monitor
 from pytorch_lightning.loggers import CSVLogger
 
@@ -39,6 +41,13 @@ def stage1(autoencoder_tree, tmp_path, monkeypatch) -> dict[str, Any]:
     autoencoder_tree["lightning"]["trainer"] |= {"max_steps": 2, "val_check_interval": 2, "log_every_n_steps": 1}
     Path("stage1.yaml").write_text(to_yaml(autoencoder_tree))
     return autoencoder_tree
+
+
+@pytest.fixture
+def wandb_ended(stage1) -> Iterator[None]:
+    """wandb's own process, which stays in the folder where it began, goes with the test."""
+    yield
+    wandb.teardown()
 
 
 def the_run() -> RunFolder:
@@ -91,6 +100,7 @@ def test_a_csv_logger_needs_a_line_of_yaml_and_writes_into_the_run_folder(stage1
     assert {path.name for path in Path().iterdir()} == {"logs", "stage1.yaml"}
 
 
+@pytest.mark.usefixtures("wandb_ended")
 @pytest.mark.parametrize("kind", ["CSVLogger", "TensorBoardLogger"])
 def test_another_logger_stands_beside_wandb_with_a_line_of_yaml(stage1, capfd, kind):
     """TensorBoard's files, where its package is installed; where it is not, how to install it."""
@@ -312,6 +322,7 @@ def test_a_model_that_fails_in_validation_leaves_no_folder_beside_wandb(stage1, 
     assert "SSIM" in refused(capsys, 2, *words)
 
 
+@pytest.mark.usefixtures("wandb_ended")
 def test_a_run_that_fails_after_a_step_keeps_all_of_it(stage1, monkeypatch):
     real = AutoencoderKL.training_step
 

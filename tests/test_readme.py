@@ -12,13 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from packaging.requirements import Requirement
 from PIL import Image
 
 import main
 from ldm.checkpoints import store
+from ldm.cli import cache, ema, plot, sample
 from ldm.config.load import to_yaml
 from ldm.optim.ema import power_exponent
-from scripts import bench, cache_latents, compare, faults, plot_run, reconstruct_ema, sample
+from scripts import bench, compare, faults
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -29,6 +31,8 @@ DOCUMENTS = [
 HEADERS = [path for path in sorted((ROOT / "configs").rglob("*")) if path.suffix in (".yaml", ".sh", ".sbatch")]
 PROGRAMS = r"([A-Z]+=\S+ )*(make|python|torchrun|pip|conda|sbatch|bash|main\.py) "
 PICTURES = "pictures"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = [line for extra in PROJECT["optional-dependencies"].values() for line in extra]
 CLASSES = ["faces", "food", *"23456789"]
 
 
@@ -129,7 +133,7 @@ def run(workshop, tmp_path, monkeypatch, autoencoder_tree, diffusion_tree):
 
     def build_cache(words: list[str]) -> int:
         (workshop / "FILE.yaml").write_text(to_yaml(diffusion_tree))
-        return cache_latents.main([*words, "data.params.resolution=32"])
+        return cache.main([*words, "data.params.resolution=32"])
 
     def started(words: list[str]) -> int:
         """Of a cluster: its scripts are valid, and what they and torchrun start is a run."""
@@ -149,8 +153,8 @@ def run(workshop, tmp_path, monkeypatch, autoencoder_tree, diffusion_tree):
         "main.py": train,
         "scripts/cache_latents.py": build_cache,
         "scripts/sample.py": lambda words: sample.main([*words, "--steps", "2", "-n", "1", "--out", str(tmp_path)]),
-        "scripts/reconstruct_ema.py": reconstruct_ema.main,
-        "scripts/plot_run.py": plot_run.main,
+        "scripts/reconstruct_ema.py": ema.main,
+        "scripts/plot_run.py": plot.main,
         # These take minutes to hours, and have tests of their own.
         "scripts/bench.py": parsed(bench.parse),
         "scripts/compare.py": parsed(compare.parse),
@@ -164,9 +168,8 @@ def run(workshop, tmp_path, monkeypatch, autoencoder_tree, diffusion_tree):
         words = [word for word in words if not re.fullmatch(r"[A-Z]+=\S+", word) or words[0] == "make"]
         if words[0] == "make":
             return subprocess.run(["make", "-n", *words[1:]], capture_output=True).returncode
-        if words[0] == "pip":  # an optional package: one of ours
-            extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-            return 0 if words[1] == "install" and set(words[2:]) <= set(extras) else 1
+        if words[:2] == ["pip", "install"]:  # a package that is an extra of ours
+            return 0 if set(words[2:]) <= {Requirement(line).name for line in EXTRAS} else 1
         if words[0] == "conda":
             return 0 if Path(words[words.index("-f") + 1]).is_file() else 1
         return programs[words[1]](words[2:]) if words[0] == "python" else started(words)

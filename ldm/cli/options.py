@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -72,6 +73,11 @@ def at_home(text: str) -> str:
     return os.path.expanduser(text)
 
 
+def called(file: str, command: str) -> str:
+    """The program's name as it was called, for its usage: that of the file, or `ldm` and the command."""
+    return f"ldm {command}" if Path(sys.argv[0]).name == "ldm" else file
+
+
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """(`key=value` words, all other words), each in order: overrides may stand anywhere on the line."""
     overrides = [word for word in argv if _OVERRIDE.fullmatch(word)]
@@ -104,7 +110,7 @@ def _switch(text: str) -> bool:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="main.py",
+        prog=called("main.py", "train"),
         description="Train an autoencoder (stage 1) or a diffusion model (stage 2) from YAML files.",
         epilog="Words of the form key=value override the configuration, wherever they stand: data.params.batch_size=64",
         allow_abbrev=False,

@@ -200,7 +200,7 @@ def explain(error: BaseException) -> LdmError | None:
         case LdmError():
             # A loader worker's error comes with its traceback before the message.
             return (
-                type(error)(text.rpartition(f"{type(error).__name__}: ")[2]) if "InitImage Traceback" in text else error
+                type(error)(text.rpartition(f"{type(error).__name__}: ")[2]) if "Original Traceback" in text else error
             )
         case MisconfigurationException():
             return ConfigError(f"lightning.trainer: {text}")
@@ -220,7 +220,7 @@ def explain(error: BaseException) -> LdmError | None:
             return ConfigError(f"lightning: {reason(error)}")
         case OSError():
             return errors.of_place(error)
-        case RuntimeError() if "DataLoader worker" in text and "InitImage Traceback" not in text:
+        case RuntimeError() if "DataLoader worker" in text and "Original Traceback" not in text:
             return ResourceError(
                 f"a data loader's worker died, likely for want of memory: {first_line}\n"
                 "Resume with fewer data.params.num_workers."
@@ -237,7 +237,7 @@ def _out_of_memory(error: BaseException) -> ResourceError:
     text = str(error).strip()
     lines = [*text.splitlines(), *getattr(error, "__notes__", [])]
     pictures = [line.strip() for line in lines if line.startswith(PICTURE)]
-    worker = "InitImage Traceback" in text
+    worker = "Original Traceback" in text
     what = f"{type(error).__name__} in a data loader's worker" if worker else lines[0] if text else type(error).__name__
     if pictures:
         advice = (

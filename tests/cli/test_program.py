@@ -28,8 +28,9 @@ def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def ends(work: str) -> tuple[int, str]:
     """The exit code and all output of a program whose main does `work`."""
-    program = f"import os, signal, sys\nfrom ldm import process, signals\ndef main():\n {work}\nprocess.run(main)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=100)
+    imports = "import os, signal, sys\nfrom ldm.cli import program\nfrom ldm.runtime import signals"
+    code = f"{imports}\ndef main():\n {work}\nprogram.run(main)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=100)
     return done.returncode, done.stdout + done.stderr
 
 

@@ -26,12 +26,12 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "rank 0", "shell"])
-def test_a_rank_dies_with_its_launcher_and_a_program_not_with_its_shell(tmp_path: Path, launcher: str) -> None:
+@pytest.mark.parametrize("starter", ["torchrun", "rank 0", "shell"])
+def test_a_rank_dies_with_its_launcher_and_a_program_not_with_its_shell(tmp_path: Path, starter: str) -> None:
     def launching() -> None:
         environment = {"torchrun": {"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "0"}, "rank 0": {"LOCAL_RANK": "1"}}
         launcher.tie_to_starter()  # known to its children
-        own = os.environ | environment.get(launcher, {})
+        own = os.environ | environment.get(starter, {})
         child = subprocess.Popen([sys.executable, "-c", SLEEPER], stdout=subprocess.PIPE, env=own, cwd=ROOT)
         assert child.stdout is not None
         child.stdout.readline()
@@ -40,7 +40,7 @@ def test_a_rank_dies_with_its_launcher_and_a_program_not_with_its_shell(tmp_path
 
     assert in_a_child(launching) == -signal.SIGKILL
     child = int((tmp_path / "child").read_text())
-    if launcher == "shell":
+    if starter == "shell":
         time.sleep(0.5)
         assert alive(child)
         os.kill(child, signal.SIGKILL)

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 import main
-from scripts import quickstart, sample
+from ldm.cli import sample
+from scripts import quickstart
 
 ROOT = Path(__file__).parents[2]
 SMALL = [

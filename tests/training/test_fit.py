@@ -25,7 +25,7 @@ from ldm.training.callbacks.stop import StopOnSignal
 from tests.points import Automatic, PointData, a_trainer, ranks_at, wait_until
 
 FROM_A_WORKER = """Caught DataError in DataLoader worker process 0.
-InitImage Traceback (most recent call last):
+Original Traceback (most recent call last):
   File "x.py", line 1, in <module>
 ldm.errors.DataError: a.png: broken
 """

@@ -83,7 +83,7 @@ def stages(autoencoder_tree, diffusion_tree) -> list[Any]:
 
 def test_fsdp2_is_for_stage_2(stages):
     autoencoder, diffusion = stages
-    with pytest.raises(ConfigError, match=r"FSDP2 is for stage 2.*ldm\.strategies\.DDP"):
+    with pytest.raises(ConfigError, match=r"FSDP2 is for stage 2.*ldm\.training\.strategies\.DDP"):
         make(node("FSDP2"), autoencoder)
     assert make(node("FSDP2"), diffusion)
     assert make(node("DDP"), autoencoder)

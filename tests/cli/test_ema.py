@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from ldm.checkpoints import store
+from ldm.cli import ema as script
 from ldm.optim.ema import power_exponent
 from ldm.sampling.pipeline import Pipeline
-from scripts import reconstruct_ema as script
 
 
 @pytest.fixture
@@ -27,9 +27,9 @@ def run(make_runs):
 
 
 def test_what_it_writes_can_be_sampled_from(run, capsys):
-    assert script.main(["-r", str(run.diffusion), "--width", "0.1", "0.05", "--step", "20"]) == 0
+    assert script.main(["-r", str(run.diffusion), "--std", "0.1", "0.05", "--step", "20"]) == 0
     wide, narrow = (Path(line) for line in capsys.readouterr().out.split())
-    assert wide == run.diffusion / "averages" / "width=0.1_step=00000020.ckpt"
+    assert wide == run.diffusion / "averages" / "std=0.1_step=00000020.ckpt"
     weights = run.module.ema.average.state_dict()
     for path, factor in ((wide, 10), (narrow, 20)):
         pipeline = Pipeline.load(path)
@@ -43,10 +43,10 @@ def test_what_it_writes_can_be_sampled_from(run, capsys):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--width", "0.5"], 2, "less than 0.289"),
-        (["--width", "0.1", "--step", "15"], 2, "there are 10, 20, 30"),
-        *((["--width", "0.1", "--step", number], 2, "--step: expected a whole number") for number in ("0", "-1", "x")),
-        (["--wdith", "0.1"], 2, "--width"),
+        (["--std", "0.5"], 2, "less than 0.289"),
+        (["--std", "0.1", "--step", "15"], 2, "there are 10, 20, 30"),
+        *((["--std", "0.1", "--step", number], 2, "--step: expected a whole number") for number in ("0", "-1", "x")),
+        (["--sdt", "0.1"], 2, "--std"),
     ],
 )
 def test_mistakes_are_one_message(run, capsys, arguments, code, message):
@@ -55,5 +55,5 @@ def test_mistakes_are_one_message(run, capsys, arguments, code, message):
 
 
 def test_a_run_without_snapshots(runs, capsys):
-    assert script.main(["-r", str(runs.diffusion), "--width", "0.1"]) == 4
+    assert script.main(["-r", str(runs.diffusion), "--std", "0.1"]) == 4
     assert "EMASnapshots" in capsys.readouterr().err

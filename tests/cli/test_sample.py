@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm.cli import sample
 from ldm.sampling.generate import generate
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.pipeline import Pipeline
-from scripts import sample
 from tests.tiny_runs import CLASSES, save_diffusion
 
 QUICK = ["--steps", "2", "--guidance", "2"]
@@ -199,7 +199,7 @@ def test_steering_is_done_recorded_and_named(runs, tmp_path, capsys):
         "-shift2.5": ["--schedule", "shifted", "--shift", "2.5"],
         "-rescale0.5": ["--rescale", "0.5"],
         "-interval0.1_2": ["--interval", "0.1", "2"],
-        "-worse_": ["--guide", str(guide)],
+        "-guide_": ["--guide", str(guide)],
         "-image_red_": [*image],
         "-strength1": [*image, "--strength", "1"],
         "-mask_line_": [*image, "--mask", str(tmp_path / "line.png")],

@@ -8,8 +8,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from ldm.cli import cache
 from ldm.latents.manifest import verify
-from scripts import cache_latents
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,11 +41,11 @@ def base(runs, tmp_path, monkeypatch):
 
 
 def test_builds_where_the_configuration_says_and_verifies(base, capsys):
-    assert cache_latents.main(["data.params.cache=here", "--base", str(base)]) == 0
+    assert cache.main(["data.params.cache=here", "--base", str(base)]) == 0
     printed = capsys.readouterr().out
     assert "here/train: 130 items of (4, 2, 2), 0 broken" in printed
     assert "here/validation: 20 items" in printed
-    assert cache_latents.main(["--verify", "here/train", "here/validation"]) == 0
+    assert cache.main(["--verify", "here/train", "here/validation"]) == 0
     assert "here/train: sound, 130 items" in capsys.readouterr().out
 
 
@@ -53,16 +53,16 @@ def test_builds_where_the_configuration_says_and_verifies(base, capsys):
 def test_a_file_in_the_place_of_the_cache(base, capsys, words):
     Path("taken").touch()
     Path("cache").touch()  # where it lies when nothing is said
-    assert cache_latents.main(["--base", str(base), *words]) == 6
+    assert cache.main(["--base", str(base), *words]) == 6
     assert "cannot build a latent cache there: Not a directory" in capsys.readouterr().err
 
 
 def test_verify_looks_at_every_folder_and_ends_with_code_3(base, capsys):
-    assert cache_latents.main(["--base", str(base), "data.params.cache=here"]) == 0
+    assert cache.main(["--base", str(base), "data.params.cache=here"]) == 0
     shard = Path("here/train/shard-00001.bin")
     shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
     capsys.readouterr()
-    assert cache_latents.main(["--verify", "here/train", "here/none", "here/validation"]) == 3
+    assert cache.main(["--verify", "here/train", "here/none", "here/validation"]) == 3
     out, err = capsys.readouterr()
     assert "error: here/train/shard-00001.bin: damaged: crc32: expected" in err
     assert "error: here/none/manifest.json: no such file" in err
@@ -75,13 +75,13 @@ def test_a_stage_1_configuration_is_refused(base, capsys):
     del tree["data"]["params"]["autoencoder"]
     base.write_text(yaml.safe_dump(tree))
     capsys.readouterr()
-    assert cache_latents.main(["--base", str(base)]) == 2
+    assert cache.main(["--base", str(base)]) == 2
     assert "data.target: expected ldm.latents.datamodule.LatentDataModule, found" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [[], ["--base", "x.yaml", "--verify", "y"], ["--bose", "x"], ["--base", "none.yaml"]])
 def test_wrong_use_is_one_clear_line(words, capsys):
-    assert cache_latents.main(words) == 2
+    assert cache.main(words) == 2
     assert capsys.readouterr().err.startswith("error: ")
 
 
@@ -99,10 +99,10 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 def test_two_ranks_build_the_same_bytes_as_one(base):
-    for cache, world in (("one", 1), ("two", 2)):
-        processes = [run(base, rank, world, cache) for rank in range(world)]
+    for name, world in (("one", 1), ("two", 2)):
+        processes = [run(base, rank, world, name) for rank in range(world)]
         assert [process.wait() for process in processes] == [0] * world
     for part in ("train", "validation"):
-        one, two = (content(base.parent / cache / part) for cache in ("one", "two"))
+        one, two = (content(base.parent / name / part) for name in ("one", "two"))
         assert one == two
         verify(base.parent / "two" / part)

@@ -3,7 +3,7 @@ import math
 import pytest
 from PIL import Image
 
-from scripts import plot_run
+from ldm.cli import plot
 
 METRICS = """step,epoch,train/loss,val/loss,val/ema/loss,train/lr
 1,0,4.0,,,0.1
@@ -21,7 +21,7 @@ def run_folder(tmp_path):
 
 
 def test_sparse_rows_become_curves_and_the_later_row_holds(run_folder):
-    curves = plot_run.read_curves(run_folder)
+    curves = plot.read_curves(run_folder)
     assert set(curves) == {"train/loss", "val/loss", "val/ema/loss", "train/lr"}
     steps, values = curves["train/loss"]
     assert steps == [1, 2, 3]
@@ -31,7 +31,7 @@ def test_sparse_rows_become_curves_and_the_later_row_holds(run_folder):
 
 
 def test_train_and_val_share_a_panel(run_folder):
-    grouped = plot_run.panels(plot_run.read_curves(run_folder))
+    grouped = plot.panels(plot.read_curves(run_folder))
     assert {panel: set(group) for panel, group in grouped.items()} == {
         "loss": {"train", "val", "val/ema"},
         "lr": {"train"},
@@ -39,15 +39,15 @@ def test_train_and_val_share_a_panel(run_folder):
 
 
 def test_smoothing_keeps_a_constant_and_follows_a_step():
-    assert plot_run.smooth([3.0] * 10, 4) == pytest.approx([3.0] * 10)
-    assert plot_run.smooth([math.nan, 1.0, math.inf, 1.0], 4)[1:] == pytest.approx([1.0] * 3)
-    after = plot_run.smooth([0.0] * 50 + [1.0] * 50, 5)
+    assert plot.smooth([3.0] * 10, 4) == pytest.approx([3.0] * 10)
+    assert plot.smooth([math.nan, 1.0, math.inf, 1.0], 4)[1:] == pytest.approx([1.0] * 3)
+    after = plot.smooth([0.0] * 50 + [1.0] * 50, 5)
     assert after[49] == 0.0
     assert after[-1] == pytest.approx(1.0, abs=1e-3)
 
 
 def test_a_picture_is_written(run_folder, capsys):
-    assert plot_run.main([str(run_folder)]) == 0
+    assert plot.main([str(run_folder)]) == 0
     picture = run_folder / "metrics.png"
     assert capsys.readouterr().out.strip() == str(picture)
     with Image.open(picture) as image:
@@ -58,25 +58,25 @@ def test_a_picture_is_written(run_folder, capsys):
 def test_two_runs_in_one_picture(run_folder, tmp_path):
     output = tmp_path / "both.png"
     arguments = [str(run_folder), str(run_folder / "metrics.csv"), "--only", "loss", "-o", str(output)]
-    assert plot_run.main(arguments) == 0
+    assert plot.main(arguments) == 0
     assert output.stat().st_size > 5000
 
 
 def test_mistakes_have_exit_codes(run_folder, tmp_path, capsys):
-    assert plot_run.main([str(tmp_path / "nowhere")]) == 3
-    assert plot_run.main([str(run_folder), "--only", "lss"]) == 3
+    assert plot.main([str(tmp_path / "nowhere")]) == 3
+    assert plot.main([str(run_folder), "--only", "lss"]) == 3
     assert "loss, lr" in capsys.readouterr().err
-    assert plot_run.main([str(run_folder), "--outptu", "x"]) == 2
+    assert plot.main([str(run_folder), "--outptu", "x"]) == 2
     assert "--output" in capsys.readouterr().err
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "metrics.csv").write_text("step,train/loss\n")
-    assert plot_run.main([str(empty)]) == 3
+    assert plot.main([str(empty)]) == 3
 
 
 @pytest.mark.parametrize(("output", "said"), [("missing/a.png", "no folder"), ("a", ".png"), ("a.xyz", ".png")])
 def test_an_output_that_cannot_be(run_folder, capsys, output, said):
-    assert plot_run.main([str(run_folder), "-o", str(run_folder / output)]) == 2
+    assert plot.main([str(run_folder), "-o", str(run_folder / output)]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: --output")
     assert said in message
@@ -84,11 +84,11 @@ def test_an_output_that_cannot_be(run_folder, capsys, output, said):
 
 def test_an_output_that_is_a_folder(run_folder, capsys):
     (run_folder / "a.png").mkdir()
-    assert plot_run.main([str(run_folder), "-o", str(run_folder / "a.png")]) == 6
+    assert plot.main([str(run_folder), "-o", str(run_folder / "a.png")]) == 6
     assert "a folder where a file is needed" in capsys.readouterr().err
 
 
 def test_home_is_known_where_the_shell_left_it(run_folder, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(run_folder))
-    assert plot_run.main(["~/metrics.csv", "--output=~/b.png"]) == 0
+    assert plot.main(["~/metrics.csv", "--output=~/b.png"]) == 0
     assert (run_folder / "b.png").is_file()

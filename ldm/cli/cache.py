@@ -1,0 +1,86 @@
+"""Build the latent caches that a stage-2 configuration reads, or check caches byte by byte.
+
+python scripts/cache_latents.py --base configs/diffusion/imagenet_f8_class.yaml [data.params.cache=FOLDER]
+torchrun --nproc-per-node 8 scripts/cache_latents.py --base configs/diffusion/imagenet_f8_class.yaml
+python scripts/cache_latents.py --verify cache/*
+
+A build that was killed goes on where it was, and any number of processes, on any machines that see the folder, may
+work on one cache. Training builds what is missing by itself: this script is for doing so beforehand, or elsewhere.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm.cli import program
+from ldm.cli.options import Parser, called, path, split_overrides
+from ldm.errors import ConfigError, LdmError
+from ldm.runtime import distributed, signals
+from ldm.runtime.progress import shown
+
+
+def build(base: Sequence[Path], overrides: Sequence[str], trust: Sequence[str]) -> None:
+    """Build the caches of the configuration's data module, and print where they are."""
+    from ldm.config.load import build, load
+    from ldm.latents.datamodule import LatentDataModule
+
+    loaded = load(base, overrides, trust)
+    loaded.check()
+    data = build(loaded.resolved()["data"], trust, key="data")
+    if not isinstance(data, LatentDataModule):
+        wanted, found = (f"{kind.__module__}.{kind.__qualname__}" for kind in (LatentDataModule, type(data)))
+        raise ConfigError(f"data.target: expected {wanted}, found {found}: only stage 2 reads a latent cache.")
+    data.trust = trust
+    data.prepare_data()
+    data.setup()
+    if distributed.is_main():
+        for cache in (data.train_cache, data.validation_cache):
+            if cache is not None:
+                print(f"{cache.folder}: {len(cache)} items of {cache.plan.shape}, {len(cache.manifest.broken)} broken")
+
+
+def verify(folder: Path) -> None:
+    """Check a cache whole, and print that it is sound."""
+    from ldm.latents.manifest import verify
+
+    with shown(str(folder)) as progress:
+
+        def show(done: int, total: int) -> None:
+            signals.stop_if_asked()
+            progress(done, total)
+
+        manifest = verify(folder, show)
+    print(f"{folder}: sound, {manifest.num_items} items")
+
+
+def verify_all(folders: Sequence[Path]) -> int:
+    """Check every cache, whatever is wrong with the ones before; returns the exit code."""
+    code = 0
+    for folder in folders:
+        try:
+            verify(folder)
+        except LdmError as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = error.exit_code
+    return code
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code (ldm/errors.py)."""
+    parser = Parser(
+        prog=called("cache_latents.py", "cache"), description="Build or check latent caches.", allow_abbrev=False
+    )
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("-b", "--base", nargs="+", type=path, metavar="YAML", help="stage-2 configuration")
+    task.add_argument("--verify", nargs="+", type=path, metavar="FOLDER", help="caches to read and check whole")
+    parser.add_argument("--trust", nargs="+", default=[], metavar="PACKAGE", help="packages that targets may name")
+
+    def work() -> int | None:
+        overrides, words = split_overrides(argv)
+        options = parser.parse_strictly(words)
+        if options.verify:
+            return verify_all(options.verify)
+        build(options.base, overrides, options.trust)
+        return None
+
+    return program.answer(work)

@@ -1,0 +1,51 @@
+"""The command `ldm`, and how it and the files beside main.py start a program.
+
+ldm train --base configs/quickstart/autoencoder.yaml
+ldm sample -r logs/<run> --guidance 2
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import NoReturn
+
+from ldm.runtime import threads
+
+COMMANDS = {
+    "train": ("train an autoencoder or a diffusion model", "ldm train --base configs/quickstart/autoencoder.yaml"),
+    "cache": ("build or check latent caches", "ldm cache --base configs/quickstart/diffusion.yaml"),
+    "sample": ("make pictures with a trained model", "ldm sample -r 'logs/*_emoji_diffusion' --guidance 2"),
+    "ema": ("running averages of other widths, afterwards", "ldm ema -r logs/<run> --std 0.075"),
+    "plot": ("draw a run's curves", "ldm plot logs/<run>"),
+}
+"""{name of the program in ldm/cli: (what it does, an example)}."""
+
+
+def start(name: str, words: Sequence[str]) -> NoReturn:
+    """Be the program ldm/cli/<name>.py with these words of the command line; never returns."""
+    threads.prepare()  # before torch is imported, which some programs do at once
+    from ldm.cli import program
+
+    main = importlib.import_module(f"ldm.cli.{name}").main
+    program.run(lambda: main(words))
+
+
+def ldm() -> NoReturn:
+    """The command line of `ldm`: the name of a program, then that program's own words."""
+    name, words = sys.argv[1] if len(sys.argv) > 1 else "--help", sys.argv[2:]
+    if name in COMMANDS:
+        start(name, words)
+    if name in ("-h", "--help"):
+        print(usage())
+        sys.exit(0)
+    near = get_close_matches(name, COMMANDS, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(COMMANDS)}."
+    print(f"error: unknown command {name!r}: {hint}\nSee `ldm --help`.", file=sys.stderr)
+    sys.exit(2)
+
+
+def usage() -> str:
+    """What `ldm --help` prints."""
+    lines = [f"  {name:<8}{does}\n          {example}" for name, (does, example) in COMMANDS.items()]
+    return "usage: ldm COMMAND ...\n\n" + "\n".join(lines) + "\n\n`ldm COMMAND --help` describes each."

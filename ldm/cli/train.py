@@ -1,0 +1,157 @@
+"""Train an autoencoder (stage 1) or a diffusion model on its latents (stage 2).
+
+    python main.py --base configs/quickstart/autoencoder.yaml
+    python main.py --base configs/quickstart/diffusion.yaml data.params.batch_size=64
+    python main.py --resume logs/2026-11-22T09-00-00_emoji_diffusion lightning.trainer.max_steps=20000
+
+Exit codes are listed in ldm/errors.py. Torch and Lightning are imported late, so that a mistake is answered at once.
+"""
+
+import os
+import pdb
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from ldm import run_folder
+from ldm.cli import program
+from ldm.cli.options import parse
+from ldm.config.load import Config, build
+from ldm.errors import CheckpointError, ConfigError
+from ldm.run_folder import RunFolder
+from ldm.runtime import signals
+from ldm.training import resume
+from ldm.training.options import Options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    debug = "-d" in words or "--debug" in words
+    try:
+        return program.answer(lambda: work(parse(words)), examine if debug else None)
+    except Exception:
+        if debug:
+            examine()
+        raise
+
+
+def examine() -> None:
+    """The traceback, and the debugger at the place of the error when a person is there to use it."""
+    traceback.print_exc()
+    if sys.stdin.isatty():
+        pdb.post_mortem()
+
+
+def work(options: Options) -> int:
+    """From the command line to a finished run, or to whatever else was asked for."""
+    if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
+        raise CheckpointError("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set: it lets a checkpoint run code. Unset it.")
+    start = resume.start(options)
+    signals.stop_if_asked()
+    start.config.check()
+    steps = max_steps(start.config)
+    if not options.train and start.is_new:
+        raise ConfigError("Without training there is nothing to validate: name a run or a checkpoint with --resume.")
+    for note in start.notes:
+        print(note)
+    if start.folder and options.train and not options.dry_run and finished(start, steps):
+        print(
+            f"{start.folder.path}: nothing to do, {steps} steps are done. Raise lightning.trainer.max_steps to go on."
+        )
+        return 0
+    if not options.dry_run:
+        run_folder.check_writable(start.folder.path if start.folder else options.logdir)
+    signals.stop_if_asked()
+    data, tree, facts = prepare(start, options)
+    settle_precision(start, tree)
+    signals.stop_if_asked()
+    resume.check_facts(start, facts, options.allow_change)
+    from ldm.training import dry_run, rehearsal, trainer
+
+    outline = dry_run.meta_model(tree, options.trust)
+    dry_run.check_fit(outline, tree, facts, start.config.origin)
+    rehearsal.check(outline, tree, facts, start.config.origin)
+    trainer.make_trainer(tree, data, outline, trust=options.trust)
+    if options.dry_run:
+        print(dry_run.report(outline, tree, facts))
+        return 0
+    return train(options, start, tree, data, facts)
+
+
+def max_steps(config: Config) -> int:
+    """The run's length, the one thing under `lightning` that has no default."""
+    trainer = (config.resolved().get("lightning") or {}).get("trainer") or {}
+    steps = trainer.get("max_steps")
+    if not isinstance(steps, int) or steps < 1:
+        raise ConfigError(f"lightning.trainer.max_steps: expected a number of optimizer steps, found {steps}.")
+    return steps
+
+
+def finished(start: resume.Start, steps: int) -> bool:
+    """Whether the run to go on with has reached `steps`; an older checkpoint named by hand is always gone on from."""
+    state = start.folder.read_state() if start.folder else None
+    return start.checkpoint is None and state is not None and state.status == "finished" and state.step >= steps
+
+
+def prepare(start: resume.Start, options: Options) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """The data module, the configuration with every reference filled in, and what the data said of itself."""
+    data = build(start.config.resolved()["data"], options.trust, key="data")
+    data.trust = options.trust
+    facts = data.facts()
+    tree = start.config.resolved(facts)
+    if options.scale_lr and start.is_new:
+        for optimizer in ("optimizer", "discriminator_optimizer"):
+            params = (tree["model"]["params"].get(optimizer) or {}).get("params", {})
+            if "lr" in params:
+                params["lr"] *= facts["batch_size"]
+                print(f"scaled: model.params.{optimizer}.params.lr to {params['lr']:g}")
+    return data, tree, facts
+
+
+def settle_precision(start: resume.Start, tree: dict[str, Any]) -> None:
+    """Fill in the precision where it is `auto`, and say which and why."""
+    from ldm.runtime import distributed, precision
+
+    notes = precision.settle(tree["lightning"]["trainer"], is_new=start.is_new)
+    if distributed.is_main():
+        for note in notes:
+            print(note)
+
+
+def train(options: Options, start: resume.Start, tree: dict[str, Any], data: Any, facts: dict[str, Any]) -> int:
+    """Build the model, take the run folder, and fit."""
+    from ldm.runtime import distributed
+    from ldm.training import fit, trainer
+    from ldm.training.callbacks.first_step import FirstStep
+    from ldm.training.loggers import end
+
+    with fit.explained(), ExitStack() as held:
+        model = trainer.build_model(tree, options.trust)
+        signals.stop_if_asked()
+        folder, first_step = start.folder, FirstStep()
+        if folder is None and distributed.is_main():
+            folder = run_folder.create(options.logdir, start.name, options.postfix)
+            used = (lambda: first_step.made) if options.train else folder.has_results
+            held.enter_context(run_folder.removed_if_unused(folder, used))
+        elif folder is None:
+            folder = RunFolder(options.logdir)  # the other ranks write nothing, so that theirs need not exist
+        if distributed.is_main():
+            held.enter_context(folder.owned())
+            run_folder.check_space(folder.checkpoints, fit.space_needed(model))
+            resume.save(folder, start.source, tree, facts)
+        callbacks = [first_step, *trainer.make_callbacks(tree, folder, model, facts, options.trust)]
+        # A validation alone has no step of its own in the metrics file.
+        loggers = trainer.make_loggers(tree, folder, options.project, options.trust) if options.train else []
+        held.callback(lambda: None if first_step.made else end(loggers))
+        lightning = trainer.make_trainer(tree, data, model, callbacks, loggers, options.trust, folder.path)
+        signals.stop_if_asked()
+        if not options.train:
+            fit.validate(lightning, model, data, folder, start.checkpoint)
+            return 0
+        state = fit.run(lightning, model, data, folder, start.checkpoint, test=options.test)
+        if lightning.is_global_zero:
+            print(f"{folder.path}: {state.status} at step {state.step} {state.reason}".rstrip())
+        return state.exit_code or 0
