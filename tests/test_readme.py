@@ -1,6 +1,7 @@
-"""Every command of the README and of the configurations' headers does what it says, on a small folder of pictures.
+"""Every command of the README, the documents and the configurations' headers does what it says, on a few pictures.
 
 What trains is run dry, on stand-ins for the runs that it names; what samples, plots or reconstructs is run on these.
+The commands of docs/extending.md need its examples: test_docs.py runs them.
 """
 
 import re
@@ -23,6 +24,10 @@ from scripts import bench, compare, faults
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+DOCUMENTS = [
+    *(ROOT / "README.md", ROOT / "CONTRIBUTING.md"),
+    *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "extending.md"),
+]
 HEADERS = [path for path in sorted((ROOT / "configs").rglob("*")) if path.suffix in (".yaml", ".sh", ".sbatch")]
 PROGRAMS = r"([A-Z]+=\S+ )*(make|python|torchrun|pip|conda|sbatch|bash|main\.py) "
 PICTURES = "pictures"
@@ -37,10 +42,10 @@ def whole_lines(text: str) -> list[str]:
     return [re.sub(r"(\s{2,}|\s+#)[#(].*|\s+# .*", "", re.sub(r"\[[^\]]*\]", "", line)).strip() for line in lines]
 
 
-def readme_commands() -> list[str]:
-    """Lines of code blocks, and code spans, that start with a program of ours."""
-    blocks = re.findall(r"^```(?:bash|sh)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-    prose = re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE)
+def written_commands(document: str) -> list[str]:
+    """Lines of code blocks, and code spans."""
+    blocks = re.findall(r"^```(?:bash|sh)\n(.*?)^```", document, re.DOTALL | re.MULTILINE)
+    prose = re.sub(r"^```.*?^```", "", document, flags=re.DOTALL | re.MULTILINE)
     spans = [re.sub(r"\s*\n\s*", " ", span) for span in re.findall(r"`([^`]+)`", prose)]
     return [line for text in [*blocks, *spans] for line in whole_lines(text)]
 
@@ -54,7 +59,7 @@ def commands(lines: list[str]) -> list[str]:
     return [line for line in dict.fromkeys(lines) if re.match(PROGRAMS, line)]
 
 
-COMMANDS = commands([*readme_commands(), *header_commands()])
+COMMANDS = commands([*(line for page in DOCUMENTS for line in written_commands(page.read_text())), *header_commands()])
 
 
 def test_the_readme_and_the_headers_have_commands():
@@ -154,6 +159,8 @@ def run(workshop, tmp_path, monkeypatch, autoencoder_tree, diffusion_tree):
         "scripts/bench.py": parsed(bench.parse),
         "scripts/compare.py": parsed(compare.parse),
         "scripts/faults.py": parsed(faults._parser().parse_args),
+        "-m": lambda words: 0 if words[0] == "pytest" and (ROOT / words[1]).is_dir() else 1,
+        "same.py": lambda words: 0 if len(words) == 2 else 1,  # test_docs.py writes and runs it
     }
 
     def run(command: str) -> int:
