@@ -1,6 +1,6 @@
-"""From a data set's item to a row of a batch: transforms, the view that loaders read, and collation.
+"""From a picture to pixels: resized, cropped, perhaps mirrored, as float32 (C,H,W) in [-1,1].
 
-A data set decodes (images.py); a view makes pixels of it: float32 (C,H,W) in [-1,1]. Every random choice is a
+Every random choice is a
 function of (seed, sample number), so the number of workers, a resume and the world size change nothing.
 """
 

@@ -9,7 +9,7 @@ The starting noise is drawn on the CPU, so that a seed names the same picture on
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -24,9 +24,6 @@ from ldm.sampling.img2img import InitImage, inpaint
 from ldm.sampling.pipeline import Pipeline
 from ldm.sampling.samplers import ddim, start
 from ldm.sampling.timesteps import Default, TimestepSchedule
-
-if TYPE_CHECKING:  # sampling from a checkpoint needs nothing of the training code
-    pass
 
 UNGUIDED = Guidance()
 

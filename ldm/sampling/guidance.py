@@ -126,7 +126,7 @@ _ALWAYS_TOLD = "this model never saw a picture without its class (model.params.l
 
 @dataclass(frozen=True)
 class Guidance:
-    """How strongly samples are led, and away from what (diffusion/guidance.py).
+    """How strongly samples are led, and away from what (the functions above).
 
     Args:
         scale: 1 = not at all; above: away from no class, or from `guide`, at twice the cost. Of a classifier: the

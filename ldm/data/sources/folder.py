@@ -1,7 +1,6 @@
-"""Data sets of images: the contract, the image folder, and how an image file is decoded.
+"""The image folder: classes are its subfolders, captions lie beside the pictures or in one file.
 
-A data set decodes and labels; it neither resizes nor augments (pixels.py does). Its items are dicts of `image`
-(PIL, grey or RGB), `class_label` (int, if it has classes) and `caption` (str, if it has captions).
+A data set decodes and labels; it neither resizes nor augments (data/transforms.py does).
 """
 
 import hashlib
