@@ -1,7 +1,7 @@
 """The contract of a data set of images, a part of one, and how images are held out for validation.
 
-Items are dicts of `image` (PIL, grey or RGB), `class_label` (int, if the data set has classes) and `caption` (str, if it
-has captions).
+Items are dicts of `image` (PIL, gray or RGB), `class_label` (int, if the data set has classes) and `caption` (str, if
+it has captions).
 """
 
 import hashlib

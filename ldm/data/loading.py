@@ -85,8 +85,10 @@ class TransformedDataset(Dataset[dict[str, Any]]):
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Rows of a `TransformedDataset` -> a batch: `image` (N,C,H,W), `class_label` (N,) int64, `caption` list of N, and what stays
-    on the host: `sample_number` (N,) int64 array and `broken`.
+    """Rows of a `TransformedDataset` -> a batch.
+
+    It holds `image` (N,C,H,W), `class_label` (N,) int64, `caption` list of N, and what stays on the host:
+    `sample_number` (N,) int64 array and `broken`.
 
     Where a row came without an image the batch holds the last two alone: `BrokenImages.check` must see it first.
     """

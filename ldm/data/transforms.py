@@ -1,7 +1,7 @@
 """From a picture to pixels: resized, cropped, perhaps mirrored, as float32 (C,H,W) in [-1,1].
 
-Every random choice is a
-function of (seed, sample number), so the number of workers, a resume and the world size change nothing.
+Every random choice is a function of (seed, sample number), so the number of workers, a resume and the world size change
+nothing.
 """
 
 from collections.abc import Callable
