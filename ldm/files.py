@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: written under another name beside the place, then renamed."""
+"""Files that are complete or absent: written under a temporary name in the same folder, then renamed."""
 
 import os
 import socket
@@ -15,9 +15,9 @@ def temporary(path: Path) -> Path:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Another name to write to within the block; `path` is then there with all of it, or as it was before.
+    """A temporary name to write to within the block; afterwards `path` is complete, or unchanged if the block failed.
 
-    Not synced to the disk: for what can be made again.
+    Not synced to disk: for files that can be recreated.
     """
     aside = temporary(path)
     try:
