@@ -1,6 +1,6 @@
 """The errors a user can meet, each with the exit code that main.py and the scripts end with.
 
-Raise one of these for anything the user can mend, with a message that names the file, the key, what was
+Raise one of these for anything the user can fix, with a message that names the file, the key, what was
 expected, what was found, and what to do. Anything else that escapes is a bug and keeps its traceback.
 
 | code | class | meaning |
@@ -20,7 +20,7 @@ import os
 
 
 class LdmError(Exception):
-    """Base of every error that is the user's to mend; printed as one message without a traceback."""
+    """Base of every error that the user can fix; printed as one message without a traceback."""
 
     exit_code = 1
 

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: written under another name beside the place, then renamed."""
+"""Files that are complete or absent: written under a temporary name in the same folder, then renamed."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""Pictures side by side, for people to look at."""
+"""Image grids for viewing."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Small parts that several networks share: norms, embeddings, attention."""
+"""Small building blocks shared by several networks: norms, embeddings, attention."""
 
 import math
 
@@ -20,9 +20,9 @@ def timestep_embedding(noise_level: Tensor, channels: int, longest_period: float
 
 
 def group_norm(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
-    """32 groups where the channels allow groups of four or more, as in the published models (128 channels and up).
+    """32 groups if the channels allow groups of four or more, as in the published models (128 channels and up).
 
-    Narrower networks get fewer groups: with a channel or two in a group the norm would erase each one's mean.
+    Narrower networks get fewer groups: with one or two channels per group the norm would remove each channel's mean.
     """
     return nn.GroupNorm(math.gcd(channels, min(32, max(1, channels // 4))), channels, eps=eps)
 
@@ -34,7 +34,7 @@ def halvings(*sides: int) -> int:
 
 
 def zero_module(module: nn.Module) -> nn.Module:
-    """The module with its parameters at zero: a residual branch that starts as nothing."""
+    """The module with zero-initialized parameters, for a residual branch that starts at zero."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
@@ -50,7 +50,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Queries (N, L, C) look at tokens (N, M, D), by scaled dot products; with themselves as tokens: self-attention."""
+    """Queries (N, L, C) attend to tokens (N, M, D); with themselves as tokens: self-attention."""
 
     def __init__(self, channels: Count, token_channels: Count, heads: Count) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Attention(nn.Module):
 
 
 class GatedFeedForward(nn.Module):
-    """Two linear layers, four times as wide between them, gated by a GELU (GEGLU; Shazeer 2020): (N, L, C)."""
+    """Two linear layers with four times the width in between and a GELU gate (GEGLU; Shazeer 2020): (N, L, C)."""
 
     def __init__(self, channels: Count) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 """Addressable randomness: every random number of a run is a function of (seed, purpose, sample number).
 
-The sample number counts the images the run has seen, over all ranks. It addresses which image comes (a
+The sample number counts the images the run has seen, over all ranks. It determines which image comes next (a
 permutation of (seed, epoch)), its crop and flip, the posterior draw, the timestep, the noise and the dropped
-labels. Nothing random is restored from a checkpoint, because everything can be computed again; nothing
+labels. No random state is restored from a checkpoint, because everything can be recomputed; nothing
 depends on the world size, on accumulation or on worker processes, because none of them is part of the address.
 
 Two devices of one type agree bit for bit; a GPU's normal draws differ from the CPU's (another generator).
@@ -22,7 +22,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele, Lea and Flood 2014) on uint64, elementwise; wraps around."""
+    """The finalizer of splitmix64 (Steele, Lea and Flood 2014) on uint64, elementwise; wraps around."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -63,7 +63,7 @@ def ambient(seed: int, purpose: str, number: int) -> Iterator[None]:
 class Draws:
     """The randomness of one batch; each row depends on its own sample number alone.
 
-    A datamodule puts one into every batch under the key `draws`, so that whoever needs noise takes it from there.
+    A datamodule puts one into every batch under the key `draws`; all code that needs noise takes it from there.
 
     Args:
         seed: the run's seed.
@@ -88,7 +88,7 @@ class Draws:
         return len(self.numbers)
 
     def normal(self, purpose: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        """Standard normal noise: (N, *shape), one generator a row."""
+        """Standard normal noise: (N, *shape), one generator per row."""
         out = torch.empty(len(self), *shape, dtype=dtype, device=self.device)
         if self.device.type == "meta":
             return out

@@ -1,8 +1,8 @@
-"""Numbers with their ranges, for constructors' hints: what a YAML may write there is read off them.
+"""Numeric types with ranges, for constructors' hints, against which values in a YAML file are checked.
 
     def __init__(self, dropout: FractionBelowOne = 0.0, heads: Count | None = None) -> None: ...
 
-A range of its own is `Annotated[float, Interval(ge=0, lt=2)]`. Nothing is checked when Python calls a constructor.
+A custom range is `Annotated[float, Interval(ge=0, lt=2)]`. Nothing is checked when Python calls a constructor.
 NaN fits no range, and infinity only one that includes it by name (`le=math.inf`).
 """
 
@@ -50,7 +50,7 @@ def admits(hint: Any, value: float) -> bool:
 
 
 def is_finite(value: float) -> bool:
-    """A whole number always is, also one beyond every float."""
+    """Whether the value is finite; an integer always is, even one too large for a float."""
     return isinstance(value, int) or math.isfinite(value)
 
 

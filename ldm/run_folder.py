@@ -1,4 +1,4 @@
-"""The run folder: what one training run leaves on disk, who may write to it, and how it stands.
+"""The run folder: what one training run writes to disk, who may write to it, and its state.
 
     logs/<time>_<name><postfix>/
         checkpoints/           step=00001000.ckpt ... (ldm/checkpoints/store.py)
@@ -7,7 +7,7 @@
         configs/facts.json     what the data said about itself (number of images, classes, ...)
         images/{train,val}/    picture grids
         metrics.csv            every logged number
-        run_state.json         status, step, reason, resume_from: for whoever starts runs by script
+        run_state.json         status, step, reason, resume_from: for scripts that start runs
         lock                   who is writing here
 
 Runs are ordered by the time in their name, never by the file system's clock.
@@ -37,14 +37,14 @@ _FOLDER_NAME = re.compile(r"^(?P<time>\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2})_(?P<n
 
 @dataclass(frozen=True)
 class RunState:
-    """How a run stands, as `run_state.json` tells it.
+    """The state of a run, as stored in `run_state.json`.
 
     Attributes:
         status: "running", "finished" (reached max_steps), "stopped" (by a signal, after a save) or "failed".
         step: optimizer steps done.
-        reason: one line for a person.
-        exit_code: what the process ended with; None while it runs.
-        resume_from: the checkpoint to go on from, relative to the folder; None before the first one.
+        reason: one line for the user.
+        exit_code: the process's exit code; None while it runs.
+        resume_from: the checkpoint to resume from, relative to the folder; None before the first one.
     """
 
     status: str
@@ -56,7 +56,7 @@ class RunState:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The paths of one run; nothing is created but by `create`."""
+    """The paths of one run; only `create` creates anything."""
 
     path: Path
 
@@ -99,17 +99,17 @@ class RunFolder:
         return self.config_file.is_file()
 
     def has_results(self) -> bool:
-        """Whether anything lies in the folder but what says which run it is and how it stands."""
+        """Whether the folder holds anything besides the run's identity and state."""
         known = {self.config_file, self.source_file, self.facts_file, self.state_file, self.path / "lock"}
         return any(not path.is_dir() and path not in known for path in self.path.rglob("*"))
 
     def make(self) -> None:
-        """Create whatever of the folder is missing."""
+        """Create the missing parts of the folder."""
         for folder in (self.checkpoints, self.config_file.parent, self.images / "train", self.images / "val"):
             folder.mkdir(parents=True, exist_ok=True)
 
     def read_state(self) -> RunState | None:
-        """The last state written, or None when there is none that can be read."""
+        """The last state written, or None if none can be read."""
         with suppress(OSError, ValueError, TypeError):
             record = json.loads(self.state_file.read_text())
             return RunState(**{name: record[name] for name in RunState.__dataclass_fields__ if name in record})
@@ -122,7 +122,7 @@ class RunFolder:
 
     @contextmanager
     def owned(self) -> Iterator[None]:
-        """Within the block this process alone may write to the folder; what a killed one left half written is removed.
+        """Within the block only this process may write to the folder; partial files of a killed process are removed.
 
         The lock is a record lock: the kernel drops it when this process dies, however it dies, and forked loader
         workers that outlive it do not hold it. (Closing any other handle on the file would drop it too, so nothing
@@ -144,7 +144,7 @@ class RunFolder:
             yield
 
     def _sweep(self) -> None:
-        """Remove what a writer of small files left that was killed; checkpoints have a sweep of their own."""
+        """Remove leftovers of killed writers of small files; checkpoints have their own sweep."""
         for folder in (self.path, self.config_file.parent):
             for leftover in folder.glob("*.tmp.*"):
                 leftover.unlink(missing_ok=True)
@@ -170,11 +170,11 @@ def create(logdir: Path, name: str, postfix: str = "") -> RunFolder:
 
 @contextmanager
 def removed_if_unused(folder: RunFolder, used: Callable[[], bool]) -> Iterator[None]:
-    """However the block ends, a new run that has come to nothing leaves no folder behind.
+    """However the block ends, a new run without results leaves no folder behind.
 
     Args:
         folder: made by this process, so that all in it is of this start: also what loggers and profilers write.
-        used: asked at the end: whether the run has come to something.
+        used: called at the end: whether the run has results.
     """
     try:
         yield
@@ -232,7 +232,7 @@ def check_writable(folder: Path) -> None:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Refuse to start where `needed` bytes are not free.
+    """Refuse to start unless `needed` bytes are free.
 
     Raises:
         ResourceError: with the bytes needed and free.

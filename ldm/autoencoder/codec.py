@@ -1,4 +1,4 @@
-"""The frozen autoencoder: images to posterior moments, latents to images. What stage 2 and sampling see of stage 1."""
+"""The frozen autoencoder: images to posterior moments, latents to images; what stage 2 and sampling use of stage 1."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,13 +33,13 @@ class Pixels(nn.Module):
 
 
 class Codec(nn.Module):
-    """An encoder and a decoder that nothing trains: no gradients, always in eval mode.
+    """A frozen encoder and decoder: no gradients, always in eval mode.
 
     Args:
         encoder: images -> moments, or the latents that `quantizer` takes.
         decoder: latents -> images.
-        config: {"encoder": node, "decoder": node}, and a quantizer's, that builds them again; {}: pixels.
-        resolution: side of the images it was trained on, where known.
+        config: {"encoder": node, "decoder": node}, plus a quantizer's, from which they can be rebuilt; {}: pixels.
+        resolution: side of the images it was trained on, if known.
         statistics: per-channel {"mean": [...], "std": [...]} of the latents, as measured in stage 1, or None.
         path: where it was loaded from.
         quantizer: replaces latents by their codes before they are decoded; None: the posterior is Gaussian.
@@ -68,7 +68,7 @@ class Codec(nn.Module):
 
     @classmethod
     def load(cls, path: Path | str, trust: Sequence[str] = ()) -> "Codec":
-        """The codec of a stage-1 checkpoint, on the CPU; builds its encoder and decoder and nothing else.
+        """The codec of a stage-1 checkpoint, on the CPU; builds only its encoder, decoder and quantizer.
 
         Args:
             path: run folder (its newest good checkpoint) or checkpoint file.
@@ -100,11 +100,11 @@ class Codec(nn.Module):
 
     @classmethod
     def pixels(cls, channels: int) -> "Codec":
-        """No first stage: latents are the images, (N,C,H,W) in [-1, 1], without any spread."""
+        """No first stage: latents are the images, (N,C,H,W) in [-1, 1], with zero variance."""
         return cls(Pixels(channels), nn.Identity(), {})
 
     def train(self, mode: bool = True) -> "Codec":
-        """Stays in eval mode, whatever the module around it is told."""
+        """Stays in eval mode, whatever the mode of the enclosing module."""
         return super().train(False)
 
     @property
@@ -141,7 +141,7 @@ class Codec(nn.Module):
         return images.float().clamp(-1.0, 1.0)
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(c, h, w) of the latent of a square image; ConfigError where the image does not divide."""
+        """(c, h, w) of the latent of a square image; ConfigError if its side is not divisible by the down factor."""
         factor = self.encoder.down_factor
         if resolution % factor:
             lower = resolution // factor * factor
@@ -153,9 +153,9 @@ class Codec(nn.Module):
         return self.encoder.latent_channels, resolution // factor, resolution // factor
 
     def weight_hash(self) -> str:
-        """sha256 (hex) over names, shapes and bytes of all weights: the same on every device and out of any file."""
+        """sha256 (hex) over names, shapes and bytes of all weights: the same on every device and from any file."""
         digest = sha256()
-        # A codebook is counted under its first name, by which caches know their autoencoder.
+        # A codebook is hashed under its first name, by which caches identify their autoencoder.
         named = {name.replace("quantizer.", "quantiser.", 1): tensor for name, tensor in self.state_dict().items()}
         for name, tensor in sorted(named.items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())

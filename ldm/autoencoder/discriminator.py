@@ -11,15 +11,15 @@ from ldm.ranges import Count, CountOrZero
 class PatchDiscriminator(nn.Module):
     """One logit for each overlapping patch: (N, in_channels, H, W) -> (N, 1, about H/2**layers, W/2**layers).
 
-    With three layers, the default, a logit sees 70x70 pixels. Weights start as N(0, 0.02).
+    With three layers, the default, a logit sees 70x70 pixels. Weights are initialized from N(0, 0.02).
 
     Args:
         in_channels: of the images.
-        channels: after the first layer; doubled by each further layer up to eight times.
+        channels: after the first layer; doubled by each further layer, up to eight times that.
         layers: strided layers.
-        norm: makes the normalisation of a number of channels. BatchNorm2d, as published, sees the micro-batch of
-            one rank; take a norm over single images (such as nn.InstanceNorm2d with affine=True) where the result
-            must not depend on how the global batch is split.
+        norm: number of channels -> normalization layer. BatchNorm2d, as published, sees only the micro-batch of one
+            rank; use a norm over single images (such as nn.InstanceNorm2d with affine=True) if the result must not
+            depend on how the global batch is split.
 
     Raises:
         ConfigError: images too small for so many layers.
@@ -39,7 +39,7 @@ class PatchDiscriminator(nn.Module):
         for layer in range(1, layers + 1):
             previous, width = width, channels * min(2**layer, 8)
             stride = 2 if layer < layers else 1
-            # No bias: the norm's own shift follows.
+            # No bias, since the norm that follows has a shift.
             stack.append(nn.Conv2d(previous, width, 4, stride=stride, padding=1, bias=False))
             stack += [norm(width), nn.LeakyReLU(0.2)]
         stack.append(nn.Conv2d(width, 1, 4, padding=1))
@@ -59,7 +59,7 @@ class PatchDiscriminator(nn.Module):
 
 
 def _smallest(layers: int) -> int:
-    """Pixels of the smallest side: each strided layer halves it, then two convolutions take a pixel each."""
+    """The smallest side in pixels: each strided layer halves it, then two convolutions take one pixel each."""
     return 3 * 2**layers if layers else 4
 
 

@@ -3,24 +3,23 @@
     error(x, r)    = |x - r| + l2_weight * (x - r)^2 + perceptual_weight * LPIPS(x, r)   for each pixel and channel
     nll            = sum of error / exp(logvar) + logvar                           over an image, mean over the batch
     generator      = nll + kl_weight * cost + w * adversarial_weight * adversarial.generator
-    cost           = of the posterior: its KL; with a codebook, latents from their codes           mean over the batch
+    cost           = the posterior's KL; with a codebook, distances of latents to codes            mean over the batch
     discriminator  = adversarial.discriminator(images, detached reconstruction)
     w              = |d nll / d W| / (|d generator term / d W| + 1e-4), at most max_adversarial_weight
                      W: the decoder's last weight
 
 Sums, not means: nll grows with the number of pixels and KL with the number of latent values, so their balance does
-not change with the resolution as long as the down factor stays. Adam does not care for the common scale (beyond its
-epsilon); a clipping threshold and the bound of w do.
+not change with the resolution for a fixed down factor. Adam is invariant to the common scale (up to its epsilon);
+a clipping threshold and the bound on w are not.
 
-The published KL training sums, too, and bounds w at 1e4. The published VQ training takes the mean over the n values of
-an image and bounds its w, n times smaller than this one, at 1e4: that is a bound of n x 1e4 here. The 1e-4 stands
-beside the adversarial gradient, in whose units nothing changes, so with that bound both are the same to the last bit
-but for rounding.
+The published KL training also uses sums, and bounds w at 1e4. The published VQ training takes the mean over the n
+values of an image and bounds its w, n times smaller than this one, at 1e4: that is a bound of n x 1e4 here. The 1e-4 is
+added to the adversarial gradient, whose scale is the same in both, so with that bound both agree up to rounding.
 
 One pass serves both optimizers. The gradients of the error and of the adversarial term with respect to the
-reconstruction are computed once each, at a detached copy; they give w by way of the last convolution alone, and
-their sum then goes back through the decoder once. The discriminator's own loss is part of the same scalar, since it
-shares no parameter with the rest: one backward fills the gradients of both before either is stepped.
+reconstruction are computed once each, at a detached copy; w follows from them through the last convolution alone, and
+their sum is then backpropagated through the decoder once. The discriminator's own loss is part of the same scalar,
+since it shares no parameter with the rest: one backward pass fills the gradients of both before either is stepped.
 """
 
 from typing import Any, Protocol
@@ -34,7 +33,7 @@ from ldm.ranges import CountOrZero, Finite, NotNegative, Positive
 
 
 class Adversarial(Protocol):
-    """Scores of real and generated patches to losses, scalars each."""
+    """Maps logits of real and generated patches to losses, each a scalar."""
 
     def generator(self, fake: Tensor) -> Tensor: ...
 
@@ -66,19 +65,20 @@ class AutoencoderLoss(nn.Module):
 
     Args:
         perceptual: two (N, C, H, W) -> (N,), such as LPIPS; None trains on L1 alone.
-        perceptual_weight: of it, against a mean absolute difference per value of the image.
-        l2_weight: of the squared difference, 0 in the published models. Without a perceptual term it teaches rare
-            colours sooner: to the absolute difference a red that comes out brown is hardly worse than a pale red.
-        kl_weight: of the posterior's cost: the KL against the standard normal, in nats; of a codebook, squared
-            distances summed over the latent.
-        logvar: starting value of the log-variance, which belongs to the generator's optimizer.
-        learn_logvar: False fixes it there, as it is in the published training, whose optimizers do not hold it. A
-            checkpoint's value takes the place of `logvar` only where it is learned.
+        perceptual_weight: of the perceptual term, relative to the absolute difference per value of the image.
+        l2_weight: of the squared difference, 0 in the published models. Without a perceptual term, rare colors are
+            learned sooner with it: for the absolute difference a red that comes out brown is hardly worse than a pale
+            red.
+        kl_weight: of the posterior's cost: the KL to the standard normal, in nats; for a codebook, squared distances
+            summed over the latent.
+        logvar: initial value of the log-variance, which belongs to the generator's optimizer.
+        learn_logvar: False keeps it at that value, as in the published training, whose optimizers do not include it.
+            A checkpoint's value replaces `logvar` only if it is learned.
         discriminator: images -> logits; None trains without one.
         adversarial: Hinge() or Vanilla().
         adversarial_weight: factor on the adaptive weight w.
-        disc_start: first optimizer step with the discriminator; before it neither runs.
-        max_adversarial_weight: bound of w before that factor, in units of an error summed over an image (top of file).
+        disc_start: first optimizer step with the adversarial term and the discriminator; neither runs before it.
+        max_adversarial_weight: bound on w before that factor, in units of an error summed over an image (top of file).
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class AutoencoderLoss(nn.Module):
         self.perceptual_weight = perceptual_weight
         self.l2_weight = l2_weight
         self.kl_weight = kl_weight
-        # A parameter either way: every checkpoint has it, and a fixed one takes part in no reduction of gradients.
+        # A parameter either way: every checkpoint has it, and a fixed one is left out of gradient reduction.
         self.logvar = nn.Parameter(torch.tensor(float(logvar)), requires_grad=learn_logvar)
         if not learn_logvar:
             self.register_load_state_dict_pre_hook(_keep_logvar)
@@ -117,11 +117,11 @@ class AutoencoderLoss(nn.Module):
     def forward(
         self, images: Tensor, reconstruction: Tensor, posterior: Posterior, last_layer: nn.Conv2d, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The scalar whose one backward fills every gradient, and what to log.
+        """The scalar whose single backward pass fills every gradient, and what to log.
 
         Args:
             images: (N, C, H, W) in [-1, 1].
-            reconstruction: (N, C, H, W), of which `last_layer` computed the values.
+            reconstruction: (N, C, H, W), the output of `last_layer` (up to a reshape).
             posterior: of the images.
             last_layer: the decoder's.
             step: number of the optimizer step, counted from 0.
@@ -130,7 +130,7 @@ class AutoencoderLoss(nn.Module):
             the total, whose value is generator plus discriminator loss; detached scalars by name.
         """
         target = images.float()
-        # A view, because the hooks of FLOP counters and the like cannot follow autograd.grad to a leaf.
+        # A view, because hooks such as those of FLOP counters cannot follow autograd.grad to a leaf.
         copy = reconstruction.detach().float().requires_grad_().view_as(reconstruction)  # (N, C, H, W)
         error, parts = self.reconstruction_loss(target, copy)  # mean over the batch of the sum over an image
         (gradient,) = torch.autograd.grad(error, copy)  # (N, C, H, W)
@@ -178,13 +178,13 @@ class AutoencoderLoss(nn.Module):
 
 
 def _keep_logvar(loss: AutoencoderLoss, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """A fixed log-variance is a hyperparameter: the configured one holds, whatever a checkpoint was trained with."""
+    """A fixed log-variance is a hyperparameter: the configured value applies, whatever the checkpoint's."""
     if (key := f"{prefix}logvar") in state_dict:
         state_dict[key] = loss.logvar.detach()
 
 
 def _balance(reconstruction: Tensor, last_weight: Tensor, nll: Tensor, adversarial_grad: Tensor) -> Tensor:
-    """How much longer the nll's gradient is than the adversarial one at the last weight: a scalar, 0 or more."""
+    """The ratio of the norms of the nll's and the adversarial gradient at the last weight: a scalar, 0 or more."""
     norms = [
         torch.autograd.grad(reconstruction, last_weight, gradient.to(reconstruction.dtype), retain_graph=True)[0]
         .float()

@@ -1,8 +1,8 @@
 """LPIPS, the learned perceptual distance (Zhang et al. 2018, arXiv:1801.03924), version 0.1 with VGG16.
 
 The distance compares two images' features at five depths of an image classifier, each feature vector scaled to
-unit length, squared differences weighted by channel. The channel weights ship in the `lpips` package; the
-classifier is torchvision's VGG16, 528 MB, which is looked for and never downloaded.
+unit length, squared differences weighted by channel. The channel weights ship with the `lpips` package; the
+classifier is torchvision's VGG16, 528 MB, which must already be on disk: it is never downloaded.
 """
 
 import importlib.util
@@ -27,16 +27,16 @@ _SMALLEST = 16  # pixels on a side: four halvings lie between the first features
 class LPIPS(nn.Module):
     """Distance of image pairs: two (N, C, H, W) in [-1, 1] -> (N,) float32, zero for equal images.
 
-    C is 3, or 1 (repeated to three). Frozen: no gradient reaches its weights, `.train()` does not wake it, and its
-    weights stay out of state_dict(), because every run reads the same ones.
+    C is 3, or 1 (repeated to three). Frozen: no gradient reaches its weights, `.train()` has no effect, and its weights
+    are not in state_dict(), because every run reads the same ones.
 
     Args:
         trunk: file with the weights of torchvision's vgg16; torch hub's cache is searched if not given.
-        pretrained: False gives a random trunk, always the same: for benchmarks and tests without the file.
+        pretrained: False: a random trunk, always the same, for benchmarks and tests without the file.
 
     Raises:
-        CheckpointError: the weights are not there, or are not VGG16's; names the file and where to put it.
-        ConfigError: (at the first pictures) they are smaller than 16 pixels on a side.
+        CheckpointError: the weights are missing, or are not VGG16's; names the file and where to put it.
+        ConfigError: (at the first images) they have fewer than 16 pixels on a side.
     """
 
     shift: Tensor
@@ -50,7 +50,7 @@ class LPIPS(nn.Module):
         trunk_layers = _random_trunk()
         self.stages = nn.ModuleList(trunk_layers[start:end] for start, end in _STAGES)
         self.heads = nn.ParameterList(torch.ones(width) for width in _WIDTHS)
-        # A config that is only inspected (sizes, FLOPs) is built on the meta device, where there is nothing to load.
+        # A config that is only inspected (sizes, FLOPs) is built on the meta device, so there is nothing to load.
         if not self.heads[0].is_meta:
             self._load_heads()
             if pretrained:
@@ -61,7 +61,7 @@ class LPIPS(nn.Module):
         self.register_load_state_dict_pre_hook(_keep_own)
 
     def train(self, mode: bool = True) -> "LPIPS":
-        """Stays in eval for ever."""
+        """Always stays in eval mode."""
         return super().train(False)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class LPIPS(nn.Module):
 
 
 def _random_trunk() -> nn.Sequential:
-    """VGG16's features with the same random weights each time; leaves torch's global generator as it was."""
+    """VGG16's features with the same random weights each time; does not change torch's global generator."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         features = make_layers(cfgs["D"], batch_norm=False)
@@ -142,7 +142,7 @@ def _find_trunk(given: str | None) -> Path:
     if not path.is_file():
         raise CheckpointError(
             f"{path}: no such file. LPIPS compares images by the features of torchvision's vgg16, which is not "
-            f"downloaded on its own: fetch {TRUNK_ADDRESS} and put it there, or name its place in the parameter "
+            f"downloaded automatically: fetch {TRUNK_ADDRESS} and put it there, or set its path in the parameter "
             f"`trunk` of ldm.autoencoder.lpips.LPIPS, or train without a perceptual loss (perceptual: null)."
         )
     return path

@@ -1,4 +1,4 @@
-"""Stage 1 as a LightningModule: one forward and one backward a micro-batch, then a step of both optimizers."""
+"""Stage 1 as a LightningModule: one forward and one backward pass per micro-batch, then a step of both optimizers."""
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -30,9 +30,9 @@ _SMALLEST_FOR_SSIM = 6  # its Gaussian window is 11 wide, and 5 pixels are mirro
 
 
 class AutoencoderKL(pl.LightningModule):
-    """Encoder, decoder and their loss; `global_step` counts optimizer steps, one a global batch.
+    """Encoder, decoder and their loss; `global_step` counts optimizer steps, one per global batch.
 
-    Optimisation is manual, so accumulation (from the datamodule) and clipping happen here. bf16 comes from the
+    Optimization is manual, so accumulation (from the datamodule) and clipping happen here. bf16 comes from the
     trainer's precision; fp16 is not supported, since gradients are taken before a scaler could see them.
 
     What depends on how the global batch is split over ranks and micro-batches: the adaptive adversarial weight, and
@@ -41,14 +41,14 @@ class AutoencoderKL(pl.LightningModule):
     Args:
         encoder: images to moments, or, for a quantizer, to latents.
         decoder: latents to images.
-        loss: with the discriminator, if there is one.
-        optimizer: makes the optimizer of encoder, decoder, codebook and log-variance (where that is learned).
-        schedule: optimizer step (from 0) -> factor of its learning rate; None: constant.
-        discriminator_optimizer: makes the discriminator's optimizer; `optimizer` does if not given.
+        loss: includes the discriminator, if there is one.
+        optimizer: makes the optimizer of encoder, decoder, codebook and log-variance (if that is learned).
+        schedule: optimizer step (from 0) -> multiplier of its learning rate; None: constant.
+        discriminator_optimizer: makes the discriminator's optimizer; defaults to `optimizer`.
         discriminator_schedule: the same for the discriminator, counted from its own first step.
-        gradient_clip: largest norm of each optimizer's gradient; None does not clip. The loss is a sum over an
-            image, so a useful threshold grows with the number of pixels.
-        quantizer: a codebook in the Gaussian's place; None: the posterior is a diagonal Gaussian.
+        gradient_clip: maximum gradient norm of each optimizer; None: no clipping. The loss is a sum over an image, so
+            a useful threshold grows with the number of pixels.
+        quantizer: a codebook instead of the Gaussian; None: the posterior is a diagonal Gaussian.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class AutoencoderKL(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         loss, logs = self._losses(batch)
-        # The loss is a likelihood, which falls below zero; the mean absolute difference is what a person understands.
+        # The loss is a negative log-likelihood, which can fall below zero; the mean absolute error is easier to read.
         figures = {"l1": logs["l1"]} if "l1" in logs else {}
         logged = is_logged(self.trainer)  # asked before the step, which advances the count
         if logged:
@@ -135,8 +135,8 @@ class AutoencoderKL(pl.LightningModule):
         return {"loss": loss.detach(), "figures": figures}
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[Scheduled]]:
-        # The log-variance is in the group also where it is fixed, and then without a gradient: a run in which that is
-        # changed can go on, since an optimizer's state is kept by the parameters' places.
+        # The log-variance is in the group even if it is fixed, and then has no gradient: a run in which that is changed
+        # can still resume, since an optimizer's state is stored by parameter position.
         codebook = [] if self.quantizer is None else [*self.quantizer.parameters()]
         groups = [[*self.encoder.parameters(), *self.decoder.parameters(), self.loss.logvar, *codebook]]
         if self.loss.discriminator is not None:
@@ -161,14 +161,14 @@ class AutoencoderKL(pl.LightningModule):
         return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
 
     def _touch_idle(self) -> Tensor | float:
-        """Zero, by way of the waiting discriminator: DistributedDataParallel wants a gradient of every parameter."""
+        """Zero, through the idle discriminator: DistributedDataParallel needs a gradient for every parameter."""
         discriminator = self.loss.discriminator
         if discriminator is None or self.trainer.world_size == 1 or self.loss.adversarial_at(self.global_step):
             return 0.0
         return 0.0 * torch.stack([parameter.sum() for parameter in discriminator.parameters()]).sum()
 
     def _step_optimizers(self) -> dict[str, Tensor]:
-        """Clip, step, advance the schedule, clear the gradients; for the discriminator once it has started."""
+        """Clip, step, advance the schedule, zero the gradients; for the discriminator once it has started."""
         optimizers = self.optimizers()
         generator, *others = optimizers if isinstance(optimizers, list) else [optimizers]
         logs = {}
@@ -220,14 +220,12 @@ class AutoencoderKL(pl.LightningModule):
             self.log_dict({f"val/{name}": value.float() for name, value in usage(counts).items()})
 
     def evaluate(self, images: Tensor, reconstruction: Tensor, posterior: Posterior) -> dict[str, Tensor]:
-        """PSNR in dB, SSIM, L1, LPIPS (where on), reconstruction error and KL in nats an image (or a codebook's logs).
+        """PSNR in dB, SSIM, L1, LPIPS (if on), reconstruction error and KL in nats per image (or a codebook's logs).
 
-        Batch means.
-
-        PSNR and SSIM are means of each image's own, of pictures clamped to [-1, 1], in float32.
+        Batch means. PSNR and SSIM are computed per image, on images clamped to [-1, 1], in float32.
 
         Raises:
-            ConfigError: pictures smaller than SSIM's window, 6 pixels on a side at least.
+            ConfigError: images too small for SSIM's window, which needs 6 pixels or more on each side.
         """
         height, width = images.shape[2:]
         if min(height, width) < _SMALLEST_FOR_SSIM:
@@ -241,7 +239,7 @@ class AutoencoderKL(pl.LightningModule):
             shown = reconstruction.clamp(-1.0, 1.0)
             psnr = peak_signal_noise_ratio(shown, target, data_range=2.0, reduction="none", dim=(1, 2, 3))
             ssim = structural_similarity_index_measure(shown, target, data_range=2.0, reduction="none")
-            assert isinstance(ssim, Tensor)  # a tuple only where its map is asked for
+            assert isinstance(ssim, Tensor)  # a tuple only if its map is requested
         # In the order in which they are shown.
         return {
             "psnr": psnr.mean(),
@@ -253,9 +251,9 @@ class AutoencoderKL(pl.LightningModule):
 
     @torch.no_grad()
     def images(self, batch: Batch) -> dict[str, Tensor]:
-        """What to look at: input, reconstruction, their difference and decoded normal draws (or their codes).
+        """Images to show: input, reconstruction, their difference and decoded standard normal latents (or their codes).
 
-        Each (N, C, H, W) in [-1, 1]; in the difference grey means equal.
+        Each (N, C, H, W) in [-1, 1]; in the difference, gray means equal.
         """
         images = batch["image"]
         reconstruction, _ = self.reconstruct(batch)
@@ -272,7 +270,7 @@ class AutoencoderKL(pl.LightningModule):
     # ------------------------------------------------------------------ the checkpoint's facts
 
     def checkpoint_facts(self) -> dict[str, Any]:
-        """What a checkpoint says about this model: per-channel latent statistics and metrics of the last validation.
+        """The metadata of a checkpoint of this model: per-channel latent statistics, metrics of the last validation.
 
         `latents` is {"mean": [c floats], "std": [c floats]}, or None before the first validation.
         """
@@ -289,7 +287,7 @@ class AutoencoderKL(pl.LightningModule):
 
 
 def latent_sums(posterior: Posterior) -> Tensor:
-    """Per channel: how many values, sum of E[z], sum of E[z^2] = mean^2 + var; (3, c) float64, to be added up."""
+    """Per channel: number of values, sum of E[z], sum of E[z^2] = mean^2 + var; (3, c) float64, additive."""
     mean, var = double(posterior.mean), double(posterior.var)  # (N, c, h, w)
     over = (0, *range(2, mean.ndim))
     return torch.stack([torch.ones_like(mean).sum(over), mean.sum(over), (mean.square() + var).sum(over)])
@@ -310,7 +308,7 @@ def _noise(encoder: Encoder, batch: Batch, purpose: str) -> Tensor:
 
 
 def _leave_uncounted(optimizer: LightningOptimizer) -> None:
-    """Lightning counts the steps of every optimizer into global_step; ours counts batches, so one must not count."""
+    """Lightning adds the steps of every optimizer to global_step; ours counts batches, so one must not be counted."""
     optimizer._on_before_step = _nothing
     optimizer._on_after_step = _nothing
 

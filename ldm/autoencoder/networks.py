@@ -5,9 +5,9 @@ GroupNorm and swish, a strided convolution between levels, self-attention at cho
 the middle.
 Both 1x1 convolutions around the latent (`quant_conv`, `post_quant_conv`) belong to the networks here.
 
-Vocabulary: level 0 has the resolution of the image (divided by `patch_size`), each further level half of it, so the
-down factor is patch_size * 2 ** (levels - 1); `moments` are mean and log-variance of the latent, stacked along the
-channels.
+Vocabulary: level 0 has the resolution of the image (divided by `patch_size`), each further level half of the previous
+one, so the down factor is patch_size * 2 ** (levels - 1); `moments` are mean and log-variance of the latent, stacked
+along the channels.
 
 Everything runs in plain NCHW: on the CPU GroupNorm in channels_last is 4 (float32) to 18 (bfloat16) times slower.
 """
@@ -22,11 +22,11 @@ from ldm.layers import group_norm, halvings
 from ldm.ranges import Count, CountOrZero, FractionBelowOne
 
 EPS = 1e-6
-"""Of all norms here, as in the published models."""
+"""Epsilon of all norms here, as in the published models."""
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut: (N, in_channels, H, W) -> (N, out_channels, H, W)."""
+    """Two 3x3 convolutions with a shortcut: (N, in_channels, H, W) -> (N, out_channels, H, W)."""
 
     def __init__(self, in_channels: Count, out_channels: Count, dropout: FractionBelowOne = 0.0) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Single-head self-attention over the positions of a feature map, added to it: shape kept."""
+    """Single-head self-attention over the positions of a feature map, with a residual connection; keeps the shape."""
 
     def __init__(self, channels: Count) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the resolution by repetition, then smooth: (N, C, H, W) -> (N, C, 2H, 2W)."""
+    """Nearest-neighbor upsampling by 2, then a convolution: (N, C, H, W) -> (N, C, 2H, 2W)."""
 
     def __init__(self, channels: Count) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class Upsample(nn.Module):
 
 
 def _blocks(in_channels: int, out_channels: int, count: int, attention: bool, dropout: float) -> list[nn.Module]:
-    """The residual blocks of one level, each followed by attention where the level has it."""
+    """The residual blocks of one level, each followed by attention if the level has it."""
     layers: list[nn.Module] = []
     for _ in range(count):
         layers.append(ResBlock(in_channels, out_channels, dropout))
@@ -117,14 +117,14 @@ class Encoder(nn.Module):
     Args:
         in_channels: of the image.
         base_channels: of level 0.
-        channel_mult: width of each level, in units of `base_channels`; one entry a level.
+        channel_mult: width of each level, in units of `base_channels`; one entry per level.
         num_res_blocks: residual blocks of each level.
-        attention_levels: levels with self-attention after each block (the published f16 model: its last).
+        attention_levels: levels with self-attention after each block (only the last in the published f16 model).
         latent_channels: of the latent.
         dropout: probability within the residual blocks.
-        patch_size: side of the squares of pixels that level 0 sees as one position (1 in the published models).
-            2 makes the two most expensive resolutions one, at some loss of detail: for small machines.
-        moments: give mean and log-variance, twice the latent's channels; False: the latent itself, for a quantizer.
+        patch_size: side of the pixel patches that form one position of level 0 (1 in the published models). 2 merges
+            the two most expensive resolutions into one, at some loss of detail: for small machines.
+        moments: output mean and log-variance, twice the latent's channels; False: the latent itself, for a quantizer.
         middle_attention: self-attention between the two blocks at the lowest resolution; the published vq-f4-noattn
             has none.
 
@@ -192,8 +192,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents to images: (N, latent_channels, h, w) -> (N, out_channels, h*f, w*f), about [-1, 1], f = up_factor.
 
-    The arguments mean the same as the encoder's and count levels from the image's resolution too; each level
-    has one residual block more than there.
+    The arguments mean the same as the encoder's, and levels are also counted from the image's resolution; each level
+    has one more residual block than the encoder's.
     """
 
     def __init__(
@@ -230,7 +230,7 @@ class Decoder(nn.Module):
 
     @property
     def last_layer(self) -> nn.Conv2d:
-        """The convolution that writes the image: its weight's gradient sets the adversarial weight."""
+        """The convolution that outputs the image: the gradient of its weight sets the adversarial weight."""
         return self.conv_out
 
     def forward(self, latents: Tensor) -> Tensor:

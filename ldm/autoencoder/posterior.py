@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Posterior(Protocol):
-    """What an encoder's output means; `mean` and `std` (N, C, ...) are what the latent cache keeps of it."""
+    """What an encoder's output means; the latent cache stores its `mean` and `std`, each (N, C, ...)."""
 
     mean: Tensor
 
@@ -19,15 +19,15 @@ class Posterior(Protocol):
     def var(self) -> Tensor: ...
 
     def sample(self, noise: Tensor | None = None) -> Tensor:
-        """What is decoded in training: (N, C, ...)."""
+        """The latents decoded in training: (N, C, ...)."""
         ...
 
     def mode(self) -> Tensor:
-        """What is decoded at best: (N, C, ...)."""
+        """The most likely latents: (N, C, ...)."""
         ...
 
     def regularization_loss(self) -> Tensor:
-        """What the loss adds: (N,)."""
+        """The regularization term of the loss: (N,)."""
         ...
 
     def logs(self) -> dict[str, Tensor]:
@@ -36,7 +36,7 @@ class Posterior(Protocol):
 
 
 class DiagonalGaussian:
-    """q(z | x) = N(mean, diag(var)), one a row of `moments`.
+    """q(z | x) = N(mean, diag(var)), one per row of `moments`.
 
     Sums run over all dimensions but the batch. Give float32 moments: a KL summed in bfloat16 keeps three digits.
 
@@ -55,7 +55,7 @@ class DiagonalGaussian:
         self.var = torch.zeros_like(self.mean) if deterministic else self.logvar.exp()
 
     def sample(self, noise: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """One latent a row: (N, C, ...).
+        """One latent per row: (N, C, ...).
 
         Args:
             noise: standard normal of the mean's shape; drawn from `generator` (or torch's global one) if not given.
@@ -68,7 +68,7 @@ class DiagonalGaussian:
         return self.mean + self.std * noise.to(self.mean.dtype)
 
     def mode(self) -> Tensor:
-        """The likeliest latent, which is the mean: (N, C, ...)."""
+        """The most likely latent, which is the mean: (N, C, ...)."""
         return self.mean
 
     def kl(self, other: "DiagonalGaussian | None" = None) -> Tensor:

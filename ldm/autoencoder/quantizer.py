@@ -1,7 +1,7 @@
-"""A codebook in the Gaussian's place (van den Oord et al. 2017, arXiv:1711.00937, "VQ-VAE"; Esser et al. 2021).
+"""A codebook instead of the Gaussian (van den Oord et al. 2017, arXiv:1711.00937, "VQ-VAE"; Esser et al. 2021).
 
-The encoder's vectors are replaced by their nearest codes before they are decoded. Stage 2 learns the encoder's own
-vectors, and the codec's decoder replaces them, as in Rombach et al. 2022 (appendix G).
+The encoder's vectors are replaced by their nearest codes before they are decoded. Stage 2 is trained on the encoder's
+vectors before quantization, and the codec quantizes them when decoding, as in Rombach et al. 2022 (appendix G).
 """
 
 import torch
@@ -13,11 +13,11 @@ from ldm.runtime.float64 import double
 
 
 class Quantized:
-    """The latents of a batch beside their nearest codes; speaks as `DiagonalGaussian` does.
+    """The latents of a batch and their nearest codes; has the interface of `DiagonalGaussian`.
 
     Args:
-        latents: (N, C, h, w) float32, of the encoder.
-        indices: (N, h, w), of each latent's nearest code.
+        latents: (N, C, h, w) float32, from the encoder.
+        indices: (N, h, w), index of each latent's nearest code.
         codes: (N, C, h, w), those codes.
         commitment: see VectorQuantizer.
         size: of the codebook.
@@ -39,7 +39,7 @@ class Quantized:
         return torch.zeros_like(self.mean)
 
     def sample(self, noise: Tensor | None = None) -> Tensor:
-        """The codes (N, C, h, w), whose gradient goes to the latents as they are (straight through)."""
+        """The codes (N, C, h, w), with the straight-through gradient to the latents."""
         return self.mean + (self._codes - self.mean).detach()
 
     def mode(self) -> Tensor:
@@ -56,15 +56,15 @@ class Quantized:
         return {"codebook": self.regularization_loss().detach().mean()}
 
     def counts(self) -> Tensor:
-        """How often each code was chosen: (size,) int64, to be added up."""
+        """How often each code was chosen: (size,) int64, additive over batches."""
         return torch.bincount(self.indices.flatten(), minlength=self._size)
 
 
 def usage(counts: Tensor) -> dict[str, Tensor]:
-    """Of the counts (size,) of a data set: the codes' perplexity, 1 ... size, and the share of them in use.
+    """From the counts (size,) over a data set: the codes' perplexity, 1 ... size, and the fraction of codes in use.
 
-    The data set should have many more latents than there are codes: of an even book of 16,384 not more than a fifth can
-    be seen in 14 pictures of 256 latents.
+    The data set should have many more latents than there are codes: 14 images of 256 latents each can show no more than
+    a fifth of a uniformly used codebook of 16,384.
     """
     share = double(counts) / double(counts).sum()
     entropy = -torch.special.xlogy(share, share).sum()
@@ -77,7 +77,7 @@ class VectorQuantizer(nn.Module):
     Args:
         size: number of codes.
         channels: of a code and of the latent, C.
-        commitment: how strongly the encoder is drawn to its codes, against the codes to the encoder.
+        commitment: weight of pulling the encoder toward its codes, relative to pulling the codes toward the encoder.
     """
 
     def __init__(self, size: Count, channels: Count, commitment: NotNegative = 0.25) -> None:
@@ -89,14 +89,14 @@ class VectorQuantizer(nn.Module):
     def forward(self, latents: Tensor) -> Quantized:
         latents = latents.float()
         indices = self.nearest(latents)  # (N, h, w)
-        # F.embedding: its gradient reaches the chosen codes alone.
+        # F.embedding: its gradient reaches only the chosen codes.
         codes = F.embedding(indices, self.codebook.weight).movedim(-1, 1)  # (N, C, h, w)
         return Quantized(latents, indices, codes, self.commitment, self.size)
 
     @torch.no_grad()
     def nearest(self, latents: Tensor) -> Tensor:
-        """(N, C, h, w) -> the number of each vector's nearest code, (N, h, w)."""
+        """(N, C, h, w) -> the index of each vector's nearest code, (N, h, w)."""
         book = self.codebook.weight.float()  # (size, C)
-        # A picture at a time, since all distances at once would be N h w x size numbers; cdist stays in float32.
+        # One image at a time, since all distances at once would take N h w x size values; cdist stays in float32.
         rows = [torch.cdist(latent.flatten(1).t(), book).argmin(1) for latent in latents.float()]  # each (h w,)
         return torch.stack(rows).unflatten(1, latents.shape[2:])

@@ -1,6 +1,6 @@
-"""Keys of checkpoints that have changed since the first were written, and the ones they have now.
+"""Former keys of checkpoints, and their present names.
 
-Modules' attributes are part of every checkpoint: a layer that is renamed gets a row here, and rows are never removed.
+Modules' attributes are part of every checkpoint: a renamed layer gets a row here, and rows are never removed.
 """
 
 import re
@@ -13,14 +13,14 @@ _WEIGHTS = [
     (re.compile(r"^ema\.others\b"), "ema.extra"),
     (re.compile(r"^quantiser\b"), "quantizer"),
 ]
-"""In a state dict: pattern -> what stands there now."""
+"""In a state dict: pattern -> replacement."""
 
 _CALLBACKS = {"FiniteGuard": "SkipNonFinite"}
-"""Lightning's key of a callback's state, which is its class' name."""
+"""Lightning's key of a callback's state, which is its class name."""
 
 
 def current(state: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint with the keys of today."""
+    """A checkpoint with the present keys."""
     if isinstance(weights := state.get("state_dict"), Mapping):
         state = {**state, "state_dict": current_weights(weights)}
     if isinstance(averages := state.get("averages"), list):
@@ -31,7 +31,7 @@ def current(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def current_weights(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict with the keys of today."""
+    """A state dict with the present keys."""
     renamed = {}
     for key, value in state_dict.items():
         for pattern, now in _WEIGHTS:

@@ -1,4 +1,4 @@
-"""One file that proves itself: what `torch.save` writes, and a seal of 35 bytes behind the zip archive.
+"""One self-verifying file: what `torch.save` writes, and a seal of 35 bytes behind the zip archive.
 
     newline "ldm" space step (20 digits) space crc32 (8 hex digits) newline
 
@@ -28,7 +28,7 @@ _UNSAFE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 def write(path: Path, state: dict[str, Any], step: int) -> None:
-    """Publish `state`: the old file or the new one is there at any moment, and the new one is durable.
+    """Publish `state` atomically: at any moment either the old or the new file exists, and the new one is durable.
 
     Raises:
         OSError: it could not be written; the old file is intact.
@@ -45,19 +45,19 @@ def write(path: Path, state: dict[str, Any], step: int) -> None:
 
 
 def read(path: Path, map_location: Any = "cpu", mapped: bool = False) -> dict[str, Any]:
-    """What was written, unproven; never runs code from the file.
+    """What was written, without verifying it; never runs code from the file.
 
     Args:
         path: the file.
         map_location: as in `torch.load`.
-        mapped: leave the tensors' bytes in the file until they are looked at.
+        mapped: memory-map the tensors, so that their bytes are read on access.
 
     Raises:
         CheckpointError: it holds more than plain data.
     """
     if os.environ.get(_UNSAFE):
         raise CheckpointError(f"{path}: not loaded while {_UNSAFE} is set: it lets a checkpoint run code. Unset it.")
-    mapped = mapped and _is_utf8(path)  # torch maps no file of another name
+    mapped = mapped and _is_utf8(path)  # torch cannot map a file with another name
     try:
         state: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -67,7 +67,7 @@ def read(path: Path, map_location: Any = "cpu", mapped: bool = False) -> dict[st
 
 
 def fault(path: Path) -> str | None:
-    """Why the file cannot be trusted, or None; reads all of it (about 2 GB/s where it is cached)."""
+    """Why the file cannot be trusted, or None; reads all of it (about 2 GB/s if it is cached)."""
     try:
         with path.open("rb", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
@@ -86,7 +86,7 @@ def fault(path: Path) -> str | None:
 
 
 def step(path: Path) -> int:
-    """The step in the seal, unproven; higher than any step where there is no seal, so that it is looked at first."""
+    """The step in the seal, unverified; higher than any step if there is no seal, so that the file is checked first."""
     try:
         with path.open("rb", buffering=0) as file:
             seal = _read_seal(file)
@@ -96,13 +96,13 @@ def step(path: Path) -> int:
 
 
 def abandoned(temporary: Path) -> bool:
-    """Remove a temporary file unless its writer lives, who holds a lock on it; says whether it did."""
+    """Remove a temporary file unless its writer is alive and holds a lock on it; returns whether it was removed."""
     try:
         with temporary.open("rb") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             temporary.unlink()
     except OSError:
-        return False  # its writer lives, or another process was faster
+        return False  # its writer is alive, or another process was faster
     return True
 
 
@@ -115,7 +115,7 @@ def _is_utf8(path: Path) -> bool:
 
 
 class _Summing:
-    """A binary file that keeps the CRC-32 of what passes through it, and the error that stopped it."""
+    """A binary file that tracks the CRC-32 of what is written, and the error that stopped it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file

@@ -1,4 +1,4 @@
-"""Sharded tensors on their way to files and back: gathered whole, or every rank's rows aside."""
+"""Saving and loading sharded tensors: gathered whole, or each rank's rows separately."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,14 +21,14 @@ def gathered(value: Any) -> Any:
     def gather(key: str, leaf: Any) -> Any:
         if not isinstance(leaf, DTensor):
             return leaf
-        whole = leaf.full_tensor()  # one at a time: more need not fit
+        whole = leaf.full_tensor()  # one at a time, since more may not fit into memory
         return whole.cpu() if distributed.is_main() else None
 
     return state_tree.replaced(value, gather)
 
 
 def cut(state: Mapping[str, Any], folder: str, timeout: float) -> dict[str, Any]:
-    """A checkpoint as `checkpoint.save` takes it from each rank: this rank's rows aside, None in their place.
+    """A checkpoint as `checkpoint.save` takes it from each rank: this rank's rows split off, None in their place.
 
     Args:
         folder: name of the shards' folder, the same on all ranks.
@@ -63,7 +63,7 @@ def read(state: dict[str, Any], folder: Path, mesh: DeviceMesh) -> dict[str, Any
     tensors = {
         key: empty_dtensor(*entry.size, dtype=entry.properties.dtype, device_mesh=mesh, placements=[Shard(0)])
         for key, entry in known.items()
-        if isinstance(entry, TensorStorageMetadata)  # safetensors hold nothing else
+        if isinstance(entry, TensorStorageMetadata)  # safetensors files hold nothing else
     }
     dcp.load(tensors, storage_reader=reader)
     loaded: dict[str, Any] = state_tree.replaced(state, lambda key, leaf: tensors.get(key, leaf))

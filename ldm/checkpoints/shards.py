@@ -1,4 +1,4 @@
-"""The shard files of a checkpoint: every rank's share of the tensors, written and read without talking to other ranks.
+"""The shard files of a checkpoint: every rank's share of the tensors, written and read without communication.
 
     checkpoints/
         step=00001000.ckpt                    sealed, small: everything but the sharded tensors, and {"shards": ...}
@@ -47,7 +47,7 @@ def folder_of(path: Path, name: str) -> Path:
     """The folder of shards `name` of the checkpoint at `path`.
 
     Raises:
-        CheckpointError: the name, which comes out of a file, leads elsewhere.
+        CheckpointError: the name, which was read from a file, points elsewhere.
     """
     if Path(name).name != name or not name.endswith(SUFFIX) or (path.parent / name).is_symlink():
         raise CheckpointError(f"{path}: names {name!r} as its folder of shards, which is none beside it.")
@@ -84,7 +84,7 @@ def await_all(folder: Path, world: int, timeout: float) -> dict[str, str]:
 
     Raises:
         NumericError, ResourceError: a rank could not write its file.
-        PeerError: a rank was not heard of within `timeout` seconds.
+        PeerError: a rank did not publish within `timeout` seconds.
     """
     names = [_name(rank, world) for rank in range(world)]
     notes: dict[str, dict[str, str]] = {}

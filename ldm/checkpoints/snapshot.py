@@ -9,16 +9,16 @@ from ldm.checkpoints import state_tree
 
 
 class HostMemory:
-    """Copies states into memory of its own, the same from copy to copy: getting it costs more than copying.
+    """Copies states into its own memory, reused between copies, since allocating costs more than copying.
 
-    From a GPU the copies run side by side into pinned memory. A copy is good until the next one is made.
+    Copies from a GPU run concurrently into pinned memory. A copy is valid until the next one is made.
     """
 
     def __init__(self) -> None:
         self._memory: dict[str, Tensor] = {}
 
     def copy(self, state: dict[str, Any]) -> dict[str, Any]:
-        """`state` with its tensors copied, those that are one as one; waits for the device."""
+        """`state` with its tensors copied, shared ones still shared; waits for the device."""
         old, self._memory = self._memory, {}
         seen: dict[tuple[Any, ...], Tensor] = {}
         devices: set[torch.device] = set()
@@ -40,12 +40,12 @@ class HostMemory:
         return copy
 
     def release(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._memory = {}
 
 
 def _room(source: Tensor, old: Tensor | None) -> Tensor:
-    """`old` where it fits, else new memory on the host."""
+    """`old` if it fits, else new memory on the host."""
     same = old is not None and old.shape == source.shape and old.dtype == source.dtype
     if old is not None and same and old.stride() == source.stride() and old.is_pinned() == source.is_cuda:
         return old

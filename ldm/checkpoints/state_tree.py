@@ -18,7 +18,7 @@ _CONTAINERS = (dict, OrderedDict, list, tuple, set, torch.Size)
 
 
 def walk(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf with its key; a container of a foreign type counts as a leaf."""
+    """Every leaf with its key; a container of any other type counts as a leaf."""
     if type(value) not in _CONTAINERS:
         yield key, value
     elif isinstance(value, dict):
@@ -33,7 +33,7 @@ def walk(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 def replaced(value: Any, change: Callable[[str, Any], Any], key: str = "") -> Any:
     """A copy of the containers, in their order, with `change(key, leaf)` in each leaf's place."""
     if isinstance(value, dict):
-        new = copy.copy(value)  # keeps what is attached to a state dict
+        new = copy.copy(value)  # keeps the attributes of a state dict
         for name, item in value.items():
             new[name] = replaced(item, change, _under(key, name))
         return new
@@ -43,7 +43,7 @@ def replaced(value: Any, change: Callable[[str, Any], Any], key: str = "") -> An
 
 
 def check_plain(state: Mapping[str, Any]) -> None:
-    """Raises CheckpointError, naming the key, where a value could not be loaded again by `weights_only=True`."""
+    """Raises CheckpointError, naming the key, if a value could not be loaded again with `weights_only=True`."""
     for key, value in walk(state):
         if type(value) not in _LEAVES and type(value) not in _CONTAINERS:
             kind = f"{type(value).__module__}.{type(value).__qualname__}"
@@ -54,14 +54,14 @@ def check_plain(state: Mapping[str, Any]) -> None:
 
 
 def check_finite(tensors: Mapping[str, Any]) -> None:
-    """Raises NumericError, naming the tensor, where one holds a value that is not finite."""
+    """Raises NumericError, naming the tensor, if one holds a value that is not finite."""
     for name, value in tensors.items():
         if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise NumericError(f"checkpoint key {name}: not finite, so nothing was saved; the last checkpoint stands.")
 
 
 def size(state: Mapping[str, Any]) -> int:
-    """About how many bytes `state` takes in a file: the storages, each once, and a margin for keys and headers."""
+    """Approximate size of `state` in a file, in bytes: each storage once, and a margin for keys and headers."""
     storages, leaves = {}, 0
     for _, value in walk(state):
         leaves += 1

@@ -1,11 +1,11 @@
-"""A run's checkpoints: each one sealed, self-describing file, proven by its checksum before it is used.
+"""A run's checkpoints: each one sealed, self-describing file, verified by its checksum before it is used.
 
 A checkpoint is a dict: Lightning's keys (`state_dict`, `optimizer_states`, `loops`, ...) plus "ldm", which holds
 {"format", "kind", "config", "data", "step", "images_seen", "versions", "latents", "metrics"}. Only tensors and plain
 containers go in, so `weights_only=True` always loads what was saved.
 
-Where every rank saves its own share, the file is small and names its shards ({"shards": {"folder", "files"}}, see
-ldm/checkpoints/shards.py); whoever loads it finds no difference.
+If every rank saves its own shard, the file is small and names its shards ({"shards": {"folder", "files"}}, see
+ldm/checkpoints/shards.py); loading it makes no difference.
 """
 
 import logging
@@ -26,13 +26,13 @@ log = logging.getLogger(__name__)
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Publish `state` at `path`: the old file or the new one is there at any moment, and the new one is durable.
+    """Publish `state` at `path`: at any moment either the old or the new file exists, and the new one is durable.
 
     With `state["shard"]` (see ldm/checkpoints/shards.py) every rank calls this, and only rank 0 publishes the file,
-    after all shards. No rank talks to another but by way of the disk.
+    after all shards. Ranks communicate only through the disk.
 
     Args:
-        path: the file; missing folders are made.
+        path: the file; missing folders are created.
         state: tensors and plain containers. `state["ldm"]["step"]`, else `state["global_step"]`, is its step.
 
     Raises:
@@ -64,12 +64,12 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def load(path: Path, map_location: Any = "cpu", assemble: bool = True) -> dict[str, Any]:
-    """The checkpoint at `path`, after its checksum was verified; never runs code from the file.
+    """The checkpoint at `path`, after verifying its checksum; never runs code from the file.
 
     Args:
         path: a file that `save` wrote.
         map_location: as in `torch.load`.
-        assemble: put the shards' tensors, whole, in their places; False leaves None there, and the key "shards".
+        assemble: insert the shards' tensors, whole; False: None in their place, and the key "shards" is kept.
 
     Raises:
         CheckpointError: missing, truncated, damaged, of another program, or holding more than plain data.
@@ -98,9 +98,9 @@ def fault(path: Path) -> str | None:
 
 
 def newest(folder: Path) -> Path | None:
-    """The good checkpoint with the highest step inside, or None where the folder has none at all.
+    """The valid checkpoint with the highest step inside, or None if the folder has none at all.
 
-    Names and times are not looked at. A bad file is renamed to `<name>.corrupt` with a warning, and the one before it
+    Names and times are ignored. A bad file is renamed to `<name>.corrupt` with a warning, and the one before it
     is used.
 
     Raises:
@@ -142,7 +142,7 @@ def find(path: Path) -> Path:
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint, and then its shards; of a link to one only the link."""
+    """Remove a checkpoint, and then its shards; for a link to one, only the link."""
     folder = None if path.is_symlink() else _shards_of(path)
     path.unlink(missing_ok=True)
     if folder is not None:
@@ -150,15 +150,15 @@ def remove(path: Path) -> None:
 
 
 def sweep(folder: Path) -> list[Path]:
-    """Remove what savers that died have left: temporary files, shards that no checkpoint names; returns them.
+    """Remove leftovers of killed saves: temporary files, shards that no checkpoint names; returns them.
 
-    A living saver of a single file holds a lock on its own. Shards have none: call this where no other process saves.
+    A running save of a single file holds a lock on it. Shards have none: call this only if no other process saves.
     """
     folder = Path(folder)
     swept = [file for file in sorted(folder.glob(f"*{SUFFIX}.tmp.*")) if sealed_file.abandoned(file)]
     for left in sorted(folder.glob(f"*{SUFFIX}.*{shards.SUFFIX}")):
         owner = f"{left.name.partition(SUFFIX)[0]}{SUFFIX}"
-        # Also one that was set aside keeps its shards; so does one that cannot be read, in case it is mended.
+        # A checkpoint that was set aside keeps its shards, too; so does an unreadable one, in case it is repaired.
         files = [file for file in folder.glob(f"{owner}*") if file.is_file()]
         if not any(sealed_file.fault(file) or _shards_of(file) == left for file in files):
             shutil.rmtree(left, ignore_errors=True)

@@ -1,6 +1,6 @@
 """Does a value of the configuration fit a type hint?
 
-Strict, as the constructor will get the value as it stands: text is not a number and true is not 1. What YAML
+Strict, since the constructor receives the value unchanged: text is not a number and true is not 1. What YAML
 cannot write otherwise is let through: a list for a tuple or set, text for a path, an int for a float. Numbers are
 finite, and within the range that their hint states (ldm/ranges.py). A node fits where the class it makes does. Where
 nothing can be decided (protocols, unresolved names), nothing is said.
@@ -55,7 +55,7 @@ _MAPPINGS = (dict, abc.Mapping, abc.MutableMapping)
 
 
 def mismatches(node: Node, hint: Any, key: str, look_up: LookUp) -> list[Mismatch]:
-    """Where `node`, standing at `key`, does not fit `hint`; empty if it does or if nobody can tell."""
+    """Where `node`, at `key`, does not fit `hint`; empty if it does or if that cannot be decided."""
     ranged, hint = hint, _simplify(hint)
     if hint is Any or hint is object or _is_deferred(node):
         return []

@@ -1,4 +1,4 @@
-"""Names that have changed since configurations were first stored, and the ones they have now.
+"""Former names in stored configurations, and their present ones.
 
 Dotted names and parameters are public: they stand in the configurations that run folders and checkpoints hold, in what
 a latent cache says of itself, and in people's own files. All of these are read under the names of today: YAML and what
@@ -46,7 +46,7 @@ MOVED = {
     "ldm.schedule": "ldm.optim.lr_schedules",
     "ldm.strategies": "ldm.training.strategies",
 }
-"""Modules, and classes that went elsewhere than the rest of their module: dotted name then -> now."""
+"""Modules, and classes that moved separately from their module: former dotted name -> present one."""
 
 _LEVELS = {"channel_multipliers": "channel_mult", "blocks_per_level": "num_res_blocks"}
 
@@ -77,7 +77,7 @@ PARAMETERS = {
     "ldm.optim.ema.EMA": {"others": "extra"},
     "ldm.optim.ema.PowerFunction": {"width": "std"},
 }
-"""By the class' name of today: parameter then -> now."""
+"""By the class's present name: former parameter -> present one."""
 
 
 def target(name: str) -> str:

@@ -1,6 +1,6 @@
 """What a constructor takes: from the imported class, or from its source without importing anything.
 
-Importing torch and Lightning takes seconds; a misspelt parameter is reported at once.
+Importing torch and Lightning takes seconds; a misspelled parameter is reported at once.
 """
 
 import ast
@@ -64,7 +64,7 @@ _KNOWN = ("typing", "collections.abc", "pathlib", "os", "annotated_types", "ldm.
 
 
 def static_signature(target: str) -> Signature | None:
-    """What can be read off the source of `target`, an allowed dotted name; None if that is not certain.
+    """The signature as read from the source of `target`, an allowed dotted name; None if that is uncertain.
 
     Raises:
         ConfigError: there is no such module or class.
@@ -77,7 +77,7 @@ class _Search:
 
     def __init__(self, target: str) -> None:
         self.target = target
-        self.seen: set[str] = set()  # modules may import each other in a circle
+        self.seen: set[str] = set()  # modules may import each other circularly
 
     def find(self, target: str) -> Signature | None:
         if target in self.seen:

@@ -1,6 +1,6 @@
 """Which classes a `target:` may name, and how nodes become objects.
 
-A configuration is data, and may come from a stranger's checkpoint: building it must not run what its author chose.
+A configuration is data, and may come from an untrusted checkpoint: building it must not run code its author chose.
 So a target is refused by its name before anything is imported, and again by the object it leads to: a class
 (with `partial: true` also a function) that itself lives in an allowed package. Of the libraries only the parts
 with layers, optimizers, transforms, callbacks and the like are open: no class there runs its arguments as code.

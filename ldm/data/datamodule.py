@@ -1,4 +1,4 @@
-"""Lightning data modules: global batches in elastic order, with the randomness of each batch attached to it."""
+"""Lightning data modules: global batches in elastic order, each with its randomness attached."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -22,13 +22,13 @@ VALIDATION_SEED = 0x76616C6964
 
 
 class ElasticDataModule(LightningDataModule):
-    """What every data module of ldm shares: the clock (images seen), the loaders' order, the draws.
+    """The base of every data module of ldm: the clock (images seen), the order of the loaders, the draws.
 
     Args:
         batch_size: *global* batch size: images of one optimizer step over all ranks and micro-batches.
         seed: the run's seed.
-        micro_batch_size: the most images on one device at a time, a divisor of `batch_size`; None: no limit.
-        num_workers: loader processes of each rank; 0: load in the main process.
+        micro_batch_size: maximum number of images on one device at a time, a divisor of `batch_size`; None: no limit.
+        num_workers: loader processes per rank; 0: load in the main process.
     """
 
     def __init__(
@@ -63,13 +63,13 @@ class ElasticDataModule(LightningDataModule):
         return batch
 
     def accumulation(self, world_size: int) -> int:
-        """Micro-batches a step. Raises ConfigError where the batch cannot be shared out evenly."""
+        """Micro-batches per step. Raises ConfigError if the batch cannot be divided evenly."""
         return accumulation(self.batch_size, self.micro_batch_size, world_size)
 
     @property
     def images_seen(self) -> int:
         """Training images of all finished optimizer steps, over all ranks and all resumed parts of the run."""
-        # Counted from the trainer's steps, not from the batches delivered: those run ahead by the prefetched ones.
+        # Counted from the trainer's steps, not from the batches loaded, which are ahead by the prefetched ones.
         return self._resumed["images_seen"] + (self._step - self._resumed["step"]) * self.batch_size
 
     @property
@@ -87,12 +87,12 @@ class ElasticDataModule(LightningDataModule):
     def training_loader(
         self, dataset: Dataset[Any], length: int, collate_fn: Callable[..., dict[str, Any]]
     ) -> DataLoader[dict[str, Any]]:
-        """Endless micro-batches of this rank, from where the run stands.
+        """Infinite micro-batches of this rank, from the run's current position.
 
         Args:
             dataset: indexed with (sample number, item), or with a list of them if it has `__getitems__`.
             length: number of items.
-            collate_fn: rows, or what `__getitems__` gave -> batch with `sample_number` (N,) int64 on the host.
+            collate_fn: rows, or the result of `__getitems__` -> batch with `sample_number` (N,) int64 on the host.
         """
         self._num_items = length
         world = distributed.world_size()
@@ -112,7 +112,7 @@ class ElasticDataModule(LightningDataModule):
     ) -> DataLoader[dict[str, Any]]:
         """This rank's share of the validation items; arguments as for `training_loader`."""
         if length < 1:
-            raise DataError("the validation data set is empty: leave it out, or give it items")
+            raise DataError("the validation data set is empty: leave it out, or add items to it")
         world = distributed.world_size()
         micro = self.batch_size // (world * self.accumulation(world))
         return self._loader(dataset, validation_batches(length, micro, distributed.rank(), world), collate_fn)
@@ -131,12 +131,12 @@ class ElasticDataModule(LightningDataModule):
         )
 
     def sources(self, numbers: Sequence[int]) -> list[str]:
-        """Where the training images with these sample numbers come from, each once, for messages."""
+        """The sources of the training images with these sample numbers, each once, for messages."""
         found = items(numbers, self.seed, self._num_items) if self._num_items else []
         return list(dict.fromkeys(self.source(item) for item in found))
 
     def source(self, item: int) -> str:
-        """What to call an item of the training data set; its path, where it has one."""
+        """The name of an item of the training data set in messages; its path, if it has one."""
         return f"item {item}"
 
     def attach_draws(self, batch: dict[str, Any], device: torch.device) -> Draws:
@@ -151,7 +151,7 @@ class ElasticDataModule(LightningDataModule):
 
 
 class _Loader(DataLoader[dict[str, Any]]):
-    """Its workers hear of no SIGTERM before they know what to make of it; torch's own handler would end them."""
+    """Blocks SIGTERM in its workers until they have set their own handler; torch's would kill them."""
 
     def __iter__(self) -> Any:
         with held_back():
@@ -166,15 +166,15 @@ class ImageDataModule(ElasticDataModule):
         batch_size: global batch size.
         resolution: side of the square images.
         seed: the run's seed.
-        channels: 1 (grey) or 3 (RGB).
+        channels: 1 (gray) or 3 (RGB).
         validation: data set to validate on.
-        num_validation: without `validation`: hold out so many items of `train`, the same in every run; a tenth where
+        num_validation: without `validation`: hold out this many items of `train`, the same in every run; a tenth if
             there are no more than that.
-        micro_batch_size: the most images on one device at a time, a divisor of `batch_size`; None: no limit.
-        num_workers: loader processes of each rank.
+        micro_batch_size: maximum number of images on one device at a time, a divisor of `batch_size`; None: no limit.
+        num_workers: loader processes per rank.
         transform: random transform for training, PIL image -> (C,H,W) in [-1,1]; None: `TrainTransform(resolution)`.
         eval_transform: deterministic transform for validation; None: `EvalTransform(resolution)`.
-        max_broken: the share of the images that may be unreadable before the run stops.
+        max_broken: the fraction of the images that may be unreadable before the run stops.
 
     Raises:
         ConfigError, DataError: sizes or data sets that do not fit together.
@@ -197,7 +197,7 @@ class ImageDataModule(ElasticDataModule):
     ) -> None:
         super().__init__(batch_size, seed, micro_batch_size, num_workers)
         if channels not in (1, 3):
-            raise ConfigError(f"data.params.channels: expected 1 (grey) or 3 (RGB), found {channels}")
+            raise ConfigError(f"data.params.channels: expected 1 (gray) or 3 (RGB), found {channels}")
         self.train_dataset, self.validation_dataset = split(train, validation, num_validation)
         self._own_validation = validation
         self.resolution = resolution
@@ -208,7 +208,7 @@ class ImageDataModule(ElasticDataModule):
         self._broken_validation = BrokenImages(len(self.validation_dataset or ()), max_broken, self.validation_dataset)
 
     def facts(self) -> dict[str, int | str | None]:
-        """What configurations refer to as `${data:...}`, and what a resumed run must find again."""
+        """What configurations refer to as `${data:...}`, and what must not change when a run resumes."""
         return {
             "channels": self.channels,
             "resolution": self.resolution,
@@ -224,7 +224,7 @@ class ImageDataModule(ElasticDataModule):
         return self.train_dataset.path(item)
 
     def prepare_data(self) -> None:
-        """Make the files ready, once a machine."""
+        """Prepare the files, once per machine."""
         self.train_dataset.prepare()
         if self.validation_dataset is not None:
             self.validation_dataset.prepare()
@@ -253,12 +253,12 @@ class ImageDataModule(ElasticDataModule):
 
 
 def dataset_facts(train: ImageDataset, validation: ImageDataset | None) -> dict[str, int | str | None]:
-    """What a data module's `facts` say of its data sets.
+    """The part of a data module's `facts` that describes its data sets.
 
     Args:
-        train: what is trained on.
-        validation: the data set of its own that is validated on; None: there is none, or a part of `train` is held out,
-            whose pictures `source` tells of as well.
+        train: the data set to train on.
+        validation: a separate data set to validate on; None: there is none, or a part of `train` is held out, whose
+            images `source` covers as well.
     """
     facts = {"num_classes": train.num_classes, "num_items": len(train), "source": train.fingerprint()}
     return facts if validation is None else {**facts, "validation_source": validation.fingerprint()}
@@ -267,7 +267,7 @@ def dataset_facts(train: ImageDataset, validation: ImageDataset | None) -> dict[
 def split(
     train: ImageDataset, validation: ImageDataset | None, num_validation: int
 ) -> tuple[ImageDataset, ImageDataset | None]:
-    """The data sets to train and to validate on, from a data module's three parameters; see `ImageDataModule`."""
+    """The data sets to train on and to validate on, from a data module's three parameters; see `ImageDataModule`."""
     if validation is None:
         return hold_out(train, num_validation) if num_validation else (train, None)
     if num_validation:

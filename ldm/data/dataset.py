@@ -33,7 +33,7 @@ class Item(_Pixels, total=False):
 
 
 class ImageDataset(Protocol):
-    """What a data module asks of a data set of images."""
+    """What a data module requires of a data set of images."""
 
     @property
     def num_classes(self) -> int | None:
@@ -52,40 +52,40 @@ class ImageDataset(Protocol):
         """Where the item comes from, for messages."""
 
     def fingerprint(self) -> str:
-        """Changes with the items, their order, labels or captions, wherever they lie (ldm/data/fingerprint.py)."""
+        """Changes with the items, their order, labels or captions, but not their location (ldm/data/fingerprint.py)."""
 
     def prepare(self) -> None:
-        """Make the files ready (download, draw); called once a machine before items are read; cheap to repeat."""
+        """Prepare the files (download, draw); called once per machine before items are read; cheap to repeat."""
 
 
 @runtime_checkable
 class Labeled(Protocol):
-    """A data set that knows its labels without decoding, so that a class can be missed. One need not be."""
+    """Optional: a data set that has its labels without decoding, so that a missing class can be noticed."""
 
     def class_labels(self) -> np.ndarray | None:
-        """The label of every item, (N,) int64; None: there are no classes, or they are not known."""
+        """The label of every item, (N,) int64; None: there are no classes, or the labels are unknown."""
 
 
 def class_labels(dataset: ImageDataset) -> np.ndarray | None:
-    """The label of every item, (N,) int64; None where there are none or only decoding would tell."""
+    """The label of every item, (N,) int64; None if there are none or they are unknown without decoding."""
     return dataset.class_labels() if isinstance(dataset, Labeled) else None
 
 
 @runtime_checkable
 class Decoded(Protocol):
-    """A data set that can say how a file has to be decoded to look like an item of it. One need not be."""
+    """Optional: a data set that can say how another file must be decoded to match its items."""
 
     def decoding(self) -> dict[str, Any]:
-        """In plain values, for a latent cache's manifest: `value_range` ([black, white]) where it is not the usual."""
+        """In plain values, for a latent cache's manifest: `value_range` ([black, white]) if it is not the default."""
 
 
 def decoding(dataset: ImageDataset) -> dict[str, Any]:
-    """How another file has to be decoded to look like an item of the data set; see `Decoded`."""
+    """How another file must be decoded to match the items of the data set; see `Decoded`."""
     return dataset.decoding() if isinstance(dataset, Decoded) else {}
 
 
 def emptied_classes(dataset: ImageDataset, lost: Collection[int]) -> list[str]:
-    """Names of the classes that have no item besides those `lost`; none where labels are not known."""
+    """Names of the classes that have no items except those in `lost`; empty if labels are unknown."""
     labels = class_labels(dataset) if lost else None
     if labels is None:
         return []
@@ -94,7 +94,7 @@ def emptied_classes(dataset: ImageDataset, lost: Collection[int]) -> list[str]:
 
 
 def named(dataset: ImageDataset, labels: Sequence[int]) -> list[str]:
-    """What to call classes in messages."""
+    """The names of classes in messages."""
     names = dataset.class_names
     return [str(label) if names is None else names[label] for label in labels]
 
@@ -152,8 +152,8 @@ def has_captions(dataset: ImageDataset) -> bool:
 def hold_out(dataset: ImageDataset, number: int) -> tuple[Subset, Subset]:
     """Split into (the rest, `number` scattered items): the same split in every run, whatever its seed.
 
-    Of a data set that has no more than `number` items a tenth is held out instead, with a warning: a configuration
-    made for a large data set goes for a small one as well. Classes of which nothing is left to train on are named in
+    If a data set has no more than `number` items, a tenth is held out instead, with a warning, so that a configuration
+    made for a large data set also works for a small one. Classes of which nothing is left to train on are named in
     another warning.
 
     Raises:
@@ -179,8 +179,8 @@ def hold_out(dataset: ImageDataset, number: int) -> tuple[Subset, Subset]:
     emptied = emptied_classes(dataset, scattered) if distributed.is_main() else []
     if emptied:
         logger.warning(
-            "data.params.num_validation: the %d items held out are all that there is of %d classes, so that nothing is "
-            "left of them to train on: %s; hold out fewer items, or add pictures to these classes",
+            "data.params.num_validation: the %d items held out include all items of %d classes, so that none are left "
+            "to train on: %s; hold out fewer items, or add images to these classes",
             *(held_out, len(emptied), ", ".join(emptied)),
         )
     return Subset(dataset, rest), Subset(dataset, scattered)

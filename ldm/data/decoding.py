@@ -1,4 +1,4 @@
-"""How an image file becomes pixels: upright, 8 bits, grey or RGB, within limits."""
+"""How an image file becomes pixels: upright, 8 bits, gray or RGB, within size limits."""
 
 import errno
 import warnings
@@ -11,7 +11,7 @@ from ldm.errors import DataError
 
 MAX_PIXELS = 50_000_000
 PICTURE = "The picture was"
-"""How the note begins that an error of one picture carries."""
+"""The start of the note that is attached to an error about one image."""
 
 
 def read_image(
@@ -21,16 +21,16 @@ def read_image(
 
     Args:
         path: of the file.
-        max_pixels: the most that an image may have.
-        value_range: (black, white) of grey images with more than 8 bits; None: 0 and 65535 where they have 16.
+        max_pixels: the largest number of pixels allowed.
+        value_range: (black, white) of gray images with more than 8 bits; None: 0 and 65535 for 16 bits.
 
     Raises:
-        DataError: the file is no image, is damaged, or has more than `max_pixels`, which its header says before
-            anything is decoded; or it is one of colours with 16 bits, which are read as 8, and a range is given.
+        DataError: the file is not an image, is damaged, or has more than `max_pixels`, which is read from its header
+            before decoding; or it is a color image with 16 bits, which is read as 8 bits, and a range is given.
     """
     try:
         with warnings.catch_warnings():
-            # Pillow warns above a limit of its own, which ours stands in for; its refusal above twice that stays.
+            # Pillow warns above its own limit, which ours replaces; its refusal above twice that limit stays.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(path)
         with image:
@@ -38,7 +38,7 @@ def read_image(
             if width * height > max_pixels:
                 raise DataError(f"{path}: {width} x {height} pixels, more than the limit of {max_pixels} (max_pixels)")
             if value_range is not None and ranges.is_wide_color(image):
-                raise DataError(f"{path}: value_range is for grey images, this is one of colours; convert it to 8 bits")
+                raise DataError(f"{path}: value_range is for gray images, this is a color image; convert it to 8 bits")
             return _flatten(ImageOps.exif_transpose(image), value_range)
     except DataError:
         raise
@@ -46,7 +46,7 @@ def read_image(
         exhausted = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
         if exhausted or isinstance(error, MemoryError):
             error.add_note(f"{PICTURE} {path}.")
-            raise  # the machine's fault: replacing the image would make the run depend on it
+            raise  # a fault of the machine: replacing the image would make the run depend on it
         raise DataError(f"{path}: cannot be read as an image ({type(error).__name__}: {error})") from error
 
 

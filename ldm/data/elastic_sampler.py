@@ -1,4 +1,4 @@
-"""Which images come next: endless, elastic and resumable, because the order is computed and never stored.
+"""Which images come next: infinite, elastic and resumable, because the order is computed and never stored.
 
 Vocabulary: n items, global batch B, world size W, accumulation A, rank r, micro-batch m = B / (W A).
 Sample number p counts the images the run has seen over all ranks; epoch p // n visits the items in the order
@@ -18,7 +18,7 @@ from ldm.randomness import permutation
 from ldm.ranges import Count, CountOrZero, Seed
 
 Address = tuple[int, int]
-"""(sample number, item of the data set): all that a data set's view needs to make one row of a batch."""
+"""(sample number, item of the data set): all that `TransformedDataset` needs to make one row of a batch."""
 
 
 def divisors(number: int) -> list[int]:
@@ -27,15 +27,15 @@ def divisors(number: int) -> list[int]:
 
 
 def accumulation(batch_size: int, micro_batch_size: int | None, world_size: int) -> int:
-    """Into how many micro-batches a step is cut, so that a device holds at most `micro_batch_size` images at once.
+    """The number of micro-batches per step, so that a device holds at most `micro_batch_size` images at once.
 
     Args:
         batch_size: images of one step over all ranks.
-        micro_batch_size: the most images on one device at a time, a divisor of `batch_size`; None: no limit.
+        micro_batch_size: maximum number of images on one device at a time, a divisor of `batch_size`; None: no limit.
         world_size: number of ranks.
 
     Raises:
-        ConfigError: the batch cannot be shared out evenly; names the sizes that can.
+        ConfigError: the batch cannot be divided evenly; names the sizes that can.
     """
     for key, value in (("batch_size", batch_size), ("micro_batch_size", micro_batch_size)):
         if value is not None and value < 1:
@@ -44,8 +44,8 @@ def accumulation(batch_size: int, micro_batch_size: int | None, world_size: int)
         nearest = batch_size // world_size * world_size
         sizes = " or ".join(str(size) for size in (nearest, nearest + world_size) if size)
         raise ConfigError(
-            f"data.params.batch_size: the global batch of {batch_size} cannot be shared evenly by {world_size} ranks. "
-            f"Use batch_size {sizes}, or a number of ranks out of {_listed(divisors(batch_size))}"
+            f"data.params.batch_size: the global batch of {batch_size} cannot be divided among {world_size} ranks. "
+            f"Use batch_size {sizes}, or one of these numbers of ranks: {_listed(divisors(batch_size))}"
         )
     if micro_batch_size is None:
         return 1
@@ -59,26 +59,26 @@ def accumulation(batch_size: int, micro_batch_size: int | None, world_size: int)
 
 
 def items(numbers: Sequence[int], seed: int, length: int) -> list[int]:
-    """Which items of a data set of `length` the sample numbers stand for."""
+    """The items of a data set of `length` that the sample numbers refer to."""
     order = _order(seed, length)
     return [int(order(number // length)[number % length]) for number in numbers]
 
 
 def _order(seed: int, length: int) -> Callable[[int], np.ndarray]:
-    """Epoch -> permutation; the last two stay, since both are alive at their border (a million items: 10 ms, 8 MB)."""
+    """Epoch -> permutation; the last two are cached, since both are in use where they meet (1M items: 10 ms, 8 MB)."""
     return lru_cache(maxsize=2)(lambda epoch: permutation(seed, epoch, length))
 
 
 class ElasticBatchSampler(Sampler[list[Address]]):
-    """Endless micro-batches of (sample number, item) for one rank; it has no length.
+    """Infinite micro-batches of (sample number, item) for one rank; it has no length.
 
     Args:
         length: number of items n.
         batch_size: global batch B.
         seed: the run's seed.
-        position: how many images the run has seen; asked whenever an iteration starts, so that a resumed run and a
-            run whose trainer starts a new pass over the loader go on where they were.
-        accumulation: micro-batches a step, A.
+        position: how many images the run has seen; called whenever an iteration starts, so that a resumed run, or one
+            whose trainer starts a new pass over the loader, continues where it was.
+        accumulation: micro-batches per step, A.
         rank: this process, 0 <= rank < world_size.
         world_size: W.
 
@@ -114,7 +114,7 @@ class ElasticBatchSampler(Sampler[list[Address]]):
 
     @property
     def micro_batch_size(self) -> int:
-        """Images in each list that the iteration yields."""
+        """Number of images in each list that the iteration yields."""
         return self.batch_size // (self.world_size * self.accumulation)
 
     def __iter__(self) -> Iterator[list[Address]]:
@@ -128,12 +128,13 @@ class ElasticBatchSampler(Sampler[list[Address]]):
 
 
 def validation_batches(length: int, micro_batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[Address]]:
-    """This rank's share of the validation items, each item once over all ranks, in equally many batches on each rank.
+    """This rank's share of the validation items, each item once over all ranks, in equally many batches on every rank.
 
-    The number of an item is its index, so its draws are the same in every validation of every run. (Equally many,
-    because a rank with one batch less would leave the others waiting in a collective. With fewer items than ranks
-    every rank validates all of them.) Batches hold at most `micro_batch_size` items unless that makes some empty.
-    Their order is shuffled, always in the same way: data sets are sorted by class, and the first batch is looked at.
+    An item's sample number is its index, so its draws are the same in every validation of every run. (The number of
+    batches is equal because a rank with one batch less would leave the others waiting in a collective. With fewer items
+    than ranks every rank validates all of them.) Batches hold at most `micro_batch_size` items unless that makes some
+    empty. Their order is shuffled, always in the same way, since data sets are sorted by class and the images shown
+    come from the first batch.
     """
     numbers = permutation(0, 0, length)
     if length < world_size:

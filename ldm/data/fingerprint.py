@@ -1,12 +1,12 @@
-"""What the files of a data set hold, told from samples of their bytes: cheap, and the same wherever a copy lies.
+"""A fingerprint of a data set's files from samples of their bytes: cheap, and the same for every copy.
 
-A fingerprint has two parts, `<names>:contents:<samples>`: what the items are called and how they are labelled, and a
-hash over samples of each file's bytes, so that one picture replaced by another of equal name and size is noticed.
-Fingerprints were once the first part alone; what such a one was written for goes on, see `comparable`.
+A fingerprint has two parts, `<names>:contents:<samples>`: the names and labels of the items, and a hash over samples of
+each file's bytes, so that an image replaced by another of equal name and size is noticed. Fingerprints used to be the
+first part alone; what was stored with such a fingerprint remains usable, see `comparable`.
 
-The samples of a large folder are remembered in `cache/.contents/`, together with each file's size, times and inode, as
-git does for its index: a file for which all of them are as they were is not opened again. Times decide only what is
-read, never what comes out: a copy of a folder has the fingerprint of the original. The index may be deleted.
+The samples of a large folder are cached in `cache/.contents/`, together with each file's size, times and inode, as git
+does in its index: a file for which all of these are unchanged is not opened again. Times decide only what is read,
+never the result: a copy of a folder has the fingerprint of the original. The index may be deleted.
 """
 
 import errno
@@ -27,19 +27,19 @@ from ldm.errors import DataError
 
 INDEX = Path("cache") / ".contents"  # hidden, so that `cache/*` are latent caches
 INDEX_FROM = 10_000
-"""Folders of fewer files are read anew each time."""
+"""Folders with fewer files are read again each time."""
 
 _MARK = ":contents:"
 _BLOCK, _BLOCKS = 4096, 8
 _THREADS, _CHUNK = 16, 256
-# A file that changes twice within one tick of the file system's clock looks unchanged: what is younger is not trusted.
+# A file that changes twice within one tick of the file system's clock looks unchanged, so recent ones are not trusted.
 _SETTLED = 2_000_000_000
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _ENTRY = np.dtype([("key", "<u8"), ("stats", "<i8", 4), ("sample", "<u8")])
 
 
 def join(names: str, contents: str) -> str:
-    """The fingerprint of items that are called `names` (a hash) and hold `contents` (another)."""
+    """The fingerprint of items from a hash of their `names` and one of their `contents`."""
     return f"{names}{_MARK}{contents}"
 
 
@@ -50,9 +50,9 @@ def parts(fingerprint: str) -> tuple[str, str]:
 
 
 def comparable(one: str, other: str) -> tuple[str, str]:
-    """Two fingerprints as they are to be compared and shown: equal if both may be of the same items.
+    """Two fingerprints in the form in which they are compared and shown: equal if both may describe the same items.
 
-    What they have in common is left out. If one is of names alone, that is all there is to compare.
+    Parts that agree are left out. If one covers only names, only the names are compared.
     """
     (names, contents), (others, found) = parts(one), parts(other)
     if names != others:
@@ -61,16 +61,16 @@ def comparable(one: str, other: str) -> tuple[str, str]:
 
 
 def agrees(one: str, other: str) -> bool:
-    """Whether two fingerprints may be of the same items."""
+    """Whether two fingerprints may describe the same items."""
     ours, theirs = comparable(one, other)
     return ours == theirs
 
 
 def stats(root: Path, names: Sequence[str]) -> np.ndarray:
-    """Size, modification and change time (ns) and inode of files in `root`: (N,4) int64; -1 for what is not there."""
+    """Size, modification and change time (ns) and inode of files in `root`: (N,4) int64; -1 for missing files."""
     found = np.full((len(names), 4), -1, dtype=np.int64)
     for row, name in enumerate(names):
-        with suppress(OSError):  # a dangling link: its item is broken, the listing is not
+        with suppress(OSError):  # a dangling link breaks its item, not the listing
             state = os.stat(os.path.join(root, name))
             # A pipe or a device has no bytes to sample, and may never answer.
             size = state.st_size if stat.S_ISREG(state.st_mode) else 0
@@ -82,8 +82,8 @@ def stats(root: Path, names: Sequence[str]) -> np.ndarray:
 def contents(root: Path, names: Sequence[str], states: np.ndarray) -> str:
     """Hash over samples of the files' bytes, in the given order.
 
-    A file of up to 32 KB is read whole, a larger one at eight places from its first to its last bytes. Of a file that
-    cannot be read it is noted that it cannot.
+    A file of up to 32 KB is read whole, a larger one at eight positions from its first to its last bytes. For an
+    unreadable file that fact is recorded.
 
     Args:
         root: the data set's folder.
@@ -91,7 +91,7 @@ def contents(root: Path, names: Sequence[str], states: np.ndarray) -> str:
         states: their `stats`.
 
     Raises:
-        DataError: the machine has no file handles or memory left.
+        DataError: the machine is out of file handles or memory.
     """
     begun = time.time_ns()
     samples = np.zeros(len(names), dtype=np.uint64)
@@ -103,12 +103,12 @@ def contents(root: Path, names: Sequence[str], states: np.ndarray) -> str:
         known, samples = _look_up(_read_index(index), keys, states)
         unread = np.flatnonzero(~known)
     chunks = [unread[start : start + _CHUNK] for start in range(0, len(unread), _CHUNK)]
-    with ThreadPoolExecutor(_THREADS) as pool:  # on a disk or a network that answers late, many wait at once
+    with ThreadPoolExecutor(_THREADS) as pool:  # many wait in parallel on a slow disk or network
         read = pool.map(lambda rows: [_sample(root, names[row], int(states[row, 0])) for row in rows], chunks)
         for rows, values in zip(chunks, read, strict=True):
             samples[rows] = values
     if remembers and samples[unread].any():
-        # What could not be read may have been out of reach for a moment only.
+        # What could not be read may have been unavailable only for a moment.
         sure = (states[:, 1:3].max(1) < begun - _SETTLED) & (samples != 0)
         _write_index(index, keys[sure], states[sure], samples[sure])
     return sha256(samples.astype("<u8").tobytes()).hexdigest()[:32]
@@ -140,7 +140,7 @@ def _short_hash(data: bytes) -> int:
 
 
 def _look_up(index: np.ndarray, keys: np.ndarray, states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which files are as the index (sorted by key) has them (N,) bool, and their samples (N,) uint64, else 0."""
+    """Which files match the index (sorted by key), (N,) bool, and their samples, (N,) uint64, else 0."""
     if not len(index):
         return np.zeros(len(keys), dtype=bool), np.zeros(len(keys), dtype=np.uint64)
     found = index[np.searchsorted(index["key"], keys).clip(max=len(index) - 1)]

@@ -1,4 +1,4 @@
-"""What loaders read: a data set's items as rows of pixels, collated to batches; and images that cannot be read."""
+"""What loaders read: a data set's items as rows of pixels, collated into batches; and unreadable images."""
 
 import logging
 from collections.abc import Sequence
@@ -24,17 +24,17 @@ class TransformedDataset(Dataset[dict[str, Any]]):
     """A data set as rows of a batch, addressed by (sample number, item).
 
     A row holds `image` (C,H,W), `class_label` and `caption` where the data set has them, `sample_number`, and
-    `broken` {item: message}: the unreadable items that stood before the one delivered. An unreadable item is
-    replaced by the next readable one, which depends on the data alone: it is the same on every rank, in every
-    worker and after a resume. `BrokenImages` reports and counts them where they arrive.
+    `broken` {item: message}: the unreadable items that were skipped before the one returned. An unreadable item is
+    replaced by the next readable one, which depends only on the data: it is the same on every rank, in every worker and
+    after a resume. `BrokenImages` reports and counts them in the main process.
 
     Args:
-        dataset: what to read.
+        dataset: the data set to read.
         transform: PIL image -> (channels, resolution, resolution) float32 in [-1,1].
-        channels: 1 (grey) or 3 (RGB).
+        channels: 1 (gray) or 3 (RGB).
         resolution: expected side of the transformed image.
         seed: the run's seed, for random transforms.
-        patience: give up after so many unreadable items in a row and deliver a row without an image.
+        patience: give up after this many unreadable items in a row and return a row without an image.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class TransformedDataset(Dataset[dict[str, Any]]):
         return {"sample_number": number, "broken": broken}
 
     def _pixels(self, image: Image.Image, number: int, index: int) -> Tensor:
-        """The transformed image (C,H,W); refuses a transform that gives anything else."""
+        """The transformed image (C,H,W); refuses a transform that returns anything else."""
         with ambient(self.seed, "augment", number):
             pixels = transformed(image, self.transform, self.channels, self.dataset.path(index))
         expected = (self.channels, self.resolution, self.resolution)
@@ -90,7 +90,7 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     It holds `image` (N,C,H,W), `class_label` (N,) int64, `caption` list of N, and what stays on the host:
     `sample_number` (N,) int64 array and `broken`.
 
-    Where a row came without an image the batch holds the last two alone: `BrokenImages.check` must see it first.
+    If a row has no image, the batch holds only the last two: `BrokenImages.check` must see it first.
     """
     broken = {index: message for row in rows for index, message in row["broken"].items()}
     batch: dict[str, Any] = {"sample_number": np.array([row["sample_number"] for row in rows]), "broken": broken}
@@ -105,14 +105,14 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 class BrokenImages:
-    """Reports each unreadable image of one data set once, counts them, and stops the run when they are too many.
+    """Reports each unreadable image of one data set once, counts them, and stops the run if there are too many.
 
-    A class of which no readable image is left is named.
+    A class with no readable image left is named.
 
     Args:
         total: items in the data set.
-        allowed: the share of them that may be broken.
-        dataset: whose images they are, for its classes; None: unknown.
+        allowed: the fraction of them that may be broken.
+        dataset: the data set, for its classes; None: unknown.
     """
 
     def __init__(self, total: CountOrZero, allowed: Fraction, dataset: ImageDataset | None = None) -> None:
@@ -124,10 +124,10 @@ class BrokenImages:
         self._readable: np.ndarray | None = None  # images left of each class
 
     def check(self, batch: dict[str, Any]) -> None:
-        """Take `broken` out of a batch and warn of what is new in it.
+        """Remove `broken` from a batch and warn about new entries.
 
         Raises:
-            DataError: more than the allowed share is broken.
+            DataError: more than the allowed fraction is broken.
         """
         broken: dict[int, str] = batch.pop("broken")
         for index, message in broken.items():
@@ -137,13 +137,13 @@ class BrokenImages:
                 self._count(index)
         if broken and (len(self.found) > self.allowed * self.total or "image" not in batch):
             raise DataError(
-                f"{len(self.found)} of {self.total} images are broken, more than the share of {self.allowed:g} that "
+                f"{len(self.found)} of {self.total} images are broken, more than the fraction of {self.allowed:g} that "
                 f"data.params.max_broken allows; the last: {list(broken.values())[-1]}. "
-                "Mend or remove them, or raise data.params.max_broken"
+                "Fix or remove them, or raise data.params.max_broken"
             )
 
     def _count(self, index: int) -> None:
-        """Take a broken image off its class."""
+        """Subtract a broken image from its class."""
         if self.dataset is None:
             return
         if self._readable is None:
@@ -155,4 +155,4 @@ class BrokenImages:
         self._readable[label] -= 1
         if self._readable[label] == 0:
             (name,) = named(self.dataset, [label])
-            logger.warning("class %s: none of its images can be read, so nothing is seen of it; mend them", name)
+            logger.warning("class %s: none of its images can be read, so it is missing from training; fix them", name)

@@ -16,7 +16,7 @@ from ldm.data.decoding import MAX_PIXELS, PICTURE
 from ldm.errors import ConfigError, DataError
 from ldm.ranges import Count, Fraction
 
-_LEAST_RATIO = 16.0  # of long to short side: no picture below counts as thin, whatever it is resized to
+_LEAST_RATIO = 16.0  # long to short side: no image below this counts as thin, whatever it is resized to
 
 Transform = Callable[[Image.Image], Tensor]
 """PIL image -> float32 (C,H,W) in [-1,1]; may draw from torch's global generator."""
@@ -36,11 +36,10 @@ def _interpolation(name: str) -> InterpolationMode:
 
 
 class _ThinPictures:
-    """Makes the square crop out of a picture too thin to be resized first; leaves others to the steps that follow.
+    """Computes the square crop of an image too thin to be resized first; leaves others to the steps that follow.
 
-    Resized to 256, a line of 40000 x 1 pixels would become one of 10 million x 256 before the crop. Where that would
-    have more than `MAX_PIXELS`, only the part that the crop keeps is computed, to the same values up to
-    rounding.
+    Resized to 256, a line of 40000 x 1 pixels would become one of 10 million x 256 before the crop. If that would have
+    more than `MAX_PIXELS`, only the part that the crop keeps is computed, with the same values up to rounding.
 
     Args:
         resolution: side of the square crop, pixels.
@@ -67,7 +66,7 @@ class _ThinPictures:
 
 
 class EvalTransform:
-    """Deterministic: resize the short side (antialiased), crop the centre, scale to [-1,1].
+    """Deterministic: resize the short side (antialiased), crop the center, scale to [-1,1].
 
     Args:
         resolution: side of the square crop, pixels.
@@ -87,7 +86,7 @@ class EvalTransform:
         return pixels
 
     def describe(self) -> dict[str, Any]:
-        """What was done to the pixels, in plain values, for a latent cache's manifest."""
+        """The transform in plain values, for a latent cache's manifest."""
         return {
             "resolution": self.resolution,
             "crop": "center",
@@ -97,14 +96,14 @@ class EvalTransform:
 
 
 class TrainTransform:
-    """Resize the short side (antialiased), crop, mirror by chance, scale to [-1,1].
+    """Resize the short side (antialiased), crop, flip at random, scale to [-1,1].
 
-    With `random_crop` off its output is that of `EvalTransform`, or its mirror image.
+    Without `random_crop` its output is that of `EvalTransform`, or its mirror image.
 
     Args:
         resolution: side of the square crop, pixels.
-        random_crop: crop anywhere along the long side; False: the centre.
-        flip: probability of mirroring.
+        random_crop: crop anywhere along the long side; False: the center.
+        flip: probability of a horizontal flip.
         interpolation: name of a torchvision `InterpolationMode`, such as "bicubic".
     """
 
@@ -124,13 +123,13 @@ class TrainTransform:
 
 
 def transformed(image: Image.Image, transform: Transform, channels: int, path: str) -> Tensor:
-    """A decoded image as grey (`channels` 1) or RGB (3), transformed. What goes wrong names `path`.
+    """A decoded image as gray (`channels` 1) or RGB (3), transformed. Errors name `path`.
 
     Raises:
-        DataError: the image has more than 8 bits, which converting would cut off.
+        DataError: the image has more than 8 bits, which conversion would truncate.
     """
     if image.mode.startswith(("I", "F")):
-        raise DataError(f"{path}: expected pixels of 8 bits, grey or RGB, found mode {image.mode!r} from the data set")
+        raise DataError(f"{path}: expected pixels of 8 bits, gray or RGB, found mode {image.mode!r} from the data set")
     try:
         return transform(image.convert("L" if channels == 1 else "RGB"))
     except Exception as error:

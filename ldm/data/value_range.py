@@ -1,7 +1,7 @@
-"""Grey pictures of more than 8 bits: how their values become 8 bits, and how a wrong range is noticed.
+"""Gray images of more than 8 bits: how their values are converted to 8 bits, and how a wrong range is noticed.
 
-A 16-bit file does not say how many of its bits are used. Scanners and cameras often fill 10, 12 or 14 of them; taken
-for 16, such pictures are nearly black.
+A 16-bit file does not say how many of its bits are used. Scanners and cameras often use 10, 12 or 14 of them; read
+as 16, such images are nearly black.
 """
 
 import os
@@ -31,10 +31,10 @@ def checked(value_range: Sequence[float] | None) -> tuple[float, float] | None:
 
 
 def to_8_bits(image: Image.Image, value_range: tuple[float, float] | None) -> Image.Image:
-    """A picture of mode "I;16", "I" or "F" -> "L": [black, white] to [0, 255], rounded; what is beyond is cut off.
+    """An image of mode "I;16", "I" or "F" -> "L": [black, white] to [0, 255], rounded; values outside are clipped.
 
     Raises:
-        ValueError: no range is given and the mode has none of its own, or a value is not a number.
+        ValueError: no range is given and the mode has no default, or a value is NaN.
     """
     if value_range is None and not image.mode.startswith("I;16"):
         raise ValueError(
@@ -49,17 +49,17 @@ def to_8_bits(image: Image.Image, value_range: tuple[float, float] | None) -> Im
 
 
 def is_wide_color(image: Image.Image) -> bool:
-    """Whether a file, opened but not yet decoded, holds more than 8 bits, of which Pillow will keep the upper 8."""
+    """Whether a file, opened but not yet decoded, is a color image with more than 8 bits; Pillow keeps the upper 8."""
     if image.mode.startswith(("I", "F")) or not isinstance(image, ImageFile.ImageFile):
         return False
     return any(";16" in str(tile[3]) for tile in image.tile)
 
 
 def warning(paths: Sequence[str], max_pixels: int) -> str:
-    """What to say if the 16-bit pictures among `paths` use a small part of their range; "" otherwise.
+    """A warning if the 16-bit images among `paths` use only a small part of their range; "" otherwise.
 
-    Looks at up to 16 of them, spread evenly, and speaks up only if all are darker than a quarter of white: one night
-    among days is no fault. A few pixels of a picture, such as hot ones of a sensor, do not count.
+    Looks at up to 16 of them, spaced evenly, and warns only if all are darker than a quarter of white: one night scene
+    among daylight scenes is not a fault. A few pixels of an image, such as a sensor's hot pixels, do not count.
     """
     wide = [path for path in paths if os.path.splitext(path)[1].casefold() in _WIDE_EXTENSIONS]
     found: list[tuple[int, int]] = []
@@ -71,14 +71,14 @@ def warning(paths: Sequence[str], max_pixels: int) -> str:
         return ""
     white = (1 << max(8, high.bit_length())) - 1
     return (
-        f"the 16-bit pictures are nearly black: {len(found)} that were looked at hold values from {low} to {high} "
-        f"where white is {FULL[1]}. If white is {white}, set `value_range: [0, {white}]` of the data set (grey "
-        f"pictures), or convert them to 8 bits; if they are as dark as this, `value_range: [0, {FULL[1]}]` says so"
+        f"the 16-bit images are nearly black: the {len(found)} examined have values from {low} to {high}, where "
+        f"white is {FULL[1]}. If white is {white}, set `value_range: [0, {white}]` of the data set (gray images), or "
+        f"convert them to 8 bits; if they really are this dark, set `value_range: [0, {FULL[1]}]`"
     )
 
 
 def _extent(path: str, max_pixels: int) -> tuple[int, int] | None:
-    """Where the values of a 16-bit picture lie, all but a few hot pixels; None if it is none, or cannot be read."""
+    """The range of values of a 16-bit image, except for a few hot pixels; None for other or unreadable files."""
     try:
         with Image.open(path) as image:
             if image.width * image.height > max_pixels:
@@ -87,14 +87,14 @@ def _extent(path: str, max_pixels: int) -> tuple[int, int] | None:
                 low, high = _bulk(np.asarray(image.convert("RGB")).max(2))
                 return 256 * low, 256 * high + 255
             return _bulk(np.asarray(image)) if image.mode.startswith("I;16") else None
-    except Exception:  # whatever decoders raise; who reads the picture says what is wrong with it
+    except Exception:  # whatever decoders raise; the code that reads the image reports what is wrong with it
         return None
 
 
 def _bulk(values: np.ndarray) -> tuple[int, int]:
-    """The smallest of (H,W) values, and the largest when the brightest thousandth is left out (four pixels at least).
+    """The smallest of (H,W) values, and the largest without the brightest thousandth (at least four pixels).
 
-    Of a picture of fewer than 100 pixels nothing is left out.
+    In an image of fewer than 100 pixels none is left out.
     """
     flat = values.ravel()
     left_out = max(flat.size // 1000, 4 if flat.size >= 100 else 0)

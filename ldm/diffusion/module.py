@@ -1,4 +1,4 @@
-"""Stage 2: training a denoiser on latents from the cache. The autoencoder is never loaded here."""
+"""Stage 2: trains a denoiser on latents from the cache. The autoencoder is never loaded here."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
@@ -30,28 +30,28 @@ def parts(denoiser: nn.Module) -> tuple[Network, Conditioner]:
 
 @runtime_checkable
 class Constrained(Protocol):
-    """A network whose weights are brought back to where they belong after each optimizer step."""
+    """A network whose weights are projected back onto a constraint after each optimizer step."""
 
     def constrain(self) -> None: ...
 
 
 class LatentDiffusion(LightningModule):
-    """A conditional denoiser under an objective, and its running average.
+    """A conditional denoiser trained with an objective, and its moving average.
 
     A batch holds `latent` (N,C,h,w) float32, standardized, `draws` (its randomness, with the global batch size), and
-    what the conditioner reads.
+    the keys that the conditioner reads.
 
     Args:
         network: net(x (N,C,h,w), noise_level (N,), conditioning) -> the shape of x.
         conditioner: batch -> conditioning of the network.
-        objective: the loss; also what samplers need later.
+        objective: defines the loss; samplers need it later, too.
         optimizer: parameters -> optimizer.
-        schedule: optimizer step (from 0) -> factor of the learning rate; None: constant.
-        ema: model -> its running average.
-        label_dropout: share of rows trained without their conditioning, for classifier-free guidance.
-        gradient_clip: largest norm of the gradient; None does not clip.
-        compile_blocks: let torch.compile translate the network's blocks, for training; their names stay the same. The
-            first step takes a minute or more, each later one less time, on GPUs above all.
+        schedule: optimizer step (from 0) -> multiplier of the learning rate; None: constant.
+        ema: model -> its moving average.
+        label_dropout: fraction of rows trained without their conditioning, for classifier-free guidance.
+        gradient_clip: maximum gradient norm; None: no clipping.
+        compile_blocks: compile the network's blocks with torch.compile for training; their names stay the same. The
+            first step then takes a minute or more, and every later step is faster, especially on GPUs.
     """
 
     def __init__(
@@ -79,16 +79,16 @@ class LatentDiffusion(LightningModule):
         self._step_mean = StepMean()
 
     def configure_model(self) -> None:
-        """Where the strategy has a mesh of ranks: keep only this rank's rows of the denoiser and of its average."""
+        """If the strategy has a mesh of ranks: keep only this rank's rows of the denoiser and of its average."""
         if self.device_mesh is None:
             return
         mesh = self.device_mesh["data_parallel"]
-        # Otherwise autocast alone converts, as on one device.
+        # Otherwise only autocast converts, as on one device.
         compute = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
         for denoiser in (self.denoiser, self.ema.average, *self.ema.extra):
             network, conditioner = cast(nn.ModuleDict, denoiser).values()
             blocks = _blocks(network, "lightning.strategy: FSDP2 gathers", "train it with ldm.training.strategies.DDP")
-            # A constrained network measures its weights, and rounds them afterwards by itself.
+            # A constrained network normalizes its weights in float32 and casts them itself.
             fsdp.shard(network, mesh, blocks, None if isinstance(network, Constrained) else compute)
             fsdp.shard(conditioner, mesh, methods=["null"])
         fsdp.shard(self.objective, mesh, methods=["loss"])
@@ -97,7 +97,7 @@ class LatentDiffusion(LightningModule):
         if self.compile_blocks:
             network, _ = self.denoiser.values()
             blocks = _blocks(network, "model.params.compile_blocks: torch.compile translates", "leave it out")
-            # Blocks of one class share a limit of translations, beyond which they would run untranslated.
+            # Blocks of one class share one recompilation limit, beyond which they would run uncompiled.
             limits: Any = torch._dynamo.config
             limits.recompile_limit = max(limits.recompile_limit, 4 * len(blocks))
             for block in blocks:
@@ -112,7 +112,7 @@ class LatentDiffusion(LightningModule):
             )
 
     def total_loss(self, batch: Batch) -> Tensor:
-        """The training loss, a scalar: mean over the batch, with dropped labels."""
+        """The training loss, a scalar: mean over the batch, with label dropout."""
         latent, draws = batch["latent"], batch["draws"]
         network, conditioner = parts(self.denoiser)
         conditioning = conditioner(batch)
@@ -129,10 +129,10 @@ class LatentDiffusion(LightningModule):
         return loss
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *_: Any, **__: Any) -> None:
-        """Lightning's place for it, once a global batch; its own way refuses fused optimizers, and knows no shards."""
+        """Lightning's hook, once per global batch; its default refuses fused optimizers and does not support shards."""
         logged = is_logged(self.trainer)
         if logged:
-            # Not in the progress bar: Lightning's would read it back, and wait for the device.
+            # Not in Lightning's progress bar, which would read it back and wait for the device.
             self.log_dict(self._step_mean.take(), batch_size=1)
         if self.gradient_clip is None and not logged:
             return  # measuring takes a pass over all gradients
@@ -143,7 +143,7 @@ class LatentDiffusion(LightningModule):
         self.log("train/gradient", norm, batch_size=1)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Lightning calls this once a global batch, after accumulation: the place to count the average's images."""
+        """Called by Lightning once per global batch, after accumulation, so the average's images are counted here."""
         super().optimizer_step(*args, **kwargs)
         self.ema.update(self.denoiser, self._images_per_step)
         network, _ = self.denoiser.values()
@@ -151,21 +151,21 @@ class LatentDiffusion(LightningModule):
             network.constrain()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """The loss of raw and averaged weights. A validation item's draws never change: nor do its level and noise."""
+        """The loss of raw and averaged weights; in validation an item has the same draws, level and noise each time."""
         for name, denoiser in (("val/loss", self.denoiser), ("val/loss_ema", self.ema.average)):
             network, conditioner = parts(denoiser)
             losses = self.objective.loss(network, batch["latent"], conditioner(batch), batch["draws"])
             self.log(name, losses.mean(), batch_size=len(losses), on_epoch=True, sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        # The objective is asked too: a weighting may have parameters. The average is not.
+        # The objective is included, since a weighting may have parameters. The average is not trained.
         optimizer = self.make_optimizer([*self.denoiser.parameters(), *self.objective.parameters()])
         keep_settings(optimizer)
         scheduler = Scheduled(optimizer, self.schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def checkpoint_facts(self) -> dict[str, Any]:
-        """What a checkpoint of this module says of itself; plain containers."""
+        """The metadata of this module's checkpoints, in plain containers."""
         metrics = self.trainer.callback_metrics
         return {
             "kind": "diffusion",
@@ -175,7 +175,7 @@ class LatentDiffusion(LightningModule):
 
 
 def _blocks(network: nn.Module, asking: str, fix: str) -> Sequence[nn.Module]:
-    """The network's blocks; ConfigError, saying who asks and what to do, where it does not list them."""
+    """The network's blocks; ConfigError, naming who needs them and the fix, if it does not list them."""
     if isinstance(network, fsdp.InBlocks):
         return network.blocks()
     raise ConfigError(

@@ -1,7 +1,7 @@
-"""Which noise levels training visits: maps stratified uniforms (N,) in [0, 1) to (N,) places on an objective's scale.
+"""Which noise levels training visits: maps stratified uniforms (N,) in [0, 1) to (N,) places on the objective's scale.
 
-For DDPM and flows a place is the share of the way from data (0) to noise (1); for EDM it is the noise's standard
-deviation itself.
+For DDPM and flows a place is the fraction of the way from data (0) to noise (1); for EDM it is the standard deviation
+of the noise itself.
 """
 
 import math
@@ -18,13 +18,13 @@ class NoiseLevels(Protocol):
     """The quantile function of a distribution of noise levels."""
 
     in_sigma: bool
-    """Whether a place is the noise's standard deviation, and not a share of the way."""
+    """Whether a place is the standard deviation of the noise rather than a fraction of the way."""
 
     def __call__(self, uniform: Tensor) -> Tensor: ...
 
 
 class Uniform:
-    """Every place alike."""
+    """The uniform distribution."""
 
     in_sigma = False
 
@@ -33,7 +33,7 @@ class Uniform:
 
 
 class LogitNormal:
-    """logit(place) is normal: more of the middle (Esser et al. 2024, "Scaling Rectified Flow Transformers", eq. 19)."""
+    """logit(place) is normal: favors the middle (Esser et al. 2024, "Scaling Rectified Flow Transformers", eq. 19)."""
 
     in_sigma = False
 
@@ -45,7 +45,7 @@ class LogitNormal:
 
 
 class LogNormal:
-    """ln(sigma) is normal (Karras et al. 2022, "EDM"; its values. EDM2: -0.4 and 1.0)."""
+    """ln(sigma) is normal (Karras et al. 2022, "EDM", whose values are the defaults; EDM2: -0.4 and 1.0)."""
 
     in_sigma = True
 
@@ -57,13 +57,13 @@ class LogNormal:
 
 
 class Shifted:
-    """Another distribution of places, moved towards noise: larger latents need more of it to hide the same content.
+    """Another distribution of places, shifted toward noise: larger latents need more of it to hide the same content.
 
     place -> s place / (1 + (s - 1) place) with s = sqrt(dimensions / 4096) (Esser et al. 2024, eq. 23; Ma et al. 2025).
-    On a straight path that multiplies sigma / alpha by s; so a place that is a sigma itself becomes s sigma.
+    On a straight path that multiplies sigma / alpha by s, so a place that is itself a sigma becomes s sigma.
 
     Args:
-        dimensions: numbers in one latent, c h w.
+        dimensions: number of values in one latent, c h w.
         levels: the distribution to shift.
     """
 

@@ -1,4 +1,4 @@
-"""How fast DDPM's signal fades: betas(steps) -> (steps,) float64, the variances of the single noising steps."""
+"""How fast DDPM's signal fades: betas(steps) -> (steps,) float64, the variances of the individual noising steps."""
 
 import math
 from typing import Protocol
@@ -10,7 +10,7 @@ from ldm.ranges import FractionAboveZero, NotNegative
 
 
 class NoiseSchedule(Protocol):
-    """The single steps x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) noise of DDPM (Ho et al. 2020, eq. 2)."""
+    """The noising steps x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) noise of DDPM (Ho et al. 2020, eq. 2)."""
 
     def betas(self, steps: int) -> np.ndarray: ...
 
@@ -42,7 +42,7 @@ def _rising(start: float, end: float) -> tuple[float, float]:
 
 
 class Cosine:
-    """alpha falls as a quarter of a cosine (Nichol and Dhariwal 2021, eq. 17)."""
+    """alpha falls as a quarter period of a cosine (Nichol and Dhariwal 2021, eq. 17)."""
 
     def __init__(self, offset: NotNegative = 0.008, largest_beta: FractionAboveZero = 0.999) -> None:
         self.offset, self.largest_beta = offset, largest_beta
@@ -54,10 +54,10 @@ class Cosine:
 
 
 class ZeroTerminal:
-    """Another schedule, its alphas shifted and stretched so that nothing is left of the signal at the last level.
+    """Another schedule, its alphas shifted and rescaled so that no signal is left at the last level.
 
-    Lin et al. 2024, algorithm 1. The first alpha stays. At the last level the noise says nothing of the data, so the
-    network must not predict it: use V or X0.
+    Lin et al. 2024, algorithm 1. The first alpha is kept. At the last level the noise carries no information about the
+    data, so the network must not predict it: use V or X0.
 
     Args:
         schedule: the schedule to change.

@@ -1,9 +1,9 @@
-"""What a denoiser is trained on: how data becomes noise, what the network predicts, how errors are weighed.
+"""What a denoiser is trained on: how data becomes noise, what the network predicts, how errors are weighted.
 
-t runs one way everywhere: t = 0 is data, `last` the last noise level. A noisy latent is x_t = alpha(t) x0 + sigma(t)
-noise; samplers know an objective by alpha, sigma, time, denoise and grid alone. An objective is a path (paths.py), a
-prediction (predictions.py), a weighting of errors (weightings.py) and a distribution of noise levels (noise_levels.py).
-Four sets of them have names: DDPM, EDM, Flow and Interpolant.
+t runs the same way everywhere: t = 0 is data, `t_max` the last noise level. A noisy latent is x_t = alpha(t) x0 +
+sigma(t) noise; samplers use only alpha, sigma, t_max, time_at, denoise and timesteps of an objective. An objective is a
+path (paths.py), a prediction (predictions.py), a weighting of errors (weightings.py) and a distribution of noise levels
+(noise_levels.py). Four common combinations have names: DDPM, EDM, Flow and Interpolant.
 """
 
 from typing import Protocol
@@ -30,21 +30,21 @@ class Network(Protocol):
 
 
 def rowwise(values: Tensor, like: Tensor) -> Tensor:
-    """() or (N,) values in a shape that multiplies the rows of `like` (N, ...)."""
+    """() or (N,) values reshaped to broadcast over the rows of `like` (N, ...)."""
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
 class Objective(nn.Module):
-    """Any path, prediction, weighting and distribution of noise levels together.
+    """Any combination of path, prediction, weighting and distribution of noise levels.
 
-    A module so that a weighting with parameters is seen; it has none of its own.
+    It is a module so that a weighting's parameters are registered; it has none itself.
 
     Args:
         path: how data becomes noise.
         prediction: what the network's output means.
         weighting: errors -> losses.
         levels: which noise levels training visits.
-        direction_weight: of 1 - cosine(output, target) over the channels, added to the loss (Yao et al. 2025,
+        direction_weight: weight of 1 - cosine(output, target) over the channels, added to the loss (Yao et al. 2025,
             "LightningDiT"); meant for `Velocity`.
         distance: how an error is measured (default: squared; latent diffusion's l1: `Absolute`).
     """
@@ -60,16 +60,16 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         if isinstance(weighting, VLB) and path.vlb_step == 0:
-            raise ConfigError("objective: the variational bound adds up steps of t, which this path does not have")
+            raise ConfigError("objective: the variational bound sums over steps of t, which this path does not have")
         if isinstance(weighting, VLB) and distance is not None and not isinstance(distance, Squared):
             raise ConfigError(
-                f"objective distance: the variational bound is of squared errors, found {type(distance).__name__}; "
+                f"objective distance: the variational bound requires squared errors, found {type(distance).__name__}; "
                 f"leave it out or choose another weighting"
             )
         if isinstance(prediction, Eps) and float(path.alpha(torch.tensor(path.t_max, device="cpu"))) == 0:
             raise ConfigError(
                 "objective: expected a prediction that tells data from pure noise, such as V or Velocity, found Eps; "
-                "at the end of this path, where sampling begins, no signal is left"
+                "at the end of this path, where sampling starts, no signal is left"
             )
         if levels.in_sigma != path.in_sigma:
             wanted = "noise levels sigma, such as LogNormal" if path.in_sigma else "places in [0, 1], such as Uniform"
@@ -105,12 +105,12 @@ class Objective(nn.Module):
         """(steps + 1,) strictly decreasing times on the host: the last noise level first, data (0) last.
 
         Raises:
-            ConfigError: a number of steps that there cannot be.
+            ConfigError: an invalid number of steps.
         """
         return self.path.timesteps(steps)
 
     def loss(self, net: Network, x0: Tensor, conditioning: Conditioning, draws: Draws) -> Tensor:
-        """Weighted error of the prediction at the levels visited, mean over all but the batch: (N,)."""
+        """Weighted error of the prediction at the sampled noise levels, mean over all but the batch dimension: (N,)."""
         t = self.path.to_time(self.levels(draws.stratified("timestep")))  # (N,)
         noise = draws.normal("noise", x0.shape[1:])
         alpha, sigma = self.alpha(t), self.sigma(t)
@@ -138,13 +138,13 @@ class Objective(nn.Module):
 
 
 class DDPM(Objective):
-    """Denoising diffusion in `steps` discrete levels (Ho et al. 2020); variance-preserving: alpha^2 + sigma^2 = 1.
+    """Denoising diffusion with `steps` discrete levels (Ho et al. 2020); variance-preserving: alpha^2 + sigma^2 = 1.
 
     Args:
         schedule: how fast the signal fades.
         prediction: what the network's output means (default: the noise).
-        weighting: errors -> losses (default: as they are).
-        levels: which noise levels training visits (default: all alike).
+        weighting: errors -> losses (default: unweighted).
+        levels: which noise levels training visits (default: uniform).
         steps: T, the number of noise levels.
         direction_weight, distance: see Objective.
     """
@@ -169,9 +169,9 @@ class EDM(Objective):
 
     Args:
         levels: which noise levels training visits (default: the paper's).
-        weighting: squared errors of the preconditioned output -> losses (default: as they are; EDM2: `Uncertainty`).
-        sigma_data: standard deviation of the data; latents out of a cache are standardized: 1.
-        sigma_min, sigma_max, rho: of the sampling levels.
+        weighting: squared errors of the preconditioned output -> losses (default: unweighted; EDM2: `Uncertainty`).
+        sigma_data: standard deviation of the data; latents from a cache are standardized: 1.
+        sigma_min, sigma_max, rho: spacing of the sampling levels (paths.py: VE).
         distance: see Objective.
     """
 
@@ -195,8 +195,8 @@ class Flow(Objective):
 
     Args:
         prediction: what the network's output means (default: the velocity).
-        weighting: errors -> losses (default: as they are).
-        levels: which noise levels training visits (default: all alike).
+        weighting: errors -> losses (default: unweighted).
+        levels: which noise levels training visits (default: uniform).
         direction_weight, distance: see Objective.
         time_scale: the network is given time_scale * t.
     """
@@ -215,13 +215,13 @@ class Flow(Objective):
 
 
 class Interpolant(Objective):
-    """Any smooth path and its velocity (Albergo et al. 2023): "SiT" (Ma et al. 2024) with its paths VP and GVP.
+    """Any smooth path with its velocity (Albergo et al. 2023): "SiT" (Ma et al. 2024) with its paths VP and GVP.
 
     Args:
         path: how data becomes noise.
         prediction: what the network's output means (default: the path's velocity).
-        weighting: errors -> losses (default: as they are).
-        levels: which noise levels training visits (default: all alike).
+        weighting: errors -> losses (default: unweighted).
+        levels: which noise levels training visits (default: uniform).
         direction_weight, distance: see Objective.
     """
 

@@ -1,6 +1,6 @@
-"""The ways from data to noise: x_t = alpha(t) x0 + sigma(t) noise, from t = 0 (data) to t = `t_max`.
+"""Probability paths from data to noise: x_t = alpha(t) x0 + sigma(t) noise, from t = 0 (data) to t = `t_max`.
 
-Times are float32, () or (N,), on any device; what comes back has their shape.
+Times are float32, () or (N,), on any device; results have the same shape.
 """
 
 import math
@@ -17,29 +17,29 @@ from ldm.runtime.float64 import double
 
 
 class ProbabilityPath(Protocol):
-    """alpha, sigma and what goes with their times; alpha falls and sigma rises from t = 0 to t = `t_max`."""
+    """alpha, sigma and what depends on their times; alpha falls and sigma rises from t = 0 to t = `t_max`."""
 
     t_max: float
     """The last noise level, where sampling starts."""
     vlb_step: float
-    """One of the steps that the variational bound adds up."""
+    """The size in t of the steps that the variational bound sums over."""
     in_sigma: bool
-    """Whether the places that training draws are noise levels sigma (noise_levels.py)."""
+    """Whether training draws its places as noise levels sigma (noise_levels.py)."""
 
     def alpha(self, t: Tensor) -> Tensor: ...
 
     def sigma(self, t: Tensor) -> Tensor: ...
 
     def time_at(self, ratio: Tensor) -> Tensor:
-        """The t at which sigma / alpha is `ratio`; `t_max` for more than a path reaches that ends there."""
+        """The t at which sigma / alpha is `ratio`; `t_max` for ratios beyond the end of the path."""
         ...
 
     def to_time(self, place: Tensor) -> Tensor:
-        """The time of a place on the scale that training draws from (noise_levels.py)."""
+        """The time that corresponds to `place`, on the scale that training draws from (noise_levels.py)."""
         ...
 
     def c_noise(self, t: Tensor) -> Tensor:
-        """What the network is told of t."""
+        """How t is given to the network."""
         ...
 
     def c_in(self, t: Tensor) -> Tensor:
@@ -55,12 +55,12 @@ class Smooth(ProbabilityPath, Protocol):
     """A path whose velocity has a closed form (predictions.py: PathVelocity)."""
 
     def slopes(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """d alpha / dt and d sigma / dt at the time where alpha and sigma are these; of their shape."""
+        """d alpha / dt and d sigma / dt at the time with this alpha and sigma; the same shape."""
         ...
 
 
 class DiscreteVP:
-    """DDPM's (Ho et al. 2020): alpha^2 + sigma^2 = 1 at `steps` levels, t = 1 .. steps; linear between them.
+    """DDPM's path (Ho et al. 2020): alpha^2 + sigma^2 = 1 at `steps` levels, t = 1 .. steps; linear between them.
 
     Args:
         schedule: how fast the signal fades.
@@ -74,7 +74,7 @@ class DiscreteVP:
         self.steps = steps
         self.t_max = float(steps)
         squared_alpha = np.concatenate([[1.0], np.cumprod(1 - schedule.betas(steps))])  # t = 0..T
-        # No buffers of a module: those would follow .to(bfloat16), and a bf16 model still needs these in full.
+        # Not module buffers: those would follow .to(bfloat16), and a bf16 model still needs these in full precision.
         self._tables = {"alpha": np.sqrt(squared_alpha), "sigma": np.sqrt(1 - squared_alpha)}
         self._on_device: dict[tuple[str, torch.device], Tensor] = {}
 
@@ -87,9 +87,9 @@ class DiscreteVP:
     def time_at(self, ratio: Tensor) -> Tensor:
         alpha, sigma = self._tables["alpha"], self._tables["sigma"]
         wanted = np.minimum(double(ratio).cpu().numpy(), 1e30)
-        with np.errstate(divide="ignore"):  # nothing may be left of the signal at the last level
+        with np.errstate(divide="ignore"):  # at the last level there may be no signal left
             above = np.searchsorted(sigma / alpha, wanted).clip(1, self.steps)
-        # alpha and sigma are linear between two levels: so is what is zero where sigma / alpha is the ratio.
+        # alpha and sigma are linear between two levels, so ratio * alpha - sigma is too; its root is the time.
         low, high = (wanted * alpha[level] - sigma[level] for level in (above - 1, above))
         return torch.as_tensor(above - 1 + (low / (low - high)).clip(0, 1), dtype=torch.float32, device=ratio.device)
 
@@ -97,14 +97,14 @@ class DiscreteVP:
         return (place * self.steps).floor().add(1).clamp(max=self.steps)
 
     def c_noise(self, t: Tensor) -> Tensor:
-        """The lineage counts its levels from 0, so published weights work unchanged."""
+        """DDPM and LDM code counts levels from 0, so published weights work unchanged."""
         return t - 1
 
     def c_in(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
 
     def timesteps(self, steps: int) -> Tensor:
-        """Whole times, as even as they can be.
+        """Integer times, spaced as evenly as possible.
 
         Raises:
             ConfigError: unless 1 <= steps <= T.
@@ -123,18 +123,18 @@ class DiscreteVP:
         return torch.lerp(table.take(below), table.take(below + 1), (t - below).float())
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles leave the tables' device copies behind."""
+        """Copies and pickles leave out the tables' copies on devices."""
         return {**vars(self), "_on_device": {}}
 
 
 class VE:
-    """EDM's (Karras et al. 2022): alpha = 1, and t is the noise's standard deviation itself.
+    """EDM's path (Karras et al. 2022): alpha = 1, and t is the standard deviation of the noise itself.
 
     Args:
-        sigma_data: standard deviation of the data, for the scale of the network's input.
-        sigma_min: the last but one of the sampling levels; the last is 0.
+        sigma_data: standard deviation of the data, which sets the scale of the network's input.
+        sigma_min: the second-to-last sampling level; the last is 0.
         sigma_max: where sampling starts.
-        rho: how the levels between are spread: the larger, the more of them near sigma_min.
+        rho: how the levels in between are spaced: the larger, the more of them lie near sigma_min.
     """
 
     vlb_step = 0.0
@@ -155,14 +155,14 @@ class VE:
         return t
 
     def time_at(self, ratio: Tensor) -> Tensor:
-        """`ratio` itself: sampling starts at `t_max`, but the path goes on beyond it, as churning needs."""
+        """`ratio` itself: sampling starts at `t_max`, but the path continues beyond it, as churn requires."""
         return ratio
 
     def to_time(self, place: Tensor) -> Tensor:
         return place
 
     def c_noise(self, t: Tensor) -> Tensor:
-        """ln(t) / 4, as in the paper, but on the scale of the other paths' 0..1000: t is told by the same embedding."""
+        """ln(t) / 4, as in the paper, scaled to the other paths' range 0..1000, since they share one embedding of t."""
         return 250.0 * t.log()
 
     def c_in(self, t: Tensor) -> Tensor:
@@ -178,15 +178,15 @@ class VE:
 
 
 class _Continuous:
-    """What paths share whose t is the share of the way, 0 to 1.
+    """Base of the paths whose t is the fraction of the way from data to noise, 0 to 1.
 
     Args:
         time_scale: the network is given time_scale * t.
-        t_max: where the path ends, 0 < t_max <= 1. Below 1 some signal is left there, which a prediction of noise needs
+        t_max: where the path ends, 0 < t_max <= 1. Below 1 some signal remains at the end, which noise prediction needs
             on a path to pure noise (Ma et al. 2024, "SiT": 0.999).
 
     Raises:
-        ConfigError: another `t_max`.
+        ConfigError: `t_max` out of range.
     """
 
     vlb_step = 1e-3
@@ -199,7 +199,7 @@ class _Continuous:
         self.t_max = t_max
 
     def to_time(self, place: Tensor) -> Tensor:
-        # At t = 0 there is nothing to learn, and an infinite signal-to-noise ratio to weigh it with.
+        # At t = 0 there is nothing to learn, and the signal-to-noise ratio that weights the loss is infinite.
         return (place * self.t_max).clamp(1e-5, self.t_max)
 
     def c_noise(self, t: Tensor) -> Tensor:
@@ -215,7 +215,7 @@ class _Continuous:
 
 
 class Linear(_Continuous):
-    """Rectified flow's (Liu et al. 2023; Lipman et al. 2023): alpha = 1 - t, sigma = t, for 0 <= t <= 1."""
+    """Rectified flow's path (Liu et al. 2023; Lipman et al. 2023): alpha = 1 - t, sigma = t, for 0 <= t <= 1."""
 
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - t
@@ -250,12 +250,12 @@ class GVP(_Continuous):
 
 
 class VP(_Continuous):
-    """The variance-preserving SDE's (Song et al. 2021, eq. 33; Ma et al. 2024, "SiT": "VP"): alpha^2 + sigma^2 = 1.
+    """The variance-preserving SDE (Song et al. 2021, eq. 33; Ma et al. 2024, "SiT": "VP"): alpha^2 + sigma^2 = 1.
 
     ln(alpha) = -t beta_min / 2 - t^2 (beta_max - beta_min) / 4. Some signal is left at t = 1: alpha is 0.0066 there.
 
     Args:
-        beta_min, beta_max: the rates at t = 0 and t = 1 at which noise comes in (SiT's sigma_min and sigma_max).
+        beta_min, beta_max: the noise rates at t = 0 and t = 1 (SiT's sigma_min and sigma_max).
         time_scale, t_max: as in the other paths.
 
     Raises:

@@ -13,19 +13,19 @@ from ldm.ranges import Positive
 
 
 class Prediction(Protocol):
-    """alpha and sigma multiply rows: () or (N, 1, ...)."""
+    """alpha and sigma broadcast over the rows: () or (N, 1, ...)."""
 
     def target(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor: ...
 
     def x0(self, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor: ...
 
     def x0_error_scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """By how much the error of x0 is smaller than the output's: x0 = ... +- gain * output; the shape of alpha."""
+        """By how much the error of x0 is smaller than the output's: x0 = ... +- scale * output; the shape of alpha."""
         ...
 
 
 class Eps:
-    """The noise (Ho et al. 2020). Where no signal is left it says nothing of the data, so no path may end there."""
+    """The noise (Ho et al. 2020). Without any signal it does not determine the data, so no path may end there."""
 
     def target(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         return noise
@@ -64,7 +64,7 @@ class V:
 
 
 class Velocity:
-    """noise - x0: along a straight path from data to noise, the speed (Lipman et al. 2023; Liu et al. 2023)."""
+    """noise - x0: the velocity along a straight path from data to noise (Lipman et al. 2023; Liu et al. 2023)."""
 
     def target(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         return noise - x0
@@ -77,7 +77,7 @@ class Velocity:
 
 
 class PathVelocity:
-    """dx/dt = alpha' x0 + sigma' noise: the speed along any smooth path (Albergo et al. 2023; Ma et al. 2024, "SiT").
+    """dx/dt = alpha' x0 + sigma' noise: velocity along any smooth path (Albergo et al. 2023; Ma et al. 2024, "SiT").
 
     On a straight path it is `Velocity`.
 
@@ -104,10 +104,10 @@ class PathVelocity:
 class EDMPreconditioned:
     """EDM's output F: x0 = c_skip x + c_out F, with the coefficients of Karras et al. 2022, table 1 (alpha = 1).
 
-    Its squared error counts 1 / c_out^2 of that of x0, which is the weighting of the paper.
+    Its squared error is 1 / c_out^2 times that of x0, which is the paper's weighting.
 
     Args:
-        sigma_data: standard deviation of the data; latents out of a cache are standardized: 1.
+        sigma_data: standard deviation of the data; latents from a cache are standardized: 1.
     """
 
     def __init__(self, sigma_data: Positive = 1.0) -> None:

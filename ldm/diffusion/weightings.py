@@ -1,7 +1,7 @@
 """How an error is measured, and how much it counts at each noise level: errors of the network's output -> losses (N,).
 
-What matters of a level is its signal-to-noise ratio snr = alpha^2 / sigma^2. Papers state weights for the error of eps,
-x0 or v; here they are stated once, as weights of the squared error of x0, and hold for every prediction.
+A noise level is characterized by its signal-to-noise ratio snr = alpha^2 / sigma^2. Papers state weights for the error
+of eps, x0 or v; here they are stated once, as weights of the squared error of x0, and hold for every prediction.
 """
 
 import math
@@ -17,9 +17,9 @@ from ldm.ranges import Count, Finite, NotNegative, Positive
 
 
 class Distance(ABC):
-    """distance(output, target) -> the error of each number of the output, in their shape.
+    """distance(output, target) -> the elementwise error, in their shape.
 
-    A class, not a protocol: a configuration that gives a weighting in its place is refused, though it is called alike.
+    A class, not a protocol, so that a configuration with a weighting in its place is refused, though both are callable.
     """
 
     @abstractmethod
@@ -27,7 +27,7 @@ class Distance(ABC):
 
 
 class Squared(Distance):
-    """The square, of which the papers' weights speak."""
+    """The squared error, to which the papers' weights apply."""
 
     def __call__(self, output: Tensor, target: Tensor) -> Tensor:
         return (output - target).square()
@@ -36,7 +36,7 @@ class Squared(Distance):
 class Absolute(Distance):
     """The absolute value: `loss_type: l1` of latent diffusion's configurations.
 
-    Its best output is the median, not the mean. A weighting multiplies it by the same factor as it does the square.
+    It is minimized by the median, not the mean. A weighting multiplies it by the same factor as the squared error.
     """
 
     def __call__(self, output: Tensor, target: Tensor) -> Tensor:
@@ -45,11 +45,11 @@ class Absolute(Distance):
 
 @dataclass(frozen=True)
 class Level:
-    """Where the rows of a batch stand.
+    """The noise levels of the rows of a batch.
 
     Attributes:
         snr: (N,) alpha^2 / sigma^2.
-        snr_before: (N,) the same one of the objective's steps closer to the data.
+        snr_before: (N,) the same, one step of the objective closer to the data.
         x0_error_scale: (N,) by how much the error of x0 is smaller than the output's (Prediction.x0_error_scale).
     """
 
@@ -65,7 +65,7 @@ class Weighting(Protocol):
 
 
 class Plain:
-    """The output's error as it is: L_simple of Ho et al. 2020 for eps, EDM's weights for its own F."""
+    """The output's error, unweighted: L_simple of Ho et al. 2020 for eps, EDM's weights for its own F."""
 
     def __call__(self, error: Tensor, level: Level) -> Tensor:
         return error
@@ -102,7 +102,7 @@ class Sigmoid(SoftMinSNR):
 
 
 class P2:
-    """1 / (k + snr)^gamma of the error of eps: less for the finest details (Choi et al. 2022)."""
+    """1 / (k + snr)^gamma of the error of eps: a lower weight for the finest details (Choi et al. 2022)."""
 
     def __init__(self, gamma: NotNegative = 1.0, k: Positive = 1.0) -> None:
         self.gamma, self.k = gamma, k
@@ -122,14 +122,14 @@ class KarrasWeighting:
 
 
 class VLB:
-    """The variational bound: half the snr that a step gains, of the error of x0 (Kingma et al. 2021, eq. 13).
+    """The variational bound: the error of x0 times half the snr that a step gains (Kingma et al. 2021, eq. 13).
 
-    In nats a dimension, for levels visited uniformly, times the number of steps; the first step, whose gain is
-    infinite, counts with its own snr.
+    In nats per dimension if levels are drawn uniformly, once multiplied by the number of steps; the first step, whose
+    gain is infinite, is weighted with its own snr.
     """
 
     def __call__(self, error: Tensor, level: Level) -> Tensor:
-        # Infinity only where the step before is the data itself.
+        # Infinite only where the step before is the data itself.
         gained = torch.where(level.snr_before.isinf(), level.snr, level.snr_before - level.snr)
         return error * level.x0_error_scale**2 * gained / 2
 
@@ -137,11 +137,11 @@ class VLB:
 class Uncertainty(nn.Module):
     """Another weighting's loss over exp(u) + u, with u a learned function of the level (Karras et al. 2024, "EDM2").
 
-    It makes every level's loss contribute alike. u starts at 0, where it changes nothing.
+    It makes the losses of all levels contribute equally. u starts at 0, where it changes nothing.
 
     Args:
-        weighting: what it stands upon.
-        channels: of the features of ln(snr) that u is linear in.
+        weighting: the weighting whose loss is scaled.
+        channels: number of features of ln(snr) that u is linear in.
     """
 
     def __init__(self, weighting: Weighting, channels: Count = 128) -> None:
@@ -155,7 +155,7 @@ class Uncertainty(nn.Module):
     def forward(self, error: Tensor, level: Level) -> Tensor:
         logarithm = level.snr.log().clamp(-20, 20)  # (N,)
         features = timestep_embedding(logarithm, self.channels, longest_period=100.0)  # (N, channels)
-        # Not by calling the layer, which autocast would round to bf16; on meta, where a dry run is, it has no off.
-        # Over sqrt(channels), as theirs: else the network's high learning rate throws u about.
+        # The layer is not called, since autocast would round it to bf16, and cannot be disabled on the meta device of a
+        # dry run. Divided by sqrt(channels), as in EDM2; otherwise the network's high learning rate makes u unstable.
         u = (features * self.u.weight).sum(1) / math.sqrt(self.channels) + self.u.bias  # (N,)
         return self.weighting(error, level) / u.exp() + u

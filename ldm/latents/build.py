@@ -1,12 +1,12 @@
-"""Building the latent cache: any number of processes, killed at any moment; always the same bytes.
+"""Builds the latent cache: any number of processes, killed at any moment; always the same bytes.
 
-The format is manifest.py's.
+The format is described in manifest.py.
 
-There is no collective and no leader. Every process claims a shard that is not there yet, writes it, and goes on until
-all are there: first its own share (shard % world size == rank), then whatever others have left or died over. What is
-published is never written again, so a killed build goes on where it was. Images are encoded in batches whose members
-depend on the item numbers alone; that, not the world size, decides the floating-point result. (Devices, and counts of
-CPU threads, may still differ from one another in the last bit before the rounding to fp16.)
+There is no collective and no leader. Every process claims a missing shard, writes it, and continues until all exist:
+first its own share (shard % world size == rank), then any that other processes have not taken or died writing. What is
+published is never written again, so a killed build resumes where it was. Images are encoded in batches whose members
+depend only on the item numbers; these, not the world size, determine the floating-point result. (Different devices, and
+different numbers of CPU threads, may still differ in the last bit before the rounding to fp16.)
 """
 
 import logging
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 def shard_items(num_items: int, record_bytes: int, encode_batch: int) -> int:
-    """Items of a shard: whole encode batches; a 256th of the cache, so that little is lost to a kill, up to 256 MB."""
+    """Items per shard: whole encode batches; 1/256 of the cache, so that a kill loses little, at most 256 MB."""
     wanted = min(num_items / _SHARDS, _SHARD_BYTES / record_bytes)
     return max(1, math.ceil(wanted / encode_batch)) * encode_batch
 
@@ -47,11 +47,11 @@ class Source:
     """Where the items come from.
 
     Args:
-        read: item -> {"image": (C,H,W) float in [-1,1], "class_label": int, "caption": str}, the last two as the plan
-            says; raises DataError for an item that cannot be read. Called from `threads` threads.
-        name: item -> what to call it in an error, such as its path.
+        read: item -> {"image": (C,H,W) float in [-1,1], "class_label": int, "caption": str}, the last two if the plan
+            has them; raises DataError for an item that cannot be read. Called from `threads` threads.
+        name: item -> its name in error messages, such as its path.
         max_broken: how many items may be unreadable; they are listed in the manifest and hold no record.
-        threads: that read ahead while a batch is encoded.
+        threads: number of threads that read ahead while a batch is encoded.
     """
 
     read: Callable[[int], Mapping[str, Any]]
@@ -60,7 +60,7 @@ class Source:
     threads: int = 1
 
     def batches(self, items: range, size: int) -> Iterator[list[tuple[int, Mapping[str, Any] | DataError]]]:
-        """(item, sample or why there is none), `size` at a time; the next batch is read meanwhile."""
+        """(item, sample or why there is none), `size` at a time; the next batch is read in the background."""
 
         def one(item: int) -> tuple[int, Mapping[str, Any] | DataError]:
             try:
@@ -86,10 +86,10 @@ def build(
     world_size: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Manifest:
-    """Make `folder` hold the finished cache of `plan`, doing whatever part of the work is left to do.
+    """Complete the cache of `plan` in `folder`, doing whatever part of the work is left.
 
     Args:
-        folder: of the cache, seen by all ranks.
+        folder: of the cache, visible to all ranks.
         plan: what to build.
         encode: images (n,C,H,W) in [-1,1] -> (mean, std), each (n, *plan.shape), in fp32.
         source: the items.
@@ -99,7 +99,7 @@ def build(
     Raises:
         DataError: the folder holds another cache; too many broken items; a label out of range; moments beyond fp16.
         ResourceError: the folder cannot be written.
-        Stopped: a signal asked to stop; the shard under way is given up, those before it are kept.
+        Stopped: a signal requested a stop; the current shard is abandoned, earlier ones are kept.
     """
     folder = Path(folder)
     finished = _finished(folder, plan)
@@ -113,7 +113,7 @@ def build(
         while missing := [shard for shard in order if not writer.published(shard)]:
             stop_if_asked()
             if not sum(_write_if_free(writer, claims, shard) for shard in missing):
-                time.sleep(_POLL_SECONDS)  # the rest is in other hands
+                time.sleep(_POLL_SECONDS)  # other processes are writing the rest
             writer.report(0)
         with claims.take(_MANIFEST_CLAIM, folder / MANIFEST, wait=True):
             manifest = _merge(folder, plan, source)
@@ -140,7 +140,7 @@ def _finished(folder: Path, plan: CacheSpec) -> Manifest | None:
 
 
 def _agree(folder: Path, plan: CacheSpec, claims: Claims) -> CacheSpec:
-    """The plan of this build: the one already in the folder (its layout holds), else ours, written down first."""
+    """The plan of this build: the one already in the folder (its layout applies), else ours, which is written first."""
     with claims.take(_PLAN_CLAIM, folder / PLAN, wait=True):
         if not (folder / PLAN).is_file():
             publish(folder / PLAN, seal(plan.to_dict()))
@@ -176,7 +176,7 @@ class _Writer:
         self._known: set[int] = set()
 
     def published(self, shard: int) -> bool:
-        """Whether the shard and its sidecar are there, by anybody's hand."""
+        """Whether the shard and its sidecar exist, whichever process wrote them."""
         if shard not in self._known:
             path = shard_path(self.folder, shard)
             whole = len(self.plan.shard_range(shard)) * self.plan.record.itemsize
@@ -232,7 +232,7 @@ class _Writer:
                 if tuple(values.shape[1:]) != self.plan.shape:
                     raise DataError(
                         f"{self.source.name(good[0][0])}: latent shape: expected {self.plan.shape}, "
-                        f"found {tuple(values.shape[1:])}. Are all images brought to one size?"
+                        f"found {tuple(values.shape[1:])}. Are all images resized to the same size?"
                     )
                 fits = (values.abs() <= LARGEST).flatten(1).all(1).tolist()  # False for NaN too
                 if not all(fits):
@@ -240,7 +240,7 @@ class _Writer:
                     raise DataError(
                         f"{self.source.name(good[bad][0])}: posterior {('mean', 'std')[part]}: expected magnitudes up "
                         f"to {LARGEST:g} (fp16), found {float(values[bad].abs().max()):g}. The autoencoder has "
-                        f"diverged on this image: train it with a larger KL weight, or take an earlier checkpoint."
+                        f"diverged on this image: train it with a larger KL weight, or use an earlier checkpoint."
                     )
                 moments[:, side, part] = values.half().cpu().numpy()
         return moments
@@ -252,13 +252,13 @@ class _Writer:
         if label is None or not 0 <= int(label) < self.plan.num_classes:
             raise DataError(
                 f"{self.source.name(item)}: class_label: expected 0 .. {self.plan.num_classes - 1}, found {label}. "
-                f"Mend the labels of the data set."
+                f"Fix the labels of the data set."
             )
         return int(label)
 
 
 def _sums(moments: np.ndarray) -> np.ndarray:
-    """Per channel, fp64: the sums of mean, mean^2 and std^2 as they were stored: (3, c)."""
+    """Per channel, in fp64: the sums of the stored mean, mean^2 and std^2: (3, c)."""
     mean, std = np.moveaxis(moments.astype(np.float64), 2, 0)
     squares = [np.einsum("nschw,nschw->c", values, values) for values in (mean, std)]
     return np.stack([mean.sum((0, 1, 3, 4)), *squares])
@@ -268,13 +268,13 @@ def _demand_few(folder: Path, broken: Mapping[str, str], most: int) -> None:
     if len(broken) > most:
         listed = "\n  ".join(list(broken.values())[:5])
         raise DataError(
-            f"{folder}: {len(broken)} items could not be read, allowed are {most}:\n  {listed}\n"
-            f"Mend or remove them, or allow more; what is already encoded is kept."
+            f"{folder}: {len(broken)} items could not be read, {most} are allowed:\n  {listed}\n"
+            f"Fix or remove them, or allow more; what is already encoded is kept."
         )
 
 
 def _merge(folder: Path, plan: CacheSpec, source: Source) -> Manifest:
-    """The manifest out of all sidecars: a function of their content, whoever wrote them."""
+    """The manifest built from all sidecars: a function of their content, whichever process wrote them."""
     sidecars = [read_sealed(shard_path(folder, shard, ".json")) for shard in range(plan.num_shards)]
     for shard, sidecar in enumerate(sidecars):
         if sidecar["plan"] != plan.fingerprint():
@@ -293,7 +293,7 @@ def _merge(folder: Path, plan: CacheSpec, source: Source) -> Manifest:
     return Manifest(
         plan=plan,
         mean=mean.tolist(),
-        # A channel without any spread stays as it is instead of becoming a division by zero.
+        # A channel with zero variance stays unscaled instead of causing a division by zero.
         std=np.where(std > 0, std, 1.0).tolist(),
         broken=sorted(map(int, broken)),
         shards=[{"crc32": sidecar["crc32"], "items": sidecar["items"]} for sidecar in sidecars],

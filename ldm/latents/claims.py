@@ -1,4 +1,4 @@
-"""How the files of a latent cache come to be: sealed JSON, publishing by rename, claims that die with their owner."""
+"""How the files of a latent cache are written: sealed JSON, publishing by rename, claims that die with their owner."""
 
 import errno
 import fcntl
@@ -19,7 +19,7 @@ REBUILD = f"`{COMMAND}` builds what is missing and keeps the rest"
 def dump(tree: Mapping[str, Any]) -> bytes:
     """The one way to write `tree` as JSON, so that equal content means equal bytes.
 
-    A file's name need not be UTF-8: Python holds its odd bytes as lone surrogates, which are written as JSON escapes.
+    A file name need not be UTF-8: Python represents its invalid bytes as lone surrogates, written as JSON escapes.
     """
     text = json.dumps(tree, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     return text.encode(errors="backslashreplace")
@@ -31,7 +31,7 @@ def seal(tree: Mapping[str, Any]) -> bytes:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """What `seal` wrote; DataError where a byte is not as it was written."""
+    """What `seal` wrote; DataError if any byte has changed."""
     try:
         raw = path.read_bytes()
         tree = json.loads(raw)
@@ -54,17 +54,17 @@ def publish(path: Path, data: bytes | memoryview) -> None:
     except OSError as error:
         raise ResourceError(
             f"{path}: cannot write the latent cache: {error.strerror}; needed {memoryview(data).nbytes} bytes. "
-            f"Make room or permit writing in {path.parent}; a second start goes on from here."
+            f"Make room or permit writing in {path.parent}; another start continues from here."
         ) from error
 
 
 class Claims:
-    """Who writes what, among any processes of any machines that see the folder.
+    """Who writes what, among all processes on all machines that see the folder.
 
     A claim is a lock on one byte of the file `claims`; the kernel drops it when its owner dies, however it dies.
-    Where the file system has no locks every claim is granted: work is then done twice, with the same bytes.
+    If the file system has no locks, every claim is granted: work is then done twice, with the same bytes.
 
-    Close only once nobody in this process needs its claims: POSIX locks end with the first close of the file.
+    Close it only when this process needs none of its claims any more: POSIX locks end with the first close of the file.
     """
 
     _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
@@ -81,12 +81,12 @@ class Claims:
 
     @contextmanager
     def take(self, number: int, path: Path, wait: bool = False) -> Iterator[bool]:
-        """Whether the block may write `path` and its siblings; leftovers of a dead writer are removed first.
+        """Yields whether the block may write `path` and its siblings; leftovers of a dead writer are removed first.
 
         Args:
             number: of the claim.
-            path: what is written under it.
-            wait: for the present owner; otherwise the block runs at once, with False.
+            path: the file written under the claim.
+            wait: wait for the present owner; otherwise the block runs at once, with False.
         """
         exclusive = True
         try:

@@ -1,4 +1,4 @@
-"""The data module of stage 2: latents out of a cache, which it builds first where there is none."""
+"""The data module of stage 2: latents from a cache, which it builds first if there is none."""
 
 import logging
 import os
@@ -30,26 +30,26 @@ log = logging.getLogger(__name__)
 class LatentDataModule(ElasticDataModule):
     """Latents for stage 2: batches of `latent` (N,c,h,w) float32, standardized; `class_label`, `caption`, `draws`.
 
-    A latent is drawn from its posterior each time it is seen, on the device. The autoencoder is loaded to build or to
-    check the cache, and let go before training.
+    A latent is sampled from its posterior each time it is seen, on the device. The autoencoder is loaded to build or to
+    check the cache, and freed before training.
 
     Args:
         train: data set of images to train on.
-        autoencoder: run folder or checkpoint of stage 1; None: none, the latents are the pixels themselves.
+        autoencoder: run folder or checkpoint of stage 1; None: the latents are the pixels themselves.
         batch_size: global batch size.
         seed: the run's seed.
         resolution: side of the images that are encoded; None: what the autoencoder was trained on.
-        channels: of the images where there is no autoencoder: 3 (RGB) or 1 (grey); else the autoencoder's.
+        channels: of the images if there is no autoencoder: 3 (RGB) or 1 (gray); otherwise the autoencoder's.
         validation: data set of images to validate on.
-        num_validation: without `validation`: hold out so many items of `train`, the same in every run; a tenth where
+        num_validation: without `validation`: hold out this many items of `train`, the same in every run; a tenth if
             there are no more than that.
-        micro_batch_size: the most latents on one device at a time, a divisor of `batch_size`; None: no limit.
-        num_workers: loader processes of each rank; none is fastest, since a gather costs less than passing it on.
+        micro_batch_size: maximum number of latents on one device at a time, a divisor of `batch_size`; None: no limit.
+        num_workers: loader processes per rank; 0 is fastest, since gathering a batch costs less than transferring it.
         transform: PIL image -> (C,H,W) in [-1,1], deterministic; None: `EvalTransform(resolution)`.
-        flip: see half of the samples mirrored, in training.
-        cache: folder of this cache (with `train/` and `validation/` in it), refused if another lies there; None:
-            `cache/<fingerprint>`, where caches of different content lie side by side.
-        max_broken: the share of the images that may be unreadable; they are left out.
+        flip: mirror half of the samples in training.
+        cache: folder of this cache (with `train/` and `validation/` in it), refused if it holds another; None:
+            `cache/<fingerprint>`, so that caches of different content exist side by side.
+        max_broken: the fraction of the images that may be unreadable; they are left out.
         encode_batch_size: images encoded at once while the cache is built.
         read_threads: threads that decode images while the cache is built.
     """
@@ -90,7 +90,7 @@ class LatentDataModule(ElasticDataModule):
         self._codec: Codec | None = None
 
     def facts(self) -> dict[str, int | str | None]:
-        """What configurations refer to as `${data:...}`, and what a resumed run must find again.
+        """What configurations refer to as `${data:...}`, and what must not change when a run resumes.
 
         Needs the autoencoder's checkpoint, but no cache.
         """
@@ -104,7 +104,7 @@ class LatentDataModule(ElasticDataModule):
             "down_factor": codec.encoder.down_factor,
             "image_resolution": self.image_resolution,
             "image_channels": codec.encoder.in_channels,
-            # A path may lead to other weights than it did: a run goes on in its own latent space alone.
+            # The weights at a path may have changed: a run can only resume in its own latent space.
             "autoencoder": None if self.autoencoder is None else codec.weight_hash(),
         }
 
@@ -120,7 +120,7 @@ class LatentDataModule(ElasticDataModule):
         known = self._resolution or (self._transform.resolution if self._transform else self._load().resolution)
         if known is None:
             source = self.autoencoder or "an image"
-            raise ConfigError(f"data.params.resolution: {source} does not say its resolution: set it here")
+            raise ConfigError(f"data.params.resolution: {source} does not state its resolution: set it here")
         return known
 
     @property
@@ -129,19 +129,19 @@ class LatentDataModule(ElasticDataModule):
 
     @property
     def manifest(self) -> Manifest:
-        """Of the training cache; its statistics standardize validation too. DataError before `setup`."""
+        """The manifest of the training cache; its statistics standardize validation, too. DataError before `setup`."""
         return _opened(self.train_cache).manifest
 
     def prepare_data(self) -> None:
-        """Make the source's files ready, once a machine."""
+        """Prepare the source's files, once per machine."""
         for dataset in self._datasets().values():
             dataset.prepare()
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the caches; build, together with all other ranks, what is missing of them.
+        """Open the caches; build whatever is missing, together with all other ranks.
 
         Raises:
-            DataError: a cache that is damaged, or not of this autoencoder and these images.
+            DataError: a cache is damaged, or was made from another autoencoder or other images.
         """
         if self.train_cache is not None:
             return
@@ -162,18 +162,18 @@ class LatentDataModule(ElasticDataModule):
         return self.validation_loader(LatentDataset(cache, VALIDATION_SEED, flip=False), len(cache), _as_gathered)
 
     def source(self, item: int) -> str:
-        # A row of the cache: broken images have none.
+        # A row of the cache, in which broken images have none.
         return self.train_dataset.path(int(_opened(self.train_cache).items([item])[0]))
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Draw the latents: z = mean + std * noise, standardized."""
+        """Sample the latents: z = mean + std * noise, standardized."""
         mean, std = batch.pop("moments").float().unbind(1)  # each (N,c,h,w)
         draws = self.attach_draws(batch, mean.device)
         batch["latent"] = self.manifest.standardize(mean + std * draws.normal("posterior", mean.shape[1:]))
         return batch
 
     def plan(self, dataset: ImageDataset, codec: Codec, weights: str) -> CacheSpec:
-        """What the cache of `dataset` has to hold; `weights` is the codec's hash."""
+        """The specification of the cache of `dataset`; `weights` is the codec's hash."""
         plan = CacheSpec(
             shape=codec.latent_shape(self.image_resolution),
             num_items=len(dataset),
@@ -202,8 +202,8 @@ class LatentDataModule(ElasticDataModule):
         cache = LatentCache(folder, plan)
         if distributed.is_main() and (emptied := emptied_classes(dataset, cache.manifest.broken)):
             log.warning(
-                "%s: none of the images of these classes could be read, so nothing is seen of them: %s; mend them, "
-                "remove the folder, and run the same command again",
+                "%s: none of the images of these classes could be read, so they are missing from training: %s; fix "
+                "them, remove the folder, and run the same command again",
                 *(folder, ", ".join(emptied)),
             )
         if cache.plan.source != plan.source:
@@ -238,16 +238,16 @@ class LatentDataModule(ElasticDataModule):
 
 
 def _default_folder(plan: CacheSpec) -> Path:
-    """Where the cache lies if no folder is given.
+    """The folder of the cache if none is given.
 
-    A folder is called by all that its plan says. One of the same content may be called otherwise, because its plan was
-    written under former names of ours, or when a source's fingerprint did not yet hold its bytes: it goes on.
+    A folder is named by the fingerprint of its plan. One with the same content may have another name, because its plan
+    was written under former names, or when a source's fingerprint did not yet cover its bytes; it is used all the same.
     """
     folder = Path("cache") / plan.fingerprint()
     if folder.is_dir():
         return folder
     for other in sorted(Path("cache").glob(f"*/{PLAN}")):
-        with suppress(DataError):  # a folder that is damaged is of no use here, and none of our business
+        with suppress(DataError):  # a damaged folder is of no use here, and not ours to report
             same = not plan.differences(CacheSpec.from_dict(read_sealed(other)))
             if same and noted_source(other.parent) in (None, plan.source):
                 return other.parent
@@ -261,5 +261,5 @@ def _opened(cache: LatentCache | None) -> LatentCache:
 
 
 def _as_gathered(batch: dict[str, Any]) -> dict[str, Any]:
-    """The collate function of a data set that gives whole batches."""
+    """The collate function of a data set that returns whole batches."""
     return batch

@@ -1,17 +1,17 @@
-"""The latent cache as it lies on disk: what is in it, and the proof that it is whole and the right one.
+"""The latent cache on disk: what it contains, and how to verify that it is complete and the right one.
 
-    plan.json          what is being encoded, by which autoencoder: everything that decides the bytes (CacheSpec)
+    plan.json          what is being encoded, by which autoencoder: everything that determines the bytes (CacheSpec)
     shard-00000.bin    records of fixed size, memory-mapped: the posterior's moments, plain and mirrored, and the label
     shard-00000.json   the shard's checksum, its sums for the statistics, its broken items, its captions
     manifest.json      the plan, the statistics over all items and both orientations, every shard's checksum (Manifest)
-    contents.json      only where the plan knows names and sizes of its source alone: the fingerprint, noted later
+    contents.json      only if the plan covers just names and sizes of its source: the fingerprint, recorded later
 
-Vocabulary: an *item* is a number into the source dataset; *moments* are mean and standard deviation of the posterior
+Vocabulary: an *item* is an index into the source dataset; *moments* are mean and standard deviation of the posterior
 N(mean, std^2), so that a fresh latent is drawn each time, z = mean + std * noise; *standardized* is a latent with zero
 mean and unit variance per channel over the whole cache. The mirrored orientation is the encoding of the mirrored
-*pixels*: an autoencoder is not equivariant, so a mirrored latent is something else.
+*pixels*: an autoencoder is not equivariant, so a mirrored latent is not the same.
 
-latent_build.py writes what is described here, latent_reader.py reads it.
+build.py writes what is described here, reader.py reads it.
 """
 
 import json
@@ -42,19 +42,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """Everything that decides what a cache holds, known before the first image is encoded; plain JSON types only.
+    """Everything that determines what a cache holds, known before the first image is encoded; plain JSON types only.
 
     Args:
         shape: (c, h, w) of one latent.
         num_items: items of the source, broken ones included.
-        source: fingerprint of the source dataset; one without `:contents:` is of names and sizes alone.
+        source: fingerprint of the source dataset; one without `:contents:` covers only names and sizes.
         pixels: how an item becomes a tensor: resolution, crop, interpolation, channels, range; and `value_range` where
-            grey pictures of more than 8 bits have one (not compared: `source` tells of it as well).
+            gray images of more than 8 bits have one (not compared, since `source` covers it).
         autoencoder: {"weights": hash, "config": of encoder and decoder, "path": where it was found (not compared)}.
-        num_classes: None where items carry no class label; the labels are 0 .. num_classes - 1.
-        class_names: their names, where known.
+        num_classes: None if items carry no class label; the labels are 0 .. num_classes - 1.
+        class_names: their names, if known.
         captions: items carry a caption.
-        shard_items: items of a shard. Not compared: it decides how the records are laid out, not what they say.
+        shard_items: items per shard. Not compared: it determines how the records are laid out, not what they hold.
         encode_batch: images encoded at once, in an order fixed by the item numbers; not compared.
     """
 
@@ -89,7 +89,7 @@ class CacheSpec:
         return -(-self.num_items // self.shard_items)
 
     def shard_range(self, shard: int) -> range:
-        """The items of a shard: a function of their numbers alone, whoever writes it."""
+        """The items of a shard: a function of the shard's number alone, whichever process writes it."""
         return range(shard * self.shard_items, min(self.num_items, (shard + 1) * self.shard_items))
 
     def facts(self) -> dict[str, Any]:
@@ -105,8 +105,8 @@ class CacheSpec:
         return sha256(dump(self.facts())).hexdigest()[:16]
 
     def differences(self, found: "CacheSpec") -> list[str]:
-        """One line for each fact in which `found` is not what this plan asks for."""
-        # A configuration that was stored under former names says the same.
+        """One line for each fact in which `found` differs from this plan."""
+        # A configuration stored under former names means the same.
         ours, theirs = (replace(plan, autoencoder=current_plain(plan.autoencoder)).facts() for plan in (self, found))
         ours["source"], theirs["source"] = comparable(self.source, found.source)
         return [
@@ -116,7 +116,7 @@ class CacheSpec:
         ]
 
     def require(self, folder: Path, found: "CacheSpec") -> None:
-        """Raise DataError, naming every difference, unless the cache (or the half of one) in `folder` is this one."""
+        """Raise DataError, naming every difference, unless the (possibly unfinished) cache in `folder` is this one."""
         if lines := self.differences(found):
             raise DataError(
                 f"{folder}: this latent cache was made for something else:\n  " + "\n  ".join(lines) + "\n"
@@ -126,14 +126,14 @@ class CacheSpec:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A finished cache: its plan, its statistics, its shards. Also lies in every stage-2 checkpoint.
+    """A finished cache: its plan, its statistics, its shards. Also stored in every stage-2 checkpoint.
 
     Args:
         plan: what was encoded.
         mean, std: per channel (c,), over all items, positions and both orientations, in fp64; the variance is that of
             the latents that training sees: the variance of the means plus the mean of the posterior variances.
         broken: items that could not be read and hold no record.
-        shards: {"crc32": hex, "items": count} of each.
+        shards: {"crc32": hex, "items": count} for each.
     """
 
     plan: CacheSpec
@@ -149,10 +149,10 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """The manifest of the finished cache in `folder`; DataError where there is none or it is damaged."""
+        """The manifest of the finished cache in `folder`; DataError if there is none or it is damaged."""
         path = Path(folder) / MANIFEST
         if not path.is_file():
-            raise DataError(f"{path}: no such file, so this is no finished latent cache. {REBUILD}.")
+            raise DataError(f"{path}: no such file, so this is not a finished latent cache. {REBUILD}.")
         tree = read_sealed(path)
         if tree.get("plan", {}).get("format") != FORMAT:
             found = tree.get("plan", {}).get("format")
@@ -175,12 +175,12 @@ class Manifest:
         return self.plan.num_items - len(self.broken)
 
     def standardize(self, latents: Tensor) -> Tensor:
-        """(N,c,h,w) as the encoder gives them -> zero mean, unit variance per channel over the cache."""
+        """(N,c,h,w) from the encoder -> zero mean, unit variance per channel over the cache."""
         mean, std = self._on(latents.device)
         return ((latents - mean) / std).to(latents.dtype)
 
     def unstandardize(self, latents: Tensor) -> Tensor:
-        """(N,c,h,w) standardized -> as the decoder takes them."""
+        """(N,c,h,w) standardized -> as the decoder expects them."""
         mean, std = self._on(latents.device)
         return (latents * std + mean).to(latents.dtype)
 
@@ -200,7 +200,7 @@ def verify(folder: Path | str, progress: Callable[[int, int], None] = lambda don
         progress: called with (shards checked, shards).
 
     Raises:
-        DataError: naming every damaged file.
+        DataError: names every damaged file.
     """
     folder = Path(folder)
     manifest = Manifest.read(folder)
@@ -224,29 +224,29 @@ def verify(folder: Path | str, progress: Callable[[int, int], None] = lambda don
 
 
 def noted_source(folder: Path) -> str | None:
-    """The fingerprint that was noted later, for a cache from before contents were part of it; None if there is none."""
+    """The fingerprint recorded later, for a cache from before contents were part of it; None if there is none."""
     path = folder / CONTENTS
     return str(read_sealed(path)["source"]) if path.is_file() else None
 
 
 def note_source(folder: Path, plan: CacheSpec) -> None:
-    """Note what the source of such a cache holds now, so that what is replaced from now on is noticed."""
+    """Record what the source of such a cache holds now, so that later replacements are noticed."""
     log.warning(
-        "%s: was made when only names and sizes of the pictures were noted, so it may hold one that was replaced by "
-        "another of equal size until now; from now on that is noticed. Remove the folder to have it built anew",
+        "%s: was made when only names and sizes of the images were recorded, so an image may since have been replaced "
+        "by another of equal size; from now on that is noticed. Remove the folder to have it rebuilt",
         folder,
     )
-    with suppress(ResourceError):  # a folder that may not be written to serves all the same
+    with suppress(ResourceError):  # a folder that is not writable can still be used
         publish(folder / CONTENTS, seal({"source": plan.source}))
 
 
 def shard_path(folder: Path, shard: int, suffix: str = ".bin") -> Path:
-    """The file of shard number `shard`, or with ".json" its sidecar."""
+    """The file of shard number `shard`, or its sidecar with ".json"."""
     return folder / f"shard-{shard:05d}{suffix}"
 
 
 def check_size(folder: Path, manifest: Manifest, shard: int) -> None:
-    """DataError unless the shard's file has as many bytes as its items need."""
+    """DataError unless the shard's file has the size that its items take."""
     path = shard_path(folder, shard)
     expected = len(manifest.plan.shard_range(shard)) * manifest.plan.record.itemsize
     found = path.stat().st_size if path.is_file() else None
@@ -256,7 +256,7 @@ def check_size(folder: Path, manifest: Manifest, shard: int) -> None:
 
 
 def check_bytes(folder: Path, manifest: Manifest, shard: int) -> None:
-    """DataError unless the shard's bytes have the checksum of the manifest."""
+    """DataError unless the shard's bytes have the checksum in the manifest."""
     path, crc = shard_path(folder, shard), 0
     with path.open("rb", buffering=0) as file:
         while data := file.read(_CHUNK):

@@ -1,4 +1,4 @@
-"""Reading the latent cache: a batch of moments at once, out of memory maps (format: manifest.py)."""
+"""Reads the latent cache: a batch of moments at once, from memory maps (format: manifest.py)."""
 
 import os
 from collections.abc import Sequence
@@ -19,14 +19,14 @@ from ldm.ranges import Seed
 class LatentCache:
     """Reads a finished cache. Each shard is checked against its checksum when it is first touched.
 
-    Rows are numbered 0 .. len - 1 over the items that have a record: broken items leave no hole.
+    Rows are numbered 0 .. len - 1 over the items that have a record: broken items leave no gaps.
 
     Args:
         folder: of the cache.
-        expected: the plan that the caller would build; None takes the cache as it is.
+        expected: the plan that the caller would build; None: accept any cache.
 
     Raises:
-        DataError: not finished, truncated, damaged, or not what is expected: naming file, key and remedy.
+        DataError: not finished, truncated, damaged, or not what is expected; names file, key and fix.
     """
 
     def __init__(self, folder: Path | str, expected: CacheSpec | None = None) -> None:
@@ -49,11 +49,11 @@ class LatentCache:
         return {**self.__dict__, "_maps": {}}  # a pickled memory map would be a copy of the file
 
     def gather(self, rows: Sequence[int] | np.ndarray, mirrored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A batch at once: each record is copied once, in the order in which they lie on disk.
+        """One batch: each record is copied once, in the order of the records on disk.
 
         Args:
             rows: (N,) of 0 .. len - 1.
-            mirrored: (N,) bool, which orientation.
+            mirrored: (N,) bool, the orientation.
 
         Returns:
             moments (N, 2, c, h, w) float16 (mean, std) and labels (N,) int64 (-1 for none).
@@ -102,7 +102,7 @@ class LatentDataset(Dataset[Any]):
 
     Args:
         cache: the reader.
-        seed: of the run; with the sample number it decides the orientation.
+        seed: of the run; together with the sample number it determines the orientation.
         flip: mirror half of the samples (training), or none (validation).
     """
 
@@ -117,7 +117,7 @@ class LatentDataset(Dataset[Any]):
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> dict[str, Any]:
         """Batch: `moments` (N,2,c,h,w) float16, `sample_number` (N,) int64 array, `class_label` (N,), `caption`."""
         numbers, rows = np.asarray(keys, dtype=np.int64).reshape(-1, 2).T
-        # The flip hangs on the sample number, not the row: the next epoch may see the other orientation.
+        # The flip depends on the sample number, not the row: the next epoch may see the other orientation.
         mirrored = Draws(self.seed, numbers, 1).uniform("flip").numpy() < (0.5 if self.flip else 0.0)
         moments, labels = self.cache.gather(rows, mirrored)
         batch: dict[str, Any] = {"moments": torch.from_numpy(moments), "sample_number": numbers}

@@ -1,7 +1,7 @@
-"""Running averages of a model's weights, counted in images; any width of average afterwards, from snapshots of two.
+"""Moving averages of a model's weights, counted in images; an average of any width afterwards, from snapshots of two.
 
-Early weights are near the random start, so an average with a long memory would look like noise for long: every profile
-here starts with no memory and lengthens it.
+Early weights are close to the random initialization, so an average with a long memory would produce noise for a long
+time: every profile here starts without memory and lengthens it.
 """
 
 import copy
@@ -18,13 +18,13 @@ from ldm.ranges import Fraction, Positive
 
 
 class Profile(Protocol):
-    """profile(images_seen before the update, images in the update) -> the old average's share, in [0, 1]."""
+    """profile(images_seen before the update, images in the update) -> weight of the old average, in [0, 1]."""
 
     def __call__(self, images_seen: int, images: int) -> float: ...
 
 
 class HalfLife:
-    """A weight's share halves every `images` images, whatever the batch size.
+    """The contribution of past weights halves every `images` images, whatever the batch size.
 
     Until 1/ramp half-lives have passed, the half-life is `ramp` times the images seen (Karras et al. 2022, "EDM").
     """
@@ -39,9 +39,9 @@ class HalfLife:
 
 
 class FixedDecay:
-    """The classic: a constant share an update, at first at most (1 + n) / (10 + n) in the nth, n = 1, 2, ...
+    """The classic: a constant decay per update, at first limited to (1 + n) / (10 + n) in the nth, n = 1, 2, ...
 
-    As latent diffusion's LitEma, whose count goes up before it is read: 2/11 in the first update.
+    As in latent diffusion's LitEma, whose count is incremented before it is read: 2/11 in the first update.
     """
 
     def __init__(self, decay: Fraction = 0.9999) -> None:
@@ -53,13 +53,13 @@ class FixedDecay:
 
 
 class PowerFunction:
-    """A weight's share grows as a power of the images seen when it was taken in (Karras et al. 2024, "EDM2", sec. 3.1).
+    """Past weights contribute in proportion to a power of the images then seen (Karras et al. 2024, "EDM2", sec. 3.1).
 
-    The average's memory is a fixed share of the training so far, so that its early value is never random noise, and any
-    other width can be put together from snapshots of two of these (`mixture`).
+    The average's memory is a fixed fraction of the training so far, so that its early value is never random noise, and
+    any other width can be reconstructed from snapshots of two of these (`mixture`).
 
     Args:
-        std: relative standard deviation of the shares, sigma_rel: 0.05 and 0.1 are the paper's two.
+        std: relative standard deviation of the profile, sigma_rel: the paper uses 0.05 and 0.1.
     """
 
     def __init__(self, std: Annotated[float, Interval(gt=0, lt=12**-0.5)]) -> None:
@@ -70,31 +70,31 @@ class PowerFunction:
 
 
 def power_exponent(std: float) -> float:
-    """The exponent gamma of a power-function average of relative standard deviation `std`, 0 < std < 0.28.
+    """The exponent gamma of a power-function average with relative standard deviation `std`, 0 < std < 0.28.
 
     sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), EDM2, eq. 123-126; the largest root.
     """
     if not 0 < std < 12**-0.5:
-        raise ConfigError(f"EMA: std {std:g}: expected more than 0 and less than {12**-0.5:.3f} (all weights alike)")
+        raise ConfigError(f"EMA: std {std:g}: expected more than 0 and less than {12**-0.5:.3f} (the uniform average)")
     return float(np.roots([1, 7, 16 - std**-2, 12 - std**-2]).real.max())
 
 
 def mixture(times: Sequence[float], exponents: Sequence[float], time: float, exponent: float) -> np.ndarray:
-    """Shares (n,), of sum 1, of n snapshots whose sum comes nearest to the power-function average of `exponent`.
+    """Coefficients (n,), summing to 1, of n snapshots whose combination best fits the power function of `exponent`.
 
-    Least squares over the shares of the weights at all times (EDM2, algorithm 3).
+    Least squares over the profile at all times (EDM2, algorithm 3).
 
     Args:
         times: images seen at each snapshot, > 0.
         exponents: of each snapshot's own average.
-        time: images seen at the average that is wanted, at most the latest snapshot's.
-        exponent: of the average that is wanted.
+        time: images seen at the target average, at most the latest snapshot's.
+        exponent: of the target average.
     """
     t, g = np.asarray(times, dtype=np.float64) / time, np.asarray(exponents, dtype=np.float64)
     products = _overlap(t[:, None], g[:, None], t, g)  # (n, n)
     wanted = _overlap(t, g, np.ones(1), np.full(1, exponent))  # (n,)
     shares = np.linalg.solve(products, wanted)
-    return shares / shares.sum()  # what never changes comes out as it was
+    return shares / shares.sum()  # so that constants are reproduced exactly
 
 
 def _overlap(t: np.ndarray, g: np.ndarray, u: np.ndarray, h: np.ndarray) -> np.ndarray:
@@ -107,8 +107,8 @@ class EMA(nn.Module):
     """Holds averages as submodules: float32 copies, always in eval mode, never trained.
 
     Args:
-        model: what to average.
-        profile: of `average`, the one that samples are made with.
+        model: the model to average.
+        profile: of `average`, which is used for sampling.
         extra: of further averages, for `scripts/reconstruct_ema.py`.
 
     Attributes:
@@ -127,7 +127,7 @@ class EMA(nn.Module):
 
     @torch.no_grad()
     def update(self, model: nn.Module, images: int) -> None:
-        """Take in the weights after an optimizer step over `images` images (the global batch)."""
+        """Update with the weights after an optimizer step over `images` images (the global batch)."""
         for average, profile in zip([self.average, *self.extra], self.profiles, strict=True):
             averages: list[Tensor] = [*average.parameters()]
             weights = [w.to(a.dtype) for a, w in zip(averages, model.parameters(), strict=True)]
@@ -137,7 +137,7 @@ class EMA(nn.Module):
         self.images_seen += images
 
     def train(self, mode: bool = True) -> "EMA":
-        """Stays in eval mode, whatever the module around it does."""
+        """Stays in eval mode, whatever the mode of the enclosing module."""
         return super().train(False)
 
     def get_extra_state(self) -> dict[str, Any]:

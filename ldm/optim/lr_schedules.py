@@ -1,10 +1,10 @@
 """Learning rate as a function of the optimizer step.
 
-Each class is a callable step -> factor of the optimizer's rate, for torch's LambdaLR. Steps count from 0: factor(0)
-belongs to the first update, factor(steps - 1) to the last of `steps`. A warm-up of w steps climbs linearly and reaches
-1 with its w-th update, factor(w - 1), so that none is spent at a rate of 0; published code starts with (nearly) 0 and
-reaches 1 an update later, factor(w): that is `start`. A decay reaches its end at factor(steps), when all updates are
-done. Beyond that the factor stays: a rate never rises again.
+Each class is a callable step -> multiplier of the optimizer's rate, for torch's LambdaLR. Steps count from 0: factor(0)
+applies to the first update, factor(steps - 1) to the last of `steps`. A warm-up of w steps rises linearly and reaches
+1 at its w-th update, factor(w - 1), so that no update is wasted at a rate of 0; published code starts at (nearly) 0 and
+reaches 1 one update later, factor(w): that is `start`. A decay reaches its end at factor(steps), when all updates are
+done. After that the factor is constant: a rate never rises again.
 """
 
 import math
@@ -17,7 +17,7 @@ class Constant:
 
     Args:
         warm_up: updates before 1 is reached.
-        start: factor(0), from where the warm-up climbs to 1 at factor(warm_up): 1e-6 in latent diffusion's
+        start: factor(0), from which the warm-up rises to 1 at factor(warm_up): 1e-6 in latent diffusion's
             configurations (its LambdaLinearScheduler's f_start), 0 in EDM2. None: from 1 / warm_up to 1 at
             factor(warm_up - 1).
     """
@@ -28,7 +28,7 @@ class Constant:
 
     @property
     def peak(self) -> int:
-        """The first step whose factor the warm-up does not lower."""
+        """The first step that is not reduced by the warm-up."""
         return max(self.warm_up - 1, 0) if self.start is None else self.warm_up
 
     def __call__(self, step: int) -> float:
@@ -61,7 +61,7 @@ class _Decay(Constant):
         self.final = final
 
     def remaining(self, step: int) -> float:
-        """1 up to the peak ... 0 from step `steps` on."""
+        """1 up to the peak, falling to 0 at step `steps` and after."""
         peak = min(self.peak, self.steps - 1)
         return 0.0 if step >= self.steps else min(1.0, (self.steps - step) / (self.steps - peak))
 

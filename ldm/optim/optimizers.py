@@ -1,11 +1,11 @@
-"""Optimizers that know which parameters to decay, and which are matrices; and what a resumed run restores of one.
+"""Optimizers that select which parameters to decay and which are matrices; and what a resumed run restores of them.
 
-Weight decay pulls matrices towards zero; of a norm's scale, a bias or a single number it only takes away what they are
-for. A parameter of fewer than two dimensions is never decayed here.
+Weight decay regularizes matrices by pulling them toward zero; for the scale of a norm, a bias or a scalar it only does
+harm. A parameter with fewer than two dimensions is never decayed here.
 
-A checkpoint gives an optimizer its moments, and a schedule its position. Learning rate, betas, decay and all else that
-a configuration can say come from the configuration: `keep_settings` and `Scheduled` see to that, where torch would
-restore them as they were.
+A checkpoint restores the optimizer's moments and the schedule's position. Learning rate, betas, decay and everything
+else that can be configured come from the configuration: `keep_settings` and `Scheduled` see to that, whereas torch
+would restore the old values.
 """
 
 import inspect
@@ -23,13 +23,13 @@ from ldm.ranges import FractionBelowOne, NotNegative, Positive
 
 
 def keep_settings(optimizer: Optimizer) -> None:
-    """From now on `optimizer.load_state_dict` restores its state, but leaves it the settings that it was made with.
+    """Make `optimizer.load_state_dict` restore its state, but keep the settings that it was constructed with.
 
-    Settings are the parameters of its constructor. What an optimizer keeps among its groups besides (Prodigy its
-    estimate of the distance, schedule-free ones their count) is state, and is restored.
+    Settings are the parameters of its constructor. Whatever else an optimizer stores in its groups (Prodigy its
+    distance estimate, schedule-free ones their step count) is state, and is restored.
 
     Raises:
-        CheckpointError: on loading, where the groups of parameters are others.
+        CheckpointError: on loading, if the parameter groups differ.
     """
     optimizer.register_load_state_dict_pre_hook(_with_own_settings)
 
@@ -51,11 +51,11 @@ def _with_own_settings(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict
 
 
 class Scheduled(LambdaLR):
-    """The learning rates of an optimizer over its steps; of a checkpoint only the position is restored.
+    """The learning rates of an optimizer over its steps; only the position is restored from a checkpoint.
 
     Args:
-        optimizer: whose rates are multiplied.
-        schedule: optimizer step (from 0) -> factor; None: 1.
+        optimizer: the optimizer whose rates are multiplied.
+        schedule: optimizer step (from 0) -> multiplier; None: 1.
     """
 
     def __init__(self, optimizer: Optimizer, schedule: Callable[[int], float] | None) -> None:
@@ -73,22 +73,22 @@ class Scheduled(LambdaLR):
 
 
 def place_schedules(checkpoint: dict[str, Any], steps: Sequence[int]) -> None:
-    """Give each optimizer of a checkpoint its position in a schedule, also where it was saved without one.
+    """Give each optimizer of a checkpoint its position in a schedule, even if it was saved without one.
 
     Args:
         checkpoint: as Lightning loads it; changed in place.
-        steps: of each optimizer, how many it has made.
+        steps: number of steps that each optimizer has made.
     """
     saved = iter(checkpoint.get("lr_schedulers", []))
     checkpoint["lr_schedulers"] = [
-        # torch notes the first rate in the groups of an optimizer that has a schedule.
+        # torch stores the initial rate in the groups of an optimizer that has a schedule.
         next(saved) if "initial_lr" in state["param_groups"][0] else {"last_epoch": done}
         for state, done in zip(checkpoint.get("optimizer_states", []), steps, strict=False)
     ]
 
 
 def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer: those with decay, those without; an empty one is left out."""
+    """Parameter groups for an optimizer: one with decay, one without; an empty one is left out."""
     listed = list(parameters)
     groups = [
         {"params": [parameter for parameter in listed if parameter.ndim >= 2], "weight_decay": weight_decay},
@@ -98,15 +98,15 @@ def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> lis
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW (Loshchilov and Hutter 2019), fused, with decay for matrices and convolutions alone.
+    """torch's AdamW (Loshchilov and Hutter 2019), fused, with decay only for matrices and convolutions.
 
     Args:
-        params: all of them.
+        params: all parameters.
         lr: learning rate.
-        betas: of the running averages; (0.9, 0.95) forgets a spike sooner than torch's (0.9, 0.999).
-        eps: added to the root of the second one.
+        betas: of the moving averages; (0.9, 0.95) forgets a spike sooner than torch's (0.9, 0.999).
+        eps: added to the square root of the second moment.
         weight_decay: of parameters with two dimensions or more.
-        fused: one kernel for all; False where fp16 scales the loss.
+        fused: one kernel for all parameters; False with fp16 loss scaling.
     """
 
     def __init__(
@@ -124,13 +124,13 @@ class AdamW(torch.optim.AdamW):
 class Muon(Optimizer):
     """torch's Muon (Jordan et al. 2024) for matrices, AdamW for all other parameters, as one optimizer.
 
-    Muon makes each matrix' update orthogonal; it knows only two dimensions, so it is for transformers: convolutions,
-    norms and biases go to AdamW. (Tables of embeddings are matrices, too, and cannot be told from others here.) Its
-    updates are scaled to the size of AdamW's (Liu et al.
-    2025, "Moonlight"), so that one learning rate and one decay serve both.
+    Muon orthogonalizes each matrix's update; it supports only two dimensions, so it is for transformers: convolutions,
+    norms and biases go to AdamW. (Embedding tables are matrices, too, and cannot be distinguished from others here.)
+    Its updates are scaled to the size of AdamW's (Liu et al. 2025, "Moonlight"), so that one learning rate and one
+    decay work for both.
 
     Args:
-        params: all of them.
+        params: all parameters.
         lr: learning rate of both.
         momentum: of Muon.
         betas: of AdamW.
@@ -159,7 +159,7 @@ class Muon(Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Both work on this optimizer's groups and state: they are what is scheduled, saved and loaded."""
+        """Make both use this optimizer's groups and state, which are what is scheduled, saved and loaded."""
         first = 0
         for part in self._parts:
             last = first + len(part.param_groups)
@@ -168,9 +168,9 @@ class Muon(Optimizer):
             first = last
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Only while it is made: what comes later would belong to neither."""
+        """Only during construction: groups added later would belong to neither optimizer."""
         if "_shared" in vars(self):
-            raise ValueError("Muon: parameters cannot be added to it; make another")
+            raise ValueError("Muon: parameters cannot be added later; create a new optimizer")
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

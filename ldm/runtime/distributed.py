@@ -1,8 +1,8 @@
-"""Rank, world size and the few collectives ldm needs; every function is a no-op when the process is alone.
+"""Rank, world size and the few collectives ldm needs; every function is a no-op in a single process.
 
-With ldm/runtime/fsdp.py the only file that imports torch.distributed. Before the process group exists (main.py building
-the data, a script under torchrun) rank and world size come from the launcher's environment, so that work can be shared
-out without holding a collective open.
+Only this file and ldm/runtime/fsdp.py import torch.distributed. Before the process group exists (main.py building the
+data, a script under torchrun) rank and world size come from the launcher's environment, so that work can be divided
+without keeping a collective open.
 """
 
 import os
@@ -14,18 +14,18 @@ import torch
 import torch.distributed as dist
 
 _LOST = re.compile(
-    # gloo, the store where ranks meet, and NCCL, in their own words
+    # messages of gloo, of the rendezvous store and of NCCL
     r"Connection (closed|reset|refused) by peer|Connection reset|Broken pipe|Timed out (waiting|after)|wait timeout|"
     r"Socket Timeout|failed to recv|ncclRemoteError|NCCL communicator was aborted|collective operation timeout|"
     r"client socket has (failed|timed out)|remote process exited|timeout caused pair closure"
 )
 
 
-_host: tuple[Any, Any] = (None, None)  # the group of all ranks, and the same ranks by way of their hosts
+_host: tuple[Any, Any] = (None, None)  # the group of all ranks, and the same ranks over their hosts
 
 
 def _host_group() -> Any:
-    """All ranks, over the hosts' sockets: no device is waited for, and a rank that dies is noticed at once."""
+    """All ranks, over the hosts' sockets: never waits for a device, and a dead rank is noticed at once."""
     global _host
     if _host[0] is not dist.group.WORLD:
         _host = (dist.group.WORLD, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout() or 0)))
@@ -37,7 +37,7 @@ def _grouped() -> bool:
 
 
 def rank() -> int:
-    """This process' number, 0 <= rank < world_size()."""
+    """This process's number, 0 <= rank < world_size()."""
     if _grouped():
         return dist.get_rank()
     if world_size() == 1:
@@ -57,7 +57,7 @@ def world_size() -> int:
 
 
 def launched() -> tuple[int, int] | None:
-    """(machines, processes on each) where torchrun or srun has started this process; None: nobody says."""
+    """(machines, processes on each) where torchrun or srun has started this process; None: unknown."""
     if "LOCAL_WORLD_SIZE" in os.environ:
         each = int(os.environ["LOCAL_WORLD_SIZE"])
         return int(os.environ["WORLD_SIZE"]) // each, each
@@ -73,13 +73,13 @@ def is_main() -> bool:
 
 
 def set_timeout(seconds: float) -> None:
-    """How long a rank waits for another before it takes it for lost, in every group of ranks that there is."""
+    """Set how long a rank waits for another before it considers it lost, in every existing process group."""
     for group in list(dist.distributed_c10d._world.pg_map) if _grouped() else ():
         dist.set_timeout(timedelta(seconds=seconds), group)
 
 
 def timeout() -> float | None:
-    """Seconds that a rank waits for another before it takes it for lost; None for a process alone."""
+    """Seconds that a rank waits for another before it considers it lost; None for a single process."""
     if not _grouped():
         return None
     group = dist.distributed_c10d._get_default_group()
@@ -88,12 +88,12 @@ def timeout() -> float | None:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether the error says that another rank is gone, or has not answered in time."""
+    """Whether the error means that another rank is gone, or has not answered in time."""
     return isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
 
 
 def max_over_ranks(value: int) -> int:
-    """The largest `value` of all ranks; waits for them, but for no device."""
+    """The largest `value` of all ranks; waits for them, but not for a device."""
     if not _grouped():
         return value
     tensor = torch.tensor(value, dtype=torch.int64)
@@ -102,7 +102,7 @@ def max_over_ranks(value: int) -> int:
 
 
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The mean of all ranks' `values`, on their device, which the host does not wait for."""
+    """The mean of all ranks' `values`, on their device, without making the host wait."""
     if not _grouped():
         return values
     total = values.clone()

@@ -1,4 +1,4 @@
-"""How long something has taken and will take, as a person reads it."""
+"""Elapsed and remaining time in human-readable form."""
 
 
 def clock(seconds: float) -> str:
@@ -9,6 +9,6 @@ def clock(seconds: float) -> str:
 
 
 def so_far(seconds: float, done: float, total: float) -> str:
-    """`0:30 elapsed, 1:30 left`, if the rest goes as fast as what was `done` of `total` in so many seconds."""
+    """`0:30 elapsed, 1:30 left`, if the rest proceeds as fast as the `done` of `total` in `seconds`."""
     left = clock(seconds * (total - done) / done) if done > 0 else "?"
     return f"{clock(seconds)} elapsed, {left} left"

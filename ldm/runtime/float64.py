@@ -1,4 +1,4 @@
-"""Where numbers are held in float64: on their own device, or on the CPU where the device has no such type."""
+"""Where float64 values are stored: on their own device, or on the CPU if the device does not support float64."""
 
 import torch
 from torch import Tensor

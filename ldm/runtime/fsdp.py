@@ -1,8 +1,8 @@
-"""Parameters cut up over the ranks (FSDP2), and the ways from there to whole tensors, to files, and back.
+"""Parameters sharded over the ranks (FSDP2), and conversion to and from whole tensors.
 
-A sharded parameter is a DTensor: each rank holds some of its rows (dimension 0, as torch.chunk deals them out), and so
-it does of its gradient and of the optimizer's moments. Before a block runs, its rows are gathered from all ranks, and
-let go after it. Functions here that talk to other ranks say so: every rank has to call them, in the same order.
+A sharded parameter is a DTensor: each rank holds some of its rows (dimension 0, split as by torch.chunk), and likewise
+of its gradient and of the optimizer's moments. Before a block runs, its rows are gathered from all ranks, and freed
+afterwards. Functions marked "collective" communicate: every rank has to call them, in the same order.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 @runtime_checkable
 class InBlocks(Protocol):
-    """A network that says which of its parts are gathered one at a time; together they should hold most of it."""
+    """A network that lists the parts that are gathered one at a time; together they should hold most of its weights."""
 
     def blocks(self) -> Sequence[nn.Module]: ...
 
@@ -34,13 +34,13 @@ def shard(
     """Keep on this rank only its rows of every parameter of `module`; all ranks hold the same ones before.
 
     Args:
-        module: not sharded again if it is already.
+        module: not sharded again if it already is.
         mesh: the ranks, in one dimension.
-        blocks: its parts that are gathered by themselves.
-        compute: type of the gathered parameters, the rows being kept in their own; None: the same. Norms and biases
-            keep theirs, as under autocast. Inputs are never converted (a noise level would lose its digits), and
+        blocks: its parts that are gathered separately.
+        compute: dtype of the gathered parameters, while the stored rows keep their own; None: the same. Norms and
+            biases keep theirs, as under autocast. Inputs are never converted (a noise level would lose precision), and
             gradients are averaged over the ranks in float32.
-        methods: those besides `forward` that use parameters. What they return may not be a view of one.
+        methods: methods besides `forward` that use parameters. They must not return a view of one.
     """
     if isinstance(module, FSDPModule) or next(module.parameters(), None) is None:
         return
@@ -51,7 +51,7 @@ def shard(
         param_dtype_override_fn=_own_type_of_vectors,
     )
     for part in (*blocks, module):
-        # Also after a forward without a backward: who looks at the parameters then shall find the rows.
+        # Also after a forward pass without a backward pass, so that the parameters are then the sharded rows.
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     for method in methods:
         register_fsdp_forward_method(module, method)
@@ -68,13 +68,13 @@ def total_norm(gradients: Iterable[Tensor]) -> Tensor:
 
 
 def load_weights(module: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:
-    """`module.load_state_dict` for whole or sharded tensors, into whatever the module holds."""
+    """`module.load_state_dict` for whole or sharded tensors, in the form that the module holds."""
     own = module.state_dict()
     module.load_state_dict({name: _like(value, own.get(name)) for name, value in state_dict.items()}, strict=strict)
 
 
 def load_optimizer(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
-    """`optimizer.load_state_dict` for whole or sharded tensors; those of a parameter's shape are cut up as it is."""
+    """`optimizer.load_state_dict` for whole or sharded tensors; those with a parameter's shape are sharded like it."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {
         index: {name: _like(value, parameters[index]) for name, value in entry.items()}
@@ -84,7 +84,7 @@ def load_optimizer(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
 
 
 def _like(value: Any, pattern: Any) -> Any:
-    """A whole tensor cut up as `pattern` is, where it is of its shape; no rank asks another."""
+    """A whole tensor sharded like `pattern`, if it has the same shape; without communication."""
     if not isinstance(pattern, DTensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
         return value
     if value.shape != pattern.shape:

@@ -1,4 +1,4 @@
-"""The processes of one run on one machine: none outlives the others, and none takes long to leave.
+"""The processes of one run on one machine: none outlives the others, and none takes long to exit.
 
 A rank process was started by torchrun, by SLURM, by hand, or by rank 0 itself (Lightning's own launcher). torchrun's
 workers and rank 0's children die with the process that started them, however that dies.
@@ -21,14 +21,14 @@ from ldm.errors import PeerError
 from ldm.ranges import NotNegative
 
 _STARTER = "LDM_STARTER"
-"""In the environment of rank 0's children: the process that they belong to."""
+"""Environment variable of rank 0's children: the id of the process that they belong to."""
 
 _AGENT = "TORCHELASTIC_RUN_ID"
 _PR_SET_PDEATHSIG = 1
 
 
 def tie_to_starter() -> None:
-    """Called by main.py at its start: die with the launcher, or be known to the ranks that this process will start."""
+    """Called when main.py starts: die with the launcher, or make this process known to the ranks it will start."""
     if _AGENT in os.environ:
         die_with_parent()
     elif has_launching_parent():
@@ -46,7 +46,7 @@ def die_with_parent(parent: int | None = None) -> None:
     """Have the kernel kill this process when its parent dies (Linux; elsewhere nothing happens).
 
     Args:
-        parent: the parent's id where it is known: it may have died before this was called.
+        parent: the parent's id, if known: the parent may have died before this was called.
     """
     if sys.platform != "linux":
         return
@@ -57,14 +57,14 @@ def die_with_parent(parent: int | None = None) -> None:
 
 
 class Watch:
-    """Ends this process when a rank that it has started is gone and it does not find out by itself.
+    """Ends this process if a rank that it has started is gone and it does not notice by itself.
 
-    A dead peer is noticed at once where sockets connect the ranks, but not by every device's library.
+    A dead peer is noticed at once if sockets connect the ranks, but not by every device's communication library.
 
     Args:
         children: the ranks.
-        told: called with the reason before the end, in another thread.
-        grace: seconds between a child's death and the end.
+        told: called with the reason before this process exits, in another thread.
+        grace: seconds between a child's death and the exit.
     """
 
     def __init__(
@@ -77,12 +77,12 @@ class Watch:
         threading.Thread(target=self._look, name="watch", daemon=True).start()
 
     def close(self) -> None:
-        """From now on the children may go."""
+        """From now on the children may exit."""
         self._over.set()
 
     def _look(self) -> None:
         while not self._over.wait(0.5):
-            # Nobody leaves with 0, or because of a signal, without all the others.
+            # No rank exits with 0, or because of a signal, without all the others.
             gone = [child for child in self._children if child.poll() is not None and 0 != child.returncode < 128]
             if gone and not self._over.wait(self._grace):
                 self._told(f"the rank with process id {gone[0].pid} ended with {gone[0].returncode}")
@@ -90,7 +90,7 @@ class Watch:
 
 
 def end_children(children: Sequence[subprocess.Popen[bytes]], seconds: float = 3.0) -> None:
-    """Wait for the ranks that this process has started; kill those that are still there after so long."""
+    """Wait for the ranks that this process has started; kill those still alive after `seconds`."""
     deadline = time.monotonic() + seconds
     for child in children:
         try:
@@ -100,9 +100,9 @@ def end_children(children: Sequence[subprocess.Popen[bytes]], seconds: float = 3
 
 
 def end_stopped() -> None:
-    """After a peer did not answer: end the ranks of this machine that never will, because they are stopped.
+    """After a peer timed out: end the ranks of this machine that will never answer because they are suspended.
 
-    torchrun would wait half a minute for its own; nobody waits for a stopped rank 0 of Lightning's launcher.
+    torchrun would wait half a minute for its workers; nothing waits for a suspended rank 0 of Lightning's launcher.
     """
     if has_launching_parent():
         suspects = [os.getppid()]
@@ -117,9 +117,9 @@ def end_stopped() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process now, exit hooks included, but without the seconds that libraries take to clear up memory.
+    """Exit now, running exit hooks, but without the seconds that libraries take to free memory.
 
-    Nor does it wait in the destructor of a process group whose other ranks are gone.
+    It also does not wait in the destructor of a process group whose other ranks are gone.
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
@@ -139,7 +139,7 @@ def _siblings() -> Iterator[int]:
 
 
 def _state(process: int) -> str:
-    """One letter, T where the process is stopped; empty where it is gone."""
+    """One letter, T if the process is suspended; empty if it is gone."""
     with suppress(OSError):
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     return ""

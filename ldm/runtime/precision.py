@@ -1,7 +1,7 @@
-"""Which precision a run computes in: `lightning.trainer.precision: auto`, the default, resolved once at its start.
+"""The precision a run computes in: `lightning.trainer.precision: auto`, the default, resolved once at its start.
 
 `auto` becomes bf16-mixed where the device computes bf16 natively, else 32-true: a processor without bf16 instructions
-emulates it, 10 to 150 times slower. The run's configuration holds the answer, so that a resumed run keeps its own.
+emulates it, 10 to 150 times slower. The run's configuration stores the result, so that a resumed run keeps it.
 """
 
 import os
@@ -21,26 +21,26 @@ _NATIVE, _PLAIN = "bf16-mixed", "32-true"
 
 _X86 = ("x86_64", "amd64", "x86", "i386", "i686")
 
-# With these oneDNN, or torch itself, uses less than the processor has.
+# With these, oneDNN or torch itself uses fewer instructions than the processor has.
 _LIMITS = ("DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 
 
 class Answer(NamedTuple):
-    """Whether a device computes bf16 natively, and how that is known."""
+    """Whether a device computes bf16 natively, and why we think so."""
 
     native: bool
     reason: str
 
 
 def settle(trainer: dict[str, Any], is_new: bool) -> list[str]:
-    """Replace `auto` in the section `lightning.trainer`, and say what a person should know, a line each.
+    """Replace `auto` in the section `lightning.trainer`, and return notes for the user, one line each.
 
     Args:
-        trainer: changed in place; a run that is new and says nothing has `auto`.
-        is_new: False for a run that goes on: where it says nothing it ran in 32-true, the default of earlier versions.
+        trainer: changed in place; a new run without a setting has `auto`.
+        is_new: False for a resumed run: without a setting it ran in 32-true, the default of earlier versions.
 
     Raises:
-        ConfigError: float16 is asked for on a processor.
+        ConfigError: float16 is requested on a CPU.
     """
     asked = trainer.get("precision") or (AUTO if is_new else _PLAIN)
     kind = _device(trainer.get("accelerator", "auto"))
@@ -88,9 +88,9 @@ def computes_bf16(kind: str) -> Answer:
 
 
 def bf16_slowdown(size: int = 256, repeats: int = 5) -> float:
-    """Time of a matrix product in bf16 over that of the same in float32, on the CPU; a few milliseconds where native.
+    """Time of a matrix product in bf16 relative to float32, on the CPU; takes a few milliseconds if bf16 is native.
 
-    Measured on one thread and by that thread's own clock, so that other work on the machine does not count.
+    Measured on one thread with that thread's CPU clock, so that other work on the machine does not count.
     """
     wide = torch.ones(size, size)
     narrow = wide.bfloat16()
@@ -110,10 +110,10 @@ def _seconds(work: Callable[[], Any]) -> float:
 
 
 def _cpu_says() -> bool | None:
-    """What torch and oneDNN report of an x86 processor's bf16 instructions; None where that is not certain."""
+    """What torch and oneDNN report about an x86 processor's bf16 instructions; None if that is uncertain."""
     if platform.machine().lower() not in _X86:
-        return None  # elsewhere, too, the capability may be "DEFAULT", and the questions below are answered by "no"
-    # Private, all but the first: another version of torch may lack them.
+        return None  # the capability may be "DEFAULT" on other processors, too, and the checks below then return False
+    # All but the first are private: another version of torch may lack them.
     with suppress(AttributeError, RuntimeError):
         if torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2", "AVX512"):
             return None

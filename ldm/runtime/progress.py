@@ -1,4 +1,4 @@
-"""How far something long has come: a bar in a terminal, a line now and then in a log file, where it may take hours."""
+"""Progress of long tasks: a bar in a terminal, an occasional line in a log file, where it may take hours."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,9 +17,9 @@ Item = TypeVar("Item")
 
 @contextmanager
 def shown(title: str, silent: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """Show progress within the block, once there is any: gives a function of (done, total).
+    """Show progress within the block, once there is any: yields a function of (done, total).
 
-    What is done at the first call was there before, and does not count for how fast it goes.
+    What is done at the first call was there before, and does not count toward the speed.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[times]}"))
     bar = Progress(*columns, disable=silent)
@@ -46,7 +46,7 @@ def shown(title: str, silent: bool = False) -> Iterator[Callable[[int, int], Non
 
 
 def tracked(items: Sequence[Item], title: str, silent: bool = False) -> Iterator[Item]:
-    """The items one by one, showing how many of them are done."""
+    """The items one by one, with a progress display."""
     with shown(title, silent) as show:
         for done, item in enumerate(items):
             show(done, len(items))

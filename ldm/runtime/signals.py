@@ -1,8 +1,8 @@
-"""What processes do with signals: a run notes that it should stop and does so where it is safe, workers take no notice.
+"""How processes handle signals: a run records that it should stop and does so when it is safe; workers ignore them.
 
-Handlers belong to the process, so the state here does too. A handler only sets a flag, since the main thread may be in
-the middle of a collective or of a save. A thread hears of each signal at once, also while the main thread is inside of
-a library's call that may never return: it tells the user, and ends the process at the third request.
+Handlers belong to the process, and so does the state here. A handler only sets a flag, since the main thread may be in
+the middle of a collective or of a save. A thread is notified of each signal at once, even while the main thread is
+inside a library call that may never return: it informs the user, and ends the process at the third request.
 """
 
 import os
@@ -24,7 +24,7 @@ STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal
 """The polite requests to stop: of schedulers, launchers, terminals and people."""
 
 _PATIENCE = 3  # so many requests end the process at once
-_SAME_REQUEST = 1.0  # seconds: torchrun passes on what the process group has received already
+_SAME_REQUEST = 1.0  # seconds: torchrun forwards what the process group has already received
 
 
 class Stopped(SystemExit):
@@ -36,14 +36,14 @@ class Stopped(SystemExit):
 
 
 class _Listener:
-    """Handlers of the signals of `STOPPING`, and the thread that hears of them; gone with `close`."""
+    """Handlers of the signals in `STOPPING`, and the thread that is notified of them; removed by `close`."""
 
     def __init__(self) -> None:
         self.received = 0
         self._pipe = os.pipe()
         os.set_blocking(self._pipe[1], False)
         signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-        # What is ignored stays so: nohup asks for it.
+        # Ignored signals stay ignored, as nohup requires.
         before = {number: signal.getsignal(number) for number in STOPPING}
         self._before: dict[signal.Signals, Any] = {
             number: handler for number, handler in before.items() if handler is not signal.SIG_IGN
@@ -56,7 +56,7 @@ class _Listener:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(-1)
-        os.close(self._pipe[1])  # the thread reads the end of it, and leaves
+        os.close(self._pipe[1])  # the thread reads end-of-file, and exits
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number
@@ -84,9 +84,9 @@ _listener: _Listener | None = None
 
 
 def listen() -> bool:
-    """From now on the signals of `STOPPING` are requests to stop; False: they were already.
+    """From now on the signals in `STOPPING` are requests to stop; False: they already were.
 
-    Only for the main thread, as early as can be.
+    Call it from the main thread, as early as possible.
     """
     global _listener
     if _listener is not None:
@@ -96,7 +96,7 @@ def listen() -> bool:
 
 
 def listen_no_more() -> None:
-    """Give the signals back to whoever had them before `listen`, and forget what was received."""
+    """Restore the handlers from before `listen`, and forget what was received."""
     global _listener
     if _listener is not None:
         _listener.close()
@@ -109,20 +109,20 @@ def received() -> int:
 
 
 def stop_if_asked() -> None:
-    """For a place where the process may end with nothing lost, and needs nobody's consent.
+    """Exit on request, at a point where nothing is lost and no other rank has to agree.
 
-    A rank that was started by another one has to stay until that one leaves: it would be missed.
+    A rank that was started by another one must stay until that one exits, which would otherwise report a lost rank.
 
     Raises:
-        Stopped: somebody asked.
+        Stopped: a stop was requested.
     """
     if received() and not launcher.has_launching_parent():
         raise Stopped(received())
 
 
 def _forget_in_child() -> None:
-    # A forked child must not write into its parent's pipe. It keeps the handlers, which note what nobody asks for:
-    # a signal to the whole group is the parent's affair, until the child has handlers of its own.
+    # A forked child must not write into its parent's pipe. It keeps the handlers, whose flag nothing reads there: a
+    # signal to the whole group is for the parent to handle, until the child has its own handlers.
     global _listener
     if _listener is not None:
         signal.set_wakeup_fd(-1)
@@ -134,7 +134,7 @@ os.register_at_fork(after_in_child=_forget_in_child)
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Within the block SIGTERM waits; a process that is started there takes none until it says how."""
+    """Block SIGTERM within the block; a process started there receives none until it unblocks it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     try:
         yield
@@ -145,21 +145,21 @@ def held_back() -> Iterator[None]:
 def ignore_in_worker(worker_id: int) -> None:
     """A DataLoader's `worker_init_fn`: leave every request to stop to the main process, and die with it.
 
-    A signal to the process group would otherwise kill the workers first, and the main process would end with
-    "worker exited unexpectedly" instead of saving. Only the parent's own SIGTERM ends a worker: with it
-    multiprocessing clears up at exit, and then waits for ever for a worker that takes no notice.
+    A signal to the process group would otherwise kill the workers first, and the main process would fail with
+    "worker exited unexpectedly" instead of saving. Only the parent's own SIGTERM ends a worker: multiprocessing sends
+    it at exit, and then would wait forever for a worker that ignores it.
     """
     launcher.die_with_parent()
     for number in STOPPING:
         if number != signal.SIGTERM:
             signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":  # elsewhere nobody can tell who sent it
+    if sys.platform == "linux":  # elsewhere the sender is unknown
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=_end_for, args=(os.getppid(),), daemon=True).start()
 
 
 def _end_for(parent: int) -> None:
-    """Exit when `parent` asks to; swallow the same request from anyone else."""
+    """Exit if `parent` sends the signal; ignore it from any other process."""
     while sys.platform == "linux" and signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
         pass
     os._exit(0)

@@ -1,4 +1,4 @@
-"""What ldm asks of SLURM: to start the job again after SLURM's warning that its time is over."""
+"""Requeues the job after SLURM's warning that its time limit is near."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ def job() -> str | None:
 
 
 def requeue(name: str) -> bool:
-    """Put the job back into the queue, and say so; False where SLURM refuses."""
+    """Requeue the job, and print a note; False if SLURM refuses."""
     try:
         done = subprocess.run(["scontrol", "requeue", name], capture_output=True, text=True, timeout=30)
         problem = f"scontrol ended with {done.returncode}: {done.stderr.strip()}" if done.returncode else ""

@@ -1,4 +1,4 @@
-"""What a step logs: means over its micro-batches and all ranks, as a process that sees the whole batch has them."""
+"""The metrics of a step: means over its micro-batches and all ranks, the same as for a single process."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,14 +10,14 @@ from ldm.runtime import distributed
 
 
 def is_logged(trainer: Any) -> bool:
-    """Whether Lightning's trainer logs the optimizer step that is under way."""
+    """Whether Lightning's trainer logs the current optimizer step."""
     return (trainer.global_step + 1) % trainer.log_every_n_steps == 0
 
 
 class StepMean:
-    """Scalars of each micro-batch into those of the step; nothing waits for a device.
+    """Averages the scalars of micro-batches over a step, without waiting for a device.
 
-    Right where micro-batches are of one size and the values means over their rows, as losses are.
+    Exact if micro-batches have equal size and the values are means over their rows, as losses are.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
-"""How many threads a process computes with on the CPU, and how they wait for each other.
+"""How many CPU threads a process computes with, and how they wait for each other.
 
-The OpenMP library reads this from the environment when it is loaded, so it has to be there before torch is imported;
-the ranks and workers that a process starts inherit it. What the user has set stays.
+The OpenMP library reads this from the environment when it is loaded, so it must be set before torch is imported;
+the ranks and workers that a process starts inherit it. Values set by the user are kept.
 """
 
 import math
@@ -14,10 +14,10 @@ from pathlib import Path
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 _SPIN = "1000"
-"""Turns that a thread of libgomp (torch's on Linux) waits actively before it sleeps, some ten microseconds.
+"""Iterations for which a thread of libgomp (torch's on Linux) spins before it sleeps, about ten microseconds.
 
-By default it is milliseconds: when another process takes a core, the threads that have one spend them waiting for the
-one that has none, and training slows down to a tenth. With none at all each parallel loop pays for waking its threads.
+The default is milliseconds: when another process takes a core, the other threads spend them spinning for the one
+without a core, and training becomes ten times slower. Without any spinning each parallel loop pays for waking threads.
 """
 
 
@@ -35,13 +35,13 @@ def prepare() -> None:
 
 
 def share(processes: int) -> None:
-    """Share a number of threads that `prepare` has chosen among so many ranks of this machine, in each of them alike.
+    """Divide the number of threads that `prepare` has chosen equally among this many ranks of this machine.
 
-    Where there is no limit Lightning shares out the machine's processors by itself.
+    If there is no limit, Lightning divides the machine's processors itself.
     """
     if _CHOSEN not in os.environ:
         return
-    import torch  # late: nothing here may load it before the environment is set
+    import torch  # imported late: nothing here may load it before the environment is set
 
     threads = max(1, int(os.environ[_CHOSEN]) // processes)
     os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -56,15 +56,15 @@ def affinity() -> int:
 
 
 def cpu_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float | None:
-    """Processors' worth of time that the kernel grants (a container's limit); None: no limit.
+    """The CPU quota in processors (a container's limit); None: no limit.
 
-    The OpenMP library sees a machine's processors, not this limit, and would start a thread for each of them.
+    The OpenMP library sees the machine's processors, not this limit, and would start a thread for each of them.
     """
     return min(_quotas(root, own), default=None)
 
 
 def _quotas(root: Path, own: Path) -> Iterator[float]:
-    """The limits of this process' control group and of those around it (cgroup v2 and v1)."""
+    """The limits of this process's control group and its ancestors (cgroup v2 and v1)."""
     with suppress(OSError, ValueError):
         for line in own.read_text().splitlines():
             _, controllers, path = line.split(":", 2)

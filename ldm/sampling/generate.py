@@ -1,10 +1,10 @@
-"""From seeds and classes to pictures: the one way samples are made, for previews, evaluation and scripts/sample.py.
+"""From seeds and classes to images: the only code that generates samples, for previews, evaluation and sample.py.
 
     checkpoint -> denoiser, objective, codec -> guided denoiser -> sampler -> codec.decode -> uint8
 
-An image depends on its seed and its class alone: not on the batch it was made in, its neighbours or their order. (Up
-to float rounding: a batch of another size may take another matrix kernel, which moves a pixel by one level at most.)
-The starting noise is drawn on the CPU, so that a seed names the same picture on every machine.
+An image depends only on its seed and its class, not on the batch it was made in, its neighbors or their order. (Up to
+float rounding: another batch size may select another matrix kernel, which changes a pixel by one level at most.)
+The initial noise is drawn on the CPU, so that a seed gives the same image on every machine.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,7 @@ from ldm.sampling.timesteps import Default, TimestepSchedule
 UNGUIDED = Guidance()
 
 SEED = 0
-"""Of every generation: the images' own seeds take the place of sample numbers."""
+"""The seed of all sampling: the images' own seeds are used as sample numbers."""
 
 
 class Sampler(Protocol):
@@ -40,7 +40,7 @@ class Sampler(Protocol):
 
 
 class Sample(NamedTuple):
-    """A picture and what it was made from: `image` (H,W,C) uint8, C = 1 or 3; `label` None: of no class."""
+    """An image and what it was made from: `image` (H,W,C) uint8, C = 1 or 3; `label` None: no class."""
 
     seed: int
     label: int | None
@@ -60,23 +60,23 @@ def generate(
     batch_size: int = 64,
     progress: bool = False,
 ) -> Iterator[Sample]:
-    """One picture for each seed, in order.
+    """One image for each seed, in order.
 
     Args:
         seeds: any integers of 64 bits; the same seed gives the same starting noise, whatever the class.
-        labels: as many classes, each in [0, num_classes); None: of no class, also from a conditional model.
+        labels: as many classes, each in [0, num_classes); None: unconditional samples, even from a conditional model.
         sampler: such as `ddim`, `ancestral` or `partial(ddim, eta=0.5)`.
-        steps: of the sampler, each one call of the network (heun: two).
-        schedule: where the steps lie between noise and data; None: as the objective has them.
-        guidance: how strongly they are led to their classes.
-        init_image: a picture to begin with (image-to-image, inpainting); None: noise alone.
-        batch_size: pictures made at once; decides speed and memory only.
-        progress: show how far it is.
+        steps: of the sampler, one network call each (heun: two).
+        schedule: the timesteps between noise and data; None: the objective's own.
+        guidance: how strongly samples are guided toward their classes.
+        init_image: an image to start from (image-to-image, inpainting); None: pure noise.
+        batch_size: images generated at once; affects only speed and memory.
+        progress: show a progress bar.
 
     Raises:
-        ConfigError: labels that the model does not know, a number of steps it does not have, guidance by a model
-            of other latents, or away from a class that the model never went without.
-        NumericError: the network gave something that is not finite.
+        ConfigError: labels out of range, an invalid number of steps, guidance by a model of other latents, or
+            classifier-free guidance of a model that was never trained without class labels.
+        NumericError: the network's output is not finite.
     """
     times = (schedule or Default())(pipeline.objective, steps)
     check(pipeline, seeds, labels, times, guidance)
@@ -93,22 +93,22 @@ def generate(
 def check(
     pipeline: Pipeline, seeds: Sequence[int], labels: Sequence[int] | None, times: Tensor, guidance: Guidance
 ) -> None:
-    """What `generate` refuses before it begins; its arguments and errors, `times` (steps + 1,) of the schedule."""
+    """Everything `generate` checks before it starts; its arguments and errors, `times` (steps + 1,) of the schedule."""
     guidance.check(pipeline, labels is not None, times)
     if labels is None:
         return
     if len(labels) != len(seeds):
         raise ValueError(f"expected a label for each of {len(seeds)} seeds, got {len(labels)}")
-    # A classifier knows the classes of the latents, whatever the model knows.
+    # A classifier has the classes of the latents, whether or not the model is class-conditional.
     number = pipeline.num_classes if guidance.classifier is None else pipeline.manifest.plan.num_classes
     if number is None:
-        raise ConfigError("this model was trained without classes: ask for none")
+        raise ConfigError("this model was trained without classes: request none")
     wrong = [label for label in labels if not 0 <= label < number]
     if wrong:
         raise ConfigError(f"class {wrong[0]}: expected 0 to {number - 1}, the {number} classes of the training data")
 
 
-# Not inference_mode: the tables that objective and manifest keep for a device would then be lost to training.
+# Not inference_mode: training could then not use the tables that objective and manifest cache on a device.
 @torch.no_grad()
 def _images(
     pipeline: Pipeline,
@@ -137,16 +137,16 @@ def _images(
         if init_image is not None:
             images = init_image.composite(images)
     if not bool(torch.isfinite(images).all()):
-        steered = "" if guidance.scale == 1 else f", or guidance {guidance.scale:g} leads out of what numbers can hold"
+        steered = "" if guidance.scale == 1 else f", or guidance {guidance.scale:g} overflows"
         raise NumericError(
-            f"a sample of the seeds {list(seeds)} is not finite: the weights are damaged or diverged{steered}"
+            f"a sample of the seeds {list(seeds)} is not finite: the weights are damaged or have diverged{steered}"
         )
     return ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Dropout off within the block: raw weights come from a network that may be in the middle of training."""
+    """Dropout is off within the block, since raw weights belong to a network that may be in the middle of training."""
     training = module.training
     module.eval()
     try:

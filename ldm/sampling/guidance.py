@@ -1,7 +1,7 @@
-"""Guidance: denoisers made of denoisers. All act on the estimated x0, so they hold for every objective and sampler.
+"""Guidance: denoisers built from denoisers. All act on the estimated x0, so they work for any objective and sampler.
 
-x0 is affine in what a network predicts, whatever that is: extrapolating one is extrapolating the other. That holds
-channel by channel too: where `channels` is given, the first so many are guided, and the others are as without guidance.
+x0 is affine in the network's prediction, whatever that is, so extrapolating one extrapolates the other. That also holds
+per channel: if `channels` is given, only the first `channels` channels are guided, and the others are left unguided.
 """
 
 import math
@@ -20,7 +20,7 @@ from ldm.errors import ConfigError
 if TYPE_CHECKING:  # generate.py builds on this file
     from ldm.sampling.pipeline import Pipeline
 
-# denoise(x (N, ...), t () on the host, conditioning of N rows) -> x0, and the same with the conditioning filled in.
+# denoise(x (N, ...), t () on the host, conditioning of N rows) -> x0, and the same with the conditioning bound.
 ConditionalDenoiser = Callable[[Tensor, Tensor, Conditioning], Tensor]
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 
@@ -33,14 +33,14 @@ def classifier_free(
     rescale: float = 0.0,
     channels: int | None = None,
 ) -> Denoiser:
-    """x0 = null + scale (conditional - null) (Ho and Salimans 2022, eq. 6, in their w = scale - 1).
+    """x0 = null + scale (conditional - null) (Ho and Salimans 2022, eq. 6, with their w = scale - 1).
 
-    One call of 2N rows; scale 1 is the conditional denoiser itself, in one call of N rows.
+    One network call on 2N rows; at scale 1, the conditional denoiser itself, one call on N rows.
 
     Args:
-        rescale: 0 ... 1: how far each row's spread is brought back to that of the conditional x0 (Lin et al. 2024,
-            section 3.4, there on v): large scales else burn pictures out.
-        channels: guided ones; None: all, as is usual. DiT's and LightningDiT's published figures are of the first 3.
+        rescale: 0 ... 1: how far each row's standard deviation is rescaled to that of the conditional x0 (Lin et al.
+            2024, section 3.4, there on v); without it large scales overexpose images.
+        channels: number of guided channels; None: all, as usual. DiT and LightningDiT report results with the first 3.
     """
     if scale == 1:
         return lambda x, t: denoise(x, t, conditioning)
@@ -59,7 +59,7 @@ def classifier_free(
 
 
 def autoguidance(denoise: Denoiser, guide: Denoiser, scale: float, channels: int | None = None) -> Denoiser:
-    """x0 = guide + scale (denoise - guide): away from what a smaller or less trained model gets wrong.
+    """x0 = guide + scale (denoise - guide): away from the errors of a smaller or less trained model.
 
     Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of Itself", eq. 3.
     """
@@ -74,11 +74,11 @@ def autoguidance(denoise: Denoiser, guide: Denoiser, scale: float, channels: int
 def limited_interval(
     guided: Denoiser, plain: Denoiser, objective: Objective, interval: tuple[float, float]
 ) -> Denoiser:
-    """Guidance for low < sigma / alpha <= high of the interval alone, elsewhere `plain` (Kynkäänniemi et al. 2024)."""
+    """Guidance only while low < sigma / alpha <= high; `plain` elsewhere (Kynkäänniemi et al. 2024)."""
     low, high = interval
 
     def chosen(x: Tensor, t: Tensor) -> Tensor:
-        ratio = float(objective.sigma(t) / objective.alpha(t))  # t is on the host: nothing waits for the device
+        ratio = float(objective.sigma(t) / objective.alpha(t))  # t is on the host, so this does not wait for the device
         return (guided if low < ratio <= high else plain)(x, t)
 
     return chosen
@@ -94,14 +94,14 @@ def classifier(
     """x0 + scale sigma^2 / alpha grad log p(class | x_t) (Dhariwal and Nichol 2021, algorithm 2, there on eps).
 
     Args:
-        log_probability: (x (N, ...), t ()) -> (N,), of each row's wanted class, by a classifier of noisy latents.
+        log_probability: (x (N, ...), t ()) -> (N,), of each row's target class, by a classifier of noisy latents.
     """
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = objective.alpha(t), objective.sigma(t)
         x0 = denoise(x, t)
         if float(alpha) == 0:
-            return x0  # pure noise: no class to be seen in it
+            return x0  # pure noise says nothing about the class
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             (slope,) = torch.autograd.grad(log_probability(leaf, t).sum(), leaf)
@@ -121,7 +121,7 @@ def _spread(x: Tensor) -> Tensor:
     return x.flatten(1).std(1).reshape(-1, *[1] * (x.ndim - 1))
 
 
-_ALWAYS_TOLD = "this model never saw a picture without its class (model.params.label_dropout: 0)"
+_ALWAYS_TOLD = "this model was never trained without class labels (model.params.label_dropout: 0)"
 
 
 @dataclass(frozen=True)
@@ -129,17 +129,17 @@ class Guidance:
     """How strongly samples are led, and away from what (the functions above).
 
     Args:
-        scale: 1 = not at all; above: away from no class, or from `guide`, at twice the cost. Of a classifier: the
-            factor on its gradient, 0 = not at all.
-        rescale: 0 ... 1: how far each sample's spread is brought back to the unguided one's.
-        interval: (low, high), the ratios sigma / alpha between which samples are led.
+        scale: 1 = no guidance; above 1: away from the unconditional prediction, or from that of `guide`, at twice the
+            cost. With a classifier: the factor on its gradient, 0 = no guidance.
+        rescale: 0 ... 1: how far each sample's standard deviation is rescaled to that of the unguided one.
+        interval: (low, high), the ratios sigma / alpha between which samples are guided.
         guide: a smaller or less trained model of the same latents and path (autoguidance); None: no class.
-        classifier: of noisy latents: (x (N,c,h,w), t (), labels (N,)) -> log p(label | x), (N,). Leads any model,
-            also one that was trained without classes; None: the model alone.
-        channels: of the latents, the first so many are led, and the others are as without guidance; None: all.
+        classifier: of noisy latents: (x (N,c,h,w), t (), labels (N,)) -> log p(label | x), (N,). Guides any model,
+            including one that was trained without classes; None: no classifier.
+        channels: number of leading latent channels that are guided, the others being left unguided; None: all.
 
     Raises:
-        ConfigError: values out of range, or that contradict one another.
+        ConfigError: values that are out of range or contradict one another.
     """
 
     scale: float = 1.0
@@ -163,17 +163,17 @@ class Guidance:
             raise ConfigError(f"guidance channels: expected 1 or more, found {self.channels}")
         others = [name for name in ("guide", "classifier") if getattr(self, name) is not None]
         if self.rescale and others:
-            raise ConfigError(f"guidance rescale: belongs to classifier-free guidance; leave out it or {others[0]}")
+            raise ConfigError(f"guidance rescale: only for classifier-free guidance; leave out it or {others[0]}")
         if len(others) == 2:
-            raise ConfigError("guidance: by another model or by a classifier; leave one of them out")
+            raise ConfigError("guidance: found both another model and a classifier; leave one of them out")
 
     def check(self, pipeline: "Pipeline", told: bool, times: Tensor) -> None:
-        """ConfigError where there is nothing to lead with, or nothing that was learned of no class.
+        """ConfigError if there is nothing to guide with, or the model never learned the unconditional prediction.
 
         Args:
-            pipeline: what is to be led.
-            told: whether classes are asked for.
-            times: of the sampler; a worse model has to speak of the same noise levels there.
+            pipeline: the model to guide.
+            told: whether classes are requested.
+            times: of the sampler; the guiding model must have the same noise levels at these times.
         """
         if self.channels is not None and self.channels > (there := pipeline.manifest.plan.shape[0]):
             raise ConfigError(
@@ -182,37 +182,37 @@ class Guidance:
         if self.guide is not None:
             self._check_guide(pipeline, self.guide, times)
         elif self.classifier is not None and not told:
-            raise ConfigError("guidance by a classifier: no classes are asked for; ask for some, or leave it out")
+            raise ConfigError("guidance by a classifier: no classes are requested; request some, or leave it out")
         elif self.classifier is None and self.scale != 1:
             self._check_classes(pipeline, told)
         if pipeline.num_classes is not None and not told and pipeline.label_dropout == 0:
-            raise ConfigError(f"classes: found none, but {_ALWAYS_TOLD}; ask for some")
+            raise ConfigError(f"classes: found none, but {_ALWAYS_TOLD}; request some")
 
     def _check_classes(self, pipeline: "Pipeline", told: bool) -> None:
         found = f"guidance scale: found {self.scale:g}, but"
         if pipeline.num_classes is None:
-            raise ConfigError(f"{found} this model was trained without classes; expected 1, or a worse model as well")
+            raise ConfigError(f"{found} this model was trained without classes; expected 1, or a guiding model")
         if not told:
-            raise ConfigError(f"{found} no classes are asked for; ask for some, or leave the scale at 1")
+            raise ConfigError(f"{found} no classes are requested; request some, or leave the scale at 1")
         if pipeline.label_dropout == 0:
-            raise ConfigError(f"{found} {_ALWAYS_TOLD}; expected 1, or a worse model as well")
+            raise ConfigError(f"{found} {_ALWAYS_TOLD}; expected 1, or a guiding model")
 
     def _check_guide(self, pipeline: "Pipeline", guide: "Pipeline", times: Tensor) -> None:
         ours, theirs = pipeline.manifest, guide.manifest
         classes = pipeline.num_classes, guide.num_classes
-        found = guide.origin.get("checkpoint", "the worse model")
+        found = guide.origin.get("checkpoint", "the guiding model")
         same = ours.plan.autoencoder["weights"] == theirs.plan.autoencoder["weights"]
         if not same or (ours.plan.shape, ours.mean, ours.std) != (theirs.plan.shape, theirs.mean, theirs.std):
-            raise ConfigError(f"{found}: was trained on other latents than the model that it is to guide")
+            raise ConfigError(f"{found}: was trained on other latents than the model to guide")
         if classes[1] is not None and classes[1] != classes[0]:
-            raise ConfigError(f"{found}: knows {classes[1]} classes, the model that it is to guide {classes[0]}")
+            raise ConfigError(f"{found}: was trained with {classes[1]} classes, the model to guide with {classes[0]}")
         for name in ("alpha", "sigma"):
             mine, other = (getattr(one.objective, name)(times) for one in (pipeline, guide))
             if not torch.allclose(mine, other):
-                raise ConfigError(f"{found}: noises latents in another way than the model that it is to guide")
+                raise ConfigError(f"{found}: uses another path from data to noise than the model to guide")
 
     def denoiser(self, pipeline: "Pipeline", labels: Tensor | None, number: int) -> Denoiser:
-        """For `number` rows of the classes `labels` (number,), None: of no class."""
+        """The guided denoiser of `number` rows with classes `labels` (number,); None: no class."""
         conditional = partial(pipeline.objective.denoise, pipeline.denoiser["network"])
         null = pipeline.conditioner.null(number)
         told = null if labels is None else pipeline.conditioner({"class_label": labels})

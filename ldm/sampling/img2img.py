@@ -1,4 +1,4 @@
-"""What steers a sample beside its seed and class: guidance, and a picture to begin with."""
+"""Starting from an image instead of noise: image-to-image and inpainting."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +17,16 @@ from ldm.sampling.guidance import Denoiser
 
 @dataclass(frozen=True)
 class InitImage:
-    """A picture that samples begin with.
+    """An image that sampling starts from.
 
     Args:
-        image: (C,H,W) float in [-1, 1], of the size that the model makes.
-        strength: 0 < strength <= 1: the share of the way to noise that it goes, hence of the sampler's steps; what it
-            keeps of the picture is the rest.
-        mask: (H,W) bool: what may change; the rest stays as it is, pixel for pixel. None: all of it.
+        image: (C,H,W) float in [-1, 1], of the size that the model generates.
+        strength: 0 < strength <= 1: how far toward noise the image is taken, as a fraction of the way, and hence the
+            fraction of the sampler's steps; the lower, the more of the image is kept.
+        mask: (H,W) bool: what may change; the rest stays the same, pixel for pixel. None: all of it.
 
     Raises:
-        ConfigError: a strength that there is not, or a mask that frees nothing.
+        ConfigError: a strength out of range, or an empty mask.
     """
 
     image: Tensor
@@ -37,14 +37,14 @@ class InitImage:
         if not 0 < self.strength <= 1:
             raise ConfigError(f"strength: expected more than 0 and at most 1, found {self.strength:g}")
         if self.mask is not None and not bool(self.mask.any()):
-            raise ConfigError("mask: all of it is black, so nothing is to be painted; white is what may change")
+            raise ConfigError("mask: all of it is black, so there is nothing to inpaint; white is what may change")
 
     @classmethod
     def read(cls, manifest: Manifest, image: Path, strength: float, mask: Path | None = None) -> "InitImage":
-        """From files, decoded and resized as the model's pictures were; of the mask, white is what may change.
+        """From files, decoded and resized as the model's training images were; white in the mask is what may change.
 
         Raises:
-            ConfigError: a mask of another size than the picture.
+            ConfigError: the mask and the image differ in size.
             DataError: a file that cannot be read.
         """
         pixels = manifest.plan.pixels
@@ -62,23 +62,23 @@ class InitImage:
         return cls(transformed(picture, transform, pixels["channels"], str(image)), strength, free)
 
     def times(self, times: Tensor) -> Tensor:
-        """Of a sampler's (steps + 1,) times those that are left, at least one step."""
+        """The part of a sampler's (steps + 1,) times that is left, at least one step."""
         steps = max(1, round(self.strength * (len(times) - 1)))
         return times[-steps - 1 :]
 
     def latent_mask(self, shape: tuple[int, int, int]) -> Tensor | None:
-        """Where a latent (c, h, w) stays as it is: (h, w) bool; a place with any free pixel is free."""
+        """Where a latent (c, h, w) is kept: (h, w) bool; a position with any pixel that may change may change."""
         if self.mask is None:
             return None
         return F.adaptive_max_pool2d(self.mask[None].float(), shape[1:])[0] == 0
 
     def composite(self, images: Tensor) -> Tensor:
-        """`images` (N,C,H,W) where they are free, the picture elsewhere."""
+        """`images` (N,C,H,W) where they may change, the initial image elsewhere."""
         if self.mask is None:
             return images
         return torch.where(self.mask.to(images.device), images, self.image.to(images.device))
 
 
 def inpaint(denoise: Denoiser, known: Tensor, mask: Tensor) -> Denoiser:
-    """`known` (N, ...) where `mask` is true, the estimate elsewhere; any sampler ends with what is known."""
+    """`known` (N, ...) where `mask` is true, the estimate elsewhere; every sampler then ends at the known values."""
     return lambda x, t: torch.where(mask, known, denoise(x, t))

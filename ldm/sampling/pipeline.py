@@ -1,4 +1,4 @@
-"""What it takes to make pictures, out of a checkpoint: network, conditioner, objective, codec, manifest."""
+"""Everything needed to generate images, loaded from a checkpoint: network, conditioner, objective, codec, manifest."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,21 +17,21 @@ from ldm.diffusion.objectives import Objective
 from ldm.errors import CheckpointError
 from ldm.latents.manifest import Manifest
 
-if TYPE_CHECKING:  # sampling from a checkpoint needs nothing of the training code
+if TYPE_CHECKING:  # sampling from a checkpoint needs none of the training code
     from ldm.diffusion.module import LatentDiffusion
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """What it takes to make pictures.
+    """Everything needed to generate images.
 
     Args:
         denoiser: the modules `network` and `conditioner`.
         objective: what the network was trained on.
         codec: the autoencoder whose latents it was trained on.
         manifest: of the latent cache: shape and scale of the latents, the classes.
-        label_dropout: the share of pictures that it was trained on without their classes.
-        origin: where the weights came from, in plain values: {"checkpoint", "step", "weights"}.
+        label_dropout: the fraction of images that it was trained on without their classes.
+        origin: where the weights come from, in plain values: {"checkpoint", "step", "weights"}.
     """
 
     denoiser: nn.ModuleDict
@@ -51,16 +51,16 @@ class Pipeline:
         device: torch.device | str = "cpu",
         trust: Sequence[str] = (),
     ) -> "Pipeline":
-        """From a stage-2 checkpoint; builds the network, its conditioner and the objective, and no optimizer or data.
+        """From a stage-2 checkpoint; builds the network, its conditioner and the objective, but no optimizer or data.
 
         Args:
             path: run folder (its newest good checkpoint) or checkpoint file.
             ema: the averaged weights; False: those of the last step.
-            autoencoder: stage-1 run folder or checkpoint; None: where it lay when the latents were made.
+            autoencoder: stage-1 run folder or checkpoint; None: its path when the latents were made.
             trust: packages besides ldm's own that the checkpoints' configurations may name.
 
         Raises:
-            CheckpointError: missing, damaged, not from stage 2, or an autoencoder other than the latents'.
+            CheckpointError: missing, damaged, not from stage 2, or not the autoencoder that made the latents.
         """
         file = store.find(Path(path))
         state = store.load(file)
@@ -79,7 +79,7 @@ class Pipeline:
 
     @classmethod
     def from_module(cls, module: "LatentDiffusion", codec: Codec, manifest: Manifest, ema: bool = True) -> "Pipeline":
-        """From a model in training, whose weights it shares; `codec` should lie on the module's device."""
+        """From a model in training, whose weights it shares; `codec` should be on the module's device."""
         denoiser = module.ema.average if ema else module.denoiser
         assert isinstance(denoiser, nn.ModuleDict)
         return cls(denoiser, module.objective, codec, manifest, module.label_dropout)
@@ -94,13 +94,13 @@ class Pipeline:
 
     @property
     def num_classes(self) -> int | None:
-        """How many classes can be asked for; None: the model was trained without."""
+        """The number of classes; None: the model was trained without."""
         told = vars(self.conditioner.null(1)).values()
         return None if all(slot is None for slot in told) else self.manifest.plan.num_classes
 
 
 def _diffusion_record(state: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """What a stage-2 checkpoint says of itself."""
+    """The metadata of a stage-2 checkpoint."""
     record = state.get("ldm")
     kind = record.get("kind") if isinstance(record, dict) else None
     if not isinstance(record, dict) or kind != "diffusion":
@@ -119,24 +119,24 @@ def load_codec(
     trust: Sequence[str] = (),
     where: str = "with --autoencoder PATH",
 ) -> Codec:
-    """The autoencoder that made the latents, proven by its weights' hash; none, where they are pixels.
+    """The autoencoder that made the latents, verified by the hash of its weights; the identity if they are pixels.
 
     Args:
         manifest: of the latents.
-        given: its run folder or checkpoint; None: where it lay when the latents were made.
-        file: who asks, for messages.
+        given: its run folder or checkpoint; None: its path when the latents were made.
+        file: what needs it, for messages.
         trust: packages besides ldm's own that its configuration may name.
-        where: the place to name it, for messages.
+        where: how to specify it, for messages.
 
     Raises:
-        CheckpointError: it is not there, or another.
+        CheckpointError: it is missing, or it is another autoencoder.
     """
     recorded = manifest.plan.autoencoder
     if not recorded["config"]:
         return Codec.pixels(manifest.plan.shape[0])
     fix = f"Name that autoencoder's run folder or checkpoint {where}."
     if not (path := given or recorded.get("path")):
-        raise CheckpointError(f"{file}: does not say where the autoencoder of its latents lies. {fix}")
+        raise CheckpointError(f"{file}: does not say where the autoencoder of its latents is. {fix}")
     try:
         codec = Codec.load(path, trust)
     except CheckpointError as error:

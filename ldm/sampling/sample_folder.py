@@ -1,7 +1,7 @@
-"""A folder of pictures: a PNG each, and samples.json, which says how they were made and lists every one that is there.
+"""A folder of samples: one PNG each, and samples.json, which records how they were made and lists all of them.
 
 Several calls may fill a folder, one after another or at once, and any of them may be interrupted: each file is written
-whole or not at all, and the list is of the folder itself, not of one call.
+whole or not at all, and the list describes the folder itself, not one call.
 """
 
 import fcntl
@@ -24,11 +24,11 @@ from ldm.images import grid, picture
 from ldm.sampling.generate import Sample
 
 SHOWN = 16
-"""The grid has at most so many rows and columns."""
+"""The maximum number of rows and columns of the sheet."""
 
 
 class Order(NamedTuple):
-    """One picture to be made: `label` None for a model without classes."""
+    """One image to generate: `label` None for a model without classes."""
 
     label: int | None
     seed: int
@@ -39,7 +39,7 @@ class Order(NamedTuple):
 
     @classmethod
     def of(cls, file: str) -> "Order | None":
-        """What a file's name says; None: it is no picture's."""
+        """Parsed from a file name; None if it is not that of a sample."""
         found = re.fullmatch(r"(?:(\d+)-)?(\d+)\.png", file)
         if found is None:
             return None
@@ -47,29 +47,29 @@ class Order(NamedTuple):
         return order if order.file == file else None
 
     def name(self, names: Sequence[str] | None) -> str | None:
-        """Of the class."""
+        """The name of the class."""
         return None if names is None or self.label is None else names[self.label]
 
 
 def claim(folder: Path, settings: Mapping[str, Any], names: Sequence[str] | None) -> None:
-    """Make `folder`, or make sure that the pictures in it were made with these settings; begins its samples.json.
+    """Create `folder`, or make sure that the images in it were made with these settings; starts its samples.json.
 
     Args:
-        settings: how the pictures are made, in plain values.
+        settings: how the images are made, in plain values.
         names: of the classes.
 
     Raises:
         ConfigError: it holds something else.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _check(folder, settings)  # before anything is written into what may be another's
+    _check(folder, settings)  # before anything is written into a folder that may not be ours
     with _locked(folder):
         _check(folder, settings)
         _list(folder, settings, names)
 
 
 def record(folder: Path, settings: Mapping[str, Any], names: Sequence[str] | None) -> None:
-    """Bring samples.json up to date: every picture in the folder, class by class, whichever call made it."""
+    """Bring samples.json up to date: every image in the folder, class by class, whichever call made it."""
     with _locked(folder):
         _list(folder, settings, names)
 
@@ -78,7 +78,7 @@ def _check(folder: Path, settings: Mapping[str, Any]) -> None:
     there = folder / "samples.json"
     if not there.is_file():
         if any(path.name != _LOCK and ".tmp." not in path.name for path in folder.iterdir()):
-            raise ConfigError(f"--out {folder}: holds files, but none of sample.py. Name an empty or a new folder.")
+            raise ConfigError(f"--out {folder}: holds files that are not samples. Name an empty or a new folder.")
         return
     try:
         found = {_FORMER.get(key, key): value for key, value in json.loads(there.read_text())["settings"].items()}
@@ -102,14 +102,14 @@ def _list(folder: Path, settings: Mapping[str, Any], names: Sequence[str] | None
 
 _LOCK = ".lock"
 _FORMER = {"grid": "schedule", "worse": "guide"}
-"""Settings as samples.json once called them, and as it does now."""
+"""Former names of settings in samples.json -> their present names."""
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Within the block no other call reads the folder to write its list; the kernel frees it, however a call ends."""
+    """Within the block no other call lists the folder; the kernel releases the lock, however a call ends."""
     with (folder / _LOCK).open("a") as handle:
-        with suppress(OSError):  # a file system without locks: calls at once may then miss one another's last pictures
+        with suppress(OSError):  # a file system without locks: concurrent calls may miss each other's last images
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
@@ -121,7 +121,7 @@ def save(folder: Path, sample: Sample) -> None:
 
 
 def save_arrays(folder: Path, orders: Sequence[Order]) -> Path:
-    """Write samples.npz of these pictures: arr_0 (N,H,W,3) uint8, and the name of each one's file (N,)."""
+    """Write samples.npz of these images: arr_0 (N,H,W,3) uint8, and their file names (N,)."""
     arrays = [np.asarray(read_image(folder / order.file).convert("RGB")) for order in orders]
     with published(folder / "samples.npz", durable=False) as file, file.open("wb") as handle:
         np.savez(handle, arr_0=np.stack(arrays), names=np.array([order.file for order in orders]))
@@ -129,7 +129,7 @@ def save_arrays(folder: Path, orders: Sequence[Order]) -> Path:
 
 
 def sheet(folder: Path, labels: Sequence[int | None], seeds: Sequence[int]) -> np.ndarray:
-    """The grid: a row a class, or a square of a single one; the first SHOWN rows and columns."""
+    """The sheet: one row per class, or a square for a single class; the first SHOWN rows and columns."""
     if len(labels) == 1:
         columns = min(SHOWN, math.ceil(math.sqrt(len(seeds))))
         seeds = seeds[: SHOWN * columns]
@@ -146,11 +146,11 @@ def _read(path: Path) -> np.ndarray:
 
 _LONGEST = 255  # bytes of a name
 ALWAYS = ("checkpoint", "step", "weights", "sampler", "schedule", "steps", "eta", "guidance")
-"""Settings of every folder; others are named where they were asked for."""
+"""Settings that every folder's name covers; others are appended only if they were requested."""
 
 
 def default_folder(settings: Mapping[str, Any]) -> Path:
-    """<run>/samples/<settings>: other settings, another folder; of an average, say, named after its file, too."""
+    """<run>/samples/<settings>, one folder per settings; for a file outside checkpoints/, also named after the file."""
     file = Path(settings["checkpoint"])
     regular = file.parent.name == "checkpoints"
     run, which = (file.parent.parent, "") if regular else (file.parent, f"{file.stem}-")
@@ -162,7 +162,7 @@ def default_folder(settings: Mapping[str, Any]) -> Path:
 
 
 def _folder_name(text: str) -> str:
-    """`text`, of which some may be a stranger's, without slashes and no longer than a file system takes."""
+    """`text`, parts of which may be untrusted, without slashes and no longer than a file system allows."""
     name = re.sub(r"[/\0]", "_", text)
     if len(os.fsencode(name)) <= _LONGEST:
         return name
@@ -171,7 +171,7 @@ def _folder_name(text: str) -> str:
 
 
 def _worded(value: Any) -> str:
-    """A setting in a folder's name: of a file its own name and a bit of its hash."""
+    """A setting as part of a folder's name: a file by its name and the start of its hash."""
     if isinstance(value, Mapping):
         return f"_{Path(value['file']).stem}_{value['sha256'][:6]}"
     if isinstance(value, str):

@@ -1,8 +1,8 @@
-"""From noise to data. Each sampler is written once for every objective, in terms of alpha, sigma and the estimated x0.
+"""From noise to data. Each sampler is written once for all objectives, in terms of alpha, sigma and the estimated x0.
 
 A sampler is f(denoise, objective, x, times, ...) -> x0, with x at times[0] and denoise(x (N, ...), t ()) -> x0. Times
 are on the host, decrease strictly and end at 0 (timesteps.py): no loop waits for the device. Noise drawn on the way is
-keyed by the row's own number, so that an image does not depend on its batch.
+keyed by the row's sample number, so that an image does not depend on its batch.
 """
 
 import math
@@ -21,7 +21,7 @@ from ldm.sampling.guidance import Denoiser
 
 
 def start(objective: Objective, noise: Tensor, t: Tensor, x0: Tensor | None = None) -> Tensor:
-    """Where sampling begins: at t (), from `x0` (N, ...), or from nothing but that data has mean 0 and variance 1."""
+    """The start of sampling at t (): from `x0` (N, ...), or, without one, for data with mean 0 and variance 1."""
     if x0 is None:
         return noise * torch.hypot(objective.alpha(t), objective.sigma(t))
     return objective.alpha(t) * x0 + objective.sigma(t) * noise
@@ -38,7 +38,7 @@ def first_order_step(
 ) -> Tensor:
     """From time t to s < t: x_s = alpha_s x0 + sigma_s eps, with eps = (x_t - alpha_t x0) / sigma_t.
 
-    With eta > 0 a part of eps is replaced by `fresh` noise, of eta times the standard deviation of the true posterior
+    With eta > 0 a part of eps is replaced by `fresh` noise, with eta times the standard deviation of the true posterior
     q(x_s | x_t, x0): eta = 0 is DDIM (Song et al. 2021, eq. 12), and Euler's method for EDM and flows; eta = 1 is DDPM,
     and the reverse SDE of any path.
 
@@ -46,13 +46,13 @@ def first_order_step(
         x: (N, ...) at time t.
         x0: its estimated data.
         t, s: () times.
-        fresh: standard normal, of the shape of x; needed where eta > 0.
+        fresh: standard normal, of the shape of x; needed if eta > 0.
     """
     alpha_t, sigma_t, alpha_s, sigma_s = objective.alpha(t), objective.sigma(t), objective.alpha(s), objective.sigma(s)
     eps = (x - alpha_t * x0) / sigma_t
     if fresh is None:
         return alpha_s * x0 + sigma_s * eps
-    # The variance that a step s -> t adds, times the share of it that the data leaves open.
+    # The variance that a step s -> t adds, times the fraction of it that the data does not determine.
     added = sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2
     spread = eta * sigma_s / sigma_t * added.clamp(min=0).sqrt()
     return alpha_s * x0 + (sigma_s**2 - spread**2).clamp(min=0).sqrt() * eps + spread * fresh
@@ -67,12 +67,12 @@ def ddim(
     draws: Draws | None = None,
     eta: float = 0.0,
 ) -> Tensor:
-    """DDIM (Song et al. 2021), which is Euler's method for EDM and flows; one call of `denoise` a step.
+    """DDIM (Song et al. 2021), which is Euler's method for EDM and flows; one call of `denoise` per step.
 
     Args:
         x: (N, ...) float32 at times[0].
         times: (steps + 1,) on the host.
-        draws: the rows' randomness on x's device; needed where eta > 0.
+        draws: the rows' randomness on x's device; needed if eta > 0.
         eta: 0 = deterministic ... 1 = ancestral.
     """
     for i, (t, s) in enumerate(pairwise(times)):
@@ -97,7 +97,7 @@ def heun(
     s_tmax: float = math.inf,
     s_noise: float = 1.0,
 ) -> Tensor:
-    """Heun's method, of second order; two calls of `denoise` a step but the last.
+    """Heun's second-order method; two calls of `denoise` per step, one in the last.
 
     It integrates dx = x0 d(alpha) + eps d(sigma). On EDM's path that is the paper's sampler (Karras et al. 2022,
     algorithm 2), on a straight path Heun's method on the velocity (as Ma et al. 2024, "SiT").
@@ -105,12 +105,12 @@ def heun(
     Args:
         x: (N, ...) float32 at times[0].
         times: (steps + 1,) on the host.
-        draws: the rows' randomness on x's device; needed where s_churn > 0.
-        s_churn: noise added on the way, S_churn. It raises the level at times t by at most sqrt(2) - 1, also beyond
-            `last` where the path goes on (EDM); where it ends (DDPM, flows) no further than to its end, so that
-            nothing is added at its last level.
+        draws: the rows' randomness on x's device; needed if s_churn > 0.
+        s_churn: noise added on the way, S_churn. It raises sigma / alpha by at most a factor sqrt(2), even beyond
+            `t_max` if the path continues (EDM); if the path ends there (DDPM, flows), no further than to its end, so
+            that nothing is added at its last level.
         s_tmin, s_tmax: the ratios sigma / alpha between which it is added, S_min and S_max.
-        s_noise: of the noise added, S_noise.
+        s_noise: factor on the standard deviation of the noise added, S_noise.
 
     Raises:
         ConfigError: nothing lies between `s_tmin` and `s_tmax`.
@@ -131,13 +131,13 @@ def heun(
 
 
 def _heun_step(denoise: Denoiser, objective: Objective, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """From t to s along the mean of both ends' x0 and eps; to the data itself, where eps is not known, along t's alone.
+    """From t to s along the mean x0 and eps of both ends; to the data itself, where eps is undefined, along t's alone.
 
-    x = alpha x0 + sigma eps moves by dx = x0 d(alpha) + eps d(sigma), also where alpha or sigma is 0. On standardized
+    x = alpha x0 + sigma eps follows dx = x0 d(alpha) + eps d(sigma), even where alpha or sigma is 0. On standardized
     data, with 10 to 40 steps, the error is 1.2 to 14 times smaller on flows than along d(x / alpha) = eps d(sigma /
-    alpha), and 1.3 to 40 times on DDPM with `Karras`' grid. With DDPM's even grid the last step decides, and they are
-    alike (the other is better for white noise alone); on the cosine schedule, whose last ratios are huge, the other
-    diverges.
+    alpha), and 1.3 to 40 times smaller on DDPM with the schedule `Karras`. With DDPM's evenly spaced times the last
+    step dominates, and both are about equal (the alternative is better only for white noise); on the cosine noise
+    schedule, whose last ratios are huge, the alternative diverges.
     """
     x0 = denoise(x, t)
     ahead = first_order_step(objective, x, x0, t, s)
@@ -158,17 +158,17 @@ def dpm_solver(
     draws: Draws | None = None,
     eta: float = 0.0,
 ) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022), and with eta = 1 its SDE form; second order with one call of `denoise` a step.
+    """DPM-Solver++(2M) (Lu et al. 2022), and with eta = 1 its SDE form; second order with one `denoise` per step.
 
-    The estimated data is carried on to the middle of the step, in lambda = ln(alpha / sigma), from its last two values.
-    The first and the last step are of first order.
+    The estimated data is extrapolated to the middle of the step, in lambda = ln(alpha / sigma), from its last two
+    values. The first and the last step are first-order.
 
     Args:
         x: (N, ...) float32 at times[0].
         times: (steps + 1,) on the host.
-        draws: the rows' randomness on x's device; needed where eta > 0.
-        eta: 0 = deterministic ... 1 = the reverse SDE. Between them noise of eta times the SDE's standard deviation is
-            added, and the drift balances it, so that the noise of every level stays what it was:
+        draws: the rows' randomness on x's device; needed if eta > 0.
+        eta: 0 = deterministic ... 1 = the reverse SDE. In between, noise with eta times the SDE's standard deviation is
+            added, and the drift compensates for it, so that the noise at every level stays the same:
             dx = (f x - (1 + eta^2) / 2 g^2 score) dt + eta g dw (Karras et al. 2022, eq. 6, with
             beta = eta^2 sigma' / sigma; eta^2 is the eta of k-diffusion's DPM-Solver++).
     """
@@ -188,16 +188,16 @@ def dpm_solver(
 def _sde_step(
     objective: Objective, x: Tensor, x0: Tensor, t: Tensor, s: Tensor, eta: float, fresh: Tensor | None
 ) -> Tensor:
-    """From t to s by the exact solution of eta's SDE where x0 is constant: eps decays by (k_s / k_t)^eta^2.
+    """From t to s by the exact solution of the SDE with this eta for constant x0: eps decays by (k_s / k_t)^eta^2.
 
     With k = sigma / alpha = e^-lambda, eps_s = r eps_t + sqrt(1 - r^2) fresh and r = (k_s / k_t)^eta^2: two steps are
-    the same as one, whatever eta is. eta 0 and 1 are those of `first_order_step`.
+    the same as one, whatever eta is. For eta 0 and 1 it equals `first_order_step`.
     """
     if fresh is None:
         return first_order_step(objective, x, x0, t, s)
     alpha_t, sigma_t, alpha_s, sigma_s = objective.alpha(t), objective.sigma(t), objective.alpha(s), objective.sigma(s)
     eps = (x - alpha_t * x0) / sigma_t
-    # Written so that pure noise, where k_t is infinite, gives 0: nothing is kept of its eps.
+    # Written so that pure noise, where k_t is infinite, gives 0: none of its eps is kept.
     kept = (sigma_s * alpha_t / (alpha_s * sigma_t)) ** eta**2
     return alpha_s * x0 + sigma_s * (kept * eps + (1 - kept**2).clamp(min=0).sqrt() * fresh)
 
@@ -211,20 +211,20 @@ def unipc(
     draws: Draws | None = None,
     order: int = 2,
 ) -> Tensor:
-    """A predictor and corrector with one call of `denoise` a step, of order `order` + 1 (UniPC: Zhao et al. 2023).
+    """A predictor-corrector with one call of `denoise` per step, of order `order` + 1 (UniPC: Zhao et al. 2023).
 
     With lambda = ln(alpha / sigma), x_s = sigma_s / sigma_t x_t + sigma_s times the integral of e^lambda x0(lambda)
-    from t to s. The predictor puts the polynomial through the last `order` estimates of x0 under the integral; the
-    corrector does the step again once x0 is known at its end, with one point more. At first there are fewer points;
-    the last step, to the data, is of first order. (An order above 2 gains little: the start limits it.)
+    from t to s. The predictor integrates the polynomial through the last `order` estimates of x0; the corrector repeats
+    the step with one more point once x0 is known at its end. The first steps have fewer points; the last step, to the
+    data, is first-order. (An order above 2 gains little, since the first steps limit it.)
     """
     logs = _log_ratios(objective, times)
     known: deque[tuple[float, Tensor]] = deque(maxlen=order)  # (lambda, x0), newest last
     begin = x
     for i, (t, s) in enumerate(pairwise(times)):
         x0 = denoise(x, t)
-        if known:  # from the second step on, unless the first began with pure noise
-            # The step that led here, again, with the estimate at its end.
+        if known:  # from the second step on, unless the first started from pure noise
+            # Repeat the step that led here, with the estimate at its end.
             x = _integrate(objective, begin, [*known, (logs[i], x0)], times[i - 1], t, logs[i - 1], logs[i])
         if math.isfinite(logs[i]):
             known.append((logs[i], x0))
@@ -258,11 +258,11 @@ def _log_ratios(objective: Objective, times: Tensor) -> list[float]:
 
 
 def _fresh(draws: Draws | None, eta: float, step: int, x: Tensor, s: Tensor) -> Tensor | None:
-    """Noise for a step to s, where there is to be any."""
+    """Noise for a step to s, if any is needed."""
     return _drawn(draws, step, x) if eta > 0 and float(s) > 0 else None
 
 
 def _drawn(draws: Draws | None, step: int, x: Tensor) -> Tensor:
     if draws is None:
-        raise ValueError("noise on the way needs draws: pass the rows' randomness")
+        raise ValueError("a stochastic sampler needs draws: pass the rows' randomness")
     return draws.normal(f"step{step}", x.shape[1:])

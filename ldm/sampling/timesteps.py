@@ -1,5 +1,5 @@
-"""Where a sampler stops between noise and data: grid(objective, steps) -> (steps + 1,) strictly decreasing times, the
-objective's last noise level first, 0 last, on the host. (`CompVis` alone begins and ends a little inside.)"""
+"""The timesteps of a sampler: schedule(objective, steps) -> (steps + 1,) strictly decreasing times on the host, from
+the objective's last noise level to 0. (Only `CompVis` starts and ends slightly inside that range.)"""
 
 from typing import Protocol
 
@@ -14,13 +14,13 @@ from ldm.ranges import Positive
 
 
 class TimestepSchedule(Protocol):
-    """Raises ConfigError for a number of steps that there cannot be."""
+    """Raises ConfigError for an invalid number of steps."""
 
     def __call__(self, objective: Objective, steps: int) -> Tensor: ...
 
 
 class Default:
-    """The objective's own: even whole times for DDPM, Karras' for EDM, even times for flows."""
+    """The objective's own: evenly spaced integer times for DDPM, Karras' for EDM, evenly spaced times for flows."""
 
     def __call__(self, objective: Objective, steps: int) -> Tensor:
         return objective.timesteps(steps)
@@ -38,7 +38,7 @@ class Power:
 
 
 class Shift:
-    """Even places moved towards noise, for large latents: s place / (1 + (s - 1) place) (Esser et al. 2024)."""
+    """Even places, shifted toward noise for large latents: s place / (1 + (s - 1) place) (Esser et al. 2024)."""
 
     def __init__(self, shift: Positive) -> None:
         self.shift = shift
@@ -52,14 +52,14 @@ class Karras:
     """Even steps in ratio^(1/rho), with ratio = sigma / alpha (Karras et al. 2022, eq. 5), for any objective.
 
     Args:
-        ratio_min: the last but one; the last is 0.
-        ratio_max: the first but one, where the objective begins with pure noise; else its last level is the first.
-        rho: the larger, the more steps near the data.
+        ratio_min: the second-to-last; the last is 0.
+        ratio_max: the second, if the objective starts from pure noise; otherwise its last level comes first.
+        rho: the larger, the more steps lie near the data.
     """
 
     def __init__(self, ratio_min: Positive = 0.002, ratio_max: Positive = 80.0, rho: Positive = 7.0) -> None:
         if not ratio_min < ratio_max:
-            raise ConfigError(f"sampling grid: expected ratio_min < ratio_max, found {ratio_min:g} and {ratio_max:g}")
+            raise ConfigError(f"timesteps: expected ratio_min < ratio_max, found {ratio_min:g} and {ratio_max:g}")
         self.ratio_min, self.ratio_max, self.rho = ratio_min, ratio_max, rho
 
     def __call__(self, objective: Objective, steps: int) -> Tensor:
@@ -77,16 +77,16 @@ class Karras:
 class CompVis:
     """The times of latent diffusion's own DDIM sampler: every (T / steps)th level from the second on, then the first.
 
-    For T = 1000 and 50 steps 982, 962, ..., 22, 2, 1, where `Default` has 1000, 980, ..., 20, 0: theirs starts from
-    pure noise at a level that still holds some signal, and leaves the noise of the first level in the picture. Choose
-    it to compare with published samples number by number.
+    For T = 1000 and 50 steps it is 982, 962, ..., 22, 2, 1, whereas `Default` has 1000, 980, ..., 20, 0: the original
+    starts from pure noise at a level that should still hold some signal, and leaves the noise of the first level in the
+    image. Choose it to reproduce published samples number for number.
     """
 
     def __call__(self, objective: Objective, steps: int) -> Tensor:
         """Raises ConfigError for an objective without discrete levels, or steps that do not divide their number."""
         if not isinstance(objective.path, DiscreteVP):
             raise ConfigError(
-                f"sampling grid: CompVis' is of discrete levels (DDPM), which {type(objective.path).__name__} has not; "
+                f"timesteps: CompVis needs discrete levels (DDPM), which {type(objective.path).__name__} lacks; "
                 f"choose another"
             )
         levels = objective.path.steps
@@ -98,7 +98,7 @@ class CompVis:
             divisors = [number for number in range(1, levels) if levels % number == 0]
             near = sorted(sorted(divisors, key=lambda number: abs(number - steps))[:2])
             raise ConfigError(
-                f"sampling steps: CompVis' grid expects a divisor of {levels} below it; found {steps}, "
+                f"sampling steps: the schedule CompVis expects a proper divisor of {levels}; found {steps}, "
                 f"of which the original {fate}. Near it are {' and '.join(map(str, near))}."
             )
         return torch.tensor([*range(levels - stride + 2, 1, -stride), 1], dtype=torch.float32)
@@ -111,6 +111,6 @@ def _times(objective: Objective, places: Tensor) -> Tensor:
 def _checked(times: Tensor) -> Tensor:
     if not bool((times.diff() < 0).all()):
         raise ConfigError(
-            f"sampling steps: this grid's {len(times) - 1} steps are too many; two of its times are equal"
+            f"sampling steps: {len(times) - 1} steps are too many for this schedule; two of its times are equal"
         )
     return times

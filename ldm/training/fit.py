@@ -1,4 +1,4 @@
-"""From a Trainer to a run's outcome: where it goes on from, how it ended, what a library's error means to a user."""
+"""From a Trainer to a run's outcome: what it resumes from, how it ended, what a library's error means to a user."""
 
 import signal
 import socket
@@ -34,10 +34,10 @@ _FILES = 3
 def run(trainer: pl.Trainer, model: Any, data: Any, folder: RunFolder, named: Path | None) -> RunState:
     """Train from `named`, else from the folder's newest checkpoint, else from the start.
 
-    Leaves the outcome, which it returns, in run_state.json, also where it raises.
+    Returns the outcome and writes it to run_state.json, even if it raises.
 
     Raises:
-        LdmError: something the user can mend; the checkpoints stand.
+        LdmError: something the user can fix; the checkpoints are intact.
     """
     file = named or store.newest(folder.checkpoints)
     if trainer.is_global_zero:

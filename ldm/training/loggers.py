@@ -1,4 +1,4 @@
-"""Where numbers go: a CSV that survives kill -9 and resume, and wandb behind a fence that training never waits at."""
+"""Where metrics are logged: a CSV that survives kill -9 and resume, and wandb isolated so that training never waits."""
 
 import atexit
 import csv
@@ -115,7 +115,7 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
 
 
 class FencedWandb(WandbLogger):
-    """wandb, on a thread of its own: whatever happens to it, training neither fails nor waits.
+    """wandb in a separate thread: whatever happens to it, training neither fails nor waits.
 
     The run starts online if there is an account and the server answers, else in wandb's offline mode. Calls are
     queued; one that fails is counted, and the first is reported.

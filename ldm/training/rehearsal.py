@@ -1,4 +1,4 @@
-"""What starts later fails before the first step: everything that a run will use is tried once, without values.
+"""Makes later failures appear before the first step: everything that a run will use is tried once, without values.
 
     check           on torch's meta device, before there is a run folder: the adversarial branch, pictures, the averaged
                     network, guided denoising, the profiles of averages, optimizers and schedules

@@ -1,4 +1,4 @@
-"""What a run starts from: new files, or what a run folder or a checkpoint has saved, with what is changed now.
+"""What a run starts from: new files, or a saved run folder or checkpoint, with the changes requested now.
 
 A resumed run keeps its configuration with every reference filled in, as it first ran. A change that would change the
 mathematics is refused unless it is allowed by name. What counts as a change, and what follows from one, is said in

@@ -3,7 +3,7 @@
     lightning:
       strategy: {target: ldm.training.strategies.FSDP2, params: {timeout: 300, sharded_checkpoints: true}}
 
-Without a line of YAML several devices or ranks use `DDP()`. The data, the mathematics and the checkpoints are the same
+By default several devices or ranks use `DDP()`. The data, the mathematics and the checkpoints are the same
 under either and on one device: a run may go on under another strategy and on another number of ranks.
 """
 
@@ -22,7 +22,7 @@ from ldm.ranges import Positive
 from ldm.runtime import distributed, fsdp
 
 TIMEOUT = 300.0
-"""Seconds that a rank waits for another before it takes it for lost; Lightning's own default is half an hour."""
+"""Seconds that a rank waits for another before it considers it lost; Lightning's default is half an hour."""
 START = 600.0
 """Seconds that it waits at least for the first meeting: a rank may have to wait for its machine, and imports."""
 
@@ -32,7 +32,7 @@ class DDP(DDPStrategy):
 
     Args:
         timeout: seconds that a rank waits for another before the run ends.
-        backend: "gloo" or "nccl"; None: what suits the device.
+        backend: "gloo" or "nccl"; None: chosen by device.
     """
 
     def __init__(self, timeout: Positive = TIMEOUT, backend: str | None = None) -> None:
@@ -49,7 +49,7 @@ class FSDP2(ModelParallelStrategy):
 
     Args:
         timeout: seconds that a rank waits for another before the run ends.
-        backend: "gloo" or "nccl"; None: what suits the device.
+        backend: "gloo" or "nccl"; None: chosen by device.
         sharded_checkpoints: every rank saves its own rows; otherwise rank 0 gathers them into one file, the same that
             DDP writes. Either can be resumed on any number of ranks and under any strategy.
     """

@@ -96,7 +96,7 @@ def test_batches_that_cannot_be_shared():
     with pytest.raises(ConfigError, match="may be 1, 2, 5, 10"):
         ElasticBatchSampler(100, 10, 0, accumulation=3)
     with pytest.raises(
-        ConfigError, match=r"10 cannot be shared evenly by 4 ranks\. Use batch_size 8 or 12, .* 1, 2, 5, 10"
+        ConfigError, match=r"10 cannot be divided among 4 ranks\. Use batch_size 8 or 12, .* 1, 2, 5, 10"
     ):
         accumulation(10, None, 4)
     with pytest.raises(ConfigError, match="Use batch_size 4, or"):

@@ -163,7 +163,7 @@ class TestView:
         monkeypatch.setattr(ImageFolder, "__getitem__", lambda self, index: wide)
         broken = rows[0, 3]["broken"]
         assert len(broken) == 20
-        assert "expected pixels of 8 bits, grey or RGB, found mode 'I;16'" in broken[3]
+        assert "expected pixels of 8 bits, gray or RGB, found mode 'I;16'" in broken[3]
 
     def test_grey_and_color(self, image_folder):
         grey = TransformedDataset(ImageFolder(image_folder), EvalTransform(16), 1, 16, seed=0)
@@ -220,7 +220,7 @@ class TestBrokenImages:
     def test_too_many(self, damaged):
         broken, rows = BrokenImages(10, allowed=0.2), view(damaged)
         broken.check(collate([rows[0, 3]]))
-        with pytest.raises(DataError, match=r"3 of 10 .* share of 0\.2 .*max_broken.*9\.png"):
+        with pytest.raises(DataError, match=r"3 of 10 .* fraction of 0\.2 .*max_broken.*9\.png"):
             broken.check(collate([rows[0, 9]]))
 
     def test_nothing_readable(self, damaged):

@@ -26,7 +26,7 @@ def pictures(folder, highest: list[int], suffix: str = "png") -> list[str]:
 def test_a_part_of_the_range_is_named(tmp_path, highest, white, suffix):
     told = value_range.warning(pictures(tmp_path, highest, suffix), MAX_PIXELS)
     number = min(len(highest), 16)
-    assert f"{number} that were looked at hold values from 3 to {max(highest)} where white is 65535" in told
+    assert f"the {number} examined have values from 3 to {max(highest)}, where white is 65535" in told
     assert f"If white is {white}, set `value_range: [0, {white}]`" in told
 
 

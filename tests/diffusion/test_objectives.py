@@ -356,7 +356,7 @@ def test_weightings_multiply_absolute_errors_by_the_same_factor(weighting):
 
 
 def test_the_bound_is_of_squared_errors():
-    with pytest.raises(ConfigError, match="variational bound is of squared errors, found Absolute"):
+    with pytest.raises(ConfigError, match="variational bound requires squared errors, found Absolute"):
         DDPM(SqrtLinear(), weighting=VLB(), distance=Absolute())
 
 

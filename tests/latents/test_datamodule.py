@@ -104,7 +104,7 @@ def test_facts_need_no_cache(make, runs, here):
 
 
 def test_the_resolution_is_the_autoencoder_s_unless_given(make, runs, here):
-    with pytest.raises(ConfigError, match=r"data.params.resolution: .* does not say its resolution"):
+    with pytest.raises(ConfigError, match=r"data.params.resolution: .* does not state its resolution"):
         make(resolution=None).facts()
     assert make(resolution=None, transform=EvalTransform(8)).facts()["image_resolution"] == 8
     state = store.load(store.find(runs.autoencoder))
@@ -260,7 +260,7 @@ def test_a_cache_from_before_contents_were_noted_goes_on(make, here, image_folde
         new = files_of(here) - before
         assert [Path(file).name for file in new] == ["contents.json"] * 2
         # Said when it is found, and not again.
-        assert caplog.text.count("was made when only names and sizes of the pictures were noted") == 2
+        assert caplog.text.count("was made when only names and sizes of the images were recorded") == 2
     path = folder / "dogs" / "1.png"
     path.write_bytes(bytes(path.stat().st_size))
     module = make(ImageFolder(folder), num_validation=4, cache=cache, max_broken=0.2)
@@ -354,7 +354,7 @@ def test_a_cache_asked_for_by_name_is_refused_when_stale(make, here, other_autoe
 
 
 def test_broken_images_are_left_out_up_to_a_limit(make):
-    with pytest.raises(DataError, match=r"1 items could not be read, allowed are 0"):
+    with pytest.raises(DataError, match=r"1 items could not be read, 0 are allowed"):
         make(Pictures(10, broken=(6,))).setup()
     module = make(Pictures(10, broken=(6,)), max_broken=0.1)
     module.setup()
@@ -371,7 +371,7 @@ def test_a_class_without_a_readable_picture_is_named(make, here, caplog):
     for name in ("class 0/1.png", "class 2/10.png"):
         (here / "data" / name).write_bytes(b"damaged")
     make(ImageFolder(here / "data"), max_broken=0.2).setup()
-    assert "could be read, so nothing is seen of them: class 2; mend them" in caplog.text
+    assert "could be read, so they are missing from training: class 2; fix them" in caplog.text
 
 
 def test_sample_numbers_lead_to_their_files(make):

@@ -93,7 +93,7 @@ def test_a_preview_in_training_is_free_of_dropout_and_leaves_the_module_as_it_wa
 def test_no_labels_is_the_null_class_and_cannot_be_guided(pipeline):
     alone = pictures(pipeline, [0, 1], None, guidance=Guidance())
     assert not np.array_equal(alone, pictures(pipeline, [0, 1], [0, 1], guidance=Guidance()))
-    with pytest.raises(ConfigError, match="guidance scale: found 5, but no classes are asked for"):
+    with pytest.raises(ConfigError, match="guidance scale: found 5, but no classes are requested"):
         pictures(pipeline, [0, 1], None, guidance=Guidance(5.0))
 
 

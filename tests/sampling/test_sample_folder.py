@@ -51,7 +51,7 @@ def test_a_folder_belongs_to_its_settings(tmp_path):
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.tex").touch()
-    with pytest.raises(ConfigError, match=r"none of sample\.py"):
+    with pytest.raises(ConfigError, match=r"not samples"):
         claim(foreign, SETTINGS, None)
     assert [path.name for path in foreign.iterdir()] == ["thesis.tex"]
 

@@ -18,7 +18,7 @@ DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
 class ArrayImages:
-    """Labelled images in one array.
+    """Labeled images in one array.
 
     Args:
         name: for messages.
@@ -36,7 +36,7 @@ class ArrayImages:
         if images.dtype != np.uint8 or images.shape[3:] not in ((), (3,)) or images.ndim < 3:
             raise DataError(
                 f"{name}: expected images (N,H,W) or (N,H,W,3) of uint8, found {images.shape} of {images.dtype}; "
-                "bring them to 0 .. 255"
+                "scale them to 0 .. 255"
             )
         if len(labels) != len(images):
             raise DataError(f"{name}: {len(images)} images but {len(labels)} labels")
@@ -78,7 +78,7 @@ class ArrayImages:
 
 
 class MNIST(ArrayImages):
-    """MNIST (LeCun et al. 1998): 28 x 28 grey, 10 digits, 60,000 for training and 10,000 for testing.
+    """MNIST (LeCun et al. 1998): 28 x 28 gray, 10 digits, 60,000 for training and 10,000 for testing.
 
     Args:
         root: folder with the four idx files (plain or .gz), or one that torchvision has filled.
@@ -92,7 +92,7 @@ class MNIST(ArrayImages):
 
 
 class FashionMNIST(ArrayImages):
-    """FashionMNIST (Xiao et al. 2017): 28 x 28 grey, 10 kinds of clothes, 60,000 and 10,000 images.
+    """FashionMNIST (Xiao et al. 2017): 28 x 28 gray, 10 kinds of clothing, 60,000 and 10,000 images.
 
     Args:
         root: folder with the four idx files (plain or .gz), or one that torchvision has filled;
@@ -130,7 +130,7 @@ def _part(train: bool) -> str:
 
 
 def _advice(files: str) -> str:
-    return f"Set `root` to the folder that holds {files}, or `download: true` where there is a network"
+    return f"Set `root` to the folder that holds {files}, or `download: true` if there is a network"
 
 
 def _read_idx(
@@ -165,9 +165,9 @@ def _idx_array(path: Path) -> np.ndarray:
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({error}); fetch it again") from error
     if len(content) < 4 or content[:3] != b"\0\0\x08" or len(content) < 4 + 4 * content[3]:
-        raise DataError(f"{path}: is no idx file of unsigned bytes; fetch it again")
+        raise DataError(f"{path}: is not an idx file of unsigned bytes; fetch it again")
     start = 4 + 4 * content[3]
     shape = tuple(int(size) for size in np.frombuffer(content[4:start], dtype=">u4"))
     if len(content) - start != int(np.prod(shape)):
-        raise DataError(f"{path}: is cut short: {len(content) - start} bytes, expected {shape}; fetch it again")
+        raise DataError(f"{path}: is truncated: {len(content) - start} bytes, expected {shape}; fetch it again")
     return np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape)

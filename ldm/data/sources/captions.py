@@ -9,10 +9,10 @@ from ldm.errors import DataError
 
 
 def from_jsonl(path: Path, pictures: Sequence[str]) -> tuple[dict[str, str], str]:
-    """{picture: caption} as the file has them, and what to say about lines that are of no use ("": nothing).
+    """{image: caption} from the file, and a warning about lines that cannot be used ("": none).
 
     Raises:
-        DataError: the file cannot be read, or a picture has no caption.
+        DataError: the file cannot be read, or an image has no caption.
     """
     captions, repeated = _read_lines(path)
     lacking = [name for name in pictures if name not in captions]
@@ -25,24 +25,24 @@ def from_jsonl(path: Path, pictures: Sequence[str]) -> tuple[dict[str, str], str
     missing = [name for name in captions if name not in known]
     told = []
     if missing:
-        told.append(f"left out: captions of {len(missing)} images that are not there ({missing[0]})")
+        told.append(f"left out: captions of {len(missing)} images that do not exist ({missing[0]})")
     if repeated:
-        told.append(f"left out: {len(repeated)} captions of images that have another further down ({repeated[0]})")
+        told.append(f"left out: {len(repeated)} captions of images that have another one further down ({repeated[0]})")
     return captions, "; ".join(told)
 
 
 def beside(
     root: Path, pictures: Sequence[str], texts: Sequence[str], wanted: bool | None
 ) -> tuple[dict[str, str], str]:
-    """{picture: its text file}, for all pictures or for none, and what to say if only some have one ("": nothing).
+    """{image: its text file}, for all images or for none, and a warning if only some have one ("": none).
 
     Args:
         root: the folder, for messages.
         pictures, texts: files in it.
-        wanted: True: every picture must have one; None: they are used if every picture has one.
+        wanted: True: every image must have one; None: they are used if every image has one.
 
     Raises:
-        DataError: captions are wanted and a picture has none.
+        DataError: captions are required and an image has none.
     """
     text_of = {os.path.splitext(text)[0]: text for text in texts}
     found = {name: text_of[stem] for name in pictures if (stem := os.path.splitext(name)[0]) in text_of}
@@ -55,13 +55,13 @@ def beside(
         raise DataError(f"{root / lacking}: has no caption ({name}); {counts}. Write them, or leave `captions` out")
     return {}, (
         f"{counts}, such as {lacking}, so the texts of the other {len(found)}, such as {next(iter(found.values()))}, "
-        "are left out and there are no captions. Write those that are missing (`captions: true` makes sure that none "
-        "is), or set `captions: false` if these texts are no captions"
+        "are ignored and there are no captions. Write those that are missing (`captions: true` makes sure that none "
+        "is), or set `captions: false` if these texts are not captions"
     )
 
 
 def read_text(path: Path) -> str:
-    """A text file without the white space around it; DataError if it cannot be read."""
+    """A text file, stripped of surrounding whitespace; DataError if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:

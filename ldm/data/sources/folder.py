@@ -29,23 +29,23 @@ logger = logging.getLogger(__name__)
 class ImageFolder:
     """Images in a folder. Classes are its subfolders (searched to any depth); without subfolders it is flat.
 
-    Hidden files are left out, extensions may be in capitals, links are followed, and the order is natural (2 < 10).
+    Hidden files are left out, extensions are case-insensitive, links are followed, and the order is natural (2 < 10).
     What is left out is counted by kind in one line of the log.
 
     Args:
         root: the folder.
-        classes: True: subfolders are classes; False: search them all, without classes; None: find out.
+        classes: True: subfolders are classes; False: search them all, without classes; None: detect.
         captions: a JSONL file with `{"file_name": path within root, "caption": text}` on each line (`text` is
             accepted for `caption`). None: captions are read from `name.txt` beside `name.jpg` if every image has one;
-            True: the same, but an image without is an error; False: there are none.
+            True: the same, but an image without one is an error; False: there are none.
         max_pixels: larger images count as broken.
-        value_range: [black, white] of grey images with more than 8 bits, such as [0, 4095] where 12 bits lie in
-            16-bit files, or the window of a CT; values beyond are cut off. None: 0 and 65535, with a warning if they
-            are so dark that this looks wrong; 32-bit and floating-point files are refused. 8-bit files are not touched.
+        value_range: [black, white] of gray images with more than 8 bits, such as [0, 4095] for 12 bits in 16-bit files,
+            or the window of a CT; values outside are clipped. None: 0 and 65535, with a warning if the images are so
+            dark that this looks wrong; 32-bit and floating-point files are refused. 8-bit files are not affected.
 
     Raises:
-        ConfigError: a `value_range` that is none.
-        DataError: no folder, no images, a subfolder that cannot be read or holds only pictures of unknown formats,
+        ConfigError: an invalid `value_range`.
+        DataError: no folder, no images, a subfolder that cannot be read or holds only images of unsupported formats,
             images both in the folder and in subfolders, or captions that are missing.
     """
 
@@ -67,7 +67,7 @@ class ImageFolder:
         if not self.files:
             raise DataError(
                 f"{self.root}: 0 images found ({listing.left_out() or 'it is empty'}; looked for "
-                f"{' '.join(sorted(EXTENSIONS))}); set `root` to a folder that has some"
+                f"{' '.join(sorted(EXTENSIONS))}); set `root` to a folder that has images"
             )
         self.class_names = self._classes(classes)
         self._label_of = {name: label for label, name in enumerate(self.class_names or ())}
@@ -101,9 +101,7 @@ class ImageFolder:
         if wanted is False or (wanted is None and loose):
             return None
         if loose:
-            raise DataError(
-                f"{self.root / loose[0]}: lies in no class folder; move it into one or set `classes: false`"
-            )
+            raise DataError(f"{self.root / loose[0]}: is in no class folder; move it into one or set `classes: false`")
         return list(dict.fromkeys(name.split("/")[0] for name in self.files))
 
     @property
@@ -136,7 +134,7 @@ class ImageFolder:
         return os.path.join(self.root, self.files[index])
 
     def fingerprint(self) -> str:
-        """Of names, sizes, classes, captions and the value range, and of samples of all files' bytes; reads them."""
+        """Covers names, sizes, classes, captions, the value range and samples of all files' bytes, which it reads."""
         if self._fingerprint is None:
             names = [*self.files, *(self._texts[name] for name in self.files if self._texts)]
             states = fingerprint.stats(self.root, names)
@@ -151,7 +149,7 @@ class ImageFolder:
         return self._fingerprint
 
     def prepare(self) -> None:
-        """Look at some 16-bit images, if there are any, and warn if their range seems to be another."""
+        """Look at some 16-bit images, if there are any, and warn if their range seems to be different."""
         if not self._prepared and self.value_range is None and distributed.is_main():
             self._say(ranges.warning([self.path(index) for index in range(len(self))], self.max_pixels))
         self._prepared = True

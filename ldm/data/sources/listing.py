@@ -1,4 +1,4 @@
-"""Which files of a folder are pictures, in which order, and what is left out of it: never anything silently."""
+"""Which files of a folder are images, in which order, and which are left out: never silently."""
 
 import os
 import re
@@ -12,8 +12,8 @@ from PIL import Image
 
 from ldm.errors import DataError
 
-# Of all that Pillow opens, the formats that hold pictures: no documents, videos, icons or arrays. AVIF and JPEG 2000
-# are among them where Pillow was built with their libraries.
+# Of the formats that Pillow opens, those for images: no documents, videos, icons or arrays. AVIF and JPEG 2000 are
+# included if Pillow was built with their libraries.
 _FORMATS = frozenset(
     {"AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP"}
 )
@@ -26,9 +26,9 @@ def _extensions() -> frozenset[str]:
 
 
 EXTENSIONS = _extensions()
-"""Extensions of files that are taken for pictures, in small letters."""
+"""Extensions of files that count as images, in lower case."""
 
-# Pictures that are not read here: a class that holds nothing else would be lost.
+# Images in formats that are not supported: a class that holds nothing else would be lost.
 _UNREADABLE = frozenset(
     {
         *(".avif", ".avifs", ".exr", ".hdr", ".heic", ".heif", ".hif", ".j2k", ".jp2", ".jxl", ".jxr", ".pfm", ".psd"),
@@ -36,7 +36,7 @@ _UNREADABLE = frozenset(
         *(".dcm", ".dicom", ".fits", ".nii"),
     }
 )
-_SYSTEM = frozenset({"lost+found"})  # at the top of a disk, readable by its owner alone
+_SYSTEM = frozenset({"lost+found"})  # at the root of a disk, readable only by its owner
 
 
 @dataclass
@@ -60,11 +60,11 @@ class Listing:
     circles: list[str] = field(default_factory=list)
 
     def ignored(self) -> list[str]:
-        """All files but the pictures, and hidden folders."""
+        """All files except the images, and hidden folders."""
         return [*self.others, *self.texts, *self.hidden]
 
     def left_out(self, used: Collection[str] = ()) -> str:
-        """What is neither a picture nor one of the `used` text files, by kind; "" if there is nothing."""
+        """What is neither an image nor one of the `used` text files, by kind; "" if there is nothing."""
         told = [describe([*self.others, *(text for text in self.texts if text not in used), *self.hidden])]
         if self.circles:
             told.append(f"{len(self.circles)} links to a folder that contains them ({self.circles[0]})")
@@ -75,7 +75,7 @@ def find(root: Path) -> Listing:
     """List a folder to any depth, following links.
 
     Raises:
-        DataError: a folder that cannot be read, or a link in `root`, as to a folder, that leads nowhere.
+        DataError: a folder that cannot be read, or a dangling link in `root` that looks like one to a folder.
     """
     listing = Listing()
     names: list[str] = []
@@ -100,20 +100,20 @@ def find(root: Path) -> Listing:
 
 def _unreadable(error: OSError) -> NoReturn:
     raise DataError(
-        f"{error.filename}: this folder cannot be read ({error.strerror}), so its pictures would be missing. "
-        "Permit reading it, or hide it by a name that begins with a dot"
+        f"{error.filename}: this folder cannot be read ({error.strerror}), so its images would be missing. "
+        "Permit reading it, or hide it with a name that starts with a dot"
     ) from error
 
 
 def _followed(folder: str, subfolders: Sequence[str], prefix: str, listing: Listing) -> list[str]:
-    """The subfolders to go into; the others are noted."""
+    """The subfolders to descend into; the others are recorded."""
     here = os.path.realpath(folder)
     followed = []
     for name in subfolders:
         if name.startswith(".") or name in _SYSTEM:
             listing.hidden.append(prefix + name)
         elif f"{here}/".startswith(os.path.realpath(os.path.join(folder, name)) + "/"):
-            # A link to a folder that contains it would be walked for ever.
+            # A link to a folder that contains it would be followed forever.
             listing.circles.append(prefix + name)
         else:
             followed.append(name)
@@ -121,18 +121,18 @@ def _followed(folder: str, subfolders: Sequence[str], prefix: str, listing: List
 
 
 def _demand_no_lost_folder(root: Path, listing: Listing) -> None:
-    """A class folder that is a link to a disk which is not mounted is listed as a file without extension."""
+    """A class folder that is a link to an unmounted disk is listed as a file without extension."""
     for name in listing.others:
         path = root / name
         if "/" not in name and not _extension(name) and path.is_symlink() and not path.exists():
-            raise DataError(f"{path}: this link leads nowhere ({os.readlink(path)}); mend or remove it")
+            raise DataError(f"{path}: this link is dangling ({os.readlink(path)}); fix or remove it")
 
 
 def demand_no_lost_class(root: Path, listing: Listing, classes: Sequence[str]) -> str:
-    """What to say about folders in `root` that are none of `classes` since no picture is in them; "" if there are none.
+    """A note on folders in `root` that are not among `classes` since they hold no images; "" if there are none.
 
     Raises:
-        DataError: one holds pictures, but in formats that are not read here.
+        DataError: one holds images, but only in unsupported formats.
     """
     ignored: dict[str, list[str]] = {name: [] for name in listing.folders if name not in set(classes)}
     for name in listing.ignored() if ignored else ():
@@ -143,16 +143,16 @@ def demand_no_lost_class(root: Path, listing: Listing, classes: Sequence[str]) -
         if lost:
             raise DataError(
                 f"{root / folder}: holds 0 images that can be read, but {describe(lost)}: the class would be missing. "
-                "Convert them, or hide the folder by a name that begins with a dot. "
-                f"Formats that are read: {' '.join(sorted(EXTENSIONS))}"
+                "Convert them, or hide the folder with a name that starts with a dot. "
+                f"Supported formats: {' '.join(sorted(EXTENSIONS))}"
             )
     told = [f"{folder} ({describe(names) or 'empty'})" for folder, names in ignored.items()]
     more = f" and {len(told) - 10} more" if len(told) > 10 else ""
-    return f"no class is made of folders without images: {', '.join(told[:10])}{more}" if told else ""
+    return f"folders without images do not become classes: {', '.join(told[:10])}{more}" if told else ""
 
 
 def describe(names: Iterable[str]) -> str:
-    """Counts of files by kind, the most frequent first: `12 .json, 3 hidden, 1 without extension`; "" of none."""
+    """Counts of files by kind, the most frequent first: `12 .json, 3 hidden, 1 without extension`; "" for none."""
     kinds = Counter(
         "hidden" if os.path.basename(name).startswith(".") else _extension(name) or "without extension"
         for name in names
@@ -165,6 +165,6 @@ def _extension(name: str) -> str:
 
 
 def natural(name: str) -> tuple[list[list[str | int]], str]:
-    """Sort key that counts: 2 before 10; folder by folder; capitals decide ties only."""
+    """Natural sort key: 2 before 10; folder by folder; case only breaks ties."""
     folders = [re.split(r"([0-9]+)", part.casefold()) for part in name.split("/")]
     return [[int(p) if i % 2 else p for i, p in enumerate(parts)] for parts in folders], name

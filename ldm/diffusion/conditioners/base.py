@@ -1,8 +1,8 @@
-"""What a denoiser is told beside the noisy latent, and where it comes from.
+"""What a denoiser is conditioned on besides the noisy latent, and where it comes from.
 
-Every conditional system fills some of three slots: a vector (added to the noise-level embedding), tokens (read by
-cross-attention) and a picture (concatenated to the latent). A conditioner turns a batch into the slots and knows
-what stands there when nothing is said, which training uses for dropped labels and sampling for guidance.
+Every conditional model fills some of three slots: a vector (added to the noise-level embedding), tokens (read by
+cross-attention) and an image (concatenated to the latent). A conditioner maps a batch to the slots and defines the
+null conditioning, which training uses for label dropout and sampling for guidance.
 """
 
 from collections.abc import Mapping
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Conditioning:
-    """The slots; None where a slot is not used.
+    """The slots; None if a slot is not used.
 
     Attributes:
         vector: (N, D).
         tokens: (N, L, D).
-        spatial: (N, C, H, W), of the latent's height and width.
+        spatial: (N, C, H, W), with the latent's height and width.
     """
 
     vector: Tensor | None = None
@@ -57,9 +57,9 @@ class Conditioner(Protocol):
         ...
 
     def null(self, n: int) -> Conditioning:
-        """What stands in the slots of `n` rows when nothing is said; the shapes of `__call__`.
+        """The null conditioning of `n` rows, in the shapes of `__call__`.
 
-        Not a view of a parameter: where parameters are sharded, their memory is let go after this.
+        Not a view of a parameter: if parameters are sharded, their memory is freed after this call.
         """
         ...
 

@@ -12,12 +12,12 @@ from ldm.ranges import Count, NotNegative
 
 
 class _ClassTable(nn.Module):
-    """One learned row a class, and one more, the last, for "no class".
+    """One learned row per class, and a last one for "no class".
 
     Args:
-        num_classes: labels are 0 .. num_classes - 1; None: the data has none, and every row is that of "no class".
-        channels: of a row.
-        std: of the rows' first, normal values.
+        num_classes: labels are 0 .. num_classes - 1; None: the data has none, and "no class" is used for every row.
+        channels: width of a row.
+        std: standard deviation of the rows' normal initialization.
     """
 
     def __init__(self, num_classes: Count | None, channels: Count, std: NotNegative = 1.0) -> None:
@@ -46,9 +46,9 @@ class ClassVector(_ClassTable):
 
 
 class ClassOneHot(nn.Module):
-    """The class as a vector (N, num_classes): sqrt(num_classes) at its place, else 0, so that its mean square is 1.
+    """The class as a one-hot vector (N, num_classes) times sqrt(num_classes), so that its mean square is 1.
 
-    No class is all zeros. For networks with a class table of their own (EDM2).
+    "No class" is all zeros. For networks that have their own class embedding (EDM2).
 
     Args:
         num_classes: labels are 0 .. num_classes - 1; None: the data has none, and no slot is filled.

@@ -1,10 +1,10 @@
 """The diffusion transformer (Peebles and Xie 2023, "DiT") and its modern form (Yao et al. 2025, "LightningDiT").
 
 A latent is cut into patches, each a token; the noise level and the conditioning vector shift, scale and gate every
-block (adaLN-Zero). The modern form changes four things, a switch each: RMSNorm, SwiGLU, rotary positions, normalised
-queries and keys. LightningDiT's published weights have the first three, and places added to the tokens besides
-(`absolute_positions`). Published sizes (channels, depth, heads): S 384, 12, 6; B 768, 12, 12; L 1024, 24, 16; XL 1152,
-28, 16; the conditioner's class vector has `channels` channels.
+block (adaLN-Zero). The modern form changes four things, each with its own switch: RMSNorm, SwiGLU, rotary positions,
+normalized queries and keys. LightningDiT's published weights use the first three, plus positional embeddings added to
+the tokens (`absolute_positions`). Published sizes (hidden_size, depth, num_heads): S 384, 12, 6; B 768, 12, 12; L 1024,
+24, 16; XL 1152, 28, 16; the conditioner's class vector has `hidden_size` channels.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ _FREQUENCIES = 256
 
 
 class SelfAttention(nn.Module):
-    """Tokens (N, L, C) look at one another; `rotation` (2, L, C / heads) turns queries and keys by their places."""
+    """Self-attention over tokens (N, L, C); `rotation` (2, L, C / heads) rotates queries and keys by position."""
 
     def __init__(self, channels: Count, heads: Count, qk_norm: bool) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class FeedForward(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Two linear layers, gated by a SiLU between (Shazeer 2020), two thirds as wide for the same size: (N, L, C)."""
+    """Two linear layers with a SiLU gate (Shazeer 2020), two thirds as wide for the same parameter count: (N, L, C)."""
 
     def __init__(self, channels: Count, ratio: Positive) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a feed-forward network, each normalised, shifted, scaled and gated by `emb` (N, C)."""
+    """Attention, then a feed-forward network, each normalized, shifted, scaled and gated by `emb` (N, C)."""
 
     def __init__(
         self, channels: Count, attention: nn.Module, feed: nn.Module, make_norm: Callable[[int], nn.Module]
@@ -101,17 +101,17 @@ class DiT(nn.Module):
     Args:
         in_channels: channels of x, and of the output.
         patch_size: side of the patches that become tokens.
-        hidden_size: width; also that of the conditioning vector, where there is one.
+        hidden_size: width; also that of the conditioning vector, if there is one.
         depth: number of blocks.
         num_heads: attention heads.
         mlp_ratio: width of the feed-forward networks in units of `hidden_size`.
-        spatial_channels: channels of the conditioning picture, concatenated to x.
+        spatial_channels: channels of the conditioning image, concatenated to x.
         rms_norm: RMSNorm with a learned scale instead of LayerNorm without.
         swiglu: gated feed-forward networks.
-        rope: positions turn queries and keys (Su et al. 2021, along both axes).
+        rope: rotary position embedding of queries and keys (Su et al. 2021, along both axes).
         qk_norm: RMSNorm of queries and keys (Dehghani et al. 2023), which keeps long training stable.
-        checkpointing: compute activations again in the backward pass instead of keeping them.
-        absolute_positions: fixed sines and cosines of its place are added to each token; None: unless `rope` is on.
+        checkpointing: recompute activations in the backward pass instead of storing them.
+        absolute_positions: add fixed sinusoidal position embeddings to the tokens; None: only if `rope` is off.
 
     Raises:
         ConfigError: parameters that contradict one another, or an input that does not fit them.
@@ -137,7 +137,7 @@ class DiT(nn.Module):
         if hidden_size % (4 * num_heads):
             raise ConfigError(f"DiT: hidden_size={hidden_size} must be divisible by 4 x num_heads={num_heads}")
         if absolute_positions is False and not rope:
-            raise ConfigError("DiT: without positions no token knows its place; turn on rope or absolute_positions")
+            raise ConfigError("DiT: tokens have no positions; turn on rope or absolute_positions")
         self.in_channels, self.patch_size, self.hidden_size = in_channels, patch_size, hidden_size
         self.spatial_channels, self.rope, self.checkpointing = spatial_channels, rope, checkpointing
         self.absolute_positions = not rope if absolute_positions is None else absolute_positions
@@ -170,7 +170,7 @@ class DiT(nn.Module):
         for name, weight in self.embed.named_parameters():
             if name.endswith("weight"):
                 nn.init.normal_(weight, std=0.02)
-        # Every block starts as the identity, and the whole as zero.
+        # Every block starts as the identity, and the network's output as zero.
         for module in self.modules():
             if isinstance(module, Block):
                 zero_module(module.modulation)
@@ -231,9 +231,9 @@ class DiT(nn.Module):
 
 
 def positions(rows: int, columns: int, channels: int, device: torch.device) -> Tensor:
-    """Fixed embeddings of the places of a grid: (rows * columns, channels) float32; columns first, then rows.
+    """Fixed position embeddings of a grid: (rows * columns, channels) float32; columns first, then rows.
 
-    Of each half, sines, then cosines, at frequencies from 1 down to 1 / 10,000.
+    Each half holds sines, then cosines, at frequencies from 1 down to 1 / 10,000.
     """
     y, x = _places(rows, columns, device)
     quarter = channels // 4
@@ -243,9 +243,9 @@ def positions(rows: int, columns: int, channels: int, device: torch.device) -> T
 
 
 def rotations(rows: int, columns: int, channels: int, device: torch.device) -> Tensor:
-    """Cosines and sines of the angles that turn a head's pairs of channels: (2, rows * columns, channels) float32.
+    """Cosines and sines of the rotation angles of a head's channel pairs: (2, rows * columns, channels) float32.
 
-    A quarter of the pairs' channels each: rows, columns (axial); pairs are (i, i + channels / 2).
+    Half of the pairs encode the row, the other half the column (axial); pairs are (i, i + channels / 2).
     """
     y, x = _places(rows, columns, device)
     quarter = channels // 4
@@ -256,13 +256,13 @@ def rotations(rows: int, columns: int, channels: int, device: torch.device) -> T
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Each pair of channels (i, i + D / 2) of (N, heads, L, D) turned by its angle; float32 inside."""
+    """Rotates each pair of channels (i, i + D / 2) of (N, heads, L, D) by its angle; computed in float32."""
     cosine, sine = rotation  # each (L, D)
     first, second = x.float().chunk(2, dim=-1)  # 2 x (N, heads, L, D / 2)
     return (x * cosine + torch.cat([-second, first], dim=-1) * sine).to(x.dtype)  # (N, heads, L, D)
 
 
 def _places(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Row and column number of each place, row by row: each (rows * columns,) float32."""
+    """Row and column index of each position, row by row: each (rows * columns,) float32."""
     y, x = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
     return y.flatten().float(), x.flatten().float()

@@ -1,11 +1,12 @@
 """The magnitude-preserving UNet of Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion
 Models" (arXiv:2312.02696), configuration G.
 
-Activations keep unit variance by construction instead of by normalisation layers: every weight is used with rows of
-unit length, every sum and concatenation is divided by what it adds. After each optimizer step the weights are
-brought back to that length (`constrain`), so that the learning rate alone says how fast they turn. There are no biases.
+Activations keep unit variance by construction instead of by normalization layers: every weight is used with rows of
+unit length, and every sum and concatenation is rescaled to unit variance. After each optimizer step the weights are
+brought back to unit length (`constrain`), so that the learning rate alone sets how fast they rotate. There are no
+biases.
 
-Vocabulary: `balance` of a sum is the share of its second term.
+Vocabulary: the `balance` of a sum is the weight of its second term.
 """
 
 import math
@@ -27,7 +28,7 @@ _SILU = 0.596
 """Standard deviation of mp_silu(x) for normal x (eq. 81)."""
 _HEAD_CHANNELS = 64
 _LIMIT = 256.0
-"""Activations are clipped there, for the sake of fp16."""
+"""Activations are clipped to this magnitude, for the sake of fp16."""
 
 
 def normalize(x: Tensor, dims: Sequence[int]) -> Tensor:
@@ -38,17 +39,17 @@ def normalize(x: Tensor, dims: Sequence[int]) -> Tensor:
 
 
 def mp_silu(x: Tensor) -> Tensor:
-    """Keeps unit variance (eq. 81)."""
+    """SiLU, scaled to preserve unit variance (eq. 81)."""
     return F.silu(x) / _SILU
 
 
 def mp_sum(a: Tensor, b: Tensor, balance: float) -> Tensor:
-    """(1 - balance) a + balance b, of unit variance where both are independent and have it (eq. 88)."""
+    """(1 - balance) a + balance b, of unit variance if both are independent and have unit variance (eq. 88)."""
     return a.lerp(b, balance) / math.hypot(1 - balance, balance)
 
 
 def mp_cat(a: Tensor, b: Tensor, balance: float = 0.5) -> Tensor:
-    """Concatenation along the channels in which each part counts by its share, not by its width (eq. 103)."""
+    """Concatenation along the channels, each part weighted by its balance, not by its width (eq. 103)."""
     total = math.sqrt((a.shape[1] + b.shape[1]) / ((1 - balance) ** 2 + balance**2))
     shares = total * (1 - balance) / math.sqrt(a.shape[1]), total * balance / math.sqrt(b.shape[1])
     return torch.cat([shares[0] * a, shares[1] * b], dim=1)
@@ -63,7 +64,7 @@ class MPConv(nn.Module):
         self.weight = nn.Parameter(torch.randn(c_out, c_in, size, size) if size else torch.randn(c_out, c_in))
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
-        weight = normalize(self.weight.float(), self._row_dims)  # float32: its small changes matter
+        weight = normalize(self.weight.float(), self._row_dims)  # float32, since its changes are small
         weight = (weight * (gain / math.sqrt(self.weight[0].numel()))).to(x.dtype)
         return F.conv2d(x, weight, padding=self.size // 2) if self.size else x @ weight.t()
 
@@ -73,15 +74,15 @@ class MPConv(nn.Module):
 
     @torch.no_grad()
     def constrain(self) -> None:
-        """Rows back to unit length (eq. 66)."""
+        """Normalize the rows back to unit length (eq. 66)."""
         self.weight.copy_(normalize(self.weight, self._row_dims))
 
 
 class Block(nn.Module):
-    """Two convolutions beside a shortcut, scaled by the embedding; then, where there are heads, self-attention.
+    """A residual block of two convolutions, scaled by the embedding; then, if it has heads, self-attention.
 
     Args:
-        down: on the way down: x is normalised, and narrowed or widened before everything else.
+        down: part of the encoder: x is normalized, and its channels are changed, before everything else.
         resize: 1, or 2 and 0.5 to double or halve height and width first.
     """
 
@@ -101,7 +102,7 @@ class Block(nn.Module):
         self.shortcut = MPConv(c_in, c_out, 1) if c_in != c_out else None
         self.conv_in = MPConv(c_out if down else c_in, c_out, 3)
         self.embedding = MPConv(emb_channels, c_out)
-        self.gain = nn.Parameter(torch.zeros(1))  # of one dimension, since numbers cannot be sharded
+        self.gain = nn.Parameter(torch.zeros(1))  # one-dimensional, since scalars cannot be sharded
         self.conv_out = MPConv(c_out, c_out, 3)
         self.qkv = MPConv(c_out, 3 * c_out, 1) if attention else None
         self.out = MPConv(c_out, c_out, 1) if attention else None
@@ -144,14 +145,14 @@ class MagnitudePreservingUNet(nn.Module):
         in_channels: channels of x, and of the output.
         model_channels: width at the first level; levels with attention are a multiple of 64 wide, or less.
         channel_mult: width of each level in units of `model_channels`; each further level has half the resolution.
-        num_res_blocks: blocks a level on the way down (one more on the way up).
+        num_res_blocks: blocks per level on the way down (one more on the way up).
         attention_levels: levels with attention, 0 = full resolution. The middle always has it.
-        vector_channels: width of the conditioning vector, such as `ClassOneHot` gives; None: none.
+        vector_channels: width of the conditioning vector, such as `ClassOneHot` produces; None: none.
         dropout: probability inside blocks.
-        checkpointing: compute activations again in the backward pass instead of keeping them.
+        checkpointing: recompute activations in the backward pass instead of storing them.
 
     Raises:
-        ConfigError: a width that heads cannot share, or an input that does not fit the parameters.
+        ConfigError: a width that cannot be split into heads, or an input that does not fit the parameters.
     """
 
     def __init__(
@@ -198,7 +199,7 @@ class MagnitudePreservingUNet(nn.Module):
             Block(c, c, emb_channels, False, 1, attention, dropout) for attention in (True, False)
         )
         self.up = nn.ModuleList()
-        self.joints = set[int]()  # blocks on the way up that take a skip
+        self.joints = set[int]()  # blocks on the way up that take a skip connection
         for level, width in reversed([*enumerate(widths)]):
             if level < last:
                 self.up.append(Block(c, c, emb_channels, down=False, resize=2, dropout=dropout))
@@ -220,7 +221,7 @@ class MagnitudePreservingUNet(nn.Module):
         if self.embed_vector is not None and conditioning.vector is not None:
             embedding = mp_sum(embedding, self.embed_vector(conditioning.vector.to(x.dtype)), 0.5)  # (N, emb_channels)
         embedding = mp_silu(embedding)  # (N, emb_channels)
-        # A channel of ones stands in for the biases.
+        # A channel of ones replaces the biases.
         x = self.conv_in(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))  # (N, model_channels, H, W)
         skips = [x]
         for block in self.down:
@@ -257,7 +258,7 @@ class MagnitudePreservingUNet(nn.Module):
                 f"{1 + halvings(*x.shape[2:])} levels can: change the network or the data"
             )
         if conditioning.tokens is not None or conditioning.spatial is not None:
-            raise ConfigError("MagnitudePreservingUNet: reads a vector alone (ClassOneHot); use a UNet for tokens")
+            raise ConfigError("MagnitudePreservingUNet: reads only a vector (ClassOneHot); use a UNet for tokens")
         found = None if conditioning.vector is None else conditioning.vector.shape[-1]
         if found != self.vector_channels:
             raise ConfigError(

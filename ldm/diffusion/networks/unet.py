@@ -1,7 +1,7 @@
 """The UNet of ADM (Dhariwal and Nichol 2021) and of latent diffusion (Rombach et al. 2022).
 
-Residual blocks under GroupNorm, told the noise level; attention at chosen levels: plain self-attention, or, where
-there are context tokens, a transformer block with cross-attention. Each layer has the one signature
+Residual blocks with GroupNorm, conditioned on the noise level; attention at chosen levels: plain self-attention, or, if
+there are context tokens, a transformer block with cross-attention. All layers have the signature
 layer(x (N,C,H,W), embedding (N,E), tokens (N,L,D) | None) -> x, so that the network is three lists of layers.
 """
 
@@ -19,7 +19,7 @@ from ldm.ranges import Count, CountOrZero, FractionBelowOne, Positive
 
 
 class Downsample(nn.Module):
-    """Half the height and width by a strided convolution."""
+    """Halves the height and width with a strided convolution."""
 
     def __init__(self, channels: Count) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the height and width by repetition, then a convolution."""
+    """Doubles the height and width by nearest-neighbor upsampling, then a convolution."""
 
     def __init__(self, channels: Count) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Upsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions beside a shortcut; the embedding is added between them, or scales and shifts the second norm.
+    """Two convolutions with a shortcut; the embedding is added between them, or scales and shifts the second norm.
 
     Args:
         resize: 1, or 2 and 0.5 for a block that also doubles or halves the height and width (BigGAN, ADM).
@@ -85,7 +85,7 @@ class ResBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Every pixel looks at every other."""
+    """Every pixel attends to every other."""
 
     def __init__(self, channels: Count, heads: Count) -> None:
         super().__init__()
@@ -97,13 +97,13 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None) -> Tensor:
         qkv = self.qkv(self.norm(x)).flatten(2)  # (N, 3C, HW)
         qkv = qkv.unflatten(1, (3, self.heads, -1)).transpose(-1, -2)  # (N, 3, heads, HW, C / heads)
-        q, k, v = qkv.contiguous().unbind(1)  # fused kernels want a pixel's channels side by side
+        q, k, v = qkv.contiguous().unbind(1)  # fused kernels need a pixel's channels contiguous
         h = attend(q, k, v)  # (N, heads, HW, C / heads)
         return x + self.out(h.transpose(-1, -2).reshape_as(x))  # (N, C, H, W)
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the tokens, feed-forward, each after a norm and added: (N, L, C) kept."""
+    """Self-attention, cross-attention to the tokens, feed-forward, each pre-norm, residual: (N, L, C) -> (N, L, C)."""
 
     def __init__(self, channels: Count, token_channels: Count, heads: Count) -> None:
         super().__init__()
@@ -116,10 +116,10 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Pixels as a sequence, which passes `depth` transformer blocks (Rombach et al. 2022).
+    """Pixels as a sequence, passed through `depth` transformer blocks (Rombach et al. 2022).
 
-    The first block's layers stand here, under the names and in the order that they had before there could be more of
-    them: weights and optimizers of older checkpoints are loaded by these.
+    The first block's layers are attributes of this module, under the names and in the order that they had before there
+    could be several blocks: weights and optimizer states of older checkpoints are loaded by name and order.
     """
 
     def __init__(self, channels: Count, token_channels: Count, heads: Count, depth: Count = 1) -> None:
@@ -149,7 +149,7 @@ def _transformed(layers: TransformerBlock | SpatialTransformer, h: Tensor, token
 
 
 class Chain(nn.ModuleList):
-    """Layers one after another: what lies between two joints of the UNet."""
+    """Layers in sequence: what lies between two skip connections of the UNet."""
 
     def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None) -> Tensor:
         for layer in self:
@@ -166,19 +166,19 @@ class UNet(nn.Module):
         in_channels: channels of x, and of the output.
         model_channels: width at the first level.
         channel_mult: width of each level in units of `model_channels`; each further level has half the resolution.
-        num_res_blocks: residual blocks a level on the way down (one more on the way up).
+        num_res_blocks: residual blocks per level on the way down (one more on the way up).
         attention_levels: levels with attention, 0 = full resolution. The middle always has it.
         num_heads: attention heads; give this or `num_head_channels`.
-        num_head_channels: channels a head, so that wider levels have more heads.
+        num_head_channels: channels per head, so that wider levels have more heads.
         context_dim: width of conditioning tokens; None: no cross-attention.
-        transformer_depth: transformer blocks at each place with attention, where there is cross-attention (1 in nearly
-            all published models, 3 in that of layouts to images).
+        transformer_depth: transformer blocks at each attention layer, if there is cross-attention (1 in nearly all
+            published models, 3 in the layout-to-image one).
         vector_channels: width of the conditioning vector; None: none.
-        spatial_channels: channels of the conditioning picture, concatenated to x.
+        spatial_channels: channels of the conditioning image, concatenated to x.
         scale_shift: the embedding scales and shifts (ADM) instead of being added (DDPM, LDM).
         resample_in_blocks: resolution changes inside residual blocks (ADM) instead of in plain convolutions.
         dropout: probability inside residual blocks.
-        checkpointing: compute activations again in the backward pass instead of keeping them.
+        checkpointing: recompute activations in the backward pass instead of storing them.
 
     Raises:
         ConfigError: parameters that contradict one another, or an input that does not fit them.

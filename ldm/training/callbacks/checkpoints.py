@@ -21,7 +21,7 @@ from ldm.ranges import Count
 from ldm.runtime import distributed
 
 TRIES = 3
-"""So many saves in a row may fail for want of room before the run ends."""
+"""How many saves in a row may fail for lack of space before the run ends."""
 
 _BEST = f"best{store.SUFFIX}"
 _OURS = re.compile(rf"(step=\d+|stopped|finite){re.escape(store.SUFFIX)}")
@@ -32,17 +32,17 @@ log = logging.getLogger(__name__)
 class AtomicCheckpointIO(CheckpointIO):
     """Lightning's reading and writing of checkpoints, done by ldm.checkpoints.store, in a thread.
 
-    Where it is asynchronous, a save copies the state to the host and returns; a second one waits for the first. The
-    first of a run is read back as soon as it is written: what cannot be loaded should be known in the first minute,
-    not at resume.
+    If asynchronous, a save copies the state to the host and returns; a second one waits for the first. The first save
+    of a run is read back as soon as it is written, so that a checkpoint that cannot be loaded is noticed at once, not
+    at resume.
 
-    A save that fails raises nothing here where there are other ranks, which would wait for ever: see `failure`.
+    With several ranks a failed save raises nothing here, since the others would wait forever: see `failure`.
 
     Attributes:
-        asynchronous: a save returns before it is on the disk, and needs a second copy of the state.
-        tries: how many saves in a row may fail for want of room, or of another rank's share, before that is a failure.
+        asynchronous: a save returns before it is on disk, and needs a second copy of the state.
+        tries: how many saves in a row may fail for lack of space or of another rank's shard before that is a failure.
         published: called in the thread after each save.
-        failure: why saving has come to an end; None while there is hope.
+        failure: why saving has failed for good; None otherwise.
     """
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ class AtomicCheckpointIO(CheckpointIO):
         return None if self._under_way is None else self._under_way.exception()
 
     def abandon(self, seconds: float = 5.0) -> None:
-        """The other ranks are lost: wait no longer than so for a save that needs theirs; it is not published."""
+        """The other ranks are lost: wait at most `seconds` for a save that needs their shards; it is not published."""
         if self._needs_peers and self._under_way is not None:
             wait([self._under_way], seconds)
             self._under_way = None
@@ -135,7 +135,7 @@ def save_at_end(trainer: pl.Trainer, path: Path) -> None:
 
 
 def raise_together(failure: Exception | None) -> None:
-    """Raise `failure`, or the like of it where another rank has one."""
+    """Raise `failure`, or a matching error if another rank has one."""
     own = 0 if failure is None else failure.exit_code if isinstance(failure, LdmError) else 1
     code = distributed.max_over_ranks(own)
     if failure is not None:
@@ -147,8 +147,8 @@ def raise_together(failure: Exception | None) -> None:
 class Checkpoints(Checkpoint):
     """Saves `step=<step>.ckpt` at intervals and at the end; `best.ckpt` is a link to the best by a metric.
 
-    Where a step is followed by a validation, it is saved after that, so that the metrics are in the file and a resumed
-    run does not miss them. What is no longer kept is removed after the next save is on the disk.
+    If a step is followed by a validation, it is saved after it, so that the metrics are in the file and a resumed run
+    has them. Checkpoints that are no longer kept are removed once the next save is on disk.
 
     Args:
         every: optimizer steps between two saves; a run always saves at its end.
@@ -242,7 +242,7 @@ class Checkpoints(Checkpoint):
         return True
 
     def _tidy(self) -> None:
-        """After a save, in its thread: point out the best, remove what is not kept."""
+        """After a save, in its thread: link the best, remove what is not kept."""
         files = {file: sealed_file.step(file) for file in self._folder.glob(f"*{store.SUFFIX}") if _is_ours(file)}
         scored = [file for file, step in files.items() if file == self._path(step) and step in self._scores]
         best = sorted(scored, key=lambda file: (self._scores[files[file]], files[file]))[: self.keep_best]
@@ -263,7 +263,7 @@ def _check_logged(trainer: pl.Trainer, monitor: str) -> None:
 
 
 def set_aside_later(folder: Path, step: int) -> list[Path]:
-    """Rename the checkpoints of later steps than `step` to `.superseded`: the run is about to take another way."""
+    """Rename the checkpoints of steps after `step` to `.superseded`, since the run is about to diverge from them."""
     aside = []
     for file in sorted(folder.glob(f"*{store.SUFFIX}")):
         if sealed_file.step(file) <= step:

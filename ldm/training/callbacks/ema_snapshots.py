@@ -21,7 +21,7 @@ FOLDER = "averages"
 class EMASnapshots(pl.Callback):
     """Writes all averages of a diffusion model to `averages/step=<step>.ckpt` at intervals, in half precision.
 
-    They have to be power functions, best two of them (widths 0.05 and 0.1), since others cannot be made of one alone.
+    They must be power functions, preferably two (stds 0.05 and 0.1), since other widths need more than one.
 
     Args:
         every: optimizer steps between two snapshots; a run of 50 of them can be put together well (EDM2, appendix C.3).

@@ -1,4 +1,4 @@
-"""Whether a run has come to its first step: before it there is nothing to keep."""
+"""Whether a run has reached its first step: before it there is nothing to keep."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytorch_lightning as pl
 
 
 class FirstStep(pl.Callback):
-    """Notices when this process has made an optimizer step, or has come to an end without needing one.
+    """Records whether this process has made an optimizer step, or has finished without needing one.
 
     Attributes:
         made: whether it has.

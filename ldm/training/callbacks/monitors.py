@@ -14,11 +14,11 @@ _TRAINING = "train/"  # how names begin that training logs, where validation can
 
 
 class Monitors(pl.Callback):
-    """Looks for the metric of each `monitor` among what is logged, as soon as that can be known.
+    """Checks that the metric of each `monitor` is logged, as early as possible.
 
-    A new run: by the validation batch that is tried before the first step. One that goes on: by the metrics in its
-    checkpoint, unless the model has been changed since, and at its first validation. A metric of training
-    (`train/...`): at the first step that is logged. Stands before the callbacks that it speaks for.
+    In a new run: at the validation batch that is tried before the first step. In a resumed run: by the metrics in its
+    checkpoint, unless the model has changed since, and at its first validation. A training metric (`train/...`): at the
+    first step that is logged. Must come before the callbacks that it checks.
 
     Args:
         monitors: name of a callback under `lightning.callbacks` -> its `monitor`.

@@ -1,6 +1,6 @@
-"""What a person looks at while a model trains: pictures, speed, progress.
+"""Images to look at while a model trains.
 
-Pictures are written to `<run folder>/images/{train,val}/`, the run folder being the trainer's `default_root_dir`, and
+Images are written to `<run folder>/images/{train,val}/`, the run folder being the trainer's `default_root_dir`, and
 sent to wandb where it is among the loggers.
 """
 
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class ShowsImages(Protocol):
-    """A module with something to look at in a batch: named pictures, each (N, C, H, W) in [-1, 1], C = 1 or 3."""
+    """A module that returns named images of a batch, each (N, C, H, W) in [-1, 1], C = 1 or 3."""
 
     def images(self, batch: Any) -> dict[str, Tensor]: ...
 
@@ -88,7 +88,7 @@ class SampleLogger(pl.Callback):
         every_n_steps: between two sheets.
         classes: labels; None: no class, one row.
         seeds: of the columns; the same picture is drawn each time.
-        steps: network calls a picture.
+        steps: network calls per image.
         guidance_scale: 1 = none.
         autoencoder: run folder or checkpoint that decodes; None: the one that made the latents.
         trust: packages besides ldm's own that the autoencoder's configuration may name.
@@ -143,7 +143,7 @@ class SampleLogger(pl.Callback):
         return Pipeline.from_module(pl_module, self._codec.to(pl_module.device), manifest)
 
     def show(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Make a sheet now; every rank has to call it."""
+        """Make a sheet now; every rank must call it."""
         pipeline = self._pipeline(trainer, pl_module)
         world, number = distributed.world_size(), len(self._seeds)
         # As many on each rank, some twice: where the weights are sharded, all ranks call the network together.

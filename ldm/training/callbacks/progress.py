@@ -1,4 +1,4 @@
-"""How fast a run goes and how far it is: images a second, key figures, time elapsed and left."""
+"""Speed and progress of a run: images per second, key metrics, time elapsed and left."""
 
 import time
 from collections.abc import Mapping
@@ -18,8 +18,8 @@ from ldm.runtime.durations import so_far
 class Throughput(pl.Callback):
     """Logs `images_per_second` over all ranks and `data_wait`, the share of the time spent waiting for a batch.
 
-    By the host's clock over many steps, without waiting for the device. Validation and saves do not count. Stands last
-    among the callbacks that draw pictures, so that their time does not pass for waiting.
+    Measured with the host's clock over many steps, without waiting for the device. Validation and saves do not count.
+    Must come after the callbacks that draw images, so that their time does not count as waiting.
 
     Args:
         every_n_steps: optimizer steps averaged over; best the trainer's `log_every_n_steps`.

@@ -1,4 +1,4 @@
-"""Weights that stay finite: a step that would end that is left out, and many of them in a row end the run."""
+"""Keeps weights finite: non-finite steps are skipped, and too many in a row end the run."""
 
 import logging
 import math
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _Step:
-    """What is known of one optimizer step; tensors stay on the device until somebody asks."""
+    """The record of one optimizer step; tensors stay on the device until they are needed."""
 
     number: int = 0
     bad: list[Tensor] = field(default_factory=list)  # one boolean scalar an optimizer
@@ -40,21 +40,20 @@ class _Step:
 
 
 class SkipNonFinite(pl.Callback):
-    """Leaves out every step whose loss or gradient is not finite, and ends the run after too many of them in a row.
+    """Skips every step whose loss or gradient is not finite, and ends the run after too many of them in a row.
 
-    Such an update is left out by a fused optimizer on the device itself (`found_inf`), which costs no waiting; for
-    others by waiting for the device and taking the gradients away. So it reaches neither weights nor average, and no
-    file. The ranks need not talk about it: a loss that is not finite makes the gradient so, and that is common to all.
-    What happened is looked at now and then (on the CPU after every step) and before every save: each step left out is
-    reported with its samples and their files. In fp16 the gradient scaler leaves such steps out by design, and this
-    does nothing.
+    A fused optimizer skips such an update on the device itself (`found_inf`), without waiting; for others this waits
+    for the device and removes the gradients. So it reaches neither weights nor average, and no file. The ranks need not
+    communicate: a non-finite loss makes the gradient non-finite, and the gradient is common to all. The record is
+    checked now and then (on the CPU after every step) and before every save: each skipped step is reported with its
+    samples and their files. In fp16 the gradient scaler skips such steps by design, and this does nothing.
 
     Logs `train/skipped_steps`, over the whole run.
 
     Args:
         folder: where `finite.ckpt` goes at the end: weights no bad step has touched; a run resumed from it goes on
             after them.
-        limit: how many in a row are left out without an end; 0: the first one ends the run.
+        limit: how many in a row are skipped without ending the run; 0: the first one ends it.
         every_n_steps: how often to look, where looking makes the host wait for the device.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A clean stop: a signal gives one checkpoint, from which the run resumes exactly."""
+"""A clean stop: on a signal one checkpoint is saved, from which the run resumes exactly."""
 
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,9 @@ class _NoSignals(_SignalConnector):
 class StopOnSignal(pl.Callback):
     """Turns a signal into one checkpoint and a clean end, `Stopped`, on all ranks after the same step.
 
-    The ranks compare notes after each optimizer step, never within an accumulation, after each validation batch, and
-    before the first step, where there is nothing to save yet. A rank whose checkpoints cannot be saved says so in the
-    same note, and all end together.
+    The ranks synchronize after each optimizer step, never within an accumulation, after each validation batch, and
+    before the first step, when there is nothing to save yet. A rank whose checkpoints cannot be saved reports it in the
+    same exchange, and all end together.
 
     Args:
         folder: where `stopped.ckpt` goes.

@@ -92,7 +92,7 @@ def test_images_of_another_shape_are_refused(shape):
 @pytest.mark.parametrize("dtype", ["uint16", "float32", "int64"])
 def test_images_of_another_type_are_refused(dtype):
     """They would be cut off at 255, and nearly white."""
-    with pytest.raises(DataError, match=f"toy: expected images .* of {dtype}; bring them to 0 .. 255"):
+    with pytest.raises(DataError, match=f"toy: expected images .* of {dtype}; scale them to 0 .. 255"):
         ArrayImages("toy", np.zeros((3, 8, 8), dtype), np.zeros(3, np.int64), ["a"])
 
 

@@ -145,7 +145,7 @@ class TestReadImage:
         assert corner(write(tmp_path / "b.png"), value_range=(0, 4095)) == ("RGB", RED)
         wide = wide_colors(tmp_path / "c.png", 4000)
         assert corner(wide) == ("RGB", (15, 15, 15))
-        with pytest.raises(DataError, match=r"c\.png: value_range is for grey images"):
+        with pytest.raises(DataError, match=r"c\.png: value_range is for gray images"):
             read_image(wide, value_range=(0, 4095))
 
     def test_pixels_without_a_known_range_are_refused(self, tmp_path):
@@ -177,7 +177,7 @@ class TestImageFolder:
         write(tmp_path / "x" / "b.png")
         with pytest.raises(DataError, match="classes: false"):
             ImageFolder(tmp_path)
-        with pytest.raises(DataError, match=r"a\.png: lies in no class folder"):
+        with pytest.raises(DataError, match=r"a\.png: is in no class folder"):
             ImageFolder(tmp_path, classes=True)
         assert ImageFolder(tmp_path, classes=False).files == ["a.png", "x/b.png"]
 
@@ -244,8 +244,8 @@ class TestImageFolder:
         lines = [json.dumps({"file_name": name, "caption": str(number)}) for number, name in enumerate(names)]
         (tmp_path / "c.jsonl").write_text("\n".join(lines))
         assert ImageFolder(tmp_path, captions=tmp_path / "c.jsonl")[0]["caption"] == "2"
-        assert "captions of 1 images that are not there (gone.png)" in caplog.text
-        assert "1 captions of images that have another further down (a.png)" in caplog.text
+        assert "captions of 1 images that do not exist (gone.png)" in caplog.text
+        assert "1 captions of images that have another one further down (a.png)" in caplog.text
 
     def test_unrelated_text_is_no_caption(self, tmp_path):
         write(tmp_path / "a.png")
@@ -374,7 +374,7 @@ class TestImageFolder:
         (tmp_path / "notes").mkdir()
         (tmp_path / "notes" / "a.json").write_text("{}")
         assert ImageFolder(tmp_path).class_names == ["cats"]
-        expected = "no class is made of folders without images: empty (empty), hidden (1 hidden), notes (1 .json)"
+        expected = "folders without images do not become classes: empty (empty), hidden (1 hidden), notes (1 .json)"
         assert expected in caplog.text
         caplog.clear()
         ImageFolder(tmp_path, classes=False)

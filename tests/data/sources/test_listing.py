@@ -53,7 +53,7 @@ def test_an_unreadable_folder_is_named(tmp_path, monkeypatch):
 def test_a_class_folder_on_a_disk_that_is_not_there(tmp_path):
     Image.new("L", (2, 2)).save(tmp_path / "a.png")
     (tmp_path / "dogs").symlink_to(tmp_path / "gone" / "dogs")
-    with pytest.raises(DataError, match=r"dogs: this link leads nowhere \(.*gone/dogs\)"):
+    with pytest.raises(DataError, match=r"dogs: this link is dangling \(.*gone/dogs\)"):
         find(tmp_path)
 
 

@@ -231,7 +231,7 @@ def test_positions_are_absolute_only_where_asked_for():
     assert torch.equal(made[True, None], made[True, False])  # old checkpoints with rotary positions
     assert torch.equal(made[False, None], made[False, True])  # and those without
     assert len({tuple(net.state_dict()) for net in nets.values()}) == 1  # no positions are stored
-    with pytest.raises(ConfigError, match="without positions no token knows its place"):
+    with pytest.raises(ConfigError, match="tokens have no positions"):
         DiT(4, 1, 64, 2, 4, absolute_positions=False)
 
 

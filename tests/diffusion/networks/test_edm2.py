@@ -107,7 +107,7 @@ def test_what_does_not_fit_is_refused(network):
         network(x[..., :7], level, told)
     with pytest.raises(ConfigError, match=r"vector_channels=10, but .* width 12"):
         network(x, level, ClassOneHot(12)({"class_label": torch.tensor([0, 1, 2])}))
-    with pytest.raises(ConfigError, match="reads a vector alone"):
+    with pytest.raises(ConfigError, match="reads only a vector"):
         network(x, level, Conditioning(vector=told.vector, tokens=torch.zeros(3, 1, 8)))
 
 
