@@ -163,9 +163,9 @@ class Encoder(nn.Module):
             previous = width
         self.middle = _middle(previous, middle_attention, dropout)
         self.norm_out = group_norm(previous, eps=EPS)
-        told = self.outputs * latent_channels
-        self.conv_out = nn.Conv2d(previous, told, 3, padding=1)
-        self.quant_conv = nn.Conv2d(told, told, 1)
+        moment_channels = self.outputs * latent_channels
+        self.conv_out = nn.Conv2d(previous, moment_channels, 3, padding=1)
+        self.quant_conv = nn.Conv2d(moment_channels, moment_channels, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         self._check(*images.shape[2:])

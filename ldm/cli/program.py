@@ -35,12 +35,12 @@ def run(main: Callable[[], int]) -> NoReturn:
 
 
 def answer(work: Callable[[], int | None], examine: Callable[[], None] | None = None) -> int:
-    """The exit code of a program's `work`: what it returns (None: 0), or an LdmError's, which is told in one line.
+    """The exit code of a program's `work`: what it returns (None: 0), or an LdmError's, which is reported in one line.
 
     A place that cannot be written to (a file where a folder is needed, a full disk) counts as one.
 
     Args:
-        examine: called before an error is told, while it is being handled.
+        examine: called before an error is reported, while it is being handled.
     """
     try:
         return work() or 0

@@ -126,8 +126,8 @@ class Judge(NamedTuple):
         kept, classes = len(known.labels) * 9 // 10, int(known.labels.max()) + 1
         classifier = train_classifier(*known.take(slice(kept)), classes, epochs=epochs)
         reference = judge(classifier, tested.images)
-        told = accuracy(reference.logits, tested.labels)
-        return cls(classifier, reference.features, told, known.take(slice(kept, None)), classes)
+        test_accuracy = accuracy(reference.logits, tested.labels)
+        return cls(classifier, reference.features, test_accuracy, known.take(slice(kept, None)), classes)
 
     def __call__(self, pictures: Pictures) -> Score:
         seen = judge(self.classifier, pictures.images)

@@ -63,15 +63,15 @@ class Watch:
 
     Args:
         children: the ranks.
-        told: called with the reason before this process exits, in another thread.
+        report: called with the reason before this process exits, in another thread.
         grace: seconds between a child's death and the exit.
     """
 
     def __init__(
-        self, children: Sequence[subprocess.Popen[bytes]], told: Callable[[str], None], grace: NotNegative = 8.0
+        self, children: Sequence[subprocess.Popen[bytes]], report: Callable[[str], None], grace: NotNegative = 8.0
     ) -> None:
         self._children = children
-        self._told = told
+        self._report = report
         self._grace = grace
         self._over = threading.Event()
         threading.Thread(target=self._look, name="watch", daemon=True).start()
@@ -85,7 +85,7 @@ class Watch:
             # No rank exits with 0, or because of a signal, without all the others.
             gone = [child for child in self._children if child.poll() is not None and 0 != child.returncode < 128]
             if gone and not self._over.wait(self._grace):
-                self._told(f"the rank with process id {gone[0].pid} ended with {gone[0].returncode}")
+                self._report(f"the rank with process id {gone[0].pid} ended with {gone[0].returncode}")
                 os._exit(PeerError.exit_code)
 
 

@@ -48,11 +48,11 @@ def classifier_free(
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
         # lerp(null, conditional, scale) in one pass.
-        whole, untold = denoise(torch.cat([x, x]), t, both).chunk(2)
-        told = whole[:, :channels]
-        x0 = torch.lerp(untold[:, :channels], told, scale)
+        whole, unconditional_x0 = denoise(torch.cat([x, x]), t, both).chunk(2)
+        conditional_x0 = whole[:, :channels]
+        x0 = torch.lerp(unconditional_x0[:, :channels], conditional_x0, scale)
         if rescale > 0:
-            x0 = x0 * (1 - rescale + rescale * _spread(told) / _spread(x0))
+            x0 = x0 * (1 - rescale + rescale * _spread(conditional_x0) / _spread(x0))
         return _completed(x0, whole)
 
     return guided
@@ -121,7 +121,7 @@ def _spread(x: Tensor) -> Tensor:
     return x.flatten(1).std(1).reshape(-1, *[1] * (x.ndim - 1))
 
 
-_ALWAYS_TOLD = "this model was never trained without class labels (model.params.label_dropout: 0)"
+_ALWAYS_CONDITIONED = "this model was never trained without class labels (model.params.label_dropout: 0)"
 
 
 @dataclass(frozen=True)
@@ -167,12 +167,12 @@ class Guidance:
         if len(others) == 2:
             raise ConfigError("guidance: found both another model and a classifier; leave one of them out")
 
-    def check(self, pipeline: "Pipeline", told: bool, times: Tensor) -> None:
+    def check(self, pipeline: "Pipeline", conditional: bool, times: Tensor) -> None:
         """ConfigError if there is nothing to guide with, or the model never learned the unconditional prediction.
 
         Args:
             pipeline: the model to guide.
-            told: whether classes are requested.
+            conditional: whether classes are requested.
             times: of the sampler; the guiding model must have the same noise levels at these times.
         """
         if self.channels is not None and self.channels > (there := pipeline.manifest.plan.shape[0]):
@@ -181,21 +181,21 @@ class Guidance:
             )
         if self.guide is not None:
             self._check_guide(pipeline, self.guide, times)
-        elif self.classifier is not None and not told:
+        elif self.classifier is not None and not conditional:
             raise ConfigError("guidance by a classifier: no classes are requested; request some, or leave it out")
         elif self.classifier is None and self.scale != 1:
-            self._check_classes(pipeline, told)
-        if pipeline.num_classes is not None and not told and pipeline.label_dropout == 0:
-            raise ConfigError(f"classes: found none, but {_ALWAYS_TOLD}; request some")
+            self._check_classes(pipeline, conditional)
+        if pipeline.num_classes is not None and not conditional and pipeline.label_dropout == 0:
+            raise ConfigError(f"classes: found none, but {_ALWAYS_CONDITIONED}; request some")
 
-    def _check_classes(self, pipeline: "Pipeline", told: bool) -> None:
+    def _check_classes(self, pipeline: "Pipeline", conditional: bool) -> None:
         found = f"guidance scale: found {self.scale:g}, but"
         if pipeline.num_classes is None:
             raise ConfigError(f"{found} this model was trained without classes; expected 1, or a guiding model")
-        if not told:
+        if not conditional:
             raise ConfigError(f"{found} no classes are requested; request some, or leave the scale at 1")
         if pipeline.label_dropout == 0:
-            raise ConfigError(f"{found} {_ALWAYS_TOLD}; expected 1, or a guiding model")
+            raise ConfigError(f"{found} {_ALWAYS_CONDITIONED}; expected 1, or a guiding model")
 
     def _check_guide(self, pipeline: "Pipeline", guide: "Pipeline", times: Tensor) -> None:
         ours, theirs = pipeline.manifest, guide.manifest
@@ -215,15 +215,15 @@ class Guidance:
         """The guided denoiser of `number` rows with classes `labels` (number,); None: no class."""
         conditional = partial(pipeline.objective.denoise, pipeline.denoiser["network"])
         null = pipeline.conditioner.null(number)
-        told = null if labels is None else pipeline.conditioner({"class_label": labels})
-        plain = classifier_free(conditional, told, null, 1.0)
+        conditioning = null if labels is None else pipeline.conditioner({"class_label": labels})
+        plain = classifier_free(conditional, conditioning, null, 1.0)
         if self.guide is not None:
             guided = autoguidance(plain, Guidance().denoiser(self.guide, labels, number), self.scale, self.channels)
         elif self.classifier is not None and labels is not None:
             sees, wanted = self.classifier, labels
             guided = classifier(plain, pipeline.objective, lambda x, t: sees(x, t, wanted), self.scale, self.channels)
         elif labels is not None:
-            guided = classifier_free(conditional, told, null, self.scale, self.rescale, self.channels)
+            guided = classifier_free(conditional, conditioning, null, self.scale, self.rescale, self.channels)
         else:
             guided = plain
         if self.interval == (0.0, math.inf):

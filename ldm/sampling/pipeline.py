@@ -95,8 +95,8 @@ class Pipeline:
     @property
     def num_classes(self) -> int | None:
         """The number of classes; None: the model was trained without."""
-        told = vars(self.conditioner.null(1)).values()
-        return None if all(slot is None for slot in told) else self.manifest.plan.num_classes
+        slots = vars(self.conditioner.null(1)).values()
+        return None if all(slot is None for slot in slots) else self.manifest.plan.num_classes
 
 
 def _diffusion_record(state: Mapping[str, Any], file: Path) -> dict[str, Any]:

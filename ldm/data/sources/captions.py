@@ -23,12 +23,12 @@ def from_jsonl(path: Path, pictures: Sequence[str]) -> tuple[dict[str, str], str
         )
     known = set(pictures)
     missing = [name for name in captions if name not in known]
-    told = []
+    notes = []
     if missing:
-        told.append(f"left out: captions of {len(missing)} images that do not exist ({missing[0]})")
+        notes.append(f"left out: captions of {len(missing)} images that do not exist ({missing[0]})")
     if repeated:
-        told.append(f"left out: {len(repeated)} captions of images that have another one further down ({repeated[0]})")
-    return captions, "; ".join(told)
+        notes.append(f"left out: {len(repeated)} captions of images that have another one further down ({repeated[0]})")
+    return captions, "; ".join(notes)
 
 
 def beside(

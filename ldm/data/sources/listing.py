@@ -65,10 +65,10 @@ class Listing:
 
     def left_out(self, used: Collection[str] = ()) -> str:
         """What is neither an image nor one of the `used` text files, by kind; "" if there is nothing."""
-        told = [describe([*self.others, *(text for text in self.texts if text not in used), *self.hidden])]
+        notes = [describe([*self.others, *(text for text in self.texts if text not in used), *self.hidden])]
         if self.circles:
-            told.append(f"{len(self.circles)} links to a folder that contains them ({self.circles[0]})")
-        return ", ".join(filter(None, told))
+            notes.append(f"{len(self.circles)} links to a folder that contains them ({self.circles[0]})")
+        return ", ".join(filter(None, notes))
 
 
 def find(root: Path) -> Listing:
@@ -146,9 +146,9 @@ def demand_no_lost_class(root: Path, listing: Listing, classes: Sequence[str]) -
                 "Convert them, or hide the folder with a name that starts with a dot. "
                 f"Supported formats: {' '.join(sorted(EXTENSIONS))}"
             )
-    told = [f"{folder} ({describe(names) or 'empty'})" for folder, names in ignored.items()]
-    more = f" and {len(told) - 10} more" if len(told) > 10 else ""
-    return f"folders without images do not become classes: {', '.join(told[:10])}{more}" if told else ""
+    named = [f"{folder} ({describe(names) or 'empty'})" for folder, names in ignored.items()]
+    more = f" and {len(named) - 10} more" if len(named) > 10 else ""
+    return f"folders without images do not become classes: {', '.join(named[:10])}{more}" if named else ""
 
 
 def describe(names: Iterable[str]) -> str:

@@ -72,12 +72,12 @@ class ResBlock(nn.Module):
         if self.resize != 1:
             h, x = self._resized(h), self._resized(x)  # (N, C, H', W')
         h = self.conv_in(h)  # (N, C', H', W')
-        told = self.embedding(embedding)[:, :, None, None]  # (N, C' or 2C', 1, 1)
+        emb = self.embedding(embedding)[:, :, None, None]  # (N, C' or 2C', 1, 1)
         if self.scale_shift:
-            scale, shift = told.chunk(2, dim=1)
+            scale, shift = emb.chunk(2, dim=1)
             h = torch.addcmul(shift, self.norm_out(h), 1 + scale)  # (N, C', H', W')
         else:
-            h = self.norm_out(h + told)  # (N, C', H', W')
+            h = self.norm_out(h + emb)  # (N, C', H', W')
         return self.shortcut(x) + self.conv_out(self.dropout(F.silu(h)))
 
     def _resized(self, x: Tensor) -> Tensor:
