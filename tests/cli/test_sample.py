@@ -151,7 +151,7 @@ def test_grey_pictures_of_an_unconditional_model_in_a_square(make_runs, run):
         (["--steps", "0"], 2, "--steps: expected a whole number of 1 or more, found '0'"),
         (["--steps", "2000"], 2, "1 to 1000"),
         (["--eta", "0.5", "--sampler", "ancestral"], 2, "--eta 0.5: expected a sampler of ddim, euler, dpm"),
-        (["--steps", "3", "--schedule", "compvis"], 2, "a divisor of 1000"),
+        (["--steps", "3", "--schedule", "compvis"], 2, "a proper divisor of 1000"),
         (["--eta", "1.5"], 2, "0 to 1"),
         (["--sampler", "plms"], 2, "ancestral"),
         (["--guidence", "2"], 2, "--guidance"),
