@@ -177,7 +177,7 @@ def test_samples_are_those_of_the_averaged_weights(
     ("wrong", "message"),
     [
         ({"classes": [0, 3]}, "class 3: expected 0 to 2"),
-        ({"guidance_scale": 2.0}, "callbacks.images .*: guidance scale: found 2, but no classes are asked for"),
+        ({"guidance_scale": 2.0}, "callbacks.images .*: guidance scale: found 2, but no classes are requested"),
         ({"steps": 2000}, "2000"),
     ],
 )
