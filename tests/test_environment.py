@@ -59,7 +59,9 @@ def test_make_lock_writes_the_conda_file_with_what_every_sed_has(tmp_path):
     names = {"Makefile", "environment.yaml", "requirements.lock", "pyproject.toml"}
     for name in names:
         shutil.copy(ROOT / name, tmp_path)
-    said = subprocess.run(["make", "-n", "lock"], cwd=tmp_path, capture_output=True, text=True).stdout
+    said = subprocess.run(
+        ["make", "--no-print-directory", "-n", "lock"], cwd=tmp_path, capture_output=True, text=True
+    ).stdout
     recipe = said[said.index("\nsed ") :]
     assert not re.search(r"sed -[a-zA-Z]*i", recipe)
     subprocess.run(["sh", "-ec", recipe], cwd=tmp_path, check=True)

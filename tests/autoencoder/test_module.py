@@ -300,7 +300,7 @@ def test_pictures_lie_in_the_range_of_images():
 RANKS = """
 import sys, torch, pytorch_lightning as pl
 from functools import partial
-from ldm import distributed
+from ldm.runtime import distributed
 from ldm.autoencoder.discriminator import PatchDiscriminator
 from ldm.autoencoder.losses import AutoencoderLoss
 from ldm.autoencoder.module import AutoencoderKL

@@ -227,7 +227,7 @@ BROKEN = {
     17: ("ldm.runtime.signals.listen", lambda: False),
     26: ("ldm.training.callbacks.skip_nonfinite.SkipNonFinite.on_before_optimizer_step", lambda *_: None),
     33: ("ldm.latents.manifest.check_bytes", lambda *_: None),
-    34: ("ldm.latents.manifest.CacheSpec.demand", lambda *_: None),
+    34: ("ldm.latents.manifest.CacheSpec.require", lambda *_: None),
     39: ("fcntl.lockf", lambda *_: None),
 }
 
