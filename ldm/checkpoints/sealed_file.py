@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import zlib
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
@@ -33,7 +34,9 @@ def write(path: Path, state: dict[str, Any], step: int) -> None:
     Raises:
         OSError: it could not be written; the old file is intact.
     """
-    with files.published(path) as aside, aside.open("wb") as file:
+    # Closed last, and the lock with it: also while a large file is synced its owner is seen to live.
+    with ExitStack() as held, files.published(path) as aside:
+        file = held.enter_context(aside.open("wb"))
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells `abandoned` that the owner lives
         summing = _Summing(file)
         try:
@@ -42,6 +45,7 @@ def write(path: Path, state: dict[str, Any], step: int) -> None:
             raise summing.error or error from error
         summing.write(b"\nldm %020d " % step)
         summing.write(b"%08x\n" % summing.crc)
+        summing.flush()
 
 
 def read(path: Path, map_location: Any = "cpu", mapped: bool = False) -> dict[str, Any]:

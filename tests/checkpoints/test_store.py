@@ -21,7 +21,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ldm.checkpoints import state_tree, store
+from ldm.checkpoints import sealed_file, state_tree, store
 from ldm.errors import CheckpointError, NumericError, ResourceError
 
 
@@ -293,3 +293,17 @@ def test_kill_9_during_a_save_leaves_a_good_file(tmp_path: Path, rounds: int) ->
 @pytest.mark.parametrize("rounds", [10, pytest.param(100, marks=pytest.mark.slow)])
 def test_kill_9_leaves_a_good_file_on_another_file_system(tmp_path: Path, shared_memory: Path, rounds: int) -> None:
     _kill_savers(shared_memory, tmp_path / "acknowledged", rounds)
+
+
+def test_a_saver_that_waits_for_the_disk_is_seen_to_live(tmp_path, monkeypatch):
+    """Until its file has its name: a sweep in the meantime would take it away."""
+    taken = []
+
+    def waits(handle: int) -> None:
+        taken.extend(sealed_file.abandoned(file) for file in tmp_path.glob("*.tmp.*"))
+
+    monkeypatch.setattr(os, "fsync", waits)
+    sealed_file.write(tmp_path / "a.ckpt", {"x": 1}, step=3)
+    assert taken == [False]
+    assert sealed_file.read(tmp_path / "a.ckpt") == {"x": 1}
+    assert sealed_file.fault(tmp_path / "a.ckpt") is None
