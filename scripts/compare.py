@@ -82,12 +82,12 @@ def train(variant: Path | None, folder: Path, steps: int, mark: int, options: An
 def speed(made: Path) -> float:
     """Images a second: the best of what the run logged, since what else a machine does can only slow it down."""
     rows = read_metrics(made / "metrics.csv")
-    told = [float(row["images_per_second"]) for row in rows if "images_per_second" in row]
-    if not told:
+    speeds = [float(row["images_per_second"]) for row in rows if "images_per_second" in row]
+    if not speeds:
         raise ConfigError(
             f"{made}: logged no images_per_second in {CALIBRATION} steps; leave the trainer's intervals alone"
         )
-    return max(told)
+    return max(speeds)
 
 
 def train_all(variants: dict[str, Path | None], options: Any) -> dict[str, tuple[Path, float, int]]:
@@ -167,11 +167,11 @@ def table(record: dict[str, Any]) -> str:
     rows = []
     for name, entry in record.items():
         last = max(entry["marks"].values(), key=lambda mark: mark["images"])
-        told = [f"{score['accuracy']:.1%} / {score['distance']:.2f}" for score in last["scores"].values()]
+        scores = [f"{score['accuracy']:.1%} / {score['distance']:.2f}" for score in last["scores"].values()]
         size = f"{entry['parameters'] / 1e6:.1f}"
         images = f"{last['images']:,}"
         order = next(iter(last["scores"].values()))["distance"]
-        rows.append((order, [name, size, f"{entry['images_per_second']:.0f}", images, *told]))
+        rows.append((order, [name, size, f"{entry['images_per_second']:.0f}", images, *scores]))
     scales = [f"guidance {scale}" for scale in next(iter(next(iter(record.values()))["marks"].values()))["scores"]]
     header = ["configuration", "parameters, M", "images/s", "images seen", *scales]
     return markdown(header, [row for _, row in sorted(rows)])

@@ -80,11 +80,11 @@ def main(argv: Sequence[str]) -> int:
         results: list[Result] = []
         for result in _tried(faults, folder, options, console):
             results = sorted([*results, result], key=lambda one: one.number)
-            told = summary(results, time.monotonic() - began, options)
+            summed = summary(results, time.monotonic() - began, options)
             if options.json:
-                record = {"summary": told, "results": [asdict(one) for one in results]}
+                record = {"summary": summed, "results": [asdict(one) for one in results]}
                 options.json.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"{table(results)}\n\n{told}")
+    print(f"{table(results)}\n\n{summed}")
     return int(any(result.verdict == "fail" for result in results))
 
 

@@ -1,4 +1,4 @@
-"""What every program of ldm does around its own work: hear of signals, be tied to its launcher, leave quickly."""
+"""What every program of ldm does around its own work: listen for signals, exit with its launcher, exit quickly."""
 
 import io
 import signal

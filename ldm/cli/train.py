@@ -26,12 +26,11 @@ from ldm.training import resume
 from ldm.training.options import Options
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Returns the exit code."""
-    words = sys.argv[1:] if argv is None else list(argv)
-    debug = "-d" in words or "--debug" in words
+    debug = "-d" in argv or "--debug" in argv
     try:
-        return program.answer(lambda: work(parse(words)), examine if debug else None)
+        return program.answer(lambda: work(parse(argv)), examine if debug else None)
     except Exception:
         if debug:
             examine()

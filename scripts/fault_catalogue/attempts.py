@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from scripts.fault_catalogue import processes
-from scripts.fault_catalogue.harness import Fault, Figures, Result, attempt, told
+from scripts.fault_catalogue.harness import Fault, Figures, Result, attempt, reported
 from scripts.fault_catalogue.processes import Child
 
 
@@ -54,7 +54,7 @@ class Attempt:
         with suppress(OSError):
             return Result.from_dict(json.loads((self.folder / "result.json").read_text()))
         why = f"not done after {self.fault.limit:.0f} s" if late else f"its process ended with {self.child.code}"
-        return told(self.fault, "fail", f"{why}; {self.count} trials passed", 0, 0, seconds, [])
+        return reported(self.fault, "fail", f"{why}; {self.count} trials passed", 0, 0, seconds, [])
 
     def end(self) -> None:
         """Kill it, with everything below it."""

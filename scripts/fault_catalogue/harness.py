@@ -1,4 +1,4 @@
-"""What every fault shares: how it is declared, tried in a process of its own, counted, and told.
+"""What every fault shares: how it is declared, tried in a process of its own, counted, and reported.
 
 A fault is a function of a `Place`. Its docstring says what is injected and, after "Expected:", what has to follow. It
 makes trials (`with place.trial("..."):` around code that raises `Wrong` where a run breaks its promise) and returns a
@@ -201,10 +201,10 @@ def attempt(fault: Fault, folder: Path, lab: Path, figures: Figures) -> Result:
         remark, verdict = f"{type(error).__name__}: {error}", "fail"
     if verdict is None:
         verdict = "pass" if place.tried and place.passed == place.tried else "fail"
-    return told(fault, verdict, remark, place.passed, place.tried, time.monotonic() - began, place.failures)
+    return reported(fault, verdict, remark, place.passed, place.tried, time.monotonic() - began, place.failures)
 
 
-def told(
+def reported(
     fault: Fault, verdict: str, remark: str, passed: int, tried: int, seconds: float, failures: Sequence[str]
 ) -> Result:
     """The result of a fault, its counts before the remark."""

@@ -115,7 +115,7 @@ def world_sizes(place: Place) -> str:
     """
     legs = ((2, 7), (1, 13), (2, 20))
     tree = elastic(stage2(place.lab, steps=20, every=100, validate=20))
-    alone = _told(place, tree, "single")
+    alone = _trained(place, tree, "single")
     for launcher in place.some(("lightning", "torchrun"), quick=1):
         with place.trial(f"2 -> 1 -> 2, {launcher}"):
             run, folder = Run(place.new(launcher), tree), place.new("diary")
@@ -133,7 +133,7 @@ def world_sizes(place: Place) -> str:
     return "the same samples at every step"
 
 
-def _told(place: Place, tree: Tree, launcher: str) -> tuple[list[str], dict[str, float]]:
+def _trained(place: Place, tree: Tree, launcher: str) -> tuple[list[str], dict[str, float]]:
     run, folder = Run(place.new("told"), tree), place.new("diary")
     run.complete(launcher=launcher, hook=diary(folder))
     return _rows(folder), run.final()["metrics"]

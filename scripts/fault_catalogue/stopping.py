@@ -31,7 +31,7 @@ def _tree(place: Place, steps: int = 30, workers: int = 0) -> Tree:
 
 
 def _demand_stopped(run: Run, code: int | None, number: int, launcher: str = "single") -> int:
-    """The step of a run that was stopped by a signal, as it has to be told and saved."""
+    """The step of a run that was stopped by a signal, as it has to be reported and saved."""
     state = run.state
     demand(state.status == "stopped", f"status {state.status}, {state.reason}")
     demand(state.exit_code == 128 + number, f"run_state.json says exit code {state.exit_code}")
@@ -95,8 +95,8 @@ def two(place: Place) -> str:
                     run.complete(*words, launcher=launcher)
                     demand_same(run.final(), straight.final())
                 passed[launcher, target] += 1
-    told = "; ".join(f"{launcher}, {target}: {passed[launcher, target]} of {number + 1}" for launcher, target in cells)
-    return f"{told}; gone after at most {slowest:.1f} s"
+    cases = "; ".join(f"{launcher}, {target}: {passed[launcher, target]} of {number + 1}" for launcher, target in cells)
+    return f"{cases}; gone after at most {slowest:.1f} s"
 
 
 def _send(child: Child, launcher: str, target: str, number: int) -> None:
