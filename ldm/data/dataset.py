@@ -72,6 +72,26 @@ def class_labels(dataset: ImageDataset) -> np.ndarray | None:
 
 
 @runtime_checkable
+class Captioned(Protocol):
+    """Optional: a data set that can say without decoding whether its items carry captions."""
+
+    def has_captions(self) -> bool:
+        """Whether each item has a `caption`."""
+
+
+def has_captions(dataset: ImageDataset) -> bool:
+    """Whether items carry captions: as the data set says, otherwise as its first readable item shows."""
+    if isinstance(dataset, Captioned):
+        return dataset.has_captions()
+    for item in range(len(dataset)):
+        try:
+            return "caption" in dataset[item]
+        except DataError:
+            continue
+    return False
+
+
+@runtime_checkable
 class Decoded(Protocol):
     """Optional: a data set that can say how another file must be decoded to match its items."""
 
@@ -127,6 +147,9 @@ class Subset:
         labels = class_labels(self.dataset)
         return None if labels is None else labels[self.indices]
 
+    def has_captions(self) -> bool:
+        return has_captions(self.dataset)
+
     def decoding(self) -> dict[str, Any]:
         return decoding(self.dataset)
 
@@ -137,16 +160,6 @@ class Subset:
 
     def prepare(self) -> None:
         self.dataset.prepare()
-
-
-def has_captions(dataset: ImageDataset) -> bool:
-    """Whether items carry captions: all do or none does, so the first readable one tells (of the first 64)."""
-    for item in range(min(len(dataset), 64)):
-        try:
-            return "caption" in dataset[item]
-        except DataError:
-            continue
-    return False
 
 
 def hold_out(dataset: ImageDataset, number: int) -> tuple[Subset, Subset]:

@@ -13,6 +13,7 @@ from PIL import Image
 from ldm.autoencoder.codec import Codec
 from ldm.checkpoints import store
 from ldm.data.datamodule import VALIDATION_SEED
+from ldm.data.dataset import Subset, has_captions
 from ldm.data.fingerprint import parts
 from ldm.data.sources.folder import ImageFolder
 from ldm.data.transforms import EvalTransform
@@ -463,3 +464,10 @@ def test_meta_batch_has_the_keys_and_the_shapes_of_a_real_one(make, here):
     for name in ("latent", "class_label"):
         assert meta[name].is_meta
         assert (meta[name].shape, meta[name].dtype) == (real[name].shape, real[name].dtype)
+
+
+@pytest.mark.parametrize("captions", [True, False])
+def test_captions_are_seen_behind_any_number_of_broken_items(captions):
+    """They decide which cache it is, and a data set of others need not say whether it has some."""
+    pictures = Pictures(100, broken=tuple(range(99)), captions=captions)
+    assert has_captions(pictures) == has_captions(Subset(pictures, [98, 99])) == captions

@@ -61,6 +61,9 @@ class ArrayImages:
     def __getitem__(self, index: int) -> Item:
         return {"image": Image.fromarray(self.images[index]), "class_label": int(self.labels[index])}
 
+    def has_captions(self) -> bool:
+        return False
+
     def class_labels(self) -> np.ndarray | None:
         return None if self.class_names is None else self.labels
 

@@ -124,6 +124,9 @@ class ImageFolder:
     def _label(self, file: str) -> int:
         return self._label_of[file.split("/")[0]]
 
+    def has_captions(self) -> bool:
+        return bool(self._captions is not None or self._texts)
+
     def class_labels(self) -> np.ndarray | None:
         return None if self.class_names is None else np.array([self._label(file) for file in self.files])
 

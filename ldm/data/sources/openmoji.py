@@ -113,6 +113,9 @@ class OpenMoji:
             self._draw(self.emoji[index])
         return {"image": read_image(path), "class_label": self.emoji[index].label, "caption": self.emoji[index].name}
 
+    def has_captions(self) -> bool:
+        return True
+
     def class_labels(self) -> np.ndarray | None:
         return np.array([emoji.label for emoji in self.emoji])
 

@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from ldm.data.datamodule import ImageDataModule
 from ldm.data.dataset import class_labels
 from ldm.data.sources.openmoji import OpenMoji
 from ldm.errors import DataError, ResourceError
@@ -81,6 +82,13 @@ def test_labels_are_known_without_drawing(few):
     known = class_labels(few).tolist()
     assert not few.folder.exists()
     assert known == [few[index]["class_label"] for index in range(5)]
+
+
+def test_captions_are_known_without_drawing(few, tmp_path):
+    batch = ImageDataModule(few, batch_size=2, resolution=16, seed=1).meta_batch()
+    assert batch["caption"] == ["", ""]
+    assert not list(tmp_path.rglob("*.png"))  # a dry run writes nothing
+    assert "caption" in few[0]
 
 
 def test_an_interrupted_drawing_leaves_no_half_picture(few, monkeypatch):
