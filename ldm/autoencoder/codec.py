@@ -14,7 +14,7 @@ from ldm.autoencoder.posterior import DiagonalGaussian, Posterior
 from ldm.autoencoder.quantizer import VectorQuantizer
 from ldm.checkpoints import store
 from ldm.config.load import build
-from ldm.config.moved import current_plain
+from ldm.config.tree import current_plain
 from ldm.errors import CheckpointError, ConfigError
 from ldm.ranges import Count
 
@@ -86,7 +86,7 @@ class Codec(nn.Module):
                 f"{file}: expected the checkpoint of an autoencoder (stage 1), found {found}. "
                 f"Name the run folder of a stage-1 run."
             )
-        params = current_plain(record["config"])["model"]["params"]
+        params = current_plain(record["config"], str(file))["model"]["params"]
         config = {name: params[name] for name in ("encoder", "decoder", "quantizer") if params.get(name)}
         try:
             parts = {name: build(node, trust, key=f"model.params.{name}") for name, node in config.items()}

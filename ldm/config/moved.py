@@ -2,11 +2,9 @@
 
 Dotted names and parameters are public: they stand in the configurations that run folders and checkpoints hold, in what
 a latent cache says of itself, and in people's own files. All of these are read under the names of today: YAML and what
-is merged with it by ldm/config/tree.py, the rest by `current_plain`. A class that moves or is renamed gets a row here,
-a parameter likewise; rows are never removed.
+is merged with it by ldm/config/tree.py, the rest by its `current_plain`. A class that moves or is renamed gets a row
+here, a parameter likewise; rows are never removed.
 """
-
-from typing import Any
 
 MOVED = {
     "ldm.averages": "ldm.training.callbacks.ema_snapshots",
@@ -91,17 +89,3 @@ def target(name: str) -> str:
 def parameter(of: str, name: str) -> str:
     """What the parameter `name` of the class `of`, a dotted name of today, is called now."""
     return PARAMETERS.get(of, {}).get(name, name)
-
-
-def current_plain(value: Any) -> Any:
-    """Plain containers, such as the configuration in a checkpoint, with the names of today; all of them new."""
-    if isinstance(value, list | tuple):
-        return [current_plain(child) for child in value]
-    if not isinstance(value, dict):
-        return value
-    children = {key: current_plain(child) for key, child in value.items()}
-    if isinstance(children.get("target"), str):
-        children["target"] = target(children["target"])
-        if isinstance(children.get("params"), dict):
-            children["params"] = {parameter(children["target"], key): of for key, of in children["params"].items()}
-    return children

@@ -57,6 +57,11 @@ def from_plain(value: Any, origin: str, key: str = "") -> Node:
     return _current(_from_plain(value, origin, key))
 
 
+def current_plain(value: Any, origin: str = "a stored configuration") -> Any:
+    """Plain containers, such as the configuration in a checkpoint, with the names of today; all of them new."""
+    return from_plain(value, origin).plain()
+
+
 def _from_plain(value: Any, origin: str, key: str) -> Node:
     if isinstance(value, dict):
         for name in value:

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.config.moved import current_plain
+from ldm.config.tree import current_plain
 from ldm.data.fingerprint import comparable
 from ldm.errors import DataError, ResourceError
 from ldm.latents.claims import COMMAND, REBUILD, dump, publish, read_sealed, seal

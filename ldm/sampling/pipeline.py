@@ -11,7 +11,7 @@ from torch import nn
 from ldm.autoencoder.codec import Codec
 from ldm.checkpoints import store
 from ldm.config.load import build
-from ldm.config.moved import current_plain
+from ldm.config.tree import current_plain
 from ldm.diffusion.conditioners.base import Conditioner
 from ldm.diffusion.objectives import Objective
 from ldm.errors import CheckpointError
@@ -65,7 +65,7 @@ class Pipeline:
         file = store.find(Path(path))
         state = store.load(file)
         record = _diffusion_record(state, file)
-        params = current_plain(record["config"])["model"]["params"]
+        params = current_plain(record["config"], str(file))["model"]["params"]
         denoiser = nn.ModuleDict({name: build(params[name], trust) for name in ("network", "conditioner")})
         objective = build(params["objective"], trust)
         store.fill(denoiser, state["state_dict"], "ema.average" if ema else "denoiser", file)

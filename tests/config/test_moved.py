@@ -6,8 +6,9 @@ import pytest
 
 from ldm.config import moved
 from ldm.config.load import build, from_tree, load
-from ldm.config.moved import MOVED, PARAMETERS, current_plain
+from ldm.config.moved import MOVED, PARAMETERS
 from ldm.config.targets import resolve
+from ldm.config.tree import current_plain
 from ldm.errors import ConfigError
 
 UNET = {"target": "ldm.diffusion.unet.UNet", "params": {"blocks": [{"target": "ldm.diffusion.grids.Karras"}]}}

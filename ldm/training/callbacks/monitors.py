@@ -5,7 +5,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from ldm.config.tree import from_plain
+from ldm.config.tree import current_plain
 from ldm.errors import ConfigError
 from ldm.runtime import distributed
 from ldm.runtime.step_metrics import is_logged
@@ -90,4 +90,4 @@ def _check(monitors: Mapping[str, str], known: Iterable[str], where: str) -> Non
 
 def _same(config: Mapping[str, Any], model: Any) -> bool:
     """Whether a checkpoint's configuration describes `model`, by whatever names it did then."""
-    return from_plain(config.get("model"), "a checkpoint").plain() == from_plain(model, "the run").plain()
+    return bool(current_plain(config.get("model")) == current_plain(model))
