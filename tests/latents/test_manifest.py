@@ -309,9 +309,10 @@ def test_a_dead_ranks_share_is_taken_over(whole, tmp_path):
 def kill_until_done(folder: Path, rng: random.Random, world: int) -> int:
     """Start builders and kill one of them at a random moment, until one comes to the end; the number of kills."""
     kills = 0
-    for _ in range(200):
+    for attempt in range(200):
         builders = [start(folder, rank, world, delay=0.01) for rank in range(world)]
-        time.sleep(rng.uniform(0.0, 0.25))
+        # Later attempts may live longer: a busy machine takes more than a quarter of a second to start one and to sync.
+        time.sleep(rng.uniform(0.0, 0.25 + 0.01 * attempt))
         for builder in builders:
             os.kill(builder.pid, signal.SIGKILL)
             builder.join()
