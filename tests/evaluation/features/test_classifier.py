@@ -1,8 +1,10 @@
 import pytest
 import torch
 
+from ldm.evaluation.features import classifier
 from ldm.evaluation.features.classifier import Classifier, judge, train_classifier, unit_range
 from ldm.evaluation.metrics import accuracy
+from ldm.runtime.precision import Answer
 
 
 def striped(number: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,6 +36,21 @@ def test_training_is_a_function_of_its_arguments(trained):
         assert torch.equal(ours, theirs)
     other = train_classifier(*striped(256, seed=0), 2, epochs=1, batch_size=32, width=8, seed=1)
     assert not torch.equal(other.head.weight, trained.head.weight)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bf16_is_used_only_where_it_is_not_emulated(native, monkeypatch):
+    seen, scaled = set(), classifier.unit_range
+
+    def watched(images):
+        seen.add(torch.is_autocast_enabled("cpu"))
+        return scaled(images)
+
+    monkeypatch.setattr(classifier, "computes_bf16", lambda kind: Answer(native, "as the test says"))
+    monkeypatch.setattr(classifier, "unit_range", watched)
+    images = torch.zeros(4, 1, 16, 16, dtype=torch.uint8)
+    train_classifier(images, torch.zeros(4, dtype=torch.int64), 2, epochs=1, batch_size=4, width=8)
+    assert seen == {native}
 
 
 def test_features_are_the_input_of_the_last_layer(trained):
