@@ -172,7 +172,7 @@ def samples(pipeline: Pipeline, number: int, num_classes: int, steps: int, guida
     made = generate(
         pipeline,
         range(len(labels)),
-        labels.tolist(),
+        [{"class_label": label} for label in labels.tolist()],
         steps=steps,
         guidance=Guidance(guidance_scale),
         batch_size=BATCH,

@@ -24,6 +24,7 @@ from ldm.autoencoder.module import AutoencoderKL
 from ldm.checkpoints import state_tree
 from ldm.diffusion.module import LatentDiffusion, parts
 from ldm.errors import CheckpointError, ConfigError, LdmError
+from ldm.sampling.conditions import check_conditions
 from ldm.sampling.guidance import classifier_free
 from ldm.training.callbacks.previews import SampleLogger
 
@@ -93,9 +94,8 @@ def _second_stage(
 
 
 def _previews(model: LatentDiffusion, callbacks: Mapping[str, Any], facts: Mapping[str, Any], origin: Origin) -> None:
-    """The classes and steps that previews ask for; `SampleLogger` itself sees them after a cache is built."""
-    conditional = any(slot is not None for slot in vars(parts(model.denoiser)[1].null(1)).values())
-    number = facts.get("num_classes") if conditional else None
+    """The conditions and steps that previews ask for; `SampleLogger` itself sees them after a cache is built."""
+    reads = parts(model.denoiser)[1].keys
     for name, node in callbacks.items():
         if node is None or node["target"] != f"{SampleLogger.__module__}.{SampleLogger.__name__}":
             continue
@@ -103,11 +103,13 @@ def _previews(model: LatentDiffusion, callbacks: Mapping[str, Any], facts: Mappi
         if params.get("steps") is not None:
             with _named(f"{key}.steps", origin):
                 model.objective.timesteps(params["steps"])
-        wrong = [label for label in params.get("classes") or () if number is None or not 0 <= label < number]
-        if wrong:
-            known = "none, since the model has no classes" if number is None else f"0 to {number - 1}"
-            place = _place(f"{key}.classes", origin)
-            raise ConfigError(f"{key}.classes ({place}): expected {known}, found {wrong[0]}")
+        for given, conditions in (
+            ("classes", [{"class_label": label} for label in params.get("classes") or ()]),
+            ("conditions", params.get("conditions") or []),
+        ):
+            if conditions:
+                with _named(f"{key}.{given}", origin):
+                    check_conditions(conditions, reads, facts.get("num_classes"))
 
 
 def _optimizers(model: Any, tree: Mapping[str, Any], steps: int, origin: Origin) -> None:

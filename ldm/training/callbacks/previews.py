@@ -5,7 +5,7 @@ sent to wandb where it is among the loggers.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -25,7 +25,8 @@ from ldm.runtime import distributed
 from ldm.sampling.generate import check, generate
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.pipeline import Pipeline, load_codec
-from ldm.sampling.timesteps import Default
+from ldm.sampling.samplers import ddim
+from ldm.sampling.timesteps import default
 
 log = logging.getLogger(__name__)
 
@@ -80,15 +81,18 @@ class ImageLogger(pl.Callback):
 
 
 class SampleLogger(pl.Callback):
-    """Stage 2: a sheet of samples of the averaged weights, a row for each class and a column for each seed.
+    """Stage 2: a sheet of samples of the averaged weights, a row for each condition and a column for each seed.
 
     All ranks make their share of it.
 
     Args:
         every_n_steps: between two sheets.
-        classes: labels; None: no class, one row.
+        classes: labels, a row each; short for conditions of `class_label`.
+        conditions: a row each, with the keys that the model reads. With neither, one row of unconditional samples.
         seeds: of the columns; the same picture is drawn each time.
-        steps: network calls per image.
+        steps: of the sampler.
+        sampler: of ldm/sampling/samplers.py, such as {target: ldm.sampling.samplers.heun, partial: true}.
+        schedule: of ldm/sampling/timesteps.py, where the steps lie.
         guidance_scale: 1 = none.
         autoencoder: run folder or checkpoint that decodes; None: the one that made the latents.
         trust: packages besides ldm's own that the autoencoder's configuration may name.
@@ -98,17 +102,25 @@ class SampleLogger(pl.Callback):
         self,
         every_n_steps: Count = 5000,
         classes: Sequence[CountOrZero] | None = None,
+        conditions: Sequence[Mapping[str, Any]] | None = None,
         seeds: Sequence[CountOrZero] = tuple(range(8)),
         steps: Count = 50,
+        sampler: Callable[..., Tensor] = ddim,
+        schedule: Callable[..., Tensor] = default,
         guidance_scale: Finite = 1.0,
         autoencoder: Path | str | None = None,
         trust: Sequence[str] = (),
     ) -> None:
         self._every_n_steps = every_n_steps
         self._columns = len(seeds)
-        self._labels = None if classes is None else [label for label in classes for _ in seeds]
-        self._seeds = list(seeds) if classes is None else list(seeds) * len(classes)
+        if classes and conditions:
+            raise ConfigError("SampleLogger: found classes and conditions, which say the same; leave one of them out")
+        rows = [*(conditions or ()), *({"class_label": label} for label in classes or ())]
+        self._conditions = [row for row in rows for _ in seeds] or None
+        self._seeds = list(seeds) * max(1, len(rows))
         self._steps = steps
+        self._sampler = sampler
+        self._schedule = schedule
         self._guidance = Guidance(guidance_scale)
         self._autoencoder = autoencoder
         self._trust = trust
@@ -119,7 +131,8 @@ class SampleLogger(pl.Callback):
         """What cannot be shown is refused before the first step."""
         pipeline = self._pipeline(trainer, pl_module)
         try:
-            check(pipeline, self._seeds, self._labels, Default()(pipeline.objective, self._steps), self._guidance)
+            times = self._schedule(pipeline.objective, self._steps, pipeline.manifest.plan.shape)
+            check(pipeline, self._seeds, self._conditions, times, self._guidance)
         except ConfigError as error:
             raise ConfigError(f"lightning.callbacks.images (SampleLogger): {error}") from error
 
@@ -149,9 +162,18 @@ class SampleLogger(pl.Callback):
         # As many on each rank, some twice: where the weights are sharded, all ranks call the network together.
         mine = [place % number for place in range(distributed.rank(), -(-number // world) * world, world)]
         seeds = [self._seeds[place] for place in mine]
-        labels = None if self._labels is None else [self._labels[place] for place in mine]
+        conditions = None if self._conditions is None else [self._conditions[place] for place in mine]
         with trainer.precision_plugin.forward_context():
-            samples = list(generate(pipeline, seeds, labels, steps=self._steps, guidance=self._guidance))
+            made = generate(
+                pipeline,
+                seeds,
+                conditions,
+                sampler=self._sampler,
+                steps=self._steps,
+                schedule=self._schedule,
+                guidance=self._guidance,
+            )
+            samples = list(made)
         shares = distributed.gather([sample.image for sample in samples])
         if trainer.is_global_zero:
             images = [shares[place % len(shares)][place // len(shares)] for place in range(len(self._seeds))]
