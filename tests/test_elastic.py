@@ -405,7 +405,9 @@ def test_a_sharded_checkpoint_is_validated_and_sampled_from(forked, diffusion, t
     assert list((run.folder / "checkpoints").glob("*.shards/*.safetensors"))
     forked(2, partial(training, words=["--resume", str(run.folder), "--train", "false"]))
     pipeline = Pipeline.load(run.folder)
-    assert len(list(generate(pipeline, seeds=[1, 2], labels=[0, 1], steps=2))) == 2
+    assert (
+        len(list(generate(pipeline, seeds=[1, 2], conditions=[{"class_label": 0}, {"class_label": 1}], steps=2))) == 2
+    )
     weights = run.state(3)["state_dict"]
     for name, weight in pipeline.denoiser.state_dict().items():
         assert torch.equal(weight, weights[f"ema.average.{name}"])

@@ -263,7 +263,6 @@ PAIRS = [
     ("diffusion.paths.VP", "beta_min", "beta_max", True),
     ("diffusion.noise_schedules.Linear", "start", "end", True),
     ("diffusion.noise_schedules.SqrtLinear", "start", "end", True),
-    ("sampling.timesteps.Karras", "ratio_min", "ratio_max", False),
 ]
 
 

@@ -67,6 +67,11 @@ class LatentDiffusion(LightningModule):
         compile_blocks: bool = False,
     ) -> None:
         super().__init__()
+        if not isinstance(conditioner, Conditioner):
+            raise ConfigError(
+                f"model.params.conditioner: expected a module with keys, forward and null "
+                f"(ldm/diffusion/conditioners/base.py), found {type(conditioner).__name__}"
+            )
         self.denoiser = nn.ModuleDict({"network": network, "conditioner": conditioner})
         self.objective = objective
         self.ema = ema(self.denoiser)

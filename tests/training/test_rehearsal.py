@@ -65,6 +65,8 @@ HOUSE = """
     class CaptionLength(torch.nn.Module):
         # As a text encoder: reads captions, and knows the empty one.
 
+        keys = ("caption",)
+
         def __init__(self):
             super().__init__()
             self.table = torch.nn.Embedding(10, 8)
@@ -214,7 +216,14 @@ def test_a_network_that_cannot_be_guided(diffusion_tree, monkeypatch):
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"classes": [0, 2]}, "lightning.callbacks.images.params.classes (run.yaml): expected 0 to 1, found 2"),
+        (
+            {"classes": [0, 2]},
+            "lightning.callbacks.images.params.classes (run.yaml): it does not work: class 2: expected 0 to 1",
+        ),
+        (
+            {"conditions": [{"class_label": 0}, {"clas_label": 0}]},
+            "lightning.callbacks.images.params.conditions (run.yaml): it does not work: condition 1: expected the keys",
+        ),
         ({"steps": 1001}, "lightning.callbacks.images.params.steps (run.yaml): it does not work: sampling steps"),
     ],
 )
@@ -231,7 +240,7 @@ def test_previews_of_classes_need_a_model_that_knows_them(diffusion_tree):
     diffusion_tree["model"]["params"]["network"]["params"]["vector_channels"] = None
     images = {"target": "ldm.training.callbacks.previews.SampleLogger", "params": {"classes": [0]}}
     diffusion_tree["lightning"]["callbacks"]["images"] = images
-    assert "expected none, since the model has no classes, found 0" in refused(diffusion_tree, LATENTS)
+    assert "this model was trained without conditions: request none" in refused(diffusion_tree, LATENTS)
 
 
 def test_a_conditioner_that_reads_captions_is_shown_some(diffusion_tree):

@@ -7,7 +7,7 @@ null conditioning, which training uses for label dropout and sampling for guidan
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,7 @@ class Conditioning:
         return Conditioning(**slots)
 
 
+@runtime_checkable
 class Conditioner(Protocol):
     """A module that reads its own keys of a batch."""
 

@@ -311,3 +311,13 @@ def test_a_picture_as_condition():
 
 def test_blocks_are_blocks():
     assert all(isinstance(block, Block) for block in DiT(4, 2, 64, 3, 4).blocks())
+
+
+def test_a_vector_of_another_width_is_projected():
+    net = randomise(DiT(4, 2, 64, 1, 4, vector_channels=5))
+    x, t, vector = torch.randn(2, 4, 8, 8), torch.tensor([0.0, 500.0]), torch.randn(2, 5)
+    one, other = (net(x, t, Conditioning(vector=given)) for given in (vector, vector + 1))
+    assert (one - other).abs().max() > 1e-3
+    for wrong in (None, torch.randn(2, 64)):
+        with pytest.raises(ConfigError, match="vector_channels=5, but the conditioner's vector slot has width"):
+            net(x, t, Conditioning(vector=wrong))
