@@ -14,10 +14,10 @@ import torch
 
 from ldm.checkpoints import sealed_file, store
 from ldm.config.load import to_yaml
-from scripts.fault_catalogue.harness import Place, fault
-from scripts.fault_catalogue.processes import demand
-from scripts.fault_catalogue.runs import Run, last_line
-from scripts.fault_catalogue.tiny import Tree, node, stage1, stage2
+from scripts.faults.harness import Place, fault
+from scripts.faults.processes import demand
+from scripts.faults.runs import Run, last_line
+from scripts.faults.tiny import Tree, node, stage1, stage2
 
 
 class Harm:
