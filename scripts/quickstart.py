@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ldm.cli import program
 from ldm.cli.options import Parser, path
-from ldm.config.tree import read
+from ldm.config.yaml_text import read
 from ldm.errors import DataError
 from ldm.run_folder import newest_run
 

@@ -19,7 +19,7 @@ import main
 from ldm.cli import sample
 from ldm.config.load import to_yaml
 from ldm.training.loggers import read_metrics
-from scripts import faults
+from scripts.faults import __main__ as faults
 from tests.test_layering import ROWS
 
 ROOT = Path(__file__).parents[1]
@@ -139,7 +139,7 @@ def test_the_python_of_the_readme_runs(make_runs, tmp_path, monkeypatch):
 def test_the_table_has_a_row_for_every_fault():
     """By number and name; what was done and seen is that of its date."""
     for part in faults.PARTS:
-        importlib.import_module(f"scripts.fault_catalogue.{part}")
+        importlib.import_module(f"scripts.faults.{part}")
     rows = re.findall(r"^\| (\d+) \| ([^|]*) \|", (ROOT / "docs" / "robustness.md").read_text(), re.MULTILINE)
     assert {int(number): name for number, name in rows} == {
         number: fault.name for number, fault in faults.CATALOGUE.items()

@@ -20,7 +20,9 @@ from ldm.checkpoints import store
 from ldm.cli import cache, ema, plot, sample
 from ldm.config.load import to_yaml
 from ldm.optim.ema import power_exponent
-from scripts import bench, compare, faults
+from scripts import compare
+from scripts.bench import __main__ as bench
+from scripts.faults import __main__ as faults
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -156,9 +158,9 @@ def run(workshop, tmp_path, monkeypatch, autoencoder_tree, diffusion_tree):
         "scripts/reconstruct_ema.py": ema.main,
         "scripts/plot_run.py": plot.main,
         # These take minutes to hours, and have tests of their own.
-        "scripts/bench.py": parsed(bench.parse),
+        "scripts/bench": parsed(bench.parse),
         "scripts/compare.py": parsed(compare.parse),
-        "scripts/faults.py": parsed(faults._parser().parse_args),
+        "scripts/faults": parsed(faults.parse),
         "-m": lambda words: 0 if words[0] == "pytest" and (ROOT / words[1]).is_dir() else 1,
         "same.py": lambda words: 0 if len(words) == 2 else 1,  # test_docs.py writes and runs it
     }

@@ -15,17 +15,19 @@ from pathlib import Path
 from ldm.cli import program
 from ldm.cli.options import Parser, called, path, split_overrides
 from ldm.errors import ConfigError, LdmError
-from ldm.runtime import distributed, signals
-from ldm.runtime.progress import shown
+from ldm.runtime import signals
 
 
 def build(base: Sequence[Path], overrides: Sequence[str], trust: Sequence[str]) -> None:
     """Build the caches of the configuration's data module, and print where they are."""
     from ldm.config.load import build, load
-    from ldm.latents.datamodule import LatentDataModule
 
     loaded = load(base, overrides, trust)
     loaded.check()
+    # Imported here, so that a mistake on the command line is answered before torch and Lightning are loaded.
+    from ldm.latents.datamodule import LatentDataModule
+    from ldm.runtime import distributed
+
     data = build(loaded.resolved()["data"], trust, key="data")
     if not isinstance(data, LatentDataModule):
         wanted, found = (f"{kind.__module__}.{kind.__qualname__}" for kind in (LatentDataModule, type(data)))
@@ -42,6 +44,7 @@ def build(base: Sequence[Path], overrides: Sequence[str], trust: Sequence[str]) 
 def verify(folder: Path) -> None:
     """Check a cache whole, and print that it is sound."""
     from ldm.latents.manifest import verify
+    from ldm.runtime.progress import shown
 
     with shown(str(folder)) as progress:
 

@@ -17,11 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.checkpoints import store
 from ldm.cli import program
 from ldm.cli.options import Parser, called, path, whole_number
 from ldm.errors import CheckpointError, ConfigError
-from ldm.training.callbacks.ema_snapshots import FOLDER, reconstruct, snapshots
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,6 +36,9 @@ def main(argv: Sequence[str]) -> int:
 
     def work() -> None:
         options = parser.parse_strictly(argv)
+        # Imported here, so that a mistake on the command line is answered before torch and Lightning are loaded.
+        from ldm.training.callbacks.ema_snapshots import snapshots
+
         files = up_to(snapshots(options.run), options.step)
         for std in options.std:
             print(write(options.run, files, std))
@@ -57,6 +58,9 @@ def up_to(files: Sequence[Path], step: int | None) -> list[Path]:
 
 def write(run: Path, files: Sequence[Path], std: float) -> Path:
     """A checkpoint to sample from, with the average in the place of the run's own; its path."""
+    from ldm.checkpoints import store
+    from ldm.training.callbacks.ema_snapshots import FOLDER, reconstruct
+
     source = store.find(run)
     state: dict[str, Any] = store.load(source)
     record = state.get("ldm", {})

@@ -10,8 +10,9 @@ from typing import Any
 
 from ldm.cli.options import Parser, called, finite, path, ratio, seed, share, some_share, whole_number
 from ldm.config import check
+from ldm.config.merging import apply
 from ldm.config.targets import build
-from ldm.config.tree import Node, apply, from_plain, nearest
+from ldm.config.tree import Node, from_plain, nearest
 from ldm.errors import ConfigError
 from ldm.sampling import samplers, timesteps
 from ldm.sampling.conditions import Condition

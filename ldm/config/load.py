@@ -29,8 +29,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.config import check
+from ldm.config.merging import apply, merge
 from ldm.config.targets import build
-from ldm.config.tree import Node, apply, dotted, from_plain, merge, nearest, read, to_yaml
+from ldm.config.tree import Node, dotted, from_plain, nearest
+from ldm.config.yaml_text import read, to_yaml
 from ldm.errors import ConfigError
 from ldm.files import expanded
 from ldm.run_folder import newest_run

@@ -2,8 +2,8 @@
 
 Dotted names and parameters are public: they stand in the configurations that run folders and checkpoints hold, in what
 a latent cache says of itself, and in people's own files. All of these are read under the names of today: YAML and what
-is merged with it by ldm/config/tree.py, the rest by its `current_plain`. A class that moves or is renamed gets a row
-here, a parameter likewise; rows are never removed.
+is merged with it by ldm/config/yaml_text.py, the rest by `current_plain` of ldm/config/tree.py. A class that moves or
+is renamed gets a row here, a parameter likewise; rows are never removed.
 """
 
 MOVED = {

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.data.decoding import read_image
-from ldm.data.transforms import EvalTransform, transformed
 from ldm.data.value_range import checked
 from ldm.errors import ConfigError
 from ldm.latents.manifest import Manifest
@@ -47,6 +46,9 @@ class InitImage:
             ConfigError: the mask and the image differ in size.
             DataError: a file that cannot be read.
         """
+        # Imported here: torchvision loads torch's compiler, half of a sampler's start, and only pictures need it.
+        from ldm.data.transforms import EvalTransform, transformed
+
         pixels = manifest.plan.pixels
         transform = EvalTransform(pixels["resolution"], pixels.get("interpolation", "bicubic"))
         value_range = checked(pixels.get("value_range"))

@@ -14,7 +14,9 @@ from typing import Any
 
 from ldm import run_folder
 from ldm.config.load import Config
-from ldm.config.tree import Node, apply, from_plain, merge, read, to_yaml
+from ldm.config.merging import apply, merge
+from ldm.config.tree import Node, from_plain
+from ldm.config.yaml_text import read, to_yaml
 from ldm.errors import ConfigError
 from ldm.files import write_text
 from ldm.run_folder import RunFolder

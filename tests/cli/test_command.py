@@ -44,6 +44,17 @@ def test_each_command_has_a_help_of_its_own(name):
     assert done.stdout.startswith(f"usage: ldm {name} ")
 
 
+@pytest.mark.parametrize("name", sorted({*COMMANDS} - {"sample"}))  # whose flags name samplers, functions of torch
+def test_a_wrong_flag_is_answered_before_torch_is_loaded(name):
+    code = (
+        f"import sys; from ldm.cli.{name} import main\n"
+        "assert main(['--nonsense']) == 2\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=100)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_examples_are_of_their_command_and_have_its_flags(name):
     program, word, *rest = shlex.split(COMMANDS[name][1])

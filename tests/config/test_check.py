@@ -3,111 +3,17 @@
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from ldm.config import check
-from ldm.config.load import Config, build
-from ldm.config.load import load as load_files
+from ldm.config.load import build
 from ldm.config.tree import Node
 from ldm.errors import ConfigError
+from tests.config.house import BASE, TRUST, load, model, write
 
-TRUST = ("house",)
-PARTS = """
-    from __future__ import annotations
-
-    import os
-    from collections.abc import Callable, Sequence
-    from pathlib import Path
-    from typing import TYPE_CHECKING, Literal, Protocol
-
-    if TYPE_CHECKING:
-        from elsewhere import Unknown
-
-    system = os.system
-    made = []
-
-    class Shape(Protocol):
-        def area(self) -> float: ...
-
-    class Part:
-        def __init__(self, size: int = 1, scale: float = 1.0, unknown: Unknown | None = None) -> None:
-            self.size, self.scale = size, scale
-            made.append(self)
-
-    class Bolt(Part):
-        pass
-
-    class Nut:
-        pass
-
-    class Network:
-        def __init__(
-            self, channels: int, part: Part, parts: Sequence[Part] = (), mode: Literal["fast", "exact"] = "fast",
-            path: Path | None = None, pair: tuple[int, int] = (1, 1), text: str = "", on: bool = False,
-            table: dict[str, float] | None = None, make: Callable[..., Part] | None = None,
-            shape: Shape | None = None, later: int = None,
-            rates: tuple[float, ...] = (), *, last: list[str] | None = None,
-        ) -> None:
-            self.given = {name: value for name, value in locals().items() if name != "self"}
-            made.append(self)
-
-    class Data:
-        def __init__(self, batch_size: int, num_workers: int = 0, root: str | Path = "") -> None:
-            self.batch_size = batch_size
-
-    def double(step: int, factor: float = 2.0) -> float:
-        return step * factor
-"""
-BASE = """\
-name: house
-seed: 23
-model:
-  target: house.parts.Network
-  params:
-    channels: 8
-    part:
-      target: house.parts.Bolt
-      params: {size: 3}
-data:
-  target: house.parts.Data
-  params:
-    batch_size: 16
-lightning:
-  trainer:
-    max_steps: 10
-"""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A user's own package, `house`, that needs no torch."""
-    folder = tmp_path_factory.mktemp("site")
-    (folder / "house").mkdir()
-    (folder / "house" / "__init__.py").write_text("from house.parts import Part as Shown\n")
-    (folder / "house" / "parts.py").write_text(textwrap.dedent(PARTS))
-    sys.path.insert(0, str(folder))
-    yield
-    sys.path.remove(str(folder))
-    for name in ("house", "house.parts"):
-        sys.modules.pop(name, None)
-
-
-def write(folder: Path, text: str, name: str = "base.yaml") -> Path:
-    (folder / name).write_text(text)
-    return folder / name
-
-
-def load(folder: Path, text: str = BASE, *overrides: str) -> Config:
-    return load_files([write(folder, text)], overrides, TRUST)
-
-
-def model(*lines: str) -> tuple[str, str]:
-    """An edit: these parameters for the network, from line 7 of BASE on."""
-    return "    part:\n", "".join(f"    {line}\n" for line in lines) + "    part:\n"
-
+pytestmark = pytest.mark.usefixtures("house")
 
 # name: (edit of BASE (old, new) or an override, key, place (line number, or None for the override), words of the text)
 BAD: dict[str, tuple[tuple[str, str] | str, str, int | None, tuple[str, ...]]] = {

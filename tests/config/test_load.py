@@ -7,43 +7,11 @@ from pathlib import Path
 import pytest
 
 from ldm.cli.options import path
-from ldm.config.load import Config, from_tree
+from ldm.config.load import from_tree
 from ldm.config.load import load as load_files
 from ldm.errors import ConfigError
 from ldm.run_folder import newest_run
-
-BASE = """\
-name: house
-seed: 23
-model:
-  target: house.parts.Network
-  params:
-    channels: 8
-    part:
-      target: house.parts.Bolt
-      params: {size: 3}
-data:
-  target: house.parts.Data
-  params:
-    batch_size: 16
-lightning:
-  trainer:
-    max_steps: 10
-"""
-
-
-def write(folder: Path, text: str, name: str = "base.yaml") -> Path:
-    (folder / name).write_text(text)
-    return folder / name
-
-
-def load(folder: Path, text: str = BASE, *overrides: str) -> Config:
-    return load_files([write(folder, text)], overrides)
-
-
-def model(*lines: str) -> tuple[str, str]:
-    """An edit: these parameters for the network, from line 7 of BASE on."""
-    return "    part:\n", "".join(f"    {line}\n" for line in lines) + "    part:\n"
+from tests.config.house import BASE, load, model, write
 
 
 def test_later_files_and_overrides_win_and_origins_follow(tmp_path: Path) -> None:

@@ -1,8 +1,6 @@
 """Which targets are allowed, and how nodes become objects; above all: no target runs what a stranger wrote."""
 
 import sys
-import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,74 +8,9 @@ import pytest
 
 from ldm.config.load import build, from_tree
 from ldm.errors import ConfigError
+from tests.config.house import TRUST
 
-TRUST = ("house",)
-PARTS = """
-    from __future__ import annotations
-
-    import os
-    from collections.abc import Callable, Sequence
-
-    system = os.system
-    made = []
-
-    class Part:
-        def __init__(self, size: int = 1, scale: float = 1.0) -> None:
-            self.size, self.scale = size, scale
-            made.append(self)
-
-    class Bolt(Part):
-        pass
-
-    class Nut:
-        pass
-
-    class Network:
-        def __init__(self, channels: int, part: Part, parts: Sequence[Part] = (), make: Callable | None = None) -> None:
-            self.given = {name: value for name, value in locals().items() if name != "self"}
-            made.append(self)
-
-    class Anything:
-        def __init__(self, **options: object) -> None:
-            self.options = options
-
-    class Fragile:
-        def __init__(self, value: int) -> None:
-            raise ValueError("value must be prime")
-
-    class Raises:
-        def __init__(self, error: str, text: str) -> None:
-            import builtins
-
-            raise getattr(builtins, error)(text)
-
-    class NeedsPackage:
-        def __init__(self) -> None:
-            import surely_not_installed.inner
-
-    class Refuses:
-        def __init__(self) -> None:
-            from ldm.errors import ConfigError
-
-            raise ConfigError("a class refused")
-
-    def double(step: int, factor: float = 2.0) -> float:
-        return step * factor
-"""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A user's own package, `house`, that needs no torch."""
-    folder = tmp_path_factory.mktemp("site")
-    (folder / "house").mkdir()
-    (folder / "house" / "__init__.py").write_text("from house.parts import Part as Shown\n")
-    (folder / "house" / "parts.py").write_text(textwrap.dedent(PARTS))
-    sys.path.insert(0, str(folder))
-    yield
-    sys.path.remove(str(folder))
-    for name in ("house", "house.parts"):
-        sys.modules.pop(name, None)
+pytestmark = pytest.mark.usefixtures("house")
 
 
 def test_leaves_are_built_first_and_containers_are_walked() -> None:
@@ -191,12 +124,12 @@ ATTACKS: list[tuple[str, dict[str, Any]]] = [
     ("pytorch_lightning.cli.LightningCLI", {"args": ["fit"]}),
     ("pytorch_lightning.utilities.imports.os.system", {"command": TOUCH}),
     ("lightning_fabric.utilities.cloud_io.os.system", {"command": TOUCH}),
-    ("ldm.config.tree.yaml.load", {"stream": "!!python/object/apply:os.system ['touch MARKER']", "Loader": "x"}),
-    ("ldm.config.tree.yaml.UnsafeLoader", {"stream": "x"}),
+    ("ldm.config.yaml_text.yaml.load", {"stream": "!!python/object/apply:os.system ['touch MARKER']", "Loader": "x"}),
+    ("ldm.config.yaml_text.yaml.UnsafeLoader", {"stream": "x"}),
     ("ldm.config.signatures.importlib.import_module", {"name": "antigravity"}),
     ("ldm.runtime.distributed.os.system", {"command": TOUCH}),
-    ("ldm.config.tree.Path.touch", {"self": "MARKER"}),
-    ("ldm.config.tree.Path", {}),
+    ("ldm.config.yaml_text.Path.touch", {"self": "MARKER"}),
+    ("ldm.config.yaml_text.Path", {}),
     ("torch.Generator", {}),
     ("torch.nn.modules.container.OrderedDict", {}),
     ("ldm.config.load.build", {"node": {}, "trust": ["os"]}),

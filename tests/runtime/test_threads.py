@@ -113,7 +113,8 @@ def test_a_program_has_it_before_torch_is_there(monkeypatch):
     assert done.stdout == "1000\n"
 
 
-PROGRAMS = [ROOT / "main.py", *sorted((ROOT / "scripts").glob("*.py"))]
+FOLDERS = [file.parent for file in sorted((ROOT / "scripts").glob("*/__main__.py"))]
+PROGRAMS = [ROOT / "main.py", *sorted((ROOT / "scripts").glob("*.py")), *FOLDERS]
 WATCHED = """
 import os, runpy, sys
 

@@ -1,5 +1,8 @@
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,15 +10,18 @@ import torch
 from ldm.autoencoder.lpips import LPIPS
 from ldm.data.dataset import Subset
 from ldm.data.sources.arrays import DEBIAN_FASHION_MNIST, FashionMNIST
-from scripts import bench
+from scripts.bench import quality, steps
+from scripts.bench.__main__ import main
+
+ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("size", [bench.Size(), bench.TINY], ids=["full", "tiny"])
+@pytest.mark.parametrize("size", [steps.Size(), steps.TINY], ids=["full", "tiny"])
 def test_the_networks_compared_are_of_the_same_size(size):
     images, latents = torch.zeros(2, 3, 32, 32), torch.zeros(2, 4, 8, 8)
     perceptual = torch.nn.Identity()  # of no one's size
-    autoencoders = bench.our_autoencoder(size, images, perceptual), bench.usual_autoencoder(size, images, perceptual)
-    unets = bench.our_unet(size, latents), bench.usual_unet(size, latents)
+    autoencoders = steps.our_autoencoder(size, images, perceptual), steps.usual_autoencoder(size, images, perceptual)
+    unets = steps.our_unet(size, latents), steps.usual_unet(size, latents)
     for ours, theirs in (autoencoders, unets):
         assert ours.parameters == pytest.approx(theirs.parameters, rel=0.02)
 
@@ -35,17 +41,17 @@ def test_every_step_trains_what_it_should():
             moved.append(sum(weight.grad is not None and bool(weight.grad.any()) for weight in weights) / len(weights))
             super().step()
 
-    original, bench.Optimizer = bench.Optimizer, Spy
+    original, steps.Optimizer = steps.Optimizer, Spy
     try:
         perceptual = LPIPS(pretrained=False)
-        for make in (bench.our_autoencoder, bench.usual_autoencoder):
-            make(bench.TINY, images, perceptual).step()
-        for make in (bench.our_unet, bench.usual_unet):
-            contestant = make(bench.TINY, latents)
+        for make in (steps.our_autoencoder, steps.usual_autoencoder):
+            make(steps.TINY, images, perceptual).step()
+        for make in (steps.our_unet, steps.usual_unet):
+            contestant = make(steps.TINY, latents)
             contestant.step()
             contestant.step()
     finally:
-        bench.Optimizer = original
+        steps.Optimizer = original
     # Two optimizers of each autoencoder, then two steps of each UNet, whose first moves only what is not behind a zero.
     assert len(moved) == 8
     assert min(moved[:4]) > 0.9
@@ -56,8 +62,8 @@ def test_every_step_trains_what_it_should():
 @pytest.mark.parametrize("native", [True, False])
 def test_steps_print_a_table(native, capsys, monkeypatch):
     """Where bf16 is emulated, its rows would take hours, and they say why they are not there."""
-    monkeypatch.setattr(bench, "computes_bf16", lambda kind: (native, "it is emulated"))
-    assert bench.main(["steps", "--tiny", "--repeats", "1", "--device", "cpu"]) == 0
+    monkeypatch.setattr(steps, "computes_bf16", lambda kind: (native, "it is emulated"))
+    assert main(["steps", "--tiny", "--repeats", "1", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.strip().splitlines()
     assert re.match(r"\d{4}-\d\d-\d\d, .+ threads, torch \S+, diffusers \S+; medians of 1", lines[0])
     assert lines[0].endswith("; without bf16: it is emulated") is not native
@@ -73,16 +79,24 @@ def test_steps_print_a_table(native, capsys, monkeypatch):
 
 @pytest.mark.parametrize("arguments", [["speed"], ["steps", "--tinny"], []])
 def test_mistakes_are_one_message(arguments, capsys):
-    assert bench.main(arguments) == 2
+    assert main(arguments) == 2
     assert capsys.readouterr().err.startswith("error: ")
 
 
 @pytest.mark.parametrize("words", ["--guidance nan", "--guidance 2 inf", "--steps 0", "--number -1", "--epochs nan"])
 def test_numbers_out_of_range_are_refused_before_any_training(words, capsys):
-    assert bench.main(["quality", *words.split()]) == 2
+    assert main(["quality", *words.split()]) == 2
     error = capsys.readouterr().err
     assert f"{words.split()[0]}: expected" in error
     assert f"found {words.split()[-1]!r}" in error
+
+
+@pytest.mark.slow
+def test_the_folder_is_a_program_from_anywhere(tmp_path):
+    command = [sys.executable, str(ROOT / "scripts" / "bench"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: bench ")
 
 
 @pytest.mark.slow
@@ -92,7 +106,7 @@ def test_quality_from_nothing_to_the_table(tmp_path, monkeypatch, capsys):
     """The whole path, small: 2,000 images and a few steps teach neither stage much, but more than nothing."""
     monkeypatch.chdir(tmp_path)  # where the latent cache goes
     part = [*range(10_000)]
-    monkeypatch.setattr(bench, "FashionMNIST", lambda train=True: Subset(FashionMNIST(train=train), part))
+    monkeypatch.setattr(quality, "FashionMNIST", lambda train=True: Subset(FashionMNIST(train=train), part))
     source = "{target: ldm.data.sources.arrays.FashionMNIST}"
     subset = f"{{target: ldm.data.dataset.Subset, params: {{dataset: {source}, indices: %s}}}}"
     small = [
@@ -103,7 +117,7 @@ def test_quality_from_nothing_to_the_table(tmp_path, monkeypatch, capsys):
         "data.params.num_validation=100",
     ]
     few = ["--number", "5", "--epochs", "3", "--steps", "4", "--guidance", "1", "2"]
-    assert bench.main(["quality", "--device", "cpu", *few, *small]) == 0
+    assert main(["quality", "--device", "cpu", *few, *small]) == 0
     output = capsys.readouterr().out
     (record,) = tmp_path.glob("logs/*_fashion_mnist_diffusion/quality/quality.json")
     found = json.loads(record.read_text())

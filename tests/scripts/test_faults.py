@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from ldm.checkpoints import store
-from scripts import faults
-from scripts.fault_catalogue import harness, interpreter, processes, runs
-from scripts.fault_catalogue.attempts import Attempt, run_all
-from scripts.fault_catalogue.harness import (
+from scripts.faults import __main__ as faults
+from scripts.faults import harness, interpreter, processes, runs
+from scripts.faults.attempts import Attempt, run_all
+from scripts.faults.harness import (
     CATALOGUE,
     Fault,
     Figures,
@@ -25,13 +25,13 @@ from scripts.fault_catalogue.harness import (
     chosen,
     table,
 )
-from scripts.fault_catalogue.processes import Wrong, demand, fork, wait_until
+from scripts.faults.processes import Wrong, demand, fork, wait_until
 
-ROOT = Path(faults.__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 QUICK = Figures(quick=True)
 
 for part in faults.PARTS:
-    __import__(f"scripts.fault_catalogue.{part}")
+    __import__(f"scripts.faults.{part}")
 
 
 @pytest.fixture(autouse=True)
@@ -252,7 +252,7 @@ def test_it_lists_and_names_what_there_is_not(capsys):
 
 
 def program(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "scripts" / "faults.py"), *words]
+    command = [sys.executable, str(ROOT / "scripts" / "faults"), *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=580)
 
 
@@ -279,5 +279,5 @@ def test_numbers_out_of_range_are_refused_by_flag(words, capsys):
 
 def test_home_in_file_names(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    options = faults._parser().parse_args(["--json=~/a.json", "--table", "~/b.json"])
+    options = faults.parse(["--json=~/a.json", "--table", "~/b.json"])
     assert (options.json, options.table) == (Path("/home/me/a.json"), [Path("/home/me/b.json")])

@@ -1,8 +1,6 @@
 """What would fail hours into a run is refused before its first step, and the trial leaves no trace in the run."""
 
 import json
-import sys
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from ldm.config.load import from_tree
 from ldm.errors import ConfigError
 from ldm.training import dry_run, rehearsal
 from ldm.training.loggers import read_metrics
+from tests.own_package import importable
 from tests.training.test_dry_run import IMAGES, LATENTS, meta_batch
 
 HOUSE = """
@@ -83,12 +82,8 @@ HOUSE = """
 @pytest.fixture(autouse=True, scope="module")
 def house(tmp_path_factory):
     """A user's own package, `rehearsed`."""
-    folder = tmp_path_factory.mktemp("site")
-    (folder / "rehearsed.py").write_text(textwrap.dedent(HOUSE))
-    sys.path.insert(0, str(folder))
-    yield
-    sys.path.remove(str(folder))
-    sys.modules.pop("rehearsed", None)
+    with importable(tmp_path_factory.mktemp("site"), {"rehearsed.py": HOUSE}):
+        yield
 
 
 def rehearse(tree: dict[str, Any], facts: dict[str, int], more: Mapping[str, Any] | None = None) -> None:

@@ -11,7 +11,8 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.strategies import DDPStrategy
 
 from ldm.config.load import from_tree
-from ldm.config.tree import apply, from_plain
+from ldm.config.merging import apply
+from ldm.config.tree import from_plain
 from ldm.errors import ConfigError
 from ldm.run_folder import RunFolder
 from ldm.training import trainer

@@ -14,10 +14,10 @@ import torch
 
 from ldm.checkpoints import sealed_file, store
 from ldm.config.load import to_yaml
-from scripts.fault_catalogue.harness import Place, fault
-from scripts.fault_catalogue.processes import demand
-from scripts.fault_catalogue.runs import Run, last_line
-from scripts.fault_catalogue.tiny import Tree, node, stage1, stage2
+from scripts.faults.harness import Place, fault
+from scripts.faults.processes import demand
+from scripts.faults.runs import Run, last_line
+from scripts.faults.tiny import Tree, node, stage1, stage2
 
 
 class Harm:
@@ -55,9 +55,9 @@ def _targets(marker: Path) -> dict[str, Tree]:
         "torchvision.io.write_file": node("torchvision.io.write_file", filename=str(marker), data="x"),
         "pytorch_lightning...os.system": node("pytorch_lightning.utilities.imports.os.system", command=touch),
         "ldm.runtime.distributed.os.system": node("ldm.runtime.distributed.os.system", command=touch),
-        "ldm.config.tree.Path.touch": node("ldm.config.tree.Path.touch", self=str(marker)),
-        "ldm.config.tree.yaml.load": node(
-            "ldm.config.tree.yaml.load", stream=f"!!python/object/apply:os.system ['{touch}']"
+        "ldm.config.yaml_text.Path.touch": node("ldm.config.yaml_text.Path.touch", self=str(marker)),
+        "ldm.config.yaml_text.yaml.load": node(
+            "ldm.config.yaml_text.yaml.load", stream=f"!!python/object/apply:os.system ['{touch}']"
         ),
         "a module of the working folder": node("trap.Trap"),
         "partial": node("os.system", partial=True, command=touch),

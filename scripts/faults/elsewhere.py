@@ -1,6 +1,6 @@
 """What no trial is made of, and why; it stands in the table, so that nobody takes silence for a promise."""
 
-from scripts.fault_catalogue.harness import NotTried, Place, fault
+from scripts.faults.harness import NotTried, Place, fault
 
 
 @fault(90, "GPUs and NCCL")

@@ -18,8 +18,8 @@ from inspect import cleandoc
 from pathlib import Path
 from typing import Any, TypeVar
 
-from scripts.fault_catalogue import processes
-from scripts.fault_catalogue.processes import Wrong
+from scripts.faults import processes
+from scripts.faults.processes import Wrong
 
 Body = Callable[["Place"], str]
 Item = TypeVar("Item")

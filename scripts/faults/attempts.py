@@ -10,9 +10,9 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from scripts.fault_catalogue import processes
-from scripts.fault_catalogue.harness import Fault, Figures, Result, attempt, reported
-from scripts.fault_catalogue.processes import Child
+from scripts.faults import processes
+from scripts.faults.harness import Fault, Figures, Result, attempt, reported
+from scripts.faults.processes import Child
 
 
 class Attempt:

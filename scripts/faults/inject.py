@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from scripts.fault_catalogue.interpreter import Hook
+from scripts.faults.interpreter import Hook
 
 Action = Callable[[Any, dict[str, Any]], None]
 """Called with the module and the batch."""

@@ -4,11 +4,11 @@ import resource
 import subprocess
 import sys
 
-from scripts.fault_catalogue.harness import Place, fault
-from scripts.fault_catalogue.interpreter import ROOT
-from scripts.fault_catalogue.processes import demand
-from scripts.fault_catalogue.runs import Run, last_line
-from scripts.fault_catalogue.tiny import stage1
+from scripts.faults.harness import Place, fault
+from scripts.faults.interpreter import ROOT
+from scripts.faults.processes import demand
+from scripts.faults.runs import Run, last_line
+from scripts.faults.tiny import stage1
 
 Edit = str | tuple[str, str]
 """An override, or a change of the file's text: (old, new)."""

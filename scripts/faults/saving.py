@@ -16,12 +16,12 @@ import torch
 
 from ldm.checkpoints import store
 from ldm.errors import CheckpointError
-from scripts.fault_catalogue import machine
-from scripts.fault_catalogue.harness import NotTried, Place, fault
-from scripts.fault_catalogue.inject import slow_steps
-from scripts.fault_catalogue.processes import demand, fork
-from scripts.fault_catalogue.runs import Run, demand_same, last_line, no_leftovers
-from scripts.fault_catalogue.tiny import stage2
+from scripts.faults import machine
+from scripts.faults.harness import NotTried, Place, fault
+from scripts.faults.inject import slow_steps
+from scripts.faults.processes import demand, fork
+from scripts.faults.runs import Run, demand_same, last_line, no_leftovers
+from scripts.faults.tiny import stage2
 
 _VALUES = 1_000_000
 

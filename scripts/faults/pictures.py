@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from scripts.fault_catalogue.harness import Place, fault
-from scripts.fault_catalogue.processes import Wrong, demand, fork
-from scripts.fault_catalogue.runs import Run, demand_same, last_line
-from scripts.fault_catalogue.tiny import Tree, pictures, stage1, stage2, two_ranks
+from scripts.faults.harness import Place, fault
+from scripts.faults.processes import Wrong, demand, fork
+from scripts.faults.runs import Run, demand_same, last_line
+from scripts.faults.tiny import Tree, pictures, stage1, stage2, two_ranks
 
 
 def _noise(side: int = 48) -> np.ndarray:

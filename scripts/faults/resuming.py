@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 
 from ldm.checkpoints import store
-from scripts.fault_catalogue.harness import Place, fault
-from scripts.fault_catalogue.inject import diary, slow_steps
-from scripts.fault_catalogue.processes import demand
-from scripts.fault_catalogue.runs import Run, demand_same, essence, last_line, no_leftovers
-from scripts.fault_catalogue.tiny import GROUP, Tree, elastic, mid_epoch, pictures, stage2
+from scripts.faults.harness import Place, fault
+from scripts.faults.inject import diary, slow_steps
+from scripts.faults.processes import demand
+from scripts.faults.runs import Run, demand_same, essence, last_line, no_leftovers
+from scripts.faults.tiny import GROUP, Tree, elastic, mid_epoch, pictures, stage2
 
 
 @fault(2, "kill -9 anywhere, again and again", limit=2400)

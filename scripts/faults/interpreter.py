@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from scripts.fault_catalogue.processes import leave_with
+from scripts.faults.processes import leave_with
 
 ROOT = Path(__file__).parents[2]
 Hook = Callable[[], None]

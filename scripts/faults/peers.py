@@ -6,13 +6,13 @@ import time
 from functools import partial
 
 from ldm.checkpoints import store
-from scripts.fault_catalogue import machine
-from scripts.fault_catalogue.harness import Place, fault
-from scripts.fault_catalogue.inject import before_each_step, both, environments_as_started, slow_steps
-from scripts.fault_catalogue.interpreter import torchrun
-from scripts.fault_catalogue.processes import Child, Wrong, demand, descendants, fork, wait_until
-from scripts.fault_catalogue.runs import AGENT, MAIN, Run, all_gone, demand_same, last_line, ranks
-from scripts.fault_catalogue.tiny import Tree, stage2, two_ranks
+from scripts.faults import machine
+from scripts.faults.harness import Place, fault
+from scripts.faults.inject import before_each_step, both, environments_as_started, slow_steps
+from scripts.faults.interpreter import torchrun
+from scripts.faults.processes import Child, Wrong, demand, descendants, fork, wait_until
+from scripts.faults.runs import AGENT, MAIN, Run, all_gone, demand_same, last_line, ranks
+from scripts.faults.tiny import Tree, stage2, two_ranks
 
 LAUNCHERS = ("lightning", "torchrun")
 CELLS = (("lightning", 1), ("torchrun", 0), ("lightning", 0), ("torchrun", 1))

@@ -7,7 +7,7 @@ import subprocess
 from contextlib import suppress
 from pathlib import Path
 
-from scripts.fault_catalogue.harness import NotTried
+from scripts.faults.harness import NotTried
 
 _CLONE_NEWNS = 0x20000
 _CLONE_NEWNET = 0x40000000

@@ -6,11 +6,11 @@ import time
 from pathlib import Path
 
 from ldm.checkpoints import store
-from scripts.fault_catalogue.harness import Place, fault
-from scripts.fault_catalogue.inject import diary, slow_saves, slow_steps
-from scripts.fault_catalogue.processes import demand
-from scripts.fault_catalogue.runs import Run, all_gone, demand_same, essence, last_line, no_leftovers
-from scripts.fault_catalogue.tiny import Tree, elastic, node, stage2
+from scripts.faults.harness import Place, fault
+from scripts.faults.inject import diary, slow_saves, slow_steps
+from scripts.faults.processes import demand
+from scripts.faults.runs import Run, all_gone, demand_same, essence, last_line, no_leftovers
+from scripts.faults.tiny import Tree, elastic, node, stage2
 
 
 def _sharded(place: Place, steps: int = 24, every: int = 4) -> Tree:

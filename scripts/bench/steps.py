@@ -1,78 +1,38 @@
-"""Measure ldm, and print Markdown tables.
+"""The time of a training step of ours beside diffusers' networks of the same size in the usual loop.
 
-    python scripts/bench.py steps       # our training steps beside diffusers' networks in the usual loop
-    python scripts/bench.py quality     # FashionMNIST: train both stages, sample, and let a classifier judge
-    python scripts/bench.py quality --autoencoder logs/<run> --diffusion logs/<run> --guidance 1 2 4
-
-`steps`: the same sizes, LPIPS (random VGG16), discriminator, optimizer and batch, in turn, so that a busy machine slows
-both. The usual autoencoder step is VQGAN's: one forward for the generator and its adaptive adversarial weight, another
-for the discriminator. `quality`: see ldm/evaluation/report.py; the Fréchet distance in the classifier's own features
-is not the FID.
+The same LPIPS (random VGG16), discriminator, optimizer and batch, in turn, so that a busy machine slows both. The usual
+autoencoder step is VQGAN's: one forward for the generator and its adaptive adversarial weight, another for the
+discriminator.
 """
 
-import json
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
-
-from ldm.runtime import threads
-
-if __name__ == "__main__":
-    threads.prepare()  # before torch is imported
 
 import diffusers
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
-from ldm import run_folder
 from ldm.autoencoder.discriminator import PatchDiscriminator
 from ldm.autoencoder.losses import AutoencoderLoss
 from ldm.autoencoder.lpips import LPIPS
 from ldm.autoencoder.networks import Decoder, Encoder
 from ldm.autoencoder.posterior import DiagonalGaussian
-from ldm.cli import program
-from ldm.cli.options import Parser, finite, path, split_overrides, whole_number
-from ldm.data.sources.arrays import FashionMNIST
 from ldm.diffusion.conditioners.base import Conditioning
 from ldm.diffusion.networks.unet import UNet
 from ldm.diffusion.noise_schedules import SqrtLinear
 from ldm.diffusion.objectives import DDPM
-from ldm.evaluation.report import compare, markdown
-from ldm.files import write_text
+from ldm.evaluation.report import markdown
 from ldm.randomness import Draws
 from ldm.runtime.precision import computes_bf16
-from ldm.sampling.pipeline import Pipeline
+from scripts.bench.hardware import hardware
 
-ROOT = Path(__file__).resolve().parents[1]
-EPILOG = "With `quality`, words of the form key=value override the configuration of both stages."
 Step = Callable[[], None]
 Optimizer = partial(torch.optim.AdamW, lr=1e-4, betas=(0.5, 0.9), fused=True)
-
-
-def hardware(device: str) -> str:
-    """One line: when, on what, with which libraries."""
-    if device.startswith("cuda"):
-        machine = torch.cuda.get_device_name(device)
-    else:
-        names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-        machine = f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
-    return f"{time.strftime('%Y-%m-%d')}, {machine}, torch {torch.__version__}, diffusers {diffusers.__version__}"
-
-
-def _lines(file: str) -> list[str]:
-    return Path(file).read_text().splitlines() if Path(file).is_file() else []
-
-
-# ---- steps -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -218,7 +178,7 @@ def seconds(contestants: Sequence[Contestant], device: str, bf16: bool, repeats:
 
 
 def steps(options: Any) -> str:
-    """The table of `bench.py steps`."""
+    """The table of `bench steps`."""
     size, device = TINY if options.tiny else Size(), options.device
     images = torch.rand(size.images, 3, size.resolution, size.resolution, device=device) * 2 - 1
     latents = torch.randn(size.latents, 4, size.resolution // 4, size.resolution // 4, device=device)
@@ -244,86 +204,3 @@ def steps(options: Any) -> str:
 
 def spread(times: Sequence[float]) -> str:
     return f"{statistics.median(times) * 1e3:.0f} ({min(times) * 1e3:.0f} to {max(times) * 1e3:.0f})"
-
-
-# ---- quality -----------------------------------------------------------------------------------------------------
-
-
-def train(options: Any) -> Path:
-    """Train the stages that are not given, by main.py as a user would; the folder of the second."""
-    autoencoder = options.autoencoder or train_stage("autoencoder", options)
-    return train_stage("diffusion", options, f"data.params.autoencoder={autoencoder}")
-
-
-def train_stage(stage: str, options: Any, *overrides: str) -> Path:
-    """Train configs/fashion_mnist/<stage>.yaml; the run's folder."""
-    config = ROOT / "configs" / "fashion_mnist" / f"{stage}.yaml"
-    command: list[str | Path] = [sys.executable, ROOT / "main.py", "--base", config]
-    code = subprocess.run([*command, "--logdir", options.logdir, *options.overrides, *overrides]).returncode
-    folder = run_folder.newest(options.logdir, f"fashion_mnist_{stage}")
-    if code or folder is None:
-        sys.exit(code or 1)  # main.py has said why
-    return folder.path
-
-
-def quality(options: Any) -> str:
-    """The table of `bench.py quality`; also writes quality.json and pictures.png."""
-    started = time.perf_counter()
-    diffusion = options.diffusion or train(options)
-    trained = time.perf_counter()
-    pipeline = Pipeline.load(diffusion, autoencoder=options.autoencoder, device=options.device)
-    data = FashionMNIST(), FashionMNIST(train=False)
-    report = compare(pipeline, *data, options.number, options.epochs, options.guidance, options.steps)
-    folder = options.out or Path(diffusion) / "quality"
-    folder.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(report.sheet()).save(folder / "pictures.png")
-    record = {
-        "hardware": hardware(options.device),
-        **pipeline.origin,
-        "images_a_class": options.number,
-        "sampler_steps": options.steps,
-        "classifier_test_accuracy": report.test_accuracy,
-        "rows": {name: row._asdict() for name, row in report.scores.items()},
-        "minutes": {"training": (trained - started) / 60, "judging": (time.perf_counter() - trained) / 60},
-    }
-    write_text(folder / "quality.json", json.dumps(record, indent=1) + "\n")
-    about = f"{record['hardware']}; {options.number} images a class, DDIM {options.steps}; {record['checkpoint']}"
-    return f"{about}\n\n{report.markdown()}\n\n{folder / 'pictures.png'}"
-
-
-def parse(argv: Sequence[str]) -> Any:
-    parser = Parser(prog="bench.py", description="Measure ldm.", epilog=EPILOG, allow_abbrev=False)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("what", choices=["steps", "quality"])
-    add = parser.add_argument_group("both").add_argument
-    add("--device", default=device, help="such as cuda or cpu (default: cuda where there is one)")
-    add = parser.add_argument_group("steps").add_argument
-    add("--tiny", action="store_true", help="the smallest networks: to see that it runs")
-    add("--repeats", type=whole_number, default=9, help="steps timed of each kind (default: 9)")
-    add = parser.add_argument_group("quality").add_argument
-    add("--autoencoder", type=path, metavar="RUN", help="a trained first stage (default: train it)")
-    add("--diffusion", type=path, metavar="RUN", help="a trained second stage (default: train it)")
-    add("--number", type=whole_number, default=100, help="images a class (default: 100)")
-    add("--guidance", type=finite, nargs="+", default=[2.0], help="scales to sample with (default: 2)")
-    add("--steps", type=whole_number, default=30, help="DDIM steps (default: 30)")
-    add("--epochs", type=whole_number, default=4, help="of the classifier (default: 4)")
-    add("--logdir", type=path, default=Path("logs"), help="where runs are made (default: logs)")
-    add("--out", type=path, help="folder for quality.json and pictures.png (default: <diffusion run>/quality)")
-    overrides, words = split_overrides(argv)
-    options = parser.parse_strictly(words)
-    options.overrides = overrides
-    return options
-
-
-def main(argv: Sequence[str]) -> int:
-    """Returns the exit code (ldm/errors.py)."""
-
-    def work() -> None:
-        options = parse(argv)
-        print({"steps": steps, "quality": quality}[options.what](options))
-
-    return program.answer(work)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

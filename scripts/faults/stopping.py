@@ -9,12 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from ldm.checkpoints import store
-from scripts.fault_catalogue.harness import Place, fault
-from scripts.fault_catalogue.inject import both, in_validation, slow_saves, slow_steps
-from scripts.fault_catalogue.interpreter import ROOT
-from scripts.fault_catalogue.processes import Child, Wrong, demand, descendants, wait_until
-from scripts.fault_catalogue.runs import Run, all_gone, demand_same, last_line, no_leftovers, ranks
-from scripts.fault_catalogue.tiny import Tree, stage2, two_ranks
+from scripts.faults.harness import Place, fault
+from scripts.faults.inject import both, in_validation, slow_saves, slow_steps
+from scripts.faults.interpreter import ROOT
+from scripts.faults.processes import Child, Wrong, demand, descendants, wait_until
+from scripts.faults.runs import Run, all_gone, demand_same, last_line, no_leftovers, ranks
+from scripts.faults.tiny import Tree, stage2, two_ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
 TARGETS = (

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from ldm.checkpoints import store
-from scripts.fault_catalogue import machine
-from scripts.fault_catalogue.harness import NotTried, Place, fault
-from scripts.fault_catalogue.inject import after_backward, before_each_step, slow_steps
-from scripts.fault_catalogue.interpreter import Hook
-from scripts.fault_catalogue.processes import children, demand, descendants, wait_until
-from scripts.fault_catalogue.runs import Run, all_gone, demand_same, last_line, no_leftovers
-from scripts.fault_catalogue.tiny import BATCH, stage2
+from scripts.faults import machine
+from scripts.faults.harness import NotTried, Place, fault
+from scripts.faults.inject import after_backward, before_each_step, slow_steps
+from scripts.faults.interpreter import Hook
+from scripts.faults.processes import children, demand, descendants, wait_until
+from scripts.faults.runs import Run, all_gone, demand_same, last_line, no_leftovers
+from scripts.faults.tiny import BATCH, stage2
 
 
 def _poison(kind: str, bad: Callable[[int], bool]) -> Hook:

@@ -12,11 +12,11 @@ from typing import Any
 from ldm.errors import DataError
 from ldm.latents.claims import read_sealed, seal
 from ldm.latents.manifest import verify
-from scripts.fault_catalogue.harness import Place, fault
-from scripts.fault_catalogue.interpreter import ROOT, Hook, python
-from scripts.fault_catalogue.processes import Child, demand, fork, wait_until
-from scripts.fault_catalogue.runs import Run, last_line
-from scripts.fault_catalogue.tiny import Tree, pictures, stage1, stage2
+from scripts.faults.harness import Place, fault
+from scripts.faults.interpreter import ROOT, Hook, python
+from scripts.faults.processes import Child, demand, fork, wait_until
+from scripts.faults.runs import Run, last_line
+from scripts.faults.tiny import Tree, pictures, stage1, stage2
 
 
 def _files(cache: Path) -> dict[str, bytes]:

@@ -1,9 +1,9 @@
 """Break runs in every way of the catalogue, and tell which promises held.
 
-    python scripts/faults.py                        # every fault, at the full figures; as root for disks and networks
-    python scripts/faults.py --quick                # a sample of each, in minutes
-    python scripts/faults.py --only 1 8 "rank killed" --minutes 10 --jobs 2 --json faults.json
-    python scripts/faults.py --table faults.json    # several files make one table
+    python scripts/faults                        # every fault, at the full figures; as root for disks and networks
+    python scripts/faults --quick                # a sample of each, in minutes
+    python scripts/faults --only 1 8 "rank killed" --minutes 10 --jobs 2 --json faults.json
+    python scripts/faults --table faults.json    # several files make one table
 
 Each fault is tried on real runs of main.py, small ones, in processes of its own, all of which are killed at its end.
 The table that is printed at the end is Markdown. Exit code 1: some promise did not hold.
@@ -28,11 +28,10 @@ from pathlib import Path
 from types import FrameType
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from ldm.runtime import threads
-
 if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])  # in place of this folder: its files are scripts.faults.*
+    from ldm.runtime import threads
+
     threads.prepare()  # before torch is imported
 
 from rich.console import Console
@@ -40,9 +39,9 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ldm.cli.options import path, positive, whole_number
 from ldm.runtime.launcher import leave
-from scripts.fault_catalogue import processes
-from scripts.fault_catalogue.attempts import Attempt, run_all
-from scripts.fault_catalogue.harness import CATALOGUE, Fault, Figures, Result, chosen, table
+from scripts.faults import processes
+from scripts.faults.attempts import Attempt, run_all
+from scripts.faults.harness import CATALOGUE, Fault, Figures, Result, chosen, table
 
 PARTS = (
     *("saving", "resuming", "stopping", "peers", "training"),
@@ -55,9 +54,9 @@ MARKS = {"pass": "[green]pass[/]", "fail": "[red]FAIL[/]", "not tried": "[yellow
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code."""
-    options = _parser().parse_args(argv)
+    options = parse(argv)
     for part in PARTS:
-        importlib.import_module(f"scripts.fault_catalogue.{part}")
+        importlib.import_module(f"scripts.faults.{part}")
     try:
         faults = chosen(options.only)
     except KeyError as error:
@@ -128,7 +127,7 @@ def _tried(faults: Sequence[Fault], folder: Path, options: argparse.Namespace, c
 def warm_up(folder: Path) -> None:
     """Make what all faults share, and import whatever a run imports, so that forks need not."""
     import ldm.training.trainer  # noqa: F401
-    from scripts.fault_catalogue.runs import prepare
+    from scripts.faults.runs import prepare
 
     processes.adopt_orphans()
     listing = folder / "modules"
@@ -171,8 +170,8 @@ def _ended_on_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="faults.py", description="Break runs in every way of the catalogue.")
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="faults", description="Break runs in every way of the catalogue.")
     parser.add_argument("--only", nargs="+", default=[], metavar="FAULT", help="numbers, or parts of names")
     parser.add_argument("--quick", action="store_true", help="a sample of each fault instead of the full figures")
     parser.add_argument(
@@ -183,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--table", nargs="+", type=path, metavar="FILE", help="try nothing: print what --json has kept")
     parser.add_argument("--keep", action="store_true", help="leave the scratch folders of failed faults")
     parser.add_argument("--list", action="store_true", help="list the faults and leave")
-    return parser
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
