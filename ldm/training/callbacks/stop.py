@@ -12,6 +12,7 @@ from ldm.runtime import signals
 from ldm.runtime.distributed import max_over_ranks
 from ldm.runtime.signals import Stopped
 from ldm.training.callbacks.checkpoints import files_of, raise_together, save_at_end
+from ldm.training.callbacks.step import StepCallback
 
 _CANNOT_SAVE = 1 << 10  # beyond any signal's number
 
@@ -23,7 +24,7 @@ class _NoSignals(_SignalConnector):
         pass
 
 
-class StopOnSignal(pl.Callback):
+class StopOnSignal(StepCallback):
     """Turns a signal into one checkpoint and a clean end, `Stopped`, on all ranks after the same step.
 
     The ranks synchronize after each optimizer step, never within an accumulation, after each validation batch, and
@@ -35,9 +36,9 @@ class StopOnSignal(pl.Callback):
     """
 
     def __init__(self, folder: Path | str) -> None:
+        super().__init__()
         self._path = Path(folder) / f"stopped{SUFFIX}"
         self._listens = False
-        self._step = 0
         self._shared_batches = 0  # validation batches that every rank has: only there may they wait for each other
         self._seen_batches = 0
         self._validation_cut = False
@@ -56,13 +57,10 @@ class StopOnSignal(pl.Callback):
         self.teardown(trainer, pl_module, "")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._step = trainer.global_step
+        super().on_train_start(trainer, pl_module)
         self._stop_if_asked(trainer, saving=False)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        if trainer.global_step == self._step:
-            return  # within an accumulation
-        self._step = trainer.global_step
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         self._stop_if_asked(trainer, saving=True)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

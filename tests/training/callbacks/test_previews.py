@@ -163,7 +163,7 @@ def test_samples_are_those_of_the_averaged_weights(
     saved = Pipeline.load(runs.diffusion)
     callback = SampleLogger(every_n_steps=3, classes=classes, seeds=[7, 8, 9], steps=2, guidance_scale=scale)
     module.train()
-    callback.on_train_batch_end(a_sampling_trainer(tmp_path, saved.manifest), module)
+    callback.on_step_end(a_sampling_trainer(tmp_path, saved.manifest), module, None)
     sheet = picture(tmp_path / "images" / "val" / "samples_00000006.png")
     labels = None if classes is None else [2, 2, 2, 0, 0, 0]
     samples = generate(saved, [7, 8, 9] * len(classes or [0]), labels, steps=2, guidance=Guidance(scale))
