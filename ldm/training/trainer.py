@@ -16,9 +16,7 @@ import inspect
 import logging
 import os
 import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -42,6 +40,7 @@ from ldm.errors import ConfigError
 from ldm.run_folder import RunFolder
 from ldm.runtime import distributed, threads
 from ldm.runtime.step_metrics import is_logged
+from ldm.training import lightning_internals
 from ldm.training.callbacks.checkpoints import AtomicCheckpointIO, Checkpoints
 from ldm.training.callbacks.monitors import Monitors, monitored
 from ldm.training.callbacks.previews import ImageLogger, SampleLogger
@@ -91,10 +90,7 @@ def make_trainer(
     Raises:
         ConfigError: Lightning refuses an argument.
     """
-    # The average stays in eval mode; Lightning's own affair; measured; our sampler finds its place by itself.
-    meant = ("Found .* module.* in eval mode", ".*isinstance.treespec", ".*does not have many workers")
-    for text in (*meant, "You're resuming from a checkpoint that ended before the epoch"):
-        warnings.filterwarnings("ignore", text, module="pytorch_lightning")
+    lightning_internals.ignore_expected_warnings()
     section = tree["lightning"]
     arguments: dict[str, Any] = {"enable_model_summary": False, "log_every_n_steps": LOG_EVERY} | section["trainer"]
     arguments["accelerator"] = _accelerator(arguments.get("accelerator") or "auto")
@@ -120,15 +116,14 @@ def make_trainer(
         "num_sanity_val_steps": arguments.get("num_sanity_val_steps", 1),
     }
     try:
-        with _muted():
+        with lightning_internals.muted():
             trainer = _trainer(strategy, arguments)
     except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
         text = reason(error) if isinstance(error, ImportError) else str(error)
         raise ConfigError(f"lightning.trainer: {text}") from error
     threads.share(trainer.num_devices)
-    # Known only now: the world size is the strategy's. Lightning counts the interval in batches.
     steps.accumulation = data.accumulation(trainer.world_size)
-    trainer.val_check_interval = interval * steps.accumulation
+    lightning_internals.set_validation_interval(trainer, interval * steps.accumulation)
     return trainer
 
 
@@ -202,37 +197,18 @@ class _Steps(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        # Saved as a number of micro-batches, of which a step may have another number now. Lightning takes each batch
-        # whose number is a multiple of the accumulation for a step's last, and validates by that number, too.
-        counts = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        batches = checkpoint["global_step"] * self.accumulation
-        for count in (counts["total"], counts["current"]):
-            late = batches - count["ready"]
-            count.update({name: value + late for name, value in count.items()})
+        lightning_internals.place_batch_count(checkpoint, checkpoint["global_step"] * self.accumulation)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Not by the trainer's argument, which is refused where optimisation is manual, though loggers count by it.
-        trainer.accumulate_grad_batches = self.accumulation
+        lightning_internals.set_accumulation(trainer, self.accumulation)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if is_logged(trainer):
-            pl_module.log("step", float(trainer.global_step + 1))  # Lightning's name for what a row is numbered by
+            lightning_internals.number_row(pl_module, trainer.global_step + 1)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == "fit":
-            pl_module.log("step", float(trainer.global_step))
-
-
-@contextmanager
-def _muted() -> Iterator[None]:
-    """Within the block Lightning does not advertise."""
-    logger = logging.getLogger("pytorch_lightning.utilities.rank_zero")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+            lightning_internals.number_row(pl_module, trainer.global_step)
 
 
 def make_loggers(tree: Mapping[str, Any], folder: RunFolder, project: str, trust: Sequence[str] = ()) -> list[Logger]:

@@ -19,6 +19,7 @@ from ldm.checkpoints.snapshot import HostMemory
 from ldm.errors import ConfigError, LdmError, PeerError, ResourceError
 from ldm.ranges import Count
 from ldm.runtime import distributed
+from ldm.training import lightning_internals
 from ldm.training.callbacks.step import StepCallback
 
 TRIES = 3
@@ -192,7 +193,7 @@ class Checkpoints(StepCallback, Checkpoint):
         files.published = self._tidy
 
     def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
-        if self._due(trainer.global_step) and not _validation_follows(trainer):
+        if self._due(trainer.global_step) and not lightning_internals.validation_follows(trainer):
             self._save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -282,12 +283,6 @@ def _link(link: Path, target: str) -> None:
         temporary.unlink()
     temporary.symlink_to(target)
     temporary.replace(link)
-
-
-def _validation_follows(trainer: pl.Trainer) -> bool:
-    # As Lightning's training loop decides it, where `check_val_every_n_epoch` is None.
-    interval = trainer.val_check_batch
-    return bool(trainer.enable_validation and interval and (trainer.fit_loop.total_batch_idx + 1) % interval == 0)
 
 
 def _nothing() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ldm.ranges import Count, NotNegative
 from ldm.runtime.durations import so_far
+from ldm.training import lightning_internals
 from ldm.training.callbacks.step import StepCallback
 
 
@@ -115,10 +116,9 @@ class Progress(ProgressBar):
         last = trainer.global_step == trainer.max_steps
         if not self._enabled or (elapsed < self._pause and not last):
             return
-        # Lightning has divided the loss by the number of micro-batches, where the optimisation is its own.
-        divided_by = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
         figures = {name: float(value) for name, value in _figures(outputs).items()}
-        figures |= {"loss": figures["loss"] * divided_by} if "loss" in figures else {}
+        if "loss" in figures:
+            figures["loss"] *= lightning_internals.loss_divisor(trainer, pl_module)
         words = [f"{name} {value:.4g}" for name, value in figures.items()]
         words.append(f"{self._images / max(elapsed, 1e-9):.3g} images/s")
         words.append(self._times(trainer))

@@ -21,6 +21,7 @@ from ldm.errors import ConfigError, LdmError, NumericError
 from ldm.ranges import Count, CountOrZero
 from ldm.runtime.distributed import gather
 from ldm.runtime.fsdp import total_norm
+from ldm.training import lightning_internals
 from ldm.training.callbacks.checkpoints import save_at_end
 from ldm.training.callbacks.step import StepCallback
 
@@ -106,9 +107,7 @@ class SkipNonFinite(StepCallback):
     ) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor):
-            # Lightning has divided it by the number of micro-batches, where the optimisation is its own.
-            divided_by = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
-            self._current.losses.append(loss.detach() * divided_by)
+            self._current.losses.append(loss.detach() * lightning_internals.loss_divisor(trainer, pl_module))
         if isinstance(batch, Mapping) and "draws" in batch:
             self._current.samples.append(batch["draws"].numbers)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
