@@ -27,7 +27,7 @@ from ldm.data.datamodule import ImageDataModule
 from ldm.errors import ResourceError
 from ldm.run_folder import RunFolder
 from ldm.runtime.signals import Stopped
-from ldm.training import fit, resume, trainer
+from ldm.training import defaults, fit, resume, trainer
 from ldm.training.loggers import read_metrics
 from tests.points import wait_until
 
@@ -281,7 +281,7 @@ def fails(error: BaseException) -> Any:
     return instead
 
 
-PLACES = [(run_folder, "check_space"), (resume, "save"), (trainer, "make_callbacks"), (trainer, "make_loggers")]
+PLACES = [(run_folder, "check_space"), (resume, "save"), (defaults, "make_callbacks"), (defaults, "make_loggers")]
 PLACES += [(AutoencoderKL, "configure_optimizers"), (ImageDataModule, "train_dataloader"), (fit, "record")]
 PLACES += [(AutoencoderKL, "validation_step"), (AutoencoderKL, "training_step")]
 ERRORS = [ResourceError("no"), KeyboardInterrupt(), Stopped(signal.SIGTERM), RuntimeError("a bug"), SystemExit(1)]

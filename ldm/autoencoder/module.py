@@ -175,20 +175,26 @@ class AutoencoderKL(pl.LightningModule):
         # Asked before the generator's step, which advances the count.
         if self.loss.adversarial_at(self.global_step):
             for optimizer in others:
-                _leave_uncounted(optimizer)
-                logs["discriminator_gradient"] = self._step(optimizer)
+                logs["discriminator_gradient"] = self._step(optimizer, self._uncounted_step)
         else:
             for optimizer in others:
                 optimizer.zero_grad()
-        logs["gradient"] = self._step(generator)
+        logs["gradient"] = self._step(generator, LightningOptimizer.step)
         return logs
 
-    def _step(self, optimizer: LightningOptimizer) -> Tensor:
+    def _uncounted_step(self, optimizer: LightningOptimizer) -> None:
+        """Lightning adds the steps of every optimizer to global_step; ours counts batches, so one must not be counted.
+
+        This is what LightningOptimizer.step does, but for the counting.
+        """
+        self.trainer.strategy.optimizer_step(optimizer.optimizer, lambda: None)
+
+    def _step(self, optimizer: LightningOptimizer, step: Callable[[LightningOptimizer], Any]) -> Tensor:
         """One step of one optimizer; returns the gradient's norm before clipping."""
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         limit = float("inf") if self._gradient_clip is None else self._gradient_clip
         norm = nn.utils.clip_grad_norm_(parameters, limit)
-        optimizer.step()
+        step(optimizer)
         optimizer.zero_grad()
         for config in self.trainer.lr_scheduler_configs:
             scheduler = config.scheduler
@@ -274,7 +280,10 @@ class AutoencoderKL(pl.LightningModule):
 
         `latents` is {"mean": [c floats], "std": [c floats]}, or None before the first validation.
         """
-        current = self._trainer.callback_metrics if self._trainer is not None else {}
+        try:
+            current = self.trainer.callback_metrics
+        except RuntimeError:  # no trainer has had this model yet
+            current = {}
         validated = {name: float(value) for name, value in current.items() if name.startswith("val/")}
         return {"kind": "autoencoder", "latents": self._latents, "metrics": {**self._metrics, **validated}}
 
@@ -305,13 +314,3 @@ def _noise(encoder: Encoder, batch: Batch, purpose: str) -> Tensor:
     height, width = batch["image"].shape[2:]
     shape = (encoder.latent_channels, height // encoder.down_factor, width // encoder.down_factor)
     return batch["draws"].normal(purpose, shape)
-
-
-def _leave_uncounted(optimizer: LightningOptimizer) -> None:
-    """Lightning adds the steps of every optimizer to global_step; ours counts batches, so one must not be counted."""
-    optimizer._on_before_step = _nothing
-    optimizer._on_after_step = _nothing
-
-
-def _nothing() -> None:
-    pass

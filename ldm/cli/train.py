@@ -124,7 +124,7 @@ def settle_precision(start: resume.Start, tree: dict[str, Any]) -> None:
 def train(options: Options, start: resume.Start, tree: dict[str, Any], data: Any, facts: dict[str, Any]) -> int:
     """Build the model, take the run folder, and fit."""
     from ldm.runtime import distributed
-    from ldm.training import fit, trainer
+    from ldm.training import defaults, fit, trainer
     from ldm.training.callbacks.first_step import FirstStep
     from ldm.training.loggers import end
 
@@ -142,9 +142,9 @@ def train(options: Options, start: resume.Start, tree: dict[str, Any], data: Any
             held.enter_context(folder.owned())
             run_folder.check_space(folder.checkpoints, fit.space_needed(model))
             resume.save(folder, start.source, tree, facts)
-        callbacks = [first_step, *trainer.make_callbacks(tree, folder, model, facts, options.trust)]
+        callbacks = [first_step, *defaults.make_callbacks(tree, folder, model, facts, options.trust)]
         # A validation alone has no step of its own in the metrics file.
-        loggers = trainer.make_loggers(tree, folder, options.project, options.trust) if options.train else []
+        loggers = defaults.make_loggers(tree, folder, options.project, options.trust) if options.train else []
         held.callback(lambda: None if first_step.made else end(loggers))
         lightning = trainer.make_trainer(tree, data, model, callbacks, loggers, options.trust, folder.path)
         signals.stop_if_asked()

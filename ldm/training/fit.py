@@ -3,7 +3,6 @@
 import signal
 import socket
 import subprocess
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -12,8 +11,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
-from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
@@ -25,6 +22,7 @@ from ldm.errors import CheckpointError, ConfigError, LdmError, PeerError, Resour
 from ldm.run_folder import RunFolder, RunState
 from ldm.runtime import distributed, launcher, signals
 from ldm.runtime.signals import Stopped
+from ldm.training import lightning_internals
 from ldm.training.callbacks.checkpoints import files_of, set_aside_later
 
 # Two checkpoints are kept, and a third is being written.
@@ -101,13 +99,10 @@ class _Home(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.folder = RunFolder(Path(trainer.strategy.broadcast(str(self.folder.path))))
-        starter = trainer.strategy.launcher
-        if self._watch is None and isinstance(starter, _SubprocessScriptLauncher) and starter.procs:
-            self.children = starter.procs
-            for thread in threading.enumerate():
-                if isinstance(thread, _ChildProcessObserver):
-                    # It would kill this process, at most five seconds after a child has left, in the middle of its end.
-                    thread._child_processes = []
+        started = lightning_internals.started_ranks(trainer)
+        if self._watch is None and started:
+            self.children = started
+            lightning_internals.dismiss_observers()
             self._watch = launcher.Watch(self.children, lambda reason: self._died(trainer, reason))
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -223,7 +218,7 @@ def explain(error: BaseException) -> LdmError | None:
                 f"a data loader's worker died, likely for want of memory: {first_line}\n"
                 "Resume with fewer data.params.num_workers."
             )
-        case RuntimeError() if text.startswith("Early stopping conditioned on metric"):
+        case RuntimeError() if lightning_internals.is_missing_metric(error):
             return ConfigError(f"lightning.callbacks: {first_line}")
         case RuntimeError() if text.startswith("Error(s) in loading state_dict"):
             return CheckpointError(f"the checkpoint is of another model than the configuration describes: {text}")

@@ -23,6 +23,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from ldm.errors import ResourceError
 from ldm.files import write_text
 from ldm.ranges import Positive
+from ldm.training import lightning_internals
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +140,6 @@ class FencedWandb(WandbLogger):
         time_limit: Positive = 30.0,
     ) -> None:
         super().__init__(name=name, save_dir=save_dir, project=project, id=id, offline=offline)
-        del self._wandb_init["anonymous"]  # Lightning passes it, wandb warns of it
         self._limit = self._limit_at_end = time_limit
         self._errands: queue.Queue[Callable[[], None]] = queue.Queue(maxsize=1000)
         self._thread: threading.Thread | None = None
@@ -285,7 +285,7 @@ class FencedWandb(WandbLogger):
 
         # The console is left alone: wandb would hook every print, and raise from it once its service is gone.
         settings = wandb.Settings(init_timeout=self._limit / 2, console="off", **_quiet())
-        run = wandb.init(**self._wandb_init, mode=mode, settings=settings)  # type: ignore[arg-type]
+        run = wandb.init(**lightning_internals.wandb_arguments(self), mode=mode, settings=settings)  # type: ignore[arg-type]
         run.define_metric("trainer/global_step")
         run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
         self._experiment = run
@@ -315,8 +315,8 @@ def end(loggers: Sequence[Logger]) -> None:
         if isinstance(logger, FencedWandb):
             logger.finalize("failed")
             logger.close()
-        elif isinstance(logger, WandbLogger) and logger._experiment is not None:
-            _quietly(partial(logger._experiment.finish, exit_code=1))
+        elif isinstance(logger, WandbLogger) and (run := lightning_internals.wandb_run(logger)) is not None:
+            _quietly(partial(run.finish, exit_code=1))
 
 
 def _quiet() -> dict[str, Any]:

@@ -26,6 +26,7 @@ from ldm.diffusion.module import LatentDiffusion, parts
 from ldm.errors import CheckpointError, ConfigError, LdmError
 from ldm.sampling.conditions import check_conditions
 from ldm.sampling.guidance import classifier_free
+from ldm.training import lightning_internals
 from ldm.training.callbacks.previews import SampleLogger
 
 Origin = Callable[[str], str]
@@ -197,7 +198,7 @@ class Rehearsal(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         try:
-            state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+            state = lightning_internals.assemble_checkpoint(trainer)
             # Tensors can be saved, sharded ones in a way of their own (runtime/fsdp.py): what is asked is all else.
             state_tree.check_plain(
                 state_tree.replaced(state, lambda key, leaf: 0 if isinstance(leaf, torch.Tensor) else leaf)

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from ldm.checkpoints import former_keys, sharded_state, shards, store
 from ldm.ranges import Positive
 from ldm.runtime import distributed, fsdp
+from ldm.training import lightning_internals
 
 TIMEOUT = 300.0
 """Seconds that a rank waits for another before it considers it lost; Lightning's default is half an hour."""
@@ -68,7 +69,7 @@ class FSDP2(ModelParallelStrategy):
         return True
 
     def setup_environment(self) -> None:
-        self._data_parallel_size = self.num_nodes * self.num_processes  # by itself it would be the number of nodes
+        lightning_internals.shard_over_all_ranks(self)
         super().setup_environment()
         distributed.set_timeout(self.timeout)  # also of the mesh's own groups
 

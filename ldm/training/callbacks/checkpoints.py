@@ -19,6 +19,8 @@ from ldm.checkpoints.snapshot import HostMemory
 from ldm.errors import ConfigError, LdmError, PeerError, ResourceError
 from ldm.ranges import Count
 from ldm.runtime import distributed
+from ldm.training import lightning_internals
+from ldm.training.callbacks.step import StepCallback
 
 TRIES = 3
 """How many saves in a row may fail for lack of space before the run ends."""
@@ -144,7 +146,7 @@ def raise_together(failure: Exception | None) -> None:
         raise ResourceError("another rank could not save its part of a checkpoint; its message says why.")
 
 
-class Checkpoints(Checkpoint):
+class Checkpoints(StepCallback, Checkpoint):
     """Saves `step=<step>.ckpt` at intervals and at the end; `best.ckpt` is a link to the best by a metric.
 
     If a step is followed by a validation, it is saved after it, so that the metrics are in the file and a resumed run
@@ -170,6 +172,7 @@ class Checkpoints(Checkpoint):
         keep_best: Count = 1,
         asynchronous: bool = True,
     ) -> None:
+        super().__init__()
         for name, value in {"every": every, "keep": keep, "keep_every": keep_every, "keep_best": keep_best}.items():
             if value is not None and value < 1:
                 raise ConfigError(f"checkpoints: {name} must be 1 or more, found {name}={value}")
@@ -181,7 +184,6 @@ class Checkpoints(Checkpoint):
         self.keep_best = keep_best
         self.asynchronous = asynchronous
         self._scores: dict[int, float] = {}  # of the steps that were among the best; lower is better
-        self._seen = 0
         self._folder = Path()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -190,14 +192,8 @@ class Checkpoints(Checkpoint):
         files.asynchronous = self.asynchronous
         files.published = self._tidy
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._seen = trainer.global_step
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        if trainer.global_step == self._seen:
-            return  # within an accumulation
-        self._seen = trainer.global_step
-        if self._due(trainer.global_step) and not _validation_follows(trainer):
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+        if self._due(trainer.global_step) and not lightning_internals.validation_follows(trainer):
             self._save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -287,12 +283,6 @@ def _link(link: Path, target: str) -> None:
         temporary.unlink()
     temporary.symlink_to(target)
     temporary.replace(link)
-
-
-def _validation_follows(trainer: pl.Trainer) -> bool:
-    # As Lightning's training loop decides it, where `check_val_every_n_epoch` is None.
-    interval = trainer.val_check_batch
-    return bool(trainer.enable_validation and interval and (trainer.fit_loop.total_batch_idx + 1) % interval == 0)
 
 
 def _nothing() -> None:

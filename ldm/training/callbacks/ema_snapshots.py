@@ -13,12 +13,13 @@ from ldm.errors import CheckpointError, ConfigError
 from ldm.optim.ema import PowerFunction, mixture, power_exponent
 from ldm.ranges import Count
 from ldm.runtime.float64 import double
+from ldm.training.callbacks.step import StepCallback
 
 FOLDER = "averages"
 """In the run folder."""
 
 
-class EMASnapshots(pl.Callback):
+class EMASnapshots(StepCallback):
     """Writes all averages of a diffusion model to `averages/step=<step>.ckpt` at intervals, in half precision.
 
     They must be power functions, preferably two (stds 0.05 and 0.1), since other widths need more than one.
@@ -28,23 +29,20 @@ class EMASnapshots(pl.Callback):
     """
 
     def __init__(self, every: Count) -> None:
+        super().__init__()
         if every < 1:
             raise ConfigError(f"averages: every must be 1 or more, found {every}")
         self._every = every
-        self._step = 0
         self._folder = Path()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._folder = Path(trainer.strategy.broadcast(str(trainer.default_root_dir))) / FOLDER
         _exponents(pl_module)  # at once, not after the first thousand steps
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._step = trainer.global_step
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        if trainer.global_step == self._step or trainer.global_step % self._every:
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+        step = trainer.global_step
+        if step % self._every:
             return
-        self._step = trainer.global_step
         assert isinstance(pl_module, LatentDiffusion)
         ema = pl_module.ema
         averages = sharded_state.gathered([dict(average.state_dict()) for average in (ema.average, *ema.extra)])
@@ -54,9 +52,9 @@ class EMASnapshots(pl.Callback):
                 "averages": [_halved(average, learned) for average in averages],
                 "exponents": _exponents(pl_module),
                 "images_seen": ema.images_seen,
-                "ldm": {"kind": "averages", "step": self._step},
+                "ldm": {"kind": "averages", "step": step},
             }
-            store.save(self._folder / f"step={self._step:08d}{store.SUFFIX}", state)
+            store.save(self._folder / f"step={step:08d}{store.SUFFIX}", state)
 
 
 def _exponents(module: pl.LightningModule) -> list[float]:

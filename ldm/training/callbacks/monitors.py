@@ -8,12 +8,13 @@ import pytorch_lightning as pl
 from ldm.config.tree import current_plain
 from ldm.errors import ConfigError
 from ldm.runtime import distributed
-from ldm.runtime.step_metrics import is_logged
+from ldm.runtime.step_metrics import was_logged
+from ldm.training.callbacks.step import StepCallback
 
 _TRAINING = "train/"  # how names begin that training logs, where validation cannot know them
 
 
-class Monitors(pl.Callback):
+class Monitors(StepCallback):
     """Checks that the metric of each `monitor` is logged, as early as possible.
 
     In a new run: at the validation batch that is tried before the first step. In a resumed run: by the metrics in its
@@ -29,10 +30,10 @@ class Monitors(pl.Callback):
     """
 
     def __init__(self, monitors: Mapping[str, str], model: Any) -> None:
+        super().__init__()
         self._validated = {name: monitor for name, monitor in monitors.items() if not monitor.startswith(_TRAINING)}
         self._trained = {name: monitor for name, monitor in monitors.items() if monitor.startswith(_TRAINING)}
         self._model = model
-        self._step, self._logged = 0, False  # the step under way: steps before it, and whether it is logged
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -43,6 +44,7 @@ class Monitors(pl.Callback):
             _check(self._validated, record["metrics"], "the validation before this checkpoint")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         if not self._validated:
             return
         own = int(min(sum(trainer.num_val_batches), 2**31)) if trainer.enable_validation else 0
@@ -57,11 +59,8 @@ class Monitors(pl.Callback):
         if trainer.state.fn == "fit":
             _check(self._validated, trainer.callback_metrics, "validation")
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        self._step, self._logged = trainer.global_step, is_logged(trainer)
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        if self._trained and self._logged and trainer.global_step > self._step:
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+        if self._trained and was_logged(trainer):
             known = [name for name in trainer.callback_metrics if name.startswith(_TRAINING)]
             _check(self._trained, known, "training")
             self._trained = {}  # once is enough

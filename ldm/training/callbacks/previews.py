@@ -27,6 +27,7 @@ from ldm.sampling.guidance import Guidance
 from ldm.sampling.pipeline import Pipeline, load_codec
 from ldm.sampling.samplers import ddim
 from ldm.sampling.timesteps import default
+from ldm.training.callbacks.step import StepCallback
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class ShowsImages(Protocol):
     def images(self, batch: Any) -> dict[str, Tensor]: ...
 
 
-class ImageLogger(pl.Callback):
+class ImageLogger(StepCallback):
     """Stage 1: a sheet of what the module shows of a batch, a row for each name and a column for each image.
 
     From training batches to `train/`, from the first batch of each validation, always the same images, to `val/`.
@@ -48,16 +49,12 @@ class ImageLogger(pl.Callback):
     """
 
     def __init__(self, every_n_steps: Count = 1000, num_images: Count = 8) -> None:
+        super().__init__()
         self._every_n_steps = every_n_steps
         self._num_images = num_images
-        self._step = 0
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        # A step's micro-batches share its number.
-        if trainer.global_step % self._every_n_steps == 0 and trainer.global_step != self._step:
-            self._step = trainer.global_step
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+        if trainer.global_step % self._every_n_steps == 0:
             self._show(trainer, pl_module, batch, "train")
 
     def on_validation_batch_end(
@@ -80,7 +77,7 @@ class ImageLogger(pl.Callback):
             publish(trainer, split, "-".join(shown), sheet)
 
 
-class SampleLogger(pl.Callback):
+class SampleLogger(StepCallback):
     """Stage 2: a sheet of samples of the averaged weights, a row for each condition and a column for each seed.
 
     All ranks make their share of it.
@@ -111,6 +108,7 @@ class SampleLogger(pl.Callback):
         autoencoder: Path | str | None = None,
         trust: Sequence[str] = (),
     ) -> None:
+        super().__init__()
         self._every_n_steps = every_n_steps
         self._columns = len(seeds)
         if classes and conditions:
@@ -125,7 +123,6 @@ class SampleLogger(pl.Callback):
         self._autoencoder = autoencoder
         self._trust = trust
         self._codec: Codec | None = None
-        self._step = 0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """What cannot be shown is refused before the first step."""
@@ -136,9 +133,8 @@ class SampleLogger(pl.Callback):
         except ConfigError as error:
             raise ConfigError(f"lightning.callbacks.images (SampleLogger): {error}") from error
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        if trainer.global_step % self._every_n_steps == 0 and trainer.global_step != self._step:
-            self._step = trainer.global_step
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+        if trainer.global_step % self._every_n_steps == 0:
             self.show(trainer, pl_module)
 
     def _pipeline(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Pipeline:

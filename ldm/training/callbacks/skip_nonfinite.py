@@ -21,7 +21,9 @@ from ldm.errors import ConfigError, LdmError, NumericError
 from ldm.ranges import Count, CountOrZero
 from ldm.runtime.distributed import gather
 from ldm.runtime.fsdp import total_norm
+from ldm.training import lightning_internals
 from ldm.training.callbacks.checkpoints import save_at_end
+from ldm.training.callbacks.step import StepCallback
 
 _FILES = 32  # named in a message, at most
 
@@ -39,7 +41,7 @@ class _Step:
     in_a_row: Tensor | int = 0  # bad steps up to this one
 
 
-class SkipNonFinite(pl.Callback):
+class SkipNonFinite(StepCallback):
     """Skips every step whose loss or gradient is not finite, and ends the run after too many of them in a row.
 
     A fused optimizer skips such an update on the device itself (`found_inf`), without waiting; for others this waits
@@ -63,12 +65,12 @@ class SkipNonFinite(pl.Callback):
     def __init__(self, folder: Path | str, limit: CountOrZero = 3, every_n_steps: Count = 50) -> None:
         if limit < 0 or every_n_steps < 1:
             raise ConfigError(f"finite: expected limit >= 0 and every_n_steps >= 1, found {limit} and {every_n_steps}")
+        super().__init__()
         self._path = Path(folder) / f"finite{SUFFIX}"
         self._limit = limit
         self._every_n_steps = every_n_steps
         self._steps: list[_Step] = []
         self._current = _Step()
-        self._done = 0
         self._in_a_row: Tensor | int = 0
         self._skipped: Tensor | int = 0
 
@@ -77,9 +79,6 @@ class SkipNonFinite(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._in_a_row, self._skipped = state_dict["in_a_row"], state_dict["skipped"]
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._done = trainer.global_step
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         if not _scaled(trainer):
@@ -108,15 +107,13 @@ class SkipNonFinite(pl.Callback):
     ) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor):
-            # Lightning has divided it by the number of micro-batches, where the optimisation is its own.
-            divided_by = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
-            self._current.losses.append(loss.detach() * divided_by)
+            self._current.losses.append(loss.detach() * lightning_internals.loss_divisor(trainer, pl_module))
         if isinstance(batch, Mapping) and "draws" in batch:
             self._current.samples.append(batch["draws"].numbers)
-        if trainer.global_step == self._done:
-            return  # within an accumulation
-        self._done = trainer.global_step
-        self._count(pl_module)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+        self._count(trainer, pl_module)
         if pl_module.device.type == "cpu" or trainer.global_step % self._every_n_steps == 0:
             self._look(trainer)
 
@@ -125,14 +122,14 @@ class SkipNonFinite(pl.Callback):
     ) -> None:
         self._look(trainer)
 
-    def _count(self, pl_module: pl.LightningModule) -> None:
+    def _count(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the current step; counts on the device, where nobody waits."""
         step, self._current = self._current, _Step()
         if step.bad:
             bad = torch.stack(step.bad).any()
             self._in_a_row = (self._in_a_row + 1) * bad
             self._skipped = self._skipped + bad
-            step.number, step.in_a_row = self._done, self._in_a_row
+            step.number, step.in_a_row = trainer.global_step, self._in_a_row
             self._steps.append(step)
             pl_module.log("train/skipped_steps", self._skipped.float(), batch_size=1)
 

@@ -166,7 +166,7 @@ def test_samples_are_those_of_the_averaged_weights(
     saved = Pipeline.load(runs.diffusion)
     callback = SampleLogger(every_n_steps=3, classes=classes, seeds=[7, 8, 9], steps=2, guidance_scale=scale)
     module.train()
-    callback.on_train_batch_end(a_sampling_trainer(tmp_path, saved.manifest), module)
+    callback.on_step_end(a_sampling_trainer(tmp_path, saved.manifest), module, None)
     sheet = picture(tmp_path / "images" / "val" / "samples_00000006.png")
     conditions = None if classes is None else [{"class_label": label} for label in (2, 2, 2, 0, 0, 0)]
     samples = generate(saved, [7, 8, 9] * len(classes or [0]), conditions, steps=2, guidance=Guidance(scale))
@@ -180,7 +180,7 @@ def test_samples_are_made_by_the_sampler_and_the_schedule_that_were_named(tmp_pa
     saved = Pipeline.load(runs.diffusion)
     chosen = {"sampler": partial(heun, s_churn=4.0), "schedule": partial(karras, rho=5.0)}
     callback = SampleLogger(every_n_steps=3, conditions=[{"class_label": 2}], seeds=[7, 8], steps=3, **chosen)
-    callback.on_train_batch_end(a_sampling_trainer(tmp_path, saved.manifest), runs.module)
+    callback.on_step_end(a_sampling_trainer(tmp_path, saved.manifest), runs.module, None)
     sheet = picture(tmp_path / "images" / "val" / "samples_00000006.png")
     samples = generate(saved, [7, 8], [{"class_label": 2}] * 2, steps=3, **chosen)
     wanted = grid([sample.image for sample in samples], columns=2)
