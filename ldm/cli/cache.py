@@ -20,9 +20,14 @@ from ldm.runtime.progress import shown
 
 
 def build(base: Sequence[Path], overrides: Sequence[str], trust: Sequence[str]) -> None:
-    """Build the caches of the configuration's data module, and print where they are."""
+    """Build the caches of the configuration's data module, and print where they are.
+
+    Latents that the configuration's network cannot take are refused before any of them is made.
+    """
     from ldm.config.load import build, load
+    from ldm.diffusion.module import LatentDiffusion
     from ldm.latents.datamodule import LatentDataModule
+    from ldm.training import dry_run
 
     loaded = load(base, overrides, trust)
     loaded.check()
@@ -31,6 +36,11 @@ def build(base: Sequence[Path], overrides: Sequence[str], trust: Sequence[str]) 
         wanted, found = (f"{kind.__module__}.{kind.__qualname__}" for kind in (LatentDataModule, type(data)))
         raise ConfigError(f"data.target: expected {wanted}, found {found}: only stage 2 reads a latent cache.")
     data.trust = trust
+    facts = data.facts()
+    loaded.check(facts)
+    tree = loaded.resolved(facts)
+    if isinstance(outline := dry_run.meta_model(tree, trust), LatentDiffusion):
+        dry_run.check_fit(outline, tree, facts, data.meta_batch(), loaded.origin)
     data.prepare_data()
     data.setup()
     if distributed.is_main():

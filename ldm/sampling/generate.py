@@ -40,7 +40,7 @@ class Sampler(Protocol):
 
 
 class Sample(NamedTuple):
-    """An image and what it was made from: `image` (H,W,C) uint8, C = 1 or 3; `label` None: no class."""
+    """An image and what it was made from: `image` (H,W,C) uint8; `label` None: no class."""
 
     seed: int
     label: int | None

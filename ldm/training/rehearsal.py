@@ -26,6 +26,7 @@ from ldm.diffusion.module import LatentDiffusion, parts
 from ldm.errors import CheckpointError, ConfigError, LdmError
 from ldm.sampling.guidance import classifier_free
 from ldm.training.callbacks.previews import SampleLogger
+from ldm.training.dry_run import place
 
 Origin = Callable[[str], str]
 
@@ -106,8 +107,7 @@ def _previews(model: LatentDiffusion, callbacks: Mapping[str, Any], facts: Mappi
         wrong = [label for label in params.get("classes") or () if number is None or not 0 <= label < number]
         if wrong:
             known = "none, since the model has no classes" if number is None else f"0 to {number - 1}"
-            place = _place(f"{key}.classes", origin)
-            raise ConfigError(f"{key}.classes ({place}): expected {known}, found {wrong[0]}")
+            raise ConfigError(f"{key}.classes ({place(f'{key}.classes', origin)}): expected {known}, found {wrong[0]}")
 
 
 def _optimizers(model: Any, tree: Mapping[str, Any], steps: int, origin: Origin) -> None:
@@ -173,14 +173,7 @@ def _named(key: str, origin: Origin, when: str = "") -> Iterator[None]:
         text = (
             str(error) if isinstance(error, LdmError) else f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         )
-        raise ConfigError(f"{key} ({_place(key, origin)}): {when}it does not work: {text}") from error
-
-
-def _place(key: str, origin: Origin) -> str:
-    try:
-        return origin(key)
-    except ConfigError:  # not written: a default
-        return "by default"
+        raise ConfigError(f"{key} ({place(key, origin)}): {when}it does not work: {text}") from error
 
 
 class Rehearsal(pl.Callback):
