@@ -102,18 +102,18 @@ def has_captions(dataset: ImageDataset) -> bool:
 class Channeled(Protocol):
     """Optional: a data set that can say without decoding how many channels its pictures can have."""
 
-    def channels(self) -> Sequence[int] | None:
+    def channel_choices(self) -> Sequence[int] | None:
         """The numbers to choose from, `CONVERTIBLE` if its items are PIL images; None: unknown."""
 
 
-def channels(dataset: ImageDataset) -> Sequence[int] | None:
+def channel_choices(dataset: ImageDataset) -> Sequence[int] | None:
     """How many channels its pictures can have; None: unknown without decoding."""
-    return dataset.channels() if isinstance(dataset, Channeled) else None
+    return dataset.channel_choices() if isinstance(dataset, Channeled) else None
 
 
 def require_channels(dataset: ImageDataset | None, wanted: int, key: str) -> None:
     """ConfigError, naming the `key` that wants them, where the pictures surely cannot have so many channels."""
-    known = None if dataset is None else channels(dataset)
+    known = None if dataset is None else channel_choices(dataset)
     if dataset is not None and known is not None and wanted not in known:
         raise ConfigError(
             f"{key}: the model reads pictures of {wanted} channels, those of the data set ({dataset.path(0)}, ...) can "
@@ -183,8 +183,8 @@ class Subset:
     def decoding(self) -> dict[str, Any]:
         return decoding(self.dataset)
 
-    def channels(self) -> Sequence[int] | None:
-        return channels(self.dataset)
+    def channel_choices(self) -> Sequence[int] | None:
+        return channel_choices(self.dataset)
 
     def fingerprint(self) -> str:
         chosen = np.asarray(self.indices, dtype=np.int64).tobytes()

@@ -67,14 +67,14 @@ class ArrayImages:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Item:
-        pixels = self.images[index]
+        pixels = np.asarray(self.images[index])  # plain, also of a file
         plain = pixels[..., 0] if pixels.shape[2:] == (1,) else pixels  # Pillow knows no (H,W,1)
-        item: Item = {"image": Image.fromarray(plain) if self.channels() == CONVERTIBLE else pixels}
+        item: Item = {"image": Image.fromarray(plain) if self.channel_choices() == CONVERTIBLE else pixels}
         if self.class_names is not None:
             item["class_label"] = int(self.labels[index])
         return item
 
-    def channels(self) -> Sequence[int] | None:
+    def channel_choices(self) -> Sequence[int] | None:
         of_array = self.images.shape[3:]
         return CONVERTIBLE if of_array in ((), (1,), (3,)) else of_array
 

@@ -133,7 +133,7 @@ class ImageFolder:
     def decoding(self) -> dict[str, Any]:
         return {} if self.value_range is None else {"value_range": list(self.value_range)}
 
-    def channels(self) -> Sequence[int] | None:
+    def channel_choices(self) -> Sequence[int] | None:
         return CONVERTIBLE
 
     def path(self, index: int) -> str:

@@ -119,7 +119,7 @@ class OpenMoji:
     def class_labels(self) -> np.ndarray | None:
         return np.array([emoji.label for emoji in self.emoji])
 
-    def channels(self) -> Sequence[int] | None:
+    def channel_choices(self) -> Sequence[int] | None:
         return CONVERTIBLE
 
     def path(self, index: int) -> str:
