@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # single files of ldm/.
 ROWS = [
     {"errors", "ranges"},
-    {"randomness", "layers", "images", "files"},
+    {"randomness", "layers", "images", "files", "sizes"},
     {"runtime", "optim", "run_folder"},
     {"checkpoints", "config", "data"},
     {"autoencoder", "diffusion"},  # they meet on disk alone

@@ -36,7 +36,7 @@ class LPIPS(nn.Module):
 
     Raises:
         CheckpointError: the weights are missing, or are not VGG16's; names the file and where to put it.
-        ConfigError: (at the first images) they have fewer than 16 pixels on a side.
+        ConfigError: (at the first images) they have fewer than 16 pixels on a side, or neither 1 nor 3 channels.
     """
 
     shift: Tensor
@@ -65,7 +65,12 @@ class LPIPS(nn.Module):
         return super().train(False)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        height, width = a.shape[2:]
+        channels, height, width = a.shape[1:]
+        if channels not in (1, 3):
+            raise ConfigError(
+                f"LPIPS compares pictures of 1 or 3 channels (gray or color), found {channels}: train without it "
+                f"(perceptual: null)"
+            )
         if min(height, width) < _SMALLEST:
             raise ConfigError(
                 f"LPIPS halves its pictures four times, so it needs {_SMALLEST} pixels or more on each side, found "

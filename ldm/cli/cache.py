@@ -19,20 +19,30 @@ from ldm.runtime import signals
 
 
 def build(base: Sequence[Path], overrides: Sequence[str], trust: Sequence[str]) -> None:
-    """Build the caches of the configuration's data module, and print where they are."""
+    """Build the caches of the configuration's data module, and print where they are.
+
+    Latents that the configuration's network cannot take are refused before any of them is made.
+    """
     from ldm.config.load import build, load
 
     loaded = load(base, overrides, trust)
     loaded.check()
     # Imported here, so that a mistake on the command line is answered before torch and Lightning are loaded.
+    from ldm.diffusion.module import LatentDiffusion
     from ldm.latents.datamodule import LatentDataModule
     from ldm.runtime import distributed
+    from ldm.training import dry_run
 
     data = build(loaded.resolved()["data"], trust, key="data")
     if not isinstance(data, LatentDataModule):
         wanted, found = (f"{kind.__module__}.{kind.__qualname__}" for kind in (LatentDataModule, type(data)))
         raise ConfigError(f"data.target: expected {wanted}, found {found}: only stage 2 reads a latent cache.")
     data.trust = trust
+    facts = data.facts()
+    loaded.check(facts)
+    tree = loaded.resolved(facts)
+    if isinstance(outline := dry_run.meta_model(tree, trust), LatentDiffusion):
+        dry_run.check_fit(outline, tree, facts, data.meta_batch(), loaded.origin)
     data.prepare_data()
     data.setup()
     if distributed.is_main():

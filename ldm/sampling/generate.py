@@ -35,7 +35,7 @@ SEED = 0
 
 
 class Sample(NamedTuple):
-    """An image and what it was made from: `image` (H,W,C) uint8, C = 1 or 3; `condition` None: unconditional."""
+    """An image and what it was made from: `image` (H,W,C) uint8; `condition` None: unconditional."""
 
     seed: int
     condition: Condition | None

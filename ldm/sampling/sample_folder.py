@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
-from ldm.data.decoding import read_image
+from ldm.data.decoding import read_array
 from ldm.errors import ConfigError
 from ldm.files import published, write_text
-from ldm.images import grid, picture
+from ldm.images import FILED, grid, picture, visible
 from ldm.sampling.conditions import Condition
 from ldm.sampling.generate import Sample
 
@@ -154,14 +155,23 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def save(folder: Path, sample: Sample) -> None:
-    """Write one picture, whole or not at all."""
-    with published(folder / Order(sample.condition, sample.seed).file, durable=False) as file:
-        picture(sample.image).save(file, format="png")
+    """Write one picture, whole or not at all: gray, RGB or RGBA; with another number of channels, also as an array.
+
+    Then the PNG shows the channels (ldm/images.py), and a .npy of its name, written first, holds them: (H,W,C) uint8.
+    """
+    path, image = folder / Order(sample.condition, sample.seed).file, sample.image
+    if image.shape[2] not in FILED:
+        with published(path.with_suffix(".npy"), durable=False) as file, file.open("wb") as handle:
+            np.save(handle, image)
+        image = visible(image)
+    with published(path, durable=False) as file:
+        picture(image).save(file, format="png")
 
 
 def save_arrays(folder: Path, orders: Sequence[Order]) -> Path:
-    """Write samples.npz of these images: arr_0 (N,H,W,3) uint8, and their file names (N,)."""
-    arrays = [np.asarray(read_image(folder / order.file).convert("RGB")) for order in orders]
+    """Write samples.npz of these images: arr_0 (N,H,W,C) uint8, gray ones as C = 3, and their file names (N,)."""
+    read = [_read(folder / order.file) for order in orders]
+    arrays = [image.repeat(3, axis=2) if image.shape[2] == 1 else image for image in read]
     with published(folder / "samples.npz", durable=False) as file, file.open("wb") as handle:
         np.savez(handle, arr_0=np.stack(arrays), names=np.array([order.file for order in orders]))
     return folder / "samples.npz"
@@ -180,7 +190,12 @@ def sheet(folder: Path, conditions: Sequence[Condition | None], seeds: Sequence[
 
 
 def _read(path: Path) -> np.ndarray:
-    return np.atleast_3d(np.asarray(read_image(path)))
+    """All channels of a saved picture: (H,W,C) uint8."""
+    array = path.with_suffix(".npy")
+    if array.is_file():
+        return read_array(array)
+    with Image.open(path) as image:
+        return np.atleast_3d(np.asarray(image))
 
 
 _LONGEST = 255  # bytes of a name

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.config.load import build, to_yaml
 from ldm.errors import ConfigError, LdmError
+from ldm.sizes import SizeError, as_size, nearest, spell
 
 # Parameters of models that have to agree with a fact of the data, wherever they occur.
 _TIED = {"in_channels": "channels", "out_channels": "channels", "num_classes": "num_classes"}
@@ -58,7 +59,25 @@ def check_fit(
             for key, value, fact in tied
             if value != facts[fact]
         ]
+        if isinstance(error, SizeError):
+            lines += _fitting_sizes(error, facts, origin)
         raise ConfigError("\n".join(lines)) from error
+
+
+def _fitting_sizes(error: SizeError, facts: Mapping[str, Any], origin: Callable[[str], str]) -> list[str]:
+    """A line with the nearest pictures that the network can divide, where it is their size that is wrong."""
+    key, factor = "data.params.resolution", error.factor * facts.get("down_factor", 1)
+    size = as_size(facts.get("image_resolution", facts["resolution"]))
+    where, fix = place(key, origin), nearest(size, factor)
+    return [f"  {key} ({where}) is {spell(size)}, expected multiples of {factor}: use {fix}"] if fix else []
+
+
+def place(key: str, origin: Callable[[str], str]) -> str:
+    """Where a key was written, for messages."""
+    try:
+        return origin(key)
+    except ConfigError:  # not written: a default
+        return "by default"
 
 
 def _tied(node: Any, key: str) -> Iterator[tuple[str, int, str]]:

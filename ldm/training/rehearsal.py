@@ -28,6 +28,7 @@ from ldm.sampling.conditions import check_conditions
 from ldm.sampling.guidance import classifier_free
 from ldm.training import lightning_internals
 from ldm.training.callbacks.previews import SampleLogger
+from ldm.training.dry_run import place
 
 Origin = Callable[[str], str]
 
@@ -176,14 +177,7 @@ def _named(key: str, origin: Origin, when: str = "") -> Iterator[None]:
         text = (
             str(error) if isinstance(error, LdmError) else f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         )
-        raise ConfigError(f"{key} ({_place(key, origin)}): {when}it does not work: {text}") from error
-
-
-def _place(key: str, origin: Origin) -> str:
-    try:
-        return origin(key)
-    except ConfigError:  # not written: a default
-        return "by default"
+        raise ConfigError(f"{key} ({place(key, origin)}): {when}it does not work: {text}") from error
 
 
 class Rehearsal(pl.Callback):

@@ -252,6 +252,28 @@ def test_a_picture_is_resized_as_those_trained_on(pipeline, picture):
             assert torch.equal(found, EvalTransform(16, name)(image.convert("RGB")))
 
 
+def test_a_picture_to_begin_with_is_neither_square_nor_of_three_channels(pipeline, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 36, 5), dtype=np.uint8)
+    np.save(tmp_path / "five.npy", pixels)
+    Image.fromarray(pixels[..., :4]).save(tmp_path / "four.png")
+    mask = np.zeros((24, 36), np.uint8)
+    mask[:, 18:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    wide = EvalTransform([16, 24])
+    for name, channels in (("five.npy", 5), ("four.png", 4)):
+        manifest = of_pixels(pipeline, resolution=[16, 24], channels=channels)
+        found = InitImage.read(manifest, tmp_path / name, 1.0, tmp_path / "mask.png")
+        assert torch.equal(found.image, wide(torch.from_numpy(pixels[..., :channels].transpose(2, 0, 1).copy())))
+        assert found.mask.tolist() == [[False] * 12 + [True] * 12] * 16
+        assert found.latent_mask((4, 4, 6)).tolist() == [[True] * 3 + [False] * 3] * 4
+    Image.fromarray(mask[:, :24]).save(tmp_path / "square.png")
+    with pytest.raises(ConfigError, match=r"square\.png: expected the size of .*five.npy, 36 x 24, found 24 x 24"):
+        InitImage.read(manifest, tmp_path / "five.npy", 1.0, tmp_path / "square.png")
+    np.save(tmp_path / "flat.npy", mask)
+    with pytest.raises(DataError, match=r"flat\.npy: expected one picture \(H,W,C\) of uint8, found \(24, 36\)"):
+        InitImage.read(manifest, tmp_path / "flat.npy", 1.0)
+
+
 def test_whatever_goes_wrong_with_a_picture_names_it(pipeline, picture, monkeypatch):
     def fails(*args):
         raise RuntimeError("no memory")

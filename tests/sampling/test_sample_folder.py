@@ -7,6 +7,7 @@ from PIL import Image
 
 from ldm.errors import ConfigError
 from ldm.files import published
+from ldm.images import grid
 from ldm.sampling import sample_folder
 from ldm.sampling.generate import Sample
 from ldm.sampling.sample_folder import SHOWN, Order, claim, default_folder, record, save, save_arrays, sheet
@@ -177,12 +178,30 @@ def test_a_folders_name_fits_the_file_system_and_leads_nowhere_else(tmp_path):
     assert outside.parent == tmp_path / "samples"
 
 
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels", [1, 3, 4])
 def test_a_picture_comes_back_from_its_file(tmp_path, channels):
     image = np.random.default_rng(0).integers(0, 256, (4, 5, channels), dtype=np.uint8)
     save(tmp_path, Sample(9, {"class_label": 2}, image))
     assert np.array_equal(np.atleast_3d(np.asarray(Image.open(tmp_path / "002-000009.png"))), image)
     assert [path.name for path in tmp_path.iterdir()] == ["002-000009.png"]
+
+
+@pytest.mark.parametrize("channels", [2, 4, 5])
+def test_no_channel_is_lost(tmp_path, channels):
+    """Also of pixels that a fourth channel of 0 would hide."""
+    images = np.random.default_rng(0).integers(0, 256, (2, 4, 70, channels), dtype=np.uint8)
+    images[..., -1] //= 255
+    orders = [Order(2, 0), Order(2, 1)]
+    for order, image in zip(orders, images, strict=True):
+        save(tmp_path, Sample(order.seed, order.label, image))
+    with np.load(save_arrays(tmp_path, orders)) as arrays:
+        assert np.array_equal(arrays["arr_0"], images)
+    shown = sheet(tmp_path, [2], range(2))
+    assert np.array_equal(shown, grid([*images], 2))
+    assert shown.shape == (4 + 4, 2 * (70 * channels + channels - 1) + 6, 1)
+    assert (tmp_path / "002-000000.npy").is_file() == (channels != 4)
+    record(tmp_path, SETTINGS, NAMES)
+    assert listed(tmp_path) == ["002-000000.png", "002-000001.png"]
 
 
 @pytest.mark.parametrize(

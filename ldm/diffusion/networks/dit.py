@@ -20,6 +20,7 @@ from ldm.diffusion.conditioners.base import Conditioning
 from ldm.errors import ConfigError
 from ldm.layers import attend, timestep_embedding, zero_module
 from ldm.ranges import Count, CountOrZero, Positive
+from ldm.sizes import SizeError
 
 _FREQUENCIES = 256
 """Width of the noise level's embedding, as published."""
@@ -218,9 +219,10 @@ class DiT(nn.Module):
     def _check(self, x: Tensor, conditioning: Conditioning) -> None:
         """Shapes only: costs nothing and never waits for the device."""
         if x.shape[1] != self.in_channels or x.shape[2] % self.patch_size or x.shape[3] % self.patch_size:
-            raise ConfigError(
+            raise SizeError(
                 f"DiT: expects a latent of {self.in_channels} channels (in_channels) with sides divisible by "
-                f"{self.patch_size} (patch_size), got {[*x.shape[1:]]}: change the network or the data"
+                f"{self.patch_size} (patch_size), got {[*x.shape[1:]]}: change the network or the data",
+                self.patch_size,
             )
         if conditioning.tokens is not None:
             raise ConfigError("DiT: reads no tokens; use a conditioner that fills the vector (ClassVector), or a UNet")

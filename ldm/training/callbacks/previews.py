@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class ShowsImages(Protocol):
-    """A module that returns named images of a batch, each (N, C, H, W) in [-1, 1], C = 1 or 3."""
+    """A module that returns named images of a batch, each (N, C, H, W) in [-1, 1]."""
 
     def images(self, batch: Any) -> dict[str, Tensor]: ...
 

@@ -243,6 +243,14 @@ def test_starts_as_zero_and_with_blocks_that_change_nothing():
     assert torch.equal(net.layers[0](tokens, torch.randn(2, 64), None), tokens)
 
 
+def test_places_of_any_rectangle_are_those_of_the_square_around_it():
+    for table in (positions, rotations):
+        square = table(7, 7, 32, torch.device("cpu")).unflatten(-2, (7, 7))
+        for rows, columns in ((7, 7), (5, 7), (7, 3), (1, 6)):
+            found = table(rows, columns, 32, torch.device("cpu")).unflatten(-2, (rows, columns))
+            assert torch.equal(found, square[..., :rows, :columns, :])
+
+
 def test_rotation_sees_only_distances():
     """Turned queries and keys: their product is a function of how far apart they stand, along each axis."""
     q, k = torch.randn(2, 1, 1, 1, 32).unbind(0)
