@@ -20,10 +20,11 @@ settings is left alone.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -45,7 +46,8 @@ from ldm.sampling.samplers import Sampler
 from ldm.sampling.timesteps import TimestepSchedule
 
 
-class Recipe(NamedTuple):
+@dataclass(frozen=True)
+class Recipe:
     """How the command line has pictures made."""
 
     sampler: Sampler
@@ -188,10 +190,13 @@ def make(pipeline: Pipeline, missing: Sequence[Order], folder: Path, options: An
         pipeline,
         [order.seed for order in missing],
         asked(missing),
+        sampler=recipe.sampler,
         steps=options.steps,
+        schedule=recipe.schedule,
+        guidance=recipe.guidance,
+        init_image=recipe.init_image,
         batch_size=options.batch_size,
         progress=True,
-        **recipe._asdict(),
     )
     for made in samples:
         save(folder, made)

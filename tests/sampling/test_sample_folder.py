@@ -191,12 +191,12 @@ def test_no_channel_is_lost(tmp_path, channels):
     """Also of pixels that a fourth channel of 0 would hide."""
     images = np.random.default_rng(0).integers(0, 256, (2, 4, 70, channels), dtype=np.uint8)
     images[..., -1] //= 255
-    orders = [Order(2, 0), Order(2, 1)]
-    for order, image in zip(orders, images, strict=True):
-        save(tmp_path, Sample(order.seed, order.label, image))
+    orders = [order(2, 0), order(2, 1)]
+    for one, image in zip(orders, images, strict=True):
+        save(tmp_path, Sample(one.seed, one.condition, image))
     with np.load(save_arrays(tmp_path, orders)) as arrays:
         assert np.array_equal(arrays["arr_0"], images)
-    shown = sheet(tmp_path, [2], range(2))
+    shown = sheet(tmp_path, [orders[0].condition], range(2))
     assert np.array_equal(shown, grid([*images], 2))
     assert shown.shape == (4 + 4, 2 * (70 * channels + channels - 1) + 6, 1)
     assert (tmp_path / "002-000000.npy").is_file() == (channels != 4)
