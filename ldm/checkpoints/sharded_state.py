@@ -50,21 +50,19 @@ def cut(state: Mapping[str, Any], folder: str, timeout: float) -> dict[str, Any]
     return {**rest, "shard": {**place, "tensors": tensors, "offsets": offsets}}
 
 
-def read(state: dict[str, Any], folder: Path, mesh: DeviceMesh) -> dict[str, Any]:
-    """Put into a checkpoint, loaded without its shards, this rank's rows of their tensors (collective).
+def rows(folder: Path, mesh: DeviceMesh) -> dict[str, Tensor]:
+    """This rank's rows of the sharded tensors, as DTensors; reads no others, and does not communicate.
 
     Args:
-        state: what `checkpoint.load(path, assemble=False)` gave.
         folder: of the shards, written by any number of ranks.
         mesh: the ranks, in one dimension.
     """
     reader = dcp.HuggingFaceStorageReader(str(folder))
     known = reader.read_metadata().state_dict_metadata
-    tensors = {
+    tensors: dict[str, Tensor] = {
         key: empty_dtensor(*entry.size, dtype=entry.properties.dtype, device_mesh=mesh, placements=[Shard(0)])
         for key, entry in known.items()
         if isinstance(entry, TensorStorageMetadata)  # safetensors files hold nothing else
     }
-    dcp.load(tensors, storage_reader=reader)
-    loaded: dict[str, Any] = state_tree.replaced(state, lambda key, leaf: tensors.get(key, leaf))
-    return loaded
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors

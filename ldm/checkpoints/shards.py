@@ -17,7 +17,7 @@ import json
 import shutil
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -118,11 +118,11 @@ def fault(folder: Path, files: Mapping[str, str]) -> str | None:
     return None
 
 
-def assembled(folder: Path, files: Mapping[str, str], device: str = "cpu") -> dict[str, Tensor]:
-    """The whole tensors, in memory; {key: tensor}."""
+def assembled(folder: Path, files: Sequence[str]) -> dict[str, Tensor]:
+    """The whole tensors, on the CPU; {key: tensor}."""
     pieces: dict[str, dict[int, Tensor]] = {}  # of each key: {first row: rows}
     for name in files:
-        with safe_open(folder / Path(name).name, framework="pt", device=device) as file:
+        with safe_open(folder / Path(name).name, framework="pt") as file:
             places = json.loads(file.metadata()[OFFSETS])
             for key in places:
                 pieces.setdefault(key, {})[places[key]["saved_offsets"][0]] = file.get_tensor(key)

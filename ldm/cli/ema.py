@@ -15,7 +15,6 @@ The width is the relative standard deviation of the weights' shares over the tra
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ldm.checkpoints import store
 from ldm.cli import program
@@ -57,8 +56,8 @@ def up_to(files: Sequence[Path], step: int | None) -> list[Path]:
 
 def write(run: Path, files: Sequence[Path], std: float) -> Path:
     """A checkpoint to sample from, with the average in the place of the run's own; its path."""
-    source = store.find(run)
-    state: dict[str, Any] = store.load(source)
+    verified = store.verify(run)
+    state, source = store.load(verified), verified.path
     record = state.get("ldm", {})
     if record.get("kind") != "diffusion":
         raise CheckpointError(f"{source}: expected a checkpoint of a diffusion model, found {record.get('kind')!r}.")

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ldm import run_folder
 from ldm.config.load import Config
@@ -20,6 +20,9 @@ from ldm.files import write_text
 from ldm.run_folder import RunFolder
 from ldm.training.options import Options
 from ldm.training.resume_changes import Written, bound, brief, changes, differences, going_on, refuse
+
+if TYPE_CHECKING:
+    from ldm.checkpoints.store import Verified
 
 _FINGERPRINTS = ("source", "validation_source")
 _SCALED = "--scale-lr belongs to a run's start: the rates that were saved are scaled already."
@@ -37,6 +40,7 @@ class Start:
         checkpoint: the file that was named; None: the newest of `folder`, if there is one.
         notes: what a person should know, a line each.
         facts: what the data said of itself when the run began, where that is known.
+        verified: `checkpoint`, where this rank has read all of it.
     """
 
     config: Config
@@ -46,6 +50,7 @@ class Start:
     checkpoint: Path | None = None
     notes: tuple[str, ...] = ()
     facts: Mapping[str, Any] | None = None
+    verified: "Verified | None" = None
 
     @property
     def is_new(self) -> bool:
@@ -142,9 +147,11 @@ def _continued(options: Options, folder: RunFolder, checkpoint: Path | None) -> 
 def _from_checkpoint(options: Options, checkpoint: Path) -> Start:
     if options.scale_lr:
         raise ConfigError(_SCALED)
-    from ldm.checkpoints.store import load  # torch, which a mistake on the command line need not wait for
+    from ldm.checkpoints import store  # torch, which a mistake on the command line need not wait for
+    from ldm.runtime import distributed
 
-    record = load(checkpoint).get("ldm", {})
+    verified = store.verify(checkpoint) if distributed.is_main() else None
+    record = store.record(checkpoint)
     if record.get("config") is None:
         raise ConfigError(f"{checkpoint}: holds no configuration; expected a checkpoint written by main.py.")
     saved = from_plain(record["config"], str(checkpoint))
@@ -153,7 +160,7 @@ def _from_checkpoint(options: Options, checkpoint: Path) -> Start:
     name = _name(options, written.wanted)
     run_folder.check_name(f"{name}{options.postfix}")  # it may be a stranger's
     config, notes = _changed(options, written, checkpoint)
-    return Start(config, written.wanted.plain(), name, None, checkpoint, notes, facts)
+    return Start(config, written.wanted.plain(), name, None, checkpoint, notes, facts, verified)
 
 
 def _wanted(options: Options, saved: Node) -> Node:

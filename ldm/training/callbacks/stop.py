@@ -87,7 +87,7 @@ class StopOnSignal(pl.Callback):
             _restart_validation(checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"])
 
     def _stop_if_asked(self, trainer: pl.Trainer, saving: bool) -> None:
-        failure = files_of(trainer).failure
+        failure = files_of(trainer).writer.failure
         asked = max_over_ranks(signals.received() if failure is None else _CANNOT_SAVE)
         if asked == _CANNOT_SAVE:
             raise_together(failure)
