@@ -28,7 +28,8 @@ from ldm.sampling.guidance import Guidance
 from ldm.sampling.pipeline import Pipeline
 from ldm.training.callbacks.previews import ImageLogger, SampleLogger
 from ldm.training.callbacks.progress import Progress, Throughput
-from ldm.training.loggers import MetricsFile, read_metrics
+from ldm.training.loggers import MetricsFile
+from ldm.training.metrics_table import read_metrics
 
 SIDE = 6
 
