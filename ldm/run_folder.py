@@ -4,7 +4,7 @@
         checkpoints/           step=00001000.ckpt ... (ldm/checkpoints/store.py)
         configs/config.yaml    what ran, every reference filled in; a resumed run reads this
         configs/source.yaml    the same before references were filled in: what the user wrote
-        configs/facts.json     what the data said about itself (number of images, classes, ...)
+        configs/facts.json     the data's own description (number of images, classes, ...)
         images/{train,val}/    picture grids
         metrics.csv            every logged number
         run_state.json         status, step, reason, resume_from: for scripts that start runs

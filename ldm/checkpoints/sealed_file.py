@@ -34,10 +34,10 @@ def write(path: Path, state: dict[str, Any], step: int) -> None:
     Raises:
         OSError: it could not be written; the old file is intact.
     """
-    # Closed last, and the lock with it: also while a large file is synced its owner is seen to live.
+    # Closed last, which releases the lock: a large file is still locked while it is synced.
     with ExitStack() as held, files.published(path) as aside:
         file = held.enter_context(aside.open("wb"))
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells `abandoned` that the owner lives
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # so that `abandoned` leaves it alone
         summing = _Summing(file)
         try:
             torch.save(state, cast(IO[bytes], summing))  # it needs no more than write and flush

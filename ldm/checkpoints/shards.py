@@ -9,7 +9,7 @@
 
 A rank publishes its file, then the note beside it; rank 0 waits for all notes on disk and seals the `.ckpt` last. So a
 sealed file means that all its shards are durable, and a save that was killed leaves a folder that no `.ckpt` names.
-The safetensors files say for each tensor where its rows begin, in the words of torch.distributed.checkpoint, whose
+The safetensors files store for each tensor where its rows begin, in the format of torch.distributed.checkpoint, whose
 HuggingFaceStorageReader reads them on any number of ranks. Nothing here is ever unpickled.
 """
 
@@ -74,7 +74,7 @@ def publish(folder: Path, shard: Shard) -> None:
     except (LdmError, OSError, SafetensorError) as error:
         failure = error if isinstance(error, LdmError) else ResourceError(f"{path}: cannot be written: {error}")
         record = {"error": str(failure), "kind": type(failure).__name__}
-        with suppress(OSError):  # else the others find out by waiting
+        with suppress(OSError):  # then the others time out
             write_text(path.with_suffix(".json"), json.dumps(record))
         raise failure from error
 

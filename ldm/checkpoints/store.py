@@ -143,7 +143,7 @@ def load(checkpoint: Path | Verified, read_shards: ReadShards | None = None) -> 
 
 
 def record(path: Path) -> dict[str, Any]:
-    """What a checkpoint says about itself (its key "ldm"): not verified, and read without the tensors.
+    """A checkpoint's metadata, its key "ldm"; not verified, and read without the tensors.
 
     Raises:
         CheckpointError: it cannot be read, or holds more than plain data.

@@ -46,7 +46,7 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Add `metrics` to the row of `step`; a disk that is full or gone is reported once, and never ends a run."""
+        """Add `metrics` to the row of `step`; a full or missing disk is reported once, and never ends a run."""
         # The epoch is left out: an endless sampler has only one.
         values = {name: f"{float(value):.9g}" for name, value in metrics.items() if name != "epoch"}
         if not values:
@@ -64,14 +64,14 @@ class FencedWandb(WandbLogger):
 
     The run starts online if there is an account and the server answers, else in wandb's offline mode. Calls are
     queued; one that fails is counted, and the first is reported. The thread is no executor's: Python waits at its exit
-    for every worker of one, for ever if wandb hangs, and its queue has no limit.
+    for every worker of one, forever if wandb hangs, and its queue has no limit.
 
     Args:
         save_dir: where wandb keeps its files; the run folder.
         project: the wandb project.
         name: of the run.
         id: of the run; the same one continues it after a resume.
-        offline: do not try to go online.
+        offline: do not connect.
         time_limit: seconds to wait for wandb, at start and at the end each.
     """
 
@@ -138,7 +138,7 @@ class FencedWandb(WandbLogger):
     def finalize(self, status: str) -> None:
         """Wait, up to the time limit, until everything logged so far is with wandb; the run stays open.
 
-        A run that was stopped or has failed is in a hurry: its launcher waits half a minute, and it has saved before.
+        A run that was stopped or has failed waits a quarter as long: its launcher kills it after half a minute.
         """
         self._exit_code = 0 if status == "success" else 1
         self._limit_at_end = self._limit / (1 if status == "success" else 4)
@@ -165,7 +165,7 @@ class FencedWandb(WandbLogger):
 
         self._submit(end)
         ended.wait(self._limit_at_end)
-        # Also when the above hangs or failed: it begins by taking back wandb's own exit hook, which would do so too.
+        # Also if the above hung or failed: it first unregisters wandb's own exit hook, which would hang or fail, too.
         teardown = threading.Thread(target=_quietly, args=(lambda: wandb.teardown(self._exit_code),), daemon=True)
         teardown.start()
         teardown.join(self._limit_at_end)
@@ -195,7 +195,7 @@ class FencedWandb(WandbLogger):
         return self._experiment
 
     def _work(self, begun: threading.Event) -> None:
-        """The thread: start wandb, then do what is asked, for ever."""
+        """The thread: start wandb, then do what is queued, forever."""
         self._guarded(self._connect)
         begun.set()
         while True:
@@ -214,11 +214,11 @@ class FencedWandb(WandbLogger):
 
         if (shown := str(self.save_dir).encode(errors="backslashreplace").decode()) != str(self.save_dir):
             raise ResourceError(f"it cannot write to {shown}, whose name is not UTF-8")
-        wandb.setup(wandb.Settings(**_quiet()))  # also for what login and teardown have to say
+        wandb.setup(wandb.Settings(**_quiet()))  # also for the output of login and teardown
         if not self._offline:
             try:
                 if wandb.login(prompt=False):
-                    _knock(wandb.setup().settings.base_url, self._limit / 4)
+                    _check_answers(wandb.setup().settings.base_url, self._limit / 4)
                     self._start("online")
                     return
             except Exception as error:  # a refused key, a server that is away or silent, ...
@@ -229,7 +229,7 @@ class FencedWandb(WandbLogger):
     def _start(self, mode: str) -> None:
         import wandb
 
-        # The console is left alone: wandb would hook every print, and raise from it once its service is gone.
+        # wandb's console capture is off: it hooks every print, and raises from it once its service has died.
         settings = wandb.Settings(init_timeout=self._limit / 2, console="off", **_quiet())
         run = wandb.init(**self._wandb_init, mode=mode, settings=settings)  # type: ignore[arg-type]
         run.define_metric("trainer/global_step")
@@ -253,9 +253,9 @@ def ended_if_failed(loggers: Sequence[Logger]) -> Iterator[None]:
 
 
 def end(loggers: Sequence[Logger]) -> None:
-    """End the loggers of a run that has come to nothing, so that its folder can be removed.
+    """End the loggers of a run that failed before its first step, so that its folder can be removed.
 
-    Only wandb has a process of its own, which would go on writing there; others write when they are called.
+    Only wandb has a process of its own, which would keep writing there; others write when they are called.
     """
     for logger in loggers:
         if isinstance(logger, FencedWandb):
@@ -266,13 +266,13 @@ def end(loggers: Sequence[Logger]) -> None:
 
 
 def _quiet() -> dict[str, Any]:
-    """wandb's own console is twenty lines of bars and a table; ours has what matters of it. WANDB_SILENT overrules."""
+    """Settings that silence wandb's twenty lines of output, unless WANDB_SILENT decides."""
     return {} if "WANDB_SILENT" in os.environ else {"silent": True}
 
 
-def _knock(url: str, time_limit: float) -> None:
+def _check_answers(url: str, time_limit: float) -> None:
     """Raise OSError unless a server answers: wandb itself would go on trying for longer than its time limit."""
-    with suppress(HTTPError):  # an answer, if not a kind one
+    with suppress(HTTPError):  # an error status is an answer, too
         urllib.request.urlopen(url, timeout=time_limit).close()
 
 

@@ -1,8 +1,8 @@
 """What a run starts from: new files, or a saved run folder or checkpoint, with the changes requested now.
 
 A resumed run keeps its configuration with every reference filled in, as it first ran. A change that would change the
-mathematics is refused unless it is allowed by name. What counts as a change, and what follows from one, is said in
-ldm/training/resume_changes.py.
+mathematics is refused unless it is allowed by name. What counts as a change, and what follows from one, is defined
+in ldm/training/resume_changes.py.
 """
 
 import json
@@ -34,12 +34,12 @@ class Start:
 
     Attributes:
         config: merged, not yet checked.
-        source: what was written, with its references: the same tree but for a run that goes on.
+        source: what was written, references unresolved; the same tree unless a run is resumed.
         name: of the run.
-        folder: the run to go on with; None makes a new one.
+        folder: the run to resume; None makes a new one.
         checkpoint: the file that was named; None: the newest of `folder`, if there is one.
         notes: what a person should know, a line each.
-        facts: what the data said of itself when the run began, where that is known.
+        facts: the data's own description when the run began, if known.
         verified: `checkpoint`, where this rank has read all of it.
     """
 
@@ -54,7 +54,7 @@ class Start:
 
     @property
     def is_new(self) -> bool:
-        """Whether nothing is gone on from."""
+        """Whether it starts from nothing."""
         return self.folder is None and self.checkpoint is None
 
 
@@ -78,12 +78,12 @@ def start(options: Options) -> Start:
 
 
 def save(folder: RunFolder, source: Mapping[str, Any], tree: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Write down what runs, for `start` to find.
+    """Write the files that `start` reads.
 
     Args:
         source: what was written, with its references.
         tree: the configuration as it was built, every reference filled in.
-        facts: what the data said of itself.
+        facts: the data's own description.
     """
     write_text(folder.source_file, to_yaml(dict(source)))
     write_text(folder.facts_file, json.dumps(dict(facts), indent=2) + "\n")
@@ -94,7 +94,7 @@ def save(folder: RunFolder, source: Mapping[str, Any], tree: Mapping[str, Any], 
 def check_facts(start: Start, facts: Mapping[str, Any], allowed: Sequence[str]) -> None:
     """Refuse data that is no longer what the run was started with (more images, other classes, another autoencoder).
 
-    A fact that was not known yet when the run began is not asked for.
+    A fact that was not recorded when the run began is not compared.
 
     Raises:
         ConfigError: naming each fact that differs.
@@ -134,7 +134,7 @@ def _new(options: Options) -> Start:
 
 def _continued(options: Options, folder: RunFolder, checkpoint: Path | None) -> Start:
     if options.name and f"{options.name}{options.postfix}" != folder.name:
-        raise ConfigError(f"--name {options.name}: the run to go on with is called {folder.name}; leave the flag out.")
+        raise ConfigError(f"--name {options.name}: the run to resume is called {folder.name}; leave the flag out.")
     if options.scale_lr and options.resume != "auto":  # which is also what has started the run
         raise ConfigError(_SCALED)
     facts = json.loads(folder.facts_file.read_text()) if folder.facts_file.is_file() else None
@@ -169,7 +169,7 @@ def _wanted(options: Options, saved: Node) -> Node:
 
 
 def _changed(options: Options, written: Written, origin: Path) -> tuple[Config, tuple[str, ...]]:
-    """The configuration to go on with, and a note on each change."""
+    """The configuration to resume with, and a note on each change."""
     changed = changes(written)
     refuse({key: change for key, change in changed.items() if bound(key)}, origin, options.allow_change)
     config = Config(going_on(written, changed, options.allow_change), options.trust)

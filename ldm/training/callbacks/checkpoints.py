@@ -163,7 +163,7 @@ class Checkpoints(Checkpoint):
         return {"scores": self._scores, "monitor": self.monitor, "sign": self.sign}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # Scores of another metric, or of the same where the other end is now the better, say nothing.
+        # Scores of another metric, or of the other direction, do not compare.
         if state_dict["monitor"] == self.monitor and state_dict.get("sign", self.sign) == self.sign:
             self._scores = dict(state_dict.get("scores", {}))
 
