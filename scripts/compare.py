@@ -37,7 +37,7 @@ from ldm.files import write_text
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.pipeline import Pipeline
 from ldm.sampling.timesteps import default
-from ldm.training.loggers import read_metrics
+from ldm.training.metrics_table import read_metrics
 
 matplotlib.use("agg")
 

@@ -18,7 +18,7 @@ import yaml
 import main
 from ldm.cli import sample
 from ldm.config.load import to_yaml
-from ldm.training.loggers import read_metrics
+from ldm.training.metrics_table import read_metrics
 from scripts.faults import __main__ as faults
 from tests.test_layering import ROWS
 

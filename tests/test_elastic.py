@@ -26,7 +26,7 @@ from ldm.diffusion.module import LatentDiffusion
 from ldm.randomness import Draws
 from ldm.sampling.generate import generate
 from ldm.sampling.pipeline import Pipeline
-from ldm.training.loggers import read_metrics
+from ldm.training.metrics_table import read_metrics
 from tests.forked import Forked
 
 STEPS = 6

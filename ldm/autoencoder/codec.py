@@ -78,8 +78,8 @@ class Codec(nn.Module):
         Raises:
             CheckpointError: missing, damaged, or not from stage 1.
         """
-        file = store.find(Path(path))
-        state = store.load(file)
+        verified = store.verify(Path(path))
+        state, file = store.load(verified), verified.path
         record = state.get("ldm")
         if not isinstance(record, dict) or record.get("kind") != "autoencoder":
             found = f"a checkpoint of kind {record.get('kind')!r}" if isinstance(record, dict) else "not one of ldm's"

@@ -15,7 +15,6 @@ The width is the relative standard deviation of the weights' shares over the tra
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ldm.cli import program
 from ldm.cli.options import Parser, called, path, whole_number
@@ -61,8 +60,8 @@ def write(run: Path, files: Sequence[Path], std: float) -> Path:
     from ldm.checkpoints import store
     from ldm.training.callbacks.ema_snapshots import FOLDER, reconstruct
 
-    source = store.find(run)
-    state: dict[str, Any] = store.load(source)
+    verified = store.verify(run)
+    state, source = store.load(verified), verified.path
     record = state.get("ldm", {})
     if record.get("kind") != "diffusion":
         raise CheckpointError(f"{source}: expected a checkpoint of a diffusion model, found {record.get('kind')!r}.")

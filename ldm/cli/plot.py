@@ -4,7 +4,6 @@ python scripts/plot_run.py logs/2026-11-22T09-00-00_faces            # writes me
 python scripts/plot_run.py RUN OTHER_RUN --only loss psnr -o compare.png
 """
 
-import csv
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from matplotlib.axes import Axes
 from ldm.cli import program
 from ldm.cli.options import Parser, called, path
 from ldm.errors import ConfigError, DataError
+from ldm.training.metrics_table import read_metrics
 
 Curve = tuple[list[int], list[float]]
 NOT_PLOTTED = {"step", "epoch", "time"}
@@ -35,11 +35,10 @@ def read_curves(run: Path) -> dict[str, Curve]:
     if not file.is_file():
         raise DataError(f"{file}: no such file; expected a run folder, or the metrics.csv of one.")
     points: dict[str, dict[int, float]] = defaultdict(dict)
-    with file.open(newline="") as handle:
-        for row in csv.DictReader(handle):
-            for name, text in row.items():
-                if name and text and name not in NOT_PLOTTED:
-                    points[name][int(float(row["step"]))] = float(text)
+    for row in read_metrics(file):
+        for name, text in row.items():
+            if name not in NOT_PLOTTED:
+                points[name][int(row["step"])] = float(text)
     curves = {name: (sorted(values), [values[step] for step in sorted(values)]) for name, values in points.items()}
     if not curves:
         raise DataError(f"{file}: nothing was logged yet.")

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from ldm import run_folder
+from ldm import files, run_folder
 from ldm.cli import program
 from ldm.cli.options import parse
 from ldm.config.load import Config, build
@@ -62,7 +62,7 @@ def work(options: Options) -> int:
         )
         return 0
     if not options.dry_run:
-        run_folder.check_writable(start.folder.path if start.folder else options.logdir)
+        files.check_writable(start.folder.path if start.folder else options.logdir)
     signals.stop_if_asked()
     data, tree, facts = prepare(start, options)
     settle_precision(start, tree)
@@ -140,7 +140,7 @@ def train(options: Options, start: resume.Start, tree: dict[str, Any], data: Any
             folder = RunFolder(options.logdir)  # the other ranks write nothing, so that theirs need not exist
         if distributed.is_main():
             held.enter_context(folder.owned())
-            run_folder.check_space(folder.checkpoints, fit.space_needed(model))
+            files.check_space(folder.checkpoints, fit.space_needed(model))
             resume.save(folder, start.source, tree, facts)
         callbacks = [first_step, *defaults.make_callbacks(tree, folder, model, facts, options.trust)]
         # A validation alone has no step of its own in the metrics file.
@@ -151,7 +151,7 @@ def train(options: Options, start: resume.Start, tree: dict[str, Any], data: Any
         if not options.train:
             fit.validate(lightning, model, data, folder, start.checkpoint)
             return 0
-        state = fit.run(lightning, model, data, folder, start.checkpoint)
+        state = fit.run(lightning, model, data, folder, start.checkpoint, start.verified)
         if lightning.is_global_zero:
             print(f"{folder.path}: {state.status} at step {state.step} {state.reason}".rstrip())
         return state.exit_code or 0

@@ -74,8 +74,8 @@ class Pipeline:
         Raises:
             CheckpointError: missing, damaged, not from stage 2, or not the autoencoder that made the latents.
         """
-        file = store.find(Path(path))
-        state = store.load(file)
+        verified = store.verify(Path(path))
+        state, file = store.load(verified), verified.path
         record = _diffusion_record(state, file)
         params = current_plain(record["config"], str(file))["model"]["params"]
         denoiser = nn.ModuleDict({name: build(params[name], trust) for name in ("network", "conditioner")})

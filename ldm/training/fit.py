@@ -11,11 +11,13 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from ldm import errors
-from ldm.checkpoints import store
+from ldm.checkpoints import store, writer
+from ldm.checkpoints.store import Verified
 from ldm.config.targets import reason
 from ldm.data.decoding import PICTURE
 from ldm.errors import CheckpointError, ConfigError, LdmError, PeerError, ResourceError
@@ -23,30 +25,36 @@ from ldm.run_folder import RunFolder, RunState
 from ldm.runtime import distributed, launcher, signals
 from ldm.runtime.signals import Stopped
 from ldm.training import lightning_internals
-from ldm.training.callbacks.checkpoints import files_of, set_aside_later
+from ldm.training.callbacks.checkpoints import files_of
 
 # Two checkpoints are kept, and a third is being written.
 _FILES = 3
 
 
-def run(trainer: pl.Trainer, model: Any, data: Any, folder: RunFolder, named: Path | None) -> RunState:
+def run(
+    trainer: pl.Trainer, model: Any, data: Any, folder: RunFolder, named: Path | None, verified: Verified | None = None
+) -> RunState:
     """Train from `named`, else from the folder's newest checkpoint, else from the start.
 
     Returns the outcome and writes it to run_state.json, even if it raises.
 
+    Args:
+        verified: `named`, where this rank has verified it.
+
     Raises:
         LdmError: something the user can fix; the checkpoints are intact.
     """
-    file = named or store.newest(folder.checkpoints)
     if trainer.is_global_zero:
-        store.sweep(folder.checkpoints)
-        if named is not None and named.parent.resolve() == folder.checkpoints.resolve():
-            set_aside_later(folder.checkpoints, store.load(named)["global_step"])
+        writer.sweep(folder.checkpoints)
     home = _Home(folder)
     trainer.callbacks.insert(0, home)  # type: ignore[attr-defined]  # Lightning sets it where mypy does not see
-    record(trainer, folder, RunState("running", resume_from=_within(folder, file)))
+    before = folder.read_state()
+    resume_from = _within(folder, named) if named else before.resume_from if before else None
+    record(trainer, folder, RunState("running", resume_from=resume_from))
+    files_of(trainer).source = verified
+    source = _source(folder, named)
     try:
-        trainer.fit(model, datamodule=data, ckpt_path=file, weights_only=True)
+        trainer.fit(model, datamodule=data, ckpt_path=source, weights_only=True)
         if is_overridden("test_step", model):
             trainer.test(model, datamodule=data)
     except Stopped as stopped:
@@ -105,6 +113,18 @@ class _Home(pl.Callback):
             lightning_internals.dismiss_observers()
             self._watch = launcher.Watch(self.children, lambda reason: self._died(trainer, reason))
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        source = files_of(trainer).source
+        if source is None or not trainer.is_global_zero:
+            return
+        if source.path.parent.resolve() == self.folder.checkpoints.resolve():
+            for file in writer.set_aside_later(self.folder.checkpoints, checkpoint["global_step"]):
+                rank_zero_info(f"of a later step than {checkpoint['global_step']}: kept as {file}")
+        rank_zero_info(f"resuming from {source.path}")
+        record(trainer, self.folder, RunState("running", resume_from=_within(self.folder, source.path)))
+
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         self.under_way = True
 
@@ -115,7 +135,7 @@ class _Home(pl.Callback):
         self.trying = trainer.sanity_checking
         self._release()
         if distributed.is_lost_peer(exception):
-            files_of(trainer).abandon()
+            files_of(trainer).writer.abandon()
 
     def _release(self) -> None:
         if self._watch is not None:
@@ -128,10 +148,15 @@ class _Home(pl.Callback):
 
 def validate(trainer: pl.Trainer, model: Any, data: Any, folder: RunFolder, named: Path | None) -> None:
     """Validate `named`, else the folder's newest checkpoint; Lightning prints and the loggers keep the metrics."""
-    file = named or store.newest(folder.checkpoints)
-    if file is None:
+    source = _source(folder, named)
+    if source is None:
         raise ConfigError("Without training there is nothing to validate: name a run or a checkpoint with --resume.")
-    trainer.validate(model, datamodule=data, ckpt_path=file, weights_only=True)
+    trainer.validate(model, datamodule=data, ckpt_path=source, weights_only=True)
+
+
+def _source(folder: RunFolder, named: Path | None) -> Path | None:
+    """What to resume from, which rank 0 verifies when it is loaded; the same on all ranks, which are not yet joined."""
+    return named or (folder.checkpoints if store.has_any(folder.checkpoints) else None)
 
 
 def record(trainer: pl.Trainer, folder: RunFolder, state: RunState) -> RunState:

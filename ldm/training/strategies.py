@@ -10,6 +10,7 @@ under either and on one device: a run may go on under another strategy and on an
 import secrets
 from collections.abc import Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from pytorch_lightning.core.optimizer import LightningOptimizer
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from torch.optim import Optimizer
 
-from ldm.checkpoints import former_keys, sharded_state, shards, store
+from ldm.checkpoints import sharded_state, shards
 from ldm.ranges import Positive
 from ldm.runtime import distributed, fsdp
 from ldm.training import lightning_internals
+from ldm.training.callbacks.checkpoints import AtomicCheckpointIO
 
 TIMEOUT = 300.0
 """Seconds that a rank waits for another before it considers it lost; Lightning's default is half an hour."""
@@ -94,13 +96,9 @@ class FSDP2(ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """The state; of a sharded checkpoint only this rank's rows are read."""
-        path = Path(self.broadcast(str(checkpoint_path)))
-        state = store.load(path, assemble=False)
-        named = state.pop("shards", None)
-        if named is None:
-            return state
-        rows = sharded_state.read(state, shards.folder_of(path, named["folder"]), self.device_mesh["data_parallel"])
-        return former_keys.current(rows)
+        files = self.checkpoint_io
+        assert isinstance(files, AtomicCheckpointIO), "ldm.training.trainer.make_trainer puts it there"
+        return files.load(checkpoint_path, partial(sharded_state.rows, mesh=self.device_mesh["data_parallel"]))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None

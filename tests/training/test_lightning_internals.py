@@ -32,7 +32,8 @@ from torch.utils.data import DataLoader
 
 from ldm.runtime.step_metrics import is_logged
 from ldm.training import lightning_internals
-from ldm.training.loggers import MetricsFile, read_metrics
+from ldm.training.loggers import MetricsFile
+from ldm.training.metrics_table import read_metrics
 from ldm.training.strategies import DDP
 from tests.points import Automatic, Manual, PointData, a_trainer, ranks_at, wait_until
 

@@ -13,7 +13,7 @@ from ldm.checkpoints import store
 from ldm.config.load import from_tree
 from ldm.errors import ConfigError
 from ldm.training import dry_run, rehearsal
-from ldm.training.loggers import read_metrics
+from ldm.training.metrics_table import read_metrics
 from tests.own_package import importable
 from tests.training.test_dry_run import IMAGES, LATENTS, meta_batch
 

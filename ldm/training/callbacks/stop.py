@@ -77,7 +77,7 @@ class StopOnSignal(StepCallback):
             lightning_internals.restart_validation(checkpoint)
 
     def _stop_if_asked(self, trainer: pl.Trainer, saving: bool) -> None:
-        failure = files_of(trainer).failure
+        failure = files_of(trainer).writer.failure
         asked = max_over_ranks(signals.received() if failure is None else _CANNOT_SAVE)
         if asked == _CANNOT_SAVE:
             raise_together(failure)

@@ -8,7 +8,7 @@ import pytest
 import main
 from ldm.config.load import to_yaml
 from ldm.training.callbacks.monitors import Monitors, monitored
-from ldm.training.loggers import read_metrics
+from ldm.training.metrics_table import read_metrics
 from tests.conftest import node
 
 EVERY = {

@@ -31,7 +31,8 @@ from ldm.sampling.samplers import heun
 from ldm.sampling.timesteps import compvis, karras
 from ldm.training.callbacks.previews import ImageLogger, SampleLogger
 from ldm.training.callbacks.progress import Progress, Throughput
-from ldm.training.loggers import MetricsFile, read_metrics
+from ldm.training.loggers import MetricsFile
+from ldm.training.metrics_table import read_metrics
 
 SIDE = 6
 
