@@ -253,6 +253,30 @@ def test_stage_1_on_one_rank_on_two_and_in_pieces(forked, autoencoder, tmp_path)
     assert_same_run(Run(forked, autoencoder, tmp_path / "two").go(2, DDP), alone)
 
 
+@pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
+def test_validation_says_the_same_on_any_number_of_ranks_and_in_pieces(forked, request, stage, tmp_path):
+    """Five items, in batches and shares of unequal size; the weights differ by the rounding of one step."""
+    tree = request.getfixturevalue(stage)
+    tree["data"]["params"] |= {"num_validation": 5, "cache": str(tmp_path / "cache")}
+    if stage == "autoencoder":
+        del tree["data"]["params"]["cache"]
+    ways = {"alone": (1,), "pieces": (1, "data.params.micro_batch_size=2"), "DDP": (2, DDP)}
+    if stage == "diffusion":
+        ways["FSDP2"] = (2, FSDP2)
+    found = {name: validated(Run(forked, tree, tmp_path / name), *way) for name, way in ways.items()}
+    alone = found.pop("alone")
+    assert {"val/psnr", "val/kl"} <= alone.keys() or {*alone} == {"val/loss", "val/loss_ema"}
+    for name, metrics in found.items():
+        assert metrics == pytest.approx(alone, rel=TOLERANCE, abs=1e-7), name
+
+
+def validated(run: Run, world: int, *words: str) -> dict[str, float]:
+    """What validation says after one step."""
+    run.go(world, *words, to=1)
+    row = next(row for row in read_metrics(run.folder / "metrics.csv") if any("val/" in key for key in row))
+    return {name: float(value) for name, value in row.items() if name.startswith("val/")}
+
+
 @pytest.fixture
 def alone(forked, diffusion, stage_1, made) -> Diary:
     """Stage 2 in one process."""

@@ -68,13 +68,13 @@ class LPIPS(nn.Module):
         channels, height, width = a.shape[1:]
         if channels not in (1, 3):
             raise ConfigError(
-                f"LPIPS compares pictures of 1 or 3 channels (gray or color), found {channels}: train without it "
-                f"(perceptual: null)"
+                f"LPIPS compares pictures of 1 or 3 channels (gray or color), found {channels}: leave it out (null in "
+                f"its place)"
             )
         if min(height, width) < _SMALLEST:
             raise ConfigError(
                 f"LPIPS halves its pictures four times, so it needs {_SMALLEST} pixels or more on each side, found "
-                f"{height} x {width}: take larger pictures, or train without it (perceptual: null)"
+                f"{height} x {width}: take larger pictures, or leave it out (null in its place)"
             )
         total = torch.zeros(a.shape[0], device=a.device)  # (N,)
         for head, x, y in zip(self.heads, self.features(a), self.features(b), strict=True):

@@ -37,8 +37,8 @@ _BOUND = (
     ),
     *("lightning.trainer.limit_train_batches", "lightning.trainer.overfit_batches"),
 )
-# Exceptions to the above: how the same batch is loaded and cut to pieces.
-_FREE = ("data.params.num_workers", "data.params.micro_batch_size")
+# Exceptions to the above: how the same batch is loaded and cut to pieces, and what is measured.
+_FREE = ("data.params.num_workers", "data.params.micro_batch_size", "model.params.metrics")
 # Chosen at a run's start, so that a resumed run keeps the choice.
 _CHOSEN_AT_START = {"lightning.trainer.precision": "auto"}
 

@@ -79,7 +79,7 @@ def test_pictures_that_cannot_be_halved_four_times_are_refused(ours, size):
 @pytest.mark.parametrize("channels", [2, 4])
 def test_pictures_that_are_neither_gray_nor_color_are_refused(ours, channels):
     images = torch.zeros(2, channels, 16, 24)
-    with pytest.raises(ConfigError, match=rf"1 or 3 channels .*found {channels}: train without it"):
+    with pytest.raises(ConfigError, match=rf"1 or 3 channels .*found {channels}: leave it out"):
         ours(images, images)
 
 

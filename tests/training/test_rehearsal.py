@@ -27,6 +27,7 @@ HOUSE = """
     from ldm.autoencoder.module import AutoencoderKL
     from ldm.diffusion.conditioners.base import Conditioning
     from ldm.diffusion.module import LatentDiffusion
+    from ldm.runtime.validation_metrics import Mean
 
 
     class Locked(pl.Callback):
@@ -47,6 +48,11 @@ HOUSE = """
     class FailsToValidate(AutoencoderKL):
         def validation_step(self, batch, batch_idx):
             raise RuntimeError("validated for the first time")
+
+
+    class Darkest(Mean):
+        def values(self, batch, output):
+            return output.reconstruction.flatten(1).amin(1)
 
 
     class FailsToShow(AutoencoderKL):
@@ -293,6 +299,41 @@ def test_a_validation_that_fails(stage1, capsys):
 def test_pictures_smaller_than_the_window_of_ssim(stage1, capsys):
     assert train(stage1, "data.params.resolution=4", "model.params.loss.params.discriminator=null") == 2
     ended_at("pictures of 6 pixels or more on each side, found 4 x 4", capsys)
+
+
+def test_pictures_smaller_than_the_window_of_ssim_without_it(stage1):
+    small = ["data.params.resolution=4", "model.params.loss.params.discriminator=null"]
+    assert train(stage1, *small, "model.params.metrics.ssim=null") == 0
+    (run,) = Path("logs").iterdir()
+    (row,) = [row for row in read_metrics(run / "metrics.csv") if "val/psnr" in row][-1:]
+    assert "val/ssim" not in row
+
+
+def test_pictures_smaller_than_lpips_halves_them_as_a_metric(stage1, capsys):
+    lpips = "{target: ldm.autoencoder.lpips.LPIPS, params: {pretrained: false}}"
+    node = f"{{target: ldm.autoencoder.metrics.Perceptual, params: {{distance: {lpips}}}}}"
+    assert train(stage1, "data.params.resolution=8", f"model.params.metrics.lpips={node}") == 2
+    ended_at("16 pixels or more on each side, found 8 x 8", capsys)
+
+
+def test_a_metric_of_ones_own_is_named_on_the_command_line(stage1):
+    assert train(stage1, "model.params.metrics.darkest.target=rehearsed.Darkest") == 0
+    (run,) = Path("logs").iterdir()
+    rows = [row for row in read_metrics(run / "metrics.csv") if "val/psnr" in row]
+    assert rows
+    assert all(float(row["val/darkest"]) < 0 for row in rows)
+    record = store.load(next(run.glob("checkpoints/step=00000006.ckpt")))["ldm"]
+    assert record["metrics"]["val/darkest"] == pytest.approx(float(rows[-1]["val/darkest"]))
+
+
+def test_two_metrics_that_log_the_same_name(stage1, capsys):
+    assert train(stage1, "model.params.metrics.l1.target=rehearsed.Darkest") == 2
+    ended_at("model.params.metrics: 'losses' and 'l1' both log val/l1", capsys)
+
+
+def test_what_is_no_metric(stage1, capsys):
+    assert train(stage1, "model.params.metrics.mine.target=torch.nn.Identity") == 2
+    ended_at("model.params.metrics.mine", capsys)
 
 
 def test_a_metric_that_validation_does_not_log(stage1, capsys):

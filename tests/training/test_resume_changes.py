@@ -99,6 +99,12 @@ def test_changes_of_the_mathematics_are_refused_unless_allowed(folder, change):
         started("-r", str(folder.path), change, "--allow-change", key[:-1])
 
 
+@pytest.mark.parametrize("words", ["={mine: {target: ldm.Mine}}", ".mine.target=ldm.Mine", ".mine=null"])
+def test_what_is_measured_changes_freely(folder, words):
+    metrics = started("-r", str(folder.path), f"model.params.metrics{words}").config.resolved()["model"]["params"]
+    assert metrics["metrics"] in ({"mine": {"target": "ldm.Mine"}}, {"mine": None})
+
+
 def test_an_allowed_change_changes_nothing_else(folder):
     words = ["data.params.batch_size=2", "lightning.trainer.max_steps=200", "--allow-change", "data.params.batch_size"]
     start = started("-r", str(folder.path), *words)
