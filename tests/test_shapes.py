@@ -177,3 +177,19 @@ def test_latents_that_the_network_cannot_halve_are_refused_before_the_cache(make
         assert program(base) == 2
         assert said in capsys.readouterr().err
         assert not Path("cache").exists()
+
+
+def test_lpips_of_four_channels_is_refused_before_the_first_step(make, capsys):
+    make(4)
+    lpips = "{target: ldm.autoencoder.lpips.LPIPS, params: {pretrained: false}}"
+    assert main.main(["--base", "ae.yaml", f"model.params.loss.params.perceptual={lpips}"]) == 2
+    assert "LPIPS compares pictures of 1 or 3 channels (gray or color), found 4" in capsys.readouterr().err
+    assert not any(Path("logs").glob("*"))
+
+
+def test_a_discriminator_of_other_channels_is_refused_before_the_first_step(make, capsys):
+    make(4)
+    key = "model.params.loss.params.discriminator.params.in_channels"
+    assert main.main(["--base", "ae.yaml", f"{key}=3"]) == 2
+    assert "discriminator" in capsys.readouterr().err
+    assert not any(Path("logs").glob("*"))
