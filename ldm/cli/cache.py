@@ -4,8 +4,8 @@ python scripts/cache_latents.py --base configs/diffusion/imagenet_f8_class.yaml 
 torchrun --nproc-per-node 8 scripts/cache_latents.py --base configs/diffusion/imagenet_f8_class.yaml
 python scripts/cache_latents.py --verify cache/*
 
-A build that was killed goes on where it was, and any number of processes, on any machines that see the folder, may
-work on one cache. Training builds what is missing by itself: this script is for doing so beforehand, or elsewhere.
+A build that was killed continues where it stopped, and any number of processes, on any machines that share the folder,
+may work on one cache. Training builds missing caches itself: this script does so beforehand, or elsewhere.
 """
 
 import sys
@@ -52,7 +52,7 @@ def build(base: Sequence[Path], overrides: Sequence[str], trust: Sequence[str]) 
 
 
 def verify(folder: Path) -> None:
-    """Check a cache whole, and print that it is sound."""
+    """Check every byte of a cache, and print that it is sound."""
     from ldm.latents.manifest import verify
     from ldm.runtime.progress import shown
 
@@ -67,7 +67,7 @@ def verify(folder: Path) -> None:
 
 
 def verify_all(folders: Sequence[Path]) -> int:
-    """Check every cache, whatever is wrong with the ones before; returns the exit code."""
+    """Check every cache, even if an earlier one is damaged; returns the exit code."""
     code = 0
     for folder in folders:
         try:
@@ -85,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
     )
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("-b", "--base", nargs="+", type=path, metavar="YAML", help="stage-2 configuration")
-    task.add_argument("--verify", nargs="+", type=path, metavar="FOLDER", help="caches to read and check whole")
+    task.add_argument("--verify", nargs="+", type=path, metavar="FOLDER", help="caches to check byte by byte")
     parser.add_argument("--trust", nargs="+", default=[], metavar="PACKAGE", help="packages that targets may name")
 
     def work() -> int | None:

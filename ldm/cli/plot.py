@@ -26,7 +26,7 @@ COLUMNS = 3
 
 
 def read_curves(run: Path) -> dict[str, Curve]:
-    """{metric: (steps, values)} of a run folder or a metrics.csv; a repeated step (a resumed run) takes the last row.
+    """{metric: (steps, values)} of a run folder or metrics.csv; the last row of a repeated step (a resumed run) counts.
 
     Raises:
         DataError: there is no metrics.csv, or nothing in it.
@@ -67,7 +67,7 @@ def smooth(values: Sequence[float], width: int) -> list[float]:
 
 
 def draw_curve(axes: Axes, label: str, curve: Curve) -> None:
-    """Few points as they are; many as a faint line under their average."""
+    """Draw a few points as they are, many as a faint line under their average."""
     steps, values = curve
     if len(steps) < 50:
         axes.plot(steps, values, label=label, marker="." if len(steps) < 20 else "")
@@ -77,7 +77,7 @@ def draw_curve(axes: Axes, label: str, curve: Curve) -> None:
 
 
 def check_output(output: Path) -> None:
-    """Raises ConfigError where no picture of that name can be written."""
+    """Raises ConfigError if no picture can be written to that path."""
     if not output.parent.is_dir():
         raise ConfigError(f"--output {output}: there is no folder {output.parent}; make it, or name another place.")
     kinds = plt.figure().canvas.get_supported_filetypes()

@@ -4,7 +4,7 @@
     python main.py --base configs/quickstart/diffusion.yaml data.params.batch_size=64
     python main.py --resume logs/2026-11-22T09-00-00_emoji_diffusion lightning.trainer.max_steps=20000
 
-Exit codes are listed in ldm/errors.py. Torch and Lightning are imported late, so that a mistake is answered at once.
+Exit codes are listed in ldm/errors.py. Torch and Lightning are imported late, so that a mistake is reported at once.
 """
 
 import os
@@ -38,14 +38,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def examine() -> None:
-    """The traceback, and the debugger at the place of the error when a person is there to use it."""
+    """Print the traceback, and in a terminal start the debugger where the error was raised."""
     traceback.print_exc()
     if sys.stdin.isatty():
         pdb.post_mortem()
 
 
 def work(options: Options) -> int:
-    """From the command line to a finished run, or to whatever else was asked for."""
+    """From the command line to a finished run, or whatever else was requested."""
     if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
         raise CheckpointError("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set: it lets a checkpoint run code. Unset it.")
     start = resume.start(options)
@@ -90,17 +90,17 @@ def max_steps(config: Config) -> int:
 
 
 def finished(start: resume.Start, steps: int) -> bool:
-    """Whether the run to go on with has reached `steps`; an older checkpoint named by hand is always gone on from."""
+    """Whether the run to resume has reached `steps`; False if a checkpoint was named: it may be an older one."""
     state = start.folder.read_state() if start.folder else None
     return start.checkpoint is None and state is not None and state.status == "finished" and state.step >= steps
 
 
 def prepare(start: resume.Start, options: Options) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """The data module, the configuration with every reference filled in, and what the data said of itself."""
+    """The data module, the configuration with every reference filled in, and the facts of the data."""
     data = build(start.config.resolved()["data"], options.trust, key="data")
     data.trust = options.trust
     facts = data.facts()
-    start.config.check(facts)  # again, since what the data says is filled in now
+    start.config.check(facts)  # again, now that the facts are filled in
     tree = start.config.resolved(facts)
     if options.scale_lr and start.is_new:
         for optimizer in ("optimizer", "discriminator_optimizer"):
@@ -112,7 +112,7 @@ def prepare(start: resume.Start, options: Options) -> tuple[Any, dict[str, Any],
 
 
 def settle_precision(start: resume.Start, tree: dict[str, Any]) -> None:
-    """Fill in the precision where it is `auto`, and say which and why."""
+    """Replace the precision `auto`, and print by what and why."""
     from ldm.runtime import distributed, precision
 
     notes = precision.settle(tree["lightning"]["trainer"], is_new=start.is_new)
@@ -122,7 +122,7 @@ def settle_precision(start: resume.Start, tree: dict[str, Any]) -> None:
 
 
 def train(options: Options, start: resume.Start, tree: dict[str, Any], data: Any, facts: dict[str, Any]) -> int:
-    """Build the model, take the run folder, and fit."""
+    """Build the model, claim the run folder, and train or validate."""
     from ldm.runtime import distributed
     from ldm.training import defaults, fit, trainer
     from ldm.training.callbacks.first_step import FirstStep
@@ -137,13 +137,13 @@ def train(options: Options, start: resume.Start, tree: dict[str, Any], data: Any
             used = (lambda: first_step.made) if options.train else folder.has_results
             held.enter_context(run_folder.removed_if_unused(folder, used))
         elif folder is None:
-            folder = RunFolder(options.logdir)  # the other ranks write nothing, so that theirs need not exist
+            folder = RunFolder(options.logdir)  # the other ranks write nothing, so theirs need not exist
         if distributed.is_main():
             held.enter_context(folder.owned())
             files.check_space(folder.checkpoints, fit.space_needed(model))
             resume.save(folder, start.source, tree, facts)
         callbacks = [first_step, *defaults.make_callbacks(tree, folder, model, facts, options.trust)]
-        # A validation alone has no step of its own in the metrics file.
+        # A validation without training has no row in the metrics file.
         loggers = defaults.make_loggers(tree, folder, options.project, options.trust) if options.train else []
         held.callback(lambda: None if first_step.made else end(loggers))
         lightning = trainer.make_trainer(tree, data, model, callbacks, loggers, options.trust, folder.path)

@@ -1,9 +1,9 @@
 """The loggers and callbacks that a run has by default, changed by name by the configuration.
 
     lightning:
-      logger: {name: {target: ...}}    # beside wandb and metrics.csv; `wandb: null`: without wandb. A node or a list
-                                       # of nodes: these alone. metrics.csv is always written; null: nothing else
-      callbacks: {name: {target: ...}} # added to the defaults, or in place of the one of that name; null: without it
+      logger: {name: {target: ...}}    # in addition to wandb; `wandb: null` removes that. A node or a list of nodes
+                                       # replaces it, null leaves none. metrics.csv is always written
+      callbacks: {name: {target: ...}} # added to the defaults, or replaces the one of that name; null removes it
 
 What keeps a run's work (checkpoints, clean stops, finite weights, the metrics file) needs no line of YAML.
 """
@@ -36,13 +36,13 @@ from ldm.training.callbacks.stop import StopOnSignal
 from ldm.training.loggers import FencedWandb, MetricsFile, ended_if_failed
 
 LOG_EVERY = 50
-"""Optimizer steps between two rows of metrics, where the configuration does not say."""
+"""Optimizer steps between two rows of metrics, unless the configuration says otherwise."""
 
 
 def make_loggers(tree: Mapping[str, Any], folder: RunFolder, project: str, trust: Sequence[str] = ()) -> list[Logger]:
-    """metrics.csv, and wandb (unless WANDB_MODE is disabled), changed by name by the configuration or replaced by its.
+    """metrics.csv and the configuration's loggers, wandb among them unless WANDB_MODE is `disabled`.
 
-    A logger that takes a `save_dir` and is given none keeps its files in the run folder.
+    A logger that takes a `save_dir` and is given none writes to the run folder.
     """
     name, mode = folder.path.name, os.environ.get("WANDB_MODE")
     own: dict[str, Any] = {"save_dir": str(folder.path), "project": project, "name": name, "id": _wandb_id(name)}
@@ -56,7 +56,7 @@ def make_loggers(tree: Mapping[str, Any], folder: RunFolder, project: str, trust
 
 
 def _logger_nodes(section: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """{dotted key: node}: a node or a list of nodes stands in the defaults' place, named ones are merged over them."""
+    """{dotted key: node}: a node or a list of nodes replaces the defaults, named ones are merged over them."""
     chosen = section.get("logger", {})
     if is_node(chosen):
         return {"lightning.logger": chosen}
@@ -67,7 +67,7 @@ def _logger_nodes(section: Mapping[str, Any], default: Mapping[str, Any]) -> dic
 
 
 def _logger(node: Mapping[str, Any], own: Mapping[str, Any], trust: Sequence[str], key: str) -> Any:
-    """What a node leaves out is filled in from the run's own: all of it for our wandb, the folder for any logger."""
+    """The logger of a node, with defaults from the run: every parameter of FencedWandb, the folder of any other."""
     make = resolve(node["target"], trust)
     names = own if inspect.isclass(make) and issubclass(make, FencedWandb) else ["save_dir"]
     filled = {name: own[name] for name in names if name in live_signature(make).parameters}
@@ -86,8 +86,8 @@ def make_callbacks(
     """The defaults, changed by name by the configuration.
 
     Args:
-        model: module, which decides what pictures there are.
-        facts: what the data said of itself.
+        model: module, which decides what images are logged.
+        facts: of the data module (`data.facts()`).
     """
     section = tree["lightning"]
     trainer = section["trainer"]
@@ -113,14 +113,14 @@ def _pictures(model: Any, interval: int, facts: Mapping[str, Any], trust: Sequen
         return ImageLogger(interval)
     if not isinstance(model, LatentDiffusion):
         return None
-    # The data may have classes that the model does not ask for.
+    # The data may have classes that the model does not use.
     count = None if isinstance(parts(model.denoiser)[1], Unconditional) else facts.get("num_classes")
-    # Up to 32 pictures of 50 network calls.
+    # Up to 32 images of 50 network calls each.
     return SampleLogger(interval, None if count is None else range(min(count, 4)), trust=trust)
 
 
 def validation_interval(arguments: Mapping[str, Any]) -> int:
-    """Optimizer steps between two validations; ten in a run if nothing is said."""
+    """Optimizer steps between two validations; by default a tenth of the run."""
     max_steps: int = arguments["max_steps"]
     interval = arguments.get("val_check_interval") or max(1, max_steps // 10)
     if type(interval) is not int or interval < 1:

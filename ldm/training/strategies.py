@@ -1,10 +1,10 @@
-"""How several processes share the training of one model: each holds all of it (DDP), or a part (FSDP2).
+"""How several processes train one model: each holds all of it (DDP) or a part (FSDP2).
 
     lightning:
       strategy: {target: ldm.training.strategies.FSDP2, params: {timeout: 300, sharded_checkpoints: true}}
 
-By default several devices or ranks use `DDP()`. The data, the mathematics and the checkpoints are the same
-under either and on one device: a run may go on under another strategy and on another number of ranks.
+By default several devices or ranks use `DDP()`. Data, mathematics and checkpoints are the same with either and on one
+device: a run may be resumed with another strategy and on another number of ranks.
 """
 
 import secrets
@@ -27,7 +27,7 @@ from ldm.training.callbacks.checkpoints import AtomicCheckpointIO
 TIMEOUT = 300.0
 """Seconds that a rank waits for another before it considers it lost; Lightning's default is half an hour."""
 START = 600.0
-"""Seconds that it waits at least for the first meeting: a rank may have to wait for its machine, and imports."""
+"""The least seconds that it waits for the others to connect: a rank may have to wait for its machine, and imports."""
 
 
 class DDP(DDPStrategy):
@@ -54,7 +54,7 @@ class FSDP2(ModelParallelStrategy):
         timeout: seconds that a rank waits for another before the run ends.
         backend: "gloo" or "nccl"; None: chosen by device.
         sharded_checkpoints: every rank saves its own rows; otherwise rank 0 gathers them into one file, the same that
-            DDP writes. Either can be resumed on any number of ranks and under any strategy.
+            DDP writes. Either can be resumed on any number of ranks and with any strategy.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class FSDP2(ModelParallelStrategy):
     def setup_environment(self) -> None:
         lightning_internals.shard_over_all_ranks(self)
         super().setup_environment()
-        distributed.set_timeout(self.timeout)  # also of the mesh's own groups
+        distributed.set_timeout(self.timeout)  # for the groups of the mesh as well
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
@@ -110,7 +110,7 @@ class FSDP2(ModelParallelStrategy):
 
     def teardown(self) -> None:
         super().teardown()
-        self.checkpoint_io.teardown()  # which Lightning's class forgets
+        self.checkpoint_io.teardown()  # Lightning's class does not
 
     def _saved(self, state: Any) -> Any:
         return state if self.sharded_checkpoints else sharded_state.gathered(state)

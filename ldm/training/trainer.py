@@ -3,10 +3,10 @@
     lightning:
       trainer: {max_steps: 10000, precision: auto, val_check_interval: 500, ...}   # Lightning's own arguments
       logger, callbacks: ...           # ldm/training/defaults.py
-      strategy: {target: ldm.training.strategies.FSDP2}   # without a word, several ranks have DDP of that module
+      strategy: {target: ldm.training.strategies.FSDP2}   # left out: several ranks use DDP of that module
 
 `val_check_interval` counts optimizer steps; accumulation follows from the data's batch sizes. Where torchrun or srun
-has started the processes, their number is not asked of `devices` and `num_nodes`.
+has started the processes, their number replaces `devices` and `num_nodes`.
 """
 
 import logging
@@ -65,7 +65,7 @@ def make_trainer(
     Args:
         tree: the configuration with every reference filled in.
         data: data module, for the accumulation.
-        model: module, which says whether it accumulates by itself; its weights are not touched.
+        model: module, checked for what it can be trained with; its weights are not touched.
         folder: the run folder.
 
     Raises:
@@ -110,14 +110,14 @@ def _arguments(written: Mapping[str, Any], trust: Sequence[str]) -> dict[str, An
     }
 
 
-@cache  # and so said once
+@cache  # so that the warning appears once
 def _accelerator(wanted: Any) -> Any:
-    """`auto` is a GPU that ldm has been tried on, else the CPU: Apple's has to be asked for by name."""
+    """`auto` picks a kind of GPU that ldm has been tested on, else the CPU; Apple's must be requested by name."""
     if wanted != "auto" or not MPSAccelerator.is_available():
         return wanted
     log.warning(
-        "lightning.trainer.accelerator: auto takes the CPU of this Mac; ldm has not been tried on Apple's GPU, which "
-        "lightning.trainer.accelerator=mps lightning.trainer.precision=32-true uses all the same"
+        "lightning.trainer.accelerator: auto takes the CPU of this Mac; ldm has not been tested on Apple's GPU, which "
+        "lightning.trainer.accelerator=mps lightning.trainer.precision=32-true selects anyway"
     )
     return "cpu"
 
@@ -136,7 +136,7 @@ def _trainer(strategy: Any, arguments: dict[str, Any]) -> pl.Trainer:
 
 
 def _check_model(model: Any, arguments: Mapping[str, Any], strategy: Any) -> None:
-    """Refuse what the model cannot be trained under."""
+    """Refuse settings that the model cannot be trained with."""
     _check_precision(model, arguments.get("precision"))
     if arguments.get("gradient_clip_val") and isinstance(model, AutoencoderKL | LatentDiffusion):
         raise ConfigError(
@@ -153,8 +153,8 @@ def _check_model(model: Any, arguments: Mapping[str, Any], strategy: Any) -> Non
     precision = arguments.get("precision")
     if precision not in (None, 32, "32", "32-true", "bf16-mixed"):
         raise ConfigError(
-            f"lightning.trainer.precision: FSDP2 computes in 32-true or bf16-mixed (bf16 parameters in compute, "
-            f"float32 where they are kept), found {precision}."
+            f"lightning.trainer.precision: FSDP2 computes in 32-true or bf16-mixed (parameters are stored in "
+            f"float32 and converted for computing), found {precision}."
         )
 
 
@@ -168,7 +168,7 @@ def _check_precision(model: Any, precision: Any) -> None:
 
 
 class _Steps(pl.Callback):
-    """Makes Lightning count optimizer steps, where it logs and where it goes on, also in manual optimisation."""
+    """Makes Lightning log, validate and resume by optimizer steps, with manual optimization as well."""
 
     def __init__(self) -> None:
         self.accumulation = 1

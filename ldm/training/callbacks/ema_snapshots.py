@@ -1,4 +1,4 @@
-"""Averages of a run's past: kept while it trains, put together to any width afterwards (scripts/reconstruct_ema.py)."""
+"""Snapshots of running averages: saved in training, combined to any width afterwards (scripts/reconstruct_ema.py)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +25,8 @@ class EMASnapshots(StepCallback):
     They must be power functions, preferably two (stds 0.05 and 0.1), since other widths need more than one.
 
     Args:
-        every: optimizer steps between two snapshots; a run of 50 of them can be put together well (EDM2, appendix C.3).
+        every: optimizer steps between two snapshots; 50 in a run are enough for an accurate reconstruction (EDM2,
+            appendix C.3).
     """
 
     def __init__(self, every: Count) -> None:
@@ -37,7 +38,7 @@ class EMASnapshots(StepCallback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._folder = Path(trainer.strategy.broadcast(str(trainer.default_root_dir))) / FOLDER
-        _exponents(pl_module)  # at once, not after the first thousand steps
+        _exponents(pl_module)  # fails now, not after the first thousand steps
 
     def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         step = trainer.global_step
@@ -72,7 +73,7 @@ def _exponents(module: pl.LightningModule) -> list[float]:
 
 
 def _halved(average: dict[str, Tensor], learned: set[str]) -> dict[str, Tensor]:
-    """Weights in half precision; what is not learned, such as random features, as it is."""
+    """Weights in half precision; what is not learned, such as random features, unchanged."""
     return {name: value.half() if name in learned else value for name, value in average.items()}
 
 
@@ -95,7 +96,7 @@ def reconstruct(files: Sequence[Path], std: float) -> dict[str, Tensor]:
     """The average of relative width `std` at the time of the last of the snapshots, in float32.
 
     Raises:
-        ConfigError: no power function is that wide.
+        ConfigError: no power function has that width.
     """
     wanted = power_exponent(std)
     times: list[float] = []

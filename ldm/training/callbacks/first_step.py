@@ -1,4 +1,4 @@
-"""Whether a run has reached its first step: before it there is nothing to keep."""
+"""Whether a run has reached its first step: until then there is nothing to keep."""
 
 from typing import Any
 

@@ -11,15 +11,15 @@ from ldm.runtime import distributed
 from ldm.runtime.step_metrics import was_logged
 from ldm.training.callbacks.step import StepCallback
 
-_TRAINING = "train/"  # how names begin that training logs, where validation cannot know them
+_TRAINING = "train/"  # the prefix of the names that training logs, which validation cannot know
 
 
 class Monitors(StepCallback):
     """Checks that the metric of each `monitor` is logged, as early as possible.
 
-    In a new run: at the validation batch that is tried before the first step. In a resumed run: by the metrics in its
-    checkpoint, unless the model has changed since, and at its first validation. A training metric (`train/...`): at the
-    first step that is logged. Must come before the callbacks that it checks.
+    In a new run: at the validation batch before the first step. In a resumed run: by the metrics in its checkpoint,
+    unless the model has changed since, and at its first validation. A training metric (`train/...`): at the first
+    logged step. Must come before the callbacks that it checks.
 
     Args:
         monitors: name of a callback under `lightning.callbacks` -> its `monitor`.
@@ -39,7 +39,7 @@ class Monitors(StepCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         record = checkpoint.get("ldm") or {}
-        # With another model validation may log something else.
+        # Validation of another model may log something else.
         if trainer.state.fn == "fit" and record.get("metrics") and _same(record.get("config") or {}, self._model):
             _check(self._validated, record["metrics"], "the validation before this checkpoint")
 
@@ -78,7 +78,7 @@ def monitored(callbacks: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _check(monitors: Mapping[str, str], known: Iterable[str], where: str) -> None:
-    names = sorted({*known} - {"step"})  # a row's number
+    names = sorted({*known} - {"step"})  # the number of a row
     for name, monitor in monitors.items():
         if monitor not in names:
             raise ConfigError(
@@ -88,5 +88,5 @@ def _check(monitors: Mapping[str, str], known: Iterable[str], where: str) -> Non
 
 
 def _same(config: Mapping[str, Any], model: Any) -> bool:
-    """Whether a checkpoint's configuration describes `model`, by whatever names it did then."""
+    """Whether a checkpoint's configuration describes `model`, under whatever names."""
     return bool(current_plain(config.get("model")) == current_plain(model))

@@ -69,13 +69,13 @@ class Throughput(StepCallback):
 
 
 class Progress(ProgressBar):
-    """Steps done, key figures, images a second, time elapsed and left: a bar in a terminal, else a line now and then.
+    """Steps done, key figures, images a second, time elapsed and left: a bar in a terminal, else an occasional line.
 
     The figures are the entry `figures` of what the module's `training_step` returns (a mapping of names to scalar
     tensors), then the loss. They are read from the device when they are shown, not at every step.
 
     Args:
-        refresh_seconds: between two looks in a terminal.
+        refresh_seconds: between two updates in a terminal.
         log_seconds: between two lines elsewhere.
     """
 
@@ -91,7 +91,7 @@ class Progress(ProgressBar):
         self._enabled = True
 
     def disable(self) -> None:
-        """Called by Lightning on all ranks but the first."""
+        """Lightning calls this on all ranks but the first."""
         self._enabled = False
 
     def enable(self) -> None:
@@ -149,7 +149,7 @@ class Progress(ProgressBar):
             self._say(f"step {trainer.global_step}: validating {done}/{total}  {times}")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A line of all that was validated, in the order in which the module logs it."""
+        """Print the metrics of validation in one line, in the order in which the module logs them."""
         if not self._enabled or trainer.sanity_checking:
             return
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
@@ -166,7 +166,7 @@ class Progress(ProgressBar):
         self._close()
 
     def _times(self, trainer: pl.Trainer) -> str:
-        """By the steps that this process has done, with all that came between them."""
+        """Estimated from the steps of this process and everything between them."""
         done, total = trainer.global_step - self._began, trainer.max_steps - self._began
         return so_far(time.monotonic() - self._began_at, done, total)
 
@@ -177,7 +177,7 @@ class Progress(ProgressBar):
             self._say(f"step {trainer.global_step}/{trainer.max_steps}: {figures}")
 
     def _say(self, line: str) -> None:
-        # One line, however long: a log file is as wide as it likes.
+        # Without line breaks: a log file has no width.
         self._console.print(line, soft_wrap=True, markup=False, highlight=False)
 
     def _close(self) -> None:

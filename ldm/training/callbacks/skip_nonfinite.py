@@ -45,18 +45,18 @@ class SkipNonFinite(StepCallback):
     """Skips every step whose loss or gradient is not finite, and ends the run after too many of them in a row.
 
     A fused optimizer skips such an update on the device itself (`found_inf`), without waiting; for others this waits
-    for the device and removes the gradients. So it reaches neither weights nor average, and no file. The ranks need not
-    communicate: a non-finite loss makes the gradient non-finite, and the gradient is common to all. The record is
-    checked now and then (on the CPU after every step) and before every save: each skipped step is reported with its
+    for the device and removes the gradients. So it reaches neither the weights nor the average nor a file. The ranks
+    need not communicate: a non-finite loss makes the gradient non-finite, and the gradient is common to all. The record
+    is checked now and then (on the CPU after every step) and before every save: each skipped step is reported with its
     samples and their files. In fp16 the gradient scaler skips such steps by design, and this does nothing.
 
     Logs `train/skipped_steps`, over the whole run.
 
     Args:
-        folder: where `finite.ckpt` goes at the end: weights no bad step has touched; a run resumed from it goes on
-            after them.
+        folder: where `finite.ckpt` is saved at the end, with weights that no bad step has touched; a run resumed from
+            it continues after the bad steps.
         limit: how many in a row are skipped without ending the run; 0: the first one ends it.
-        every_n_steps: how often to look, where looking makes the host wait for the device.
+        every_n_steps: how often to check, if checking makes the host wait for the device.
 
     Raises:
         NumericError: in the training loop, on all ranks, naming step, samples, loss, files and checkpoint.
@@ -123,7 +123,7 @@ class SkipNonFinite(StepCallback):
         self._look(trainer)
 
     def _count(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Close the current step; counts on the device, where nobody waits."""
+        """Finish the record of the current step; counts on the device, so that the host need not wait."""
         step, self._current = self._current, _Step()
         if step.bad:
             bad = torch.stack(step.bad).any()
@@ -148,17 +148,17 @@ class SkipNonFinite(StepCallback):
         described = _describe(trainer, step)
         try:
             save_at_end(trainer, self._path)
-            kept = f"weights it has not touched are in {self._path}, and a run resumed from there goes on after it"
+            kept = f"weights it has not touched are in {self._path}, and a run resumed from there continues after it"
         except LdmError as error:
             kept = f"nothing was saved ({error})"
         raise NumericError(
             f"step {step.number}: {described}; the {_nth(row)} step in a row, allowed are {self._limit}; {kept}.\n"
-            f"If it comes back: lower the learning rate, lengthen its warm-up, clip gradients, or train in fp32."
+            f"If it happens again: lower the learning rate, lengthen its warm-up, clip gradients, or train in fp32."
         )
 
 
 def _scaled(trainer: pl.Trainer) -> bool:
-    """Whether a gradient scaler is at work, which finds and skips what is not finite by itself."""
+    """Whether there is a gradient scaler, which detects and skips non-finite gradients itself."""
     precision = trainer.precision_plugin
     return isinstance(precision, MixedPrecision) and precision.scaler is not None
 
@@ -166,7 +166,7 @@ def _scaled(trainer: pl.Trainer) -> bool:
 def _describe(trainer: pl.Trainer, step: _Step) -> str:
     """Loss, sample numbers and files of a bad step, of all ranks; every rank has to call it.
 
-    Of the micro-batches those whose own loss is not finite, if there are any.
+    Only the micro-batches whose own loss is not finite, if there are any.
     """
     own = zip_longest(map(float, step.losses), [numbers.tolist() for numbers in step.samples])
     pieces = [piece for share in gather(list(own)) for piece in share]

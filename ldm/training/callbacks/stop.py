@@ -32,7 +32,9 @@ class StopOnSignal(StepCallback):
         super().__init__()
         self._path = Path(folder) / f"stopped{SUFFIX}"
         self._listens = False
-        self._shared_batches = 0  # validation batches that every rank has: only there may they wait for each other
+        self._shared_batches = (
+            0  # validation batches that all ranks have: only after these may they wait for each other
+        )
         self._seen_batches = 0
         self._validation_cut = False
 
