@@ -6,6 +6,7 @@ same way: as their own children, in sessions of their own, with their environmen
 """
 
 import atexit
+import logging
 import multiprocessing.util
 import os
 import runpy
@@ -88,7 +89,7 @@ class Started:
             for number, file in ((1, stdout), (2, stderr)):
                 if file is not None:
                     os.dup2(file.fileno(), number)
-            leave_with(lambda: _as_new_interpreter(script, words, dict(os.environ if env is None else env), cwd))
+            leave_with(lambda: as_new_interpreter(script, words, dict(os.environ if env is None else env), cwd))
 
     def poll(self) -> int | None:
         if self.returncode is None:
@@ -130,8 +131,10 @@ def _warm_launchers() -> None:
     vars(subprocess_handler)["Popen"] = Started
 
 
-def _as_new_interpreter(script: Path, words: list[str], environment: dict[str, str], cwd: str | None) -> None:
-    """Leave behind what a fork has from the launcher and a new interpreter would not have."""
+def as_new_interpreter(
+    script: Path, words: Sequence[str], environment: Mapping[str, str], cwd: str | None = None
+) -> None:
+    """`python` without what a fork has from its parent and a new interpreter would not have."""
     for number in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}:
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)
@@ -142,4 +145,8 @@ def _as_new_interpreter(script: Path, words: list[str], environment: dict[str, s
         os.chdir(cwd)
     for name in [name for name in sys.modules if name.split(".")[0] in ("ldm", "main")]:
         del sys.modules[name]
+    for logger in logging.root.manager.loggerDict.values():
+        for handler in logger.handlers if isinstance(logger, logging.Logger) else ():
+            if type(handler) is logging.StreamHandler:
+                handler.setStream(sys.stderr)  # which it had from the parent
     python(script, words, environment, _hook)

@@ -127,7 +127,9 @@ def _redirect(log: Path) -> None:
         for number in numbers:
             os.dup2(handle, number)
         os.close(handle)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    # As an interpreter opens them: stderr takes every text, also a path that is not UTF-8.
+    for number, name, errors in ((1, "stdout", "strict"), (2, "stderr", "backslashreplace")):
+        setattr(sys, name, os.fdopen(number, "w", buffering=1, errors=errors, closefd=False))
 
 
 def wait_until(condition: Callable[[], object], seconds: float, every: float = 0.01) -> bool:
