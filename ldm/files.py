@@ -7,6 +7,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from ldm.errors import ResourceError
+
 
 def temporary(path: Path) -> Path:
     """The name beside `path` that this process writes to first; who cleans up finds such files by `.tmp.`."""
@@ -41,6 +43,39 @@ def write_text(path: Path, text: str) -> None:
     """Write a small text file so that a reader, or a power cut, finds the old one or the new one, never a part."""
     with published(path) as aside:
         aside.write_text(text)
+
+
+def check_writable(folder: Path) -> None:
+    """Create, sync and rename a file in `folder` (created if missing), as a checkpoint's writer will.
+
+    Raises:
+        ResourceError: the folder cannot be written to.
+    """
+    probe = folder / f".probe.{socket.gethostname()}.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(probe, "can we write here?\n")
+        probe.unlink()
+    except OSError as error:
+        raise ResourceError(
+            f"{folder}: cannot be written to ({error.strerror}).\n"
+            "Expected a folder where files can be created, synced and renamed; choose another one with --logdir."
+        ) from error
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Refuse to start unless `needed` bytes are free.
+
+    Raises:
+        ResourceError: with the bytes needed and free.
+    """
+    status = os.statvfs(folder)
+    free = status.f_bavail * status.f_frsize
+    if free < needed:
+        raise ResourceError(
+            f"{folder}: {needed / 1e6:,.0f} MB are needed for checkpoints, {free / 1e6:,.0f} MB are free.\n"
+            "Free some space or choose another folder with --logdir."
+        )
 
 
 def expanded(value: Any) -> Any:

@@ -1,4 +1,8 @@
-"""Image grids for viewing."""
+"""Pictures for viewing: to bytes, to files, in grids.
+
+How channels are shown: one as gray, three as color; of any other number each in gray, side by side, a white line
+between them. (Of four, too: nothing says that the fourth is opacity.)
+"""
 
 from collections.abc import Sequence
 
@@ -10,14 +14,26 @@ from torch import Tensor
 LEGIBLE = 64
 """Pixels: the side below which a picture on a screen is hard to make out."""
 
+FILED = (1, 3, 4)
+"""The numbers of channels that a PNG holds."""
+
+
+def visible(image: np.ndarray) -> np.ndarray:
+    """(H,W,C) uint8 as it is shown (see the top of the file): (H,W,1) or (H,W,3), or (H,W',1) with W' = C W + C - 1."""
+    height, width, channels = image.shape
+    if channels in (1, 3):
+        return image
+    planes = np.pad(image, ((0, 0), (0, 1), (0, 0)), constant_values=255)  # (H, W + 1, C)
+    return planes.transpose(0, 2, 1).reshape(height, channels * (width + 1), 1)[:, :-1]
+
 
 def grid(images: Sequence[np.ndarray], columns: int, gap: int = 2) -> np.ndarray:
-    """Pictures (H,W,C) uint8 of one size, row by row on white, `gap` pixels apart: one picture (H',W',C).
+    """Pictures (H,W,C) uint8 of one size, row by row on white, `gap` pixels apart: one picture (H',W',1 or 3).
 
     Small ones are enlarged by whole pixels, to about `LEGIBLE`.
     """
     times = max(1, LEGIBLE // max(images[0].shape[:2]))
-    images = [image.repeat(times, axis=0).repeat(times, axis=1) for image in images]
+    images = [visible(image.repeat(times, axis=0).repeat(times, axis=1)) for image in images]
     height, width, channels = images[0].shape
     rows = -(-len(images) // columns)
     shape = (rows * (height + gap) + gap, columns * (width + gap) + gap, channels)
@@ -30,11 +46,11 @@ def grid(images: Sequence[np.ndarray], columns: int, gap: int = 2) -> np.ndarray
 
 
 def picture(image: np.ndarray) -> Image.Image:
-    """(H,W,1 or 3) uint8 -> PIL."""
+    """(H,W,C) uint8, C one of `FILED`: gray, RGB, RGBA -> PIL."""
     return Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
 
 
 def to_uint8(images: Tensor) -> list[np.ndarray]:
-    """(N, C, H, W) in [-1, 1], C = 1 or 3 -> N pictures (H, W, C) uint8; values beyond are clamped."""
+    """(N, C, H, W) in [-1, 1] -> N pictures (H, W, C) uint8; values beyond are clamped."""
     levels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return list(levels.permute(0, 2, 3, 1).cpu().numpy())

@@ -22,6 +22,8 @@ Fraction = Annotated[float, Interval(ge=0, le=1)]
 FractionBelowOne = Annotated[float, Interval(ge=0, lt=1)]
 FractionAboveZero = Annotated[float, Interval(gt=0, le=1)]
 Seed = Annotated[int, Interval(ge=0, lt=2**64)]
+Resolution = Count | tuple[Count, Count]
+"""Pixels: the side of a square, or (height, width); see ldm/sizes.py."""
 
 _HOLDS = {Ge: operator.ge, Gt: operator.gt, Le: operator.le, Lt: operator.lt}
 _WORDS = {Ge: "from {} up", Gt: "above {}", Le: "up to {}", Lt: "below {}"}

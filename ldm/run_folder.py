@@ -4,7 +4,7 @@
         checkpoints/           step=00001000.ckpt ... (ldm/checkpoints/store.py)
         configs/config.yaml    what ran, every reference filled in; a resumed run reads this
         configs/source.yaml    the same before references were filled in: what the user wrote
-        configs/facts.json     what the data said about itself (number of images, classes, ...)
+        configs/facts.json     the data's own description (number of images, classes, ...)
         images/{train,val}/    picture grids
         metrics.csv            every logged number
         run_state.json         status, step, reason, resume_from: for scripts that start runs
@@ -20,19 +20,19 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ldm import files
-from ldm.errors import CheckpointError, ConfigError, LockError, ResourceError
+from ldm.errors import CheckpointError, ConfigError, LockError
 from ldm.files import expanded
 
 TIME_FORMAT = "%Y-%m-%dT%H-%M-%S"
 # A folder's name has at most 255 bytes, the time and its underscore take 20.
 _LONGEST_NAME = 235
-_FOLDER_NAME = re.compile(r"^(?P<time>\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2})_(?P<name>.+)$")
+_FOLDER_NAME = re.compile(r"^(?P<time>\d{4}-?\d{2}-?\d{2}[^_]*)_(?P<name>.+)$")
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,12 @@ class RunFolder:
         """The folder's name without its time."""
         match = _FOLDER_NAME.match(self.path.name)
         return match["name"] if match else self.path.name
+
+    @property
+    def time(self) -> str:
+        """The digits of the time in the folder's name; empty if it has none."""
+        match = _FOLDER_NAME.match(self.path.name)
+        return re.sub(r"\D", "", match["time"]) if match else ""
 
     def exists(self) -> bool:
         """True when this is a folder some run has written its configuration to."""
@@ -185,8 +191,29 @@ def removed_if_unused(folder: RunFolder, used: Callable[[], bool]) -> Iterator[N
 
 def newest(logdir: Path, name: str, postfix: str = "") -> RunFolder | None:
     """The latest run called exactly `<name><postfix>` under `logdir`, by the time in its name."""
-    found = [folder for folder in _runs(logdir) if folder.name == f"{name}{postfix}"]
-    return max(found, key=lambda folder: folder.path.name, default=None)
+    return _latest(folder for folder in _runs(logdir) if folder.name == f"{name}{postfix}")
+
+
+def newest_run(pattern: str) -> str:
+    """The latest of the run folders that match a glob such as `logs/*_emoji`, by the time in its name.
+
+    A start that was killed before it had written its configuration has left no run.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    path = Path(expanded(pattern))
+    base = Path(path.anchor) if path.is_absolute() else Path()
+    found = [RunFolder(folder) for folder in (base.glob(str(path.relative_to(base))) if pattern.strip() else ())]
+    # A folder without configurations was made by hand, of a checkpoint.
+    run = _latest(folder for folder in found if folder.exists() or not folder.config_file.parent.is_dir())
+    if run is None:
+        name = path.name.lstrip("*_") or "that name"
+        raise ConfigError(
+            f"no run folder <time>_<name> matches '{pattern}' (looked in {base.absolute()}); train '{name}' first: "
+            f"python main.py --base <the configuration named {name}>, or write the path of a run here"
+        )
+    return str(run.path)
 
 
 def resolve(text: str, logdir: Path) -> tuple[RunFolder | None, Path | None]:
@@ -213,39 +240,6 @@ def resolve(text: str, logdir: Path) -> tuple[RunFolder | None, Path | None]:
     )
 
 
-def check_writable(folder: Path) -> None:
-    """Create, sync and rename a file in `folder` (created if missing), as a checkpoint's writer will.
-
-    Raises:
-        ResourceError: the folder cannot be written to.
-    """
-    probe = folder / f".probe.{socket.gethostname()}.{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        files.write_text(probe, "can we write here?\n")
-        probe.unlink()
-    except OSError as error:
-        raise ResourceError(
-            f"{folder}: cannot be written to ({error.strerror}).\n"
-            "Expected a folder where files can be created, synced and renamed; choose another one with --logdir."
-        ) from error
-
-
-def check_space(folder: Path, needed: int) -> None:
-    """Refuse to start unless `needed` bytes are free.
-
-    Raises:
-        ResourceError: with the bytes needed and free.
-    """
-    status = os.statvfs(folder)
-    free = status.f_bavail * status.f_frsize
-    if free < needed:
-        raise ResourceError(
-            f"{folder}: {needed / 1e6:,.0f} MB are needed for checkpoints, {free / 1e6:,.0f} MB are free.\n"
-            "Free some space or choose another folder with --logdir."
-        )
-
-
 def check_name(name: str) -> None:
     """Raises ConfigError when a run, with its postfix, cannot be called `name`: its folder would not be found again.
 
@@ -262,10 +256,14 @@ def check_name(name: str) -> None:
 
 
 def _runs(logdir: Path) -> list[RunFolder]:
-    if not logdir.is_dir():
-        return []
-    folders = [RunFolder(path) for path in logdir.iterdir() if _FOLDER_NAME.match(path.name)]
-    return [folder for folder in folders if folder.exists()]
+    folders = [RunFolder(path) for path in logdir.iterdir()] if logdir.is_dir() else []
+    return [folder for folder in folders if folder.time and folder.exists()]
+
+
+def _latest(folders: Iterable[RunFolder]) -> RunFolder | None:
+    """By the time in the name, never by the file system's clock: copying or touching a folder changes nothing."""
+    found = [folder for folder in folders if folder.time and folder.path.is_dir()]
+    return max(found, key=lambda folder: (folder.time, folder.path.name), default=None)
 
 
 def _whoami() -> dict[str, str | int]:
@@ -278,26 +276,3 @@ def _taken(folder: Path, record: str) -> str:
         who = json.loads(record)
         owner = f"process {who['pid']} on {who['host']}, since {who['time']},"
     return f"{folder}: {owner} is writing to this run.\nStop it first, or start a new run (leave out --resume)."
-
-
-def newest_run(pattern: str) -> str:
-    """The folder `<time>_<name>` with the latest time among those that match a glob such as `logs/*_emoji`.
-
-    The time is read from the name: copying or touching a folder changes nothing. A start that was killed before it had
-    written its configuration has left no run. ConfigError if there is none.
-    """
-    path = Path(expanded(pattern))
-    base = Path(path.anchor) if path.is_absolute() else Path()
-    runs = []
-    for folder in base.glob(str(path.relative_to(base))) if pattern.strip() else ():
-        time = re.match(r"\d{4}-?\d{2}-?\d{2}[^_]*(?=_)", folder.name)
-        killed = (folder / "configs").is_dir() and not (folder / "configs" / "config.yaml").is_file()
-        if time and folder.is_dir() and not killed:
-            runs.append((re.sub(r"\D", "", time[0]), folder.name, str(folder)))
-    if not runs:
-        name = path.name.lstrip("*_") or "that name"
-        raise ConfigError(
-            f"no run folder <time>_<name> matches '{pattern}' (looked in {base.absolute()}); train '{name}' first: "
-            f"python main.py --base <the configuration named {name}>, or write the path of a run here"
-        )
-    return max(runs)[2]

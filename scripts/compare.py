@@ -36,8 +36,8 @@ from ldm.evaluation.report import Judge, markdown, samples
 from ldm.files import write_text
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.pipeline import Pipeline
-from ldm.sampling.timesteps import Default
-from ldm.training.loggers import read_metrics
+from ldm.sampling.timesteps import default
+from ldm.training.metrics_table import read_metrics
 
 matplotlib.use("agg")
 
@@ -98,7 +98,8 @@ def train_all(variants: dict[str, Path | None], options: Any) -> dict[str, tuple
         # What cannot be judged in the end is refused before the long runs.
         pipeline = Pipeline.load(made, autoencoder=options.autoencoder)
         for scale in options.guidance:
-            Guidance(scale).check(pipeline, True, Default()(pipeline.objective, options.steps))
+            times = default(pipeline.objective, options.steps, pipeline.manifest.plan.shape)
+            Guidance(scale).check(pipeline, True, times)
         return speed(made), json.loads((made / "configs" / "facts.json").read_text())["batch_size"]
 
     def complete(name: str) -> Path:

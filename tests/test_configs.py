@@ -132,7 +132,7 @@ def test_lightningdit_is_as_published():
 @pytest.mark.parametrize(
     ("name", "flags"),
     {
-        "lightningdit_xl1_f16": "--sampler euler --steps 249 --schedule shifted --shift 3.3333333 --guidance 10 "
+        "lightningdit_xl1_f16": "--sampler euler --steps 249 --schedule shifted shift=3.3333333 --guidance 10 "
         "--guidance-channels 3 --interval 0 9",
         "sit_xl2_imagenet256": "--steps 125 --sampler heun --guidance 1.5 --guidance-channels 3",
         "dit_xl2_imagenet256": "--steps 250 --sampler ancestral --guidance 1.5 --guidance-channels 3",

@@ -18,7 +18,7 @@ import yaml
 import main
 from ldm.cli import sample
 from ldm.config.load import to_yaml
-from ldm.training.loggers import read_metrics
+from ldm.training.metrics_table import read_metrics
 from scripts.faults import __main__ as faults
 from tests.test_layering import ROWS
 
@@ -123,12 +123,14 @@ def test_every_picture_of_the_repository_has_a_notice():
 # ---- README.md ----
 
 
-def test_the_python_of_the_readme_runs(make_runs):
+def test_the_python_of_the_readme_runs(make_runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
     run = make_runs(classes=["cat", "dog", "hat", "boot"]).diffusion
     found: dict[str, Any] = {}
     exec(code.replace("logs/<run>", str(run)), found)
-    assert [image.shape for image in found["images"]] == [(16, 16, 3)] * 8
+    assert [image.size for image in found["images"]] == [(16, 16)] * 8
+    assert (tmp_path / "first.png").is_file()
 
 
 # ---- docs/robustness.md ----

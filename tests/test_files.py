@@ -1,10 +1,12 @@
 """ldm.files: a file is there whole, or as it was before."""
 
 import os
+from pathlib import Path
 
 import pytest
 
 from ldm import files
+from ldm.errors import ResourceError
 
 
 @pytest.mark.parametrize("durable", [True, False])
@@ -53,3 +55,15 @@ def test_processes_write_under_names_of_their_own(tmp_path, monkeypatch):
     assert mine.name.startswith("a.png.tmp.")
     monkeypatch.setattr(os, "getpid", lambda: 1)
     assert files.temporary(path) != mine
+
+
+def test_unwritable_and_full_folders(tmp_path):
+    files.check_writable(tmp_path / "new" / "logs")
+    assert not list((tmp_path / "new" / "logs").iterdir())
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file" / "logs", Path("/proc/logs")):
+        with pytest.raises(ResourceError, match="--logdir"):
+            files.check_writable(folder)
+    files.check_space(tmp_path, 1)
+    with pytest.raises(ResourceError, match="MB are needed"):
+        files.check_space(tmp_path, 2**62)

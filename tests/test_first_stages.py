@@ -13,7 +13,7 @@ from ldm.checkpoints import store
 from ldm.cli import sample
 from ldm.config.load import to_yaml
 from ldm.sampling.pipeline import Pipeline
-from ldm.training.loggers import read_metrics
+from ldm.training.metrics_table import read_metrics
 from tests.conftest import node
 
 SHORT = {"max_steps": 4, "val_check_interval": 4, "log_every_n_steps": 2}

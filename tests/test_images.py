@@ -1,6 +1,6 @@
 import numpy as np
 
-from ldm.images import grid
+from ldm.images import grid, visible
 
 
 def test_grid_places_pictures_row_by_row_on_white():
@@ -21,3 +21,22 @@ def test_grid_enlarges_small_pictures_by_whole_pixels():
     assert sheet.shape == (2 * 27 + 4, 2 * 30 + 4, 3)
     for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
         assert np.array_equal(sheet[2 + row : 56 : 2, 2 + column : 62 : 2], image)
+
+
+def test_channels_are_shown_as_gray_as_color_or_side_by_side():
+    image = np.arange(2 * 3 * 5, dtype=np.uint8).reshape(2, 3, 5)
+    assert np.array_equal(visible(image[..., :1]), image[..., :1])
+    assert np.array_equal(visible(image[..., :3]), image[..., :3])
+    for channels in (2, 4, 5):
+        shown = visible(image[..., :channels])
+        assert shown.shape == (2, channels * 4 - 1, 1)
+        for channel in range(channels):
+            assert np.array_equal(shown[:, 4 * channel : 4 * channel + 3, 0], image[..., channel])
+        assert (shown[:, 3::4] == 255).all()
+
+
+def test_grid_enlarges_before_it_places_channels_side_by_side():
+    image = np.random.default_rng(0).integers(0, 255, (16, 24, 4), dtype=np.uint8)
+    sheet = grid([image, image], columns=1)
+    assert sheet.shape == (2 * (32 + 2) + 2, 4 * 48 + 3 + 4, 1)
+    assert np.array_equal(sheet[2:34:2, 2 + 49 : 2 + 49 + 48 : 2, 0], image[..., 1])

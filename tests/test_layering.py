@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # single files of ldm/.
 ROWS = [
     {"errors", "ranges"},
-    {"randomness", "layers", "images", "files"},
+    {"randomness", "layers", "images", "files", "sizes"},
     {"runtime", "optim", "run_folder"},
     {"checkpoints", "config", "data"},
     {"autoencoder", "diffusion"},  # they meet on disk alone
@@ -31,6 +31,7 @@ FENCED = {
         *("ldm.training", "ldm.autoencoder.module", "ldm.diffusion.module", "ldm.data.datamodule", "main"),
         "scripts.faults.interpreter",  # lets the launchers of both fork their ranks
     },
+    "lightning_fabric": {"ldm.training.lightning_internals"},
     "omegaconf": {"ldm.config"},
     "torch.distributed": {"ldm.runtime", "ldm.checkpoints", "scripts.faults.interpreter"},
     "diffusers": {"scripts.bench"},
@@ -89,6 +90,47 @@ def test_libraries_stay_behind_their_fences(path):
             if other == library or other.startswith(library + "."):
                 name = module_name(path)
                 assert any(f"{name}.".startswith(f"{one}.") for one in allowed), f"{name} imports {other}"
+
+
+LIGHTNING = ("pytorch_lightning", "lightning_fabric")
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def private_parts(path: Path) -> list[str]:
+    """Every use of a private attribute, but for an object's own and for those of imported modules, as `line: text`.
+
+    Also what is imported from Lightning by a private name, and `vars(object)["_name"]`.
+    """
+    nodes = [*ast.walk(ast.parse(path.read_text()))]
+    imports = [alias for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    modules = {alias.asname or alias.name.split(".")[0] for alias in imports if not alias.name.startswith(LIGHTNING)}
+    found = []
+    for node in nodes:
+        names = []
+        if isinstance(node, ast.Attribute):
+            owner = ast.unparse(node.value)
+            names = [] if owner in ("self", "cls") or owner.split(".")[0] in modules else [node.attr]
+        elif isinstance(node, ast.ImportFrom) and str(node.module).startswith(LIGHTNING):
+            names = [*str(node.module).split("."), *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Subscript) and ast.unparse(node.value).startswith("vars("):
+            names = [ast.unparse(node.slice).strip("'")]
+        if any(map(private, names)):
+            found.append(f"{node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+# Of torch.distributed, which that file alone may import; what a named tuple calls its public methods.
+NOT_LIGHTNING = {"ldm.runtime.distributed": "group._", "ldm.sampling.sample_folder": "order._asdict"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ldm").rglob("*.py")), ids=module_name)
+def test_private_parts_of_lightning_are_used_in_one_file(path):
+    name = module_name(path)
+    found = [one for one in private_parts(path) if NOT_LIGHTNING.get(name, "\n") not in one]
+    assert bool(found) is (name == "ldm.training.lightning_internals"), found
 
 
 def targets(node: object) -> list[str]:

@@ -19,7 +19,7 @@ from pytorch_lightning.callbacks import device_stats_monitor
 from pytorch_lightning.loggers import CSVLogger
 
 import main
-from ldm import run_folder
+from ldm import files
 from ldm.autoencoder.module import AutoencoderKL
 from ldm.checkpoints import store
 from ldm.config.load import to_yaml
@@ -28,8 +28,8 @@ from ldm.data.datamodule import ImageDataModule
 from ldm.errors import ResourceError
 from ldm.run_folder import RunFolder
 from ldm.runtime.signals import Stopped
-from ldm.training import fit, resume, trainer
-from ldm.training.loggers import read_metrics
+from ldm.training import defaults, fit, resume, trainer
+from ldm.training.metrics_table import read_metrics
 from scripts.faults.interpreter import as_new_interpreter
 from scripts.faults.processes import fork
 from tests.points import wait_until
@@ -284,7 +284,7 @@ def fails(error: BaseException) -> Any:
     return instead
 
 
-PLACES = [(run_folder, "check_space"), (resume, "save"), (trainer, "make_callbacks"), (trainer, "make_loggers")]
+PLACES = [(files, "check_space"), (resume, "save"), (defaults, "make_callbacks"), (defaults, "make_loggers")]
 PLACES += [(AutoencoderKL, "configure_optimizers"), (ImageDataModule, "train_dataloader"), (fit, "record")]
 PLACES += [(AutoencoderKL, "validation_step"), (AutoencoderKL, "training_step")]
 ERRORS = [ResourceError("no"), KeyboardInterrupt(), Stopped(signal.SIGTERM), RuntimeError("a bug"), SystemExit(1)]
@@ -362,7 +362,7 @@ def test_a_checkpoint_of_another_model_leaves_no_run(stage1, capsys):
 def test_a_run_that_goes_on_keeps_its_folder_when_it_fails(stage1, monkeypatch):
     assert train() == 0
     before = sorted(the_run().path.rglob("*"))
-    monkeypatch.setattr(run_folder, "check_space", fails(ResourceError("no")))
+    monkeypatch.setattr(files, "check_space", fails(ResourceError("no")))
     assert main.main(["-r", str(the_run().path), "lightning.trainer.max_steps=3"]) == 6
     assert sorted(the_run().path.rglob("*")) == before
 

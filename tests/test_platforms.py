@@ -15,9 +15,9 @@ import torch
 from pytorch_lightning import LightningModule
 from pytorch_lightning.accelerators import CPUAccelerator, MPSAccelerator
 
-from ldm.autoencoder.module import latent_sums, statistics
-from ldm.autoencoder.posterior import DiagonalGaussian
-from ldm.autoencoder.quantizer import usage
+from ldm.autoencoder.metrics import Output, Perceptual, standard
+from ldm.autoencoder.posterior import DiagonalGaussian, latent_sums, statistics
+from ldm.autoencoder.quantizer import Quantized, usage
 from ldm.data.datamodule import ImageDataModule
 from ldm.data.sources.folder import ImageFolder
 from ldm.diffusion.noise_levels import LogitNormal, LogNormal
@@ -26,6 +26,7 @@ from ldm.diffusion.objectives import DDPM, EDM
 from ldm.evaluation.metrics import accuracy
 from ldm.runtime import launcher, signals
 from ldm.runtime.float64 import double, home
+from ldm.runtime.validation_metrics import ValidationMetrics
 from ldm.sampling.samplers import _log_ratios
 from ldm.training import trainer
 from tests.apple import MPS, apple
@@ -83,6 +84,43 @@ def on_both(compute: Any) -> tuple[Any, Any]:
 def test_what_is_computed_in_float64_is_the_same_there(compute):
     usual, there = on_both(compute)
     torch.testing.assert_close(there, usual, rtol=0, atol=0)
+
+
+def test_validation_is_measured_there():
+    """But for PSNR and SSIM, which torchmetrics computes by calls that the stand-in cannot see."""
+    images = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def measured(device: torch.device) -> dict[str, float]:
+        metrics = ValidationMetrics(
+            standard(codebook=True), {"psnr": None, "ssim": None, "distance": Perceptual(Distance())}
+        )
+        for _ in range(2):  # the second begins anew
+            metrics.start(device)
+            for rows in (slice(0, 3), slice(3, 5)):
+                indices = torch.tensor([0, 1, 1]).to(device)
+                codes = Quantized(torch.zeros(1).to(device), indices, torch.zeros(1).to(device), 0.0, 4)
+                shown, original = (0.9 * images[rows]).to(device), images[rows].to(device)
+                losses = {"l1": (shown - original).abs().mean((1, 2, 3))}
+                metrics.update({"image": original}, Output(shown, codes, losses))
+            found = metrics.compute()
+        return {name: float(value) for name, value in found.items()}
+
+    usual = measured(torch.device("cpu"))
+    with apple() as device:
+        there = measured(device)
+    assert {*usual} == {f"val/{name}" for name in ("l1", "perplexity", "codes_used", "distance")}
+    assert there == pytest.approx(usual, rel=1e-6)
+
+
+class Distance(torch.nn.Module):
+    """With a weight, which lies where its metric does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(8))
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (self.weight * (a - b)).square().mean((1, 2, 3))
 
 
 def test_statistics_of_latents_are_added_up_there():

@@ -59,7 +59,10 @@ OUT_OF_RANGE = [
     (STAGE_1, "data.params.max_broken=1.5", "a number from 0 to 1"),
     (STAGE_1, "data.params.max_broken=.nan", "a number from 0 to 1"),
     (STAGE_1, "data.params.num_validation=-1", "a whole number from 0 up"),
-    (STAGE_1, "data.params.channels=2", "one of 1, 3"),
+    (STAGE_1, "data.params.channels=0", "a whole number from 1 up"),
+    (STAGE_1, "data.params.resolution=[48]", "a list of 2 (a whole number from 1 up, a whole number from 1 up)"),
+    (STAGE_1, "data.params.resolution=[48,64,3]", "a whole number from 1 up or a list of 2"),
+    (STAGE_2, "data.params.resolution=wide", "a whole number from 1 up or a list of 2"),
     (STAGE_1, "data.params.seed=-1", "a whole number from 0 up, below"),
     (STAGE_1, "seed=-1", "a whole number from 0 up, below"),
     (STAGE_1, "seed=18446744073709551616", "a whole number from 0 up, below"),
@@ -263,7 +266,6 @@ PAIRS = [
     ("diffusion.paths.VP", "beta_min", "beta_max", True),
     ("diffusion.noise_schedules.Linear", "start", "end", True),
     ("diffusion.noise_schedules.SqrtLinear", "start", "end", True),
-    ("sampling.timesteps.Karras", "ratio_min", "ratio_max", False),
 ]
 
 

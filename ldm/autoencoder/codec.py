@@ -16,7 +16,8 @@ from ldm.checkpoints import store
 from ldm.config.load import build
 from ldm.config.tree import current_plain
 from ldm.errors import CheckpointError, ConfigError
-from ldm.ranges import Count
+from ldm.ranges import Count, Resolution
+from ldm.sizes import SizeError, as_size, nearest, spell
 
 
 class Pixels(nn.Module):
@@ -39,7 +40,7 @@ class Codec(nn.Module):
         encoder: images -> moments, or the latents that `quantizer` takes.
         decoder: latents -> images.
         config: {"encoder": node, "decoder": node}, plus a quantizer's, from which they can be rebuilt; {}: pixels.
-        resolution: side of the images it was trained on, if known.
+        resolution: of the images it was trained on, if known: the side of a square, or (height, width).
         statistics: per-channel {"mean": [...], "std": [...]} of the latents, as measured in stage 1, or None.
         path: where it was loaded from.
         quantizer: replaces latents by their codes before they are decoded; None: the posterior is Gaussian.
@@ -50,7 +51,7 @@ class Codec(nn.Module):
         encoder: Encoder | Pixels,
         decoder: Decoder | nn.Identity,
         config: Mapping[str, Any],
-        resolution: Count | None = None,
+        resolution: Resolution | None = None,
         statistics: Mapping[str, Any] | None = None,
         path: str = "",
         quantizer: VectorQuantizer | None = None,
@@ -61,7 +62,7 @@ class Codec(nn.Module):
         self.quantizer = quantizer
         self.register_buffer("_place", torch.zeros(()), persistent=False)  # pixels have no other tensor
         self.config = dict(config)
-        self.resolution = resolution
+        self.size = None if resolution is None else as_size(resolution)
         self.statistics = statistics
         self.path = path
         self.requires_grad_(False).eval()
@@ -77,8 +78,8 @@ class Codec(nn.Module):
         Raises:
             CheckpointError: missing, damaged, or not from stage 1.
         """
-        file = store.find(Path(path))
-        state = store.load(file)
+        verified = store.verify(Path(path))
+        state, file = store.load(verified), verified.path
         record = state.get("ldm")
         if not isinstance(record, dict) or record.get("kind") != "autoencoder":
             found = f"a checkpoint of kind {record.get('kind')!r}" if isinstance(record, dict) else "not one of ldm's"
@@ -140,17 +141,16 @@ class Codec(nn.Module):
         images: Tensor = self.decoder(latents)
         return images.float().clamp(-1.0, 1.0)
 
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(c, h, w) of the latent of a square image; ConfigError if its side is not divisible by the down factor."""
-        factor = self.encoder.down_factor
-        if resolution % factor:
-            lower = resolution // factor * factor
-            sizes = " or ".join(str(size) for size in (lower, lower + factor) if size)
-            raise ConfigError(
+    def latent_shape(self, resolution: Resolution) -> tuple[int, int, int]:
+        """(c, h, w) of the latent of an image; SizeError if a side is not divisible by the down factor."""
+        (height, width), factor = as_size(resolution), self.encoder.down_factor
+        if height % factor or width % factor:
+            raise SizeError(
                 f"data.params.resolution: expected a multiple of the autoencoder's down factor {factor}, "
-                f"found {resolution}. Use {sizes}."
+                f"found {spell((height, width))}. Use {nearest((height, width), factor)}.",
+                factor,
             )
-        return self.encoder.latent_channels, resolution // factor, resolution // factor
+        return self.encoder.latent_channels, height // factor, width // factor
 
     def weight_hash(self) -> str:
         """sha256 (hex) over names, shapes and bytes of all weights: the same on every device and from any file."""

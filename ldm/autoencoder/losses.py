@@ -22,6 +22,8 @@ their sum is then backpropagated through the decoder once. The discriminator's o
 since it shares no parameter with the rest: one backward pass fills the gradients of both before either is stepped.
 """
 
+from functools import reduce
+from operator import add
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +32,9 @@ from torch import Tensor, nn
 
 from ldm.autoencoder.posterior import Posterior
 from ldm.ranges import CountOrZero, Finite, NotNegative, Positive
+
+Terms = dict[str, tuple[float, Tensor]]
+"""Of the reconstruction error, by name: weight and values."""
 
 
 class Adversarial(Protocol):
@@ -138,7 +143,8 @@ class AutoencoderLoss(nn.Module):
         precision = (-self.logvar).exp()
         nll = error * precision + self.logvar * copy[0].numel()
         gradient = gradient * precision.detach()
-        logs = {"nll": nll.detach(), **posterior.logs(), "logvar": self.logvar.detach(), **parts}
+        of_posterior = {name: values.mean() for name, values in posterior.logs().items()}
+        logs = {"nll": nll.detach(), **of_posterior, "logvar": self.logvar.detach(), **parts}
         total = nll + self.kl_weight * posterior.regularization_loss().mean()
         if self.adversarial_at(step):
             assert self.discriminator is not None
@@ -163,18 +169,36 @@ class AutoencoderLoss(nn.Module):
 
     def reconstruction_loss(self, images: Tensor, reconstruction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """L1 + weighted L2 and LPIPS, summed over an image, mean over the batch: a scalar; and its parts per value."""
-        l1 = (images - reconstruction).abs().mean()
-        parts = {"l1": l1.detach()}
-        error = l1
+        terms = self._terms(images, reconstruction)
+        means = {name: values.mean() for name, (_, values) in terms.items()}
+        return _error(terms, means) * images[0].numel(), {name: mean.detach() for name, mean in means.items()}
+
+    @torch.no_grad()
+    def per_image(self, images: Tensor, reconstruction: Tensor, posterior: Posterior) -> dict[str, Tensor]:
+        """What validation measures, each (N,): the parts per value, `rec_loss` summed over an image, the posterior's.
+
+        Args:
+            images: (N, C, H, W) in [-1, 1].
+            reconstruction: (N, C, H, W).
+            posterior: of the images.
+        """
+        terms = self._terms(images, reconstruction)
+        means = {name: values.reshape(len(images), -1).mean(1) for name, (_, values) in terms.items()}
+        return {**means, "rec_loss": _error(terms, means) * images[0].numel(), **posterior.logs()}
+
+    def _terms(self, images: Tensor, reconstruction: Tensor) -> Terms:
+        """Values (N, C, H, W) or (N,)."""
+        terms = {"l1": (1.0, (images - reconstruction).abs())}
         if self.l2_weight > 0:
-            l2 = (images - reconstruction).square().mean()
-            parts["l2"] = l2.detach()
-            error = error + self.l2_weight * l2
+            terms["l2"] = (self.l2_weight, (images - reconstruction).square())
         if self.perceptual is not None:
-            perceptual = self.perceptual(reconstruction, images).mean()
-            parts["lpips"] = perceptual.detach()
-            error = error + self.perceptual_weight * perceptual
-        return error * images[0].numel(), parts
+            terms["lpips"] = (self.perceptual_weight, self.perceptual(reconstruction, images))
+        return terms
+
+
+def _error(terms: Terms, means: dict[str, Tensor]) -> Tensor:
+    """The weighted sum of the terms' means, which have one shape."""
+    return reduce(add, [weight * means[name] for name, (weight, _) in terms.items()])
 
 
 def _keep_logvar(loss: AutoencoderLoss, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -36,7 +36,7 @@ class LPIPS(nn.Module):
 
     Raises:
         CheckpointError: the weights are missing, or are not VGG16's; names the file and where to put it.
-        ConfigError: (at the first images) they have fewer than 16 pixels on a side.
+        ConfigError: (at the first images) they have fewer than 16 pixels on a side, or neither 1 nor 3 channels.
     """
 
     shift: Tensor
@@ -65,11 +65,16 @@ class LPIPS(nn.Module):
         return super().train(False)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        height, width = a.shape[2:]
+        channels, height, width = a.shape[1:]
+        if channels not in (1, 3):
+            raise ConfigError(
+                f"LPIPS compares pictures of 1 or 3 channels (gray or color), found {channels}: leave it out (null in "
+                f"its place)"
+            )
         if min(height, width) < _SMALLEST:
             raise ConfigError(
                 f"LPIPS halves its pictures four times, so it needs {_SMALLEST} pixels or more on each side, found "
-                f"{height} x {width}: take larger pictures, or train without it (perceptual: null)"
+                f"{height} x {width}: take larger pictures, or leave it out (null in its place)"
             )
         total = torch.zeros(a.shape[0], device=a.device)  # (N,)
         for head, x, y in zip(self.heads, self.features(a), self.features(b), strict=True):

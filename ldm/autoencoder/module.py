@@ -1,6 +1,6 @@
 """Stage 1 as a LightningModule: one forward and one backward pass per micro-batch, then a step of both optimizers."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,23 +10,23 @@ from pytorch_lightning.core.optimizer import LightningOptimizer
 from pytorch_lightning.strategies import ParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics import Metric
 
 from ldm.autoencoder.losses import AutoencoderLoss
+from ldm.autoencoder.metrics import Output, standard
 from ldm.autoencoder.networks import Decoder, Encoder
-from ldm.autoencoder.posterior import DiagonalGaussian, Posterior
-from ldm.autoencoder.quantizer import Quantized, VectorQuantizer, usage
+from ldm.autoencoder.posterior import DiagonalGaussian, Posterior, latent_sums, statistics
+from ldm.autoencoder.quantizer import VectorQuantizer
 from ldm.errors import ConfigError
 from ldm.optim.optimizers import Scheduled, keep_settings, place_schedules
 from ldm.ranges import Positive
-from ldm.runtime.float64 import double, home
+from ldm.runtime.float64 import home
 from ldm.runtime.step_metrics import StepMean, is_logged
+from ldm.runtime.validation_metrics import ValidationMetrics
 
 Batch = dict[str, Any]
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 Schedule = Callable[[int], float]
-
-_SMALLEST_FOR_SSIM = 6  # its Gaussian window is 11 wide, and 5 pixels are mirrored at each edge
 
 
 class AutoencoderKL(pl.LightningModule):
@@ -49,6 +49,8 @@ class AutoencoderKL(pl.LightningModule):
         gradient_clip: maximum gradient norm of each optimizer; None: no clipping. The loss is a sum over an image, so
             a useful threshold grows with the number of pixels.
         quantizer: a codebook instead of the Gaussian; None: the posterior is a diagonal Gaussian.
+        metrics: validation metrics by name, beside the standard ones of ldm/autoencoder/metrics.py (psnr, ssim, losses,
+            and codes of a codebook) or in place of the one of that name; null: without it.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class AutoencoderKL(pl.LightningModule):
         discriminator_schedule: Schedule | None = None,
         gradient_clip: Positive | None = None,
         quantizer: VectorQuantizer | None = None,
+        metrics: Mapping[str, Metric | None] | None = None,
     ) -> None:
         super().__init__()
         if encoder.outputs != (1 if quantizer else 2):
@@ -84,9 +87,9 @@ class AutoencoderKL(pl.LightningModule):
         self._micro_batches = 0  # seen since the last optimizer step
         self._step_mean = StepMean()
         self._latent_sums = torch.zeros(3, encoder.latent_channels, dtype=torch.float64)
-        self._code_counts = torch.zeros(0 if quantizer is None else quantizer.size, dtype=torch.int64)
         self._latents: dict[str, list[float]] | None = None
-        self._metrics: dict[str, float] = {}
+        self._validated: dict[str, float] = {}  # by the last validation of the run that goes on
+        self.metrics = ValidationMetrics(standard(codebook=quantizer is not None), metrics)
 
     # ------------------------------------------------------------------ the model
 
@@ -175,20 +178,26 @@ class AutoencoderKL(pl.LightningModule):
         # Asked before the generator's step, which advances the count.
         if self.loss.adversarial_at(self.global_step):
             for optimizer in others:
-                _leave_uncounted(optimizer)
-                logs["discriminator_gradient"] = self._step(optimizer)
+                logs["discriminator_gradient"] = self._step(optimizer, self._uncounted_step)
         else:
             for optimizer in others:
                 optimizer.zero_grad()
-        logs["gradient"] = self._step(generator)
+        logs["gradient"] = self._step(generator, LightningOptimizer.step)
         return logs
 
-    def _step(self, optimizer: LightningOptimizer) -> Tensor:
+    def _uncounted_step(self, optimizer: LightningOptimizer) -> None:
+        """Lightning adds the steps of every optimizer to global_step; ours counts batches, so one must not be counted.
+
+        This is what LightningOptimizer.step does, but for the counting.
+        """
+        self.trainer.strategy.optimizer_step(optimizer.optimizer, lambda: None)
+
+    def _step(self, optimizer: LightningOptimizer, step: Callable[[LightningOptimizer], Any]) -> Tensor:
         """One step of one optimizer; returns the gradient's norm before clipping."""
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         limit = float("inf") if self._gradient_clip is None else self._gradient_clip
         norm = nn.utils.clip_grad_norm_(parameters, limit)
-        optimizer.step()
+        step(optimizer)
         optimizer.zero_grad()
         for config in self.trainer.lr_scheduler_configs:
             scheduler = config.scheduler
@@ -198,56 +207,27 @@ class AutoencoderKL(pl.LightningModule):
 
     # ------------------------------------------------------------------ validation
 
+    def evaluate(self, batch: Batch) -> Output:
+        """What metrics see of a batch, in float32."""
+        reconstruction, posterior = self.reconstruct(batch)
+        images, reconstruction = batch["image"].float(), reconstruction.float()
+        with torch.autocast(images.device.type, enabled=False):
+            return Output(reconstruction, posterior, self.loss.per_image(images, reconstruction, posterior))
+
     def on_validation_epoch_start(self) -> None:
+        self.metrics.start(self.device)
         self._latent_sums = torch.zeros_like(self._latent_sums, device=home(self.device))
-        self._code_counts = torch.zeros_like(self._code_counts, device=self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        images = batch["image"]
-        reconstruction, posterior = self.reconstruct(batch)
-        self._latent_sums += latent_sums(posterior)
-        if isinstance(posterior, Quantized):
-            self._code_counts += posterior.counts()
-        metrics = {f"val/{name}": value for name, value in self.evaluate(images, reconstruction, posterior).items()}
-        self.log_dict(metrics, batch_size=len(images), sync_dist=True)
+        output = self.evaluate(batch)
+        self._latent_sums += latent_sums(output.posterior)
+        self.metrics.update(batch, output)
 
     def on_validation_epoch_end(self) -> None:
         sums = self.trainer.strategy.reduce(self._latent_sums, reduce_op="sum")
         if not self.trainer.sanity_checking:
             self._latents = statistics(sums)
-        if self.quantizer is not None:
-            counts = self.trainer.strategy.reduce(self._code_counts, reduce_op="sum")
-            self.log_dict({f"val/{name}": value.float() for name, value in usage(counts).items()})
-
-    def evaluate(self, images: Tensor, reconstruction: Tensor, posterior: Posterior) -> dict[str, Tensor]:
-        """PSNR in dB, SSIM, L1, LPIPS (if on), reconstruction error and KL in nats per image (or a codebook's logs).
-
-        Batch means. PSNR and SSIM are computed per image, on images clamped to [-1, 1], in float32.
-
-        Raises:
-            ConfigError: images too small for SSIM's window, which needs 6 pixels or more on each side.
-        """
-        height, width = images.shape[2:]
-        if min(height, width) < _SMALLEST_FOR_SSIM:
-            raise ConfigError(
-                f"validation measures SSIM, whose window needs pictures of {_SMALLEST_FOR_SSIM} pixels or more on each "
-                f"side, found {height} x {width}"
-            )
-        with torch.autocast(images.device.type, enabled=False):
-            target, reconstruction = images.float(), reconstruction.float()
-            error, parts = self.loss.reconstruction_loss(target, reconstruction)
-            shown = reconstruction.clamp(-1.0, 1.0)
-            psnr = peak_signal_noise_ratio(shown, target, data_range=2.0, reduction="none", dim=(1, 2, 3))
-            ssim = structural_similarity_index_measure(shown, target, data_range=2.0, reduction="none")
-            assert isinstance(ssim, Tensor)  # a tuple only if its map is requested
-        # In the order in which they are shown.
-        return {
-            "psnr": psnr.mean(),
-            "ssim": ssim.mean(),
-            **parts,
-            "rec_loss": error,
-            **posterior.logs(),
-        }
+        self.log_dict(self.metrics.compute())
 
     @torch.no_grad()
     def images(self, batch: Batch) -> dict[str, Tensor]:
@@ -274,30 +254,19 @@ class AutoencoderKL(pl.LightningModule):
 
         `latents` is {"mean": [c floats], "std": [c floats]}, or None before the first validation.
         """
-        current = self._trainer.callback_metrics if self._trainer is not None else {}
+        try:
+            current = self.trainer.callback_metrics
+        except RuntimeError:  # no trainer has had this model yet
+            current = {}
         validated = {name: float(value) for name, value in current.items() if name.startswith("val/")}
-        return {"kind": "autoencoder", "latents": self._latents, "metrics": {**self._metrics, **validated}}
+        return {"kind": "autoencoder", "latents": self._latents, "metrics": validated or self._validated}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         facts = checkpoint.get("ldm", {})
         self._latents = facts.get("latents")
-        self._metrics = dict(facts.get("metrics", {}))
+        self._validated = dict(facts.get("metrics", {}))
         done = checkpoint.get("global_step", 0)
         place_schedules(checkpoint, [done, max(0, done - self.loss.disc_start)])
-
-
-def latent_sums(posterior: Posterior) -> Tensor:
-    """Per channel: number of values, sum of E[z], sum of E[z^2] = mean^2 + var; (3, c) float64, additive."""
-    mean, var = double(posterior.mean), double(posterior.var)  # (N, c, h, w)
-    over = (0, *range(2, mean.ndim))
-    return torch.stack([torch.ones_like(mean).sum(over), mean.sum(over), (mean.square() + var).sum(over)])
-
-
-def statistics(sums: Tensor) -> dict[str, list[float]]:
-    """latent_sums (3, c) of a data set -> per-channel mean and standard deviation of its latents, draws included."""
-    count, first, second = sums.cpu()
-    mean = first / count
-    return {"mean": mean.tolist(), "std": (second / count - mean.square()).clamp_min(0.0).sqrt().tolist()}
 
 
 def _noise(encoder: Encoder, batch: Batch, purpose: str) -> Tensor:
@@ -305,13 +274,3 @@ def _noise(encoder: Encoder, batch: Batch, purpose: str) -> Tensor:
     height, width = batch["image"].shape[2:]
     shape = (encoder.latent_channels, height // encoder.down_factor, width // encoder.down_factor)
     return batch["draws"].normal(purpose, shape)
-
-
-def _leave_uncounted(optimizer: LightningOptimizer) -> None:
-    """Lightning adds the steps of every optimizer to global_step; ours counts batches, so one must not be counted."""
-    optimizer._on_before_step = _nothing
-    optimizer._on_after_step = _nothing
-
-
-def _nothing() -> None:
-    pass

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.errors import ConfigError
 from ldm.layers import group_norm, halvings
 from ldm.ranges import Count, CountOrZero, FractionBelowOne
+from ldm.sizes import SizeError
 
 EPS = 1e-6
 """Epsilon of all norms here, as in the published models."""
@@ -129,7 +129,7 @@ class Encoder(nn.Module):
             has none.
 
     Raises:
-        ConfigError: images whose sides are not divisible by the down factor.
+        SizeError: images whose sides are not divisible by the down factor.
     """
 
     def __init__(
@@ -182,10 +182,11 @@ class Encoder(nn.Module):
             return
         fit = 0 if height % patch or width % patch else 1 + halvings(height // patch, width // patch)
         fix = f"at most {fit} levels can divide" if fit else f"patch_size={patch} does not divide"
-        raise ConfigError(
+        raise SizeError(
             f"Encoder: expected pictures with sides divisible by {factor} (patch_size={patch} times 2 for each of "
             f"channel_mult' {len(self.levels)} levels but the first), found {height}x{width}, which {fix}: "
-            f"change data.params.resolution, or the encoder's and decoder's channel_mult"
+            f"change data.params.resolution, or the encoder's and decoder's channel_mult",
+            factor,
         )
 
 

@@ -6,6 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ldm.runtime.float64 import double
+
 
 class Posterior(Protocol):
     """What an encoder's output means; the latent cache stores its `mean` and `std`, each (N, C, ...)."""
@@ -31,7 +33,7 @@ class Posterior(Protocol):
         ...
 
     def logs(self) -> dict[str, Tensor]:
-        """Detached scalars by name, batch means."""
+        """Detached, by name, of each image: (N,)."""
         ...
 
 
@@ -85,7 +87,7 @@ class DiagonalGaussian:
         return self.kl()
 
     def logs(self) -> dict[str, Tensor]:
-        return {"kl": self.kl().detach().mean()}
+        return {"kl": self.kl().detach()}
 
     def nll(self, x: Tensor) -> Tensor:
         """-log q(x) in nats: (N,). x has the mean's shape."""
@@ -95,6 +97,20 @@ class DiagonalGaussian:
 
     def _zeros(self) -> Tensor:
         return self.mean.new_zeros(self.mean.shape[0])
+
+
+def latent_sums(posterior: Posterior) -> Tensor:
+    """Per channel: number of values, sum of E[z], sum of E[z^2] = mean^2 + var; (3, c) float64, additive."""
+    mean, var = double(posterior.mean), double(posterior.var)  # (N, c, h, w)
+    over = (0, *range(2, mean.ndim))
+    return torch.stack([torch.ones_like(mean).sum(over), mean.sum(over), (mean.square() + var).sum(over)])
+
+
+def statistics(sums: Tensor) -> dict[str, list[float]]:
+    """latent_sums (3, c) of a data set -> per-channel mean and standard deviation of its latents, draws included."""
+    count, first, second = sums.cpu()
+    mean = first / count
+    return {"mean": mean.tolist(), "std": (second / count - mean.square()).clamp_min(0.0).sqrt().tolist()}
 
 
 def _sum(x: Tensor) -> Tensor:

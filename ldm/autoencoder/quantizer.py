@@ -53,7 +53,7 @@ class Quantized:
         return to_latents + self._commitment * to_codes
 
     def logs(self) -> dict[str, Tensor]:
-        return {"codebook": self.regularization_loss().detach().mean()}
+        return {"codebook": self.regularization_loss().detach()}
 
     def counts(self) -> Tensor:
         """How often each code was chosen: (size,) int64, additive over batches."""

@@ -34,10 +34,10 @@ def write(path: Path, state: dict[str, Any], step: int) -> None:
     Raises:
         OSError: it could not be written; the old file is intact.
     """
-    # Closed last, and the lock with it: also while a large file is synced its owner is seen to live.
+    # Closed last, which releases the lock: a large file is still locked while it is synced.
     with ExitStack() as held, files.published(path) as aside:
         file = held.enter_context(aside.open("wb"))
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells `abandoned` that the owner lives
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # so that `abandoned` leaves it alone
         summing = _Summing(file)
         try:
             torch.save(state, cast(IO[bytes], summing))  # it needs no more than write and flush
@@ -48,12 +48,11 @@ def write(path: Path, state: dict[str, Any], step: int) -> None:
         summing.flush()
 
 
-def read(path: Path, map_location: Any = "cpu", mapped: bool = False) -> dict[str, Any]:
+def read(path: Path, mapped: bool = False) -> dict[str, Any]:
     """What was written, without verifying it; never runs code from the file.
 
     Args:
         path: the file.
-        map_location: as in `torch.load`.
         mapped: memory-map the tensors, so that their bytes are read on access.
 
     Raises:
@@ -63,7 +62,7 @@ def read(path: Path, map_location: Any = "cpu", mapped: bool = False) -> dict[st
         raise CheckpointError(f"{path}: not loaded while {_UNSAFE} is set: it lets a checkpoint run code. Unset it.")
     mapped = mapped and _is_utf8(path)  # torch cannot map a file with another name
     try:
-        state: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True, mmap=mapped)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{path}: not a checkpoint that can be loaded safely: {first_line}") from error
@@ -89,14 +88,20 @@ def fault(path: Path) -> str | None:
     return None if crc == int(seal[2], 16) else f"damaged: its bytes sum to {crc:08x}, expected {seal[2].decode()}"
 
 
-def step(path: Path) -> int:
-    """The step in the seal, unverified; higher than any step if there is no seal, so that the file is checked first."""
+def seal(path: Path) -> bytes:
+    """The seal, unverified; empty if there is none."""
     try:
         with path.open("rb", buffering=0) as file:
-            seal = _read_seal(file)
+            found = _read_seal(file)
     except OSError:
-        seal = None
-    return int(seal[1]) if seal else 10**20
+        found = None
+    return found[0] if found else b""
+
+
+def step(path: Path) -> int:
+    """The step in the seal, unverified; higher than any step if there is no seal, so that the file is checked first."""
+    found = _SEAL.fullmatch(seal(path))
+    return int(found[1]) if found else 10**20
 
 
 def abandoned(temporary: Path) -> bool:

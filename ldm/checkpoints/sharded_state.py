@@ -1,4 +1,8 @@
-"""Saving and loading sharded tensors: gathered whole, or each rank's rows separately."""
+"""Saving and loading sharded tensors: gathered whole, or each rank's rows separately.
+
+torch's own get_optimizer_state_dict does not do the gathering: it steps an optimizer that has no moments yet, and keys
+them by parameter name, where every checkpoint so far numbers them as the optimizer does.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +32,7 @@ def gathered(value: Any) -> Any:
 
 
 def cut(state: Mapping[str, Any], folder: str, timeout: float) -> dict[str, Any]:
-    """A checkpoint as `checkpoint.save` takes it from each rank: this rank's rows split off, None in their place.
+    """A checkpoint as `store.save` takes it from each rank: this rank's rows split off, None in their place.
 
     Args:
         folder: name of the shards' folder, the same on all ranks.
@@ -41,8 +45,7 @@ def cut(state: Mapping[str, Any], folder: str, timeout: float) -> dict[str, Any]
         if not isinstance(leaf, DTensor):
             return leaf
         tensors[key] = leaf.to_local()
-        rows = -(-leaf.shape[0] // leaf.device_mesh.size())
-        offsets[key] = [min(rows * leaf.device_mesh.get_local_rank(), leaf.shape[0]), *[0] * (leaf.ndim - 1)]
+        offsets[key] = [*leaf.__create_chunk_list__()[0].offsets]  # as torch.distributed.checkpoint asks for them
         return None
 
     rest: dict[str, Any] = state_tree.replaced(dict(state), take)
@@ -50,21 +53,19 @@ def cut(state: Mapping[str, Any], folder: str, timeout: float) -> dict[str, Any]
     return {**rest, "shard": {**place, "tensors": tensors, "offsets": offsets}}
 
 
-def read(state: dict[str, Any], folder: Path, mesh: DeviceMesh) -> dict[str, Any]:
-    """Put into a checkpoint, loaded without its shards, this rank's rows of their tensors (collective).
+def rows(folder: Path, mesh: DeviceMesh) -> dict[str, Tensor]:
+    """This rank's rows of the sharded tensors, as DTensors; reads no others, and does not communicate.
 
     Args:
-        state: what `checkpoint.load(path, assemble=False)` gave.
         folder: of the shards, written by any number of ranks.
         mesh: the ranks, in one dimension.
     """
     reader = dcp.HuggingFaceStorageReader(str(folder))
     known = reader.read_metadata().state_dict_metadata
-    tensors = {
+    tensors: dict[str, Tensor] = {
         key: empty_dtensor(*entry.size, dtype=entry.properties.dtype, device_mesh=mesh, placements=[Shard(0)])
         for key, entry in known.items()
         if isinstance(entry, TensorStorageMetadata)  # safetensors files hold nothing else
     }
-    dcp.load(tensors, storage_reader=reader)
-    loaded: dict[str, Any] = state_tree.replaced(state, lambda key, leaf: tensors.get(key, leaf))
-    return loaded
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors

@@ -9,7 +9,7 @@
 
 A rank publishes its file, then the note beside it; rank 0 waits for all notes on disk and seals the `.ckpt` last. So a
 sealed file means that all its shards are durable, and a save that was killed leaves a folder that no `.ckpt` names.
-The safetensors files say for each tensor where its rows begin, in the words of torch.distributed.checkpoint, whose
+The safetensors files store for each tensor where its rows begin, in the format of torch.distributed.checkpoint, whose
 HuggingFaceStorageReader reads them on any number of ranks. Nothing here is ever unpickled.
 """
 
@@ -17,7 +17,7 @@ import json
 import shutil
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def publish(folder: Path, shard: Shard) -> None:
     except (LdmError, OSError, SafetensorError) as error:
         failure = error if isinstance(error, LdmError) else ResourceError(f"{path}: cannot be written: {error}")
         record = {"error": str(failure), "kind": type(failure).__name__}
-        with suppress(OSError):  # else the others find out by waiting
+        with suppress(OSError):  # then the others time out
             write_text(path.with_suffix(".json"), json.dumps(record))
         raise failure from error
 
@@ -118,11 +118,11 @@ def fault(folder: Path, files: Mapping[str, str]) -> str | None:
     return None
 
 
-def assembled(folder: Path, files: Mapping[str, str], device: str = "cpu") -> dict[str, Tensor]:
-    """The whole tensors, in memory; {key: tensor}."""
+def assembled(folder: Path, files: Sequence[str]) -> dict[str, Tensor]:
+    """The whole tensors, on the CPU; {key: tensor}."""
     pieces: dict[str, dict[int, Tensor]] = {}  # of each key: {first row: rows}
     for name in files:
-        with safe_open(folder / Path(name).name, framework="pt", device=device) as file:
+        with safe_open(folder / Path(name).name, framework="pt") as file:
             places = json.loads(file.metadata()[OFFSETS])
             for key in places:
                 pieces.setdefault(key, {})[places[key]["saved_offsets"][0]] = file.get_tensor(key)

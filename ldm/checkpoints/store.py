@@ -10,7 +10,8 @@ ldm/checkpoints/shards.py); loading it makes no difference.
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from ldm.errors import CheckpointError, ResourceError
 
 SUFFIX = ".ckpt"
 _QUARANTINE = ".corrupt"
+
+ReadShards = Callable[[Path], Mapping[str, Tensor]]
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +53,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
     if shard["rank"] != 0:
         shards.publish(folder, shard)
         return
-    before = _shards_of(path)
+    before = shards_of(path)
     rest = {key: value for key, value in state.items() if key != "shard"}
     try:
         shards.publish(folder, shard)
@@ -63,38 +66,96 @@ def save(path: Path, state: dict[str, Any]) -> None:
         shutil.rmtree(before, ignore_errors=True)
 
 
-def load(path: Path, map_location: Any = "cpu", assemble: bool = True) -> dict[str, Any]:
-    """The checkpoint at `path`, after verifying its checksum; never runs code from the file.
+@dataclass(frozen=True)
+class Verified:
+    """A checkpoint whose every byte has matched its checksum. One rank verifies, and all ranks load what it found.
+
+    Attributes:
+        path: the file.
+        seal: its last bytes, which tell it from every other checkpoint.
+        stamps: of the file and of each of its shards, taken before they were read: (bytes, time of the last change in
+            nanoseconds).
+    """
+
+    path: Path
+    seal: bytes
+    stamps: Mapping[Path, tuple[int, int]]
+
+    def is_unchanged(self) -> bool:
+        """Whether the files are still the ones that were verified; reads none of them."""
+        return all(_stamp(file) == stamp for file, stamp in self.stamps.items())
+
+
+def verify(path: Path) -> Verified:
+    """Find the checkpoint meant by `path` (`~` is home), and read every byte of it, its shards included, once.
 
     Args:
-        path: a file that `save` wrote.
-        map_location: as in `torch.load`.
-        assemble: insert the shards' tensors, whole; False: None in their place, and the key "shards" is kept.
+        path: a file; or a run folder or a folder of checkpoints, for the newest good one (see `newest`).
 
     Raises:
-        CheckpointError: missing, truncated, damaged, of another program, or holding more than plain data.
+        CheckpointError: there is none, or it is damaged.
     """
-    path = Path(path)
-    if (reason := fault(path)) is not None:
-        raise CheckpointError(f"{path}: {reason}. Choose another checkpoint of the run, or its folder for the newest.")
-    state = sealed_file.read(path, map_location)
-    if "shards" not in state:
-        return former_keys.current(state)
-    if not assemble:
-        return state  # under the keys that its shards have
-    named = state.pop("shards")
-    tensors = shards.assembled(shards.folder_of(path, named["folder"]), named["files"], str(map_location))
-    whole: dict[str, Any] = state_tree.replaced(state, lambda key, leaf: tensors.get(key, leaf))
-    return former_keys.current(whole)
+    path = Path(path).expanduser()
+    if path.is_file():
+        found = _verify(path)
+        if isinstance(found, str):
+            raise CheckpointError(
+                f"{path}: {found}. Choose another checkpoint of the run, or its folder for the newest."
+            )
+        return found
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such file or folder; expected a checkpoint or a run folder.")
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    newest = _newest(folder)
+    if newest is None:
+        raise CheckpointError(f"{folder}: no checkpoint (*{SUFFIX}) in it; expected one of a run that has saved.")
+    return newest
+
+
+def load(checkpoint: Path | Verified, read_shards: ReadShards | None = None) -> dict[str, Any]:
+    """The state that a checkpoint holds, on the CPU; never runs code from the file.
+
+    It is verified first. If that was done before, by whichever rank, it is done again only where the files have
+    changed since, or are this machine's own copies.
+
+    Args:
+        checkpoint: as in `verify`, or what that returned.
+        read_shards: reads the tensors of a folder of shards, {key: tensor}; None: all of them, whole.
+
+    Raises:
+        CheckpointError: missing, truncated, damaged, replaced while it was read, of another program, or holding more
+            than plain data.
+    """
+    verified = checkpoint if isinstance(checkpoint, Verified) else verify(checkpoint)
+    if not verified.is_unchanged():
+        own = verify(verified.path)
+        if own.seal != verified.seal:
+            raise CheckpointError(f"{verified.path}: was replaced after it had been verified. Start again.")
+        verified = own
+    state = sealed_file.read(verified.path)
+    if (named := state.pop("shards", None)) is not None:
+        folder = shards.folder_of(verified.path, named["folder"])
+        tensors = read_shards(folder) if read_shards else shards.assembled(folder, [*named["files"]])
+        state = state_tree.replaced(state, lambda key, leaf: tensors.get(key, leaf))
+    if not verified.is_unchanged():
+        raise CheckpointError(f"{verified.path}: was replaced while it was read. Start again.")
+    return former_keys.current(state)
+
+
+def record(path: Path) -> dict[str, Any]:
+    """A checkpoint's metadata, its key "ldm"; not verified, and read without the tensors.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds more than plain data.
+    """
+    found: dict[str, Any] = sealed_file.read(path, mapped=True).get("ldm", {})
+    return found
 
 
 def fault(path: Path) -> str | None:
     """Why the checkpoint cannot be trusted, or None; reads every byte of it, its shards included."""
-    reason = sealed_file.fault(path)
-    if reason is not None:
-        return reason
-    named = sealed_file.read(path, mapped=True).get("shards")
-    return shards.fault(shards.folder_of(path, named["folder"]), named["files"]) if named else None
+    found = _verify(path)
+    return found if isinstance(found, str) else None
 
 
 def newest(folder: Path) -> Path | None:
@@ -106,64 +167,35 @@ def newest(folder: Path) -> Path | None:
     Raises:
         CheckpointError: there are checkpoints, but every one is damaged.
     """
-    folder = Path(folder)
-    files = sorted(folder.glob(f"*{SUFFIX}"), key=lambda file: (sealed_file.step(file), file.name), reverse=True)
-    for file in files:
-        reason = fault(file)
-        if reason is None:
-            return file
-        _quarantine(file, reason)
-    damaged = sorted(folder.glob(f"*{SUFFIX}{_QUARANTINE}"))
-    if damaged:
-        listing = "\n".join(f"  {file.name}: {fault(file) or 'set aside earlier'}" for file in damaged)
-        raise CheckpointError(
-            f"{folder}: every checkpoint is damaged:\n{listing}\n"
-            f"Nothing is started from step 0 in their place: put a good copy there, or remove them to start afresh."
-        )
-    return None
+    found = _newest(Path(folder))
+    return None if found is None else found.path
 
 
 def find(path: Path) -> Path:
-    """The checkpoint meant by `path` (`~` is home): a file, a folder of checkpoints, or a run folder that has one.
+    """The file of the checkpoint that `verify` finds."""
+    return verify(path).path
 
-    Raises:
-        CheckpointError: there is none.
-    """
-    path = Path(path).expanduser()
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such file or folder; expected a checkpoint or a run folder.")
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    found = newest(folder)
-    if found is None:
-        raise CheckpointError(f"{folder}: no checkpoint (*{SUFFIX}) in it; expected one of a run that has saved.")
-    return found
+
+def has_any(folder: Path) -> bool:
+    """Whether there are checkpoints in the folder, good or damaged; reads none of them."""
+    return any(any(folder.glob(f"*{SUFFIX}{ending}")) for ending in ("", _QUARANTINE))
 
 
 def remove(path: Path) -> None:
     """Remove a checkpoint, and then its shards; for a link to one, only the link."""
-    folder = None if path.is_symlink() else _shards_of(path)
+    folder = None if path.is_symlink() else shards_of(path)
     path.unlink(missing_ok=True)
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def sweep(folder: Path) -> list[Path]:
-    """Remove leftovers of killed saves: temporary files, shards that no checkpoint names; returns them.
-
-    A running save of a single file holds a lock on it. Shards have none: call this only if no other process saves.
-    """
-    folder = Path(folder)
-    swept = [file for file in sorted(folder.glob(f"*{SUFFIX}.tmp.*")) if sealed_file.abandoned(file)]
-    for left in sorted(folder.glob(f"*{SUFFIX}.*{shards.SUFFIX}")):
-        owner = f"{left.name.partition(SUFFIX)[0]}{SUFFIX}"
-        # A checkpoint that was set aside keeps its shards, too; so does an unreadable one, in case it is repaired.
-        files = [file for file in folder.glob(f"{owner}*") if file.is_file()]
-        if not any(sealed_file.fault(file) or _shards_of(file) == left for file in files):
-            shutil.rmtree(left, ignore_errors=True)
-            swept.append(left)
-    return swept
+def shards_of(path: Path) -> Path | None:
+    """The folder of shards that the file at `path` names; None: it names none, or cannot be read."""
+    try:
+        named = sealed_file.read(path, mapped=True).get("shards")
+        return shards.folder_of(path, named["folder"]) if named else None
+    except (OSError, CheckpointError):
+        return None
 
 
 def fill(module: nn.Module, state_dict: Mapping[str, Tensor], name: str, file: Path) -> None:
@@ -183,6 +215,43 @@ def fill(module: nn.Module, state_dict: Mapping[str, Tensor], name: str, file: P
         ) from error
 
 
+def _verify(path: Path) -> Verified | str:
+    """The checkpoint, if every byte of it is as it was written; else why it cannot be trusted."""
+    stamps, seal = {path: _stamp(path)}, sealed_file.seal(path)
+    reason = sealed_file.fault(path)
+    if reason is None and (named := sealed_file.read(path, mapped=True).get("shards")):
+        folder = shards.folder_of(path, named["folder"])
+        stamps |= {file: _stamp(file) for file in (folder / Path(name).name for name in named["files"])}
+        reason = shards.fault(folder, named["files"])
+    return Verified(path, seal, stamps) if reason is None else reason
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    """Changes with every write to the file, and when another is put in its place, whatever that one's dates."""
+    try:
+        status = file.stat()
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_ctime_ns
+
+
+def _newest(folder: Path) -> Verified | None:
+    files = sorted(folder.glob(f"*{SUFFIX}"), key=lambda file: (sealed_file.step(file), file.name), reverse=True)
+    for file in files:
+        found = _verify(file)
+        if isinstance(found, Verified):
+            return found
+        _quarantine(file, found)
+    damaged = sorted(folder.glob(f"*{SUFFIX}{_QUARANTINE}"))
+    if damaged:
+        listing = "\n".join(f"  {file.name}: {fault(file) or 'set aside earlier'}" for file in damaged)
+        raise CheckpointError(
+            f"{folder}: every checkpoint is damaged:\n{listing}\n"
+            f"Nothing is started from step 0 in their place: put a good copy there, or remove them to start afresh."
+        )
+    return None
+
+
 def _seal(path: Path, state: dict[str, Any]) -> None:
     state_tree.check_plain(state)
     state_tree.check_finite({f"state_dict.{name}": value for name, value in state.get("state_dict", {}).items()})
@@ -195,15 +264,6 @@ def _seal(path: Path, state: dict[str, Any]) -> None:
         sealed_file.write(path, state, step)
     except OSError as error:
         raise ResourceError(_cannot_save(path, error, needed)) from error
-
-
-def _shards_of(path: Path) -> Path | None:
-    """The folder of shards that the file at `path` names, if it can be read."""
-    try:
-        named = sealed_file.read(path, mapped=True).get("shards")
-        return shards.folder_of(path, named["folder"]) if named else None
-    except (OSError, CheckpointError):
-        return None
 
 
 def _quarantine(file: Path, reason: str) -> None:

@@ -4,8 +4,8 @@ python scripts/cache_latents.py --base configs/diffusion/imagenet_f8_class.yaml 
 torchrun --nproc-per-node 8 scripts/cache_latents.py --base configs/diffusion/imagenet_f8_class.yaml
 python scripts/cache_latents.py --verify cache/*
 
-A build that was killed goes on where it was, and any number of processes, on any machines that see the folder, may
-work on one cache. Training builds what is missing by itself: this script is for doing so beforehand, or elsewhere.
+A build that was killed continues where it stopped, and any number of processes, on any machines that share the folder,
+may work on one cache. Training builds missing caches itself: this script does so beforehand, or elsewhere.
 """
 
 import sys
@@ -19,20 +19,30 @@ from ldm.runtime import signals
 
 
 def build(base: Sequence[Path], overrides: Sequence[str], trust: Sequence[str]) -> None:
-    """Build the caches of the configuration's data module, and print where they are."""
+    """Build the caches of the configuration's data module, and print where they are.
+
+    Latents that the configuration's network cannot take are refused before any of them is made.
+    """
     from ldm.config.load import build, load
 
     loaded = load(base, overrides, trust)
     loaded.check()
     # Imported here, so that a mistake on the command line is answered before torch and Lightning are loaded.
+    from ldm.diffusion.module import LatentDiffusion
     from ldm.latents.datamodule import LatentDataModule
     from ldm.runtime import distributed
+    from ldm.training import dry_run
 
     data = build(loaded.resolved()["data"], trust, key="data")
     if not isinstance(data, LatentDataModule):
         wanted, found = (f"{kind.__module__}.{kind.__qualname__}" for kind in (LatentDataModule, type(data)))
         raise ConfigError(f"data.target: expected {wanted}, found {found}: only stage 2 reads a latent cache.")
     data.trust = trust
+    facts = data.facts()
+    loaded.check(facts)
+    tree = loaded.resolved(facts)
+    if isinstance(outline := dry_run.meta_model(tree, trust), LatentDiffusion):
+        dry_run.check_fit(outline, tree, facts, data.meta_batch(), loaded.origin)
     data.prepare_data()
     data.setup()
     if distributed.is_main():
@@ -42,7 +52,7 @@ def build(base: Sequence[Path], overrides: Sequence[str], trust: Sequence[str]) 
 
 
 def verify(folder: Path) -> None:
-    """Check a cache whole, and print that it is sound."""
+    """Check every byte of a cache, and print that it is sound."""
     from ldm.latents.manifest import verify
     from ldm.runtime.progress import shown
 
@@ -57,7 +67,7 @@ def verify(folder: Path) -> None:
 
 
 def verify_all(folders: Sequence[Path]) -> int:
-    """Check every cache, whatever is wrong with the ones before; returns the exit code."""
+    """Check every cache, even if an earlier one is damaged; returns the exit code."""
     code = 0
     for folder in folders:
         try:
@@ -75,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
     )
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("-b", "--base", nargs="+", type=path, metavar="YAML", help="stage-2 configuration")
-    task.add_argument("--verify", nargs="+", type=path, metavar="FOLDER", help="caches to read and check whole")
+    task.add_argument("--verify", nargs="+", type=path, metavar="FOLDER", help="caches to check byte by byte")
     parser.add_argument("--trust", nargs="+", default=[], metavar="PACKAGE", help="packages that targets may name")
 
     def work() -> int | None:

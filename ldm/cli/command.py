@@ -15,15 +15,15 @@ from ldm.runtime import threads
 COMMANDS = {
     "train": ("train an autoencoder or a diffusion model", "ldm train --base configs/quickstart/autoencoder.yaml"),
     "cache": ("build or check latent caches", "ldm cache --base configs/quickstart/diffusion.yaml"),
-    "sample": ("make pictures with a trained model", "ldm sample -r 'logs/*_emoji_diffusion' --guidance 2"),
-    "ema": ("running averages of other widths, afterwards", "ldm ema -r logs/<run> --std 0.075"),
+    "sample": ("sample images from a trained model", "ldm sample -r 'logs/*_emoji_diffusion' --guidance 2"),
+    "ema": ("reconstruct running averages of other widths", "ldm ema -r logs/<run> --std 0.075"),
     "plot": ("draw a run's curves", "ldm plot logs/<run>"),
 }
 """{name of the program in ldm/cli: (what it does, an example)}."""
 
 
 def start(name: str, words: Sequence[str]) -> NoReturn:
-    """Be the program ldm/cli/<name>.py with these words of the command line; never returns."""
+    """Run the program ldm/cli/<name>.py with these arguments, and exit with its code."""
     threads.prepare()  # before torch is imported, which some programs do at once
     from ldm.cli import program
 
@@ -32,7 +32,7 @@ def start(name: str, words: Sequence[str]) -> NoReturn:
 
 
 def ldm() -> NoReturn:
-    """The command line of `ldm`: the name of a program, then that program's own words."""
+    """The command line of `ldm`: the name of a program, then that program's own arguments."""
     name, words = sys.argv[1] if len(sys.argv) > 1 else "--help", sys.argv[2:]
     if name in COMMANDS:
         start(name, words)

@@ -1,4 +1,4 @@
-"""Put together running averages of other widths than were kept in training, from snapshots of those that were.
+"""Reconstruct running averages of widths that were not kept in training, from snapshots of those that were.
 
     python scripts/reconstruct_ema.py -r logs/<run> --std 0.03 0.075 0.15
     python scripts/sample.py -r 'logs/<run>/averages/std=0.075_step=00010000.ckpt'
@@ -15,7 +15,6 @@ The width is the relative standard deviation of the weights' shares over the tra
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ldm.cli import program
 from ldm.cli.options import Parser, called, path, whole_number
@@ -26,13 +25,13 @@ def main(argv: Sequence[str]) -> int:
     """Returns the exit code (ldm/errors.py)."""
     parser = Parser(
         prog=called("reconstruct_ema.py", "ema"),
-        description="Averages of other widths, afterwards.",
+        description="Reconstruct running averages of other widths.",
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("-r", "--run", required=True, type=path, metavar="RUN", help="run folder")
     add("--std", required=True, nargs="+", type=float, help="relative standard deviations, above 0 and below 0.28")
-    add("--step", type=whole_number, help="of the snapshot at whose time the average is wanted (default: the latest)")
+    add("--step", type=whole_number, help="step of the snapshot at which the average ends (default: the latest)")
 
     def work() -> None:
         options = parser.parse_strictly(argv)
@@ -47,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def up_to(files: Sequence[Path], step: int | None) -> list[Path]:
-    """The snapshots until `step`, which has to be one of them."""
+    """The snapshots up to `step`, which must be one of them."""
     if step is None:
         return [*files]
     steps = [int(file.stem.removeprefix("step=")) for file in files]
@@ -57,12 +56,12 @@ def up_to(files: Sequence[Path], step: int | None) -> list[Path]:
 
 
 def write(run: Path, files: Sequence[Path], std: float) -> Path:
-    """A checkpoint to sample from, with the average in the place of the run's own; its path."""
+    """A checkpoint to sample from, with this average in place of the run's own; its path."""
     from ldm.checkpoints import store
     from ldm.training.callbacks.ema_snapshots import FOLDER, reconstruct
 
-    source = store.find(run)
-    state: dict[str, Any] = store.load(source)
+    verified = store.verify(run)
+    state, source = store.load(verified), verified.path
     record = state.get("ldm", {})
     if record.get("kind") != "diffusion":
         raise CheckpointError(f"{source}: expected a checkpoint of a diffusion model, found {record.get('kind')!r}.")

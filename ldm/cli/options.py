@@ -1,4 +1,4 @@
-"""main.py's command line, and the scripts' numbers. Imports nothing heavy: a wrong flag is answered at once."""
+"""main.py's command line, and what the scripts parse alike. Imports nothing heavy: a wrong flag fails at once."""
 
 import argparse
 import math
@@ -18,13 +18,13 @@ _OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=.*", re.DOTALL)
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises ConfigError where argparse would print its usage and leave."""
+    """An argument parser that raises ConfigError where argparse would print its usage and exit."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message[0].upper()}{message[1:]}.\nSee `{self.prog} --help`.")
 
     def parse_strictly(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Parse, naming the nearest flag for one that does not exist."""
+        """Parse; the error for an unknown flag names the nearest one."""
         options, unknown = self.parse_known_args(argv)
         if not unknown:
             return options
@@ -40,7 +40,7 @@ Number = TypeVar("Number", int, float)
 
 
 def _numbers(kind: Callable[[str], Number], expected: str, fits: Callable[[Number], bool]) -> Callable[[str], Number]:
-    """An argparse `type`: what `fits`; anything else is refused by flag, with what was expected and found."""
+    """An argparse `type` that takes what `fits`; its error says what was expected and found."""
 
     def read(text: str) -> Number:
         try:
@@ -64,7 +64,7 @@ ratio = _numbers(float, "a number of 0 or more, or inf", lambda number: number >
 
 
 def path(text: str) -> Path:
-    """An argument that names a file or a folder: `~` is home, also where the shell has left it (--out=~/x)."""
+    """An argument that names a file or a folder: `~` is home, also if the shell has not expanded it (--out=~/x)."""
     return Path(at_home(text))
 
 
@@ -74,12 +74,12 @@ def at_home(text: str) -> str:
 
 
 def called(file: str, command: str) -> str:
-    """The program's name as it was called, for its usage: that of the file, or `ldm` and the command."""
+    """The program's name for its usage, as it was started: that of the file, or `ldm` and the command."""
     return f"ldm {command}" if Path(sys.argv[0]).name == "ldm" else file
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(`key=value` words, all other words), each in order: overrides may stand anywhere on the line."""
+    """(`key=value` words, all other words), each in order: overrides may be anywhere on the line."""
     overrides = [word for word in argv if _OVERRIDE.fullmatch(word)]
     return overrides, [word for word in argv if not _OVERRIDE.fullmatch(word)]
 
@@ -112,7 +112,7 @@ def _parser() -> Parser:
     parser = Parser(
         prog=called("main.py", "train"),
         description="Train an autoencoder (stage 1) or a diffusion model (stage 2) from YAML files.",
-        epilog="Words of the form key=value override the configuration, wherever they stand: data.params.batch_size=64",
+        epilog="Words key=value anywhere on the line override the configuration: data.params.batch_size=64",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -131,7 +131,7 @@ def _parser() -> Parser:
         "--resume",
         type=at_home,
         metavar="RUN",
-        help="go on with a run folder, a checkpoint, or `auto`: the newest run of this name, else a new one",
+        help="resume a run folder, a checkpoint, or `auto`: the newest run of this name, else start a new one",
     )
     add("-n", "--name", help="the run's name (default: the config's `name`, else the first file's name)")
     add("-f", "--postfix", default="", help="appended to the name")
@@ -158,12 +158,12 @@ def _parser() -> Parser:
     add(
         "--scale-lr",
         action="store_true",
-        help="multiply every optimizer's lr by the global batch size (lr then means: a rate for one image)",
+        help="multiply every optimizer's lr by the global batch size (lr is then the rate for one image)",
     )
     add(
         "--dry-run",
         action="store_true",
-        help="print the resolved config, parameter counts, shapes and FLOPs a step; make no run folder",
+        help="print the resolved config, parameter counts, shapes and FLOPs per step; make no run folder",
     )
     add(
         "--trust",

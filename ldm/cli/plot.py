@@ -4,7 +4,6 @@ python scripts/plot_run.py logs/2026-11-22T09-00-00_faces            # writes me
 python scripts/plot_run.py RUN OTHER_RUN --only loss psnr -o compare.png
 """
 
-import csv
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from matplotlib.axes import Axes
 from ldm.cli import program
 from ldm.cli.options import Parser, called, path
 from ldm.errors import ConfigError, DataError
+from ldm.training.metrics_table import read_metrics
 
 Curve = tuple[list[int], list[float]]
 NOT_PLOTTED = {"step", "epoch", "time"}
@@ -26,7 +26,7 @@ COLUMNS = 3
 
 
 def read_curves(run: Path) -> dict[str, Curve]:
-    """{metric: (steps, values)} of a run folder or a metrics.csv; a repeated step (a resumed run) takes the last row.
+    """{metric: (steps, values)} of a run folder or metrics.csv; the last row of a repeated step (a resumed run) counts.
 
     Raises:
         DataError: there is no metrics.csv, or nothing in it.
@@ -35,11 +35,10 @@ def read_curves(run: Path) -> dict[str, Curve]:
     if not file.is_file():
         raise DataError(f"{file}: no such file; expected a run folder, or the metrics.csv of one.")
     points: dict[str, dict[int, float]] = defaultdict(dict)
-    with file.open(newline="") as handle:
-        for row in csv.DictReader(handle):
-            for name, text in row.items():
-                if name and text and name not in NOT_PLOTTED:
-                    points[name][int(float(row["step"]))] = float(text)
+    for row in read_metrics(file):
+        for name, text in row.items():
+            if name not in NOT_PLOTTED:
+                points[name][int(row["step"])] = float(text)
     curves = {name: (sorted(values), [values[step] for step in sorted(values)]) for name, values in points.items()}
     if not curves:
         raise DataError(f"{file}: nothing was logged yet.")
@@ -68,7 +67,7 @@ def smooth(values: Sequence[float], width: int) -> list[float]:
 
 
 def draw_curve(axes: Axes, label: str, curve: Curve) -> None:
-    """Few points as they are; many as a faint line under their average."""
+    """Draw a few points as they are, many as a faint line under their average."""
     steps, values = curve
     if len(steps) < 50:
         axes.plot(steps, values, label=label, marker="." if len(steps) < 20 else "")
@@ -78,7 +77,7 @@ def draw_curve(axes: Axes, label: str, curve: Curve) -> None:
 
 
 def check_output(output: Path) -> None:
-    """Raises ConfigError where no picture of that name can be written."""
+    """Raises ConfigError if no picture can be written to that path."""
     if not output.parent.is_dir():
         raise ConfigError(f"--output {output}: there is no folder {output.parent}; make it, or name another place.")
     kinds = plt.figure().canvas.get_supported_filetypes()

@@ -14,9 +14,9 @@ from ldm.runtime.signals import Stopped
 
 
 def run(main: Callable[[], int]) -> NoReturn:
-    """Be the process that does `main`, which returns its exit code; never returns.
+    """Do `main` as the work of this process, and exit with the code that it returns.
 
-    A program that SLURM has warned (SIGUSR1) puts its job back into the queue, once it has stopped with nothing lost.
+    A program that SLURM has warned (SIGUSR1) requeues its job, once it has stopped with nothing lost.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: a path need not be UTF-8

@@ -4,7 +4,7 @@
     python main.py --base configs/quickstart/diffusion.yaml data.params.batch_size=64
     python main.py --resume logs/2026-11-22T09-00-00_emoji_diffusion lightning.trainer.max_steps=20000
 
-Exit codes are listed in ldm/errors.py. Torch and Lightning are imported late, so that a mistake is answered at once.
+Exit codes are listed in ldm/errors.py. Torch and Lightning are imported late, so that a mistake is reported at once.
 """
 
 import os
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from ldm import run_folder
+from ldm import files, run_folder
 from ldm.cli import program
 from ldm.cli.options import parse
 from ldm.config.load import Config, build
@@ -38,14 +38,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def examine() -> None:
-    """The traceback, and the debugger at the place of the error when a person is there to use it."""
+    """Print the traceback, and in a terminal start the debugger where the error was raised."""
     traceback.print_exc()
     if sys.stdin.isatty():
         pdb.post_mortem()
 
 
 def work(options: Options) -> int:
-    """From the command line to a finished run, or to whatever else was asked for."""
+    """From the command line to a finished run, or whatever else was requested."""
     if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
         raise CheckpointError("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set: it lets a checkpoint run code. Unset it.")
     start = resume.start(options)
@@ -62,7 +62,7 @@ def work(options: Options) -> int:
         )
         return 0
     if not options.dry_run:
-        run_folder.check_writable(start.folder.path if start.folder else options.logdir)
+        files.check_writable(start.folder.path if start.folder else options.logdir)
     signals.stop_if_asked()
     data, tree, facts = prepare(start, options)
     settle_precision(start, tree)
@@ -90,17 +90,17 @@ def max_steps(config: Config) -> int:
 
 
 def finished(start: resume.Start, steps: int) -> bool:
-    """Whether the run to go on with has reached `steps`; an older checkpoint named by hand is always gone on from."""
+    """Whether the run to resume has reached `steps`; False if a checkpoint was named: it may be an older one."""
     state = start.folder.read_state() if start.folder else None
     return start.checkpoint is None and state is not None and state.status == "finished" and state.step >= steps
 
 
 def prepare(start: resume.Start, options: Options) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """The data module, the configuration with every reference filled in, and what the data said of itself."""
+    """The data module, the configuration with every reference filled in, and the facts of the data."""
     data = build(start.config.resolved()["data"], options.trust, key="data")
     data.trust = options.trust
     facts = data.facts()
-    start.config.check(facts)  # again, since what the data says is filled in now
+    start.config.check(facts)  # again, now that the facts are filled in
     tree = start.config.resolved(facts)
     if options.scale_lr and start.is_new:
         for optimizer in ("optimizer", "discriminator_optimizer"):
@@ -112,7 +112,7 @@ def prepare(start: resume.Start, options: Options) -> tuple[Any, dict[str, Any],
 
 
 def settle_precision(start: resume.Start, tree: dict[str, Any]) -> None:
-    """Fill in the precision where it is `auto`, and say which and why."""
+    """Replace the precision `auto`, and print by what and why."""
     from ldm.runtime import distributed, precision
 
     notes = precision.settle(tree["lightning"]["trainer"], is_new=start.is_new)
@@ -122,9 +122,9 @@ def settle_precision(start: resume.Start, tree: dict[str, Any]) -> None:
 
 
 def train(options: Options, start: resume.Start, tree: dict[str, Any], data: Any, facts: dict[str, Any]) -> int:
-    """Build the model, take the run folder, and fit."""
+    """Build the model, claim the run folder, and train or validate."""
     from ldm.runtime import distributed
-    from ldm.training import fit, trainer
+    from ldm.training import defaults, fit, trainer
     from ldm.training.callbacks.first_step import FirstStep
     from ldm.training.loggers import end
 
@@ -137,21 +137,21 @@ def train(options: Options, start: resume.Start, tree: dict[str, Any], data: Any
             used = (lambda: first_step.made) if options.train else folder.has_results
             held.enter_context(run_folder.removed_if_unused(folder, used))
         elif folder is None:
-            folder = RunFolder(options.logdir)  # the other ranks write nothing, so that theirs need not exist
+            folder = RunFolder(options.logdir)  # the other ranks write nothing, so theirs need not exist
         if distributed.is_main():
             held.enter_context(folder.owned())
-            run_folder.check_space(folder.checkpoints, fit.space_needed(model))
+            files.check_space(folder.checkpoints, fit.space_needed(model))
             resume.save(folder, start.source, tree, facts)
-        callbacks = [first_step, *trainer.make_callbacks(tree, folder, model, facts, options.trust)]
-        # A validation alone has no step of its own in the metrics file.
-        loggers = trainer.make_loggers(tree, folder, options.project, options.trust) if options.train else []
+        callbacks = [first_step, *defaults.make_callbacks(tree, folder, model, facts, options.trust)]
+        # A validation without training has no row in the metrics file.
+        loggers = defaults.make_loggers(tree, folder, options.project, options.trust) if options.train else []
         held.callback(lambda: None if first_step.made else end(loggers))
         lightning = trainer.make_trainer(tree, data, model, callbacks, loggers, options.trust, folder.path)
         signals.stop_if_asked()
         if not options.train:
             fit.validate(lightning, model, data, folder, start.checkpoint)
             return 0
-        state = fit.run(lightning, model, data, folder, start.checkpoint)
+        state = fit.run(lightning, model, data, folder, start.checkpoint, start.verified)
         if lightning.is_global_zero:
             print(f"{folder.path}: {state.status} at step {state.step} {state.reason}".rstrip())
         return state.exit_code or 0

@@ -1,21 +1,22 @@
 """Lightning data modules: global batches in elastic order, each with its randomness attached."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
-from ldm.data.dataset import ImageDataset, has_captions, hold_out
+from ldm.data.dataset import ImageDataset, has_captions, hold_out, require_channels
 from ldm.data.elastic_sampler import ElasticBatchSampler, accumulation, items, validation_batches
 from ldm.data.loading import BrokenImages, TransformedDataset, collate
 from ldm.data.transforms import EvalTransform, TrainTransform, Transform
 from ldm.errors import ConfigError, DataError
 from ldm.randomness import Draws
-from ldm.ranges import Count, CountOrZero, Fraction, Seed
+from ldm.ranges import Count, CountOrZero, Fraction, Resolution, Seed
 from ldm.runtime import distributed
 from ldm.runtime.signals import held_back, ignore_in_worker
+from ldm.sizes import as_resolution, as_size
 
 VALIDATION_SEED = 0x76616C6964
 """Validation uses the same draws in every run, whatever its seed, so that runs can be compared."""
@@ -164,15 +165,15 @@ class ImageDataModule(ElasticDataModule):
     Args:
         train: data set to train on.
         batch_size: global batch size.
-        resolution: side of the square images.
+        resolution: of the images, pixels: the side of a square, or [height, width].
         seed: the run's seed.
-        channels: 1 (gray) or 3 (RGB).
+        channels: of the images: 1 (gray), 3 (RGB), 4 (RGBA, of files), or as many as the data set's arrays have.
         validation: data set to validate on.
         num_validation: without `validation`: hold out this many items of `train`, the same in every run; a tenth if
             there are no more than that.
         micro_batch_size: maximum number of images on one device at a time, a divisor of `batch_size`; None: no limit.
         num_workers: loader processes per rank.
-        transform: random transform for training, PIL image -> (C,H,W) in [-1,1]; None: `TrainTransform(resolution)`.
+        transform: random transform for training, picture -> (C,H,W) in [-1,1]; None: `TrainTransform(resolution)`.
         eval_transform: deterministic transform for validation; None: `EvalTransform(resolution)`.
         max_broken: the fraction of the images that may be unreadable before the run stops.
 
@@ -184,9 +185,9 @@ class ImageDataModule(ElasticDataModule):
         self,
         train: ImageDataset,
         batch_size: Count,
-        resolution: Count,
+        resolution: Resolution,
         seed: Seed = 0,
-        channels: Literal[1, 3] = 3,
+        channels: Count = 3,
         validation: ImageDataset | None = None,
         num_validation: CountOrZero = 0,
         micro_batch_size: Count | None = None,
@@ -196,28 +197,28 @@ class ImageDataModule(ElasticDataModule):
         max_broken: Fraction = 0.01,
     ) -> None:
         super().__init__(batch_size, seed, micro_batch_size, num_workers)
-        if channels not in (1, 3):
-            raise ConfigError(f"data.params.channels: expected 1 (gray) or 3 (RGB), found {channels}")
+        for dataset in (train, validation):
+            require_channels(dataset, channels, "data.params.channels")
         self.train_dataset, self.validation_dataset = split(train, validation, num_validation)
         self._own_validation = validation
-        self.resolution = resolution
+        self.size = as_size(resolution)
         self.channels = channels
         self.transform = transform or TrainTransform(resolution)
         self.eval_transform = eval_transform or EvalTransform(resolution)
         self._broken = BrokenImages(len(self.train_dataset), max_broken, self.train_dataset)
         self._broken_validation = BrokenImages(len(self.validation_dataset or ()), max_broken, self.validation_dataset)
 
-    def facts(self) -> dict[str, int | str | None]:
+    def facts(self) -> dict[str, Any]:
         """What configurations refer to as `${data:...}`, and what must not change when a run resumes."""
         return {
             "channels": self.channels,
-            "resolution": self.resolution,
+            "resolution": as_resolution(self.size),
             "batch_size": self.batch_size,
             **dataset_facts(self.train_dataset, self._own_validation),
         }
 
     def meta_batch(self, rows: int = 2) -> dict[str, Any]:
-        image = torch.empty(rows, self.channels, self.resolution, self.resolution, device="meta")
+        image = torch.empty(rows, self.channels, *self.size, device="meta")
         return {"image": image, **self.meta_conditions(self.train_dataset, rows)}
 
     def source(self, item: int) -> str:
@@ -230,14 +231,14 @@ class ImageDataModule(ElasticDataModule):
             self.validation_dataset.prepare()
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        view = TransformedDataset(self.train_dataset, self.transform, self.channels, self.resolution, self.seed)
+        view = TransformedDataset(self.train_dataset, self.transform, self.channels, self.size, self.seed)
         return self.training_loader(view, len(view), collate)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
         if self.validation_dataset is None:
             return []
         view = TransformedDataset(
-            self.validation_dataset, self.eval_transform, self.channels, self.resolution, VALIDATION_SEED
+            self.validation_dataset, self.eval_transform, self.channels, self.size, VALIDATION_SEED
         )
         return self.validation_loader(view, len(view), collate)
 

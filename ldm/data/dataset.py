@@ -1,7 +1,7 @@
 """The contract of a data set of images, a part of one, and how images are held out for validation.
 
-Items are dicts of `image` (PIL, gray or RGB), `class_label` (int, if the data set has classes) and `caption` (str, if
-it has captions).
+Items are dicts of `image` (PIL, gray, RGB or RGBA; or an array (H,W,C) of uint8 with any number of channels),
+`class_label` (int, if the data set has classes) and `caption` (str, if it has captions).
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ldm.data import fingerprint
-from ldm.errors import DataError
+from ldm.errors import ConfigError, DataError
 from ldm.randomness import keys
 from ldm.ranges import CountOrZero
 from ldm.runtime import distributed
@@ -21,8 +21,15 @@ from ldm.runtime import distributed
 logger = logging.getLogger(__name__)
 
 
+Picture = Image.Image | np.ndarray
+"""A PIL image, gray, RGB or RGBA; or (H,W,C) uint8."""
+
+CONVERTIBLE = (1, 3, 4)
+"""The numbers of channels that a PIL image can be given: gray, RGB, RGBA."""
+
+
 class _Pixels(TypedDict):
-    image: Image.Image
+    image: Picture
 
 
 class Item(_Pixels, total=False):
@@ -92,6 +99,29 @@ def has_captions(dataset: ImageDataset) -> bool:
 
 
 @runtime_checkable
+class Channeled(Protocol):
+    """Optional: a data set that can say without decoding how many channels its pictures can have."""
+
+    def channel_choices(self) -> Sequence[int] | None:
+        """The numbers to choose from, `CONVERTIBLE` if its items are PIL images; None: unknown."""
+
+
+def channel_choices(dataset: ImageDataset) -> Sequence[int] | None:
+    """How many channels its pictures can have; None: unknown without decoding."""
+    return dataset.channel_choices() if isinstance(dataset, Channeled) else None
+
+
+def require_channels(dataset: ImageDataset | None, wanted: int, key: str) -> None:
+    """ConfigError, naming the `key` that wants them, where the pictures surely cannot have so many channels."""
+    known = None if dataset is None else channel_choices(dataset)
+    if dataset is not None and known is not None and wanted not in known:
+        raise ConfigError(
+            f"{key}: the model reads pictures of {wanted} channels, those of the data set ({dataset.path(0)}, ...) can "
+            f"have {' or '.join(map(str, known))}: name another number, or another data set"
+        )
+
+
+@runtime_checkable
 class Decoded(Protocol):
     """Optional: a data set that can say how another file must be decoded to match its items."""
 
@@ -152,6 +182,9 @@ class Subset:
 
     def decoding(self) -> dict[str, Any]:
         return decoding(self.dataset)
+
+    def channel_choices(self) -> Sequence[int] | None:
+        return channel_choices(self.dataset)
 
     def fingerprint(self) -> str:
         chosen = np.asarray(self.indices, dtype=np.int64).tobytes()

@@ -6,16 +6,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.data.dataset import ImageDataset, class_labels, named
+from ldm.data.dataset import ImageDataset, Picture, class_labels, named
 from ldm.data.elastic_sampler import Address
 from ldm.data.transforms import Transform, transformed
 from ldm.errors import ConfigError, DataError
 from ldm.randomness import ambient
-from ldm.ranges import Count, CountOrZero, Fraction, Seed
+from ldm.ranges import Count, CountOrZero, Fraction, Resolution, Seed
+from ldm.sizes import as_size
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +30,9 @@ class TransformedDataset(Dataset[dict[str, Any]]):
 
     Args:
         dataset: the data set to read.
-        transform: PIL image -> (channels, resolution, resolution) float32 in [-1,1].
-        channels: 1 (gray) or 3 (RGB).
-        resolution: expected side of the transformed image.
+        transform: picture -> (channels, height, width) float32 in [-1,1].
+        channels: expected of the transformed image.
+        resolution: expected size of the transformed image.
         seed: the run's seed, for random transforms.
         patience: give up after this many unreadable items in a row and return a row without an image.
     """
@@ -42,14 +42,14 @@ class TransformedDataset(Dataset[dict[str, Any]]):
         dataset: ImageDataset,
         transform: Transform,
         channels: Count,
-        resolution: Count,
+        resolution: Resolution,
         seed: Seed,
         patience: Count = 100,
     ) -> None:
         self.dataset = dataset
         self.transform = transform
         self.channels = channels
-        self.resolution = resolution
+        self.size = as_size(resolution)
         self.seed = seed
         self.patience = patience
 
@@ -70,11 +70,11 @@ class TransformedDataset(Dataset[dict[str, Any]]):
             return {**row, "sample_number": number, "broken": broken}
         return {"sample_number": number, "broken": broken}
 
-    def _pixels(self, image: Image.Image, number: int, index: int) -> Tensor:
+    def _pixels(self, image: Picture, number: int, index: int) -> Tensor:
         """The transformed image (C,H,W); refuses a transform that returns anything else."""
         with ambient(self.seed, "augment", number):
             pixels = transformed(image, self.transform, self.channels, self.dataset.path(index))
-        expected = (self.channels, self.resolution, self.resolution)
+        expected = (self.channels, *self.size)
         if tuple(pixels.shape) != expected or pixels.dtype != torch.float32:
             raise ConfigError(
                 f"the transform made {tuple(pixels.shape)} {pixels.dtype} of {self.dataset.path(index)}; "

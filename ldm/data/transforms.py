@@ -7,19 +7,28 @@ nothing.
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-from ldm.data.decoding import MAX_PIXELS, PICTURE
+from ldm.data.dataset import Picture
+from ldm.data.decoding import MAX_PIXELS, PICTURE, over_white
 from ldm.errors import ConfigError, DataError
-from ldm.ranges import Count, Fraction
+from ldm.ranges import Fraction, Resolution
+from ldm.sizes import Size, as_resolution, as_size
 
 _LEAST_RATIO = 16.0  # long to short side: no image below this counts as thin, whatever it is resized to
 
-Transform = Callable[[Image.Image], Tensor]
-"""PIL image -> float32 (C,H,W) in [-1,1]; may draw from torch's global generator."""
+_Box = tuple[float, float, float, float]
+"""Left, top, right, bottom."""
+
+Transform = Callable[[Any], Tensor]
+"""Picture -> float32 (C,H,W) in [-1,1]; may draw from torch's global generator.
+
+Pictures of 1 or 3 channels come as PIL images, others as uint8 tensors (C,H,W); torchvision's v2 takes both.
+"""
 
 
 def _to_pixels() -> list[torch.nn.Module]:
@@ -35,60 +44,73 @@ def _interpolation(name: str) -> InterpolationMode:
     return InterpolationMode(name)
 
 
-class _ThinPictures:
-    """Computes the square crop of an image too thin to be resized first; leaves others to the steps that follow.
+class _Cover:
+    """Resizes a picture (antialiased) to the smallest size that covers the crop and keeps the proportions.
 
     Resized to 256, a line of 40000 x 1 pixels would become one of 10 million x 256 before the crop. If that would have
     more than `MAX_PIXELS`, only the part that the crop keeps is computed, with the same values up to rounding.
 
     Args:
-        resolution: side of the square crop, pixels.
-        random_crop: anywhere along the long side; False: the center.
+        size: of the crop.
+        random_crop: the crop is anywhere along the side that is too long; False: in the center.
         interpolation: of the resize.
     """
 
-    def __init__(self, resolution: int, random_crop: bool, interpolation: InterpolationMode) -> None:
-        self.resolution = resolution
+    def __init__(self, size: Size, random_crop: bool, interpolation: InterpolationMode) -> None:
+        self.size = size
         self.random_crop = random_crop
         self.resampling = Image.Resampling[interpolation.value.partition("-")[0].upper()]
-        self.ratio = max(_LEAST_RATIO, MAX_PIXELS / resolution**2)
+        self.ratio = max(_LEAST_RATIO, MAX_PIXELS / (size[0] * size[1]))
 
-    def __call__(self, image: Image.Image) -> Image.Image:
-        short, long = sorted(image.size)
+    def __call__(self, image: Image.Image | Tensor) -> Image.Image | Tensor:
+        if isinstance(image, Image.Image):
+            return self._resized(image, *self._window(image.width, image.height))
+        # Channel by channel, which is how Pillow resizes color: the same filters for any number of them.
+        window = self._window(image.shape[2], image.shape[1])
+        planes = [self._resized(Image.fromarray(plane.numpy()), *window) for plane in image]
+        return torch.stack([torch.from_numpy(np.array(plane)) for plane in planes])
+
+    def _resized(self, image: Image.Image, size: tuple[int, int], box: _Box | None) -> Image.Image:
+        return image if box is None and size == image.size else image.resize(size, self.resampling, box)
+
+    def _window(self, width: int, height: int) -> tuple[tuple[int, int], _Box | None]:
+        """(width, height) to resize to, and of which part of the picture; None: of all of it."""
+        rows, columns = self.size
+        wide = width * rows > height * columns
+        short, long = sorted((width * rows, height * columns))  # in units in which the crop is a square
+        resized = int(rows * width / height) if wide else int(columns * height / width)  # as torchvision rounds
         if long <= self.ratio * short:
-            return image
-        resized = int(self.resolution * long / short)  # as torchvision rounds
-        spare = resized - self.resolution
+            return ((resized, rows) if wide else (columns, resized)), None
+        whole, kept = (width, columns) if wide else (height, rows)
+        spare = resized - kept
         start = int(torch.randint(spare + 1, ())) if self.random_crop else round(spare / 2)
-        first, last = start * long / resized, (start + self.resolution) * long / resized
-        box = (first, 0, last, short) if image.width == long else (0, first, short, last)
-        return image.resize((self.resolution, self.resolution), self.resampling, box)
+        first, last = start * whole / resized, (start + kept) * whole / resized
+        return (columns, rows), (first, 0, last, height) if wide else (0, first, width, last)
 
 
 class EvalTransform:
-    """Deterministic: resize the short side (antialiased), crop the center, scale to [-1,1].
+    """Deterministic: resize to cover the crop (antialiased), crop the center, scale to [-1,1].
 
     Args:
-        resolution: side of the square crop, pixels.
+        resolution: of the crop, pixels: the side of a square, or [height, width].
         interpolation: name of a torchvision `InterpolationMode`, such as "bicubic".
     """
 
-    def __init__(self, resolution: Count, interpolation: str = "bicubic") -> None:
-        self.resolution = resolution
+    def __init__(self, resolution: Resolution, interpolation: str = "bicubic") -> None:
+        self.size = as_size(resolution)
         self.interpolation = _interpolation(interpolation)
-        resize = v2.Resize(resolution, interpolation=self.interpolation, antialias=True)
-        thin = _ThinPictures(resolution, False, self.interpolation)
-        self._steps = v2.Compose([thin, resize, v2.CenterCrop(resolution), *_to_pixels()])
+        cover = _Cover(self.size, False, self.interpolation)
+        self._steps = v2.Compose([cover, v2.CenterCrop(self.size), *_to_pixels()])
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        """PIL image -> (C,H,W) float32 in [-1,1]."""
+    def __call__(self, image: Image.Image | Tensor) -> Tensor:
+        """PIL image, or uint8 (C,H,W) -> (C,H,W) float32 in [-1,1]."""
         pixels: Tensor = self._steps(image)
         return pixels
 
     def describe(self) -> dict[str, Any]:
         """The transform in plain values, for a latent cache's manifest."""
         return {
-            "resolution": self.resolution,
+            "resolution": as_resolution(self.size),
             "crop": "center",
             "interpolation": self.interpolation.value,
             "pixel_range": [-1.0, 1.0],
@@ -96,42 +118,62 @@ class EvalTransform:
 
 
 class TrainTransform:
-    """Resize the short side (antialiased), crop, flip at random, scale to [-1,1].
+    """Resize to cover the crop (antialiased), crop, flip at random, scale to [-1,1].
 
     Without `random_crop` its output is that of `EvalTransform`, or its mirror image.
 
     Args:
-        resolution: side of the square crop, pixels.
-        random_crop: crop anywhere along the long side; False: the center.
+        resolution: of the crop, pixels: the side of a square, or [height, width].
+        random_crop: crop anywhere along the side that is too long; False: the center.
         flip: probability of a horizontal flip.
         interpolation: name of a torchvision `InterpolationMode`, such as "bicubic".
     """
 
     def __init__(
-        self, resolution: Count, random_crop: bool = False, flip: Fraction = 0.5, interpolation: str = "bicubic"
+        self, resolution: Resolution, random_crop: bool = False, flip: Fraction = 0.5, interpolation: str = "bicubic"
     ) -> None:
-        mode = _interpolation(interpolation)
-        resize = v2.Resize(resolution, interpolation=mode, antialias=True)
-        crop = v2.RandomCrop(resolution) if random_crop else v2.CenterCrop(resolution)
-        thin = _ThinPictures(resolution, random_crop, mode)
-        self._steps = v2.Compose([thin, resize, crop, v2.RandomHorizontalFlip(flip), *_to_pixels()])
+        size = as_size(resolution)
+        crop = v2.RandomCrop(size) if random_crop else v2.CenterCrop(size)
+        cover = _Cover(size, random_crop, _interpolation(interpolation))
+        self._steps = v2.Compose([cover, crop, v2.RandomHorizontalFlip(flip), *_to_pixels()])
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        """PIL image -> (C,H,W) float32 in [-1,1]."""
+    def __call__(self, image: Image.Image | Tensor) -> Tensor:
+        """PIL image, or uint8 (C,H,W) -> (C,H,W) float32 in [-1,1]."""
         pixels: Tensor = self._steps(image)
         return pixels
 
 
-def transformed(image: Image.Image, transform: Transform, channels: int, path: str) -> Tensor:
-    """A decoded image as gray (`channels` 1) or RGB (3), transformed. Errors name `path`.
+def transformed(image: Picture, transform: Transform, channels: int, path: str) -> Tensor:
+    """A decoded picture with that many channels, transformed: (C,H,W). Errors name `path`.
 
     Raises:
-        DataError: the image has more than 8 bits, which conversion would truncate.
+        DataError: a PIL image has more than 8 bits, which conversion would truncate.
+        ConfigError: the picture has another number of channels, which cannot be converted.
     """
-    if image.mode.startswith(("I", "F")):
-        raise DataError(f"{path}: expected pixels of 8 bits, gray or RGB, found mode {image.mode!r} from the data set")
+    prepared = _with_channels(image, channels, path)
     try:
-        return transform(image.convert("L" if channels == 1 else "RGB"))
+        return transform(prepared)
     except Exception as error:
-        error.add_note(f"{PICTURE} {path}, {image.width} x {image.height} pixels.")
+        height, width = prepared.shape[1:] if isinstance(prepared, Tensor) else prepared.size[::-1]
+        error.add_note(f"{PICTURE} {path}, {width} x {height} pixels.")
         raise
+
+
+def _with_channels(image: Picture, channels: int, path: str) -> Image.Image | Tensor:
+    """Gray or RGB, alpha over white, as PIL; RGBA, and arrays of any other number of channels, as uint8 (C,H,W)."""
+    if isinstance(image, Image.Image):
+        if image.mode.startswith(("I", "F")):
+            raise DataError(
+                f"{path}: expected pixels of 8 bits, gray or RGB, found mode {image.mode!r} from the data set"
+            )
+        if channels in (1, 3):
+            return over_white(image).convert("L" if channels == 1 else "RGB")
+        pixels = np.array(image.convert("RGBA"))
+    else:
+        pixels = np.asarray(image)
+    if pixels.ndim != 3 or pixels.dtype != np.uint8 or pixels.shape[2] != channels:
+        raise ConfigError(
+            f"{path}: expected pixels (H,W,{channels}) of uint8, since the model has pictures of {channels} channels, "
+            f"found {pixels.shape} of {pixels.dtype}: change data.params.channels of stage 1, or the data set"
+        )
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))

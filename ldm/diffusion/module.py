@@ -1,6 +1,6 @@
 """Stage 2: trains a denoiser on latents from the cache. The autoencoder is never loaded here."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -10,8 +10,10 @@ from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
+from torchmetrics import Metric
 
 from ldm.diffusion.conditioners.base import Conditioner
+from ldm.diffusion.metrics import Output, standard
 from ldm.diffusion.objectives import Network, Objective
 from ldm.errors import ConfigError
 from ldm.optim.ema import EMA
@@ -19,6 +21,7 @@ from ldm.optim.optimizers import Scheduled, keep_settings
 from ldm.ranges import Fraction, Positive
 from ldm.runtime import fsdp
 from ldm.runtime.step_metrics import StepMean, is_logged
+from ldm.runtime.validation_metrics import ValidationMetrics
 
 Batch = dict[str, Any]
 
@@ -52,6 +55,8 @@ class LatentDiffusion(LightningModule):
         gradient_clip: maximum gradient norm; None: no clipping.
         compile_blocks: compile the network's blocks with torch.compile for training; their names stay the same. The
             first step then takes a minute or more, and every later step is faster, especially on GPUs.
+        metrics: validation metrics by name, beside the standard ones of ldm/diffusion/metrics.py (loss, loss_ema) or in
+            place of the one of that name; null: without it.
     """
 
     def __init__(
@@ -65,8 +70,14 @@ class LatentDiffusion(LightningModule):
         label_dropout: Fraction = 0.0,
         gradient_clip: Positive | None = None,
         compile_blocks: bool = False,
+        metrics: Mapping[str, Metric | None] | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(conditioner, Conditioner):
+            raise ConfigError(
+                f"model.params.conditioner: expected a module with keys, forward and null "
+                f"(ldm/diffusion/conditioners/base.py), found {type(conditioner).__name__}"
+            )
         self.denoiser = nn.ModuleDict({"network": network, "conditioner": conditioner})
         self.objective = objective
         self.ema = ema(self.denoiser)
@@ -75,6 +86,7 @@ class LatentDiffusion(LightningModule):
         self.label_dropout = label_dropout
         self.gradient_clip = gradient_clip
         self.compile_blocks = compile_blocks
+        self.metrics = ValidationMetrics(standard(), metrics)
         self._images_per_step = 0
         self._step_mean = StepMean()
 
@@ -150,12 +162,22 @@ class LatentDiffusion(LightningModule):
         if isinstance(network, Constrained):
             network.constrain()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """The loss of raw and averaged weights; in validation an item has the same draws, level and noise each time."""
-        for name, denoiser in (("val/loss", self.denoiser), ("val/loss_ema", self.ema.average)):
+    def evaluate(self, batch: Batch) -> Output:
+        """What metrics see of a batch."""
+        losses = []
+        for denoiser in (self.denoiser, self.ema.average):
             network, conditioner = parts(denoiser)
-            losses = self.objective.loss(network, batch["latent"], conditioner(batch), batch["draws"])
-            self.log(name, losses.mean(), batch_size=len(losses), on_epoch=True, sync_dist=True)
+            losses.append(self.objective.loss(network, batch["latent"], conditioner(batch), batch["draws"]))
+        return Output(*losses)
+
+    def on_validation_epoch_start(self) -> None:
+        self.metrics.start(self.device)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.metrics.update(batch, self.evaluate(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict(self.metrics.compute())
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         # The objective is included, since a weighting may have parameters. The average is not trained.

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from ldm.autoencoder.codec import Codec
 from ldm.data.dataset import ImageDataset
-from ldm.data.transforms import EvalTransform
+from ldm.data.transforms import EvalTransform, transformed
 from ldm.errors import ConfigError, DataError
 from ldm.evaluation.features.classifier import Classifier, judge, train_classifier, unit_range
 from ldm.evaluation.metrics import accuracy, frechet_distance
 from ldm.images import grid
+from ldm.ranges import Resolution
 from ldm.sampling.generate import generate
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.pipeline import Pipeline
@@ -120,7 +121,9 @@ class Judge(NamedTuple):
     classes: int
 
     @classmethod
-    def trained(cls, train: ImageDataset, test: ImageDataset, resolution: int, channels: int, epochs: int) -> "Judge":
+    def trained(
+        cls, train: ImageDataset, test: ImageDataset, resolution: Resolution, channels: int, epochs: int
+    ) -> "Judge":
         """On all but a tenth of `train`, whose pictures are brought to the resolution and channels of the model's."""
         known, tested = (read(dataset, resolution, channels) for dataset in (train, test))
         kept, classes = len(known.labels) * 9 // 10, int(known.labels.max()) + 1
@@ -134,12 +137,11 @@ class Judge(NamedTuple):
         return Score(accuracy(seen.logits, pictures.labels), frechet_distance(seen.features, self.reference))
 
 
-def read(dataset: ImageDataset, resolution: int, channels: int) -> Pictures:
+def read(dataset: ImageDataset, resolution: Resolution, channels: int) -> Pictures:
     """A labelled data set's pictures as the autoencoder gets them (EvalTransform)."""
-    transform, mode = EvalTransform(resolution), "L" if channels == 1 else "RGB"
-    items = [dataset[index] for index in range(len(dataset))]
-    images = torch.stack([to_bytes(transform(item["image"].convert(mode))) for item in items])
-    return Pictures(images, torch.tensor([item["class_label"] for item in items]))
+    transform, items = EvalTransform(resolution), [dataset[index] for index in range(len(dataset))]
+    images = [transformed(item["image"], transform, channels, dataset.path(index)) for index, item in enumerate(items)]
+    return Pictures(to_bytes(torch.stack(images)), torch.tensor([item["class_label"] for item in items]))
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -172,7 +174,7 @@ def samples(pipeline: Pipeline, number: int, num_classes: int, steps: int, guida
     made = generate(
         pipeline,
         range(len(labels)),
-        labels.tolist(),
+        [{"class_label": label} for label in labels.tolist()],
         steps=steps,
         guidance=Guidance(guidance_scale),
         batch_size=BATCH,

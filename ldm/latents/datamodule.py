@@ -6,23 +6,24 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
 from ldm.autoencoder.codec import Codec
 from ldm.data.datamodule import VALIDATION_SEED, ElasticDataModule, dataset_facts, split
-from ldm.data.dataset import ImageDataset, decoding, emptied_classes, has_captions
+from ldm.data.dataset import ImageDataset, decoding, emptied_classes, has_captions, require_channels
 from ldm.data.transforms import EvalTransform, transformed
 from ldm.errors import ConfigError, DataError
 from ldm.latents.build import Source, build, shard_items
 from ldm.latents.claims import read_sealed
 from ldm.latents.manifest import PLAN, CacheSpec, Manifest, note_source, noted_source
 from ldm.latents.reader import LatentCache, LatentDataset
-from ldm.ranges import Count, CountOrZero, Fraction, Seed
+from ldm.ranges import Count, CountOrZero, Fraction, Resolution, Seed
 from ldm.runtime import distributed
 from ldm.runtime.progress import shown
+from ldm.sizes import Size, as_resolution, as_size
 
 log = logging.getLogger(__name__)
 
@@ -38,14 +39,15 @@ class LatentDataModule(ElasticDataModule):
         autoencoder: run folder or checkpoint of stage 1; None: the latents are the pixels themselves.
         batch_size: global batch size.
         seed: the run's seed.
-        resolution: side of the images that are encoded; None: what the autoencoder was trained on.
-        channels: of the images if there is no autoencoder: 3 (RGB) or 1 (gray); otherwise the autoencoder's.
+        resolution: of the images that are encoded, pixels: the side of a square, or [height, width]; None: what the
+            autoencoder was trained on.
+        channels: of the images if there is no autoencoder; otherwise the autoencoder's.
         validation: data set of images to validate on.
         num_validation: without `validation`: hold out this many items of `train`, the same in every run; a tenth if
             there are no more than that.
         micro_batch_size: maximum number of latents on one device at a time, a divisor of `batch_size`; None: no limit.
         num_workers: loader processes per rank; 0 is fastest, since gathering a batch costs less than transferring it.
-        transform: PIL image -> (C,H,W) in [-1,1], deterministic; None: `EvalTransform(resolution)`.
+        transform: picture -> (C,H,W) in [-1,1], deterministic; None: `EvalTransform(resolution)`.
         flip: mirror half of the samples in training.
         cache: folder of this cache (with `train/` and `validation/` in it), refused if it holds another; None:
             `cache/<fingerprint>`, so that caches of different content exist side by side.
@@ -60,8 +62,8 @@ class LatentDataModule(ElasticDataModule):
         autoencoder: str | Path | None,
         batch_size: Count,
         seed: Seed = 0,
-        resolution: Count | None = None,
-        channels: Literal[1, 3] = 3,
+        resolution: Resolution | None = None,
+        channels: Count = 3,
         validation: ImageDataset | None = None,
         num_validation: CountOrZero = 0,
         micro_batch_size: Count | None = None,
@@ -85,24 +87,24 @@ class LatentDataModule(ElasticDataModule):
         self.read_threads = read_threads
         self.train_cache: LatentCache | None = None
         self.validation_cache: LatentCache | None = None
-        self._resolution = resolution
+        self._size = None if resolution is None else as_size(resolution)
         self._transform = transform
         self._codec: Codec | None = None
 
-    def facts(self) -> dict[str, int | str | None]:
+    def facts(self) -> dict[str, Any]:
         """What configurations refer to as `${data:...}`, and what must not change when a run resumes.
 
         Needs the autoencoder's checkpoint, but no cache.
         """
         codec = self._load()
-        channels, resolution, _ = codec.latent_shape(self.image_resolution)
+        channels, height, width = codec.latent_shape(self.image_size)
         return {
             "channels": channels,
-            "resolution": resolution,
+            "resolution": as_resolution((height, width)),
             "batch_size": self.batch_size,
             **dataset_facts(self.train_dataset, self._own_validation),
             "down_factor": codec.encoder.down_factor,
-            "image_resolution": self.image_resolution,
+            "image_resolution": as_resolution(self.image_size),
             "image_channels": codec.encoder.in_channels,
             # The weights at a path may have changed: a run can only resume in its own latent space.
             "autoencoder": None if self.autoencoder is None else codec.weight_hash(),
@@ -110,14 +112,14 @@ class LatentDataModule(ElasticDataModule):
 
     def meta_batch(self, rows: int = 2) -> dict[str, Any]:
         """Needs the autoencoder's checkpoint, but no cache."""
-        shape = self._load().latent_shape(self.image_resolution)
+        shape = self._load().latent_shape(self.image_size)
         latent = torch.empty(rows, *shape, device="meta")
         return {"latent": latent, **self.meta_conditions(self.train_dataset, rows)}
 
     @property
-    def image_resolution(self) -> int:
-        """Side of the images that are encoded, pixels."""
-        known = self._resolution or (self._transform.resolution if self._transform else self._load().resolution)
+    def image_size(self) -> Size:
+        """Of the images that are encoded, pixels."""
+        known = self._size or (self._transform.size if self._transform else self._load().size)
         if known is None:
             source = self.autoencoder or "an image"
             raise ConfigError(f"data.params.resolution: {source} does not state its resolution: set it here")
@@ -125,7 +127,7 @@ class LatentDataModule(ElasticDataModule):
 
     @property
     def transform(self) -> EvalTransform:
-        return self._transform or EvalTransform(self.image_resolution)
+        return self._transform or EvalTransform(self.image_size)
 
     @property
     def manifest(self) -> Manifest:
@@ -175,7 +177,7 @@ class LatentDataModule(ElasticDataModule):
     def plan(self, dataset: ImageDataset, codec: Codec, weights: str) -> CacheSpec:
         """The specification of the cache of `dataset`; `weights` is the codec's hash."""
         plan = CacheSpec(
-            shape=codec.latent_shape(self.image_resolution),
+            shape=codec.latent_shape(self.image_size),
             num_items=len(dataset),
             source=dataset.fingerprint(),
             pixels={**self.transform.describe(), "channels": codec.encoder.in_channels, **decoding(dataset)},
@@ -223,6 +225,9 @@ class LatentDataModule(ElasticDataModule):
                 self._codec = Codec.pixels(self.channels)
             else:
                 self._codec = Codec.load(self.autoencoder, self.trust)
+            for dataset in self._datasets().values():
+                key = f"data.params.{'channels' if self.autoencoder is None else 'autoencoder'}"
+                require_channels(dataset, self._codec.encoder.in_channels, key)
         return self._codec
 
     def _datasets(self) -> dict[str, ImageDataset]:

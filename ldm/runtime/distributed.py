@@ -7,12 +7,19 @@ without keeping a collective open.
 
 import os
 import re
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from ldm.errors import LdmError
+
+Result = TypeVar("Result")
+
+_WORK_OF_MAIN = 3600.0
+"""Seconds that all ranks wait for work of the main one, such as reading a checkpoint of hundreds of gigabytes."""
 _LOST = re.compile(
     # messages of gloo, of the rendezvous store and of NCCL
     r"Connection (closed|reset|refused) by peer|Connection reset|Broken pipe|Timed out (waiting|after)|wait timeout|"
@@ -108,6 +115,32 @@ def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
     total = values.clone()
     dist.all_reduce(total)
     return total / dist.get_world_size()
+
+
+def from_main(work: Callable[[], Result]) -> Result:
+    """What `work` returns on rank 0 alone, on every rank; picklable.
+
+    It may take longer than the others otherwise wait, as long as rank 0 lives.
+
+    Raises:
+        LdmError, OSError: that `work` raised; on every rank.
+    """
+    if not _grouped():
+        return work()
+    group, waits = _host_group(), timeout() or 0.0
+    dist.set_timeout(timedelta(seconds=max(waits, _WORK_OF_MAIN)), group)
+    answer: list[Any] = [None, None]
+    if is_main():
+        try:
+            answer[0] = work()
+        except (LdmError, OSError) as error:
+            answer[1] = error
+    dist.broadcast_object_list(answer, group=group)
+    dist.set_timeout(timedelta(seconds=waits), group)
+    if answer[1] is not None:
+        raise answer[1]
+    result: Result = answer[0]
+    return result
 
 
 def gather(value: Any) -> list[Any]:

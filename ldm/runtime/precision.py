@@ -26,7 +26,7 @@ _LIMITS = ("DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 
 
 class Answer(NamedTuple):
-    """Whether a device computes bf16 natively, and why we think so."""
+    """Whether a device computes bf16 natively, and the evidence."""
 
     native: bool
     reason: str

@@ -28,7 +28,7 @@ _SAME_REQUEST = 1.0  # seconds: torchrun forwards what the process group has alr
 
 
 class Stopped(SystemExit):
-    """The run stopped because of a signal, with nothing lost; left alone, the process exits with 128 + its number."""
+    """The run stopped on a signal, with nothing lost; unless caught, the process exits with 128 + its number."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)

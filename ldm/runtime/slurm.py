@@ -20,7 +20,7 @@ def requeue(name: str) -> bool:
     except (OSError, subprocess.TimeoutExpired) as error:
         problem = str(error)
     if problem:
-        print(f"SLURM job {name} was NOT requeued ({problem}): submit it again to go on", file=sys.stderr)
+        print(f"SLURM job {name} was NOT requeued ({problem}): submit it again to continue", file=sys.stderr)
         return False
-    print(f"SLURM job {name} is requeued; with --resume auto it goes on from its last checkpoint")
+    print(f"SLURM job {name} is requeued; with --resume auto it continues from its last checkpoint")
     return True

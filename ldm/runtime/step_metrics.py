@@ -14,6 +14,11 @@ def is_logged(trainer: Any) -> bool:
     return (trainer.global_step + 1) % trainer.log_every_n_steps == 0
 
 
+def was_logged(trainer: Any) -> bool:
+    """Whether it has logged the optimizer step that has just ended."""
+    return bool(trainer.global_step % trainer.log_every_n_steps == 0)
+
+
 class StepMean:
     """Averages the scalars of micro-batches over a step, without waiting for a device.
 

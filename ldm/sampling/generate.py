@@ -1,29 +1,32 @@
-"""From seeds and classes to images: the only code that generates samples, for previews, evaluation and sample.py.
+"""From seeds and conditions to images: the only code that generates samples, for previews, evaluation and sample.py.
 
     checkpoint -> denoiser, objective, codec -> guided denoiser -> sampler -> codec.decode -> uint8
 
-An image depends only on its seed and its class, not on the batch it was made in, its neighbors or their order. (Up to
-float rounding: another batch size may select another matrix kernel, which changes a pixel by one level at most.)
+An image depends only on its seed and its condition, not on the batch it was made in, its neighbors or their order.
+(Up to float rounding: another batch size may select another matrix kernel, which changes a pixel by one level at most.)
 The initial noise is drawn on the CPU, so that a seed gives the same image on every machine.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm.diffusion.objectives import Objective
-from ldm.errors import ConfigError, NumericError
+from ldm.errors import NumericError
 from ldm.randomness import Draws
 from ldm.runtime.progress import shown
-from ldm.sampling.guidance import Denoiser, Guidance
+from ldm.sampling.conditions import Condition, check_conditions, collate_conditions
+from ldm.sampling.guidance import Guidance
 from ldm.sampling.img2img import InitImage, inpaint
-from ldm.sampling.pipeline import Pipeline
-from ldm.sampling.samplers import ddim, start
-from ldm.sampling.timesteps import Default, TimestepSchedule
+from ldm.sampling.samplers import Sampler, ddim
+from ldm.sampling.steps import start
+from ldm.sampling.timesteps import TimestepSchedule, default
+
+if TYPE_CHECKING:  # its `generate` calls the one of this file
+    from ldm.sampling.pipeline import Pipeline
 
 UNGUIDED = Guidance()
 
@@ -31,30 +34,22 @@ SEED = 0
 """The seed of all sampling: the images' own seeds are used as sample numbers."""
 
 
-class Sampler(Protocol):
-    """From `x` (N,c,h,w) at times[0] to data of that shape; see samplers.py."""
-
-    def __call__(
-        self, denoise: Denoiser, objective: Objective, x: Tensor, times: Tensor, *, draws: Draws
-    ) -> Tensor: ...
-
-
 class Sample(NamedTuple):
-    """An image and what it was made from: `image` (H,W,C) uint8, C = 1 or 3; `label` None: no class."""
+    """An image and what it was made from: `image` (H,W,C) uint8; `condition` None: unconditional."""
 
     seed: int
-    label: int | None
+    condition: Condition | None
     image: np.ndarray
 
 
 def generate(
-    pipeline: Pipeline,
+    pipeline: "Pipeline",
     seeds: Sequence[int],
-    labels: Sequence[int] | None = None,
+    conditions: Sequence[Condition] | None = None,
     *,
     sampler: Sampler = ddim,
     steps: int = 50,
-    schedule: TimestepSchedule | None = None,
+    schedule: TimestepSchedule = default,
     guidance: Guidance = UNGUIDED,
     init_image: InitImage | None = None,
     batch_size: int = 64,
@@ -63,57 +58,59 @@ def generate(
     """One image for each seed, in order.
 
     Args:
-        seeds: any integers of 64 bits; the same seed gives the same starting noise, whatever the class.
-        labels: as many classes, each in [0, num_classes); None: unconditional samples, even from a conditional model.
-        sampler: such as `ddim`, `ancestral` or `partial(ddim, eta=0.5)`.
+        seeds: any integers of 64 bits; the same seed gives the same starting noise, whatever the condition.
+        conditions: one for each seed, such as {"class_label": 3}; None: unconditional samples, even from a conditional
+            model.
+        sampler: of samplers.py, such as `ddim` or `partial(ddim, eta=0.5)`.
         steps: of the sampler, one network call each (heun: two).
-        schedule: the timesteps between noise and data; None: the objective's own.
-        guidance: how strongly samples are guided toward their classes.
+        schedule: of timesteps.py, where the steps lie between noise and data.
+        guidance: how strongly samples are guided toward their conditions.
         init_image: an image to start from (image-to-image, inpainting); None: pure noise.
         batch_size: images generated at once; affects only speed and memory.
         progress: show a progress bar.
 
     Raises:
-        ConfigError: labels out of range, an invalid number of steps, guidance by a model of other latents, or
-            classifier-free guidance of a model that was never trained without class labels.
+        ConfigError: conditions that the model does not know, an invalid number of steps, guidance by a model of other
+            latents, or classifier-free guidance of a model that was never trained without its conditions.
         NumericError: the network's output is not finite.
     """
-    times = (schedule or Default())(pipeline.objective, steps)
-    check(pipeline, seeds, labels, times, guidance)
+    times = schedule(pipeline.objective, steps, pipeline.manifest.plan.shape)
+    check(pipeline, seeds, conditions, times, guidance)
     with shown("sampling", silent=not progress) as show:
         for first in range(0, len(seeds), batch_size):
             show(first, len(seeds))
             rows = slice(first, first + batch_size)
-            few = None if labels is None else labels[rows]
+            few = None if conditions is None else conditions[rows]
             images = _images(pipeline, seeds[rows], few, sampler, times, guidance, init_image)
             yield from map(Sample, seeds[rows], [None] * len(images) if few is None else few, images)
         show(len(seeds), len(seeds))
 
 
 def check(
-    pipeline: Pipeline, seeds: Sequence[int], labels: Sequence[int] | None, times: Tensor, guidance: Guidance
+    pipeline: "Pipeline",
+    seeds: Sequence[int],
+    conditions: Sequence[Condition] | None,
+    times: Tensor,
+    guidance: Guidance,
 ) -> None:
     """Everything `generate` checks before it starts; its arguments and errors, `times` (steps + 1,) of the schedule."""
-    guidance.check(pipeline, labels is not None, times)
-    if labels is None:
+    guidance.check(pipeline, conditions is not None, times)
+    if conditions is None:
         return
-    if len(labels) != len(seeds):
-        raise ValueError(f"expected a label for each of {len(seeds)} seeds, got {len(labels)}")
-    # A classifier has the classes of the latents, whether or not the model is class-conditional.
-    number = pipeline.num_classes if guidance.classifier is None else pipeline.manifest.plan.num_classes
-    if number is None:
-        raise ConfigError("this model was trained without classes: request none")
-    wrong = [label for label in labels if not 0 <= label < number]
-    if wrong:
-        raise ConfigError(f"class {wrong[0]}: expected 0 to {number - 1}, the {number} classes of the training data")
+    if len(conditions) != len(seeds):
+        raise ValueError(f"expected a condition for each of {len(seeds)} seeds, got {len(conditions)}")
+    # A classifier reads the class, whether or not the model does.
+    own = () if guidance.classifier is None else ("class_label",)
+    reads = tuple(dict.fromkeys([*pipeline.conditioner.keys, *own]))
+    check_conditions(conditions, reads, pipeline.manifest.plan.num_classes)
 
 
 # Not inference_mode: training could then not use the tables that objective and manifest cache on a device.
 @torch.no_grad()
 def _images(
-    pipeline: Pipeline,
+    pipeline: "Pipeline",
     seeds: Sequence[int],
-    labels: Sequence[int] | None,
+    conditions: Sequence[Condition] | None,
     sampler: Sampler,
     times: Tensor,
     guidance: Guidance,
@@ -122,8 +119,8 @@ def _images(
     """(N,H,W,C) uint8."""
     number, device, manifest = len(seeds), pipeline.device, pipeline.manifest
     with _evaluating(pipeline.denoiser):
-        classes = None if labels is None else torch.tensor(labels, device=device)
-        denoise = guidance.denoiser(pipeline, classes, number)
+        batch = None if conditions is None else collate_conditions(conditions, device)
+        denoise = guidance.denoiser(pipeline, batch, number)
         noise = Draws(SEED, seeds, number).normal("noise", manifest.plan.shape).to(device)
         known = None
         if init_image is not None:

@@ -5,10 +5,10 @@ per channel: if `channels` is given, only the first `channels` channels are guid
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -121,7 +121,7 @@ def _spread(x: Tensor) -> Tensor:
     return x.flatten(1).std(1).reshape(-1, *[1] * (x.ndim - 1))
 
 
-_ALWAYS_CONDITIONED = "this model was never trained without class labels (model.params.label_dropout: 0)"
+_ALWAYS_CONDITIONED = "this model was never trained without its conditions (model.params.label_dropout: 0)"
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Guidance:
             cost. With a classifier: the factor on its gradient, 0 = no guidance.
         rescale: 0 ... 1: how far each sample's standard deviation is rescaled to that of the unguided one.
         interval: (low, high), the ratios sigma / alpha between which samples are guided.
-        guide: a smaller or less trained model of the same latents and path (autoguidance); None: no class.
+        guide: a smaller or less trained model of the same latents and path (autoguidance); it may be unconditional.
         classifier: of noisy latents: (x (N,c,h,w), t (), labels (N,)) -> log p(label | x), (N,). Guides any model,
             including one that was trained without classes; None: no classifier.
         channels: number of leading latent channels that are guided, the others being left unguided; None: all.
@@ -172,7 +172,7 @@ class Guidance:
 
         Args:
             pipeline: the model to guide.
-            conditional: whether classes are requested.
+            conditional: whether conditions are requested.
             times: of the sampler; the guiding model must have the same noise levels at these times.
         """
         if self.channels is not None and self.channels > (there := pipeline.manifest.plan.shape[0]):
@@ -184,45 +184,53 @@ class Guidance:
         elif self.classifier is not None and not conditional:
             raise ConfigError("guidance by a classifier: no classes are requested; request some, or leave it out")
         elif self.classifier is None and self.scale != 1:
-            self._check_classes(pipeline, conditional)
-        if pipeline.num_classes is not None and not conditional and pipeline.label_dropout == 0:
-            raise ConfigError(f"classes: found none, but {_ALWAYS_CONDITIONED}; request some")
+            self._check_conditions(pipeline, conditional)
+        if pipeline.conditioner.keys and not conditional and not pipeline.knows_null:
+            raise ConfigError(f"conditions: found none, but {_ALWAYS_CONDITIONED}; request some")
 
-    def _check_classes(self, pipeline: "Pipeline", conditional: bool) -> None:
+    def _check_conditions(self, pipeline: "Pipeline", conditional: bool) -> None:
         found = f"guidance scale: found {self.scale:g}, but"
-        if pipeline.num_classes is None:
-            raise ConfigError(f"{found} this model was trained without classes; expected 1, or a guiding model")
+        if not pipeline.conditioner.keys:
+            raise ConfigError(f"{found} this model was trained without conditions; expected 1, or a guiding model")
         if not conditional:
-            raise ConfigError(f"{found} no classes are requested; request some, or leave the scale at 1")
-        if pipeline.label_dropout == 0:
+            raise ConfigError(f"{found} no conditions are requested; request some, or leave the scale at 1")
+        if not pipeline.knows_null:
             raise ConfigError(f"{found} {_ALWAYS_CONDITIONED}; expected 1, or a guiding model")
 
     def _check_guide(self, pipeline: "Pipeline", guide: "Pipeline", times: Tensor) -> None:
         ours, theirs = pipeline.manifest, guide.manifest
-        classes = pipeline.num_classes, guide.num_classes
+        reads = pipeline.conditioner.keys, guide.conditioner.keys
         found = guide.origin.get("checkpoint", "the guiding model")
         same = ours.plan.autoencoder["weights"] == theirs.plan.autoencoder["weights"]
         if not same or (ours.plan.shape, ours.mean, ours.std) != (theirs.plan.shape, theirs.mean, theirs.std):
             raise ConfigError(f"{found}: was trained on other latents than the model to guide")
-        if classes[1] is not None and classes[1] != classes[0]:
+        if not {*reads[1]} <= {*reads[0]}:
+            wanted, given = (", ".join(keys) or "no conditions" for keys in (reads[1], reads[0]))
+            raise ConfigError(f"{found}: reads {wanted}, the model to guide {given}")
+        classes = ours.plan.num_classes, theirs.plan.num_classes
+        if "class_label" in reads[1] and classes[1] != classes[0]:
             raise ConfigError(f"{found}: was trained with {classes[1]} classes, the model to guide with {classes[0]}")
         for name in ("alpha", "sigma"):
             mine, other = (getattr(one.objective, name)(times) for one in (pipeline, guide))
             if not torch.allclose(mine, other):
                 raise ConfigError(f"{found}: uses another path from data to noise than the model to guide")
 
-    def denoiser(self, pipeline: "Pipeline", labels: Tensor | None, number: int) -> Denoiser:
-        """The guided denoiser of `number` rows with classes `labels` (number,); None: no class."""
+    def denoiser(self, pipeline: "Pipeline", batch: Mapping[str, Any] | None, number: int) -> Denoiser:
+        """The guided denoiser of `number` rows.
+
+        Args:
+            batch: the rows' conditions as columns of a batch, on the pipeline's device; None: unconditional.
+        """
         conditional = partial(pipeline.objective.denoise, pipeline.denoiser["network"])
         null = pipeline.conditioner.null(number)
-        conditioning = null if labels is None else pipeline.conditioner({"class_label": labels})
+        conditioning = null if batch is None or not pipeline.conditioner.keys else pipeline.conditioner(batch)
         plain = classifier_free(conditional, conditioning, null, 1.0)
         if self.guide is not None:
-            guided = autoguidance(plain, Guidance().denoiser(self.guide, labels, number), self.scale, self.channels)
-        elif self.classifier is not None and labels is not None:
-            sees, wanted = self.classifier, labels
-            guided = classifier(plain, pipeline.objective, lambda x, t: sees(x, t, wanted), self.scale, self.channels)
-        elif labels is not None:
+            guided = autoguidance(plain, Guidance().denoiser(self.guide, batch, number), self.scale, self.channels)
+        elif self.classifier is not None and batch is not None:
+            sees, labels = self.classifier, batch["class_label"]
+            guided = classifier(plain, pipeline.objective, lambda x, t: sees(x, t, labels), self.scale, self.channels)
+        elif batch is not None:
             guided = classifier_free(conditional, conditioning, null, self.scale, self.rescale, self.channels)
         else:
             guided = plain

@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.data.decoding import read_image
+from ldm.data.dataset import Picture
+from ldm.data.decoding import read_array, read_image
 from ldm.data.value_range import checked
 from ldm.errors import ConfigError
 from ldm.latents.manifest import Manifest
@@ -42,6 +44,8 @@ class InitImage:
     def read(cls, manifest: Manifest, image: Path, strength: float, mask: Path | None = None) -> "InitImage":
         """From files, decoded and resized as the model's training images were; white in the mask is what may change.
 
+        The image is a picture file or, with any number of channels, a .npy file (H,W,C) of uint8.
+
         Raises:
             ConfigError: the mask and the image differ in size.
             DataError: a file that cannot be read.
@@ -52,12 +56,18 @@ class InitImage:
         pixels = manifest.plan.pixels
         transform = EvalTransform(pixels["resolution"], pixels.get("interpolation", "bicubic"))
         value_range = checked(pixels.get("value_range"))
-        picture, free = read_image(image, value_range=value_range), None
+        picture: Picture
+        if image.suffix == ".npy":
+            picture = read_array(image)
+        else:
+            picture = read_image(image, value_range=value_range, keep_alpha=True)
+        free = None
         if mask is not None:
             stencil = read_image(mask)
-            if stencil.size != picture.size:
+            height, width = np.asarray(picture).shape[:2]
+            if stencil.size != (width, height):
                 raise ConfigError(
-                    f"{mask}: expected the size of {image}, {picture.width} x {picture.height}, found "
+                    f"{mask}: expected the size of {image}, {width} x {height}, found "
                     f"{stencil.width} x {stencil.height}"
                 )
             free = transformed(stencil, transform, 1, str(mask))[0] > 0

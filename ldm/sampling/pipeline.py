@@ -1,4 +1,7 @@
-"""Everything needed to generate images, loaded from a checkpoint: network, conditioner, objective, codec, manifest."""
+"""Everything needed to generate images, loaded from a checkpoint: network, conditioner, objective, codec, manifest.
+
+images = Pipeline.load("logs/<run>").generate(range(8), [{"class_label": 3}] * 8)
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -6,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from PIL import Image
 from torch import nn
 
 from ldm.autoencoder.codec import Codec
@@ -13,9 +17,17 @@ from ldm.checkpoints import store
 from ldm.config.load import build
 from ldm.config.tree import current_plain
 from ldm.diffusion.conditioners.base import Conditioner
+from ldm.diffusion.conditioners.joint import Joint
 from ldm.diffusion.objectives import Objective
 from ldm.errors import CheckpointError
+from ldm.images import picture
 from ldm.latents.manifest import Manifest
+from ldm.sampling.conditions import Condition
+from ldm.sampling.generate import UNGUIDED, generate
+from ldm.sampling.guidance import Guidance
+from ldm.sampling.img2img import InitImage
+from ldm.sampling.samplers import Sampler, ddim
+from ldm.sampling.timesteps import TimestepSchedule, default
 
 if TYPE_CHECKING:  # sampling from a checkpoint needs none of the training code
     from ldm.diffusion.module import LatentDiffusion
@@ -30,7 +42,7 @@ class Pipeline:
         objective: what the network was trained on.
         codec: the autoencoder whose latents it was trained on.
         manifest: of the latent cache: shape and scale of the latents, the classes.
-        label_dropout: the fraction of images that it was trained on without their classes.
+        label_dropout: the fraction of images that it was trained on without their conditions.
         origin: where the weights come from, in plain values: {"checkpoint", "step", "weights"}.
     """
 
@@ -62,8 +74,8 @@ class Pipeline:
         Raises:
             CheckpointError: missing, damaged, not from stage 2, or not the autoencoder that made the latents.
         """
-        file = store.find(Path(path))
-        state = store.load(file)
+        verified = store.verify(Path(path))
+        state, file = store.load(verified), verified.path
         record = _diffusion_record(state, file)
         params = current_plain(record["config"], str(file))["model"]["params"]
         denoiser = nn.ModuleDict({name: build(params[name], trust) for name in ("network", "conditioner")})
@@ -94,9 +106,43 @@ class Pipeline:
 
     @property
     def num_classes(self) -> int | None:
-        """The number of classes; None: the model was trained without."""
-        slots = vars(self.conditioner.null(1)).values()
-        return None if all(slot is None for slot in slots) else self.manifest.plan.num_classes
+        """The number of classes that the model knows; None: it does not read the class."""
+        return self.manifest.plan.num_classes if "class_label" in self.conditioner.keys else None
+
+    @property
+    def knows_null(self) -> bool:
+        """Whether the model was also trained without its conditions."""
+        conditioner = self.conditioner
+        each = [*conditioner.dropout.values()] if isinstance(conditioner, Joint) else [0.0]
+        return self.label_dropout > 0 or all(rate > 0 for rate in each)
+
+    def generate(
+        self,
+        seeds: Sequence[int],
+        conditions: Sequence[Condition] | None = None,
+        *,
+        sampler: Sampler = ddim,
+        steps: int = 50,
+        schedule: TimestepSchedule = default,
+        guidance: Guidance = UNGUIDED,
+        init_image: InitImage | None = None,
+        batch_size: int = 64,
+        progress: bool = False,
+    ) -> list[Image.Image]:
+        """One image for each seed, in order: `ldm.sampling.generate.generate`, which describes the arguments."""
+        samples = generate(
+            self,
+            seeds,
+            conditions,
+            sampler=sampler,
+            steps=steps,
+            schedule=schedule,
+            guidance=guidance,
+            init_image=init_image,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        return [picture(sample.image) for sample in samples]
 
 
 def _diffusion_record(state: Mapping[str, Any], file: Path) -> dict[str, Any]:

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
-from ldm.data.decoding import read_image
+from ldm.data.decoding import read_array
 from ldm.errors import ConfigError
 from ldm.files import published, write_text
-from ldm.images import grid, picture
+from ldm.images import FILED, grid, picture, visible
+from ldm.sampling.conditions import Condition
 from ldm.sampling.generate import Sample
 
 SHOWN = 16
@@ -28,35 +30,51 @@ SHOWN = 16
 
 
 class Order(NamedTuple):
-    """One image to generate: `label` None for a model without classes."""
+    """One image to generate; `condition` None: unconditional. Its values are those of JSON."""
 
-    label: int | None
+    condition: Condition | None
     seed: int
 
     @property
     def file(self) -> str:
-        return f"{self.seed:06d}.png" if self.label is None else f"{self.label:03d}-{self.seed:06d}.png"
+        return f"{self.seed:06d}.png" if self.condition is None else f"{prefix(self.condition)}-{self.seed:06d}.png"
 
     @classmethod
-    def of(cls, file: str) -> "Order | None":
-        """Parsed from a file name; None if it is not that of a sample."""
-        found = re.fullmatch(r"(?:(\d+)-)?(\d+)\.png", file)
+    def of(cls, file: str, conditions: Mapping[str, Condition]) -> "Order | None":
+        """Parsed from a file name, with the `conditions` by their prefix; None if it is not that of a sample."""
+        found = re.fullmatch(r"(?:(.+)-)?(\d+)\.png", file)
         if found is None:
             return None
-        order = cls(None if found[1] is None else int(found[1]), int(found[2]))
+        condition: Condition | None = None
+        if found[1] is not None:
+            known = {"class_label": int(found[1])} if found[1].isdecimal() else conditions.get(found[1])
+            if known is None:
+                return None
+            condition = known
+        order = cls(condition, int(found[2]))
         return order if order.file == file else None
 
     def name(self, names: Sequence[str] | None) -> str | None:
         """The name of the class."""
-        return None if names is None or self.label is None else names[self.label]
+        label = (self.condition or {}).get("class_label")
+        return None if names is None or label is None else names[label]
 
 
-def claim(folder: Path, settings: Mapping[str, Any], names: Sequence[str] | None) -> None:
+def prefix(condition: Condition) -> str:
+    """How the names of a condition's files begin: its class, or else its words and a hash of it."""
+    if condition.keys() == {"class_label"}:
+        return f"{condition['class_label']:03d}"
+    words = re.sub(r"\W+", "-", "-".join(str(value) for value in condition.values())).strip("-").lower()[:40]
+    return f"{words or 'condition'}-{sha256(json.dumps(condition, sort_keys=True).encode()).hexdigest()[:8]}"
+
+
+def claim(folder: Path, settings: Mapping[str, Any], names: Sequence[str] | None, orders: Sequence[Order]) -> None:
     """Create `folder`, or make sure that the images in it were made with these settings; starts its samples.json.
 
     Args:
         settings: how the images are made, in plain values.
         names: of the classes.
+        orders: the images that are about to be made, whose conditions are recorded.
 
     Raises:
         ConfigError: it holds something else.
@@ -65,7 +83,7 @@ def claim(folder: Path, settings: Mapping[str, Any], names: Sequence[str] | None
     _check(folder, settings)  # before anything is written into a folder that may not be ours
     with _locked(folder):
         _check(folder, settings)
-        _list(folder, settings, names)
+        _list(folder, settings, names, [order.condition for order in orders if order.condition is not None])
 
 
 def record(folder: Path, settings: Mapping[str, Any], names: Sequence[str] | None) -> None:
@@ -81,7 +99,7 @@ def _check(folder: Path, settings: Mapping[str, Any]) -> None:
             raise ConfigError(f"--out {folder}: holds files that are not samples. Name an empty or a new folder.")
         return
     try:
-        found = {_FORMER.get(key, key): value for key, value in json.loads(there.read_text())["settings"].items()}
+        found = _current(json.loads(there.read_text())["settings"])
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"{there}: is not a record of sample.py. Name another folder with --out.") from None
     keys = dict.fromkeys([*settings, *found])
@@ -93,16 +111,38 @@ def _check(folder: Path, settings: Mapping[str, Any]) -> None:
         raise ConfigError(f"--out {folder}: holds pictures of other settings ({differences}). Name another folder.")
 
 
-def _list(folder: Path, settings: Mapping[str, Any], names: Sequence[str] | None) -> None:
-    found = (Order.of(path.name) for path in folder.iterdir())
-    orders = sorted((order for order in found if order is not None), key=lambda order: (order.label or 0, order.seed))
+def _list(
+    folder: Path, settings: Mapping[str, Any], names: Sequence[str] | None, more: Sequence[Condition] = ()
+) -> None:
+    """Write samples.json, which keeps the conditions that are known and adds `more`."""
+    there = folder / "samples.json"
+    known = json.loads(there.read_text()).get("conditions", {}) if there.is_file() else {}
+    conditions = known | {prefix(condition): condition for condition in more if condition.keys() != {"class_label"}}
+    found = (Order.of(path.name, conditions) for path in folder.iterdir())
+    orders = sorted((order for order in found if order is not None), key=_place)
     images = [{"file": order.file, **order._asdict(), "name": order.name(names)} for order in orders]
-    write_text(folder / "samples.json", json.dumps({"settings": settings, "images": images}, indent=1) + "\n")
+    content = {"settings": settings, "conditions": conditions, "images": images}
+    write_text(there, json.dumps(content, indent=1) + "\n")
+
+
+def _place(order: Order) -> tuple[int, str]:
+    return (order.condition or {}).get("class_label", 0), order.file
 
 
 _LOCK = ".lock"
 _FORMER = {"grid": "schedule", "worse": "guide"}
-"""Former names of settings in samples.json -> their present names."""
+_FORMER_SAMPLERS = {"dpm": "dpmpp_2m", "dpm-sde": "dpmpp_2m_sde"}
+
+
+def _current(former: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a samples.json under the names of today: former ones had settings of the sampler beside it."""
+    settings = {_FORMER.get(key, key): value for key, value in former.items()}
+    settings["sampler"] = _FORMER_SAMPLERS.get(settings["sampler"], settings["sampler"])
+    if eta := settings.pop("eta", 0):
+        settings["sampler"] += f" eta={eta:g}"
+    if shift := settings.pop("shift", 0):
+        settings["schedule"] += f" shift={shift:g}"
+    return settings
 
 
 @contextmanager
@@ -115,37 +155,51 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def save(folder: Path, sample: Sample) -> None:
-    """Write one picture, whole or not at all."""
-    with published(folder / Order(sample.label, sample.seed).file, durable=False) as file:
-        picture(sample.image).save(file, format="png")
+    """Write one picture, whole or not at all: gray, RGB or RGBA; with another number of channels, also as an array.
+
+    Then the PNG shows the channels (ldm/images.py), and a .npy of its name, written first, holds them: (H,W,C) uint8.
+    """
+    path, image = folder / Order(sample.condition, sample.seed).file, sample.image
+    if image.shape[2] not in FILED:
+        with published(path.with_suffix(".npy"), durable=False) as file, file.open("wb") as handle:
+            np.save(handle, image)
+        image = visible(image)
+    with published(path, durable=False) as file:
+        picture(image).save(file, format="png")
 
 
 def save_arrays(folder: Path, orders: Sequence[Order]) -> Path:
-    """Write samples.npz of these images: arr_0 (N,H,W,3) uint8, and their file names (N,)."""
-    arrays = [np.asarray(read_image(folder / order.file).convert("RGB")) for order in orders]
+    """Write samples.npz of these images: arr_0 (N,H,W,C) uint8, gray ones as C = 3, and their file names (N,)."""
+    read = [_read(folder / order.file) for order in orders]
+    arrays = [image.repeat(3, axis=2) if image.shape[2] == 1 else image for image in read]
     with published(folder / "samples.npz", durable=False) as file, file.open("wb") as handle:
         np.savez(handle, arr_0=np.stack(arrays), names=np.array([order.file for order in orders]))
     return folder / "samples.npz"
 
 
-def sheet(folder: Path, labels: Sequence[int | None], seeds: Sequence[int]) -> np.ndarray:
-    """The sheet: one row per class, or a square for a single class; the first SHOWN rows and columns."""
-    if len(labels) == 1:
+def sheet(folder: Path, conditions: Sequence[Condition | None], seeds: Sequence[int]) -> np.ndarray:
+    """The sheet: one row per condition, or a square for a single one; the first SHOWN rows and columns."""
+    if len(conditions) == 1:
         columns = min(SHOWN, math.ceil(math.sqrt(len(seeds))))
         seeds = seeds[: SHOWN * columns]
     else:
         columns = min(SHOWN, len(seeds))
         seeds = seeds[:columns]
-    shown = [Order(label, seed).file for label in labels[:SHOWN] for seed in seeds]
+    shown = [Order(condition, seed).file for condition in conditions[:SHOWN] for seed in seeds]
     return grid([_read(folder / file) for file in shown], columns)
 
 
 def _read(path: Path) -> np.ndarray:
-    return np.atleast_3d(np.asarray(read_image(path)))
+    """All channels of a saved picture: (H,W,C) uint8."""
+    array = path.with_suffix(".npy")
+    if array.is_file():
+        return read_array(array)
+    with Image.open(path) as image:
+        return np.atleast_3d(np.asarray(image))
 
 
 _LONGEST = 255  # bytes of a name
-ALWAYS = ("checkpoint", "step", "weights", "sampler", "schedule", "steps", "eta", "guidance")
+ALWAYS = ("checkpoint", "step", "weights", "sampler", "schedule", "steps", "guidance")
 """Settings that every folder's name covers; others are appended only if they were requested."""
 
 
@@ -154,9 +208,11 @@ def default_folder(settings: Mapping[str, Any]) -> Path:
     file = Path(settings["checkpoint"])
     regular = file.parent.name == "checkpoints"
     run, which = (file.parent.parent, "") if regular else (file.parent, f"{file.stem}-")
-    eta = f"-eta{settings['eta']:g}" if settings["eta"] else ""
-    spacing = "" if settings["schedule"] == "default" else f"-{settings['schedule']}"
-    name = f"{which}step{settings['step']}-{settings['weights']}-{settings['sampler']}{settings['steps']}{spacing}{eta}"
+    sampler, *tuned = settings["sampler"].split()
+    schedule, *spaced = settings["schedule"].split()
+    spacing = "" if schedule == "default" else f"-{schedule}"
+    details = "".join(f"-{one.replace('=', '')}" for one in [*spaced, *tuned])
+    name = f"{which}step{settings['step']}-{settings['weights']}-{sampler}{settings['steps']}{spacing}{details}"
     more = "".join(f"-{key}{_worded(value)}" for key, value in settings.items() if key not in ALWAYS)
     return run / "samples" / _folder_name(f"{name}-guidance{settings['guidance']:g}{more}")
 

@@ -1,61 +1,35 @@
 """From noise to data. Each sampler is written once for all objectives, in terms of alpha, sigma and the estimated x0.
 
-A sampler is f(denoise, objective, x, times, ...) -> x0, with x at times[0] and denoise(x (N, ...), t ()) -> x0. Times
-are on the host, decrease strictly and end at 0 (timesteps.py): no loop waits for the device. Noise drawn on the way is
-keyed by the row's sample number, so that an image does not depend on its batch.
+A sampler is f(denoise, objective, x, times, draws, ...) -> x0, with x at times[0] and denoise(x (N, ...), t ()) -> x0.
+Times are on the host, decrease strictly and end at 0 (timesteps.py): no loop waits for the device. Noise drawn on the
+way comes from `draws`, keyed by the row's sample number, so that an image does not depend on its batch.
+
+Every public function of this file is a sampler: `--sampler` finds it by its name, with its other parameters as settings
+(`--sampler heun s_churn=40`), and a configuration names it as `{target: ldm.sampling.samplers.heun, partial: true}`.
 """
 
 import math
 from collections import deque
 from itertools import pairwise
+from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ldm.diffusion.objectives import Objective
 from ldm.errors import ConfigError
 from ldm.randomness import Draws
-from ldm.runtime.float64 import double
+from ldm.ranges import Count, Fraction, NotNegative
 from ldm.sampling.guidance import Denoiser
+from ldm.sampling.steps import drawn_noise, first_order_step, fresh_noise, log_ratios, polynomial_step, sde_step
 
 
-def start(objective: Objective, noise: Tensor, t: Tensor, x0: Tensor | None = None) -> Tensor:
-    """The start of sampling at t (): from `x0` (N, ...), or, without one, for data with mean 0 and variance 1."""
-    if x0 is None:
-        return noise * torch.hypot(objective.alpha(t), objective.sigma(t))
-    return objective.alpha(t) * x0 + objective.sigma(t) * noise
+class Sampler(Protocol):
+    """From `x` (N,c,h,w) at times[0] to data of that shape."""
 
-
-def first_order_step(
-    objective: Objective,
-    x: Tensor,
-    x0: Tensor,
-    t: Tensor,
-    s: Tensor,
-    eta: float = 0.0,
-    fresh: Tensor | None = None,
-) -> Tensor:
-    """From time t to s < t: x_s = alpha_s x0 + sigma_s eps, with eps = (x_t - alpha_t x0) / sigma_t.
-
-    With eta > 0 a part of eps is replaced by `fresh` noise, with eta times the standard deviation of the true posterior
-    q(x_s | x_t, x0): eta = 0 is DDIM (Song et al. 2021, eq. 12), and Euler's method for EDM and flows; eta = 1 is DDPM,
-    and the reverse SDE of any path.
-
-    Args:
-        x: (N, ...) at time t.
-        x0: its estimated data.
-        t, s: () times.
-        fresh: standard normal, of the shape of x; needed if eta > 0.
-    """
-    alpha_t, sigma_t, alpha_s, sigma_s = objective.alpha(t), objective.sigma(t), objective.alpha(s), objective.sigma(s)
-    eps = (x - alpha_t * x0) / sigma_t
-    if fresh is None:
-        return alpha_s * x0 + sigma_s * eps
-    # The variance that a step s -> t adds, times the fraction of it that the data does not determine.
-    added = sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2
-    spread = eta * sigma_s / sigma_t * added.clamp(min=0).sqrt()
-    return alpha_s * x0 + (sigma_s**2 - spread**2).clamp(min=0).sqrt() * eps + spread * fresh
+    def __call__(
+        self, denoise: Denoiser, objective: Objective, x: Tensor, times: Tensor, *, draws: Draws
+    ) -> Tensor: ...
 
 
 @torch.no_grad()
@@ -65,7 +39,7 @@ def ddim(
     x: Tensor,
     times: Tensor,
     draws: Draws | None = None,
-    eta: float = 0.0,
+    eta: Fraction = 0.0,
 ) -> Tensor:
     """DDIM (Song et al. 2021), which is Euler's method for EDM and flows; one call of `denoise` per step.
 
@@ -76,8 +50,13 @@ def ddim(
         eta: 0 = deterministic ... 1 = ancestral.
     """
     for i, (t, s) in enumerate(pairwise(times)):
-        x = first_order_step(objective, x, denoise(x, t), t, s, eta, _fresh(draws, eta, i, x, s))
+        x = first_order_step(objective, x, denoise(x, t), t, s, eta, fresh_noise(draws, eta, i, x, s))
     return x
+
+
+def euler(denoise: Denoiser, objective: Objective, x: Tensor, times: Tensor, draws: Draws | None = None) -> Tensor:
+    """Euler's method, in x0 and eps: `ddim` without noise, under the name that it has for EDM and flows."""
+    return ddim(denoise, objective, x, times, draws)
 
 
 def ancestral(denoise: Denoiser, objective: Objective, x: Tensor, times: Tensor, draws: Draws) -> Tensor:
@@ -92,10 +71,10 @@ def heun(
     x: Tensor,
     times: Tensor,
     draws: Draws | None = None,
-    s_churn: float = 0.0,
-    s_tmin: float = 0.0,
-    s_tmax: float = math.inf,
-    s_noise: float = 1.0,
+    s_churn: NotNegative = 0.0,
+    s_tmin: NotNegative = 0.0,
+    s_tmax: NotNegative = math.inf,
+    s_noise: NotNegative = 1.0,
 ) -> Tensor:
     """Heun's second-order method; two calls of `denoise` per step, one in the last.
 
@@ -123,7 +102,7 @@ def heun(
         if gamma > 0 and s_tmin <= float(ratio) <= s_tmax and math.isfinite(float(ratio)):
             noisier = objective.time_at(ratio * (1 + gamma))
             more = (objective.sigma(noisier) / objective.alpha(noisier)) ** 2 - ratio**2
-            fresh = _drawn(draws, i, x)
+            fresh = drawn_noise(draws, i, x)
             x = objective.alpha(noisier) * (x / objective.alpha(t) + s_noise * more.clamp(min=0).sqrt() * fresh)
             t = noisier
         x = _heun_step(denoise, objective, x, t, s)
@@ -150,13 +129,13 @@ def _heun_step(denoise: Denoiser, objective: Objective, x: Tensor, t: Tensor, s:
 
 
 @torch.no_grad()
-def dpm_solver(
+def dpmpp_2m(
     denoise: Denoiser,
     objective: Objective,
     x: Tensor,
     times: Tensor,
     draws: Draws | None = None,
-    eta: float = 0.0,
+    eta: Fraction = 0.0,
 ) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022), and with eta = 1 its SDE form; second order with one `denoise` per step.
 
@@ -173,33 +152,21 @@ def dpm_solver(
             beta = eta^2 sigma' / sigma; eta^2 is the eta of k-diffusion's DPM-Solver++).
     """
     before: Tensor | None = None
-    logs = _log_ratios(objective, times)
+    logs = log_ratios(objective, times)
     for i, (t, s) in enumerate(pairwise(times)):
         x0 = denoise(x, t)
         carried = x0
         if before is not None and math.isfinite(logs[i + 1]):
             ahead = (logs[i + 1] - logs[i]) / (2 * (logs[i] - logs[i - 1]))
             carried = x0 + ahead * (x0 - before)
-        x = _sde_step(objective, x, carried, t, s, eta, _fresh(draws, eta, i, x, s))
+        x = sde_step(objective, x, carried, t, s, eta, fresh_noise(draws, eta, i, x, s))
         before = x0
     return x
 
 
-def _sde_step(
-    objective: Objective, x: Tensor, x0: Tensor, t: Tensor, s: Tensor, eta: float, fresh: Tensor | None
-) -> Tensor:
-    """From t to s by the exact solution of the SDE with this eta for constant x0: eps decays by (k_s / k_t)^eta^2.
-
-    With k = sigma / alpha = e^-lambda, eps_s = r eps_t + sqrt(1 - r^2) fresh and r = (k_s / k_t)^eta^2: two steps are
-    the same as one, whatever eta is. For eta 0 and 1 it equals `first_order_step`.
-    """
-    if fresh is None:
-        return first_order_step(objective, x, x0, t, s)
-    alpha_t, sigma_t, alpha_s, sigma_s = objective.alpha(t), objective.sigma(t), objective.alpha(s), objective.sigma(s)
-    eps = (x - alpha_t * x0) / sigma_t
-    # Written so that pure noise, where k_t is infinite, gives 0: none of its eps is kept.
-    kept = (sigma_s * alpha_t / (alpha_s * sigma_t)) ** eta**2
-    return alpha_s * x0 + sigma_s * (kept * eps + (1 - kept**2).clamp(min=0).sqrt() * fresh)
+def dpmpp_2m_sde(denoise: Denoiser, objective: Objective, x: Tensor, times: Tensor, draws: Draws) -> Tensor:
+    """DPM-Solver++(2M) of the reverse SDE: `dpmpp_2m` with eta = 1."""
+    return dpmpp_2m(denoise, objective, x, times, draws, eta=1.0)
 
 
 @torch.no_grad()
@@ -209,7 +176,7 @@ def unipc(
     x: Tensor,
     times: Tensor,
     draws: Draws | None = None,
-    order: int = 2,
+    order: Count = 2,
 ) -> Tensor:
     """A predictor-corrector with one call of `denoise` per step, of order `order` + 1 (UniPC: Zhao et al. 2023).
 
@@ -218,51 +185,19 @@ def unipc(
     the step with one more point once x0 is known at its end. The first steps have fewer points; the last step, to the
     data, is first-order. (An order above 2 gains little, since the first steps limit it.)
     """
-    logs = _log_ratios(objective, times)
+    logs = log_ratios(objective, times)
     known: deque[tuple[float, Tensor]] = deque(maxlen=order)  # (lambda, x0), newest last
     begin = x
     for i, (t, s) in enumerate(pairwise(times)):
         x0 = denoise(x, t)
         if known:  # from the second step on, unless the first started from pure noise
             # Repeat the step that led here, with the estimate at its end.
-            x = _integrate(objective, begin, [*known, (logs[i], x0)], times[i - 1], t, logs[i - 1], logs[i])
+            x = polynomial_step(objective, begin, [*known, (logs[i], x0)], times[i - 1], t, logs[i - 1], logs[i])
         if math.isfinite(logs[i]):
             known.append((logs[i], x0))
         begin = x
         if math.isfinite(logs[i + 1]) and math.isfinite(logs[i]):
-            x = _integrate(objective, x, [*known], t, s, logs[i], logs[i + 1])
+            x = polynomial_step(objective, x, [*known], t, s, logs[i], logs[i + 1])
         else:
             x = first_order_step(objective, x, x0, t, s)
     return x
-
-
-def _integrate(
-    objective: Objective, x: Tensor, known: list[tuple[float, Tensor]], t: Tensor, s: Tensor, here: float, there: float
-) -> Tensor:
-    """sigma_s / sigma_t x + alpha_s sum_j w_j x0_j: the integral of the polynomial through (lambda_j, x0_j)."""
-    h = there - here
-    places = np.array([(log - here) / h for log, _ in known])
-    # moments[k] = h * integral of e^(-h (1 - u)) u^k over u in [0, 1], by parts.
-    moments = [-math.expm1(-h)]
-    for k in range(1, len(known)):
-        moments.append(1 - k / h * moments[-1])
-    weights = np.linalg.solve(np.vander(places, increasing=True).T, np.array(moments))
-    update = sum(float(weight) * x0 for weight, (_, x0) in zip(weights, known, strict=True))
-    return objective.sigma(s) / objective.sigma(t) * x + objective.alpha(s) * update
-
-
-def _log_ratios(objective: Objective, times: Tensor) -> list[float]:
-    """ln(alpha / sigma) of each time, on the host; -inf where there is only noise, inf where there is none."""
-    alpha, sigma = double(objective.alpha(times)), double(objective.sigma(times))
-    return (alpha / sigma).log().tolist()
-
-
-def _fresh(draws: Draws | None, eta: float, step: int, x: Tensor, s: Tensor) -> Tensor | None:
-    """Noise for a step to s, if any is needed."""
-    return _drawn(draws, step, x) if eta > 0 and float(s) > 0 else None
-
-
-def _drawn(draws: Draws | None, step: int, x: Tensor) -> Tensor:
-    if draws is None:
-        raise ValueError("a stochastic sampler needs draws: pass the rows' randomness")
-    return draws.normal(f"step{step}", x.shape[1:])

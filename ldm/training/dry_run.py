@@ -1,6 +1,6 @@
 """What a configuration would train, without training it: whether the data fits the model, parameters, shapes, FLOPs.
 
-All of it happens on torch's meta device, which computes shapes alone: the largest model costs no memory and a second.
+All of it happens on torch's meta device, which computes only shapes: the largest model takes a second and no memory.
 """
 
 import warnings
@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.config.load import build, to_yaml
 from ldm.errors import ConfigError, LdmError
+from ldm.sizes import SizeError, as_size, nearest, spell
 
 # Parameters of models that have to agree with a fact of the data, wherever they occur.
 _TIED = {"in_channels": "channels", "out_channels": "channels", "num_classes": "num_classes"}
@@ -37,7 +38,7 @@ def check_fit(
     Args:
         model: of `meta_model`.
         tree: the configuration with every reference filled in.
-        facts: what the data said of itself.
+        facts: of the data module (`data.facts()`).
         batch: of the data, without values (`data.meta_batch()`).
         origin: dotted key -> where it was written.
 
@@ -46,7 +47,7 @@ def check_fit(
     """
     tied = [(key, value, fact) for key, value, fact in _tied(tree["model"], "model") if facts.get(fact) is not None]
     try:
-        # An index out of range is not seen without values. (More classes than the data's are as well.)
+        # Without values an index out of range goes unnoticed. (More classes than the data has do no harm.)
         if any(value < facts[fact] for _, value, fact in tied if fact == "num_classes"):
             raise ValueError("labels out of range")
         model.total_loss(batch)
@@ -58,7 +59,25 @@ def check_fit(
             for key, value, fact in tied
             if value != facts[fact]
         ]
+        if isinstance(error, SizeError):
+            lines += _fitting_sizes(error, facts, origin)
         raise ConfigError("\n".join(lines)) from error
+
+
+def _fitting_sizes(error: SizeError, facts: Mapping[str, Any], origin: Callable[[str], str]) -> list[str]:
+    """A line with the nearest pictures that the network can divide, where it is their size that is wrong."""
+    key, factor = "data.params.resolution", error.factor * facts.get("down_factor", 1)
+    size = as_size(facts.get("image_resolution", facts["resolution"]))
+    where, fix = place(key, origin), nearest(size, factor)
+    return [f"  {key} ({where}) is {spell(size)}, expected multiples of {factor}: use {fix}"] if fix else []
+
+
+def place(key: str, origin: Callable[[str], str]) -> str:
+    """Where a key was written, for messages."""
+    try:
+        return origin(key)
+    except ConfigError:  # not written: a default
+        return "by default"
 
 
 def _tied(node: Any, key: str) -> Iterator[tuple[str, int, str]]:
@@ -76,7 +95,7 @@ def report(model: Any, tree: Mapping[str, Any], facts: Mapping[str, Any], batch:
     Args:
         model: of `meta_model`.
         tree: the configuration with every reference filled in.
-        facts: what the data said of itself.
+        facts: of the data module (`data.facts()`).
         batch: of the data, without values.
     """
     # FLOPs are linear in the number of rows.
@@ -85,7 +104,7 @@ def report(model: Any, tree: Mapping[str, Any], facts: Mapping[str, Any], batch:
     lines += [f"  {name:<34}{count / 1e6:>10.2f} M" for name, count in parameter_counts(model).items()]
     lines += ["", f"global batch, of {facts['num_items']} items"]
     lines += [f"  {name:<34}{shape!s:>20} {kind}" for name, shape, kind in _shapes(batch, facts)]
-    lines += ["", f"first optimizer step: {flops / 1e9:,.1f} GFLOPs, forward and backward (a multiply-add counts 2)"]
+    lines += ["", f"first optimizer step: {flops / 1e9:,.1f} GFLOPs, forward and backward (a multiply-add counts as 2)"]
     return "\n".join(lines)
 
 

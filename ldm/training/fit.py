@@ -1,9 +1,8 @@
-"""From a Trainer to a run's outcome: what it resumes from, how it ended, what a library's error means to a user."""
+"""From a Trainer to a run's outcome: what it resumes from, how it ended, and what a library's error means to a user."""
 
 import signal
 import socket
 import subprocess
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -12,43 +11,50 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
-from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
+from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from ldm import errors
-from ldm.checkpoints import store
+from ldm.checkpoints import store, writer
+from ldm.checkpoints.store import Verified
 from ldm.config.targets import reason
 from ldm.data.decoding import PICTURE
 from ldm.errors import CheckpointError, ConfigError, LdmError, PeerError, ResourceError
 from ldm.run_folder import RunFolder, RunState
 from ldm.runtime import distributed, launcher, signals
 from ldm.runtime.signals import Stopped
-from ldm.training.callbacks.checkpoints import files_of, set_aside_later
+from ldm.training import lightning_internals
+from ldm.training.callbacks.checkpoints import files_of
 
 # Two checkpoints are kept, and a third is being written.
 _FILES = 3
 
 
-def run(trainer: pl.Trainer, model: Any, data: Any, folder: RunFolder, named: Path | None) -> RunState:
+def run(
+    trainer: pl.Trainer, model: Any, data: Any, folder: RunFolder, named: Path | None, verified: Verified | None = None
+) -> RunState:
     """Train from `named`, else from the folder's newest checkpoint, else from the start.
 
     Returns the outcome and writes it to run_state.json, even if it raises.
 
+    Args:
+        verified: `named`, where this rank has verified it.
+
     Raises:
         LdmError: something the user can fix; the checkpoints are intact.
     """
-    file = named or store.newest(folder.checkpoints)
     if trainer.is_global_zero:
-        store.sweep(folder.checkpoints)
-        if named is not None and named.parent.resolve() == folder.checkpoints.resolve():
-            set_aside_later(folder.checkpoints, store.load(named)["global_step"])
+        writer.sweep(folder.checkpoints)
     home = _Home(folder)
     trainer.callbacks.insert(0, home)  # type: ignore[attr-defined]  # Lightning sets it where mypy does not see
-    record(trainer, folder, RunState("running", resume_from=_within(folder, file)))
+    before = folder.read_state()
+    resume_from = _within(folder, named) if named else before.resume_from if before else None
+    record(trainer, folder, RunState("running", resume_from=resume_from))
+    files_of(trainer).source = verified
+    source = _source(folder, named)
     try:
-        trainer.fit(model, datamodule=data, ckpt_path=file, weights_only=True)
+        trainer.fit(model, datamodule=data, ckpt_path=source, weights_only=True)
         if is_overridden("test_step", model):
             trainer.test(model, datamodule=data)
     except Stopped as stopped:
@@ -64,17 +70,18 @@ def run(trainer: pl.Trainer, model: Any, data: Any, folder: RunFolder, named: Pa
 
 
 def _failed(trainer: pl.Trainer, home: "_Home", error: BaseException) -> RunState:
-    """Record why the run ends, and raise it again; the first rank that fails knows best.
+    """Record why the run ends, and raise the error again; the first rank that fails knows the cause.
 
-    A rank that was asked to stop before the first step, and loses the others there, has stopped: they were asked too,
-    and went first. From the first step on nobody goes alone: torchrun asks the others to stop when a rank was lost.
+    A rank that receives a signal before the first step and then loses its peers has been stopped: they received it too
+    and exited first. From the first step on ranks stop together, so that a lost peer is a failure; torchrun sends the
+    signal to the others when it has lost a rank.
     """
     known, folder = explain(error), home.folder
     if known is None and home.trying and isinstance(error, Exception):
         text = f"{type(error).__name__}: {error}".splitlines()[0]
-        known = ConfigError(f"model: a validation batch does not pass through it: {text}. With -d, where.")
+        known = ConfigError(f"model: a validation batch does not pass through it: {text}. Run it with -d to see where.")
     if isinstance(known, PeerError) and (number := signals.received()) and not home.under_way:
-        reason = f"by {signal.Signals(number).name}, where ranks could not agree on a step to save"
+        reason = f"by {signal.Signals(number).name}, before the ranks could agree on a step to save"
         return record_first(trainer, folder, RunState("stopped", trainer.global_step, reason, 128 + number))
     reason = str(known or f"{type(error).__name__}: {error}").splitlines()[0]
     record_first(trainer, folder, RunState("failed", trainer.global_step, reason, known.exit_code if known else 1))
@@ -84,13 +91,13 @@ def _failed(trainer: pl.Trainer, home: "_Home", error: BaseException) -> RunStat
 
 
 class _Home(pl.Callback):
-    """Tells every rank where the run is, so that any of them can say how it ended, and watches over those started here.
+    """Gives every rank the run folder, so that any can record how the run ended, and watches the ranks started here.
 
     Attributes:
         folder: the run folder; known on all ranks from `setup` on.
-        children: the ranks that this process has started (by Lightning's own launcher).
-        under_way: whether all ranks have come to the first step.
-        trying: whether the run has ended in the validation batch that is tried before the first step.
+        children: the ranks that this process has started (with Lightning's own launcher).
+        under_way: whether all ranks have reached the first step.
+        trying: whether the run has ended in the validation batch before the first step.
     """
 
     def __init__(self, folder: RunFolder) -> None:
@@ -101,14 +108,23 @@ class _Home(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.folder = RunFolder(Path(trainer.strategy.broadcast(str(self.folder.path))))
-        starter = trainer.strategy.launcher
-        if self._watch is None and isinstance(starter, _SubprocessScriptLauncher) and starter.procs:
-            self.children = starter.procs
-            for thread in threading.enumerate():
-                if isinstance(thread, _ChildProcessObserver):
-                    # It would kill this process, at most five seconds after a child has left, in the middle of its end.
-                    thread._child_processes = []
+        started = lightning_internals.started_ranks(trainer)
+        if self._watch is None and started:
+            self.children = started
+            lightning_internals.dismiss_observers()
             self._watch = launcher.Watch(self.children, lambda reason: self._died(trainer, reason))
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        source = files_of(trainer).source
+        if source is None or not trainer.is_global_zero:
+            return
+        if source.path.parent.resolve() == self.folder.checkpoints.resolve():
+            for file in writer.set_aside_later(self.folder.checkpoints, checkpoint["global_step"]):
+                rank_zero_info(f"of a later step than {checkpoint['global_step']}: kept as {file}")
+        rank_zero_info(f"resuming from {source.path}")
+        record(trainer, self.folder, RunState("running", resume_from=_within(self.folder, source.path)))
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         self.under_way = True
@@ -120,7 +136,7 @@ class _Home(pl.Callback):
         self.trying = trainer.sanity_checking
         self._release()
         if distributed.is_lost_peer(exception):
-            files_of(trainer).abandon()
+            files_of(trainer).writer.abandon()
 
     def _release(self) -> None:
         if self._watch is not None:
@@ -133,14 +149,19 @@ class _Home(pl.Callback):
 
 def validate(trainer: pl.Trainer, model: Any, data: Any, folder: RunFolder, named: Path | None) -> None:
     """Validate `named`, else the folder's newest checkpoint; Lightning prints and the loggers keep the metrics."""
-    file = named or store.newest(folder.checkpoints)
-    if file is None:
+    source = _source(folder, named)
+    if source is None:
         raise ConfigError("Without training there is nothing to validate: name a run or a checkpoint with --resume.")
-    trainer.validate(model, datamodule=data, ckpt_path=file, weights_only=True)
+    trainer.validate(model, datamodule=data, ckpt_path=source, weights_only=True)
+
+
+def _source(folder: RunFolder, named: Path | None) -> Path | None:
+    """What to resume from, which rank 0 verifies when it is loaded; the same on all ranks, which are not yet joined."""
+    return named or (folder.checkpoints if store.has_any(folder.checkpoints) else None)
 
 
 def record(trainer: pl.Trainer, folder: RunFolder, state: RunState) -> RunState:
-    """Write run_state.json on the main rank; of a run that has ended, with the checkpoint to resume from."""
+    """Write run_state.json on the main rank; for a run that has ended, with the checkpoint to resume from."""
     if not trainer.is_global_zero:
         return state
     if state.status != "running":
@@ -150,7 +171,7 @@ def record(trainer: pl.Trainer, folder: RunFolder, state: RunState) -> RunState:
 
 
 def record_first(trainer: pl.Trainer, folder: RunFolder, state: RunState) -> RunState:
-    """As `record`, for an end that not all ranks may come to: whichever is first, also for a main rank that is gone."""
+    """As `record`, for an end that not all ranks may reach: the first one writes it, even if the main rank is gone."""
     before = folder.read_state()
     if trainer.is_global_zero if before is None else before.status == "running":
         state = _resumable(folder, state)
@@ -160,7 +181,7 @@ def record_first(trainer: pl.Trainer, folder: RunFolder, state: RunState) -> Run
 
 
 def _resumable(folder: RunFolder, state: RunState) -> RunState:
-    with suppress(CheckpointError):  # all damaged: nothing to resume from
+    with suppress(CheckpointError):  # all are damaged: nothing to resume from
         return replace(state, resume_from=_within(folder, store.newest(folder.checkpoints)))
     return state
 
@@ -172,7 +193,7 @@ def _within(folder: RunFolder, file: Path | None) -> str | None:
 
 
 def space_needed(model: Any) -> int:
-    """Bytes of the checkpoints that lie in a run folder at one time: weights and Adam's two moments, in float32."""
+    """Bytes of the checkpoints in a run folder at any one time: weights and Adam's two moments, in float32."""
     weights = sum(tensor.numel() for tensor in model.state_dict().values() if isinstance(tensor, torch.Tensor))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return _FILES * 4 * (weights + 2 * trained)
@@ -180,7 +201,7 @@ def space_needed(model: Any) -> int:
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Within the block, errors of libraries that a user can mend become LdmErrors."""
+    """Within the block, errors of libraries that a user can fix become LdmErrors."""
     try:
         yield
     except Exception as error:
@@ -191,7 +212,7 @@ def explained() -> Iterator[None]:
 
 
 def explain(error: BaseException) -> LdmError | None:
-    """The error as one that the user can mend; None where it is a bug."""
+    """The error as one that the user can fix; None: it is a bug."""
     text = str(error).strip()
     first_line = text.splitlines()[0] if text else type(error).__name__
     match error:
@@ -207,8 +228,8 @@ def explain(error: BaseException) -> LdmError | None:
             return PeerError(
                 f"rank {distributed.rank()} of {distributed.world_size()} on {socket.gethostname()}: another rank died"
                 f"{'' if waits is None else f', or did not answer within {waits:g} s'} ({first_line}).\n"
-                "Its own output may say why. The last checkpoint stands: go on with --resume. Where ranks are merely "
-                "slow, raise lightning.strategy.params.timeout (seconds)."
+                "Its own output may say why. The last checkpoint is intact: continue with --resume. If ranks are "
+                "merely slow, raise lightning.strategy.params.timeout (seconds)."
             )
         case torch.OutOfMemoryError() | MemoryError():
             return _out_of_memory(error)
@@ -220,10 +241,10 @@ def explain(error: BaseException) -> LdmError | None:
             return errors.of_place(error)
         case RuntimeError() if "DataLoader worker" in text and "Original Traceback" not in text:
             return ResourceError(
-                f"a data loader's worker died, likely for want of memory: {first_line}\n"
+                f"a data loader's worker died, probably for lack of memory: {first_line}\n"
                 "Resume with fewer data.params.num_workers."
             )
-        case RuntimeError() if text.startswith("Early stopping conditioned on metric"):
+        case RuntimeError() if lightning_internals.is_missing_metric(error):
             return ConfigError(f"lightning.callbacks: {first_line}")
         case RuntimeError() if text.startswith("Error(s) in loading state_dict"):
             return CheckpointError(f"the checkpoint is of another model than the configuration describes: {text}")
@@ -231,7 +252,7 @@ def explain(error: BaseException) -> LdmError | None:
 
 
 def _out_of_memory(error: BaseException) -> ResourceError:
-    """What ran out of memory: a picture, where one is named in the error's notes or in what a worker wrote of them."""
+    """Name what ran out of memory: a picture, if the error's notes, or a worker's traceback, name one."""
     text = str(error).strip()
     lines = [*text.splitlines(), *getattr(error, "__notes__", [])]
     pictures = [line.strip() for line in lines if line.startswith(PICTURE)]

@@ -1,8 +1,6 @@
 """Where metrics are logged: a CSV that survives kill -9 and resume, and wandb isolated so that training never waits."""
 
 import atexit
-import csv
-import io
 import logging
 import os
 import queue
@@ -21,29 +19,20 @@ from pytorch_lightning.loggers.logger import DummyExperiment
 from pytorch_lightning.utilities import rank_zero_only
 
 from ldm.errors import ResourceError
-from ldm.files import write_text
 from ldm.ranges import Positive
+from ldm.training import lightning_internals
+from ldm.training.metrics_table import MetricsTable
 
 log = logging.getLogger(__name__)
 
 
 class MetricsFile(Logger):
-    """`metrics.csv`: a row for each step that logged something, a column for each metric, in order of appearance.
-
-    A row is written as soon as it is known. On resume the file is continued: rows from the first step logged now on
-    were written by a process that went further than its last checkpoint, and are dropped.
-
-    Args:
-        path: the file.
-    """
+    """The run's `metrics.csv`, see ldm/training/metrics_table.py."""
 
     def __init__(self, path: Path | str) -> None:
         super().__init__()
-        self._path = Path(path)
-        self._columns = ["step"]
-        self._row: dict[str, str] = {}
-        self._start = 0  # of the last row, in bytes
-        self._failures = 0
+        self._table = MetricsTable(Path(path))
+        self._failed = False
 
     @property
     def name(self) -> str:
@@ -58,74 +47,32 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Add `metrics` to the row of `step`; a disk that is full or gone is reported once, and never ends a run."""
-        number = str(step) if step is not None else self._row.get("step", "0")
+        """Add `metrics` to the row of `step`; a full or missing disk is reported once, and never ends a run."""
         # The epoch is left out: an endless sampler has only one.
         values = {name: f"{float(value):.9g}" for name, value in metrics.items() if name != "epoch"}
         if not values:
             return
         try:
-            self._write(number, values)
+            self._table.write(step, values)
         except OSError as error:
-            self._failures += 1
-            if self._failures == 1:
-                log.warning("%s: cannot be written (%s); training goes on without it", self._path, error)
-
-    def _write(self, step: str, values: dict[str, str]) -> None:
-        if not self._row:
-            self._rewrite([row for row in read_metrics(self._path) if int(row["step"]) < int(step)])
-        if self._row.get("step") != step:
-            self._start = self._path.stat().st_size
-            self._row = {"step": step}
-        self._row |= values
-        if new := [name for name in values if name not in self._columns]:
-            rows = [row for row in read_metrics(self._path) if row["step"] != step]
-            self._columns += new
-            self._rewrite(rows)
-            self._start = self._path.stat().st_size
-        with self._path.open("r+b") as file:
-            file.seek(self._start)
-            file.write(self._lines([self._row]).encode())
-            file.truncate()
-
-    def _rewrite(self, rows: list[dict[str, str]]) -> None:
-        """The whole file, atomically, with a column for all that `rows` hold."""
-        self._columns += [
-            name for name in dict.fromkeys(key for row in rows for key in row) if name not in self._columns
-        ]
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self._path, ",".join(self._columns) + "\n" + self._lines(rows))
-
-    def _lines(self, rows: list[dict[str, str]]) -> str:
-        text = io.StringIO()
-        csv.DictWriter(text, self._columns, lineterminator="\n").writerows(rows)
-        return text.getvalue()
-
-
-def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The rows of a metrics file, each with the values it has, as text; a last row cut short is left out."""
-    if not path.exists():
-        return []
-    whole_lines = path.read_text().rpartition("\n")[0]
-    return [
-        {name: value for name, value in row.items() if value}
-        for row in csv.DictReader(io.StringIO(whole_lines))
-        if (row.get("step") or "").isdigit()
-    ]
+            if not self._failed:
+                log.warning("%s: cannot be written (%s); training goes on without it", self._table.path, error)
+            self._failed = True
 
 
 class FencedWandb(WandbLogger):
     """wandb in a separate thread: whatever happens to it, training neither fails nor waits.
 
     The run starts online if there is an account and the server answers, else in wandb's offline mode. Calls are
-    queued; one that fails is counted, and the first is reported.
+    queued; one that fails is counted, and the first is reported. The thread is no executor's: Python waits at its exit
+    for every worker of one, forever if wandb hangs, and its queue has no limit.
 
     Args:
         save_dir: where wandb keeps its files; the run folder.
         project: the wandb project.
         name: of the run.
         id: of the run; the same one continues it after a resume.
-        offline: do not try to go online.
+        offline: do not connect.
         time_limit: seconds to wait for wandb, at start and at the end each.
     """
 
@@ -139,7 +86,6 @@ class FencedWandb(WandbLogger):
         time_limit: Positive = 30.0,
     ) -> None:
         super().__init__(name=name, save_dir=save_dir, project=project, id=id, offline=offline)
-        del self._wandb_init["anonymous"]  # Lightning passes it, wandb warns of it
         self._limit = self._limit_at_end = time_limit
         self._errands: queue.Queue[Callable[[], None]] = queue.Queue(maxsize=1000)
         self._thread: threading.Thread | None = None
@@ -157,8 +103,8 @@ class FencedWandb(WandbLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        # Where optimisation is manual Lightning hands a step's numbers over at each of its micro-batches, the first
-        # times with those of a step before: only the last word on a step is sent, when the next one comes.
+        # With manual optimization Lightning logs a step's numbers at each of its micro-batches, at first with those of
+        # the step before: only the last numbers of a step are sent, when the next one begins.
         if step != self._step:
             self._send_row()
         self._step = step
@@ -192,7 +138,7 @@ class FencedWandb(WandbLogger):
     def finalize(self, status: str) -> None:
         """Wait, up to the time limit, until everything logged so far is with wandb; the run stays open.
 
-        A run that was stopped or has failed is in a hurry: its launcher waits half a minute, and it has saved before.
+        A run that was stopped or has failed waits a quarter as long: its launcher kills it after half a minute.
         """
         self._exit_code = 0 if status == "success" else 1
         self._limit_at_end = self._limit / (1 if status == "success" else 4)
@@ -219,7 +165,7 @@ class FencedWandb(WandbLogger):
 
         self._submit(end)
         ended.wait(self._limit_at_end)
-        # Also when the above hangs or failed: it begins by taking back wandb's own exit hook, which would do so too.
+        # Also if the above hung or failed: it first unregisters wandb's own exit hook, which would hang or fail, too.
         teardown = threading.Thread(target=_quietly, args=(lambda: wandb.teardown(self._exit_code),), daemon=True)
         teardown.start()
         teardown.join(self._limit_at_end)
@@ -249,7 +195,7 @@ class FencedWandb(WandbLogger):
         return self._experiment
 
     def _work(self, begun: threading.Event) -> None:
-        """The thread: start wandb, then do what is asked, for ever."""
+        """The thread: start wandb, then do what is queued, forever."""
         self._guarded(self._connect)
         begun.set()
         while True:
@@ -268,11 +214,11 @@ class FencedWandb(WandbLogger):
 
         if (shown := str(self.save_dir).encode(errors="backslashreplace").decode()) != str(self.save_dir):
             raise ResourceError(f"it cannot write to {shown}, whose name is not UTF-8")
-        wandb.setup(wandb.Settings(**_quiet()))  # also for what login and teardown have to say
+        wandb.setup(wandb.Settings(**_quiet()))  # also for the output of login and teardown
         if not self._offline:
             try:
                 if wandb.login(prompt=False):
-                    _knock(wandb.setup().settings.base_url, self._limit / 4)
+                    _check_answers(wandb.setup().settings.base_url, self._limit / 4)
                     self._start("online")
                     return
             except Exception as error:  # a refused key, a server that is away or silent, ...
@@ -283,9 +229,9 @@ class FencedWandb(WandbLogger):
     def _start(self, mode: str) -> None:
         import wandb
 
-        # The console is left alone: wandb would hook every print, and raise from it once its service is gone.
+        # wandb's console capture is off: it hooks every print, and raises from it once its service has died.
         settings = wandb.Settings(init_timeout=self._limit / 2, console="off", **_quiet())
-        run = wandb.init(**self._wandb_init, mode=mode, settings=settings)  # type: ignore[arg-type]
+        run = wandb.init(**lightning_internals.wandb_arguments(self), mode=mode, settings=settings)  # type: ignore[arg-type]
         run.define_metric("trainer/global_step")
         run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
         self._experiment = run
@@ -307,26 +253,26 @@ def ended_if_failed(loggers: Sequence[Logger]) -> Iterator[None]:
 
 
 def end(loggers: Sequence[Logger]) -> None:
-    """End the loggers of a run that has come to nothing, so that its folder can be removed.
+    """End the loggers of a run that failed before its first step, so that its folder can be removed.
 
-    Only wandb has a process of its own, which would go on writing there; others write when they are called.
+    Only wandb has a process of its own, which would keep writing there; others write when they are called.
     """
     for logger in loggers:
         if isinstance(logger, FencedWandb):
             logger.finalize("failed")
             logger.close()
-        elif isinstance(logger, WandbLogger) and logger._experiment is not None:
-            _quietly(partial(logger._experiment.finish, exit_code=1))
+        elif isinstance(logger, WandbLogger) and (run := lightning_internals.wandb_run(logger)) is not None:
+            _quietly(partial(run.finish, exit_code=1))
 
 
 def _quiet() -> dict[str, Any]:
-    """wandb's own console is twenty lines of bars and a table; ours has what matters of it. WANDB_SILENT overrules."""
+    """Settings that silence wandb's twenty lines of output, unless WANDB_SILENT decides."""
     return {} if "WANDB_SILENT" in os.environ else {"silent": True}
 
 
-def _knock(url: str, time_limit: float) -> None:
+def _check_answers(url: str, time_limit: float) -> None:
     """Raise OSError unless a server answers: wandb itself would go on trying for longer than its time limit."""
-    with suppress(HTTPError):  # an answer, if not a kind one
+    with suppress(HTTPError):  # an error status is an answer, too
         urllib.request.urlopen(url, timeout=time_limit).close()
 
 

@@ -1,4 +1,4 @@
-"""What is asked of a training run; ldm/cli/options.py reads it from a command line. Imports nothing heavy."""
+"""The options of a training run, which ldm/cli/options.py parses from a command line. Imports nothing heavy."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,10 +1,11 @@
-"""Makes later failures appear before the first step: everything that a run will use is tried once, without values.
+"""Makes later failures appear before the first step: everything that a run will use is tried once, without
+values.
 
     check           on torch's meta device, before there is a run folder: the adversarial branch, pictures, the averaged
                     network, guided denoising, the profiles of averages, optimizers and schedules
-    Rehearsal       at the beginning of fit, with the run's own objects: what a checkpoint will hold can be loaded again
+    Rehearsal       at the beginning of fit, with the run's own objects: whether its checkpoints can be loaded again
 
-Validation and its metrics get one batch with its real values, by Lightning's own sanity check (trainer.py).
+Validation and its metrics are tried on one real batch by Lightning's own sanity check (trainer.py).
 """
 
 import copy
@@ -24,8 +25,11 @@ from ldm.autoencoder.module import AutoencoderKL
 from ldm.checkpoints import state_tree
 from ldm.diffusion.module import LatentDiffusion, parts
 from ldm.errors import CheckpointError, ConfigError, LdmError
+from ldm.sampling.conditions import check_conditions
 from ldm.sampling.guidance import classifier_free
+from ldm.training import lightning_internals
 from ldm.training.callbacks.previews import SampleLogger
+from ldm.training.dry_run import place
 
 Origin = Callable[[str], str]
 
@@ -33,12 +37,12 @@ Origin = Callable[[str], str]
 def check(
     model: Any, tree: Mapping[str, Any], facts: Mapping[str, Any], batch: Mapping[str, Any], origin: Origin
 ) -> None:
-    """Pass a batch without values through all that training comes to after its first step.
+    """Pass a batch without values through everything that training reaches after its first step.
 
     Args:
-        model: of `dry_run.meta_model`; models of others are left to the beginning of fit.
+        model: of `dry_run.meta_model`; other models are checked only at the beginning of fit.
         tree: the configuration with every reference filled in.
-        facts: what the data said of itself.
+        facts: of the data module (`data.facts()`).
         batch: of the data, without values (`data.meta_batch()`).
         origin: dotted key -> where it was written.
 
@@ -93,9 +97,8 @@ def _second_stage(
 
 
 def _previews(model: LatentDiffusion, callbacks: Mapping[str, Any], facts: Mapping[str, Any], origin: Origin) -> None:
-    """The classes and steps that previews ask for; `SampleLogger` itself sees them after a cache is built."""
-    conditional = any(slot is not None for slot in vars(parts(model.denoiser)[1].null(1)).values())
-    number = facts.get("num_classes") if conditional else None
+    """Check the conditions and steps of previews; `SampleLogger` itself would do so only after a cache is built."""
+    reads = parts(model.denoiser)[1].keys
     for name, node in callbacks.items():
         if node is None or node["target"] != f"{SampleLogger.__module__}.{SampleLogger.__name__}":
             continue
@@ -103,15 +106,17 @@ def _previews(model: LatentDiffusion, callbacks: Mapping[str, Any], facts: Mappi
         if params.get("steps") is not None:
             with _named(f"{key}.steps", origin):
                 model.objective.timesteps(params["steps"])
-        wrong = [label for label in params.get("classes") or () if number is None or not 0 <= label < number]
-        if wrong:
-            known = "none, since the model has no classes" if number is None else f"0 to {number - 1}"
-            place = _place(f"{key}.classes", origin)
-            raise ConfigError(f"{key}.classes ({place}): expected {known}, found {wrong[0]}")
+        for given, conditions in (
+            ("classes", [{"class_label": label} for label in params.get("classes") or ()]),
+            ("conditions", params.get("conditions") or []),
+        ):
+            if conditions:
+                with _named(f"{key}.{given}", origin):
+                    check_conditions(conditions, reads, facts.get("num_classes"))
 
 
 def _optimizers(model: Any, tree: Mapping[str, Any], steps: int, origin: Origin) -> None:
-    """Make the optimizers and schedules of the model's real parameter groups."""
+    """Construct the optimizers and schedules for the model's real parameter groups."""
     params = tree["model"]["params"]
     stand_in = _with_host_parameters(model)
     second = "discriminator_" if params.get("discriminator_optimizer") else ""
@@ -173,21 +178,14 @@ def _named(key: str, origin: Origin, when: str = "") -> Iterator[None]:
         text = (
             str(error) if isinstance(error, LdmError) else f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         )
-        raise ConfigError(f"{key} ({_place(key, origin)}): {when}it does not work: {text}") from error
-
-
-def _place(key: str, origin: Origin) -> str:
-    try:
-        return origin(key)
-    except ConfigError:  # not written: a default
-        return "by default"
+        raise ConfigError(f"{key} ({place(key, origin)}): {when}it does not work: {text}") from error
 
 
 class Rehearsal(pl.Callback):
-    """Puts a checkpoint together before the first step, and makes sure that it could be loaded again.
+    """Assembles a checkpoint before the first step, and checks that it could be loaded again.
 
-    Nothing is copied or written, and no random number drawn: a few milliseconds, where weights are sharded the time of
-    gathering them.
+    Nothing is copied or written, and no random number drawn. This takes a few milliseconds, or the time to gather the
+    weights if they are sharded.
 
     Raises:
         ConfigError: a callback's state, or what the model adds, is more than plain data; names the callback.
@@ -195,8 +193,8 @@ class Rehearsal(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         try:
-            state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-            # Tensors can be saved, sharded ones in a way of their own (runtime/fsdp.py): what is asked is all else.
+            state = lightning_internals.assemble_checkpoint(trainer)
+            # Tensors can be saved, sharded ones in their own way (runtime/fsdp.py): what is checked is everything else.
             state_tree.check_plain(
                 state_tree.replaced(state, lambda key, leaf: 0 if isinstance(leaf, torch.Tensor) else leaf)
             )

@@ -1,8 +1,8 @@
 """What a run starts from: new files, or a saved run folder or checkpoint, with the changes requested now.
 
 A resumed run keeps its configuration with every reference filled in, as it first ran. A change that would change the
-mathematics is refused unless it is allowed by name. What counts as a change, and what follows from one, is said in
-ldm/training/resume_changes.py.
+mathematics is refused unless it is allowed by name. What counts as a change, and what follows from one, is defined
+in ldm/training/resume_changes.py.
 """
 
 import json
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ldm import run_folder
 from ldm.config.load import Config
@@ -23,6 +23,9 @@ from ldm.run_folder import RunFolder
 from ldm.training.options import Options
 from ldm.training.resume_changes import Written, bound, brief, changes, differences, going_on, refuse
 
+if TYPE_CHECKING:
+    from ldm.checkpoints.store import Verified
+
 _FINGERPRINTS = ("source", "validation_source")
 _SCALED = "--scale-lr belongs to a run's start: the rates that were saved are scaled already."
 
@@ -33,12 +36,13 @@ class Start:
 
     Attributes:
         config: merged, not yet checked.
-        source: what was written, with its references: the same tree but for a run that goes on.
+        source: what was written, references unresolved; the same tree unless a run is resumed.
         name: of the run.
-        folder: the run to go on with; None makes a new one.
+        folder: the run to resume; None makes a new one.
         checkpoint: the file that was named; None: the newest of `folder`, if there is one.
         notes: what a person should know, a line each.
-        facts: what the data said of itself when the run began, where that is known.
+        facts: the data's own description when the run began, if known.
+        verified: `checkpoint`, where this rank has read all of it.
     """
 
     config: Config
@@ -48,10 +52,11 @@ class Start:
     checkpoint: Path | None = None
     notes: tuple[str, ...] = ()
     facts: Mapping[str, Any] | None = None
+    verified: "Verified | None" = None
 
     @property
     def is_new(self) -> bool:
-        """Whether nothing is gone on from."""
+        """Whether it starts from nothing."""
         return self.folder is None and self.checkpoint is None
 
 
@@ -75,12 +80,12 @@ def start(options: Options) -> Start:
 
 
 def save(folder: RunFolder, source: Mapping[str, Any], tree: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Write down what runs, for `start` to find.
+    """Write the files that `start` reads.
 
     Args:
         source: what was written, with its references.
         tree: the configuration as it was built, every reference filled in.
-        facts: what the data said of itself.
+        facts: the data's own description.
     """
     write_text(folder.source_file, to_yaml(dict(source)))
     write_text(folder.facts_file, json.dumps(dict(facts), indent=2) + "\n")
@@ -91,7 +96,7 @@ def save(folder: RunFolder, source: Mapping[str, Any], tree: Mapping[str, Any], 
 def check_facts(start: Start, facts: Mapping[str, Any], allowed: Sequence[str]) -> None:
     """Refuse data that is no longer what the run was started with (more images, other classes, another autoencoder).
 
-    A fact that was not known yet when the run began is not asked for.
+    A fact that was not recorded when the run began is not compared.
 
     Raises:
         ConfigError: naming each fact that differs.
@@ -131,7 +136,7 @@ def _new(options: Options) -> Start:
 
 def _continued(options: Options, folder: RunFolder, checkpoint: Path | None) -> Start:
     if options.name and f"{options.name}{options.postfix}" != folder.name:
-        raise ConfigError(f"--name {options.name}: the run to go on with is called {folder.name}; leave the flag out.")
+        raise ConfigError(f"--name {options.name}: the run to resume is called {folder.name}; leave the flag out.")
     if options.scale_lr and options.resume != "auto":  # which is also what has started the run
         raise ConfigError(_SCALED)
     facts = json.loads(folder.facts_file.read_text()) if folder.facts_file.is_file() else None
@@ -144,9 +149,11 @@ def _continued(options: Options, folder: RunFolder, checkpoint: Path | None) -> 
 def _from_checkpoint(options: Options, checkpoint: Path) -> Start:
     if options.scale_lr:
         raise ConfigError(_SCALED)
-    from ldm.checkpoints.store import load  # torch, which a mistake on the command line need not wait for
+    from ldm.checkpoints import store  # torch, which a mistake on the command line need not wait for
+    from ldm.runtime import distributed
 
-    record = load(checkpoint).get("ldm", {})
+    verified = store.verify(checkpoint) if distributed.is_main() else None
+    record = store.record(checkpoint)
     if record.get("config") is None:
         raise ConfigError(f"{checkpoint}: holds no configuration; expected a checkpoint written by main.py.")
     saved = from_plain(record["config"], str(checkpoint))
@@ -155,7 +162,7 @@ def _from_checkpoint(options: Options, checkpoint: Path) -> Start:
     name = _name(options, written.wanted)
     run_folder.check_name(f"{name}{options.postfix}")  # it may be a stranger's
     config, notes = _changed(options, written, checkpoint)
-    return Start(config, written.wanted.plain(), name, None, checkpoint, notes, facts)
+    return Start(config, written.wanted.plain(), name, None, checkpoint, notes, facts, verified)
 
 
 def _wanted(options: Options, saved: Node) -> Node:
@@ -164,7 +171,7 @@ def _wanted(options: Options, saved: Node) -> Node:
 
 
 def _changed(options: Options, written: Written, origin: Path) -> tuple[Config, tuple[str, ...]]:
-    """The configuration to go on with, and a note on each change."""
+    """The configuration to resume with, and a note on each change."""
     changed = changes(written)
     refuse({key: change for key, change in changed.items() if bound(key)}, origin, options.allow_change)
     config = Config(going_on(written, changed, options.allow_change), options.trust)

@@ -1,10 +1,10 @@
-"""What a resumed run may change, and the configuration it then goes on with.
+"""What a resumed run may change, and the configuration that it resumes with.
 
 What is written now is compared with what was written then. A reference stands for what it led to: where it is written
 out now, or where a value is now a reference that leads to it, nothing has changed. (`${newest:...}` stands for any run
-that its pattern matches; `${data:...}` for what the data said of itself then.)
+that its pattern matches; `${data:...}` for the data's own description then.)
 
-A run goes on with the values that it ran with, so that a newer autoencoder or a longer `max_steps` changes nothing
+A run resumes with the values that it ran with, so that a newer autoencoder or a longer `max_steps` changes nothing
 elsewhere. Three things differ from that:
 
 - a key that is changed has its new value;
@@ -37,9 +37,9 @@ _BOUND = (
     ),
     *("lightning.trainer.limit_train_batches", "lightning.trainer.overfit_batches"),
 )
-# Exceptions to the above: how the same batch is loaded and cut to pieces.
-_FREE = ("data.params.num_workers", "data.params.micro_batch_size")
-# Leaves the choice to a run's start, so that a run that goes on has made it.
+# Exceptions to the above: how the same batch is loaded and cut to pieces, and what is measured.
+_FREE = ("data.params.num_workers", "data.params.micro_batch_size", "model.params.metrics")
+# Chosen at a run's start, so that a resumed run keeps the choice.
 _CHOSEN_AT_START = {"lightning.trainer.precision": "auto"}
 
 Keys = tuple[str, ...]
@@ -53,7 +53,7 @@ class Written:
         source: what was written then; the same as `filled` where that is not known.
         filled: what ran, with every reference filled in.
         wanted: what is written now.
-        facts: what the data said of itself then, where that is known.
+        facts: the data's own description then, if known.
     """
 
     source: Node
@@ -75,7 +75,7 @@ def changes(written: Written) -> dict[str, tuple[Any, Any]]:
 
 
 def going_on(written: Written, changed: Mapping[str, Any], allowed: Sequence[str]) -> Node:
-    """The configuration to go on with.
+    """The configuration to resume with.
 
     Args:
         changed: by dotted key, as `changes` gives it.
@@ -100,7 +100,7 @@ def refuse(changed: Mapping[str, tuple[Any, Any]], origin: Path, allowed: Sequen
     """Raises ConfigError, naming each, where a change is not allowed by name."""
     refused = {key: change for key, change in changed.items() if not any(_under(key, name) for name in allowed)}
     if refused:
-        lines = [f"  {key}: the run has {brief(old)}, asked for is {brief(new)}" for key, (old, new) in refused.items()]
+        lines = [f"  {key}: the run has {brief(old)}, requested is {brief(new)}" for key, (old, new) in refused.items()]
         flags = " ".join(dict.fromkeys(f"--allow-change {key.split(' ')[0]}" for key in refused))
         raise ConfigError(
             f"{origin}: resuming with these changes would be another run:\n" + "\n".join(lines) + "\n"

@@ -1,15 +1,16 @@
-"""How several processes share the training of one model: each holds all of it (DDP), or a part (FSDP2).
+"""How several processes train one model: each holds all of it (DDP) or a part (FSDP2).
 
     lightning:
       strategy: {target: ldm.training.strategies.FSDP2, params: {timeout: 300, sharded_checkpoints: true}}
 
-By default several devices or ranks use `DDP()`. The data, the mathematics and the checkpoints are the same
-under either and on one device: a run may go on under another strategy and on another number of ranks.
+By default several devices or ranks use `DDP()`. Data, mathematics and checkpoints are the same with either and on one
+device: a run may be resumed with another strategy and on another number of ranks.
 """
 
 import secrets
 from collections.abc import Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,16 @@ from pytorch_lightning.core.optimizer import LightningOptimizer
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from torch.optim import Optimizer
 
-from ldm.checkpoints import former_keys, sharded_state, shards, store
+from ldm.checkpoints import sharded_state, shards
 from ldm.ranges import Positive
 from ldm.runtime import distributed, fsdp
+from ldm.training import lightning_internals
+from ldm.training.callbacks.checkpoints import AtomicCheckpointIO
 
 TIMEOUT = 300.0
 """Seconds that a rank waits for another before it considers it lost; Lightning's default is half an hour."""
 START = 600.0
-"""Seconds that it waits at least for the first meeting: a rank may have to wait for its machine, and imports."""
+"""The least seconds that it waits for the others to connect: a rank may have to wait for its machine, and imports."""
 
 
 class DDP(DDPStrategy):
@@ -51,7 +54,7 @@ class FSDP2(ModelParallelStrategy):
         timeout: seconds that a rank waits for another before the run ends.
         backend: "gloo" or "nccl"; None: chosen by device.
         sharded_checkpoints: every rank saves its own rows; otherwise rank 0 gathers them into one file, the same that
-            DDP writes. Either can be resumed on any number of ranks and under any strategy.
+            DDP writes. Either can be resumed on any number of ranks and with any strategy.
     """
 
     def __init__(
@@ -68,9 +71,9 @@ class FSDP2(ModelParallelStrategy):
         return True
 
     def setup_environment(self) -> None:
-        self._data_parallel_size = self.num_nodes * self.num_processes  # by itself it would be the number of nodes
+        lightning_internals.shard_over_all_ranks(self)
         super().setup_environment()
-        distributed.set_timeout(self.timeout)  # also of the mesh's own groups
+        distributed.set_timeout(self.timeout)  # for the groups of the mesh as well
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
@@ -93,13 +96,9 @@ class FSDP2(ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """The state; of a sharded checkpoint only this rank's rows are read."""
-        path = Path(self.broadcast(str(checkpoint_path)))
-        state = store.load(path, assemble=False)
-        named = state.pop("shards", None)
-        if named is None:
-            return state
-        rows = sharded_state.read(state, shards.folder_of(path, named["folder"]), self.device_mesh["data_parallel"])
-        return former_keys.current(rows)
+        files = self.checkpoint_io
+        assert isinstance(files, AtomicCheckpointIO), "ldm.training.trainer.make_trainer puts it there"
+        return files.load(checkpoint_path, partial(sharded_state.rows, mesh=self.device_mesh["data_parallel"]))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
@@ -111,7 +110,7 @@ class FSDP2(ModelParallelStrategy):
 
     def teardown(self) -> None:
         super().teardown()
-        self.checkpoint_io.teardown()  # which Lightning's class forgets
+        self.checkpoint_io.teardown()  # Lightning's class does not
 
     def _saved(self, state: Any) -> Any:
         return state if self.sharded_checkpoints else sharded_state.gathered(state)

@@ -2,25 +2,16 @@
 
     lightning:
       trainer: {max_steps: 10000, precision: auto, val_check_interval: 500, ...}   # Lightning's own arguments
-      logger: {name: {target: ...}}    # beside wandb and metrics.csv; `wandb: null`: without wandb. A node or a list
-                                       # of nodes: these alone. metrics.csv is always written; null: nothing else
-      callbacks: {name: {target: ...}} # added to the defaults, or in place of the one of that name; null: without it
-      strategy: {target: ldm.training.strategies.FSDP2}   # without a word, several ranks have DDP of that module
+      logger, callbacks: ...           # ldm/training/defaults.py
+      strategy: {target: ldm.training.strategies.FSDP2}   # left out: several ranks use DDP of that module
 
 `val_check_interval` counts optimizer steps; accumulation follows from the data's batch sizes. Where torchrun or srun
-has started the processes, their number is not asked of `devices` and `num_nodes`. What keeps a run's work
-(checkpoints, clean stops, finite weights, the metrics file) needs no line of YAML.
+has started the processes, their number replaces `devices` and `num_nodes`.
 """
 
-import inspect
 import logging
-import os
-import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cache
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -34,29 +25,18 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ldm.autoencoder.module import AutoencoderKL
 from ldm.config.load import build
-from ldm.config.signatures import live_signature
-from ldm.config.targets import is_node, reason, resolve
-from ldm.diffusion.conditioners.base import Unconditional
-from ldm.diffusion.module import LatentDiffusion, parts
+from ldm.config.targets import reason
+from ldm.diffusion.module import LatentDiffusion
 from ldm.errors import ConfigError
-from ldm.run_folder import RunFolder
 from ldm.runtime import distributed, threads
 from ldm.runtime.step_metrics import is_logged
-from ldm.training.callbacks.checkpoints import AtomicCheckpointIO, Checkpoints
-from ldm.training.callbacks.monitors import Monitors, monitored
-from ldm.training.callbacks.previews import ImageLogger, SampleLogger
-from ldm.training.callbacks.progress import Progress, Throughput
-from ldm.training.callbacks.provenance import Provenance
-from ldm.training.callbacks.skip_nonfinite import SkipNonFinite
-from ldm.training.callbacks.stop import StopOnSignal
-from ldm.training.loggers import FencedWandb, MetricsFile, ended_if_failed
+from ldm.training import lightning_internals
+from ldm.training.callbacks.checkpoints import AtomicCheckpointIO
+from ldm.training.defaults import LOG_EVERY, validation_interval
 from ldm.training.rehearsal import Rehearsal
 from ldm.training.strategies import DDP, FSDP2
 
 log = logging.getLogger(__name__)
-
-LOG_EVERY = 50
-"""Optimizer steps between two rows of metrics, where the configuration does not say."""
 
 # Stage 1 takes gradients before a scaler could see them, so fp16 is not for it.
 _PRECISIONS: dict[type, tuple[str, ...]] = {
@@ -85,75 +65,78 @@ def make_trainer(
     Args:
         tree: the configuration with every reference filled in.
         data: data module, for the accumulation.
-        model: module, which says whether it accumulates by itself; its weights are not touched.
+        model: module, checked for what it can be trained with; its weights are not touched.
         folder: the run folder.
 
     Raises:
         ConfigError: Lightning refuses an argument.
     """
-    # The average stays in eval mode; Lightning's own affair; measured; our sampler finds its place by itself.
-    meant = ("Found .* module.* in eval mode", ".*isinstance.treespec", ".*does not have many workers")
-    for text in (*meant, "You're resuming from a checkpoint that ended before the epoch"):
-        warnings.filterwarnings("ignore", text, module="pytorch_lightning")
+    lightning_internals.ignore_expected_warnings()
     section = tree["lightning"]
-    arguments: dict[str, Any] = {"enable_model_summary": False, "log_every_n_steps": LOG_EVERY} | section["trainer"]
-    arguments["accelerator"] = _accelerator(arguments.get("accelerator") or "auto")
-    if (counts := distributed.launched()) is not None:
-        arguments |= dict(zip(("num_nodes", "devices"), counts, strict=True))
-    interval = _interval(arguments)
-    plugins = build(arguments.pop("plugins", None) or [], trust, key="lightning.trainer.plugins")
+    arguments = _arguments(section["trainer"], trust)
     strategy = build(section.get("strategy") or "auto", trust, key="lightning.strategy")
     _check_model(model, arguments, strategy)
     steps = _Steps()
     saves = any(isinstance(callback, Checkpoint) for callback in callbacks)
     arguments |= {
-        "val_check_interval": interval,
         "logger": list(loggers),
         "callbacks": [steps, *callbacks, *([Rehearsal()] if saves else [])],
-        "plugins": [AtomicCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])],
         "enable_checkpointing": saves,
         "default_root_dir": folder,
-        "max_epochs": -1,
-        "check_val_every_n_epoch": None,
-        "use_distributed_sampler": False,
-        # One validation batch before the first step: what fails there should not fail hours later.
-        "num_sanity_val_steps": arguments.get("num_sanity_val_steps", 1),
     }
-    try:
-        with _muted():
-            trainer = _trainer(strategy, arguments)
-    except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
-        text = reason(error) if isinstance(error, ImportError) else str(error)
-        raise ConfigError(f"lightning.trainer: {text}") from error
+    trainer = _trainer(strategy, arguments)
     threads.share(trainer.num_devices)
-    # Known only now: the world size is the strategy's. Lightning counts the interval in batches.
     steps.accumulation = data.accumulation(trainer.world_size)
-    trainer.val_check_interval = interval * steps.accumulation
+    lightning_internals.set_validation_interval(trainer, arguments["val_check_interval"] * steps.accumulation)
     return trainer
 
 
-@cache  # and so said once
+def _arguments(written: Mapping[str, Any], trust: Sequence[str]) -> dict[str, Any]:
+    """Lightning's arguments: the section `lightning.trainer`, our defaults, and what is the same in every run."""
+    # One validation batch before the first step: what fails there should not fail hours later.
+    default = {"enable_model_summary": False, "log_every_n_steps": LOG_EVERY, "num_sanity_val_steps": 1}
+    arguments: dict[str, Any] = default | dict(written)
+    arguments["accelerator"] = _accelerator(arguments.get("accelerator") or "auto")
+    if (counts := distributed.launched()) is not None:
+        arguments |= dict(zip(("num_nodes", "devices"), counts, strict=True))
+    interval = validation_interval(arguments)
+    plugins = build(arguments.get("plugins") or [], trust, key="lightning.trainer.plugins")
+    return arguments | {
+        "val_check_interval": interval,
+        "plugins": [AtomicCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])],
+        "max_epochs": -1,
+        "check_val_every_n_epoch": None,
+        "use_distributed_sampler": False,
+    }
+
+
+@cache  # so that the warning appears once
 def _accelerator(wanted: Any) -> Any:
-    """`auto` is a GPU that ldm has been tried on, else the CPU: Apple's has to be asked for by name."""
+    """`auto` picks a kind of GPU that ldm has been tested on, else the CPU; Apple's must be requested by name."""
     if wanted != "auto" or not MPSAccelerator.is_available():
         return wanted
     log.warning(
-        "lightning.trainer.accelerator: auto takes the CPU of this Mac; ldm has not been tried on Apple's GPU, which "
-        "lightning.trainer.accelerator=mps lightning.trainer.precision=32-true uses all the same"
+        "lightning.trainer.accelerator: auto takes the CPU of this Mac; ldm has not been tested on Apple's GPU, which "
+        "lightning.trainer.accelerator=mps lightning.trainer.precision=32-true selects anyway"
     )
     return "cpu"
 
 
 def _trainer(strategy: Any, arguments: dict[str, Any]) -> pl.Trainer:
-    trainer = pl.Trainer(**arguments, strategy=DDP() if strategy == "ddp" else strategy)
-    if strategy == "auto" and isinstance(trainer.strategy, DDPStrategy):
-        # Lightning knows how many devices there are, but would wait half an hour for one that is lost.
-        trainer = pl.Trainer(**arguments, strategy=DDP())
-    return trainer
+    try:
+        with lightning_internals.muted():
+            trainer = pl.Trainer(**arguments, strategy=DDP() if strategy == "ddp" else strategy)
+            if strategy == "auto" and isinstance(trainer.strategy, DDPStrategy):
+                # Lightning knows how many devices there are, but would wait half an hour for one that is lost.
+                trainer = pl.Trainer(**arguments, strategy=DDP())
+            return trainer
+    except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
+        text = reason(error) if isinstance(error, ImportError) else str(error)
+        raise ConfigError(f"lightning.trainer: {text}") from error
 
 
 def _check_model(model: Any, arguments: Mapping[str, Any], strategy: Any) -> None:
-    """Refuse what the model cannot be trained under."""
+    """Refuse settings that the model cannot be trained with."""
     _check_precision(model, arguments.get("precision"))
     if arguments.get("gradient_clip_val") and isinstance(model, AutoencoderKL | LatentDiffusion):
         raise ConfigError(
@@ -170,8 +153,8 @@ def _check_model(model: Any, arguments: Mapping[str, Any], strategy: Any) -> Non
     precision = arguments.get("precision")
     if precision not in (None, 32, "32", "32-true", "bf16-mixed"):
         raise ConfigError(
-            f"lightning.trainer.precision: FSDP2 computes in 32-true or bf16-mixed (bf16 parameters in compute, "
-            f"float32 where they are kept), found {precision}."
+            f"lightning.trainer.precision: FSDP2 computes in 32-true or bf16-mixed (parameters are stored in "
+            f"float32 and converted for computing), found {precision}."
         )
 
 
@@ -185,7 +168,7 @@ def _check_precision(model: Any, precision: Any) -> None:
 
 
 class _Steps(pl.Callback):
-    """Makes Lightning count optimizer steps, where it logs and where it goes on, also in manual optimisation."""
+    """Makes Lightning log, validate and resume by optimizer steps, with manual optimization as well."""
 
     def __init__(self) -> None:
         self.accumulation = 1
@@ -202,125 +185,15 @@ class _Steps(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        # Saved as a number of micro-batches, of which a step may have another number now. Lightning takes each batch
-        # whose number is a multiple of the accumulation for a step's last, and validates by that number, too.
-        counts = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        batches = checkpoint["global_step"] * self.accumulation
-        for count in (counts["total"], counts["current"]):
-            late = batches - count["ready"]
-            count.update({name: value + late for name, value in count.items()})
+        lightning_internals.place_batch_count(checkpoint, checkpoint["global_step"] * self.accumulation)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Not by the trainer's argument, which is refused where optimisation is manual, though loggers count by it.
-        trainer.accumulate_grad_batches = self.accumulation
+        lightning_internals.set_accumulation(trainer, self.accumulation)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if is_logged(trainer):
-            pl_module.log("step", float(trainer.global_step + 1))  # Lightning's name for what a row is numbered by
+            lightning_internals.number_row(pl_module, trainer.global_step + 1)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == "fit":
-            pl_module.log("step", float(trainer.global_step))
-
-
-@contextmanager
-def _muted() -> Iterator[None]:
-    """Within the block Lightning does not advertise."""
-    logger = logging.getLogger("pytorch_lightning.utilities.rank_zero")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def make_loggers(tree: Mapping[str, Any], folder: RunFolder, project: str, trust: Sequence[str] = ()) -> list[Logger]:
-    """metrics.csv, and wandb (unless WANDB_MODE is disabled), changed by name by the configuration or replaced by its.
-
-    A logger that takes a `save_dir` and is given none keeps its files in the run folder.
-    """
-    name, mode = folder.path.name, os.environ.get("WANDB_MODE")
-    own: dict[str, Any] = {"save_dir": str(folder.path), "project": project, "name": name, "id": _wandb_id(name)}
-    own["offline"] = mode == "offline"
-    default = {} if mode == "disabled" else {"wandb": {"target": f"{FencedWandb.__module__}.{FencedWandb.__name__}"}}
-    further = [_logger(node, own, trust, key) for key, node in _logger_nodes(tree["lightning"], default).items()]
-    with ended_if_failed(further):
-        for logger in further:
-            logger.log_hyperparams(dict(tree))
-    return [MetricsFile(folder.metrics_file), *further]
-
-
-def _logger_nodes(section: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """{dotted key: node}: a node or a list of nodes stands in the defaults' place, named ones are merged over them."""
-    chosen = section.get("logger", {})
-    if is_node(chosen):
-        return {"lightning.logger": chosen}
-    if isinstance(chosen, list):
-        return {f"lightning.logger.{place}": node for place, node in enumerate(chosen)}
-    named = {} if chosen is None else {**default, **chosen}
-    return {f"lightning.logger.{name}": node for name, node in named.items() if node is not None}
-
-
-def _logger(node: Mapping[str, Any], own: Mapping[str, Any], trust: Sequence[str], key: str) -> Any:
-    """What a node leaves out is filled in from the run's own: all of it for our wandb, the folder for any logger."""
-    make = resolve(node["target"], trust)
-    names = own if inspect.isclass(make) and issubclass(make, FencedWandb) else ["save_dir"]
-    filled = {name: own[name] for name in names if name in live_signature(make).parameters}
-    return build({**node, "params": {**filled, **(node.get("params") or {})}}, trust, key=key)
-
-
-def _wandb_id(name: str) -> str:
-    text = re.sub(r"[^\w-]", "-", name)
-    # It becomes part of a file's name; wandb takes no more than 128 characters.
-    return text if len(os.fsencode(text)) <= 128 else f"{text[:48]}-{sha256(name.encode()).hexdigest()[:16]}"
-
-
-def make_callbacks(
-    tree: Mapping[str, Any], folder: RunFolder, model: Any, facts: Mapping[str, Any], trust: Sequence[str] = ()
-) -> list[pl.Callback]:
-    """The defaults, changed by name by the configuration.
-
-    Args:
-        model: module, which decides what pictures there are.
-        facts: what the data said of itself.
-    """
-    section = tree["lightning"]
-    trainer = section["trainer"]
-    callbacks: dict[str, pl.Callback | None] = {
-        "provenance": Provenance(tree, facts),
-        "finite": SkipNonFinite(folder.checkpoints),
-        "stop": StopOnSignal(folder.checkpoints),
-        "images": _pictures(model, _interval(trainer), facts, trust),
-        "throughput": Throughput(trainer.get("log_every_n_steps", LOG_EVERY)),
-        "progress": Progress() if trainer.get("enable_progress_bar", True) else None,
-        "checkpoints": Checkpoints(),
-    }
-    for name, node in (section.get("callbacks") or {}).items():
-        callbacks[name] = build(node, trust, key=f"lightning.callbacks.{name}")
-    monitors = monitored(section.get("callbacks") or {})
-    first = [Monitors(monitors, tree["model"])] if monitors else []
-    return [*first, *(callback for callback in callbacks.values() if callback is not None)]
-
-
-def _pictures(model: Any, interval: int, facts: Mapping[str, Any], trust: Sequence[str]) -> pl.Callback | None:
-    """Reconstructions of the autoencoder, or samples of the diffusion model, as often as it is validated."""
-    if isinstance(model, AutoencoderKL):
-        return ImageLogger(interval)
-    if not isinstance(model, LatentDiffusion):
-        return None
-    # The data may have classes that the model does not ask for.
-    count = None if isinstance(parts(model.denoiser)[1], Unconditional) else facts.get("num_classes")
-    # Up to 32 pictures of 50 network calls.
-    return SampleLogger(interval, None if count is None else range(min(count, 4)), trust=trust)
-
-
-def _interval(arguments: Mapping[str, Any]) -> int:
-    """Optimizer steps between two validations; ten in a run if nothing is said."""
-    max_steps: int = arguments["max_steps"]
-    interval = arguments.get("val_check_interval") or max(1, max_steps // 10)
-    if type(interval) is not int or interval < 1:
-        raise ConfigError(
-            f"lightning.trainer.val_check_interval: expected a number of optimizer steps, found {interval!r}."
-        )
-    return min(interval, max_steps)
+            lightning_internals.number_row(pl_module, trainer.global_step)

@@ -16,7 +16,7 @@ from ldm.checkpoints import store
 from ldm.config.load import to_yaml
 from ldm.errors import CheckpointError
 from ldm.run_folder import RunFolder, RunState
-from ldm.training.loggers import read_metrics
+from ldm.training.metrics_table import read_metrics
 from scripts.faults.interpreter import ROOT, Hook, python, torchrun
 from scripts.faults.processes import Child, Wrong, children, demand, descendants, fork, wait_until
 from scripts.faults.tiny import Tree, pictures, stage1, stage2

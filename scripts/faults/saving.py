@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ldm.checkpoints import store
+from ldm.checkpoints import store, writer
 from ldm.errors import CheckpointError
 from scripts.faults import machine
 from scripts.faults.harness import NotTried, Place, fault
@@ -66,7 +66,7 @@ def _kill_one_saver(place: Place, folder: Path) -> int:
     child.send(signal.SIGKILL)
     demand(child.wait(10) == -signal.SIGKILL, f"the saver failed: {last_line(child.output())}")
     (promised,) = struct.unpack("q", acknowledged[:8])
-    swept = store.sweep(folder)
+    swept = writer.sweep(folder)
     demand({path.name for path in folder.iterdir()} <= {"last.ckpt"}, f"left: {os.listdir(folder)}")
     if promised or (folder / "last.ckpt").exists():
         state = store.load(folder / "last.ckpt")

@@ -47,6 +47,18 @@ def test_latent_shape_is_the_encoder_s(codec, images):
     assert codec.latent_shape(16) == tuple(codec.encode(images)[0].shape[1:]) == (4, 4, 4)
 
 
+def test_height_and_width_are_two_facts(codec, state, tmp_path):
+    images = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mean, std = codec.encode(images)
+    assert codec.latent_shape((16, 24)) == tuple(mean.shape[1:]) == tuple(std.shape[1:]) == (4, 4, 6)
+    assert codec.decode(mean).shape == images.shape
+    state["ldm"]["config"]["data"] = {"target": "x", "params": {"resolution": [16, 24]}}
+    store.save(tmp_path / "wide.ckpt", state)
+    assert Codec.load(tmp_path / "wide.ckpt").size == (16, 24)
+    with pytest.raises(ConfigError, match=r"found 16 x 30. Use width 28 or 32\."):
+        codec.latent_shape((16, 30))
+
+
 def test_a_resolution_that_does_not_divide_is_refused(codec):
     with pytest.raises(ConfigError, match=r"data.params.resolution: .*multiple of .* 4, found 30. Use 28 or 32"):
         codec.latent_shape(30)
@@ -109,12 +121,12 @@ def test_weight_hash_follows_the_weights_alone(codec, state, runs, other_autoenc
 def test_it_knows_its_configuration_resolution_and_statistics(codec, state, tmp_path):
     assert set(codec.config) == {"encoder", "decoder"}
     assert codec.config["encoder"]["params"]["latent_channels"] == 4
-    assert (codec.resolution, codec.statistics) == (None, None)
+    assert (codec.size, codec.statistics) == (None, None)
     state["ldm"]["latents"] = {"mean": [0.0] * 4, "std": [1.0] * 4}
     state["ldm"]["config"]["data"] = {"target": "x", "params": {"resolution": 64}}
     store.save(tmp_path / "more.ckpt", state)
     more = Codec.load(tmp_path / "more.ckpt")
-    assert (more.resolution, more.statistics) == (64, {"mean": [0.0] * 4, "std": [1.0] * 4})
+    assert (more.size, more.statistics) == ((64, 64), {"mean": [0.0] * 4, "std": [1.0] * 4})
     assert more.path == str(tmp_path / "more.ckpt")
 
 

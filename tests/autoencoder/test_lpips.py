@@ -76,6 +76,13 @@ def test_pictures_that_cannot_be_halved_four_times_are_refused(ours, size):
     assert ours(images, images).tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("channels", [2, 4])
+def test_pictures_that_are_neither_gray_nor_color_are_refused(ours, channels):
+    images = torch.zeros(2, channels, 16, 24)
+    with pytest.raises(ConfigError, match=rf"1 or 3 channels .*found {channels}: leave it out"):
+        ours(images, images)
+
+
 def test_grey_images_are_repeated(ours, images):
     a, b = (image[:, :1] for image in images)
     torch.testing.assert_close(ours(a, b), ours(a.repeat(1, 3, 1, 1), b.repeat(1, 3, 1, 1)))

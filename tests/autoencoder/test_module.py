@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader
 from ldm.autoencoder.discriminator import PatchDiscriminator
 from ldm.autoencoder.losses import AutoencoderLoss
 from ldm.autoencoder.lpips import LPIPS
-from ldm.autoencoder.module import AutoencoderKL, latent_sums, statistics
+from ldm.autoencoder.metrics import Perceptual
+from ldm.autoencoder.module import AutoencoderKL
 from ldm.autoencoder.networks import Decoder, Encoder
-from ldm.autoencoder.posterior import DiagonalGaussian
+from ldm.autoencoder.posterior import DiagonalGaussian, latent_sums, statistics
 from ldm.optim.optimizers import AdamW, Muon
 from ldm.randomness import Draws
 
@@ -228,29 +229,46 @@ def test_validation_repeats_itself_and_says_what_it_should():
     assert first == pytest.approx(second, rel=1e-6)
 
 
-def test_metrics_against_their_definitions():
-    model = make()
-    images = batch([0, 1], size=32)["image"]
-    noisy = (images + 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
-    posterior = DiagonalGaussian(torch.zeros(2, 4, 16, 16))
-    metrics = model.evaluate(images, noisy, posterior)
-    mse = (images - noisy).square().mean((1, 2, 3))
-    assert metrics["psnr"].item() == pytest.approx((10 * (4 / mse).log10()).mean().item(), rel=1e-5)
-    assert metrics["l1"].item() == pytest.approx((images - noisy).abs().mean().item(), rel=1e-5)
-    assert metrics["rec_loss"].item() == pytest.approx((images - noisy).abs().sum().item() / 2, rel=1e-5)
-    assert 0.5 < metrics["ssim"].item() < 1.0
-    assert model.evaluate(images, images, posterior)["ssim"].item() == pytest.approx(1.0)
-    # Values out of range count in the loss and are cut for the picture's figures.
-    assert model.evaluate(images.sign(), 3 * images.sign(), posterior)["ssim"].item() == pytest.approx(1.0)
-
-
-def test_metrics_are_float32_under_autocast():
-    model, images = make(), batch([0, 1], size=32)["image"]
-    posterior = DiagonalGaussian(torch.zeros(2, 4, 16, 16))
-    expected = model.evaluate(images, 0.9 * images, posterior)
+def test_what_metrics_see_is_float32_under_autocast(monkeypatch):
+    model, of = make(perceptual=LPIPS(pretrained=False)), batch([0, 1], size=32)
+    with torch.no_grad():
+        made = 0.9 * of["image"], model.encode(of["image"])
+    monkeypatch.setattr(model, "reconstruct", lambda batch: made)
+    expected = model.evaluate(of)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed = model.evaluate(images, 0.9 * images, posterior)
-    assert all(torch.equal(expected[name], mixed[name]) for name in expected)
+        mixed = model.evaluate(of)
+    assert {value.dtype for value in (mixed.reconstruction, *mixed.losses.values())} == {torch.float32}
+    assert all(torch.equal(expected.losses[name], mixed.losses[name]) for name in expected.losses)
+
+
+def test_metrics_are_no_part_of_the_model():
+    """Not trained, saved, moved by a strategy, or counted."""
+    plain, measured = make(), make(metrics={"lpips": Perceptual(LPIPS(pretrained=False))})
+    assert plain.state_dict().keys() == measured.state_dict().keys()
+    assert [*dict(plain.named_parameters())] == [*dict(measured.named_parameters())]
+    assert [*dict(plain.named_buffers())] == [*dict(measured.named_buffers())]
+    (metrics,) = fit(measured, steps=1, limit_val_batches=1.0).validate(measured, Data(), verbose=False)
+    assert metrics["val/lpips"] > 0
+
+
+def test_metrics_do_not_depend_on_the_batches():
+    """Of 10 pictures: 4, 4 and 2; 3, 3, 3 and 1; all at once."""
+    model = make(perceptual=LPIPS(pretrained=False))
+    model.loss.l2_weight = 0.5
+    trainer = fit(model, steps=0, limit_val_batches=1.0)
+    several, other, whole = (trainer.validate(model, Data(micro), verbose=False)[0] for micro in (4, 3, 10))
+    assert {*whole} == {f"val/{name}" for name in ("psnr", "ssim", "l1", "l2", "lpips", "rec_loss", "kl")}
+    assert several == pytest.approx(whole, rel=1e-6)
+    assert other == pytest.approx(whole, rel=1e-6)
+
+
+def test_the_batch_of_the_sanity_check_leaves_no_trace():
+    with_check, without = make(), make()
+    options = {"limit_val_batches": 1.0, "val_check_interval": 1}
+    found = [fit(model, steps=1, num_sanity_val_steps=n, **options) for model, n in ((with_check, 1), (without, 0))]
+    checked, unchecked = (trainer.callback_metrics for trainer in found)
+    assert checked.keys() == unchecked.keys()
+    assert all(torch.equal(checked[name], unchecked[name]) for name in unchecked)
 
 
 def test_latent_statistics_are_those_of_the_draws():
@@ -303,6 +321,7 @@ from functools import partial
 from ldm.runtime import distributed
 from ldm.autoencoder.discriminator import PatchDiscriminator
 from ldm.autoencoder.losses import AutoencoderLoss
+from ldm.autoencoder.metrics import Perceptual
 from ldm.autoencoder.module import AutoencoderKL
 from ldm.autoencoder.networks import Decoder, Encoder
 from ldm.randomness import Draws

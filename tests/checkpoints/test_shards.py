@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY
 
-from ldm.checkpoints import shards, store
+from ldm.checkpoints import sealed_file, shards, store, writer
 from ldm.errors import CheckpointError, NumericError, PeerError, ResourceError
 
 WORLD = 2
@@ -67,9 +67,11 @@ def same(ours: Any, theirs: Any) -> bool:
 def test_it_loads_as_what_one_process_would_have_saved(tmp_path):
     save(tmp_path / NAME)
     assert same(store.load(tmp_path / NAME), whole(4))
-    rest = store.load(tmp_path / NAME, assemble=False)
+    rest = store.load(tmp_path / NAME, read_shards=lambda folder: {})
     assert rest["state_dict"]["a"] is None
-    assert sorted(rest["shards"]["files"]) == [f"rank-0000{rank}-of-00002.safetensors" for rank in range(WORLD)]
+    assert sorted(sealed_file.read(tmp_path / NAME)["shards"]["files"]) == [
+        f"rank-0000{rank}-of-00002.safetensors" for rank in range(WORLD)
+    ]
     assert store.newest(tmp_path) == tmp_path / NAME
 
 
@@ -95,6 +97,33 @@ def test_every_kind_of_damage_to_a_shard_is_found(tmp_path):
             store.load(tmp_path / NAME)
     assert store.newest(tmp_path) == tmp_path / "step=3.ckpt"
     assert (tmp_path / f"{NAME}.corrupt").exists()
+
+
+@pytest.mark.parametrize("replaced", ["flipped", "removed"])
+def test_a_shard_that_changes_after_the_verification_is_found(tmp_path, replaced):
+    save(tmp_path / NAME)
+    verified = store.verify(tmp_path / NAME)
+    shard = next(tmp_path.rglob("rank-00001-of-*.safetensors"))
+    data, times = bytearray(shard.read_bytes()), shard.stat()
+    data[-1] ^= 1
+    if replaced == "flipped":
+        shard.write_bytes(data)
+        os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+    else:
+        shard.unlink()
+    with pytest.raises(CheckpointError, match=shard.name):
+        store.load(verified)
+
+
+def test_a_shard_that_changes_while_it_is_read_is_found(tmp_path):
+    save(tmp_path / NAME)
+
+    def replaces(folder: Path) -> dict[str, Any]:
+        next(folder.glob("*.safetensors")).touch()
+        return {}
+
+    with pytest.raises(CheckpointError, match="replaced while it was read"):
+        store.load(tmp_path / NAME, replaces)
 
 
 def test_the_old_shards_go_when_the_new_ones_are_sealed(tmp_path):
@@ -140,11 +169,11 @@ def test_a_full_disk_on_one_rank_is_told_to_the_main_one(tmp_path, monkeypatch):
 def test_sweep_removes_shards_that_no_checkpoint_names(tmp_path):
     save(tmp_path / NAME)
     store.save(tmp_path / NAME, share(1, 5, "1"))  # and rank 0 was killed
-    assert store.sweep(tmp_path) == [tmp_path / f"{NAME}.1{shards.SUFFIX}"]
+    assert writer.sweep(tmp_path) == [tmp_path / f"{NAME}.1{shards.SUFFIX}"]
     (tmp_path / NAME).rename(tmp_path / f"{NAME}.superseded")
-    assert store.sweep(tmp_path) == []  # it can be put back
+    assert writer.sweep(tmp_path) == []  # it can be put back
     (tmp_path / f"{NAME}.superseded").unlink()
-    assert store.sweep(tmp_path) == [tmp_path / f"{NAME}.0{shards.SUFFIX}"]
+    assert writer.sweep(tmp_path) == [tmp_path / f"{NAME}.0{shards.SUFFIX}"]
     assert not os.listdir(tmp_path)
 
 
@@ -183,7 +212,7 @@ def test_kill_9_of_either_rank_leaves_a_good_checkpoint(tmp_path, rounds):
             os.waitpid(child, 0)
         state = store.load(folder / NAME)
         assert same(state, whole(state["global_step"]))
-        store.sweep(folder)
+        writer.sweep(folder)
         (kept,) = folder.glob(f"*{shards.SUFFIX}")
         assert sorted(os.listdir(folder)) == [NAME, kept.name]
         assert json.loads((kept / "rank-00001-of-00002.json").read_text()).keys() == {"crc32"}

@@ -10,7 +10,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections import OrderedDict
@@ -21,7 +20,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ldm.checkpoints import sealed_file, state_tree, store
+from ldm.checkpoints import sealed_file, state_tree, store, writer
 from ldm.errors import CheckpointError, NumericError, ResourceError
 
 
@@ -163,6 +162,41 @@ def test_find_takes_a_run_a_folder_or_a_file(tmp_path: Path) -> None:
             store.find(wrong)
 
 
+def test_what_was_verified_is_not_read_for_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    fault = sealed_file.fault
+    monkeypatch.setattr(sealed_file, "fault", lambda path: read.append(path) or fault(path))
+    for step in (1, 2):
+        store.save(tmp_path / f"{step}.ckpt", a_state(step))
+    verified = store.verify(tmp_path)
+    assert store.load(verified)["global_step"] == 2
+    assert store.load(verified)["global_step"] == 2
+    assert read == [tmp_path / "2.ckpt"]
+
+
+def test_a_file_that_changes_after_the_verification_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    store.save(path, a_state(1))
+    verified, good, times = store.verify(path), path.read_bytes(), path.stat()
+    damaged = bytearray(good)
+    damaged[len(good) // 2] ^= 1
+    path.write_bytes(damaged)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(CheckpointError, match=r"a\.ckpt: damaged"):
+        store.load(verified)
+    store.save(path, a_state(2))
+    with pytest.raises(CheckpointError, match=r"a\.ckpt: was replaced after"):
+        store.load(verified)
+    (tmp_path / "copy").write_bytes(good)  # as on another machine
+    (tmp_path / "copy").replace(path)
+    assert store.load(verified)["global_step"] == 1
+
+
+def test_the_record_is_read_without_the_weights(tmp_path: Path) -> None:
+    store.save(tmp_path / "a.ckpt", a_state(1) | {"ldm": {"step": 1, "config": {"seed": 3}}})
+    assert store.record(tmp_path / "a.ckpt")["config"] == {"seed": 3}
+
+
 class _Harm:
     def __reduce__(self) -> tuple:
         return os.system, ("touch harm_was_done",)
@@ -244,19 +278,6 @@ def test_a_full_file_system_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
         subprocess.run(["umount", str(small)], check=True)
 
 
-def test_sweep_spares_a_living_saver(tmp_path: Path) -> None:
-    dead = tmp_path / "a.ckpt.tmp.elsewhere.4711"
-    dead.write_bytes(b"half a checkpoint")
-    alive = tmp_path / "b.ckpt.tmp.elsewhere.4712"
-    code = "import fcntl, sys, time; f = open(sys.argv[1], 'wb'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True)"
-    with subprocess.Popen([sys.executable, "-c", code + "; time.sleep(60)", alive], stdout=subprocess.PIPE) as saver:
-        assert saver.stdout is not None
-        assert saver.stdout.readline()
-        assert store.sweep(tmp_path) == [dead]
-        saver.kill()
-    assert store.sweep(tmp_path) == [alive]
-
-
 def _save_for_ever(folder: Path, acknowledged: Path) -> None:
     for step in range(1, 10_000):
         store.save(folder / "last.ckpt", a_state(step, values=400_000))
@@ -280,7 +301,7 @@ def _kill_savers(folder: Path, acknowledged: Path, rounds: int) -> None:
         state = store.load(folder / "last.ckpt")
         assert (state["state_dict"]["weight"] == state["global_step"]).all()
         assert state["global_step"] >= int(acknowledged.read_text() or 0)
-    store.sweep(folder)
+    writer.sweep(folder)
     assert os.listdir(folder) == ["last.ckpt"]
 
 

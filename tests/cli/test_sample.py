@@ -1,10 +1,14 @@
 import json
+import re
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from ldm.cli import sample
+from ldm.cli.sample_options import named
+from ldm.sampling import samplers, timesteps
 from ldm.sampling.generate import generate
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.pipeline import Pipeline
@@ -34,7 +38,9 @@ def test_pictures_grid_record_and_arrays(runs, run, capsys):
     assert {path.name for path in out.iterdir()} == {*files, "grid.png", "samples.json", "samples.npz", ".lock"}
     expected = [
         made.image
-        for made in generate(Pipeline.load(runs.diffusion), [5, 6, 7], [2] * 3, steps=2, guidance=Guidance(2))
+        for made in generate(
+            Pipeline.load(runs.diffusion), [5, 6, 7], [{"class_label": 2}] * 3, steps=2, guidance=Guidance(2)
+        )
     ]
     arrays = np.load(out / "samples.npz")["arr_0"]
     assert (arrays.shape, arrays.dtype) == ((6, 16, 16, 3), np.uint8)
@@ -46,7 +52,12 @@ def test_pictures_grid_record_and_arrays(runs, run, capsys):
     assert record["settings"]["guidance"] == 2
     assert record["settings"]["weights"] == "ema"
     assert [image["file"] for image in record["images"]] == sorted(files)
-    assert record["images"][-1] == {"file": "002-000007.png", "label": 2, "seed": 7, "name": "Ankle boot"}
+    assert record["images"][-1] == {
+        "file": "002-000007.png",
+        "condition": {"class_label": 2},
+        "seed": 7,
+        "name": "Ankle boot",
+    }
     assert np.load(out / "samples.npz")["names"].tolist() == files
     assert str(out / "grid.png") in capsys.readouterr().out
 
@@ -108,7 +119,7 @@ def test_each_setting_has_a_folder_of_its_own_by_default(runs, capsys):
     for more in (
         [],
         ["--sampler", "ancestral"],
-        ["--eta", "0.5"],
+        ["--sampler", "ddim", "eta=0.5"],
         ["--sampler", "unipc", "--schedule", "karras"],
         ["--schedule", "compvis"],
     ):
@@ -121,11 +132,95 @@ def test_each_setting_has_a_folder_of_its_own_by_default(runs, capsys):
 
 def test_fresh_noise_on_the_way_changes_the_picture(run):
     pictures = []
-    for name, more in {"none": [], "half": ["--eta", "0.5"], "all": ["--eta", "1"]}.items():
-        code, out = run("--classes", "0", "-n", "1", "--steps", "3", "--sampler", "dpm", *more, out=name)
+    for name, more in {"none": [], "half": ["eta=0.5"], "all": ["eta=1"]}.items():
+        code, out = run("--classes", "0", "-n", "1", "--steps", "3", "--sampler", "dpmpp_2m", *more, out=name)
         assert code == 0
         pictures.append(pixels(out / "000-000000.png").tobytes())
     assert len({*pictures}) == 3
+
+
+OWN = """
+import torch
+
+from ldm.ranges import Positive
+from ldm.sampling.steps import first_order_step
+
+
+def wait(denoise, objective, x, times, draws, factor: Positive = 1.0):
+    (t, s), *_ = [*zip(times, times[1:])]
+    return factor * first_order_step(objective, x, denoise(x, t), t, times[-1])
+
+
+def ends(objective, steps, shape):
+    return torch.tensor([objective.t_max, 0.0])
+"""
+
+
+def test_a_sampler_and_a_schedule_of_ones_own(run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "sampling.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "modules", sys.modules.copy())
+    words = ["--classes", "0", "-n", "1", "--trust", "own"]
+    named = ["--sampler", "own.sampling.wait", "--schedule", "own.sampling.ends"]
+    pictures = []
+    for out, more in {"one": [], "two": ["--sampler", "own.sampling.wait", "factor=0.5"]}.items():
+        code, folder = run(*words, *named, *more, out=out)
+        assert code == 0, capsys.readouterr().err
+        pictures.append(pixels(folder / "000-000000.png").tobytes())
+    settings = json.loads((folder / "samples.json").read_text())["settings"]
+    assert settings["sampler"] == "own.sampling.wait factor=0.5"
+    assert settings["schedule"] == "own.sampling.ends"
+    assert pictures[0] != pictures[1]
+    assert run(*words, "--sampler", "own.sampling.wait", "factor=0", out="three")[0] == 2
+    assert "expected a number above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["sampler", "schedule"])
+def test_every_function_of_its_file_has_a_name(run, capsys, flag):
+    """And each makes pictures."""
+    module = {"sampler": samplers, "schedule": timesteps}[flag]
+    names = named(module)
+    assert {"ddim", "heun", "unipc"} <= {*names} or {"default", "karras", "shifted"} <= {*names}
+    for name in names:
+        code, out = run("--classes", "0", "-n", "1", f"--{flag}", name, out=name)
+        assert code == 0, capsys.readouterr().err
+        assert json.loads((out / "samples.json").read_text())["settings"][flag] == name
+
+
+def test_conditions_from_a_file(run, tmp_path, capsys):
+    wanted = tmp_path / "wanted.json"
+    wanted.write_text('[{"class_label": 2}, {"class_label": 0}, {"class_label": 2}]')
+    code, out = run("--conditions", str(wanted), "-n", "2")
+    assert code == 0
+    assert listed(out) == ["000-000000.png", "000-000001.png", "002-000000.png", "002-000001.png"]
+    by_class = run("--classes", "2", "-n", "1", out="classes")[1]
+    assert np.array_equal(pixels(by_class / "002-000000.png"), pixels(out / "002-000000.png"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not a JSON file"),
+        ("{}", "expected a list of mappings"),
+        ("[]", "expected a list of mappings"),
+        ("[3]", "expected a list of mappings"),
+        ('[{"clas_label": 3}]', "expected the keys that the model reads, class_label; found clas_label"),
+        ('[{"class_label": 3}]', "class 3: expected 0 to 2"),
+        ('[{"class_label": "cat"}]', "expected a whole number, found 'cat'"),
+        (None, "cannot be read: No such file"),
+    ],
+)
+def test_conditions_that_cannot_be_are_one_message(run, tmp_path, capsys, text, message):
+    wanted = tmp_path / "wanted.json"
+    if text is not None:
+        wanted.write_text(text)
+    code, out = run("--conditions", str(wanted))
+    assert code == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+    assert run("--conditions", str(wanted), "--classes", "0")[0] == 2
+    assert "leave one of them out" in capsys.readouterr().err
 
 
 def test_given_seeds_are_used_for_every_class(run):
@@ -150,9 +245,18 @@ def test_grey_pictures_of_an_unconditional_model_in_a_square(make_runs, run):
         (["--classes", "bird"], 2, "cat, dog, Ankle boot"),
         (["--steps", "0"], 2, "--steps: expected a whole number of 1 or more, found '0'"),
         (["--steps", "2000"], 2, "1 to 1000"),
-        (["--eta", "0.5", "--sampler", "ancestral"], 2, "--eta 0.5: expected a sampler of ddim, euler, dpm"),
+        (["--sampler", "ancestral", "eta=0.5"], 2, "ldm.sampling.samplers.ancestral has no parameter 'eta'"),
+        (["--sampler", "hun"], 2, "--sampler hun: there is none of this name; did you mean 'heun'?"),
+        (["--sampler", "dpm"], 2, "there is none of this name; valid: ancestral, ddim, dpmpp_2m"),
+        (["--sampler", "Sampler"], 2, "there is none of this name"),
+        (["--sampler", "first_order_step"], 2, "there is none of this name"),
+        (["--sampler", "heun", "s_chrun=4"], 2, "did you mean 's_churn'?"),
+        (["--sampler", "heun", "4"], 2, "expected key=value"),
+        (["--sampler", "own.samplers.mine"], 2, "add --trust own"),
+        (["--schedule", "karras", "ratio_min=3", "ratio_max=2"], 2, "expected ratio_min < ratio_max, found 3 and 2"),
+        (["--schedule", "karas"], 2, "--schedule karas: there is none of this name; did you mean 'karras'?"),
         (["--steps", "3", "--schedule", "compvis"], 2, "a proper divisor of 1000"),
-        (["--eta", "1.5"], 2, "0 to 1"),
+        (["--sampler", "ddim", "eta=1.5"], 2, "sampler.params.eta (command line: params.eta=1.5): expected a number"),
         (["--sampler", "plms"], 2, "ancestral"),
         (["--guidence", "2"], 2, "--guidance"),
         (["--seeds", "-1"], 2, "--seeds"),
@@ -180,7 +284,7 @@ def test_classes_of_an_unconditional_model_are_refused(make_runs, run, capsys):
     assert "--classes 0: this model was trained without classes" in capsys.readouterr().err
     code, out = run("--guidance", "2", source=source)
     assert code == 2
-    assert "guidance scale: found 2, but this model was trained without classes" in capsys.readouterr().err
+    assert "guidance scale: found 2, but this model was trained without conditions" in capsys.readouterr().err
     assert not out.exists()
 
 
@@ -196,7 +300,7 @@ def test_steering_is_done_recorded_and_named(runs, tmp_path, capsys):
     made = {pixels(runs.diffusion / "samples" / "step7-ema-ddim2-guidance2" / "001-000000.png").tobytes()}
     wanted = {
         "-guidance_channels3": ["--guidance-channels", "3"],
-        "-shift2.5": ["--schedule", "shifted", "--shift", "2.5"],
+        "-shifted-shift2.5": ["--schedule", "shifted", "shift=2.5"],
         "-rescale0.5": ["--rescale", "0.5"],
         "-interval0.1_2": ["--interval", "0.1", "2"],
         "-guide_": ["--guide", str(guide)],
@@ -210,7 +314,7 @@ def test_steering_is_done_recorded_and_named(runs, tmp_path, capsys):
         (folder,) = {*(runs.diffusion / "samples").glob("*")} - before
         assert name in folder.name
         settings = json.loads((folder / "samples.json").read_text())["settings"]
-        assert name.removeprefix("-").rstrip("0123456789._").split("_")[0] in settings
+        assert re.match(r"-([a-z]+)", name)[1] in str(settings)
         made.add(pixels(folder / "001-000000.png").tobytes())
     assert len(made) == len(wanted) + 1  # each flag makes another picture
 
@@ -223,7 +327,6 @@ def test_steering_is_done_recorded_and_named(runs, tmp_path, capsys):
         (["--guidance", "1", "--rescale", "0.5"], "--rescale: does nothing at --guidance 1"),
         (["--guidance", "1", "--guidance-channels", "3"], "--guidance-channels: does nothing at --guidance 1"),
         (["--guidance-channels", "5"], "guidance channels: expected 1 to 4, the channels of this model's latents"),
-        (["--shift", "2"], "--shift 2: belongs to --schedule shifted, found --schedule default"),
         (["--image", "nothing.png"], "nothing.png"),
         (["--guide", "nowhere"], "nowhere"),
     ],
@@ -238,8 +341,6 @@ def test_steering_that_cannot_be_writes_nothing(run, capsys, words, message):
 NUMBERS = {
     "--guidance": ["nan", "inf", "-inf", "1e400", "two"],
     "--rescale": ["nan", "-0.1", "2", "inf"],
-    "--eta": ["nan", "-0.1", "1.5", "inf"],
-    "--shift": ["nan", "0", "-3", "inf"],
     "--strength": ["nan", "0", "-1", "1.1", "inf"],
     "--steps": ["nan", "0", "-5", "2.5", "inf"],
     "--guidance-channels": ["nan", "0", "-1", "1.5"],

@@ -11,10 +11,10 @@ from ldm.config.targets import resolve
 from ldm.config.tree import current_plain
 from ldm.errors import ConfigError
 
-UNET = {"target": "ldm.diffusion.unet.UNet", "params": {"blocks": [{"target": "ldm.diffusion.grids.Karras"}]}}
+UNET = {"target": "ldm.diffusion.unet.UNet", "params": {"blocks": [{"target": "ldm.diffusion.samplers.heun"}]}}
 TODAY = {
     "target": "ldm.diffusion.networks.unet.UNet",
-    "params": {"blocks": [{"target": "ldm.sampling.timesteps.Karras"}]},
+    "params": {"blocks": [{"target": "ldm.sampling.samplers.heun"}]},
 }
 
 
@@ -63,7 +63,7 @@ def test_stored_configurations_are_read_under_the_names_of_today(tmp_path):
     assert from_tree({"model": UNET}, "last.ckpt").root.plain() == {"model": TODAY}
     file = tmp_path / "old.yaml"
     file.write_text(
-        "model: {target: ldm.diffusion.unet.UNet, params: {blocks: [{target: ldm.diffusion.grids.Karras}]}}\n"
+        "model: {target: ldm.diffusion.unet.UNet, params: {blocks: [{target: ldm.diffusion.samplers.heun}]}}\n"
     )
     assert load([file]).root.plain() == {"model": TODAY}
     # A file of today laid over an old one changes parameters, as it did when both had one name.

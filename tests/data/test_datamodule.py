@@ -86,14 +86,23 @@ def test_facts(make):
     assert whole.facts()["source"] != source
 
 
+def test_height_and_width_from_the_facts_to_the_batch(make):
+    data = make(resolution=[12, 20], channels=4)
+    assert (data.facts()["resolution"], data.facts()["channels"]) == ([12, 20], 4)
+    assert data.meta_batch()["image"].shape == (2, 4, 12, 20)
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        assert next(iter(loader))["image"].shape[1:] == (4, 12, 20)
+    assert make(resolution=[16, 16]).facts() == make(resolution=16).facts()
+
+
 def test_a_validation_set_of_its_own_is_a_fact(make, image_folder):
     own = ImageFolder(image_folder)
     assert make(num_validation=0, validation=own).facts()["validation_source"] == own.fingerprint()
 
 
 def test_wrong_parameters(make, image_folder, tmp_path):
-    with pytest.raises(ConfigError, match="channels"):
-        make(channels=4)
+    with pytest.raises(ConfigError, match=r"data.params.channels: .* 5 channels, .* can have 1 or 3 or 4"):
+        make(channels=5)
     with pytest.raises(ConfigError, match="micro_batch_size: 4 does not divide"):
         make(micro_batch_size=4)
     with pytest.raises(ConfigError, match="not both"):

@@ -115,7 +115,51 @@ class TestTransforms:
         assert max(starts) >= 45
         assert len(starts) > 30
 
+    @pytest.mark.parametrize("size", [(24, 16), (48, 16), (20, 90), (31, 17)])
+    def test_a_crop_that_is_not_square(self, size):
+        """The smallest picture of the same proportions that covers it, and its center."""
+        pixels = EvalTransform([16, 24], "bilinear")(noise(*size))
+        width, height = size
+        wide = width * 16 >= height * 24
+        covering = (16 * width // height, 16) if wide else (24, 24 * height // width)
+        resized = noise(*size).resize(covering, Image.Resampling.BILINEAR)
+        left, top = round((resized.width - 24) / 2), round((resized.height - 16) / 2)
+        expected = np.asarray(resized.crop((left, top, left + 24, top + 16)), dtype=np.float32) / 127.5 - 1
+        np.testing.assert_allclose(pixels.permute(1, 2, 0).numpy(), expected, atol=1e-6)
+        assert TrainTransform([16, 24], random_crop=True)(noise(*size)).shape == (3, 16, 24)
+        flipped = TrainTransform([16, 24], flip=1, interpolation="bilinear")(noise(*size))
+        assert flipped.equal(pixels.flip(-1))
+
+    def test_every_size_is_covered(self):
+        """The crop never reaches over the edge, where it would be filled with black."""
+        random = np.random.default_rng(0)
+        for height, width, *size in random.integers(1, 40, (300, 4)).tolist():
+            assert EvalTransform([height, width])(Image.new("RGB", size, "white")).eq(1).all(), (height, width, size)
+
+    @pytest.mark.parametrize("size", [(1600, 4), (7, 900), (640, 48)])
+    def test_thin_pictures_of_a_crop_that_is_not_square(self, size, monkeypatch):
+        x, y = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
+        image = Image.fromarray((127 + 60 * np.sin(x / 9) + 60 * np.cos(y / 5)).astype(np.uint8))
+        whole = EvalTransform([16, 24])(image)
+        monkeypatch.setattr("ldm.data.transforms.MAX_PIXELS", 0)
+        monkeypatch.setattr("ldm.data.transforms._LEAST_RATIO", 1.0)
+        assert (EvalTransform([16, 24])(image) - whole).abs().mean() * 127.5 < 0.5
+
+    @pytest.mark.parametrize("size", [(40, 24), (24, 41), (40_000, 1)])
+    @pytest.mark.parametrize("name", ["bicubic", "lanczos", "nearest"])
+    def test_each_of_many_channels_is_a_gray_picture(self, size, name):
+        planes = [noise(*size, "L"), noise(size[0] + 1, size[1], "L").crop((0, 0, *size)), noise(*size, "L")]
+        stacked = torch.stack([torch.from_numpy(np.array(plane)) for plane in [*planes, *planes]])
+        whole = EvalTransform([16, 24], name)(stacked)
+        assert whole.equal(torch.cat([EvalTransform([16, 24], name)(plane) for plane in [*planes, *planes]]))
+        torch.manual_seed(0)
+        cropped = TrainTransform(16, random_crop=True, interpolation=name)(stacked)
+        assert cropped[0].equal(cropped[2])
+        assert cropped[:3].equal(cropped[3:])
+
     def test_describe_names_what_decides_the_pixels(self):
+        assert EvalTransform([16, 24]).describe()["resolution"] == [16, 24]
+        assert EvalTransform((16, 16)).describe()["resolution"] == 16
         assert EvalTransform(16, "lanczos").describe() == {
             "resolution": 16,
             "crop": "center",
@@ -169,6 +213,27 @@ class TestView:
         grey = TransformedDataset(ImageFolder(image_folder), EvalTransform(16), 1, 16, seed=0)
         assert grey[0, 0]["image"].shape == (1, 16, 16)
         assert view(image_folder)[0, 0]["image"].shape == (3, 16, 16)
+
+    def test_alpha_is_the_fourth_channel_or_white(self, tmp_path):
+        Image.new("RGBA", (16, 16), (255, 0, 0, 0)).save(tmp_path / "a.png")
+        Image.new("L", (16, 16), 51).save(tmp_path / "b.png")
+        found = {}
+        for channels in (1, 3, 4):
+            rows = TransformedDataset(ImageFolder(tmp_path), EvalTransform(16), channels, 16, seed=0)
+            found[channels] = [rows[0, index]["image"][:, 3, 3] for index in (0, 1)]
+        torch.testing.assert_close(found[1], [torch.ones(1), torch.full((1,), -0.6)])
+        torch.testing.assert_close(found[3], [torch.ones(3), torch.full((3,), -0.6)])
+        torch.testing.assert_close(found[4][0], torch.tensor([1.0, -1, -1, -1]))
+        torch.testing.assert_close(found[4][1], torch.tensor([-0.6, -0.6, -0.6, 1]))
+
+    def test_pictures_of_another_number_of_channels_are_refused_at_once(self, image_folder, monkeypatch):
+        monkeypatch.setattr(ImageFolder, "__getitem__", lambda *_: {"image": np.zeros((16, 16, 5), np.uint8)})
+        rows = TransformedDataset(ImageFolder(image_folder), EvalTransform(16), 5, 16, seed=0)
+        assert rows[0, 0]["image"].shape == (5, 16, 16)
+        for channels in (1, 4):
+            rows = TransformedDataset(ImageFolder(image_folder), EvalTransform(16), channels, 16, seed=0)
+            with pytest.raises(ConfigError, match=rf"expected pixels \(H,W,{channels}\) .* found \(16, 16, 5\)"):
+                rows[0, 0]
 
     def test_a_transform_that_gives_something_else(self, image_folder):
         with pytest.raises(ConfigError, match=r"made \(3, 8, 8\) torch.float32 of .*\.png; expected \(3, 16, 16\)"):

@@ -214,6 +214,11 @@ def test_gradients_are_clipped_by_norm(tmp_path):
     assert trainer.callback_metrics["train/gradient"] > 0.1  # before clipping
 
 
+def test_a_conditioner_that_lacks_something_is_refused():
+    with pytest.raises(ConfigError, match=r"model.params.conditioner: expected .* keys, forward and null .* Linear"):
+        make_module(conditioner=torch.nn.Linear(1, 1))
+
+
 def test_a_fused_optimizer_is_clipped_in_bf16_and_refused_in_fp16(tmp_path):
     module = make_module(gradient_clip=1e-3)
     trainer = fit(module, Latents(BATCH), 1, tmp_path, precision="bf16-mixed")

@@ -10,8 +10,8 @@ from ldm.diffusion.noise_schedules import SqrtLinear, ZeroTerminal
 from ldm.diffusion.objectives import DDPM, EDM, Flow, Interpolant
 from ldm.diffusion.paths import GVP, VP
 from ldm.diffusion.predictions import V
-from ldm.sampling.samplers import dpm_solver
-from ldm.sampling.timesteps import Karras
+from ldm.sampling.samplers import dpmpp_2m
+from ldm.sampling.timesteps import karras
 
 OBJECTIVES = {
     "ddpm": DDPM(SqrtLinear()),
@@ -46,7 +46,7 @@ def variances(objective, std, times, eta, every=1):
     for end in range(every + 1, len(times) + 1, every):
         x = torch.zeros(len(times), 1, dtype=torch.float64)
         x[0] = right[0].sqrt()
-        x = dpm_solver(denoise, objective, x, times[:end], Impulses(len(times) - 1), eta)
+        x = dpmpp_2m(denoise, objective, x, times[:end], Impulses(len(times) - 1), eta)
         found.append(x.square().sum())
     return torch.stack(found), right[every::every]
 
@@ -59,7 +59,7 @@ ETAS = [0.0, 0.25, 0.5, 0.75, 1.0]
 def test_the_noise_is_right_at_every_step_where_the_data_is_a_point(objective, eta):
     """There its estimate is constant, so that every step is exact, however long."""
     objective = OBJECTIVES[objective]
-    found, right = variances(objective, 0.0, Karras(0.05)(objective, 6).double(), eta)
+    found, right = variances(objective, 0.0, karras(objective, 6, (1, 1, 1), 0.05).double(), eta)
     torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-9)
 
 
@@ -89,7 +89,7 @@ def test_noise_is_forgotten_at_the_pace_of_the_sde(objective, eta):
         times = objective.time_at(ratios)
         x = torch.zeros(steps + 1, 1, dtype=torch.float64)
         x[0] = objective.sigma(times[0])  # eps = 1
-        x = dpm_solver(lambda x, t: torch.zeros_like(x), objective, x, times, Impulses(steps), eta)
+        x = dpmpp_2m(lambda x, t: torch.zeros_like(x), objective, x, times, Impulses(steps), eta)
         kept = (x[0, 0] / objective.sigma(times[-1])).item()
         assert kept == pytest.approx(math.exp(eta**2 * (ends[1] - ends[0]).item()), rel=1e-6)
 
@@ -117,4 +117,4 @@ def test_a_step_is_that_of_k_diffusion(eta):
             y = y - 0.5 * torch.expm1(-total) * (h / h_before) * (x0 - before)
         y = y + noises[i] * s * (-torch.expm1(-2 * eta**2 * h)).sqrt()
         before, h_before = x0, h
-    torch.testing.assert_close(dpm_solver(denoise, objective, x, times, Given(), eta), y, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(dpmpp_2m(denoise, objective, x, times, Given(), eta), y, rtol=1e-6, atol=1e-6)

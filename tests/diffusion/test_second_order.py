@@ -10,8 +10,9 @@ from ldm.diffusion.noise_schedules import Cosine, Linear, SqrtLinear, ZeroTermin
 from ldm.diffusion.objectives import DDPM, EDM, Flow, Interpolant
 from ldm.diffusion.paths import GVP, VP
 from ldm.diffusion.predictions import V
-from ldm.sampling.samplers import first_order_step, heun, start
-from ldm.sampling.timesteps import Default, Karras
+from ldm.sampling.samplers import heun
+from ldm.sampling.steps import first_order_step, start
+from ldm.sampling.timesteps import default, karras
 
 WIDE = torch.linspace(0.2, 2.2, 16, dtype=torch.float64)
 SPECTRUM = WIDE / WIDE.square().mean().sqrt()  # standard deviations of standardized data whose directions differ
@@ -171,9 +172,9 @@ def along_the_ratio(denoise, objective, x, times):
     return x
 
 
-def errors(objective, stds, grid, steps):
+def errors(objective, stds, schedule, steps):
     """Root mean square errors of `heun` and of `along_the_ratio`, against the exact flow of Gaussian data."""
-    denoise, times = gaussian(objective, stds), grid(objective, steps).double()
+    denoise, times = gaussian(objective, stds), schedule(objective, steps, (16, 1, 1)).double()
     x = start(objective, torch.randn(64, 16, generator=torch.Generator().manual_seed(2)), times[0]).double()
     a, s = objective.alpha(times[0]), objective.sigma(times[0])
     exact = x * stds / (a**2 * stds**2 + s**2).sqrt()
@@ -184,11 +185,11 @@ def errors(objective, stds, grid, steps):
 STANDARDIZED = {"white": torch.ones(16, dtype=torch.float64), "spectrum": SPECTRUM}
 
 
-@pytest.mark.parametrize("grid", [Default(), Karras()], ids=["default", "karras"])
+@pytest.mark.parametrize("schedule", [default, karras])
 @pytest.mark.parametrize("steps", [20, 40])
 @pytest.mark.parametrize("data", STANDARDIZED)
-def test_is_more_exact_on_flows_than_along_the_ratio(data, steps, grid):
-    ours, former = errors(Flow(), STANDARDIZED[data], grid, steps)
+def test_is_more_exact_on_flows_than_along_the_ratio(data, steps, schedule):
+    ours, former = errors(Flow(), STANDARDIZED[data], schedule, steps)
     assert ours < former / 1.5
 
 
@@ -197,13 +198,13 @@ def test_is_more_exact_on_flows_than_along_the_ratio(data, steps, grid):
     "schedule", [SqrtLinear(), Linear(), Cosine(), ZeroTerminal(SqrtLinear())], ids=lambda s: type(s).__name__
 )
 def test_is_more_exact_on_ddpm_with_karras_levels(schedule, data):
-    ours, former = errors(DDPM(schedule, V()), STANDARDIZED[data], Karras(), 20)
+    ours, former = errors(DDPM(schedule, V()), STANDARDIZED[data], karras, 20)
     assert ours < former / 1.4
 
 
 @pytest.mark.parametrize("data", STANDARDIZED)
 def test_stays_near_the_data_on_the_cosine_schedule(data):
     """Whose last ratios are in the hundreds and thousands: along the ratio the error is that of no picture at all."""
-    ours, former = errors(DDPM(Cosine()), STANDARDIZED[data], Default(), 20)
+    ours, former = errors(DDPM(Cosine()), STANDARDIZED[data], default, 20)
     assert ours < 0.05
     assert former > 1

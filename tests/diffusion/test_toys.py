@@ -16,8 +16,9 @@ from ldm.diffusion.predictions import X0, Eps, V
 from ldm.diffusion.weightings import Absolute, MinSNR, Plain, Uncertainty
 from ldm.layers import timestep_embedding
 from ldm.randomness import Draws
-from ldm.sampling.samplers import dpm_solver, start
-from ldm.sampling.timesteps import Karras
+from ldm.sampling.samplers import dpmpp_2m
+from ldm.sampling.steps import start
+from ldm.sampling.timesteps import karras
 
 OBJECTIVES = {
     "ddpm, eps": lambda: DDPM(SqrtLinear()),
@@ -90,10 +91,10 @@ def test_samples_lie_where_the_data_lies(name):
     objective, net = OBJECTIVES[name](), Net()
     trained(objective, net)
     generator = torch.Generator().manual_seed(2)
-    noise, times = torch.randn(SAMPLES, 2, 1, 1, generator=generator), Karras()(objective, 40)
+    noise, times = torch.randn(SAMPLES, 2, 1, 1, generator=generator), karras(objective, 40, (2, 1, 1))
     with torch.no_grad():
         x = start(objective, noise, times[0])
-        samples = dpm_solver(lambda x, t: objective.denoise(net, x, t, Conditioning()), objective, x, times)
+        samples = dpmpp_2m(lambda x, t: objective.denoise(net, x, t, Conditioning()), objective, x, times)
     data = ring(SAMPLES, generator)
     # Two draws of the data are 0.02 to 0.03 apart, a ring without bumps 0.08, a Gaussian of its variance 0.25.
     assert distance(samples, data) < 0.1

@@ -1,5 +1,6 @@
 """Stage 2's data: the cache is built or checked by itself, and a batch is a function of seed and sample number."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -145,6 +146,42 @@ def test_flip_can_be_off(make, codec):
         items = [permutation(3, p // 10, 10)[p % 10] for p in numbers]
         expected = latents_of(module, codec, items, [False] * 4)
         torch.testing.assert_close(batch["moments"].float(), expected, atol=2e-3, rtol=2e-3)
+
+
+def test_the_mirrored_half_of_a_cache_is_the_encoding_of_the_mirrored_picture(make, codec, here):
+    module = make(resolution=[12, 20])
+    module.setup()
+    assert module.manifest.plan.shape == (4, 3, 5)
+    assert json.loads(next(here.glob("cache/*/plan.json")).read_text())["pixels"]["resolution"] == [12, 20]
+    transform = EvalTransform([12, 20])
+    pixels = torch.stack([transform(module.train_dataset[item]["image"]) for item in range(10)])
+    for side, images in enumerate((pixels, pixels.flip(-1))):
+        stored, _ = module.train_cache.gather(range(10), np.full(10, bool(side)))
+        expected = torch.stack(codec.encode(images), 1)
+        torch.testing.assert_close(torch.from_numpy(stored).float(), expected, atol=2e-3, rtol=2e-3)
+    facts = module.facts()
+    assert (facts["resolution"], facts["image_resolution"]) == ([3, 5], [12, 20])
+    assert module.meta_batch()["latent"].shape == (2, 4, 3, 5)
+    assert next(iter(module.train_dataloader()))["moments"].shape == (4, 2, 4, 3, 5)
+
+
+def test_a_square_written_as_two_numbers_has_the_cache_of_one(make, here):
+    for resolution in (16, [16, 16]):
+        make(resolution=resolution).setup()
+    assert len([*here.glob("cache/*")]) == 1
+
+
+def test_pictures_that_the_autoencoder_cannot_read_are_refused_before_the_cache(make, here):
+    class Infrared(Pictures):
+        def channel_choices(self):
+            return (5,)
+
+    with pytest.raises(ConfigError, match=r"data.params.autoencoder: .* 3 channels, .*memory/0.png.* can have 5"):
+        make(Infrared(10)).facts()
+    with pytest.raises(ConfigError, match=r"data.params.channels: .* 3 channels"):
+        make(Infrared(10), autoencoder=None).setup()
+    assert make(Infrared(10), autoencoder=None, channels=5).facts()["channels"] == 5
+    assert not any(here.glob("cache/*"))
 
 
 def test_captions_come_along(make):

@@ -1,10 +1,13 @@
 """Ranks: from the launcher's environment, alone, and in a real group of two."""
 
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from ldm.errors import CheckpointError
 from ldm.runtime import distributed
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_NNODES")
@@ -60,6 +63,7 @@ def test_alone_everything_is_a_no_op(launched):
     assert distributed.max_over_ranks(5) == 5
     assert distributed.mean_over_ranks(torch.arange(3)).tolist() == [0, 1, 2]
     assert distributed.gather({"a": 1}) == [{"a": 1}]
+    assert distributed.from_main(lambda: 3) == 3
 
 
 def _member(rank: int, store: str, results) -> None:
@@ -85,3 +89,22 @@ def test_two_ranks(tmp_path, launched):
         (0, (0, 2, True), 2 * 2**40, everything),
         (1, (1, 2, False), 2 * 2**40, everything),
     ]
+
+
+def test_the_main_rank_works_for_all(grouped):
+    def work(rank: int) -> list[object]:
+        distributed.max_over_ranks(0)  # all are there
+        distributed.set_timeout(1.0)
+
+        def fails() -> None:
+            raise CheckpointError(f"from {rank}")
+
+        def slow() -> int:
+            time.sleep(2.0)  # longer than a rank waits otherwise
+            return rank
+
+        with pytest.raises(CheckpointError) as caught:
+            distributed.from_main(fails)
+        return [distributed.from_main(slow), str(caught.value), distributed.timeout()]
+
+    assert grouped(2, work) == [[0, "from 0", 1.0]] * 2

@@ -164,10 +164,8 @@ def loaded_by(rank: int, path: Path, cut: bool) -> dict[str, Any]:
         for parameter in model.parameters():
             parameter.mul_(3.0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
-    state = store.load(path, assemble=not cut)
-    if cut:
-        folder = path.parent / state.pop("shards")["folder"]
-        state = sharded_state.read(state, folder, init_device_mesh("cpu", (distributed.world_size(),)))
+    mesh = init_device_mesh("cpu", (distributed.world_size(),))
+    state = store.load(path, partial(sharded_state.rows, mesh=mesh) if cut else None)
     fsdp.load_weights(model, state["state_dict"])
     fsdp.load_optimizer(optimizer, state["optimizer_states"][0])
     assert all(isinstance(value["exp_avg"], DTensor) for value in optimizer.state.values())

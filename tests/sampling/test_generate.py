@@ -24,11 +24,16 @@ def pipeline(runs):
     return Pipeline.load(runs.diffusion)
 
 
+def of_classes(labels):
+    return [{"class_label": label} for label in labels]
+
+
 def pictures(pipeline, seeds=SEEDS, labels=LABELS, **options):
     """(N,H,W,C) int16, so that differences do not wrap around."""
-    samples = list(generate(pipeline, seeds, labels, **{"steps": 4, "guidance": Guidance(3.0), **options}))
+    conditions = None if labels is None else of_classes(labels)
+    samples = list(generate(pipeline, seeds, conditions, **{"steps": 4, "guidance": Guidance(3.0), **options}))
     assert [sample.seed for sample in samples] == list(seeds)
-    assert [sample.label for sample in samples] == (list(labels) if labels is not None else [None] * len(seeds))
+    assert [sample.condition for sample in samples] == (conditions or [None] * len(seeds))
     return np.stack([sample.image for sample in samples]).astype(np.int16)
 
 
@@ -93,7 +98,7 @@ def test_a_preview_in_training_is_free_of_dropout_and_leaves_the_module_as_it_wa
 def test_no_labels_is_the_null_class_and_cannot_be_guided(pipeline):
     alone = pictures(pipeline, [0, 1], None, guidance=Guidance())
     assert not np.array_equal(alone, pictures(pipeline, [0, 1], [0, 1], guidance=Guidance()))
-    with pytest.raises(ConfigError, match="guidance scale: found 5, but no classes are requested"):
+    with pytest.raises(ConfigError, match="guidance scale: found 5, but no conditions are requested"):
         pictures(pipeline, [0, 1], None, guidance=Guidance(5.0))
 
 
@@ -107,9 +112,9 @@ def test_grey_images(make_runs, classes):
 def test_an_unconditional_model_refuses_classes(make_runs):
     pipeline = Pipeline.load(make_runs(classes=None).diffusion)
     assert pipeline.num_classes is None
-    with pytest.raises(ConfigError, match="without classes"):
+    with pytest.raises(ConfigError, match="trained without conditions: request none"):
         pictures(pipeline, [0], [0], guidance=Guidance())
-    with pytest.raises(ConfigError, match="found 3, but this model was trained without classes"):
+    with pytest.raises(ConfigError, match="found 3, but this model was trained without conditions"):
         pictures(pipeline, [0], None)
 
 
@@ -118,7 +123,7 @@ def test_unknown_classes_and_step_counts_are_refused(pipeline):
         pictures(pipeline, [0, 1], [0, 3])
     with pytest.raises(ConfigError, match="1 to 1000"):
         pictures(pipeline, steps=1001)
-    with pytest.raises(ValueError, match="a label for each"):
+    with pytest.raises(ValueError, match="a condition for each"):
         pictures(pipeline, [0, 1], [0])
 
 

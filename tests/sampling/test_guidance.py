@@ -11,8 +11,9 @@ from ldm.diffusion.objectives import DDPM, EDM, Flow
 from ldm.randomness import Draws
 from ldm.sampling.guidance import autoguidance, classifier, classifier_free, limited_interval
 from ldm.sampling.img2img import inpaint
-from ldm.sampling.samplers import ancestral, ddim, dpm_solver, heun, start, unipc
-from ldm.sampling.timesteps import Default, Shift
+from ldm.sampling.samplers import ancestral, ddim, dpmpp_2m, heun, unipc
+from ldm.sampling.steps import start
+from ldm.sampling.timesteps import shifted
 
 
 class Counted:
@@ -124,7 +125,7 @@ def test_samples_as_lightningdit(scale, begin, ratio):
     plain, steered = (
         classifier_free(denoise, known, unknown, value, channels=3 if value > 1 else None) for value in (1.0, scale)
     )
-    grid = Shift(3.3333333)(objective, points - 1)
+    grid = shifted(objective, points - 1, (4, 2, 2), 3.3333333)
     torch.testing.assert_close(1 - grid.double(), times, rtol=0, atol=1e-6)
     ours = ddim(limited_interval(steered, plain, objective, (0.0, ratio)), objective, noise, grid)
     assert len(led) == guided
@@ -157,7 +158,7 @@ def test_a_classifier_leads_to_the_conditional_distribution(objective):
         slope = spread**2 * a / (a**2 * spread**2 + s**2)
         return sum(p * (c + slope * (x - a * c)) for p, c in zip(share, (1.0, -1.0), strict=True))
 
-    times = Default()(objective, 100)
+    times = objective.timesteps(100)
     noise = torch.randn(number, 1, generator=torch.Generator().manual_seed(0))
     guided = classifier(denoise, objective, log_probability, 1.0)
     x0 = heun(guided, objective, start(objective, noise, times[0]), times)
@@ -165,7 +166,7 @@ def test_a_classifier_leads_to_the_conditional_distribution(objective):
     assert x0.std().item() == pytest.approx(spread, rel=0.1)
 
 
-@pytest.mark.parametrize("sampler", [ddim, ancestral, heun, dpm_solver, unipc], ids=lambda s: s.__name__)
+@pytest.mark.parametrize("sampler", [ddim, ancestral, heun, dpmpp_2m, unipc], ids=lambda s: s.__name__)
 @pytest.mark.parametrize("objective", [DDPM(SqrtLinear()), EDM(), Flow()], ids=lambda o: type(o).__name__)
 def test_inpainting_keeps_what_is_known_and_carries_it_on(sampler, objective):
     """Pairs of equal numbers: what is known of one half is true of the other."""

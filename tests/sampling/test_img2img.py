@@ -10,13 +10,14 @@ import torch
 from PIL import Image
 
 from ldm.data.transforms import EvalTransform
+from ldm.diffusion.conditioners.base import Unconditional
 from ldm.diffusion.objectives import Flow
 from ldm.errors import ConfigError, DataError, NumericError
 from ldm.sampling.generate import generate
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.img2img import InitImage
 from ldm.sampling.pipeline import Pipeline
-from ldm.sampling.samplers import ancestral, dpm_solver, heun, unipc
+from ldm.sampling.samplers import ancestral, dpmpp_2m, heun, unipc
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +28,10 @@ def pipeline(runs):
 @pytest.fixture(scope="module")
 def raw(runs):
     return Pipeline.load(runs.diffusion, ema=False)
+
+
+class Captioned(Unconditional):
+    keys = ("caption",)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +47,9 @@ def picture(tmp_path_factory):
 
 
 def pictures(pipeline, guidance, **options):
-    made = generate(pipeline, [1, 2], [0, 2], guidance=guidance, **{"steps": 6, **options})
+    made = generate(
+        pipeline, [1, 2], [{"class_label": 0}, {"class_label": 2}], guidance=guidance, **{"steps": 6, **options}
+    )
     return np.stack([one.image for one in made]).astype(int)
 
 
@@ -71,6 +78,10 @@ def test_a_worse_model_of_something_else_is_refused(pipeline, raw):
     fewer = replace(raw, manifest=replace(raw.manifest, plan=replace(raw.manifest.plan, num_classes=2)))
     with pytest.raises(ConfigError, match="was trained with 2 classes, the model to guide with 3"):
         pictures(pipeline, Guidance(2.0, guide=fewer))
+    captioned = replace(raw, denoiser=copy.deepcopy(raw.denoiser))
+    captioned.denoiser["conditioner"] = Captioned()
+    with pytest.raises(ConfigError, match="reads caption, the model to guide class_label"):
+        pictures(pipeline, Guidance(2.0, guide=captioned))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +111,7 @@ def test_the_first_channels_alone_are_led(pipeline, raw, way):
     x, t, labels = torch.randn(2, 4, 4, 4), torch.tensor(500.0), torch.tensor([0, 2])
 
     def estimate(**values):
-        return Guidance(**values).denoiser(pipeline, labels, 2)(x, t)
+        return Guidance(**values).denoiser(pipeline, {"class_label": labels}, 2)(x, t)
 
     with torch.no_grad():
         plain, whole = estimate(), estimate(scale=4.0, **others)
@@ -134,9 +145,9 @@ def test_ways_of_guidance_exclude_one_another(pipeline):
 
 def test_a_model_that_always_knew_the_class_cannot_be_led_away_from_none(pipeline):
     always = replace(pipeline, label_dropout=0.0)
-    with pytest.raises(ConfigError, match="never trained without class labels"):
+    with pytest.raises(ConfigError, match="never trained without its conditions"):
         pictures(always, Guidance(2.0))
-    with pytest.raises(ConfigError, match="classes: found none, but this model was never trained"):
+    with pytest.raises(ConfigError, match="conditions: found none, but this model was never trained"):
         list(generate(always, [1]))
     assert np.array_equal(pictures(always, Guidance()), pictures(pipeline, Guidance()))
     assert len(pictures(always, Guidance(2.0, guide=replace(always, objective=pipeline.objective)))) == 2
@@ -160,9 +171,9 @@ def test_a_classifier_leads_a_model_without_classes(make_runs):
     with pytest.raises(ConfigError, match="no classes are requested"):
         list(generate(knows, [1], guidance=Guidance(classifier=prefers_bright)))
     with pytest.raises(ConfigError, match="class 3: expected 0 to 2"):
-        list(generate(knows, [1], [3], guidance=Guidance(classifier=prefers_bright)))
-    with pytest.raises(ConfigError, match="without classes"):
-        list(generate(pipeline, [1], [0], guidance=Guidance(classifier=prefers_bright)))
+        list(generate(knows, [1], [{"class_label": 3}], guidance=Guidance(classifier=prefers_bright)))
+    with pytest.raises(ConfigError, match="class 0: expected none of the training data"):
+        list(generate(pipeline, [1], [{"class_label": 0}], guidance=Guidance(classifier=prefers_bright)))
 
 
 def test_a_picture_is_kept_the_more_the_lower_the_strength(pipeline, picture):
@@ -183,7 +194,7 @@ def test_strength_is_a_share_of_the_steps(pipeline, strength, steps, left):
     assert torch.equal(found, times[-left - 1 :])
 
 
-@pytest.mark.parametrize("sampler", [ancestral, heun, dpm_solver, unipc])
+@pytest.mark.parametrize("sampler", [ancestral, heun, dpmpp_2m, unipc])
 def test_what_is_outside_the_mask_stays_pixel_for_pixel(pipeline, picture, sampler):
     init_image = InitImage.read(pipeline.manifest, picture / "picture.png", 1.0, picture / "mask.png")
     made = pictures(pipeline, Guidance(), init_image=init_image, sampler=sampler)
@@ -239,6 +250,28 @@ def test_a_picture_is_resized_as_those_trained_on(pipeline, picture):
         found = InitImage.read(of_pixels(pipeline, interpolation=name), picture / "picture.png", 1.0).image
         with Image.open(picture / "picture.png") as image:
             assert torch.equal(found, EvalTransform(16, name)(image.convert("RGB")))
+
+
+def test_a_picture_to_begin_with_is_neither_square_nor_of_three_channels(pipeline, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 36, 5), dtype=np.uint8)
+    np.save(tmp_path / "five.npy", pixels)
+    Image.fromarray(pixels[..., :4]).save(tmp_path / "four.png")
+    mask = np.zeros((24, 36), np.uint8)
+    mask[:, 18:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    wide = EvalTransform([16, 24])
+    for name, channels in (("five.npy", 5), ("four.png", 4)):
+        manifest = of_pixels(pipeline, resolution=[16, 24], channels=channels)
+        found = InitImage.read(manifest, tmp_path / name, 1.0, tmp_path / "mask.png")
+        assert torch.equal(found.image, wide(torch.from_numpy(pixels[..., :channels].transpose(2, 0, 1).copy())))
+        assert found.mask.tolist() == [[False] * 12 + [True] * 12] * 16
+        assert found.latent_mask((4, 4, 6)).tolist() == [[True] * 3 + [False] * 3] * 4
+    Image.fromarray(mask[:, :24]).save(tmp_path / "square.png")
+    with pytest.raises(ConfigError, match=r"square\.png: expected the size of .*five.npy, 36 x 24, found 24 x 24"):
+        InitImage.read(manifest, tmp_path / "five.npy", 1.0, tmp_path / "square.png")
+    np.save(tmp_path / "flat.npy", mask)
+    with pytest.raises(DataError, match=r"flat\.npy: expected one picture \(H,W,C\) of uint8, found \(24, 36\)"):
+        InitImage.read(manifest, tmp_path / "flat.npy", 1.0)
 
 
 def test_whatever_goes_wrong_with_a_picture_names_it(pipeline, picture, monkeypatch):

@@ -13,8 +13,9 @@ from ldm.diffusion.paths import GVP, VP
 from ldm.diffusion.predictions import V
 from ldm.errors import ConfigError
 from ldm.randomness import Draws
-from ldm.sampling.samplers import ancestral, ddim, dpm_solver, first_order_step, heun, start, unipc
-from ldm.sampling.timesteps import CompVis, Karras
+from ldm.sampling.samplers import ancestral, ddim, dpmpp_2m, dpmpp_2m_sde, euler, heun, unipc
+from ldm.sampling.steps import first_order_step, start
+from ldm.sampling.timesteps import compvis, karras
 
 N = 4000
 
@@ -43,26 +44,25 @@ class OneGenerator:
         return torch.randn(N, *shape, generator=self.generator)
 
 
-def sde(*args, **kwargs):
-    return dpm_solver(*args, eta=1.0, **kwargs)
-
-
 def half_sde(*args, **kwargs):
-    return dpm_solver(*args, eta=0.5, **kwargs)
+    return dpmpp_2m(*args, eta=0.5, **kwargs)
 
 
 def churned(*args, **kwargs):
     return heun(*args, s_churn=20.0, **kwargs)
 
 
+ONE = (1, 1, 1)
+"""The shape of a latent, which only some schedules need."""
 SAMPLERS = {
     "ddim": ddim,
+    "euler": euler,
     "ancestral": ancestral,
     "heun": heun,
     "churned": churned,
-    "dpm_solver": dpm_solver,
-    "dpm_solver_sde": sde,
-    "dpm_solver_half_sde": half_sde,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
+    "dpmpp_2m_half_sde": half_sde,
     "unipc": unipc,
 }
 OBJECTIVES = {
@@ -79,7 +79,7 @@ OBJECTIVES = {
 def draw(objective, denoise, sampler):
     """As many steps as the sampler's order makes necessary."""
     steps = {ancestral: 1000, ddim: 250}.get(sampler, 60)
-    draws, times = OneGenerator(), objective.timesteps(1000) if steps == 1000 else Karras(0.01)(objective, steps)
+    draws, times = OneGenerator(), objective.timesteps(1000) if steps == 1000 else karras(objective, steps, ONE, 0.01)
     return sampler(denoise, objective, start(objective, draws.normal("noise", (1,)), times[0]), times, draws=draws)
 
 
@@ -107,7 +107,7 @@ def test_mixture_is_recovered(sampler, objective):
     assert high.std().item() == pytest.approx(0.4, rel=0.12)
 
 
-ORDERS = {"ddim": 1, "heun": 2, "dpm_solver": 2, "unipc": 3}
+ORDERS = {"ddim": 1, "heun": 2, "dpmpp_2m": 2, "unipc": 3}
 
 
 @pytest.mark.parametrize("sampler", ORDERS)
@@ -141,15 +141,15 @@ def test_errors_fall_at_the_sampler_s_order(sampler, objective):
 def test_a_few_steps_of_high_order_are_worth_many_of_first(objective):
     objective = OBJECTIVES[objective]
     denoise = mixture_denoiser(objective, [-1.0, 1.5], [0.5, 0.6], [0.6, 0.4])
-    noise, grid = torch.randn(64, 1), Karras(0.01)
+    noise = torch.randn(64, 1)
 
     def run(sampler, steps):
-        times = grid(objective, steps)
+        times = karras(objective, steps, ONE, 0.01)
         return sampler(denoise, objective, start(objective, noise, times[0]), times)
 
     exact = run(heun, 300)
     first = (run(ddim, 24) - exact).abs().mean()
-    for sampler in (heun, dpm_solver, unipc):
+    for sampler in (heun, dpmpp_2m, unipc):
         assert (run(sampler, 24) - exact).abs().mean() < first / 2, sampler
 
 
@@ -196,7 +196,7 @@ def test_equals_ddim_of_latent_diffusion_on_its_own_times(eta, steps):
         spread = eta * ((1 - bar_before) / (1 - bar) * (1 - bar / bar_before)).sqrt()
         fresh = draws.normal(f"step{i}", (2, 4, 4))
         x = bar_before.sqrt() * x0 + (1 - bar_before - spread**2).sqrt() * eps + spread * fresh
-    times = CompVis()(objective, steps)
+    times = compvis(objective, steps, ONE)
     ours = ddim(denoise, objective, noise, times, draws, eta)
     torch.testing.assert_close(ours.double(), x, rtol=1e-3, atol=1e-3)
     # Ending at the data instead leaves out the noise of the first level, 0.039 of it.
@@ -266,7 +266,7 @@ def test_nothing_waits_for_the_device(sampler, objective):
     assert x.shape == (2, 1, 4, 4)
 
 
-@pytest.mark.parametrize("sampler", ["ancestral", "churned", "dpm_solver_sde", "dpm_solver_half_sde"])
+@pytest.mark.parametrize("sampler", ["ancestral", "churned", "dpmpp_2m_sde", "dpmpp_2m_half_sde"])
 def test_noise_on_the_way_needs_draws(sampler):
     objective = DDPM(SqrtLinear())
     with pytest.raises(ValueError, match="draws"):

@@ -1,4 +1,6 @@
-"""Where samplers stop: every grid, for every objective and every number of steps."""
+"""Where samplers stop: every schedule, for every objective and every number of steps."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from ldm.diffusion.objectives import DDPM, EDM, Flow, Interpolant
 from ldm.diffusion.paths import GVP, VP
 from ldm.diffusion.predictions import V
 from ldm.errors import ConfigError
-from ldm.sampling.timesteps import CompVis, Default, Karras, Power, Shift
+from ldm.sampling.timesteps import compvis, default, karras, quadratic, shifted, uniform
 
 OBJECTIVES = {
     "ddpm": DDPM(SqrtLinear()),
@@ -19,15 +21,22 @@ OBJECTIVES = {
     "gvp": Interpolant(GVP(t_max=0.999)),
     "vp": Interpolant(VP()),
 }
-GRIDS = {"default": Default(), "uniform": Power(1), "quadratic": Power(2), "karras": Karras(), "shifted": Shift(3.0)}
+SHAPE = (4, 32, 32)
+SCHEDULES = {
+    "default": default,
+    "uniform": uniform,
+    "quadratic": quadratic,
+    "karras": karras,
+    "shifted": partial(shifted, shift=3.0),
+}
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 17, 400, 999, 1000])
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_exactly_the_steps_asked_for(objective, grid, steps):
+def test_exactly_the_steps_asked_for(objective, schedule, steps):
     objective = OBJECTIVES[objective]
-    times = GRIDS[grid](objective, steps)
+    times = SCHEDULES[schedule](objective, steps, SHAPE)
     assert times.shape == (steps + 1,)
     assert times.dtype == torch.float32
     assert times[0] == objective.t_max
@@ -35,19 +44,21 @@ def test_exactly_the_steps_asked_for(objective, grid, steps):
     assert (times.diff() < 0).all()
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-def test_impossible_numbers_of_steps(grid):
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_impossible_numbers_of_steps(schedule):
     with pytest.raises(ConfigError, match="1 or more"):
-        GRIDS[grid](Flow(), 0)
+        SCHEDULES[schedule](Flow(), 0, SHAPE)
     with pytest.raises(ConfigError, match="1 to 1000"):
-        GRIDS[grid](DDPM(SqrtLinear()), 1001)
+        SCHEDULES[schedule](DDPM(SqrtLinear()), 1001, SHAPE)
 
 
 def test_formulas():
-    assert Power(2)(Flow(), 4).tolist() == [1, 0.5625, 0.25, 0.0625, 0]
-    assert Shift(3.0)(Flow(), 2).tolist() == [1, 0.75, 0]
-    torch.testing.assert_close(EDM().timesteps(18), Karras()(EDM(), 18))
-    times = Karras(0.01, 10.0, rho=3.0)(DDPM(SqrtLinear()), 8)
+    assert quadratic(Flow(), 4, SHAPE).tolist() == [1, 0.5625, 0.25, 0.0625, 0]
+    assert shifted(Flow(), 2, SHAPE, 3.0).tolist() == [1, 0.75, 0]
+    assert shifted(Flow(), 4, SHAPE).tolist() == uniform(Flow(), 4, SHAPE).tolist() == [1, 0.75, 0.5, 0.25, 0]
+    assert shifted(Flow(), 4, (4, 64, 64)).tolist() == shifted(Flow(), 4, SHAPE, 2.0).tolist()
+    torch.testing.assert_close(EDM().timesteps(18), karras(EDM(), 18, SHAPE))
+    times = karras(DDPM(SqrtLinear()), 8, SHAPE, 0.01, 10.0, rho=3.0)
     objective = OBJECTIVES["ddpm"]
     ratios = (objective.sigma(times) / objective.alpha(times))[1:-1] ** (1 / 3)
     torch.testing.assert_close(ratios.diff(), ratios.diff().mean().expand(6), rtol=2e-2, atol=1e-4)
@@ -57,7 +68,7 @@ def test_formulas():
 def test_compvis_times_are_those_of_its_code(levels, steps):
     """Their index i is our time i + 1; theirs are range(0, T, T // steps) + 1, and the last step goes to index 0."""
     indices = [index + 1 for index in range(0, levels, levels // steps)]
-    times = CompVis()(DDPM(SqrtLinear(), steps=levels), steps)
+    times = compvis(DDPM(SqrtLinear(), steps=levels), steps, SHAPE)
     assert times.dtype == torch.float32
     assert times.tolist() == [*(index + 1 for index in reversed(indices)), 1]
 
@@ -79,6 +90,6 @@ def test_compvis_times_are_those_of_its_code(levels, steps):
         (EDM(), 50, "discrete levels.*which VE lacks"),
     ],
 )
-def test_compvis_grid_refuses_what_its_code_does_not_do(objective, steps, message):
+def test_compvis_refuses_what_its_code_does_not_do(objective, steps, message):
     with pytest.raises(ConfigError, match=message):
-        CompVis()(objective, steps)
+        compvis(objective, steps, SHAPE)

@@ -16,7 +16,8 @@ from types import SimpleNamespace
 import pytest
 
 from ldm.config.load import to_yaml
-from ldm.training.loggers import FencedWandb, MetricsFile, read_metrics
+from ldm.training.loggers import FencedWandb, MetricsFile
+from ldm.training.metrics_table import read_metrics
 
 
 def table(path: Path) -> list[dict[str, str]]:

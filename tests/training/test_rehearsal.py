@@ -13,7 +13,7 @@ from ldm.checkpoints import store
 from ldm.config.load import from_tree
 from ldm.errors import ConfigError
 from ldm.training import dry_run, rehearsal
-from ldm.training.loggers import read_metrics
+from ldm.training.metrics_table import read_metrics
 from tests.own_package import importable
 from tests.training.test_dry_run import IMAGES, LATENTS, meta_batch
 
@@ -27,6 +27,7 @@ HOUSE = """
     from ldm.autoencoder.module import AutoencoderKL
     from ldm.diffusion.conditioners.base import Conditioning
     from ldm.diffusion.module import LatentDiffusion
+    from ldm.runtime.validation_metrics import Mean
 
 
     class Locked(pl.Callback):
@@ -49,6 +50,11 @@ HOUSE = """
             raise RuntimeError("validated for the first time")
 
 
+    class Darkest(Mean):
+        def values(self, batch, output):
+            return output.reconstruction.flatten(1).amin(1)
+
+
     class FailsToShow(AutoencoderKL):
         def images(self, batch):
             raise RuntimeError("shown for the first time")
@@ -63,6 +69,8 @@ HOUSE = """
 
     class CaptionLength(torch.nn.Module):
         # As a text encoder: reads captions, and knows the empty one.
+
+        keys = ("caption",)
 
         def __init__(self):
             super().__init__()
@@ -209,7 +217,14 @@ def test_a_network_that_cannot_be_guided(diffusion_tree, monkeypatch):
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"classes": [0, 2]}, "lightning.callbacks.images.params.classes (run.yaml): expected 0 to 1, found 2"),
+        (
+            {"classes": [0, 2]},
+            "lightning.callbacks.images.params.classes (run.yaml): it does not work: class 2: expected 0 to 1",
+        ),
+        (
+            {"conditions": [{"class_label": 0}, {"clas_label": 0}]},
+            "lightning.callbacks.images.params.conditions (run.yaml): it does not work: condition 1: expected the keys",
+        ),
         ({"steps": 1001}, "lightning.callbacks.images.params.steps (run.yaml): it does not work: sampling steps"),
     ],
 )
@@ -226,7 +241,7 @@ def test_previews_of_classes_need_a_model_that_knows_them(diffusion_tree):
     diffusion_tree["model"]["params"]["network"]["params"]["vector_channels"] = None
     images = {"target": "ldm.training.callbacks.previews.SampleLogger", "params": {"classes": [0]}}
     diffusion_tree["lightning"]["callbacks"]["images"] = images
-    assert "expected none, since the model has no classes, found 0" in refused(diffusion_tree, LATENTS)
+    assert "this model was trained without conditions: request none" in refused(diffusion_tree, LATENTS)
 
 
 def test_a_conditioner_that_reads_captions_is_shown_some(diffusion_tree):
@@ -284,6 +299,41 @@ def test_a_validation_that_fails(stage1, capsys):
 def test_pictures_smaller_than_the_window_of_ssim(stage1, capsys):
     assert train(stage1, "data.params.resolution=4", "model.params.loss.params.discriminator=null") == 2
     ended_at("pictures of 6 pixels or more on each side, found 4 x 4", capsys)
+
+
+def test_pictures_smaller_than_the_window_of_ssim_without_it(stage1):
+    small = ["data.params.resolution=4", "model.params.loss.params.discriminator=null"]
+    assert train(stage1, *small, "model.params.metrics.ssim=null") == 0
+    (run,) = Path("logs").iterdir()
+    (row,) = [row for row in read_metrics(run / "metrics.csv") if "val/psnr" in row][-1:]
+    assert "val/ssim" not in row
+
+
+def test_pictures_smaller_than_lpips_halves_them_as_a_metric(stage1, capsys):
+    lpips = "{target: ldm.autoencoder.lpips.LPIPS, params: {pretrained: false}}"
+    node = f"{{target: ldm.autoencoder.metrics.Perceptual, params: {{distance: {lpips}}}}}"
+    assert train(stage1, "data.params.resolution=8", f"model.params.metrics.lpips={node}") == 2
+    ended_at("16 pixels or more on each side, found 8 x 8", capsys)
+
+
+def test_a_metric_of_ones_own_is_named_on_the_command_line(stage1):
+    assert train(stage1, "model.params.metrics.darkest.target=rehearsed.Darkest") == 0
+    (run,) = Path("logs").iterdir()
+    rows = [row for row in read_metrics(run / "metrics.csv") if "val/psnr" in row]
+    assert rows
+    assert all(float(row["val/darkest"]) < 0 for row in rows)
+    record = store.load(next(run.glob("checkpoints/step=00000006.ckpt")))["ldm"]
+    assert record["metrics"]["val/darkest"] == pytest.approx(float(rows[-1]["val/darkest"]))
+
+
+def test_two_metrics_that_log_the_same_name(stage1, capsys):
+    assert train(stage1, "model.params.metrics.l1.target=rehearsed.Darkest") == 2
+    ended_at("model.params.metrics: 'losses' and 'l1' both log val/l1", capsys)
+
+
+def test_what_is_no_metric(stage1, capsys):
+    assert train(stage1, "model.params.metrics.mine.target=torch.nn.Identity") == 2
+    ended_at("model.params.metrics.mine", capsys)
 
 
 def test_a_metric_that_validation_does_not_log(stage1, capsys):

@@ -19,7 +19,7 @@ from ldm.data.datamodule import ElasticDataModule
 from ldm.diffusion.module import LatentDiffusion
 from ldm.optim.lr_schedules import Constant, Cosine, Linear
 from ldm.runtime.signals import STOPPING
-from ldm.training.loggers import read_metrics
+from ldm.training.metrics_table import read_metrics
 
 STEPS = 12
 

@@ -99,6 +99,12 @@ def test_changes_of_the_mathematics_are_refused_unless_allowed(folder, change):
         started("-r", str(folder.path), change, "--allow-change", key[:-1])
 
 
+@pytest.mark.parametrize("words", ["={mine: {target: ldm.Mine}}", ".mine.target=ldm.Mine", ".mine=null"])
+def test_what_is_measured_changes_freely(folder, words):
+    metrics = started("-r", str(folder.path), f"model.params.metrics{words}").config.resolved()["model"]["params"]
+    assert metrics["metrics"] in ({"mine": {"target": "ldm.Mine"}}, {"mine": None})
+
+
 def test_an_allowed_change_changes_nothing_else(folder):
     words = ["data.params.batch_size=2", "lightning.trainer.max_steps=200", "--allow-change", "data.params.batch_size"]
     start = started("-r", str(folder.path), *words)
@@ -201,7 +207,7 @@ def test_a_reference_is_what_it_leads_to(folder):
     Path("base.yaml").write_text(BASE.replace("max_steps: 100", 'max_steps: "${model.params.limit}"').replace(
         "lr: 0.1", "lr: 0.1, limit: 100"
     ))  # fmt: skip
-    with pytest.raises(ConfigError, match=r"limit: the run has null, asked for is 100"):
+    with pytest.raises(ConfigError, match=r"limit: the run has null, requested is 100"):
         started("-r", "auto", "-b", "base.yaml")
     # Written out then, a reference now; the other way round; and one that leads elsewhere.
     other = Path("other.yaml")
@@ -211,7 +217,7 @@ def test_a_reference_is_what_it_leads_to(folder):
     made = begun("other.yaml")
     for now in ("8", "'${model.params.widths.1}'", "'${data.params.batch_size}'"):
         started("-r", str(made.path), f"data.params.batch_size={now}")
-    with pytest.raises(ConfigError, match=r"batch_size: the run has .*widths.1.*, asked for is .*widths.0"):
+    with pytest.raises(ConfigError, match=r"batch_size: the run has .*widths.1.*, requested is .*widths.0"):
         started("-r", str(made.path), "data.params.batch_size='${model.params.widths.0}'")
 
 
@@ -233,7 +239,7 @@ def test_a_checkpoint_goes_on_under_the_very_file_of_its_run(folder, linked, fil
     assert longer.config.resolved()["model"] == kept["model"]
     edited = Path("edited.yaml")
     edited.write_text(Path(file).read_text().replace("seed: 1", "seed: 2"))
-    with pytest.raises(ConfigError, match=r"seed: the run has 1, asked for is 2"):
+    with pytest.raises(ConfigError, match=r"seed: the run has 1, requested is 2"):
         started("-r", saved(made), "-b", "edited.yaml")
     edited.write_text(Path(file).read_text().replace("logs/*_vae", "logs/*_gan").replace("steps: ", "strides: "))
     with pytest.raises(ConfigError, match=r"strides|_gan"):
@@ -257,7 +263,7 @@ def test_a_precision_that_the_start_has_chosen_is_no_change(folder):
 
 def test_the_facts_of_a_checkpoint_are_asked_for_too(folder):
     start = started("-r", saved(folder))
-    with pytest.raises(ConfigError, match=r"elsewhere\.ckpt(.|\n)*num_items\): the run has 50, asked for is 51"):
+    with pytest.raises(ConfigError, match=r"elsewhere\.ckpt(.|\n)*num_items\): the run has 50, requested is 51"):
         resume.check_facts(start, FACTS | {"num_items": 51}, [])
     resume.check_facts(started("-r", saved(folder, data=None)), {"num_items": 51}, [])  # an old one has none
 
@@ -279,7 +285,7 @@ def test_an_allowed_change_reaches_all_that_refers_to_it(folder):
 
 def test_an_edited_file_is_a_change(folder):
     Path("base.yaml").write_text(BASE.replace("lr: 0.1", "lr: 0.3"))
-    with pytest.raises(ConfigError, match=r"model\.params\.lr: the run has 0\.1, asked for is 0\.3"):
+    with pytest.raises(ConfigError, match=r"model\.params\.lr: the run has 0\.1, requested is 0\.3"):
         started("-r", "auto", "-b", "base.yaml")
     # Without the file the run is what it was.
     assert started("-r", str(folder.path)).config.resolved()["model"]["params"]["lr"] == 0.1
@@ -297,7 +303,7 @@ def test_resumed_twice_with_the_same_words_is_no_change(folder):
 def test_other_data_is_refused_unless_allowed(folder):
     start = started("-r", str(folder.path))
     resume.check_facts(start, FACTS, [])
-    with pytest.raises(ConfigError, match=r"num_items\): the run has 50, asked for is 51(.|\n)*--allow-change data"):
+    with pytest.raises(ConfigError, match=r"num_items\): the run has 50, requested is 51(.|\n)*--allow-change data"):
         resume.check_facts(start, FACTS | {"num_items": 51}, [])
     resume.check_facts(start, FACTS | {"num_items": 51}, ["data"])
     resume.check_facts(start, FACTS | {"autoencoder": "a hash"}, [])  # a fact that was not known then
@@ -311,9 +317,9 @@ def test_replaced_pictures_are_refused_and_a_run_from_before_they_were_noticed_g
         start = started("-r", str(folder.path))
         resume.check_facts(start, FACTS | {fact: "abc:contents:12"}, [])
     refused = rf"data \({fact}\): the run has"
-    with pytest.raises(ConfigError, match=rf'{refused} ":contents:12", asked for is ":contents:13"'):
+    with pytest.raises(ConfigError, match=rf'{refused} ":contents:12", requested is ":contents:13"'):
         resume.check_facts(start, FACTS | {fact: "abc:contents:13"}, [])
-    with pytest.raises(ConfigError, match=rf'{refused} "abc:contents:12", asked for is "abd"'):
+    with pytest.raises(ConfigError, match=rf'{refused} "abc:contents:12", requested is "abd"'):
         resume.check_facts(start, FACTS | {fact: "abd"}, [])
 
 

@@ -1,16 +1,18 @@
-"""Small benchmark data sets, held in memory: MNIST, FashionMNIST and CIFAR-10."""
+"""Images in one array: a file of your own, with any number of channels; MNIST, FashionMNIST and CIFAR-10."""
 
 import gzip
 import hashlib
 import pickle
+import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torchvision
 from PIL import Image
 
-from ldm.data.dataset import Item
+from ldm.data.dataset import CONVERTIBLE, Item
 from ldm.errors import DataError
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -18,38 +20,44 @@ DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
 class ArrayImages:
-    """Labeled images in one array.
+    """Images in one array, labeled or not.
 
     Args:
         name: for messages.
-        images: (N,H,W) or (N,H,W,3) uint8.
-        labels: (N,) integers in [0, len(class_names)).
-        class_names: a name for each label.
+        images: (N,H,W) or (N,H,W,C) uint8.
+        labels: (N,) integers in [0, len(class_names)); None: there are no classes.
+        class_names: a name for each label; None: there are no classes.
 
     Raises:
         DataError: no images, images of another shape or type, or labels missing or out of range.
     """
 
-    def __init__(self, name: str, images: np.ndarray, labels: np.ndarray, class_names: list[str]) -> None:
-        if not len(images):
-            raise DataError(f"{name}: holds 0 images")
-        if images.dtype != np.uint8 or images.shape[3:] not in ((), (3,)) or images.ndim < 3:
+    def __init__(
+        self, name: str, images: np.ndarray, labels: np.ndarray | None = None, class_names: list[str] | None = None
+    ) -> None:
+        if images.dtype != np.uint8 or images.ndim not in (3, 4) or not all(images.shape[1:]):
             raise DataError(
-                f"{name}: expected images (N,H,W) or (N,H,W,3) of uint8, found {images.shape} of {images.dtype}; "
+                f"{name}: expected images (N,H,W) or (N,H,W,C) of uint8, found {images.shape} of {images.dtype}; "
                 "scale them to 0 .. 255"
             )
-        if len(labels) != len(images):
-            raise DataError(f"{name}: {len(images)} images but {len(labels)} labels")
-        wrong = np.flatnonzero((labels < 0) | (labels >= len(class_names)))
-        if len(wrong):
-            raise DataError(
-                f"{name}: {len(wrong)} labels are out of range; item {wrong[0]} has {labels[wrong[0]]}, "
-                f"expected 0 to {len(class_names) - 1}"
-            )
+        if not len(images):
+            raise DataError(f"{name}: holds 0 images")
         self.name = name
         self.images = images
-        self.labels = labels.astype(np.int64)
-        self.class_names: list[str] | None = class_names
+        self.labels = np.zeros(0, np.int64) if labels is None else labels.astype(np.int64)
+        self.class_names = class_names
+        if class_names is not None:
+            self._check_labels(len(class_names))
+
+    def _check_labels(self, classes: int) -> None:
+        if len(self.labels) != len(self):
+            raise DataError(f"{self.name}: {len(self)} images but {len(self.labels)} labels")
+        wrong = np.flatnonzero((self.labels < 0) | (self.labels >= classes))
+        if len(wrong):
+            raise DataError(
+                f"{self.name}: {len(wrong)} labels are out of range; item {wrong[0]} has {self.labels[wrong[0]]}, "
+                f"expected 0 to {classes - 1}"
+            )
 
     @property
     def num_classes(self) -> int | None:
@@ -59,7 +67,16 @@ class ArrayImages:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Item:
-        return {"image": Image.fromarray(self.images[index]), "class_label": int(self.labels[index])}
+        pixels = np.asarray(self.images[index])  # plain, also of a file
+        plain = pixels[..., 0] if pixels.shape[2:] == (1,) else pixels  # Pillow knows no (H,W,1)
+        item: Item = {"image": Image.fromarray(plain) if self.channel_choices() == CONVERTIBLE else pixels}
+        if self.class_names is not None:
+            item["class_label"] = int(self.labels[index])
+        return item
+
+    def channel_choices(self) -> Sequence[int] | None:
+        of_array = self.images.shape[3:]
+        return CONVERTIBLE if of_array in ((), (1,), (3,)) else of_array
 
     def has_captions(self) -> bool:
         return False
@@ -72,12 +89,39 @@ class ArrayImages:
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(repr((self.images.shape, self.class_names)).encode())
-        digest.update(self.images.tobytes())
+        for image in self.images:  # which may be a file larger than the memory
+            digest.update(image.tobytes())
         digest.update(self.labels.tobytes())
         return digest.hexdigest()
 
     def prepare(self) -> None:
         """Nothing to do: the data is in memory."""
+
+
+class ArrayFile(ArrayImages):
+    """Images (N,H,W) or (N,H,W,C) of uint8 in a NumPy file, with any number of channels.
+
+    Args:
+        file: a `.npy` with the images, read as it is needed; or a `.npz` with `images` and, if there are classes,
+            `labels` (N,) and their `class_names`, by default 0, 1, 2, ...
+
+    Raises:
+        DataError: a file that cannot be read, or holds something else.
+    """
+
+    def __init__(self, file: str | Path) -> None:
+        try:
+            loaded = np.load(file, mmap_mode="r", allow_pickle=False)
+            arrays = {"images": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+            raise DataError(f"{file}: cannot be read as a .npy or .npz file ({error})") from error
+        if "images" not in arrays:
+            raise DataError(f"{file}: expected an array `images`, found {', '.join(arrays) or 'none'}")
+        labels, names = arrays.get("labels"), arrays.get("class_names")
+        if labels is not None and names is None:
+            names = np.arange(int(labels.max(initial=-1)) + 1)
+        class_names = None if labels is None or names is None else [str(name) for name in names]
+        super().__init__(str(file), arrays["images"], labels, class_names)
 
 
 class MNIST(ArrayImages):

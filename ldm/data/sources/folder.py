@@ -15,7 +15,7 @@ import numpy as np
 
 from ldm.data import fingerprint
 from ldm.data import value_range as ranges
-from ldm.data.dataset import Item
+from ldm.data.dataset import CONVERTIBLE, Item
 from ldm.data.decoding import MAX_PIXELS, read_image
 from ldm.data.sources import captions as caption_files
 from ldm.data.sources.listing import EXTENSIONS, demand_no_lost_class, find
@@ -112,7 +112,7 @@ class ImageFolder:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Item:
-        item: Item = {"image": read_image(self.path(index), self.max_pixels, self.value_range)}
+        item: Item = {"image": read_image(self.path(index), self.max_pixels, self.value_range, keep_alpha=True)}
         if self.class_names is not None:
             item["class_label"] = self._label(self.files[index])
         if self._captions is not None:
@@ -132,6 +132,9 @@ class ImageFolder:
 
     def decoding(self) -> dict[str, Any]:
         return {} if self.value_range is None else {"value_range": list(self.value_range)}
+
+    def channel_choices(self) -> Sequence[int] | None:
+        return CONVERTIBLE
 
     def path(self, index: int) -> str:
         return os.path.join(self.root, self.files[index])

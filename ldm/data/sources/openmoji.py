@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ldm import files
-from ldm.data.dataset import Item
+from ldm.data.dataset import CONVERTIBLE, Item
 from ldm.data.decoding import read_image
 from ldm.errors import DataError, ResourceError
 from ldm.ranges import Count, Fraction
@@ -118,6 +118,9 @@ class OpenMoji:
 
     def class_labels(self) -> np.ndarray | None:
         return np.array([emoji.label for emoji in self.emoji])
+
+    def channel_choices(self) -> Sequence[int] | None:
+        return CONVERTIBLE
 
     def path(self, index: int) -> str:
         return str(self._picture(self.emoji[index]))

@@ -5,9 +5,9 @@ cross-attention) and an image (concatenated to the latent). A conditioner maps a
 null conditioning, which training uses for label dropout and sampling for guidance.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +49,14 @@ class Conditioning:
         return Conditioning(**slots)
 
 
+@runtime_checkable
 class Conditioner(Protocol):
-    """A module that reads its own key of a batch."""
+    """A module that reads its own keys of a batch."""
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """The keys that it reads, which are also those of a condition to sample with; none: it is unconditional."""
+        ...
 
     def __call__(self, batch: Mapping[str, Any]) -> Conditioning:
         """The conditioning of every row of the batch."""
@@ -66,6 +72,8 @@ class Conditioner(Protocol):
 
 class Unconditional(nn.Module):
     """Fills no slot."""
+
+    keys: Sequence[str] = ()
 
     def forward(self, batch: Mapping[str, Any]) -> Conditioning:
         return Conditioning()

@@ -1,7 +1,7 @@
 """Class labels as conditions."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,10 @@ class _ClassTable(nn.Module):
         self.table = nn.Embedding((num_classes or 0) + 1, channels)
         with torch.no_grad():
             self.table.weight.mul_(std)
+
+    @property
+    def keys(self) -> Sequence[str]:
+        return () if self.num_classes is None else ("class_label",)
 
     def rows(self, batch: Mapping[str, Any]) -> Tensor:
         """(N, D) from batch["class_label"], (N,) integers in [0, num_classes)."""
@@ -58,6 +62,10 @@ class ClassOneHot(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         self.register_buffer("rows", math.sqrt(num_classes or 0) * torch.eye(num_classes or 0), persistent=False)
+
+    @property
+    def keys(self) -> Sequence[str]:
+        return () if self.num_classes is None else ("class_label",)
 
     def forward(self, batch: Mapping[str, Any]) -> Conditioning:
         if self.num_classes is None:

@@ -20,6 +20,7 @@ from ldm.diffusion.conditioners.base import Conditioning
 from ldm.errors import ConfigError
 from ldm.layers import attend, timestep_embedding, zero_module
 from ldm.ranges import Count, CountOrZero, Positive
+from ldm.sizes import SizeError
 
 _FREQUENCIES = 256
 """Width of the noise level's embedding, as published."""
@@ -101,7 +102,7 @@ class DiT(nn.Module):
     Args:
         in_channels: channels of x, and of the output.
         patch_size: side of the patches that become tokens.
-        hidden_size: width; also that of the conditioning vector, if there is one.
+        hidden_size: width; also that of the conditioning vector, if `vector_channels` is None.
         depth: number of blocks.
         num_heads: attention heads.
         mlp_ratio: width of the feed-forward networks in units of `hidden_size`.
@@ -112,6 +113,8 @@ class DiT(nn.Module):
         qk_norm: RMSNorm of queries and keys (Dehghani et al. 2023), which keeps long training stable.
         checkpointing: recompute activations in the backward pass instead of storing them.
         absolute_positions: add fixed sinusoidal position embeddings to the tokens; None: only if `rope` is off.
+        vector_channels: width of a conditioning vector that a linear layer brings to `hidden_size`, such as that of
+            several conditioners (Joint); None: the vector, if there is one, is added as it is.
 
     Raises:
         ConfigError: parameters that contradict one another, or an input that does not fit them.
@@ -132,6 +135,7 @@ class DiT(nn.Module):
         qk_norm: bool = False,
         checkpointing: bool = False,
         absolute_positions: bool | None = None,
+        vector_channels: Count | None = None,
     ) -> None:
         super().__init__()
         if hidden_size % (4 * num_heads):
@@ -140,6 +144,7 @@ class DiT(nn.Module):
             raise ConfigError("DiT: tokens have no positions; turn on rope or absolute_positions")
         self.in_channels, self.patch_size, self.hidden_size = in_channels, patch_size, hidden_size
         self.spatial_channels, self.rope, self.checkpointing = spatial_channels, rope, checkpointing
+        self.vector_channels = vector_channels
         self.absolute_positions = not rope if absolute_positions is None else absolute_positions
         self.head_channels = hidden_size // num_heads
         make_norm = (
@@ -147,6 +152,7 @@ class DiT(nn.Module):
         )
         make_feed = SwiGLU if swiglu else FeedForward
         self.embed = nn.Sequential(nn.Linear(_FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.embed_vector = None if vector_channels is None else nn.Linear(vector_channels, hidden_size)
         self.patches = nn.Linear((in_channels + spatial_channels) * patch_size**2, hidden_size)
         self.layers = nn.ModuleList(
             Block(
@@ -185,7 +191,8 @@ class DiT(nn.Module):
         rows, columns = x.shape[2] // p, x.shape[3] // p
         emb = self.embed(timestep_embedding(noise_level, _FREQUENCIES))  # (N, C)
         if conditioning.vector is not None:
-            emb = emb + conditioning.vector  # (N, C)
+            vector = conditioning.vector  # (N, vector_channels or C)
+            emb = emb + (vector if self.embed_vector is None else self.embed_vector(vector))  # (N, C)
         emb = F.silu(emb)  # (N, C), activated here once for all blocks
         tokens = self.patches(rearrange(x, "n c (h p) (w q) -> n (h w) (c p q)", p=p, q=p))  # (N, L, C)
         rotation = None
@@ -212,16 +219,22 @@ class DiT(nn.Module):
     def _check(self, x: Tensor, conditioning: Conditioning) -> None:
         """Shapes only: costs nothing and never waits for the device."""
         if x.shape[1] != self.in_channels or x.shape[2] % self.patch_size or x.shape[3] % self.patch_size:
-            raise ConfigError(
+            raise SizeError(
                 f"DiT: expects a latent of {self.in_channels} channels (in_channels) with sides divisible by "
-                f"{self.patch_size} (patch_size), got {[*x.shape[1:]]}: change the network or the data"
+                f"{self.patch_size} (patch_size), got {[*x.shape[1:]]}: change the network or the data",
+                self.patch_size,
             )
         if conditioning.tokens is not None:
             raise ConfigError("DiT: reads no tokens; use a conditioner that fills the vector (ClassVector), or a UNet")
-        if conditioning.vector is not None and conditioning.vector.shape[-1] != self.hidden_size:
-            found = conditioning.vector.shape[-1]
+        found = None if conditioning.vector is None else conditioning.vector.shape[-1]
+        if self.vector_channels is not None and found != self.vector_channels:
             raise ConfigError(
-                f"DiT: hidden_size={self.hidden_size}, but the conditioner's vector slot has width {found}"
+                f"DiT: vector_channels={self.vector_channels}, but the conditioner's vector slot has width {found}"
+            )
+        if self.vector_channels is None and found not in (None, self.hidden_size):
+            raise ConfigError(
+                f"DiT: hidden_size={self.hidden_size}, but the conditioner's vector slot has width {found}; set "
+                f"vector_channels={found}, or change the conditioner"
             )
         width = 0 if conditioning.spatial is None else conditioning.spatial.shape[1]
         if width != self.spatial_channels:

@@ -22,6 +22,7 @@ from ldm.diffusion.conditioners.base import Conditioning
 from ldm.errors import ConfigError
 from ldm.layers import attend, halvings
 from ldm.ranges import Count, CountOrZero, FractionBelowOne, Positive
+from ldm.sizes import SizeError
 
 _EPS = 1e-4
 _SILU = 0.596
@@ -252,10 +253,11 @@ class MagnitudePreservingUNet(nn.Module):
     def _check(self, x: Tensor, conditioning: Conditioning) -> None:
         """Shapes only: costs nothing and never waits for the device."""
         if x.shape[1] != self.in_channels or x.shape[2] % self.shrink or x.shape[3] % self.shrink:
-            raise ConfigError(
+            raise SizeError(
                 f"MagnitudePreservingUNet: expects a latent of {self.in_channels} channels (in_channels) with sides "
                 f"divisible by {self.shrink} (levels of channel_mult), got {[*x.shape[1:]]}, where at most "
-                f"{1 + halvings(*x.shape[2:])} levels can: change the network or the data"
+                f"{1 + halvings(*x.shape[2:])} levels can: change the network or the data",
+                self.shrink,
             )
         if conditioning.tokens is not None or conditioning.spatial is not None:
             raise ConfigError("MagnitudePreservingUNet: reads only a vector (ClassOneHot); use a UNet for tokens")

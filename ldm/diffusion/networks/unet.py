@@ -16,6 +16,7 @@ from ldm.diffusion.conditioners.base import Conditioning
 from ldm.errors import ConfigError
 from ldm.layers import Attention, GatedFeedForward, attend, group_norm, halvings, timestep_embedding, zero_module
 from ldm.ranges import Count, CountOrZero, FractionBelowOne, Positive
+from ldm.sizes import SizeError
 
 
 class Downsample(nn.Module):
@@ -299,10 +300,11 @@ class UNet(nn.Module):
     def _check(self, x: Tensor, conditioning: Conditioning) -> None:
         """Shapes only: costs nothing and never waits for the device."""
         if x.shape[1] != self.in_channels or x.shape[2] % self.shrink or x.shape[3] % self.shrink:
-            raise ConfigError(
+            raise SizeError(
                 f"UNet: expects a latent of {self.in_channels} channels (in_channels) with sides divisible by "
                 f"{self.shrink} (levels of channel_mult), got {[*x.shape[1:]]}, where at most "
-                f"{1 + halvings(*x.shape[2:])} levels can: change the network or the data"
+                f"{1 + halvings(*x.shape[2:])} levels can: change the network or the data",
+                self.shrink,
             )
         slots = (
             ("vector", "vector_channels", self.vector_channels, conditioning.vector, -1),

@@ -1,117 +1,64 @@
-"""When a run saves, how a save is written without holding up training, and which checkpoints are kept."""
+"""When a run saves, and from what it resumes; how a save is written is in ldm/checkpoints/writer.py."""
 
-import logging
 import math
-import re
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins import CheckpointIO
-from pytorch_lightning.utilities import rank_zero_info
 
-from ldm.checkpoints import sealed_file, store
-from ldm.checkpoints.snapshot import HostMemory
-from ldm.errors import ConfigError, LdmError, PeerError, ResourceError
+from ldm.checkpoints import store, writer
+from ldm.checkpoints.store import ReadShards, Verified
+from ldm.checkpoints.writer import Writer
+from ldm.errors import ConfigError, LdmError, ResourceError
 from ldm.ranges import Count
 from ldm.runtime import distributed
-
-TRIES = 3
-"""How many saves in a row may fail for lack of space before the run ends."""
-
-_BEST = f"best{store.SUFFIX}"
-_OURS = re.compile(rf"(step=\d+|stopped|finite){re.escape(store.SUFFIX)}")
-
-log = logging.getLogger(__name__)
+from ldm.training import lightning_internals
+from ldm.training.callbacks.step import StepCallback
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Lightning's reading and writing of checkpoints, done by ldm.checkpoints.store, in a thread.
-
-    If asynchronous, a save copies the state to the host and returns; a second one waits for the first. The first save
-    of a run is read back as soon as it is written, so that a checkpoint that cannot be loaded is noticed at once, not
-    at resume.
-
-    With several ranks a failed save raises nothing here, since the others would wait forever: see `failure`.
+    """Lightning's reading and writing of checkpoints, done by ldm.checkpoints.
 
     Attributes:
-        asynchronous: a save returns before it is on disk, and needs a second copy of the state.
-        tries: how many saves in a row may fail for lack of space or of another rank's shard before that is a failure.
-        published: called in the thread after each save.
-        failure: why saving has failed for good; None otherwise.
+        writer: the thread that saves.
+        source: the checkpoint that was loaded, or that is to be loaded and is verified already.
     """
 
     def __init__(self) -> None:
-        self.asynchronous = False
-        self.tries = TRIES
-        self.published: Callable[[], None] = _nothing
-        self.failure: Exception | None = None
-        self._failed = 0  # saves in a row
-        self._proven = False
-        self._memory = HostMemory()
-        self._under_way: Future[None] | None = None
-        self._needs_peers = False
+        self.writer = Writer()
+        self.source: Verified | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        self.wait()
-        self._needs_peers = "shard" in checkpoint
-        state = self._memory.copy(checkpoint) if self.asynchronous else checkpoint
-        # A thread for each save, which ends with it: what it computes leaves OpenMP threads behind for as long as it
-        # lives, and with more of them than cores none waits actively any more; training then takes twice as long.
-        thread = ThreadPoolExecutor(1, "checkpoint")
-        self._under_way = thread.submit(self._write, state, Path(path))
-        thread.shutdown(wait=False)
-        if not self.asynchronous:
-            self.wait()
-            if self.failure is not None and distributed.world_size() == 1:
-                raise self.failure
-
-    def wait(self) -> BaseException | None:
-        """Until nothing is being written; returns the error of the last save, if it failed."""
-        return None if self._under_way is None else self._under_way.exception()
-
-    def abandon(self, seconds: float = 5.0) -> None:
-        """The other ranks are lost: wait at most `seconds` for a save that needs their shards; it is not published."""
-        if self._needs_peers and self._under_way is not None:
-            wait([self._under_way], seconds)
-            self._under_way = None
-
-    def teardown(self) -> None:
-        self.wait()
-        self._memory.release()
+        self.writer.save(checkpoint, Path(path))
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        return store.load(Path(path), "cpu" if map_location is None else map_location)
+        return self.load(path)
+
+    def load(self, path: Path | str, read_shards: ReadShards | None = None) -> dict[str, Any]:
+        """The state of a checkpoint, or of the newest good one of a folder, onto the CPU (collective).
+
+        Rank 0 reads all of it once to verify it, and each rank then reads what it loads.
+
+        Args:
+            path: of rank 0, which alone may know the run folder.
+            read_shards: see `store.load`.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged; on all ranks.
+        """
+        known, path = self.source, Path(path)
+        self.source = distributed.from_main(lambda: known if known and known.path == path else store.verify(path))
+        return store.load(self.source, read_shards)
 
     def remove_checkpoint(self, path: Any) -> None:
         store.remove(Path(path))
 
-    def _write(self, state: dict[str, Any], path: Path) -> None:
-        """The thread's work."""
-        try:
-            store.save(path, state)
-            if distributed.is_main():
-                if not self._proven:
-                    store.load(path, assemble=False)
-                    self._proven = True
-                self.published()
-        except Exception as error:
-            self._failed += 1
-            if self._failed >= self.tries or not isinstance(error, ResourceError | PeerError):
-                self.failure = error
-            else:
-                log.warning(
-                    "NOT SAVED (%d of %d in a row): %s\nTraining goes on, and tries again at the next interval.",
-                    *(self._failed, self.tries, error),
-                )
-            raise
-        self._failed = 0
+    def teardown(self) -> None:
+        self.writer.close()
 
 
 def files_of(trainer: pl.Trainer) -> AtomicCheckpointIO:
@@ -127,7 +74,7 @@ def save_at_end(trainer: pl.Trainer, path: Path) -> None:
     Raises:
         LdmError: it is not; on all ranks.
     """
-    files = files_of(trainer)
+    files = files_of(trainer).writer
     files.tries = 1
     trainer.save_checkpoint(path, weights_only=False)
     files.wait()
@@ -144,7 +91,7 @@ def raise_together(failure: Exception | None) -> None:
         raise ResourceError("another rank could not save its part of a checkpoint; its message says why.")
 
 
-class Checkpoints(Checkpoint):
+class Checkpoints(StepCallback, Checkpoint):
     """Saves `step=<step>.ckpt` at intervals and at the end; `best.ckpt` is a link to the best by a metric.
 
     If a step is followed by a validation, it is saved after it, so that the metrics are in the file and a resumed run
@@ -170,6 +117,7 @@ class Checkpoints(Checkpoint):
         keep_best: Count = 1,
         asynchronous: bool = True,
     ) -> None:
+        super().__init__()
         for name, value in {"every": every, "keep": keep, "keep_every": keep_every, "keep_best": keep_best}.items():
             if value is not None and value < 1:
                 raise ConfigError(f"checkpoints: {name} must be 1 or more, found {name}={value}")
@@ -181,23 +129,16 @@ class Checkpoints(Checkpoint):
         self.keep_best = keep_best
         self.asynchronous = asynchronous
         self._scores: dict[int, float] = {}  # of the steps that were among the best; lower is better
-        self._seen = 0
         self._folder = Path()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._folder = Path(trainer.strategy.broadcast(str(trainer.default_root_dir))) / "checkpoints"
-        files = files_of(trainer)
+        files = files_of(trainer).writer
         files.asynchronous = self.asynchronous
         files.published = self._tidy
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._seen = trainer.global_step
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        if trainer.global_step == self._seen:
-            return  # within an accumulation
-        self._seen = trainer.global_step
-        if self._due(trainer.global_step) and not _validation_follows(trainer):
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+        if self._due(trainer.global_step) and not lightning_internals.validation_follows(trainer):
             self._save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -212,13 +153,13 @@ class Checkpoints(Checkpoint):
             self._save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        save_at_end(trainer, self._path(trainer.global_step))
+        save_at_end(trainer, writer.file_of(self._folder, trainer.global_step))
 
     def state_dict(self) -> dict[str, Any]:
         return {"scores": self._scores, "monitor": self.monitor, "sign": self.sign}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # Scores of another metric, or of the same where the other end is now the better, say nothing.
+        # Scores of another metric, or of the other direction, do not compare.
         if state_dict["monitor"] == self.monitor and state_dict.get("sign", self.sign) == self.sign:
             self._scores = dict(state_dict.get("scores", {}))
 
@@ -227,10 +168,7 @@ class Checkpoints(Checkpoint):
 
     def _save(self, trainer: pl.Trainer) -> None:
         if trainer.global_step < trainer.max_steps:  # the end is saved by itself
-            trainer.save_checkpoint(self._path(trainer.global_step), weights_only=False)
-
-    def _path(self, step: int) -> Path:
-        return self._folder / f"step={step:08d}{store.SUFFIX}"
+            trainer.save_checkpoint(writer.file_of(self._folder, trainer.global_step), weights_only=False)
 
     def _among_best(self, trainer: pl.Trainer, monitor: str) -> bool:
         _check_logged(trainer, monitor)
@@ -242,16 +180,8 @@ class Checkpoints(Checkpoint):
         return True
 
     def _tidy(self) -> None:
-        """After a save, in its thread: link the best, remove what is not kept."""
-        files = {file: sealed_file.step(file) for file in self._folder.glob(f"*{store.SUFFIX}") if _is_ours(file)}
-        scored = [file for file, step in files.items() if file == self._path(step) and step in self._scores]
-        best = sorted(scored, key=lambda file: (self._scores[files[file]], files[file]))[: self.keep_best]
-        if best:
-            _link(self._folder / _BEST, best[0].name)
-        kept = {*sorted(files, key=lambda file: (files[file], file.name))[-self.keep :], *best}
-        for file, step in files.items():
-            if file not in kept and not (self.keep_every and file == self._path(step) and step % self.keep_every == 0):
-                store.remove(file)
+        """After a save, in its thread."""
+        writer.tidy(self._folder, self.keep, self.keep_every, self._scores, self.keep_best)
 
 
 def _check_logged(trainer: pl.Trainer, monitor: str) -> None:
@@ -260,40 +190,3 @@ def _check_logged(trainer: pl.Trainer, monitor: str) -> None:
         raise ConfigError(
             f"lightning.callbacks.checkpoints.params.monitor: there is no metric {monitor!r}; validation logged {known}"
         )
-
-
-def set_aside_later(folder: Path, step: int) -> list[Path]:
-    """Rename the checkpoints of steps after `step` to `.superseded`, since the run is about to diverge from them."""
-    aside = []
-    for file in sorted(folder.glob(f"*{store.SUFFIX}")):
-        if sealed_file.step(file) <= step:
-            continue
-        if file.is_symlink():
-            file.unlink()
-            continue
-        aside.append(file.rename(file.with_name(f"{file.name}.superseded")))
-        rank_zero_info(f"{file} is of a later step than {step}: kept as {aside[-1].name}")
-    return aside
-
-
-def _is_ours(file: Path) -> bool:
-    return _OURS.fullmatch(file.name) is not None and not file.is_symlink()
-
-
-def _link(link: Path, target: str) -> None:
-    """Make `link` a symbolic link to its neighbour `target`; it points at the old one or the new one."""
-    temporary = link.with_name(f".{link.name}.new")
-    with suppress(FileNotFoundError):
-        temporary.unlink()
-    temporary.symlink_to(target)
-    temporary.replace(link)
-
-
-def _validation_follows(trainer: pl.Trainer) -> bool:
-    # As Lightning's training loop decides it, where `check_val_every_n_epoch` is None.
-    interval = trainer.val_check_batch
-    return bool(trainer.enable_validation and interval and (trainer.fit_loop.total_batch_idx + 1) % interval == 0)
-
-
-def _nothing() -> None:
-    pass

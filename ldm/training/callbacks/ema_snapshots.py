@@ -1,4 +1,4 @@
-"""Averages of a run's past: kept while it trains, put together to any width afterwards (scripts/reconstruct_ema.py)."""
+"""Snapshots of running averages: saved in training, combined to any width afterwards (scripts/reconstruct_ema.py)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,38 +13,37 @@ from ldm.errors import CheckpointError, ConfigError
 from ldm.optim.ema import PowerFunction, mixture, power_exponent
 from ldm.ranges import Count
 from ldm.runtime.float64 import double
+from ldm.training.callbacks.step import StepCallback
 
 FOLDER = "averages"
 """In the run folder."""
 
 
-class EMASnapshots(pl.Callback):
+class EMASnapshots(StepCallback):
     """Writes all averages of a diffusion model to `averages/step=<step>.ckpt` at intervals, in half precision.
 
     They must be power functions, preferably two (stds 0.05 and 0.1), since other widths need more than one.
 
     Args:
-        every: optimizer steps between two snapshots; a run of 50 of them can be put together well (EDM2, appendix C.3).
+        every: optimizer steps between two snapshots; 50 in a run are enough for an accurate reconstruction (EDM2,
+            appendix C.3).
     """
 
     def __init__(self, every: Count) -> None:
+        super().__init__()
         if every < 1:
             raise ConfigError(f"averages: every must be 1 or more, found {every}")
         self._every = every
-        self._step = 0
         self._folder = Path()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._folder = Path(trainer.strategy.broadcast(str(trainer.default_root_dir))) / FOLDER
-        _exponents(pl_module)  # at once, not after the first thousand steps
+        _exponents(pl_module)  # fails now, not after the first thousand steps
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._step = trainer.global_step
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        if trainer.global_step == self._step or trainer.global_step % self._every:
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+        step = trainer.global_step
+        if step % self._every:
             return
-        self._step = trainer.global_step
         assert isinstance(pl_module, LatentDiffusion)
         ema = pl_module.ema
         averages = sharded_state.gathered([dict(average.state_dict()) for average in (ema.average, *ema.extra)])
@@ -54,9 +53,9 @@ class EMASnapshots(pl.Callback):
                 "averages": [_halved(average, learned) for average in averages],
                 "exponents": _exponents(pl_module),
                 "images_seen": ema.images_seen,
-                "ldm": {"kind": "averages", "step": self._step},
+                "ldm": {"kind": "averages", "step": step},
             }
-            store.save(self._folder / f"step={self._step:08d}{store.SUFFIX}", state)
+            store.save(self._folder / f"step={step:08d}{store.SUFFIX}", state)
 
 
 def _exponents(module: pl.LightningModule) -> list[float]:
@@ -74,7 +73,7 @@ def _exponents(module: pl.LightningModule) -> list[float]:
 
 
 def _halved(average: dict[str, Tensor], learned: set[str]) -> dict[str, Tensor]:
-    """Weights in half precision; what is not learned, such as random features, as it is."""
+    """Weights in half precision; what is not learned, such as random features, unchanged."""
     return {name: value.half() if name in learned else value for name, value in average.items()}
 
 
@@ -97,7 +96,7 @@ def reconstruct(files: Sequence[Path], std: float) -> dict[str, Tensor]:
     """The average of relative width `std` at the time of the last of the snapshots, in float32.
 
     Raises:
-        ConfigError: no power function is that wide.
+        ConfigError: no power function has that width.
     """
     wanted = power_exponent(std)
     times: list[float] = []

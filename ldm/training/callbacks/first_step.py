@@ -1,11 +1,13 @@
-"""Whether a run has reached its first step: before it there is nothing to keep."""
+"""Whether a run has reached its first step: until then there is nothing to keep."""
 
 from typing import Any
 
 import pytorch_lightning as pl
 
+from ldm.training.callbacks.step import StepCallback
 
-class FirstStep(pl.Callback):
+
+class FirstStep(StepCallback):
     """Records whether this process has made an optimizer step, or has finished without needing one.
 
     Attributes:
@@ -13,14 +15,11 @@ class FirstStep(pl.Callback):
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.made = False
-        self._began = 0
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._began = trainer.global_step
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        self.made = self.made or trainer.global_step > self._began
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+        self.made = True
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.made = True

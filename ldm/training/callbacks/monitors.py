@@ -8,17 +8,18 @@ import pytorch_lightning as pl
 from ldm.config.tree import current_plain
 from ldm.errors import ConfigError
 from ldm.runtime import distributed
-from ldm.runtime.step_metrics import is_logged
+from ldm.runtime.step_metrics import was_logged
+from ldm.training.callbacks.step import StepCallback
 
-_TRAINING = "train/"  # how names begin that training logs, where validation cannot know them
+_TRAINING = "train/"  # the prefix of the names that training logs, which validation cannot know
 
 
-class Monitors(pl.Callback):
+class Monitors(StepCallback):
     """Checks that the metric of each `monitor` is logged, as early as possible.
 
-    In a new run: at the validation batch that is tried before the first step. In a resumed run: by the metrics in its
-    checkpoint, unless the model has changed since, and at its first validation. A training metric (`train/...`): at the
-    first step that is logged. Must come before the callbacks that it checks.
+    In a new run: at the validation batch before the first step. In a resumed run: by the metrics in its checkpoint,
+    unless the model has changed since, and at its first validation. A training metric (`train/...`): at the first
+    logged step. Must come before the callbacks that it checks.
 
     Args:
         monitors: name of a callback under `lightning.callbacks` -> its `monitor`.
@@ -29,20 +30,21 @@ class Monitors(pl.Callback):
     """
 
     def __init__(self, monitors: Mapping[str, str], model: Any) -> None:
+        super().__init__()
         self._validated = {name: monitor for name, monitor in monitors.items() if not monitor.startswith(_TRAINING)}
         self._trained = {name: monitor for name, monitor in monitors.items() if monitor.startswith(_TRAINING)}
         self._model = model
-        self._step, self._logged = 0, False  # the step under way: steps before it, and whether it is logged
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         record = checkpoint.get("ldm") or {}
-        # With another model validation may log something else.
+        # Validation of another model may log something else.
         if trainer.state.fn == "fit" and record.get("metrics") and _same(record.get("config") or {}, self._model):
             _check(self._validated, record["metrics"], "the validation before this checkpoint")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         if not self._validated:
             return
         own = int(min(sum(trainer.num_val_batches), 2**31)) if trainer.enable_validation else 0
@@ -57,11 +59,8 @@ class Monitors(pl.Callback):
         if trainer.state.fn == "fit":
             _check(self._validated, trainer.callback_metrics, "validation")
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        self._step, self._logged = trainer.global_step, is_logged(trainer)
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        if self._trained and self._logged and trainer.global_step > self._step:
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+        if self._trained and was_logged(trainer):
             known = [name for name in trainer.callback_metrics if name.startswith(_TRAINING)]
             _check(self._trained, known, "training")
             self._trained = {}  # once is enough
@@ -79,7 +78,7 @@ def monitored(callbacks: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _check(monitors: Mapping[str, str], known: Iterable[str], where: str) -> None:
-    names = sorted({*known} - {"step"})  # a row's number
+    names = sorted({*known} - {"step"})  # the number of a row
     for name, monitor in monitors.items():
         if monitor not in names:
             raise ConfigError(
@@ -89,5 +88,5 @@ def _check(monitors: Mapping[str, str], known: Iterable[str], where: str) -> Non
 
 
 def _same(config: Mapping[str, Any], model: Any) -> bool:
-    """Whether a checkpoint's configuration describes `model`, by whatever names it did then."""
+    """Whether a checkpoint's configuration describes `model`, under whatever names."""
     return bool(current_plain(config.get("model")) == current_plain(model))

@@ -5,7 +5,7 @@ sent to wandb where it is among the loggers.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -25,18 +25,20 @@ from ldm.runtime import distributed
 from ldm.sampling.generate import check, generate
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.pipeline import Pipeline, load_codec
-from ldm.sampling.timesteps import Default
+from ldm.sampling.samplers import ddim
+from ldm.sampling.timesteps import default
+from ldm.training.callbacks.step import StepCallback
 
 log = logging.getLogger(__name__)
 
 
 class ShowsImages(Protocol):
-    """A module that returns named images of a batch, each (N, C, H, W) in [-1, 1], C = 1 or 3."""
+    """A module that returns named images of a batch, each (N, C, H, W) in [-1, 1]."""
 
     def images(self, batch: Any) -> dict[str, Tensor]: ...
 
 
-class ImageLogger(pl.Callback):
+class ImageLogger(StepCallback):
     """Stage 1: a sheet of what the module shows of a batch, a row for each name and a column for each image.
 
     From training batches to `train/`, from the first batch of each validation, always the same images, to `val/`.
@@ -47,16 +49,12 @@ class ImageLogger(pl.Callback):
     """
 
     def __init__(self, every_n_steps: Count = 1000, num_images: Count = 8) -> None:
+        super().__init__()
         self._every_n_steps = every_n_steps
         self._num_images = num_images
-        self._step = 0
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        # A step's micro-batches share its number.
-        if trainer.global_step % self._every_n_steps == 0 and trainer.global_step != self._step:
-            self._step = trainer.global_step
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+        if trainer.global_step % self._every_n_steps == 0:
             self._show(trainer, pl_module, batch, "train")
 
     def on_validation_batch_end(
@@ -79,16 +77,19 @@ class ImageLogger(pl.Callback):
             publish(trainer, split, "-".join(shown), sheet)
 
 
-class SampleLogger(pl.Callback):
-    """Stage 2: a sheet of samples of the averaged weights, a row for each class and a column for each seed.
+class SampleLogger(StepCallback):
+    """Stage 2: a sheet of samples of the averaged weights, a row for each condition and a column for each seed.
 
     All ranks make their share of it.
 
     Args:
         every_n_steps: between two sheets.
-        classes: labels; None: no class, one row.
+        classes: labels, a row each; short for conditions of `class_label`.
+        conditions: a row each, with the keys that the model reads. With neither, one row of unconditional samples.
         seeds: of the columns; the same picture is drawn each time.
-        steps: network calls per image.
+        steps: of the sampler.
+        sampler: of ldm/sampling/samplers.py, such as {target: ldm.sampling.samplers.heun, partial: true}.
+        schedule: of ldm/sampling/timesteps.py, where the steps lie.
         guidance_scale: 1 = none.
         autoencoder: run folder or checkpoint that decodes; None: the one that made the latents.
         trust: packages besides ldm's own that the autoencoder's configuration may name.
@@ -98,34 +99,42 @@ class SampleLogger(pl.Callback):
         self,
         every_n_steps: Count = 5000,
         classes: Sequence[CountOrZero] | None = None,
+        conditions: Sequence[Mapping[str, Any]] | None = None,
         seeds: Sequence[CountOrZero] = tuple(range(8)),
         steps: Count = 50,
+        sampler: Callable[..., Tensor] = ddim,
+        schedule: Callable[..., Tensor] = default,
         guidance_scale: Finite = 1.0,
         autoencoder: Path | str | None = None,
         trust: Sequence[str] = (),
     ) -> None:
+        super().__init__()
         self._every_n_steps = every_n_steps
         self._columns = len(seeds)
-        self._labels = None if classes is None else [label for label in classes for _ in seeds]
-        self._seeds = list(seeds) if classes is None else list(seeds) * len(classes)
+        if classes and conditions:
+            raise ConfigError("SampleLogger: found classes and conditions, which say the same; leave one of them out")
+        rows = [*(conditions or ()), *({"class_label": label} for label in classes or ())]
+        self._conditions = [row for row in rows for _ in seeds] or None
+        self._seeds = list(seeds) * max(1, len(rows))
         self._steps = steps
+        self._sampler = sampler
+        self._schedule = schedule
         self._guidance = Guidance(guidance_scale)
         self._autoencoder = autoencoder
         self._trust = trust
         self._codec: Codec | None = None
-        self._step = 0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """What cannot be shown is refused before the first step."""
         pipeline = self._pipeline(trainer, pl_module)
         try:
-            check(pipeline, self._seeds, self._labels, Default()(pipeline.objective, self._steps), self._guidance)
+            times = self._schedule(pipeline.objective, self._steps, pipeline.manifest.plan.shape)
+            check(pipeline, self._seeds, self._conditions, times, self._guidance)
         except ConfigError as error:
             raise ConfigError(f"lightning.callbacks.images (SampleLogger): {error}") from error
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        if trainer.global_step % self._every_n_steps == 0 and trainer.global_step != self._step:
-            self._step = trainer.global_step
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+        if trainer.global_step % self._every_n_steps == 0:
             self.show(trainer, pl_module)
 
     def _pipeline(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Pipeline:
@@ -149,9 +158,18 @@ class SampleLogger(pl.Callback):
         # As many on each rank, some twice: where the weights are sharded, all ranks call the network together.
         mine = [place % number for place in range(distributed.rank(), -(-number // world) * world, world)]
         seeds = [self._seeds[place] for place in mine]
-        labels = None if self._labels is None else [self._labels[place] for place in mine]
+        conditions = None if self._conditions is None else [self._conditions[place] for place in mine]
         with trainer.precision_plugin.forward_context():
-            samples = list(generate(pipeline, seeds, labels, steps=self._steps, guidance=self._guidance))
+            made = generate(
+                pipeline,
+                seeds,
+                conditions,
+                sampler=self._sampler,
+                steps=self._steps,
+                schedule=self._schedule,
+                guidance=self._guidance,
+            )
+            samples = list(made)
         shares = distributed.gather([sample.image for sample in samples])
         if trainer.is_global_zero:
             images = [shares[place % len(shares)][place // len(shares)] for place in range(len(self._seeds))]

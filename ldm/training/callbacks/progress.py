@@ -13,9 +13,11 @@ from torch import Tensor
 
 from ldm.ranges import Count, NotNegative
 from ldm.runtime.durations import so_far
+from ldm.training import lightning_internals
+from ldm.training.callbacks.step import StepCallback
 
 
-class Throughput(pl.Callback):
+class Throughput(StepCallback):
     """Logs `images_per_second` over all ranks and `data_wait`, the share of the time spent waiting for a batch.
 
     Measured with the host's clock over many steps, without waiting for the device. Validation and saves do not count.
@@ -26,11 +28,11 @@ class Throughput(pl.Callback):
     """
 
     def __init__(self, every_n_steps: Count = 50) -> None:
+        super().__init__()
         self._every_n_steps = every_n_steps
         self._images = 0
         self._waited = self._worked = 0.0
         self._mark: float | None = None  # when the last batch ended, unless something else came in between
-        self._step = 0
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -48,8 +50,10 @@ class Throughput(pl.Callback):
             self._worked += now - self._mark
             self._images += len(batch["draws"]) * trainer.world_size
         self._mark = now
-        if trainer.global_step % self._every_n_steps == 0 and trainer.global_step != self._step:
-            self._step = trainer.global_step
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+        if trainer.global_step % self._every_n_steps == 0:
             total = max(self._waited + self._worked, 1e-9)
             speed = {"images_per_second": self._images / total, "data_wait": self._waited / total}
             pl_module.log_dict(speed, on_step=True, on_epoch=False, batch_size=1)
@@ -65,13 +69,13 @@ class Throughput(pl.Callback):
 
 
 class Progress(ProgressBar):
-    """Steps done, key figures, images a second, time elapsed and left: a bar in a terminal, else a line now and then.
+    """Steps done, key figures, images a second, time elapsed and left: a bar in a terminal, else an occasional line.
 
     The figures are the entry `figures` of what the module's `training_step` returns (a mapping of names to scalar
     tensors), then the loss. They are read from the device when they are shown, not at every step.
 
     Args:
-        refresh_seconds: between two looks in a terminal.
+        refresh_seconds: between two updates in a terminal.
         log_seconds: between two lines elsewhere.
     """
 
@@ -87,7 +91,7 @@ class Progress(ProgressBar):
         self._enabled = True
 
     def disable(self) -> None:
-        """Called by Lightning on all ranks but the first."""
+        """Lightning calls this on all ranks but the first."""
         self._enabled = False
 
     def enable(self) -> None:
@@ -112,10 +116,9 @@ class Progress(ProgressBar):
         last = trainer.global_step == trainer.max_steps
         if not self._enabled or (elapsed < self._pause and not last):
             return
-        # Lightning has divided the loss by the number of micro-batches, where the optimisation is its own.
-        divided_by = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
         figures = {name: float(value) for name, value in _figures(outputs).items()}
-        figures |= {"loss": figures["loss"] * divided_by} if "loss" in figures else {}
+        if "loss" in figures:
+            figures["loss"] *= lightning_internals.loss_divisor(trainer, pl_module)
         words = [f"{name} {value:.4g}" for name, value in figures.items()]
         words.append(f"{self._images / max(elapsed, 1e-9):.3g} images/s")
         words.append(self._times(trainer))
@@ -146,7 +149,7 @@ class Progress(ProgressBar):
             self._say(f"step {trainer.global_step}: validating {done}/{total}  {times}")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A line of all that was validated, in the order in which the module logs it."""
+        """Print the metrics of validation in one line, in the order in which the module logs them."""
         if not self._enabled or trainer.sanity_checking:
             return
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
@@ -163,7 +166,7 @@ class Progress(ProgressBar):
         self._close()
 
     def _times(self, trainer: pl.Trainer) -> str:
-        """By the steps that this process has done, with all that came between them."""
+        """Estimated from the steps of this process and everything between them."""
         done, total = trainer.global_step - self._began, trainer.max_steps - self._began
         return so_far(time.monotonic() - self._began_at, done, total)
 
@@ -174,7 +177,7 @@ class Progress(ProgressBar):
             self._say(f"step {trainer.global_step}/{trainer.max_steps}: {figures}")
 
     def _say(self, line: str) -> None:
-        # One line, however long: a log file is as wide as it likes.
+        # Without line breaks: a log file has no width.
         self._console.print(line, soft_wrap=True, markup=False, highlight=False)
 
     def _close(self) -> None:

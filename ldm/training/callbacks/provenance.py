@@ -1,4 +1,4 @@
-"""What keeps a run's work: checkpoints that say where they come from, and clean stops."""
+"""Where a checkpoint comes from: the configuration, the data and the versions that made it."""
 
 import importlib.metadata
 import platform
@@ -18,7 +18,7 @@ FORMAT = 1
 
 
 class Describes(Protocol):
-    """A module that says what its checkpoints are: `kind`, `latents`, `metrics`, in plain containers."""
+    """A module that describes its checkpoints: `kind`, `latents`, `metrics`, in plain containers."""
 
     def checkpoint_facts(self) -> dict[str, Any]: ...
 
@@ -28,7 +28,7 @@ class Provenance(pl.Callback):
 
     Args:
         config: the run's resolved configuration, in plain containers.
-        facts: what the data said of itself, for who goes on from the checkpoint.
+        facts: of the data module (`data.facts()`), for a run that starts from the checkpoint.
     """
 
     def __init__(self, config: Mapping[str, Any], facts: Mapping[str, Any] | None = None) -> None:

@@ -21,7 +21,9 @@ from ldm.errors import ConfigError, LdmError, NumericError
 from ldm.ranges import Count, CountOrZero
 from ldm.runtime.distributed import gather
 from ldm.runtime.fsdp import total_norm
+from ldm.training import lightning_internals
 from ldm.training.callbacks.checkpoints import save_at_end
+from ldm.training.callbacks.step import StepCallback
 
 _FILES = 32  # named in a message, at most
 
@@ -39,22 +41,22 @@ class _Step:
     in_a_row: Tensor | int = 0  # bad steps up to this one
 
 
-class SkipNonFinite(pl.Callback):
+class SkipNonFinite(StepCallback):
     """Skips every step whose loss or gradient is not finite, and ends the run after too many of them in a row.
 
     A fused optimizer skips such an update on the device itself (`found_inf`), without waiting; for others this waits
-    for the device and removes the gradients. So it reaches neither weights nor average, and no file. The ranks need not
-    communicate: a non-finite loss makes the gradient non-finite, and the gradient is common to all. The record is
-    checked now and then (on the CPU after every step) and before every save: each skipped step is reported with its
+    for the device and removes the gradients. So it reaches neither the weights nor the average nor a file. The ranks
+    need not communicate: a non-finite loss makes the gradient non-finite, and the gradient is common to all. The record
+    is checked now and then (on the CPU after every step) and before every save: each skipped step is reported with its
     samples and their files. In fp16 the gradient scaler skips such steps by design, and this does nothing.
 
     Logs `train/skipped_steps`, over the whole run.
 
     Args:
-        folder: where `finite.ckpt` goes at the end: weights no bad step has touched; a run resumed from it goes on
-            after them.
+        folder: where `finite.ckpt` is saved at the end, with weights that no bad step has touched; a run resumed from
+            it continues after the bad steps.
         limit: how many in a row are skipped without ending the run; 0: the first one ends it.
-        every_n_steps: how often to look, where looking makes the host wait for the device.
+        every_n_steps: how often to check, if checking makes the host wait for the device.
 
     Raises:
         NumericError: in the training loop, on all ranks, naming step, samples, loss, files and checkpoint.
@@ -63,12 +65,12 @@ class SkipNonFinite(pl.Callback):
     def __init__(self, folder: Path | str, limit: CountOrZero = 3, every_n_steps: Count = 50) -> None:
         if limit < 0 or every_n_steps < 1:
             raise ConfigError(f"finite: expected limit >= 0 and every_n_steps >= 1, found {limit} and {every_n_steps}")
+        super().__init__()
         self._path = Path(folder) / f"finite{SUFFIX}"
         self._limit = limit
         self._every_n_steps = every_n_steps
         self._steps: list[_Step] = []
         self._current = _Step()
-        self._done = 0
         self._in_a_row: Tensor | int = 0
         self._skipped: Tensor | int = 0
 
@@ -77,9 +79,6 @@ class SkipNonFinite(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._in_a_row, self._skipped = state_dict["in_a_row"], state_dict["skipped"]
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._done = trainer.global_step
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         if not _scaled(trainer):
@@ -108,15 +107,13 @@ class SkipNonFinite(pl.Callback):
     ) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor):
-            # Lightning has divided it by the number of micro-batches, where the optimisation is its own.
-            divided_by = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
-            self._current.losses.append(loss.detach() * divided_by)
+            self._current.losses.append(loss.detach() * lightning_internals.loss_divisor(trainer, pl_module))
         if isinstance(batch, Mapping) and "draws" in batch:
             self._current.samples.append(batch["draws"].numbers)
-        if trainer.global_step == self._done:
-            return  # within an accumulation
-        self._done = trainer.global_step
-        self._count(pl_module)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+        self._count(trainer, pl_module)
         if pl_module.device.type == "cpu" or trainer.global_step % self._every_n_steps == 0:
             self._look(trainer)
 
@@ -125,14 +122,14 @@ class SkipNonFinite(pl.Callback):
     ) -> None:
         self._look(trainer)
 
-    def _count(self, pl_module: pl.LightningModule) -> None:
-        """Close the current step; counts on the device, where nobody waits."""
+    def _count(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Finish the record of the current step; counts on the device, so that the host need not wait."""
         step, self._current = self._current, _Step()
         if step.bad:
             bad = torch.stack(step.bad).any()
             self._in_a_row = (self._in_a_row + 1) * bad
             self._skipped = self._skipped + bad
-            step.number, step.in_a_row = self._done, self._in_a_row
+            step.number, step.in_a_row = trainer.global_step, self._in_a_row
             self._steps.append(step)
             pl_module.log("train/skipped_steps", self._skipped.float(), batch_size=1)
 
@@ -151,17 +148,17 @@ class SkipNonFinite(pl.Callback):
         described = _describe(trainer, step)
         try:
             save_at_end(trainer, self._path)
-            kept = f"weights it has not touched are in {self._path}, and a run resumed from there goes on after it"
+            kept = f"weights it has not touched are in {self._path}, and a run resumed from there continues after it"
         except LdmError as error:
             kept = f"nothing was saved ({error})"
         raise NumericError(
             f"step {step.number}: {described}; the {_nth(row)} step in a row, allowed are {self._limit}; {kept}.\n"
-            f"If it comes back: lower the learning rate, lengthen its warm-up, clip gradients, or train in fp32."
+            f"If it happens again: lower the learning rate, lengthen its warm-up, clip gradients, or train in fp32."
         )
 
 
 def _scaled(trainer: pl.Trainer) -> bool:
-    """Whether a gradient scaler is at work, which finds and skips what is not finite by itself."""
+    """Whether there is a gradient scaler, which detects and skips non-finite gradients itself."""
     precision = trainer.precision_plugin
     return isinstance(precision, MixedPrecision) and precision.scaler is not None
 
@@ -169,7 +166,7 @@ def _scaled(trainer: pl.Trainer) -> bool:
 def _describe(trainer: pl.Trainer, step: _Step) -> str:
     """Loss, sample numbers and files of a bad step, of all ranks; every rank has to call it.
 
-    Of the micro-batches those whose own loss is not finite, if there are any.
+    Only the micro-batches whose own loss is not finite, if there are any.
     """
     own = zip_longest(map(float, step.losses), [numbers.tolist() for numbers in step.samples])
     pieces = [piece for share in gather(list(own)) for piece in share]

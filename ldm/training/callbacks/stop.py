@@ -4,26 +4,20 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.trainer.connectors.signal_connector import _SignalConnector
 from pytorch_lightning.utilities import rank_zero_info
 
 from ldm.checkpoints.store import SUFFIX
 from ldm.runtime import signals
 from ldm.runtime.distributed import max_over_ranks
 from ldm.runtime.signals import Stopped
+from ldm.training import lightning_internals
 from ldm.training.callbacks.checkpoints import files_of, raise_together, save_at_end
+from ldm.training.callbacks.step import StepCallback
 
 _CANNOT_SAVE = 1 << 10  # beyond any signal's number
 
 
-class _NoSignals(_SignalConnector):
-    """Keeps Lightning's own handlers out: that of SIGTERM broadcasts inside of whatever the main thread is doing."""
-
-    def register_signal_handlers(self) -> None:
-        pass
-
-
-class StopOnSignal(pl.Callback):
+class StopOnSignal(StepCallback):
     """Turns a signal into one checkpoint and a clean end, `Stopped`, on all ranks after the same step.
 
     The ranks synchronize after each optimizer step, never within an accumulation, after each validation batch, and
@@ -35,18 +29,19 @@ class StopOnSignal(pl.Callback):
     """
 
     def __init__(self, folder: Path | str) -> None:
+        super().__init__()
         self._path = Path(folder) / f"stopped{SUFFIX}"
         self._listens = False
-        self._step = 0
-        self._shared_batches = 0  # validation batches that every rank has: only there may they wait for each other
+        self._shared_batches = (
+            0  # validation batches that all ranks have: only after these may they wait for each other
+        )
         self._seen_batches = 0
         self._validation_cut = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._listens = signals.listen()
-        trainer._signal_connector = _NoSignals(trainer)
-        # What its ranks then tell each other before every batch, and wait for the device to hear.
-        vars(trainer.fit_loop.epoch_loop)["_broadcast_sigterm_tensor"] = lambda: None
+        lightning_internals.leave_signals_alone(trainer)
+        lightning_internals.skip_sigterm_broadcast(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self._listens:
@@ -56,13 +51,10 @@ class StopOnSignal(pl.Callback):
         self.teardown(trainer, pl_module, "")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._step = trainer.global_step
+        super().on_train_start(trainer, pl_module)
         self._stop_if_asked(trainer, saving=False)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        if trainer.global_step == self._step:
-            return  # within an accumulation
-        self._step = trainer.global_step
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         self._stop_if_asked(trainer, saving=True)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -84,10 +76,10 @@ class StopOnSignal(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if self._validation_cut:
-            _restart_validation(checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"])
+            lightning_internals.restart_validation(checkpoint)
 
     def _stop_if_asked(self, trainer: pl.Trainer, saving: bool) -> None:
-        failure = files_of(trainer).failure
+        failure = files_of(trainer).writer.failure
         asked = max_over_ranks(signals.received() if failure is None else _CANNOT_SAVE)
         if asked == _CANNOT_SAVE:
             raise_together(failure)
@@ -99,14 +91,3 @@ class StopOnSignal(pl.Callback):
         kept = f"saved {self._path}" if saving else "nothing new to save"
         rank_zero_info(f"stopped by {stopped.signal.name} after step {trainer.global_step}: {kept}")
         raise stopped
-
-
-def _restart_validation(progress: dict[str, Any]) -> None:
-    """Make the state of a validation that was cut short that of one whose first batch is not yet done.
-
-    Lightning then begins it anew at resume, in full; it cannot go on in the middle.
-    """
-    before = progress["total"]["ready"] - progress["current"]["ready"]
-    progress["total"].update(ready=before + 1, started=before + 1, processed=before, completed=before)
-    progress["current"].update(ready=1, started=1, processed=0, completed=0)
-    progress["is_last_batch"] = False

@@ -9,7 +9,7 @@ import pytest
 import torchvision
 
 from ldm.data.dataset import class_labels
-from ldm.data.sources.arrays import CIFAR10, DEBIAN_FASHION_MNIST, MNIST, ArrayImages, FashionMNIST
+from ldm.data.sources.arrays import CIFAR10, DEBIAN_FASHION_MNIST, MNIST, ArrayFile, ArrayImages, FashionMNIST
 from ldm.errors import DataError
 
 
@@ -83,9 +83,9 @@ def test_labels_are_checked(pictures):
         ArrayImages("toy", images[:0], labels[:0], ["a"])
 
 
-@pytest.mark.parametrize("shape", [(3,), (3, 8), (3, 8, 8, 4), (3, 8, 8, 1), (3, 8, 8, 3, 1)])
+@pytest.mark.parametrize("shape", [(3,), (3, 8), (3, 8, 0), (3, 8, 8, 0), (3, 8, 8, 3, 1)])
 def test_images_of_another_shape_are_refused(shape):
-    with pytest.raises(DataError, match=r"toy: expected images \(N,H,W\) or \(N,H,W,3\) of uint8, found \(3,"):
+    with pytest.raises(DataError, match=r"toy: expected images \(N,H,W\) or \(N,H,W,C\) of uint8, found \(3,"):
         ArrayImages("toy", np.zeros(shape, np.uint8), np.zeros(3, np.int64), ["a"])
 
 
@@ -128,3 +128,43 @@ def test_the_debian_package():
     dataset = FashionMNIST(train=False)
     assert len(dataset) == 10_000
     assert np.bincount(dataset.labels).tolist() == [1000] * 10
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(None, "L"), (1, "L"), (3, "RGB"), (2, None), (4, None), (7, None)])
+def test_a_file_of_any_number_of_channels(tmp_path, channels, mode):
+    shape = (3, 8, 12) if channels is None else (3, 8, 12, channels)
+    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    np.save(tmp_path / "a.npy", images)
+    data = ArrayFile(tmp_path / "a.npy")
+    item = data[1]
+    assert list(item) == ["image"]
+    assert getattr(item["image"], "mode", None) == mode
+    assert np.array_equal(np.asarray(item["image"]).reshape(images[1].shape), images[1])
+    assert data.channel_choices() == ((channels,) if mode is None else (1, 3, 4))
+    assert (len(data), data.num_classes, data.class_labels()) == (3, None, None)
+    assert data.fingerprint() == ArrayImages("in memory", images).fingerprint()
+
+
+def test_an_archive_brings_its_classes(tmp_path):
+    images, labels = np.zeros((3, 8, 12, 5), np.uint8), np.array([0, 2, 1])
+    np.savez(tmp_path / "plain.npz", images=images, labels=labels)
+    np.savez(tmp_path / "named.npz", images=images, labels=labels, class_names=["cat", "dog", "emu"])
+    plain, named = ArrayFile(tmp_path / "plain.npz"), ArrayFile(tmp_path / "named.npz")
+    assert (plain.class_names, named.class_names) == (["0", "1", "2"], ["cat", "dog", "emu"])
+    assert plain[1]["class_label"] == named[1]["class_label"] == 2
+    assert plain.fingerprint() != named.fingerprint()
+
+
+def test_files_that_are_something_else(tmp_path):
+    for name, content in (("a.npy", b""), ("a.npz", b"PK"), ("b.npy", b"text")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=f"{name}: cannot be read as a .npy or .npz file"):
+            ArrayFile(tmp_path / name)
+    with pytest.raises(DataError, match=r"gone\.npy: cannot be read"):
+        ArrayFile(tmp_path / "gone.npy")
+    np.savez(tmp_path / "c.npz", pictures=np.zeros((3, 8, 8), np.uint8))
+    with pytest.raises(DataError, match=r"c\.npz: expected an array `images`, found pictures"):
+        ArrayFile(tmp_path / "c.npz")
+    np.savez(tmp_path / "d.npz", images=np.zeros((3, 8, 8), np.uint8), labels=np.array([0, 1]))
+    with pytest.raises(DataError, match="3 images but 2 labels"):
+        ArrayFile(tmp_path / "d.npz")

@@ -243,6 +243,14 @@ def test_starts_as_zero_and_with_blocks_that_change_nothing():
     assert torch.equal(net.layers[0](tokens, torch.randn(2, 64), None), tokens)
 
 
+def test_places_of_any_rectangle_are_those_of_the_square_around_it():
+    for table in (positions, rotations):
+        square = table(7, 7, 32, torch.device("cpu")).unflatten(-2, (7, 7))
+        for rows, columns in ((7, 7), (5, 7), (7, 3), (1, 6)):
+            found = table(rows, columns, 32, torch.device("cpu")).unflatten(-2, (rows, columns))
+            assert torch.equal(found, square[..., :rows, :columns, :])
+
+
 def test_rotation_sees_only_distances():
     """Turned queries and keys: their product is a function of how far apart they stand, along each axis."""
     q, k = torch.randn(2, 1, 1, 1, 32).unbind(0)
@@ -311,3 +319,13 @@ def test_a_picture_as_condition():
 
 def test_blocks_are_blocks():
     assert all(isinstance(block, Block) for block in DiT(4, 2, 64, 3, 4).blocks())
+
+
+def test_a_vector_of_another_width_is_projected():
+    net = randomise(DiT(4, 2, 64, 1, 4, vector_channels=5))
+    x, t, vector = torch.randn(2, 4, 8, 8), torch.tensor([0.0, 500.0]), torch.randn(2, 5)
+    one, other = (net(x, t, Conditioning(vector=given)) for given in (vector, vector + 1))
+    assert (one - other).abs().max() > 1e-3
+    for wrong in (None, torch.randn(2, 64)):
+        with pytest.raises(ConfigError, match="vector_channels=5, but the conditioner's vector slot has width"):
+            net(x, t, Conditioning(vector=wrong))

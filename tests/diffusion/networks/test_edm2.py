@@ -101,6 +101,18 @@ def test_checkpointing_changes_no_gradient(network):
         torch.testing.assert_close(ours, theirs)
 
 
+def test_height_and_width_may_differ(network):
+    x = torch.randn(2, 4, 6, 10)
+    vector = torch.randn(2, 10)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.shape == (1,):
+                parameter.fill_(0.5)
+        made = network(x, torch.tensor([1.0, 2.0]), Conditioning(vector=vector))
+    assert made.shape == x.shape
+    assert made.std() > 0.1
+
+
 def test_what_does_not_fit_is_refused(network):
     x, level, told = inputs()
     with pytest.raises(ConfigError, match=r"divisible by 2"):

@@ -1,11 +1,7 @@
 """When checkpoints are written and which are kept, under a real Trainer with a model of one number."""
 
 import os
-import random
-import shutil
 import signal
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from ldm.checkpoints import store
 from ldm.errors import ConfigError, ResourceError
-from ldm.training.callbacks.checkpoints import AtomicCheckpointIO, Checkpoints, set_aside_later
+from ldm.training.callbacks.checkpoints import AtomicCheckpointIO, Checkpoints
 from ldm.training.callbacks.stop import StopOnSignal
 from tests.points import Automatic, PointData, a_trainer, ranks_at, wait_until
 
@@ -127,27 +123,10 @@ def test_a_metric_that_does_not_exist(tmp_path):
             Checkpoints(**{name: 0})
 
 
-def test_later_checkpoints_are_set_aside(tmp_path):
-    fit(tmp_path, Checkpoints(every=2, keep=9))
-    folder = tmp_path / "checkpoints"
-    (folder / "best.ckpt").symlink_to("step=00000006.ckpt")
-    aside = set_aside_later(folder, 4)
-    assert not (folder / "best.ckpt").is_symlink()
-    assert [path.name for path in aside] == ["step=00000006.ckpt.superseded"]
-    newest = store.newest(folder)
-    assert newest is not None
-    assert newest.name == "step=00000004.ckpt"
-
-
-# ---------------------------------------------------------------------- in the background
-
-
 class Gate:
-    """Stands before the writing of each checkpoint: counts, waits, fails."""
+    """Stands before the writing of each checkpoint: counts, fails."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool] = lambda step: False) -> None:
-        self.open = threading.Event()
-        self.open.set()
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool]) -> None:
         self.tried: list[int] = []
         self._fails = fails
         self._save = store.save
@@ -155,62 +134,15 @@ class Gate:
 
     def __call__(self, path: Path, state: dict[str, Any]) -> None:
         self.tried.append(state["global_step"])
-        self.open.wait(30)
         if self._fails(state["global_step"]):
             raise ResourceError(f"{path}: free 1 bytes, needed about 9 bytes")
         self._save(path, state)
-
-
-def test_training_goes_on_during_a_save_and_the_save_is_of_its_own_step(tmp_path, monkeypatch):
-    gate, files = Gate(monkeypatch), AtomicCheckpointIO()
-    files.asynchronous = True
-    weight = torch.zeros(1000)
-    gate.open.clear()
-    files.save_checkpoint({"global_step": 1, "state_dict": {"weight": weight}}, tmp_path / "1.ckpt")
-    weight += 1  # the next step
-    second = threading.Thread(
-        target=files.save_checkpoint, args=({"global_step": 2, "state_dict": {"weight": weight}}, tmp_path / "2.ckpt")
-    )
-    second.start()
-    time.sleep(0.2)
-    assert gate.tried == [1]  # one at a time
-    assert not (tmp_path / "1.ckpt").exists()
-    gate.open.set()
-    second.join()
-    assert files.wait() is None
-    for step in (1, 2):
-        state = store.load(tmp_path / f"{step}.ckpt")
-        assert torch.equal(state["state_dict"]["weight"], torch.full((1000,), step - 1.0))
-
-
-def test_no_thread_outlives_its_save(tmp_path):
-    """Its OpenMP team would: two threads too many, and training on a CPU takes twice as long from then on."""
-    files = AtomicCheckpointIO()
-    files.asynchronous = True
-    for step in (1, 2):
-        files.save_checkpoint({"global_step": step}, tmp_path / f"{step}.ckpt")
-    files.wait()
-    assert wait_until(lambda: not any(thread.name.startswith("checkpoint") for thread in threading.enumerate()), 5)
-
-
-def test_the_first_save_is_read_back(tmp_path, monkeypatch):
-    read: list[Path] = []
-    monkeypatch.setattr(store, "load", lambda path, **_: read.append(path))
-    files = AtomicCheckpointIO()
-    for step in (1, 2):
-        files.save_checkpoint({"global_step": step}, tmp_path / f"{step}.ckpt")
-    assert read == [tmp_path / "1.ckpt"]
-    files.remove_checkpoint(tmp_path / "1.ckpt")
-    assert os.listdir(tmp_path) == ["2.ckpt"]
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_the_end_waits_for_all_saves(tmp_path, asynchronous):
     fit(tmp_path, Checkpoints(every=2, keep=9, asynchronous=asynchronous))
     assert sorted(saved(tmp_path).values()) == [2, 4, 6]
-
-
-# ---------------------------------------------------------------------- no room
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
@@ -220,7 +152,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_training_goes_on(tmp_path, mo
     fit(tmp_path, callback, (1.0,) * 6, StopOnSignal(tmp_path), val_check_interval=100)
     assert gate.tried == [1, 2, 3, 4, 5, 6]
     assert saved(tmp_path) == {"step=00000006.ckpt": 6}
-    said = [record.getMessage() for record in caplog.records if record.name == "ldm.training.callbacks.checkpoints"]
+    said = [record.getMessage() for record in caplog.records if record.name == "ldm.checkpoints.writer"]
     assert [line.partition(":")[0] for line in said] == [f"NOT SAVED ({n} of 3 in a row)" for n in (1, 2, 1)]
     assert "free 1 bytes, needed about 9 bytes" in said[0]
     assert "tries again at the next interval" in said[0]
@@ -274,68 +206,6 @@ def test_two_ranks_end_together_where_one_cannot_save(tmp_path, monkeypatch, end
         assert wait_until(ranks.ended, 100)
     assert ranks.codes == {0: 6, 1: 6}
     assert not list(tmp_path.rglob("*.ckpt*"))
-
-
-# ---------------------------------------------------------------------- kill -9
-
-
-def saves_for_ever(folder: Path, acknowledged: int) -> None:
-    """Saves as training does; writes each step that is on the disk to the pipe."""
-    callback, files = Checkpoints(keep=2), AtomicCheckpointIO()
-    callback._folder = folder
-    files.asynchronous = True
-    weight, step = torch.zeros(1 << 20), 0
-    last: list[int] = []
-
-    def published() -> None:
-        callback._tidy()
-        os.write(acknowledged, f"{last[0]}\n".encode())
-
-    files.published = published
-    while True:
-        step += 1
-        weight.fill_(step)
-        files.wait()
-        last[:] = [step]
-        state = {"global_step": step, "state_dict": {"weight": weight}}
-        files.save_checkpoint(state, folder / f"step={step:08d}.ckpt")
-
-
-def kill_while_saving(folder: Path, seconds: float) -> None:
-    folder.mkdir(parents=True)
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        killer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
-        killer.start()
-        saves_for_ever(folder, writing)
-    os.close(writing)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    with os.fdopen(reading) as pipe:
-        steps = [int(line) for line in pipe.read().split("\n")[:-1]]
-    newest = store.newest(folder)
-    if steps:
-        assert newest is not None
-        state = store.load(newest)
-        assert state["global_step"] >= steps[-1]
-        assert bool((state["state_dict"]["weight"] == state["global_step"]).all())
-    assert not list(folder.glob("*.corrupt"))
-    store.sweep(folder)
-    assert not list(folder.glob("*.tmp.*"))
-    assert len(list(folder.iterdir())) <= 3
-
-
-@pytest.mark.parametrize("number", [3, pytest.param(100, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("place", ["temporary", "/dev/shm"])
-def test_kill_9_during_a_save_in_the_background(tmp_path, place, number):
-    folder = tmp_path if place == "temporary" else Path(place) / f"ldm-test-{os.getpid()}"
-    draw = random.Random(number)
-    try:
-        for trial in range(number):
-            kill_while_saving(folder / str(trial), draw.uniform(0.0, 0.3))
-            shutil.rmtree(folder / str(trial))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.parametrize(("monitor", "higher", "kept"), [("a", False, True), ("a", True, False), ("b", False, False)])

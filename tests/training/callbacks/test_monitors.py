@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 import main
+from ldm.checkpoints import store
 from ldm.config.load import to_yaml
 from ldm.training.callbacks.monitors import Monitors, monitored
-from ldm.training.loggers import read_metrics
+from ldm.training.metrics_table import read_metrics
 from tests.conftest import node
 
 EVERY = {
@@ -65,6 +66,22 @@ def test_a_run_that_goes_on_is_told_by_its_checkpoint(tree, capsys, name):
     if name == "early":
         good.append(f"lightning.callbacks.{name}.params.mode=max")
     assert main.main(good) == 0
+
+
+def test_a_run_that_goes_on_may_measure_more_and_less(tree):
+    """It is no other run, so nothing has to be allowed; what is not named stays as it was."""
+    assert train(tree, {}) == 0
+    lpips = node("ldm.autoencoder.lpips.LPIPS", pretrained=False)
+    more = {"lpips": node("ldm.autoencoder.metrics.Perceptual", distance=lpips), "ssim": None}
+    early = EVERY["early"] | {"params": {"monitor": "val/lpips"}}
+    words = [f"model.params.metrics={to_yaml(more)}", f"lightning.callbacks.early={to_yaml(early)}"]
+    assert main.main(["-r", str(the_run()), "lightning.trainer.max_steps=6", *words]) == 0
+    rows = [row for row in read_metrics(the_run() / "metrics.csv") if "val/psnr" in row]
+    before, after = ({name for name in row if name.startswith("val/")} for row in rows[-2:])
+    assert (after - before, before - after) == ({"val/lpips"}, {"val/ssim"})
+    assert float(rows[-1]["val/lpips"]) > 0
+    record = store.load(store.newest(the_run() / "checkpoints"))["ldm"]
+    assert {*record["metrics"]} == after  # and none of before
 
 
 def test_a_run_that_goes_on_with_another_model_is_told_by_its_first_validation(tree, capsys):

@@ -5,6 +5,7 @@ import math
 import re
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,9 +27,12 @@ from ldm.runtime import distributed
 from ldm.sampling.generate import generate
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.pipeline import Pipeline
+from ldm.sampling.samplers import heun
+from ldm.sampling.timesteps import compvis, karras
 from ldm.training.callbacks.previews import ImageLogger, SampleLogger
 from ldm.training.callbacks.progress import Progress, Throughput
-from ldm.training.loggers import MetricsFile, read_metrics
+from ldm.training.loggers import MetricsFile
+from ldm.training.metrics_table import read_metrics
 
 SIDE = 6
 
@@ -163,21 +167,34 @@ def test_samples_are_those_of_the_averaged_weights(
     saved = Pipeline.load(runs.diffusion)
     callback = SampleLogger(every_n_steps=3, classes=classes, seeds=[7, 8, 9], steps=2, guidance_scale=scale)
     module.train()
-    callback.on_train_batch_end(a_sampling_trainer(tmp_path, saved.manifest), module)
+    callback.on_step_end(a_sampling_trainer(tmp_path, saved.manifest), module, None)
     sheet = picture(tmp_path / "images" / "val" / "samples_00000006.png")
-    labels = None if classes is None else [2, 2, 2, 0, 0, 0]
-    samples = generate(saved, [7, 8, 9] * len(classes or [0]), labels, steps=2, guidance=Guidance(scale))
+    conditions = None if classes is None else [{"class_label": label} for label in (2, 2, 2, 0, 0, 0)]
+    samples = generate(saved, [7, 8, 9] * len(classes or [0]), conditions, steps=2, guidance=Guidance(scale))
     wanted = grid([sample.image for sample in samples], columns=3)
     assert sheet.shape == wanted.shape
     assert np.abs(sheet.astype(int) - wanted).max() <= 1
     assert isinstance(saved.manifest, Manifest)
 
 
+def test_samples_are_made_by_the_sampler_and_the_schedule_that_were_named(tmp_path: Path, runs: Any) -> None:
+    saved = Pipeline.load(runs.diffusion)
+    chosen = {"sampler": partial(heun, s_churn=4.0), "schedule": partial(karras, rho=5.0)}
+    callback = SampleLogger(every_n_steps=3, conditions=[{"class_label": 2}], seeds=[7, 8], steps=3, **chosen)
+    callback.on_step_end(a_sampling_trainer(tmp_path, saved.manifest), runs.module, None)
+    sheet = picture(tmp_path / "images" / "val" / "samples_00000006.png")
+    samples = generate(saved, [7, 8], [{"class_label": 2}] * 2, steps=3, **chosen)
+    wanted = grid([sample.image for sample in samples], columns=2)
+    assert np.abs(sheet.astype(int) - wanted).max() <= 1
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        ({"conditions": [{"caption": "a cat"}]}, "expected the keys that the model reads, class_label; found caption"),
+        ({"steps": 300, "schedule": compvis}, "a proper divisor of 1000"),
         ({"classes": [0, 3]}, "class 3: expected 0 to 2"),
-        ({"guidance_scale": 2.0}, "callbacks.images .*: guidance scale: found 2, but no classes are requested"),
+        ({"guidance_scale": 2.0}, "callbacks.images .*: guidance scale: found 2, but no conditions are requested"),
         ({"steps": 2000}, "2000"),
     ],
 )
@@ -188,6 +205,11 @@ def test_samples_that_cannot_be_are_refused_before_the_first_step(
     SampleLogger(classes=[0, 2], guidance_scale=2.0).on_fit_start(trainer, runs.module)
     with pytest.raises(ConfigError, match=message):
         SampleLogger(**wrong).on_fit_start(trainer, runs.module)
+
+
+def test_classes_and_conditions_say_the_same() -> None:
+    with pytest.raises(ConfigError, match="leave one of them out"):
+        SampleLogger(classes=[0], conditions=[{"class_label": 1}])
 
 
 @pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf])

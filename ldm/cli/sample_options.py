@@ -1,0 +1,143 @@
+"""The command line of sample.py: which flags there are, and what they say together."""
+
+import inspect
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ldm.cli.options import Parser, called, finite, path, ratio, seed, share, some_share, whole_number
+from ldm.config import check
+from ldm.config.merging import apply
+from ldm.config.targets import build
+from ldm.config.tree import Node, from_plain, nearest
+from ldm.errors import ConfigError
+from ldm.sampling import samplers, timesteps
+from ldm.sampling.conditions import Condition
+
+
+def parse(argv: Sequence[str]) -> Any:
+    """The command line; ConfigError for a wrong one."""
+    parser = Parser(
+        prog=called("sample.py", "sample"),
+        description="Make pictures with a trained diffusion model.",
+        allow_abbrev=False,
+    )
+    _add_pictures(parser.add_argument_group("which pictures").add_argument)
+    _add_sampler(parser.add_argument_group("the sampler").add_argument)
+    _add_guidance(parser.add_argument_group("guidance").add_argument)
+    _add_places(parser.add_argument_group("models and places").add_argument)
+    options = parser.parse_strictly(argv)
+    _check_together(options)
+    return options
+
+
+Add = Callable[..., Any]
+
+
+def _add_pictures(add: Add) -> None:
+    add("--classes", nargs="+", metavar="CLASS", help="numbers or names (default: all)")
+    add("--conditions", type=path, metavar="FILE", help='any conditions: a JSON list such as [{"class_label": 3}]')
+    add("-n", "--number", type=whole_number, default=8, help="pictures a condition (default: 8)")
+    add("--seed", type=seed, default=0, help="of the first picture, counted up from there (default: 0)")
+    add("--seeds", nargs="+", type=seed, metavar="SEED", help="these seeds instead of -n and --seed")
+    add("--image", type=path, metavar="FILE", help="begin with this picture instead of noise alone")
+    share_lost = "of --image, above 0 to 1: how much of it is lost (default: 0.6; with --mask 1)"
+    add("--strength", type=some_share, help=share_lost)
+    add("--mask", type=path, metavar="FILE", help="with --image: paint anew what is white in this picture")
+
+
+def _add_sampler(add: Add) -> None:
+    add("--steps", type=whole_number, default=50, help="a network call each, heun two (default: 50)")
+    words = ("NAME", "setting=value")
+    known = f"one of {', '.join(named(samplers))}, or PACKAGE.FUNCTION, and its settings, such as eta=0.5 for ddim"
+    add("--sampler", nargs="+", default=["ddim"], metavar=words, help=f"{known} (default: ddim)")
+    known = f"where the steps lie: {', '.join(named(timesteps))}, or PACKAGE.FUNCTION, and its settings"
+    add("--schedule", nargs="+", default=["default"], metavar=words, help=f"{known} (default: the objective's own)")
+
+
+def _add_guidance(add: Add) -> None:
+    add("--guidance", type=finite, default=1.0, help="classifier-free guidance scale; 1 (default): none")
+    add("--rescale", type=share, default=0.0, help="0 (default) ... 1: keep large scales from burning pictures out")
+    between = "guide between these ratios sigma / alpha alone (default: everywhere)"
+    add("--interval", type=ratio, nargs=2, default=[0.0, math.inf], metavar=("LOW", "HIGH"), help=between)
+    add("--guidance-channels", type=whole_number, metavar="C", help="guide the first C of the latents (default: all)")
+    add("--guide", metavar="RUN", help="guide away from this smaller or less trained model (autoguidance)")
+
+
+def _add_places(add: Add) -> None:
+    place = "run folder, checkpoint, or a quoted glob (its newest run)"
+    add("-r", "--run", required=True, metavar="RUN", help=place)
+    add("--raw", action="store_true", help="the weights of the last step instead of their running average")
+    add("--autoencoder", type=path, metavar="RUN", help="stage-1 run or checkpoint, if it has moved")
+    add("--batch-size", type=whole_number, default=64, help="pictures made at once; changes speed alone (default: 64)")
+    add("--device", help="such as cuda or cpu (default: cuda where there is one)")
+    add("--out", type=path, metavar="FOLDER", help="(default: <run>/samples/<settings>)")
+    add("--npz", action="store_true", help="also write samples.npz")
+    trusted = "let the checkpoint, --sampler and --schedule use objects of it"
+    add("--trust", action="append", default=[], metavar="PACKAGE", help=trusted)
+
+
+def _check_together(options: Any) -> None:
+    """ConfigError for flags that contradict one another."""
+    if options.classes is not None and options.conditions is not None:
+        raise ConfigError("--classes and --conditions: both say what to make; leave one of them out.")
+    for flag in ("mask", "strength"):
+        if options.image is None and getattr(options, flag) is not None:
+            raise ConfigError(f"--{flag} {getattr(options, flag)}: belongs to --image FILE, which is missing.")
+    idle = {"rescale": 0.0, "interval": [0.0, math.inf], "guidance_channels": None, "guide": None}
+    for key, value in idle.items():
+        if options.guidance == 1 and getattr(options, key) != value:
+            flag = key.replace("_", "-")
+            raise ConfigError(f"--{flag}: does nothing at --guidance 1, which is no guidance; name a scale.")
+    low, high = options.interval
+    if low >= high:
+        raise ConfigError(f"--interval {low:g} {high:g}: expected LOW < HIGH, as ratios sigma / alpha.")
+
+
+def named(module: ModuleType) -> list[str]:
+    """The public functions of `ldm.sampling.samplers` or `timesteps`, each a sampler or a schedule."""
+    functions = inspect.getmembers(module, inspect.isfunction)
+    return [name for name, made in functions if made.__module__ == module.__name__ and not name.startswith("_")]
+
+
+def chosen(flag: str, module: ModuleType, words: Sequence[str], trust: Sequence[str]) -> Any:
+    """The function that `FLAG NAME [setting=value ...]` asks for, with its settings.
+
+    Args:
+        flag: for messages.
+        module: where a name without dots is looked up; a dotted one is a function of a package in `trust`.
+
+    Raises:
+        ConfigError: there is no such function, or no such setting, or its value is out of range.
+    """
+    name, *settings = words
+    if "." not in name and name not in named(module):
+        raise ConfigError(f"--{flag} {name}: there is none of this name; {nearest(name, named(module))}")
+    target = name if "." in name else f"{module.__name__}.{name}"
+    origin = f"--{flag} {' '.join(words)}"
+    node = from_plain({"target": target, "partial": True}, origin)
+    node = apply(node, [f"params.{setting}" for setting in settings])
+    check.raise_all(check.parameters(Node({flag: node}, origin), check.full_look_up(trust)))
+    return build(node.plain(), trust, key=flag)
+
+
+def read_conditions(file: Path) -> list[Condition]:
+    """What --conditions FILE holds: a JSON list of mappings.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--conditions {file}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"--conditions {file}: not a JSON file: {error}") from error
+    if not isinstance(found, list) or not found or not all(isinstance(one, dict) and one for one in found):
+        raise ConfigError(
+            f'--conditions {file}: expected a list of mappings, such as [{{"class_label": 3}}, {{"class_label": 5}}]'
+        )
+    return [*{json.dumps(one, sort_keys=True): one for one in found}.values()]

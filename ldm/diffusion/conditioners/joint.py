@@ -1,0 +1,82 @@
+"""Several conditioners as one, each with its own dropout rate."""
+
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ldm.diffusion.conditioners.base import Conditioner, Conditioning
+from ldm.errors import ConfigError
+from ldm.ranges import Fraction
+
+
+class Joint(nn.Module):
+    """Fills the slots with those of its parts: vectors and images side by side, tokens one after another.
+
+    In training mode each part is replaced by its null conditioning in a fraction of the rows, drawn for each part on
+    its own (as the embedders of Podell et al. 2023, "SDXL"). `label_dropout` of LatentDiffusion drops all of a row's
+    parts together, on top of that.
+
+    Args:
+        conditioners: by name; the names are those of the weights in a checkpoint.
+        dropout: the fraction of rows by the conditioner's name; one that is not listed is never dropped on its own.
+
+    Raises:
+        ConfigError: there are no conditioners, or `dropout` names one that does not exist.
+    """
+
+    def __init__(self, conditioners: Mapping[str, nn.Module], dropout: Mapping[str, Fraction] | None = None) -> None:
+        super().__init__()
+        if not conditioners:
+            raise ConfigError("Joint: expected one conditioner or more, found none; use Unconditional")
+        self.conditioners = nn.ModuleDict(conditioners)
+        self.dropout = dict.fromkeys(conditioners, 0.0) | dict(dropout or {})
+        if unknown := [name for name in self.dropout if name not in conditioners]:
+            raise ConfigError(
+                f"Joint: dropout names {', '.join(unknown)}, but the conditioners are {', '.join(conditioners)}"
+            )
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """Every key that a part reads, once."""
+        return tuple(dict.fromkeys(key for _, part in self._parts() for key in part.keys))
+
+    def forward(self, batch: Mapping[str, Any]) -> Conditioning:
+        found = []
+        for name, part in self._parts():
+            conditioning = part(batch)
+            if self.training and (rate := self.dropout[name]) > 0:
+                draws = batch["draws"]
+                dropped = draws.uniform(f"dropout/{name}") < rate  # (N,)
+                conditioning = part.null(len(draws)).where(dropped, conditioning)
+            found.append(conditioning)
+        return reduce(_beside, found)
+
+    def null(self, n: int) -> Conditioning:
+        return reduce(_beside, [part.null(n) for _, part in self._parts()])
+
+    def _parts(self) -> list[tuple[str, Conditioner]]:
+        return [(name, cast(Conditioner, part)) for name, part in self.conditioners.items()]
+
+
+def _beside(first: Conditioning, second: Conditioning) -> Conditioning:
+    """Both conditionings (N rows each) as one."""
+    return Conditioning(
+        vector=_joined(first.vector, second.vector),  # (N, D1 + D2)
+        tokens=_joined(first.tokens, second.tokens),  # (N, L1 + L2, D)
+        spatial=_joined(first.spatial, second.spatial),  # (N, C1 + C2, H, W)
+    )
+
+
+def _joined(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    if first is None or second is None:
+        return second if first is None else first
+    if first.shape[2:] != second.shape[2:]:
+        slot = "tokens" if first.ndim == 3 else "spatial"
+        raise ConfigError(
+            f"Joint: the {slot} of its conditioners do not fit together: (N, {', '.join(map(str, first.shape[1:]))}) "
+            f"and (N, {', '.join(map(str, second.shape[1:]))})"
+        )
+    return torch.cat([first, second], dim=1)

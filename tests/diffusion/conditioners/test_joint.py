@@ -1,0 +1,104 @@
+import pytest
+import torch
+from torch import nn
+
+from ldm.config.load import build
+from ldm.diffusion.conditioners.base import Conditioning, Unconditional
+from ldm.diffusion.conditioners.classes import ClassOneHot, ClassToken, ClassVector
+from ldm.diffusion.conditioners.joint import Joint
+from ldm.errors import ConfigError
+from ldm.randomness import Draws
+
+N = 10_000
+
+
+class Picture(nn.Module):
+    """The batch's `small` picture as spatial conditioning."""
+
+    keys = ("small",)
+
+    def forward(self, batch):
+        return Conditioning(spatial=batch["small"])
+
+    def null(self, n):
+        return Conditioning(spatial=torch.zeros(n, 1, 2, 2))
+
+
+def batch(n=6):
+    draws = Draws(0, range(n), n)
+    return {"class_label": torch.arange(n) % 3, "small": torch.ones(n, 1, 2, 2), "draws": draws}
+
+
+def joint(**dropout):
+    parts = {"vector": ClassVector(3, 4), "hot": ClassOneHot(3), "token": ClassToken(3, 5), "picture": Picture()}
+    return Joint(parts, dropout)
+
+
+def test_slots_are_those_of_the_parts():
+    conditioner = joint()
+    assert conditioner.keys == ("class_label", "small")
+    parts = conditioner.conditioners
+    found = conditioner(batch())
+    torch.testing.assert_close(found.vector, torch.cat([parts[k](batch()).vector for k in ("vector", "hot")], dim=1))
+    torch.testing.assert_close(found.tokens, parts["token"](batch()).tokens)
+    torch.testing.assert_close(found.spatial, batch()["small"])
+    null = conditioner.null(6)
+    assert [slot.shape for slot in vars(null).values()] == [slot.shape for slot in vars(found).values()]
+    torch.testing.assert_close(null.vector[:, :4], parts["vector"].null(6).vector)
+    two = Joint({"a": ClassToken(3, 5), "b": ClassToken(3, 5)})(batch())
+    assert two.tokens.shape == (6, 2, 5)
+
+
+def test_each_part_is_dropped_at_its_own_rate_and_on_its_own():
+    conditioner, rows = joint(hot=0.1, picture=0.4).train(), batch(N)
+    found = conditioner(rows)
+    no_class, no_picture = found.vector[:, 4:].sum(1) == 0, found.spatial.sum((1, 2, 3)) == 0
+    assert no_class.float().mean().item() == pytest.approx(0.1, abs=0.01)
+    assert no_picture.float().mean().item() == pytest.approx(0.4, abs=0.02)
+    assert (no_class & no_picture).float().mean().item() == pytest.approx(0.04, abs=0.01)
+    torch.testing.assert_close(found.tokens, conditioner.conditioners["token"](rows).tokens)
+    again = conditioner(rows)
+    assert torch.equal(again.vector, found.vector)
+    # A row depends on its sample number alone.
+    few = Draws(0, range(100, 110), N)
+    part = conditioner({"class_label": rows["class_label"][100:110], "small": rows["small"][100:110], "draws": few})
+    assert torch.equal(part.spatial, found.spatial[100:110])
+
+
+def test_nothing_is_dropped_in_evaluation():
+    conditioner = joint(hot=1.0, picture=1.0).eval()
+    rows = {key: value for key, value in batch().items() if key != "draws"}  # as when sampling
+    assert (conditioner(rows).spatial == 1).all()
+
+
+def test_a_model_of_several_conditions_trains_its_parts():
+    conditioner = joint().train()
+    found = conditioner(batch())
+    (found.vector.sum() + found.tokens.sum()).backward()
+    assert all(parameter.grad is not None for parameter in conditioner.parameters())
+    assert [*conditioner.state_dict()] == ["conditioners.vector.table.weight", "conditioners.token.table.weight"]
+
+
+def test_it_is_built_from_a_configuration():
+    classes = {"target": "ldm.diffusion.conditioners.classes.ClassVector", "params": {"num_classes": 3, "channels": 4}}
+    node = {
+        "target": "ldm.diffusion.conditioners.joint.Joint",
+        "params": {"conditioners": {"class": classes}, "dropout": {"class": 0.1}},
+    }
+    made = build(node)
+    assert isinstance(made, Joint)
+    assert made.dropout == {"class": 0.1}
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ConfigError, match="expected one conditioner or more"):
+        Joint({})
+    with pytest.raises(ConfigError, match="dropout names clas, but the conditioners are class"):
+        Joint({"class": ClassVector(3, 4)}, {"clas": 0.1})
+    with pytest.raises(ConfigError, match="tokens of its conditioners do not fit together"):
+        Joint({"a": ClassToken(3, 5), "b": ClassToken(3, 6)})(batch())
+
+
+def test_unconditional_parts_read_nothing():
+    assert Joint({"none": Unconditional(), "class": ClassVector(3, 4)}).keys == ("class_label",)
+    assert Joint({"none": Unconditional()}).keys == ()
