@@ -43,8 +43,10 @@ def test_the_figure(tmp_path):
 
 def test_a_run_that_fails_is_named(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert compare.main(["--autoencoder", "nowhere", "--variants", "--out", "out"]) != 0
-    assert "out/speed/diffusion/log: main.py ended with exit code 4" in capsys.readouterr().err
+    # A mistake that main.py answers before it has loaded torch.
+    words = ["--autoencoder", "nowhere", "--variants", "--out", "out", "data.params.batchsize=2"]
+    assert compare.main(words) != 0
+    assert "out/speed/diffusion/log: main.py ended with exit code 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader
 from ldm.checkpoints import store
 from ldm.diffusion.conditioners.base import Unconditional
 from ldm.diffusion.module import LatentDiffusion
-from ldm.diffusion.networks.unet import UNet
 from ldm.diffusion.noise_schedules import SqrtLinear
 from ldm.diffusion.objectives import DDPM
 from ldm.errors import CheckpointError, ConfigError
@@ -44,9 +43,20 @@ class Everything(pl.Callback):
             self.average[name] = keep * self.average.get(name, 0) + (1 - keep) * value.double()
 
 
+class Network(torch.nn.Module):
+    """Small: what is averaged matters here, not what it does."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(*(torch.nn.Conv2d(2, 2, 3, padding=1) for _ in range(4)))
+
+    def forward(self, x, noise_level, conditioning):
+        return self.layers(x)
+
+
 def make(ema):
     torch.manual_seed(0)
-    network = UNet(2, 8, (1, 2), 1, (1,), num_heads=2)
+    network = Network()
     adam = partial(torch.optim.AdamW, lr=1e-2)
     return LatentDiffusion(network, Unconditional(), DDPM(SqrtLinear()), optimizer=adam, ema=ema)
 
