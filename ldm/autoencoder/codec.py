@@ -15,7 +15,7 @@ from ldm.autoencoder.quantizer import VectorQuantizer
 from ldm.checkpoints import store
 from ldm.config.load import build
 from ldm.config.tree import current_plain
-from ldm.errors import CheckpointError, ConfigError
+from ldm.errors import ConfigError
 from ldm.ranges import Count, Resolution
 from ldm.sizes import SizeError, as_size, nearest, spell
 
@@ -80,13 +80,7 @@ class Codec(nn.Module):
         """
         verified = store.verify(Path(path))
         state, file = store.load(verified), verified.path
-        record = state.get("ldm")
-        if not isinstance(record, dict) or record.get("kind") != "autoencoder":
-            found = f"a checkpoint of kind {record.get('kind')!r}" if isinstance(record, dict) else "not one of ldm's"
-            raise CheckpointError(
-                f"{file}: expected the checkpoint of an autoencoder (stage 1), found {found}. "
-                f"Name the run folder of a stage-1 run."
-            )
+        record = store.facts(state, "autoencoder", file)
         params = current_plain(record["config"], str(file))["model"]["params"]
         config = {name: params[name] for name in ("encoder", "decoder", "quantizer") if params.get(name)}
         try:

@@ -152,6 +152,24 @@ def record(path: Path) -> dict[str, Any]:
     return found
 
 
+_STAGES = {"autoencoder": "an autoencoder (stage 1)", "diffusion": "a diffusion model (stage 2)"}
+
+
+def facts(state: Mapping[str, Any], kind: str, file: Path) -> dict[str, Any]:
+    """The metadata of a loaded checkpoint, which must be of `kind`: "autoencoder" or "diffusion".
+
+    Raises:
+        CheckpointError: it is of another kind, or was not saved by ldm; names `file`.
+    """
+    found = state.get("ldm")
+    if isinstance(found, dict) and found.get("kind") == kind:
+        return found
+    other = f"one of kind {found.get('kind')!r}" if isinstance(found, dict) else "one that was not saved by ldm"
+    raise CheckpointError(
+        f"{file}: expected the checkpoint of {_STAGES[kind]}, found {other}. Name a run folder of that stage."
+    )
+
+
 def fault(path: Path) -> str | None:
     """Why the checkpoint cannot be trusted, or None; reads every byte of it, its shards included."""
     found = _verify(path)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ldm.cli import program
 from ldm.cli.options import Parser, called, path, whole_number
-from ldm.errors import CheckpointError, ConfigError
+from ldm.errors import ConfigError
 
 
 def main(argv: Sequence[str]) -> int:
@@ -62,9 +62,7 @@ def write(run: Path, files: Sequence[Path], std: float) -> Path:
 
     verified = store.verify(run)
     state, source = store.load(verified), verified.path
-    record = state.get("ldm", {})
-    if record.get("kind") != "diffusion":
-        raise CheckpointError(f"{source}: expected a checkpoint of a diffusion model, found {record.get('kind')!r}.")
+    record = store.facts(state, "diffusion", source)
     average = reconstruct(files, std)
     weights = {name: value for name, value in state["state_dict"].items() if name.startswith("objective.")}
     weights |= {f"ema.average.{name}": value for name, value in average.items()}

@@ -1,5 +1,7 @@
 """How processes handle signals: a run records that it should stop and does so when it is safe; workers ignore them.
 
+What a run then does, on all ranks after a step, is in ldm/training/callbacks/stop.py.
+
 Handlers belong to the process, and so does the state here. A handler only sets a flag, since the main thread may be in
 the middle of a collective or of a save. A thread is notified of each signal at once, even while the main thread is
 inside a library call that may never return: it informs the user, and ends the process at the third request.

@@ -76,7 +76,7 @@ class Pipeline:
         """
         verified = store.verify(Path(path))
         state, file = store.load(verified), verified.path
-        record = _diffusion_record(state, file)
+        record = store.facts(state, "diffusion", file)
         params = current_plain(record["config"], str(file))["model"]["params"]
         denoiser = nn.ModuleDict({name: build(params[name], trust) for name in ("network", "conditioner")})
         objective = build(params["objective"], trust)
@@ -143,19 +143,6 @@ class Pipeline:
             progress=progress,
         )
         return [picture(sample.image) for sample in samples]
-
-
-def _diffusion_record(state: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """The metadata of a stage-2 checkpoint."""
-    record = state.get("ldm")
-    kind = record.get("kind") if isinstance(record, dict) else None
-    if not isinstance(record, dict) or kind != "diffusion":
-        found = f"one of kind {kind!r}" if kind else "one that was not saved by ldm"
-        raise CheckpointError(
-            f"{file}: expected the checkpoint of a diffusion model (stage 2), found {found}. "
-            f"Name the run folder of a stage-2 run."
-        )
-    return record
 
 
 def load_codec(

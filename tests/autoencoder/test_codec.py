@@ -137,7 +137,9 @@ def test_a_stage_2_checkpoint_is_refused_for_what_it_is(runs):
 
 def test_a_foreign_checkpoint_is_refused_for_what_it_is(tmp_path):
     store.save(tmp_path / "foreign.ckpt", {"state_dict": {}})
-    with pytest.raises(CheckpointError, match=r"foreign.ckpt: expected .* autoencoder .*found not one of ldm's"):
+    with pytest.raises(
+        CheckpointError, match=r"foreign.ckpt: expected .* autoencoder .*found one that was not saved by ldm"
+    ):
         Codec.load(tmp_path / "foreign.ckpt")
 
 

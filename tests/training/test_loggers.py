@@ -18,6 +18,7 @@ import pytest
 from ldm.config.load import to_yaml
 from ldm.training.loggers import FencedWandb, MetricsFile
 from ldm.training.metrics_table import read_metrics
+from tests.points import wait_until
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -69,7 +70,8 @@ def test_a_resumed_run_that_logs_nothing_leaves_the_file(tmp_path: Path) -> None
 
 def test_kill_9_leaves_a_readable_file(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
-    for _ in range(10):
+    for killed in range(10):
+        path.unlink(missing_ok=True)
         child = os.fork()
         if child == 0:
             try:
@@ -78,7 +80,9 @@ def test_kill_9_leaves_a_readable_file(tmp_path: Path) -> None:
                     file.log_metrics({"a": step, f"b{step // 50}": 2}, step=step)
             finally:
                 os._exit(1)
-        time.sleep(0.1)
+        # Killed at some moment after it has begun to write, however busy the machine is.
+        assert wait_until(lambda: len(read_metrics(path)) > 10, seconds=60)
+        time.sleep(0.01 * killed)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         rows = read_metrics(path)

@@ -15,7 +15,7 @@ from ldm.errors import ConfigError, LdmError, ResourceError
 from ldm.ranges import Count
 from ldm.runtime import distributed
 from ldm.training import lightning_internals
-from ldm.training.callbacks.step import StepCallback
+from ldm.training.callbacks.step_callback import StepCallback
 
 
 class AtomicCheckpointIO(CheckpointIO):

@@ -13,7 +13,7 @@ from ldm.errors import CheckpointError, ConfigError
 from ldm.optim.ema import PowerFunction, mixture, power_exponent
 from ldm.ranges import Count
 from ldm.runtime.float64 import double
-from ldm.training.callbacks.step import StepCallback
+from ldm.training.callbacks.step_callback import StepCallback
 
 FOLDER = "averages"
 """In the run folder."""

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from ldm.training.callbacks.step import StepCallback
+from ldm.training.callbacks.step_callback import StepCallback
 
 
 class FirstStep(StepCallback):

@@ -9,7 +9,7 @@ from ldm.config.tree import current_plain
 from ldm.errors import ConfigError
 from ldm.runtime import distributed
 from ldm.runtime.step_metrics import was_logged
-from ldm.training.callbacks.step import StepCallback
+from ldm.training.callbacks.step_callback import StepCallback
 
 _TRAINING = "train/"  # the prefix of the names that training logs, which validation cannot know
 

@@ -27,7 +27,7 @@ from ldm.sampling.guidance import Guidance
 from ldm.sampling.pipeline import Pipeline, load_codec
 from ldm.sampling.samplers import ddim
 from ldm.sampling.timesteps import default
-from ldm.training.callbacks.step import StepCallback
+from ldm.training.callbacks.step_callback import StepCallback
 
 log = logging.getLogger(__name__)
 

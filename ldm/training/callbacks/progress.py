@@ -14,7 +14,7 @@ from torch import Tensor
 from ldm.ranges import Count, NotNegative
 from ldm.runtime.durations import so_far
 from ldm.training import lightning_internals
-from ldm.training.callbacks.step import StepCallback
+from ldm.training.callbacks.step_callback import StepCallback
 
 
 class Throughput(StepCallback):

@@ -23,7 +23,7 @@ from ldm.runtime.distributed import gather
 from ldm.runtime.fsdp import total_norm
 from ldm.training import lightning_internals
 from ldm.training.callbacks.checkpoints import save_at_end
-from ldm.training.callbacks.step import StepCallback
+from ldm.training.callbacks.step_callback import StepCallback
 
 _FILES = 32  # named in a message, at most
 

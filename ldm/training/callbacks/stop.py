@@ -12,7 +12,7 @@ from ldm.runtime.distributed import max_over_ranks
 from ldm.runtime.signals import Stopped
 from ldm.training import lightning_internals
 from ldm.training.callbacks.checkpoints import files_of, raise_together, save_at_end
-from ldm.training.callbacks.step import StepCallback
+from ldm.training.callbacks.step_callback import StepCallback
 
 _CANNOT_SAVE = 1 << 10  # beyond any signal's number
 

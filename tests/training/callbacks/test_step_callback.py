@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 from torch import Tensor
 
 from ldm.training.callbacks.previews import ImageLogger
-from ldm.training.callbacks.step import StepCallback
+from ldm.training.callbacks.step_callback import StepCallback
 from tests.points import Automatic, PointData, a_trainer
 
 MICRO_BATCHES = 3
