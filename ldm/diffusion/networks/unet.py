@@ -1,7 +1,7 @@
 """The UNet of ADM (Dhariwal and Nichol 2021) and of latent diffusion (Rombach et al. 2022).
 
-Residual blocks with GroupNorm, conditioned on the noise level; attention at chosen levels: plain self-attention, or, if
-there are context tokens, a transformer block with cross-attention. All layers have the signature
+Residual blocks with GroupNorm, conditioned on the noise level; attention at chosen levels (unet_attention.py): plain
+self-attention, or, if there are context tokens, a transformer block with cross-attention. All layers have the signature
 layer(x (N,C,H,W), embedding (N,E), tokens (N,L,D) | None) -> x, so that the network is three lists of layers.
 """
 
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.diffusion.conditioners.base import Conditioning
+from ldm.diffusion.networks.unet_attention import SelfAttention, SpatialTransformer
 from ldm.errors import ConfigError
-from ldm.layers import Attention, GatedFeedForward, attend, group_norm, halvings, timestep_embedding, zero_module
+from ldm.layers import group_norm, halvings, timestep_embedding, zero_module
 from ldm.ranges import Count, CountOrZero, FractionBelowOne, Positive
 from ldm.sizes import SizeError
 
@@ -83,70 +84,6 @@ class ResBlock(nn.Module):
 
     def _resized(self, x: Tensor) -> Tensor:
         return F.avg_pool2d(x, 2) if self.resize < 1 else F.interpolate(x, scale_factor=2.0, mode="nearest")
-
-
-class SelfAttention(nn.Module):
-    """Every pixel attends to every other."""
-
-    def __init__(self, channels: Count, heads: Count) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm = group_norm(channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = zero_module(nn.Conv2d(channels, channels, 1))
-
-    def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None) -> Tensor:
-        qkv = self.qkv(self.norm(x)).flatten(2)  # (N, 3C, HW)
-        qkv = qkv.unflatten(1, (3, self.heads, -1)).transpose(-1, -2)  # (N, 3, heads, HW, C / heads)
-        q, k, v = qkv.contiguous().unbind(1)  # fused kernels need a pixel's channels contiguous
-        h = attend(q, k, v)  # (N, heads, HW, C / heads)
-        return x + self.out(h.transpose(-1, -2).reshape_as(x))  # (N, C, H, W)
-
-
-class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the tokens, feed-forward, each pre-norm, residual: (N, L, C) -> (N, L, C)."""
-
-    def __init__(self, channels: Count, token_channels: Count, heads: Count) -> None:
-        super().__init__()
-        self.norm_self, self.attend_self = nn.LayerNorm(channels), Attention(channels, channels, heads)
-        self.norm_cross, self.attend_cross = nn.LayerNorm(channels), Attention(channels, token_channels, heads)
-        self.norm_feed, self.feed = nn.LayerNorm(channels), GatedFeedForward(channels)
-
-    def forward(self, h: Tensor, tokens: Tensor) -> Tensor:
-        return _transformed(self, h, tokens)
-
-
-class SpatialTransformer(nn.Module):
-    """Pixels as a sequence, passed through `depth` transformer blocks (Rombach et al. 2022).
-
-    The first block's layers are attributes of this module, under the names and in the order that they had before there
-    could be several blocks: weights and optimizer states of older checkpoints are loaded by name and order.
-    """
-
-    def __init__(self, channels: Count, token_channels: Count, heads: Count, depth: Count = 1) -> None:
-        super().__init__()
-        self.norm = group_norm(channels, eps=1e-6)
-        self.conv_in = nn.Conv2d(channels, channels, 1)
-        self.norm_self, self.attend_self = nn.LayerNorm(channels), Attention(channels, channels, heads)
-        self.norm_cross, self.attend_cross = nn.LayerNorm(channels), Attention(channels, token_channels, heads)
-        self.norm_feed, self.feed = nn.LayerNorm(channels), GatedFeedForward(channels)
-        self.further = nn.ModuleList(TransformerBlock(channels, token_channels, heads) for _ in range(depth - 1))
-        self.conv_out = zero_module(nn.Conv2d(channels, channels, 1))
-
-    def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor) -> Tensor:
-        h = self.conv_in(self.norm(x)).flatten(2).transpose(1, 2)  # (N, HW, C)
-        h = _transformed(self, h, tokens)  # (N, HW, C)
-        for block in self.further:
-            h = block(h, tokens)  # (N, HW, C)
-        return x + self.conv_out(h.transpose(1, 2).reshape_as(x))  # (N, C, H, W)
-
-
-def _transformed(layers: TransformerBlock | SpatialTransformer, h: Tensor, tokens: Tensor) -> Tensor:
-    """One block's layers on pixels (N, HW, C) and tokens (N, L, D): (N, HW, C)."""
-    inside = layers.norm_self(h)  # (N, HW, C)
-    h = h + layers.attend_self(inside, inside)  # (N, HW, C)
-    h = h + layers.attend_cross(layers.norm_cross(h), tokens)  # (N, HW, C)
-    return h + layers.feed(layers.norm_feed(h))  # (N, HW, C)
 
 
 class Chain(nn.ModuleList):

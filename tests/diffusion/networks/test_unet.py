@@ -9,7 +9,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from ldm.diffusion.conditioners.base import Conditioning
-from ldm.diffusion.networks.unet import ResBlock, SelfAttention, SpatialTransformer, UNet
+from ldm.diffusion.networks.unet import ResBlock, UNet
+from ldm.diffusion.networks.unet_attention import SelfAttention, SpatialTransformer
 from ldm.errors import ConfigError
 
 
