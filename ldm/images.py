@@ -50,7 +50,12 @@ def picture(image: np.ndarray) -> Image.Image:
     return Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
 
 
-def to_uint8(images: Tensor) -> list[np.ndarray]:
-    """(N, C, H, W) in [-1, 1] -> N pictures (H, W, C) uint8; values beyond are clamped."""
-    levels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return list(levels.permute(0, 2, 3, 1).cpu().numpy())
+def to_uint8(images: Tensor) -> Tensor:
+    """Pixels in [-1, 1] -> uint8, in the same shape; values beyond are clamped."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def to_arrays(images: Tensor) -> np.ndarray:
+    """(N, C, H, W) in [-1, 1] -> (N, H, W, C) uint8 on the host."""
+    array: np.ndarray = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
+    return array

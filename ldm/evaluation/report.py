@@ -17,7 +17,7 @@ from ldm.data.transforms import EvalTransform, transformed
 from ldm.errors import ConfigError, DataError
 from ldm.evaluation.features.classifier import Classifier, judge, train_classifier, unit_range
 from ldm.evaluation.metrics import accuracy, frechet_distance
-from ldm.images import grid
+from ldm.images import grid, to_uint8
 from ldm.ranges import Resolution
 from ldm.sampling.generate import generate
 from ldm.sampling.guidance import Guidance
@@ -141,12 +141,7 @@ def read(dataset: ImageDataset, resolution: Resolution, channels: int) -> Pictur
     """A labelled data set's pictures as the autoencoder gets them (EvalTransform)."""
     transform, items = EvalTransform(resolution), [dataset[index] for index in range(len(dataset))]
     images = [transformed(item["image"], transform, channels, dataset.path(index)) for index, item in enumerate(items)]
-    return Pictures(to_bytes(torch.stack(images)), torch.tensor([item["class_label"] for item in items]))
-
-
-def to_bytes(images: Tensor) -> Tensor:
-    """[-1, 1] -> uint8 0..255."""
-    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return Pictures(to_uint8(torch.stack(images)), torch.tensor([item["class_label"] for item in items]))
 
 
 def of_each_class(pictures: Pictures, number: int, num_classes: int) -> Pictures:
@@ -165,7 +160,7 @@ def of_each_class(pictures: Pictures, number: int, num_classes: int) -> Pictures
 def reconstructions(codec: Codec, pictures: Pictures) -> Pictures:
     """Through the autoencoder, by the posterior's mean."""
     decoded = [codec.decode(codec.encode(unit_range(batch))[0]).cpu() for batch in pictures.images.split(BATCH)]
-    return Pictures(to_bytes(torch.cat(decoded)), pictures.labels)
+    return Pictures(to_uint8(torch.cat(decoded)), pictures.labels)
 
 
 def samples(pipeline: Pipeline, number: int, num_classes: int, steps: int, guidance_scale: float) -> Pictures:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import NumericError
+from ldm.images import to_arrays
 from ldm.randomness import Draws
 from ldm.runtime.progress import shown
 from ldm.sampling.conditions import Condition, check_conditions, collate_conditions
@@ -138,7 +139,7 @@ def _images(
         raise NumericError(
             f"a sample of the seeds {list(seeds)} is not finite: the weights are damaged or have diverged{steered}"
         )
-    return ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return to_arrays(images)
 
 
 @contextmanager

@@ -4,7 +4,8 @@ import torch
 
 from ldm.data.sources.arrays import ArrayImages
 from ldm.errors import ConfigError, DataError
-from ldm.evaluation.report import Pictures, compare, of_each_class, read, to_bytes, unit_range
+from ldm.evaluation.report import Pictures, compare, of_each_class, read, unit_range
+from ldm.images import to_uint8
 from ldm.sampling.pipeline import Pipeline
 
 
@@ -73,7 +74,7 @@ def test_pixels_are_read_as_the_autoencoder_gets_them():
 
 def test_bytes_and_units_are_inverse():
     every = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(to_bytes(unit_range(every)), every)
+    assert torch.equal(to_uint8(unit_range(every)), every)
 
 
 def test_too_few_images_of_a_class_are_refused():

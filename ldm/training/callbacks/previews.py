@@ -18,7 +18,7 @@ from torch import Tensor
 from ldm.autoencoder.codec import Codec
 from ldm.diffusion.module import LatentDiffusion
 from ldm.errors import ConfigError
-from ldm.images import grid, picture, to_uint8
+from ldm.images import grid, picture, to_arrays
 from ldm.randomness import Draws
 from ldm.ranges import Count, CountOrZero, Finite
 from ldm.runtime import distributed
@@ -71,7 +71,7 @@ class ImageLogger(StepCallback):
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             shown = cast(ShowsImages, module).images(_first(batch, self._num_images))
         module.train(training)
-        rows = [to_uint8(images) for images in shown.values()]
+        rows = [to_arrays(images) for images in shown.values()]
         sheet = grid([image for row in rows for image in row], columns=len(rows[0]))
         if not trainer.sanity_checking:  # then it was tried whether there is one
             publish(trainer, split, "-".join(shown), sheet)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ldm.errors import ConfigError
-from ldm.images import grid, to_uint8
+from ldm.images import grid, to_arrays
 from ldm.latents.manifest import Manifest
 from ldm.randomness import Draws
 from ldm.runtime import distributed
@@ -145,7 +145,7 @@ def test_a_step_of_several_micro_batches_is_shown_once(tmp_path: Path) -> None:
 
 def test_levels_are_clamped_and_rounded() -> None:
     images = torch.tensor([-2.0, -1.0, 0.0, 1.0, 1.5]).view(5, 1, 1, 1)
-    assert [image.item() for image in to_uint8(images)] == [0, 0, 128, 255, 255]
+    assert [image.item() for image in to_arrays(images)] == [0, 0, 128, 255, 255]
 
 
 def a_sampling_trainer(folder: Path, manifest: Manifest) -> Any:
