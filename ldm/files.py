@@ -2,12 +2,15 @@
 
 import os
 import socket
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ldm.errors import ResourceError
+
+_CHUNK = 1 << 22  # bytes that are read at once
 
 
 def temporary(path: Path) -> Path:
@@ -76,6 +79,15 @@ def check_space(folder: Path, needed: int) -> None:
             f"{folder}: {needed / 1e6:,.0f} MB are needed for checkpoints, {free / 1e6:,.0f} MB are free.\n"
             "Free some space or choose another folder with --logdir."
         )
+
+
+def crc32(path: Path, length: int | None = None) -> str:
+    """The CRC-32 of a file's first `length` bytes, 8 hex digits; None: of all of them. About 2 GB/s if it is cached."""
+    crc, left = 0, path.stat().st_size if length is None else length
+    with path.open("rb", buffering=0) as file:
+        while left and (data := file.read(min(_CHUNK, left))):
+            crc, left = zlib.crc32(data, crc), left - len(data)
+    return f"{crc:08x}"
 
 
 def expanded(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """ldm.files: a file is there whole, or as it was before."""
 
 import os
+import zlib
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,11 @@ def test_unwritable_and_full_folders(tmp_path):
     files.check_space(tmp_path, 1)
     with pytest.raises(ResourceError, match="MB are needed"):
         files.check_space(tmp_path, 2**62)
+
+
+def test_the_checksum_is_of_the_first_bytes(tmp_path, monkeypatch):
+    data = bytes(range(256)) * 10
+    (tmp_path / "file").write_bytes(data)
+    monkeypatch.setattr(files, "_CHUNK", 100)  # several pieces, the last one short
+    for length in (None, 0, 1, 100, 250, 2560):
+        assert files.crc32(tmp_path / "file", length) == f"{zlib.crc32(data[:length]):08x}"

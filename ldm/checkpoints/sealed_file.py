@@ -20,11 +20,11 @@ import torch
 
 from ldm import files
 from ldm.errors import CheckpointError
+from ldm.files import crc32
 
 _SEAL = re.compile(rb"\nldm (\d{20}) ([0-9a-f]{8})\n")
 _SEAL_BYTES = 35
 _CRC_BYTES = 9  # the seal's end, which the CRC cannot cover: eight digits and a newline
-_CHUNK = 1 << 20
 _UNSAFE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
@@ -79,13 +79,10 @@ def fault(path: Path) -> str | None:
                 return "empty file"
             if seal is None:
                 return "truncated, damaged, or not saved by ldm (no seal at its end)"
-            file.seek(0)
-            crc, left = 0, size - _CRC_BYTES
-            while left and (data := file.read(min(_CHUNK, left))):
-                crc, left = zlib.crc32(data, crc), left - len(data)
+        found, expected = crc32(path, size - _CRC_BYTES), seal[2].decode()
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    return None if crc == int(seal[2], 16) else f"damaged: its bytes sum to {crc:08x}, expected {seal[2].decode()}"
+    return None if found == expected else f"damaged: its bytes sum to {found}, expected {expected}"
 
 
 def seal(path: Path) -> bytes:

@@ -16,7 +16,6 @@ HuggingFaceStorageReader reads them on any number of ranks. Nothing here is ever
 import json
 import shutil
 import time
-import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -29,14 +28,13 @@ from torch import Tensor
 
 from ldm.checkpoints import state_tree
 from ldm.errors import CheckpointError, LdmError, NumericError, PeerError, ResourceError
-from ldm.files import published, write_text
+from ldm.files import crc32, published, write_text
 
 SUFFIX = ".shards"
 OFFSETS = "DCP_SHARDING_INFO"
 """The key under which torch.distributed.checkpoint looks for the places of a file's tensors."""
 
 _POLL = 0.02  # seconds
-_CHUNK = 1 << 20
 
 Shard = Mapping[str, Any]
 """A rank's share of a save, in plain containers: {"folder": name, "rank", "world", "timeout": seconds to wait for the
@@ -110,7 +108,7 @@ def fault(folder: Path, files: Mapping[str, str]) -> str | None:
     """Why the shards cannot be trusted, or None; reads all of them."""
     for name, expected in files.items():
         try:
-            found = _sum(folder / Path(name).name)
+            found = crc32(folder / Path(name).name)
         except OSError as error:
             return f"its shard {folder.name}/{name} cannot be read ({error.strerror})"
         if found != expected:
@@ -138,12 +136,4 @@ def _write(path: Path, tensors: dict[str, Tensor], offsets: Mapping[str, list[in
     places = {key: {"saved_offsets": list(offsets[key])} for key in tensors}
     with published(path) as aside:
         save_file(tensors, aside, {"format": "pt", OFFSETS: json.dumps(places)})
-        return _sum(aside)
-
-
-def _sum(path: Path) -> str:
-    crc = 0
-    with path.open("rb", buffering=0) as file:
-        while data := file.read(_CHUNK):
-            crc = zlib.crc32(data, crc)
-    return f"{crc:08x}"
+        return crc32(aside)

@@ -16,7 +16,6 @@ build.py writes what is described here, reader.py reads it.
 
 import json
 import logging
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -31,11 +30,11 @@ from torch import Tensor
 from ldm.config.tree import current_plain
 from ldm.data.fingerprint import comparable
 from ldm.errors import DataError, ResourceError
+from ldm.files import crc32
 from ldm.latents.claims import COMMAND, REBUILD, dump, publish, read_sealed, seal
 
 FORMAT = 1
 MANIFEST, PLAN, CONTENTS = "manifest.json", "plan.json", "contents.json"
-_CHUNK = 1 << 24
 
 log = logging.getLogger(__name__)
 
@@ -257,13 +256,10 @@ def check_size(folder: Path, manifest: Manifest, shard: int) -> None:
 
 def check_bytes(folder: Path, manifest: Manifest, shard: int) -> None:
     """DataError unless the shard's bytes have the checksum in the manifest."""
-    path, crc = shard_path(folder, shard), 0
-    with path.open("rb", buffering=0) as file:
-        while data := file.read(_CHUNK):
-            crc = zlib.crc32(data, crc)
-    expected = manifest.shards[shard]["crc32"]
-    if f"{crc:08x}" != expected:
-        raise DataError(f"{path}: damaged: crc32: expected {expected}, found {crc:08x}. Delete it; {REBUILD}.")
+    path = shard_path(folder, shard)
+    expected, found = manifest.shards[shard]["crc32"], crc32(path)
+    if found != expected:
+        raise DataError(f"{path}: damaged: crc32: expected {expected}, found {found}. Delete it; {REBUILD}.")
 
 
 def _check_sidecar(folder: Path, manifest: Manifest, shard: int) -> None:
