@@ -447,6 +447,24 @@ def test_a_mistake_takes_less_than_five_seconds(stage1):
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
 
 
+NOT_OF_A_START = {
+    *("wandb", "tensorboard", "diffusers", "transformers"),  # asked for by name or not at all
+    *("rich.traceback", "IPython", "pandas", "hypothesis", "pytest"),
+}
+
+
+@pytest.mark.slow
+def test_a_start_imports_no_more_than_it_needs(stage1):
+    code = (
+        "import sys, main\n"
+        "assert main.main(['--base', 'stage1.yaml', '--dry-run']) == 0\n"
+        f"print('imported:', sorted({NOT_OF_A_START!r} & sys.modules.keys()))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=200)
+    assert done.stdout.splitlines()[-1:] == ["imported: []"], done.stdout + done.stderr
+
+
 def test_debug_shows_the_traceback(stage1):
     ended = start("--base", "stage1.yaml", "--debug", "modle.x=1")
     assert ended.returncode == 2

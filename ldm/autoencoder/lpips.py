@@ -1,7 +1,7 @@
 """LPIPS, the learned perceptual distance (Zhang et al. 2018, arXiv:1801.03924), version 0.1 with VGG16.
 
 The distance compares two images' features at five depths of an image classifier, each feature vector scaled to
-unit length, squared differences weighted by channel. The channel weights ship with the `lpips` package; the
+unit length, squared differences weighted by channel. The channel weights ship with torchmetrics; the
 classifier is torchvision's VGG16, 528 MB, which must already be on disk: it is never downloaded.
 """
 
@@ -92,7 +92,7 @@ class LPIPS(nn.Module):
         return maps
 
     def _load_heads(self) -> None:
-        path = _package_folder() / "weights" / "v0.1" / "vgg.pth"
+        path = _package_folder() / "functional" / "image" / "lpips_models" / "vgg.pth"
         weights = _read(path)
         for index, head in enumerate(self.heads):
             head.data.copy_(weights[f"lin{index}.model.1.weight"].flatten())
@@ -132,11 +132,11 @@ def _unit(features: Tensor) -> Tensor:
 
 
 def _package_folder() -> Path:
-    # Found, not imported: importing the package pulls in its training code.
-    spec = importlib.util.find_spec("lpips")
+    # Found, not imported: of the package no more than its files is needed here.
+    spec = importlib.util.find_spec("torchmetrics")
     if spec is None or spec.origin is None:
         raise CheckpointError(
-            "The package 'lpips', whose files hold the channel weights, is missing: pip install lpips"
+            "The package 'torchmetrics', whose files hold the channel weights, is missing: pip install torchmetrics"
         )
     return Path(spec.origin).parent
 

@@ -1,7 +1,7 @@
-"""Every mistake that can be seen in a configuration before anything is built, as a list of messages.
+"""Finds every mistake in a configuration that can be found before anything is built, as a list of messages.
 
-`names` looks at keys and the names of targets; `parameters` compares each node's params with the signature and type
-hints of the class it names, once as far as the source tells without an import, once with the class itself.
+`names` checks keys and the names of targets; `parameters` compares each node's params with the signature and type hints
+of the class it names: first as read from the source, without an import, then with those of the imported class.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,7 +31,7 @@ _NOT_IN_TRAINER = {
     "max_epochs": "the length of a run is lightning.trainer.max_steps",
     "default_root_dir": "the run folder is chosen by main.py's --logdir and --name",
 }
-# What Lightning's own hints do not say of its numbers; where it gives them a meaning at 0 or below, that is not ours.
+# Ranges that Lightning's own hints leave out. Special meanings that it gives to 0 and negative numbers are refused.
 _TRAINER_RANGES: dict[str, Any] = {
     **dict.fromkeys(("max_steps", "num_nodes", "log_every_n_steps"), Count),
     **dict.fromkeys(("min_steps", "val_check_interval"), Count | None),
@@ -46,7 +46,7 @@ _TRAINER_RANGES: dict[str, Any] = {
 
 
 def raise_all(problems: Sequence[str]) -> None:
-    """One ConfigError with all of them, if there are any."""
+    """Raise one ConfigError with all problems, if there are any."""
     if len(problems) == 1:
         raise ConfigError(problems[0])
     if problems:
@@ -62,7 +62,7 @@ def _problem(key: str, node: Node, text: str) -> str:
 
 
 def names(root: Node, trust: Sequence[str]) -> list[str]:
-    """Problems in the sections, the shape of nodes and the names of targets; imports nothing."""
+    """Problems with the sections, the shape of nodes and the names of targets; imports nothing."""
     problems = list(_unknown(root, "", _SECTIONS))
     sections = root.children
     for section in ("model", "data"):
@@ -125,7 +125,7 @@ def _objects(node: Node | None, key: str) -> Iterator[str]:
 def _node_names(key: str, node: Node, trust: Sequence[str]) -> Iterator[str]:
     for name, child in node.children.items():
         if name not in _NODE:
-            # A parameter that was written one level too high is the likeliest mistake, after a typing error.
+            # After a typo, the likeliest mistake is a parameter one level too high.
             likely = nearest(name, _NODE)
             hint = likely if likely.startswith("did you mean") else f"did you mean '{dotted(key, 'params', name)}'?"
             yield _problem(dotted(key, name), child, f"unknown key '{name}'; {hint}")
@@ -161,7 +161,7 @@ def _nodes(node: Node, key: str) -> Iterator[tuple[str, Node]]:
 
 
 def quick_look_up(trust: Sequence[str]) -> LookUp:
-    """Reads signatures off the source; imports nothing, knows less."""
+    """Reads signatures from the source: imports nothing, and leaves uncertain ones out."""
 
     def look_up(target: str, partial: bool) -> Signature | None:
         try:
@@ -169,19 +169,19 @@ def quick_look_up(trust: Sequence[str]) -> LookUp:
         except ConfigError:
             return None  # `names` has said so
         signature = static_signature(target)
-        # Whether a function may stand here is settled by `resolve`.
+        # `resolve` decides whether a function is allowed here.
         return None if signature and signature.is_function and not partial else signature
 
     return look_up
 
 
 def full_look_up(trust: Sequence[str]) -> LookUp:
-    """Imports the class and makes sure that it may be built."""
+    """Imports the class and checks that it is allowed."""
     return lambda target, partial: live_signature(resolve(target, trust, partial=partial))
 
 
 def parameters(root: Node, look_up: LookUp) -> list[str]:
-    """Problems in every node's params, by the signatures and hints of the classes."""
+    """Problems with the params of every node, checked against the signatures and hints of the classes."""
     problems = [problem for key, node in _nodes(root, "") for problem in _node_parameters(key, node, look_up)]
     lightning = root.children.get("lightning")
     trainer = lightning.children.get("trainer") if lightning else None
@@ -196,7 +196,7 @@ def parameters(root: Node, look_up: LookUp) -> list[str]:
 
 
 def _with_auto_precision(trainer: Signature) -> Signature:
-    """Lightning's Trainer with ldm's own choice of precision (runtime/precision.py)."""
+    """The Trainer's signature with ldm's own value of `precision`, `auto` (runtime/precision.py)."""
     known = trainer.parameters.get("precision")
     if known is None:
         return trainer

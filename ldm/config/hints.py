@@ -1,4 +1,4 @@
-"""Does a value of the configuration fit a type hint?
+"""Checks values of the configuration against type hints.
 
 Strict, since the constructor receives the value unchanged: text is not a number and true is not 1. What YAML
 cannot write otherwise is let through: a list for a tuple or set, text for a path, an int for a float. Numbers are
@@ -30,7 +30,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Signature:
-    """What a target takes; `open` if it takes any further keyword. `made` is the class of what it makes, if known."""
+    """The parameters of a target; `open` if it accepts any keyword. `made` is the class that it returns, if known."""
 
     parameters: dict[str, Parameter]
     open: bool
@@ -43,7 +43,7 @@ LookUp = Callable[[str, bool], Signature | None]
 
 
 class Mismatch(NamedTuple):
-    """A value at `key` that does not fit."""
+    """A value at `key` that does not match its hint."""
 
     key: str
     node: Node
@@ -55,7 +55,7 @@ _MAPPINGS = (dict, abc.Mapping, abc.MutableMapping)
 
 
 def mismatches(node: Node, hint: Any, key: str, look_up: LookUp) -> list[Mismatch]:
-    """Where `node`, at `key`, does not fit `hint`; empty if it does or if that cannot be decided."""
+    """Where `node`, at `key`, does not match `hint`; empty if it does or if that cannot be decided."""
     ranged, hint = hint, _simplify(hint)
     if hint is Any or hint is object or _is_deferred(node):
         return []
@@ -79,7 +79,7 @@ def _is_in_range(value: Any, hint: Any) -> bool:
 
 
 def _wanted(node: Node, hint: Any) -> str:
-    """What stands after "expected": where no range says more, that a number be finite."""
+    """What the message expects: the hint, and of a number without a range that it is finite."""
     infinite = isinstance(node.value, float) and not ranges.is_finite(node.value)
     ranged = any(ranges.bounds(arm) for arm in (hint, *typing.get_args(hint)))
     return "a finite number" if infinite and not ranged else spell(hint)
@@ -138,7 +138,7 @@ def _dict(items: dict[str, Node], hint: Any, key: str, look_up: LookUp) -> list[
 
 
 def _object(node: Node, kind: Any, key: str, look_up: LookUp) -> list[Mismatch]:
-    """A node: is the class it makes the one that is asked for?"""
+    """Checks that the class which a node builds is the one that the hint asks for."""
     target, is_partial = str(node.children["target"].value), node.is_partial
     if not inspect.isclass(kind) or getattr(kind, "_is_protocol", False) or (is_partial and kind not in _PLAIN):
         return []
@@ -192,7 +192,7 @@ def _fix(node: Node, kind: Any) -> str:
 
 
 def spell(hint: Any) -> str:
-    """The hint in a user's words."""
+    """The hint in words for the user."""
     if ranges.bounds(hint):
         return ranges.spell(hint)
     hint = _simplify(hint)

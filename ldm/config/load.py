@@ -54,12 +54,12 @@ def load(files: Sequence[Path], overrides: Sequence[str] = (), trust: Sequence[s
 
 
 def from_tree(tree: Mapping[str, Any], origin: str, trust: Sequence[str] = ()) -> "Config":
-    """A configuration that is already plain containers, e.g. out of a checkpoint; messages name `origin`."""
+    """A configuration from plain containers, such as those in a checkpoint; messages name `origin`."""
     return Config(from_plain(dict(tree), origin), trust)
 
 
 class Config:
-    """A merged configuration whose every value knows where it was written."""
+    """A merged configuration that knows where each of its values was written."""
 
     def __init__(self, root: Node, trust: Sequence[str] = ()) -> None:
         self.root = root
@@ -72,17 +72,17 @@ class Config:
         return _find(self.root, key).origin
 
     def check(self, facts: Mapping[str, object] | None = None) -> None:
-        """Everything that can be known before anything is built.
+        """Check everything that can be checked before anything is built.
 
         Args:
-            facts: the data's facts, once they are known: then the values they fill in are checked too.
+            facts: the data's facts, once they are known; the values they fill in are then checked as well.
 
         Raises:
             ConfigError: one message with every problem: dotted key, file and line, expected, found, nearest name.
         """
         tree, problems = self._interpolate(facts)
         problems += check.names(tree, self.trust)
-        # First what the sources tell in a moment; the imports behind the full look take seconds.
+        # First against the sources, which takes a moment; the imports of the full check take seconds.
         check.raise_all(problems + check.parameters(tree, check.quick_look_up(self.trust)))
         check.raise_all(check.parameters(tree, check.full_look_up(self.trust)))
 

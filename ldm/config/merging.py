@@ -1,4 +1,4 @@
-"""Trees laid on one another, and `a.b=value` overrides on top of them."""
+"""Merges configuration trees, and applies `a.b=value` overrides."""
 
 import re
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from ldm.errors import ConfigError
 
 
 def merge(base: Node, over: Node) -> Node:
-    """`over` laid on `base`: mappings key by key, everything else replaced.
+    """`base` updated with `over`: mappings are merged key by key, everything else is replaced.
 
     A node that names another `target` replaces the whole node: the parameters of one class are not another's.
     """
@@ -27,7 +27,7 @@ def merge(base: Node, over: Node) -> Node:
 def apply(root: Node, overrides: Sequence[str]) -> Node:
     """The tree with every `a.b.c=value` (value in YAML, numbers index lists) merged in; later ones win.
 
-    Changes of a `target` go first, outermost before inner, so that they never wipe out another override.
+    Overrides of a `target` are applied first, outer before inner, so that they never discard another override.
     """
     parsed = [_override(text) for text in overrides]
     parsed.sort(key=lambda item: (False, len(item[0])) if item[0][-1] == "target" else (True, 0))

@@ -1,4 +1,4 @@
-"""What a constructor takes: from the imported class, or from its source without importing anything.
+"""The parameters of a constructor, from the imported class or from its source without an import.
 
 Importing torch and Lightning takes seconds; a misspelled parameter is reported at once.
 """
@@ -99,7 +99,7 @@ class _Search:
         return self._in_module(path, module, rest[0])
 
     def _check_submodule(self, path: Path, module: str, name: str) -> None:
-        """ConfigError if a package surely has no module `name`."""
+        """Raises ConfigError if a package certainly has no module `name`."""
         names = _names(path)
         if path.stem != "__init__" or name in names or names & {"*", "__getattr__"}:
             return
@@ -180,7 +180,7 @@ def _statements(tree: ast.Module) -> Iterator[ast.stmt]:
 
 
 def _names(path: Path) -> set[str]:
-    """Everything a module binds; `*` stands for a star import."""
+    """The names that a module binds; `*` stands for a star import."""
     names = set()
     for statement in _statements(_parsed(path)):
         if isinstance(statement, ast.ClassDef | ast.FunctionDef):
@@ -193,7 +193,7 @@ def _names(path: Path) -> set[str]:
 
 
 def _absolute(statement: ast.ImportFrom, module: str, path: Path) -> str:
-    """The module a `from` statement imports from, in full."""
+    """The full name of the module that a `from` statement imports from."""
     if not statement.level:
         return statement.module or ""
     parts = module.split(".")
@@ -202,7 +202,7 @@ def _absolute(statement: ast.ImportFrom, module: str, path: Path) -> str:
 
 
 def _function(node: ast.FunctionDef, path: Path, skip: int = 0) -> Signature:
-    """The signature a `def` writes down, without its first `skip` arguments."""
+    """The signature of a `def` without its first `skip` arguments."""
     arguments = node.args
     plain = [*arguments.posonlyargs, *arguments.args]
     absent: list[ast.expr | None] = [None] * (len(plain) - len(arguments.defaults))
@@ -218,7 +218,7 @@ def _function(node: ast.FunctionDef, path: Path, skip: int = 0) -> Signature:
 
 
 def _scope(path: Path) -> dict[str, Any]:
-    """The names a module imports from the modules that hints are made of."""
+    """The names that a module imports from the modules whose names appear in hints."""
     scope: dict[str, Any] = {}
     for statement in _statements(_parsed(path)):
         if isinstance(statement, ast.ImportFrom) and statement.module in _KNOWN and not statement.level:

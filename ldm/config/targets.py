@@ -34,7 +34,7 @@ def _within(name: str, packages: Sequence[str]) -> bool:
 
 
 def check_name(target: str, trust: Sequence[str] = ()) -> None:
-    """ConfigError if the name alone tells that `target` is not allowed; imports nothing."""
+    """Raises ConfigError if the name alone shows that `target` is not allowed; imports nothing."""
     parts = target.split(".")
     if len(parts) < 2 or not all(re.fullmatch(r"[A-Za-z]\w*", part, re.ASCII) for part in parts):
         raise ConfigError(f"expected a dotted name such as ldm.diffusion.networks.unet.UNet, found '{target}'")
@@ -43,7 +43,7 @@ def check_name(target: str, trust: Sequence[str] = ()) -> None:
             f"'{target}' is refused: '{parts[0]}' is not on the allow-list; {nearest(parts[0], (*PACKAGES, *trust))} "
             f"If you know and trust that package, add --trust {parts[0]}"
         )
-    # `torch.Name` is settled when the object is at hand; a deeper module is not even imported.
+    # `torch.Name` is decided once the object is there; a deeper module is not even imported.
     if len(parts) > 2 and not _within(target, ("ldm", *_LIBRARIES, *trust)):
         raise ConfigError(
             f"'{target}' is refused: of {parts[0]} only classes in "
@@ -114,7 +114,7 @@ def is_node(value: object) -> bool:
 
 
 def build(node: Any, trust: Sequence[str] = (), *, key: str = "") -> Any:
-    """The object a resolved node describes, leaves first; lists and mappings of nodes give lists and dicts of objects.
+    """Build the object of a resolved node, leaves first; lists and mappings of nodes give lists and dicts of objects.
 
     Args:
         trust: packages allowed besides ldm, torch, torchvision and pytorch_lightning.
@@ -151,7 +151,7 @@ def build(node: Any, trust: Sequence[str] = (), *, key: str = "") -> Any:
 
 
 def reason(error: Exception) -> str:
-    """What a library's error says; of a package that is missing, how to install it."""
+    """The text of a library's error; for a missing package, how to install it."""
     text = str(error)
     if isinstance(error, ModuleNotFoundError):
         named = re.search(r"`([\w-]+)` is not installed", text)  # Lightning raises it without a name

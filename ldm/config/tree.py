@@ -1,4 +1,4 @@
-"""A configuration as a tree in which every value remembers where it was written."""
+"""A configuration as a tree in which each value carries the place where it was written."""
 
 import difflib
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ class Node:
 
     @property
     def children(self) -> "dict[str, Node]":
-        """The values inside by name or index; none in a scalar."""
+        """The values in a mapping or list, by name or index; empty for a scalar."""
         if isinstance(self.value, list):
             return {str(i): child for i, child in enumerate(self.value)}
         return self.value if isinstance(self.value, dict) else {}
@@ -36,7 +36,7 @@ class Node:
         return "partial" in self.children and self.children["partial"].value is True
 
     def plain(self) -> Any:
-        """The value as plain Python containers, all of them new."""
+        """The value as newly created plain Python containers."""
         if isinstance(self.value, dict):
             return {key: child.plain() for key, child in self.value.items()}
         if isinstance(self.value, list):
@@ -45,12 +45,12 @@ class Node:
 
 
 def from_plain(value: Any, origin: str, key: str = "") -> Node:
-    """The tree of plain containers, with the names of today; ConfigError if something else is among them."""
+    """The tree of plain containers, with current names; ConfigError if they hold anything else."""
     return current(_from_plain(value, origin, key))
 
 
 def current_plain(value: Any, origin: str = "a stored configuration") -> Any:
-    """Plain containers, such as the configuration in a checkpoint, with the names of today; all of them new."""
+    """A copy of plain containers, such as the configuration in a checkpoint, with current names."""
     return from_plain(value, origin).plain()
 
 
@@ -70,7 +70,7 @@ def _from_plain(value: Any, origin: str, key: str) -> Node:
 
 
 def current(node: Node) -> Node:
-    """The tree with the names of today in every object."""
+    """The tree with current names in every object."""
     if isinstance(node.value, list):
         return Node([current(child) for child in node.value], node.origin)
     if not isinstance(node.value, dict):
@@ -92,7 +92,7 @@ def dotted(*keys: str | int) -> str:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """The end of a message about a wrong name: the likeliest right one, otherwise all of them."""
+    """The end of a message about an unknown name: the closest valid one, or all of them."""
     names = sorted(set(valid))
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if close:
@@ -101,7 +101,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def show(node: Node) -> str:
-    """The value as a message shows it: short, with its kind."""
+    """The value as messages show it: shortened, with its type."""
     if isinstance(node.value, dict):
         return f"a mapping with {', '.join(node.value) or 'no keys'}"
     if isinstance(node.value, list):

@@ -1,6 +1,6 @@
-"""YAML text to a tree and back.
+"""Reads YAML text into a tree, and writes it.
 
-The dialect is YAML 1.2's core schema with the traps taken out: `1e-4` is a number, dates are text, and what the
+The dialect is YAML 1.2's core schema without its traps: `1e-4` is a number, dates are text, and what the
 two versions of YAML read differently (`012`, `yes`, `off`) is refused. Aliases, tags and duplicate keys are errors.
 """
 
@@ -33,7 +33,7 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
     def check_printable(self, data: Any) -> None:
-        # Bytes of a path that are not UTF-8, as Python has them from the command line.
+        # Surrogates: how Python represents bytes of a command line that are not UTF-8.
         super().check_printable(re.sub("[\udc80-\udcff]", "?", data))
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -46,7 +46,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    # The same rules as the loader's decide which texts need quotes.
+    # The loader's rules decide which texts need quotes.
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
     def ignore_aliases(self, data: Any) -> bool:
@@ -54,7 +54,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    # Unicode has line ends that YAML folds into a space unless they are escaped.
+    # YAML folds Unicode's line ends into a space unless they are escaped.
     style = None if text.splitlines() in ([], [text]) else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
@@ -71,7 +71,7 @@ def to_yaml(tree: Any) -> str:
 
 
 def parse(text: str, name: str, *, numbered: bool = True) -> Node | None:
-    """The document as a Node, with the names of today; None if it is empty.
+    """The document as a Node, with current names; None if it is empty.
 
     Args:
         name: the file, or `command line: a.b=1`.

@@ -1,7 +1,7 @@
-"""How good samples are, beside reconstructions and real images, in the eyes of a classifier of the real images.
+"""Score samples, reconstructions and real images with a classifier that was trained on real images.
 
-Every row of the report is as many images of each class, and none of them was seen by the classifier in training, so
-that their accuracies and Fréchet distances can be compared with one another.
+Every row of the report has the same number of images of each class, none of which the classifier saw in training, so
+accuracies and Fréchet distances can be compared between rows.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ BATCH = 100
 
 
 class Pictures(NamedTuple):
-    """`images` (N,C,H,W) uint8 with their `labels` (N,) int64."""
+    """`images` (N,C,H,W) uint8 and their `labels` (N,) int64."""
 
     images: Tensor
     labels: Tensor
@@ -37,14 +37,14 @@ class Pictures(NamedTuple):
 
 
 class Score(NamedTuple):
-    """`accuracy` in [0, 1]: how often the classifier sees the label; `distance`: Fréchet, to the test set."""
+    """`accuracy` in [0, 1]: how often the classifier predicts the label; `distance`: Fréchet, to the test set."""
 
     accuracy: float
     distance: float
 
 
 class Report(NamedTuple):
-    """Pictures and scores of each row, by its name, and the classifier's accuracy on the whole test set."""
+    """The images and scores of each row by its name, and the classifier's accuracy on the whole test set."""
 
     pictures: dict[str, Pictures]
     scores: dict[str, Score]
@@ -56,7 +56,7 @@ class Report(NamedTuple):
         return markdown(["images", "classifier accuracy", "Fréchet distance to the test set"], rows)
 
     def sheet(self, columns: int = 10) -> np.ndarray:
-        """A picture (H,W,3) uint8: a grid for each row of the report, side by side, in each a line a class."""
+        """One image (H,W,3) uint8: the rows of the report side by side, each as a grid with one line per class."""
         grids = []
         for pictures in self.pictures.values():
             classes = len(pictures.labels.unique())
@@ -80,16 +80,16 @@ def compare(
     guidance_scales: Sequence[float],
     steps: int,
 ) -> Report:
-    """Judge real images, their reconstructions, and samples.
+    """Score real images, their reconstructions, and samples.
 
     Args:
-        pipeline: of a class-conditional model.
-        train: what both stages were trained on; a tenth is kept from the classifier, and gives the real images.
-        test: of the same classes.
-        number: images of each class.
-        epochs: of the classifier's training.
-        guidance_scales: a row of samples for each.
-        steps: of DDIM.
+        pipeline: a class-conditional model.
+        train: the data set of both stages; a tenth is held out from the classifier and provides the real images.
+        test: a test set with the same classes.
+        number: images per class.
+        epochs: how long the classifier is trained.
+        guidance_scales: each gives one row of samples.
+        steps: DDIM steps.
     """
     classes = pipeline.num_classes
     if classes is None:
@@ -104,14 +104,14 @@ def compare(
 
 
 class Judge(NamedTuple):
-    """A classifier of real images: judge(pictures) -> Score.
+    """A trained classifier that scores images: judge(pictures) -> Score.
 
     Attributes:
-        classifier: it.
+        classifier: trained on real images.
         reference: its features of the test set.
-        test_accuracy: on the test set.
-        unseen: real images of the training set that it was not trained on.
-        classes: how many it knows.
+        test_accuracy: its accuracy on the test set.
+        unseen: images of the training set that it was not trained on.
+        classes: the number of classes.
     """
 
     classifier: Classifier
@@ -124,7 +124,7 @@ class Judge(NamedTuple):
     def trained(
         cls, train: ImageDataset, test: ImageDataset, resolution: Resolution, channels: int, epochs: int
     ) -> "Judge":
-        """On all but a tenth of `train`, whose pictures are brought to the resolution and channels of the model's."""
+        """Trained on nine tenths of `train`, with images converted to the model's resolution and channels."""
         known, tested = (read(dataset, resolution, channels) for dataset in (train, test))
         kept, classes = len(known.labels) * 9 // 10, int(known.labels.max()) + 1
         classifier = train_classifier(*known.take(slice(kept)), classes, epochs=epochs)
@@ -138,17 +138,17 @@ class Judge(NamedTuple):
 
 
 def read(dataset: ImageDataset, resolution: Resolution, channels: int) -> Pictures:
-    """A labelled data set's pictures as the autoencoder gets them (EvalTransform)."""
+    """The images of a labeled data set, transformed as for the autoencoder (EvalTransform)."""
     transform, items = EvalTransform(resolution), [dataset[index] for index in range(len(dataset))]
     images = [transformed(item["image"], transform, channels, dataset.path(index)) for index, item in enumerate(items)]
     return Pictures(to_uint8(torch.stack(images)), torch.tensor([item["class_label"] for item in items]))
 
 
 def of_each_class(pictures: Pictures, number: int, num_classes: int) -> Pictures:
-    """The first `number` of every class, class by class.
+    """The first `number` images of every class, sorted by class.
 
     Raises:
-        DataError: there are not so many.
+        DataError: a class has fewer.
     """
     rows = [torch.nonzero(pictures.labels == label)[:number, 0] for label in range(num_classes)]
     short = [label for label, found in enumerate(rows) if len(found) < number]
@@ -158,13 +158,13 @@ def of_each_class(pictures: Pictures, number: int, num_classes: int) -> Pictures
 
 
 def reconstructions(codec: Codec, pictures: Pictures) -> Pictures:
-    """Through the autoencoder, by the posterior's mean."""
+    """The images encoded to the mean of the posterior and decoded."""
     decoded = [codec.decode(codec.encode(unit_range(batch))[0]).cpu() for batch in pictures.images.split(BATCH)]
     return Pictures(to_uint8(torch.cat(decoded)), pictures.labels)
 
 
 def samples(pipeline: Pipeline, number: int, num_classes: int, steps: int, guidance_scale: float) -> Pictures:
-    """`number` of every class, class by class, by DDIM, no two from the same noise."""
+    """`number` DDIM samples of every class, sorted by class, each from noise of its own."""
     labels = torch.arange(num_classes).repeat_interleave(number)
     made = generate(
         pipeline,

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,11 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", PROGRAM, *words], capture_output=True, text=True, cwd=ROOT, timeout=100
     )
+
+
+@cache
+def help_of(name: str) -> subprocess.CompletedProcess[str]:
+    return run(name, "--help")
 
 
 def test_pip_installs_it():
@@ -39,7 +45,7 @@ def test_help_shows_an_example_of_each():
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_each_command_has_a_help_of_its_own(name):
-    done = run(name, "--help")
+    done = help_of(name)
     assert done.returncode == 0
     assert done.stdout.startswith(f"usage: ldm {name} ")
 
@@ -59,7 +65,7 @@ def test_a_wrong_flag_is_answered_before_torch_is_loaded(name):
 def test_examples_are_of_their_command_and_have_its_flags(name):
     program, word, *rest = shlex.split(COMMANDS[name][1])
     assert (program, word) == ("ldm", name)
-    known = run(name, "--help").stdout
+    known = help_of(name).stdout
     assert all(flag in known for flag in rest if flag.startswith("-"))
 
 

@@ -1,7 +1,7 @@
-"""An independent judge of generated images: a small classifier trained on the real ones, its logits and features.
+"""A small classifier, trained on real images, that scores generated ones by its logits and features.
 
-It never meets the generative models, so its accuracy on their samples says whether a sample shows the class it was
-asked for, and its last features are a space for metrics.frechet_distance that was learned on these very images.
+Its training is independent of the generative models, so its accuracy on their samples tells whether a sample shows the
+requested class, and its last features are a space for metrics.frechet_distance that was learned on the same data.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from ldm.runtime.precision import computes_bf16
 
 
 class Judgement(NamedTuple):
-    """What a Classifier says of N images: `logits` (N, K) and `features` (N, D), both fp32 on the host."""
+    """A Classifier's outputs for N images: `logits` (N, K) and `features` (N, D), both fp32 on the CPU."""
 
     logits: Tensor
     features: Tensor
@@ -87,7 +87,7 @@ def train_classifier(
         torch.default_generator.manual_seed(int(keys(seed, "classifier", 0)[0]))
         model = Classifier(images.shape[1], num_classes, width)
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=1e-2)
-    # The last, smaller batch of an epoch is left out: batch norm has little to go by there.
+    # The last, smaller batch of an epoch is dropped: its batch statistics would be unreliable.
     batches = max(len(images) // batch_size, 1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=epochs * batches)
     bf16 = computes_bf16("cpu").native
