@@ -27,7 +27,7 @@ from ldm.evaluation.metrics import accuracy
 from ldm.runtime import launcher, signals
 from ldm.runtime.float64 import double, home
 from ldm.runtime.validation_metrics import ValidationMetrics
-from ldm.sampling.samplers import _log_ratios
+from ldm.sampling.steps import log_ratios
 from ldm.training import trainer
 from tests.apple import MPS, apple
 
@@ -76,8 +76,8 @@ def on_both(compute: Any) -> tuple[Any, Any]:
         lambda device: LogitNormal()(torch.linspace(0.1, 0.9, 5).to(device)),
         lambda device: LogNormal()(torch.linspace(0.1, 0.9, 5).to(device)),
         lambda device: DDPM(SqrtLinear()).time_at(torch.tensor([0.5, 2.0, 30.0]).to(device)),
-        lambda device: torch.tensor(_log_ratios(DDPM(SqrtLinear()), torch.tensor([1000.0, 250.0, 3.5]).to(device))),
-        lambda device: torch.tensor(_log_ratios(EDM(), torch.tensor([80.0, 1.0, 0.01]).to(device))),
+        lambda device: torch.tensor(log_ratios(DDPM(SqrtLinear()), torch.tensor([1000.0, 250.0, 3.5]).to(device))),
+        lambda device: torch.tensor(log_ratios(EDM(), torch.tensor([80.0, 1.0, 0.01]).to(device))),
         lambda device: torch.tensor(accuracy(torch.eye(3).to(device), torch.tensor([0, 1, 1]).to(device))),
     ],
 )
