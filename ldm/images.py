@@ -46,7 +46,8 @@ def grid(images: Sequence[np.ndarray], columns: int, gap: int = 2) -> np.ndarray
 
 
 def picture(image: np.ndarray) -> Image.Image:
-    """(H,W,C) uint8, C one of `FILED`: gray, RGB, RGBA -> PIL."""
+    """(H,W,C) uint8 -> PIL: gray, RGB, RGBA; any other number of channels as it is shown."""
+    image = image if image.shape[2] in FILED else visible(image)
     return Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
 
 

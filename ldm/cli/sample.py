@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from ldm.cli import program
-from ldm.cli.sample_options import chosen, parse, read_conditions
+from ldm.cli.sample_options import chosen, described, parse, read_conditions
 from ldm.errors import ConfigError
 from ldm.files import published
 from ldm.images import picture
@@ -110,7 +110,8 @@ def sample(options: Any) -> list[Path]:
     recipe = Recipe(sampler, schedule, *steering(pipeline, options, device))
     settings = {
         **pipeline.origin,
-        **{key: " ".join(getattr(options, key)) for key in ("sampler", "schedule")},
+        "sampler": described(options.sampler[0], sampler),
+        "schedule": described(options.schedule[0], schedule),
         **{key: getattr(options, key) for key in ("steps", "guidance")},
         **steered(options, recipe),
     }

@@ -103,12 +103,20 @@ def named(module: ModuleType) -> list[str]:
     return [name for name, made in functions if made.__module__ == module.__name__ and not name.startswith("_")]
 
 
+_GIVEN = {
+    samplers: ("denoise", "objective", "x", "times", "draws"),
+    timesteps: ("objective", "steps", "shape"),
+}
+"""What every sampler, or schedule, is called with: not settings."""
+
+
 def chosen(flag: str, module: ModuleType, words: Sequence[str], trust: Sequence[str]) -> Any:
     """The function that `FLAG NAME [setting=value ...]` asks for, with its settings.
 
     Args:
         flag: for messages.
-        module: where a name without dots is looked up; a dotted one is a function of a package in `trust`.
+        module: `samplers` or `timesteps`, where a name without dots is looked up; a dotted one is a function of a
+            package in `trust`.
 
     Raises:
         ConfigError: there is no such function, or no such setting, or its value is out of range.
@@ -116,12 +124,29 @@ def chosen(flag: str, module: ModuleType, words: Sequence[str], trust: Sequence[
     name, *settings = words
     if "." not in name and name not in named(module):
         raise ConfigError(f"--{flag} {name}: there is none of this name; {nearest(name, named(module))}")
-    target = name if "." in name else f"{module.__name__}.{name}"
+    for setting in settings:
+        key, equals, _ = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"--{flag} {name}: expected its settings as setting=value, found '{setting}'")
+        if key in _GIVEN[module]:
+            flags = ", that is --steps" if key == "steps" else ""
+            raise ConfigError(f"--{flag} {name}: {setting}: is no setting, but what it is called with{flags}")
     origin = f"--{flag} {' '.join(words)}"
-    node = from_plain({"target": target, "partial": True}, origin)
+    node = from_plain({"target": name if "." in name else f"{module.__name__}.{name}", "partial": True}, origin)
     node = apply(node, [f"params.{setting}" for setting in settings])
     check.raise_all(check.parameters(Node({flag: node}, origin), check.full_look_up(trust)))
-    return build(node.plain(), trust, key=flag)
+    found = build(node.plain(), trust, key=flag)
+    if not set(_GIVEN[module][:3]) <= {*inspect.signature(found.func).parameters}:
+        raise ConfigError(f"--{flag} {name}: expected a function of ({', '.join(_GIVEN[module])}, ...)")
+    return found
+
+
+def described(name: str, function: Any) -> str:
+    """A sampler or schedule as samples.json has it: its name and its settings, however they were written."""
+    settings = sorted(function.keywords.items())
+    return " ".join(
+        [name, *(f"{key}={value:.12g}" if isinstance(value, float) else f"{key}={value}" for key, value in settings)]
+    )
 
 
 def read_conditions(file: Path) -> list[Condition]:

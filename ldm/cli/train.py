@@ -72,7 +72,7 @@ def work(options: Options) -> int:
 
     outline, batch = dry_run.meta_model(tree, options.trust), data.meta_batch()
     dry_run.check_fit(outline, tree, facts, batch, start.config.origin)
-    rehearsal.check(outline, tree, facts, batch, start.config.origin)
+    rehearsal.check(outline, tree, facts, batch, start.config.origin, start.config.trust)
     trainer.make_trainer(tree, data, outline, trust=options.trust)
     if options.dry_run:
         print(dry_run.report(outline, tree, facts, batch))

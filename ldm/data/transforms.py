@@ -27,7 +27,8 @@ _Box = tuple[float, float, float, float]
 Transform = Callable[[Any], Tensor]
 """Picture -> float32 (C,H,W) in [-1,1]; may draw from torch's global generator.
 
-Pictures of 1 or 3 channels come as PIL images, others as uint8 tensors (C,H,W); torchvision's v2 takes both.
+Files come as PIL images, gray, RGB or RGBA; arrays of another number of channels as uint8 tensors (C,H,W).
+torchvision's v2 takes both.
 """
 
 
@@ -65,7 +66,7 @@ class _Cover:
     def __call__(self, image: Image.Image | Tensor) -> Image.Image | Tensor:
         if isinstance(image, Image.Image):
             return self._resized(image, *self._window(image.width, image.height))
-        # Channel by channel, which is how Pillow resizes color: the same filters for any number of them.
+        # Channel by channel, with the same filters for any number of them, as Pillow resizes color without opacity.
         window = self._window(image.shape[2], image.shape[1])
         planes = [self._resized(Image.fromarray(plane.numpy()), *window) for plane in image]
         return torch.stack([torch.from_numpy(np.array(plane)) for plane in planes])
@@ -160,17 +161,17 @@ def transformed(image: Picture, transform: Transform, channels: int, path: str) 
 
 
 def _with_channels(image: Picture, channels: int, path: str) -> Image.Image | Tensor:
-    """Gray or RGB, alpha over white, as PIL; RGBA, and arrays of any other number of channels, as uint8 (C,H,W)."""
+    """Gray or RGB, alpha over white, or RGBA as PIL; arrays of any number of channels as uint8 (C,H,W)."""
     if isinstance(image, Image.Image):
         if image.mode.startswith(("I", "F")):
             raise DataError(
                 f"{path}: expected pixels of 8 bits, gray or RGB, found mode {image.mode!r} from the data set"
             )
+        if channels == 4:
+            return image.convert("RGBA")  # whose opacity Pillow takes into account when it resizes
         if channels in (1, 3):
             return over_white(image).convert("L" if channels == 1 else "RGB")
-        pixels = np.array(image.convert("RGBA"))
-    else:
-        pixels = np.asarray(image)
+    pixels = np.asarray(image)
     if pixels.ndim != 3 or pixels.dtype != np.uint8 or pixels.shape[2] != channels:
         raise ConfigError(
             f"{path}: expected pixels (H,W,{channels}) of uint8, since the model has pictures of {channels} channels, "

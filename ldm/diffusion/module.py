@@ -12,7 +12,7 @@ from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from ldm.diffusion.conditioners.base import Conditioner
+from ldm.diffusion.conditioners.base import Conditioner, require_conditioner
 from ldm.diffusion.metrics import Output, standard
 from ldm.diffusion.objectives import Network, Objective
 from ldm.errors import ConfigError
@@ -73,11 +73,7 @@ class LatentDiffusion(LightningModule):
         metrics: Mapping[str, Metric | None] | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(conditioner, Conditioner):
-            raise ConfigError(
-                f"model.params.conditioner: expected a module with keys, forward and null "
-                f"(ldm/diffusion/conditioners/base.py), found {type(conditioner).__name__}"
-            )
+        require_conditioner(conditioner)
         self.denoiser = nn.ModuleDict({"network": network, "conditioner": conditioner})
         self.objective = objective
         self.ema = ema(self.denoiser)

@@ -56,12 +56,14 @@ class Report(NamedTuple):
         return markdown(["images", "classifier accuracy", "Fréchet distance to the test set"], rows)
 
     def sheet(self, columns: int = 10) -> np.ndarray:
-        """One image (H,W,3) uint8: the rows of the report side by side, each as a grid with one line per class."""
+        """The rows of the report side by side, each as a grid with one line per class: (H,W,3 or 1) uint8."""
         grids = []
         for pictures in self.pictures.values():
             classes = len(pictures.labels.unique())
             number = min(columns, len(pictures.labels) // classes)
-            chosen = of_each_class(pictures, number, classes).images.expand(-1, 3, -1, -1)
+            chosen = of_each_class(pictures, number, classes).images
+            if chosen.shape[1] == 1:
+                chosen = chosen.expand(-1, 3, -1, -1)
             grids.append(grid([*chosen.permute(0, 2, 3, 1).numpy()], number))
         return np.concatenate(grids, axis=1)
 
@@ -94,6 +96,8 @@ def compare(
     classes = pipeline.num_classes
     if classes is None:
         raise ConfigError("quality is judged by class, and this model was trained without classes")
+    if others := [key for key in pipeline.conditioner.keys if key != "class_label"]:
+        raise ConfigError(f"quality is judged by class alone, and this model also reads {', '.join(others)}")
     resolution, codec = pipeline.manifest.plan.pixels["resolution"], pipeline.codec
     trained = Judge.trained(train, test, resolution, codec.encoder.in_channels, epochs)
     real = of_each_class(trained.unseen, number, classes)

@@ -96,7 +96,8 @@ class ValidationMetrics:
                         f"name, or leave it out (model.params.metrics.{key}=null)"
                     )
                 found[name], origin[name] = _scalar(scalar, f"model.params.metrics.{key}: val/{name}"), key
-            metric.reset()  # nothing is kept through training
+            metric.reset()
+            metric.to("cpu")  # nothing is kept on the device through training
         return {f"val/{name}": scalar for name, scalar in found.items()}
 
 

@@ -4,24 +4,30 @@
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from ldm.errors import ConfigError
 
 Condition = Mapping[str, Any]
-"""Numbers, texts, arrays or tensors by key, each as one row of a training batch has it."""
+"""Numbers, texts, arrays, lists of numbers or tensors by key, each as one row of a training batch has it."""
+
+Columns = dict[str, Tensor | list[str]]
 
 
 def check_conditions(conditions: Sequence[Condition], reads: Sequence[str], num_classes: int | None) -> None:
-    """ConfigError if a condition lacks a key, has one that nobody reads, or names a class that does not exist.
+    """Make sure that a model can be asked for these conditions.
 
     Args:
         reads: the keys that the model, or the classifier that guides it, reads.
         num_classes: of the training data.
+
+    Raises:
+        ConfigError: a condition lacks a key, has one that nobody reads, names a class that does not exist, or has a
+            value that cannot be part of a batch.
     """
     if not reads:
         raise ConfigError("this model was trained without conditions: request none")
@@ -31,20 +37,46 @@ def check_conditions(conditions: Sequence[Condition], reads: Sequence[str], num_
                 f"condition {number}: expected the keys that the model reads, {', '.join(reads)}; found "
                 f"{', '.join(condition) or 'none'}"
             )
-        label = condition.get("class_label", 0)
-        if not isinstance(label, int) or isinstance(label, bool):
-            raise ConfigError(f"condition {number}: class_label: expected a whole number, found {label!r}")
-        if "class_label" in condition and (num_classes is None or not 0 <= label < num_classes):
-            known = "none" if num_classes is None else f"0 to {num_classes - 1}, the {num_classes} classes"
-            raise ConfigError(f"class {label}: expected {known} of the training data")
+        if "class_label" in condition:
+            _check_class(condition["class_label"], number, num_classes)
+    columns(conditions)
 
 
-def collate_conditions(conditions: Sequence[Condition], device: torch.device) -> dict[str, Any]:
-    """The conditions as the columns of a batch: numbers as (N,) tensors, arrays stacked, texts in a list."""
-    columns = default_collate([dict(condition) for condition in conditions])
-    return {key: _moved(column, device) if isinstance(column, Tensor) else column for key, column in columns.items()}
+def _check_class(label: Any, number: int, num_classes: int | None) -> None:
+    if isinstance(label, bool) or not isinstance(label, SupportsIndex):
+        raise ConfigError(f"condition {number}: class_label: expected a whole number, found {label!r}")
+    if num_classes is None or not 0 <= int(label) < num_classes:
+        known = "none" if num_classes is None else f"0 to {num_classes - 1}, the {num_classes} classes"
+        raise ConfigError(f"class {label}: expected {known} of the training data")
 
 
-def _moved(column: Tensor, device: torch.device) -> Tensor:
-    # Python's numbers are collated in fp64, which not every device has.
-    return column.to(device, torch.float32 if column.is_floating_point() else column.dtype)
+def columns(conditions: Sequence[Condition]) -> Columns:
+    """The conditions as the columns of a batch: texts in a list, everything else as a tensor (N, ...) on the host.
+
+    Whole numbers become int64 and others float32, of all rows alike.
+
+    Raises:
+        ConfigError: values of one key that do not fit together, or are none of these.
+    """
+    return {key: _column(key, [condition[key] for condition in conditions]) for key in conditions[0]}
+
+
+def _column(key: str, values: list[Any]) -> Tensor | list[str]:
+    if all(isinstance(value, str) for value in values):
+        return values
+    try:
+        arrays = [np.asarray(value.cpu() if isinstance(value, Tensor) else value) for value in values]
+        if any(array.dtype.kind not in "iufb" for array in arrays):
+            raise ValueError("neither a text nor numbers")
+        array = np.stack(arrays)
+    except ValueError as error:
+        raise ConfigError(
+            f"conditions: {key}: expected a text, a number, or numbers of one shape in each; {error}"
+        ) from error
+    return torch.from_numpy(array.astype(np.float32 if array.dtype.kind == "f" else np.int64))
+
+
+def rows(table: Columns, chosen: slice, device: torch.device) -> dict[str, Any]:
+    """Some rows of the columns, as a batch on `device`."""
+    few = {key: column[chosen] for key, column in table.items()}
+    return {key: column.to(device) if isinstance(column, Tensor) else column for key, column in few.items()}

@@ -7,9 +7,9 @@ An image depends only on its seed and its condition, not on the batch it was mad
 The initial noise is drawn on the CPU, so that a seed gives the same image on every machine.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from ldm.errors import NumericError
 from ldm.images import to_arrays
 from ldm.randomness import Draws
 from ldm.runtime.progress import shown
-from ldm.sampling.conditions import Condition, check_conditions, collate_conditions
+from ldm.sampling.conditions import Condition, check_conditions, columns, rows
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.img2img import InitImage, inpaint
 from ldm.sampling.samplers import Sampler, ddim
@@ -77,13 +77,14 @@ def generate(
     """
     times = schedule(pipeline.objective, steps, pipeline.manifest.plan.shape)
     check(pipeline, seeds, conditions, times, guidance)
+    table = columns(conditions) if conditions else None
     with shown("sampling", silent=not progress) as show:
         for first in range(0, len(seeds), batch_size):
             show(first, len(seeds))
-            rows = slice(first, first + batch_size)
-            few = None if conditions is None else conditions[rows]
-            images = _images(pipeline, seeds[rows], few, sampler, times, guidance, init_image)
-            yield from map(Sample, seeds[rows], [None] * len(images) if few is None else few, images)
+            few = slice(first, first + batch_size)
+            batch = None if table is None else rows(table, few, pipeline.device)
+            images = _images(pipeline, seeds[few], batch, sampler, times, guidance, init_image)
+            yield from map(Sample, seeds[few], [None] * len(images) if conditions is None else conditions[few], images)
         show(len(seeds), len(seeds))
 
 
@@ -111,7 +112,7 @@ def check(
 def _images(
     pipeline: "Pipeline",
     seeds: Sequence[int],
-    conditions: Sequence[Condition] | None,
+    batch: Mapping[str, Any] | None,
     sampler: Sampler,
     times: Tensor,
     guidance: Guidance,
@@ -120,8 +121,8 @@ def _images(
     """(N,H,W,C) uint8."""
     number, device, manifest = len(seeds), pipeline.device, pipeline.manifest
     with _evaluating(pipeline.denoiser):
-        batch = None if conditions is None else collate_conditions(conditions, device)
-        denoise = guidance.denoiser(pipeline, batch, number)
+        draws = Draws(SEED, seeds, number, device)
+        denoise = guidance.denoiser(pipeline, None if batch is None else {**batch, "draws": draws}, number)
         noise = Draws(SEED, seeds, number).normal("noise", manifest.plan.shape).to(device)
         known = None
         if init_image is not None:
@@ -130,7 +131,7 @@ def _images(
             if (kept := init_image.latent_mask(manifest.plan.shape)) is not None:
                 denoise = inpaint(denoise, known, kept.to(device))
         x = start(pipeline.objective, noise, times[0], known)
-        latents = sampler(denoise, pipeline.objective, x, times, draws=Draws(SEED, seeds, number, device))
+        latents = sampler(denoise, pipeline.objective, x, times, draws=draws)
         images = pipeline.codec.decode(manifest.unstandardize(latents))
         if init_image is not None:
             images = init_image.composite(images)

@@ -121,7 +121,10 @@ def _spread(x: Tensor) -> Tensor:
     return x.flatten(1).std(1).reshape(-1, *[1] * (x.ndim - 1))
 
 
-_ALWAYS_CONDITIONED = "this model was never trained without its conditions (model.params.label_dropout: 0)"
+_ALWAYS_CONDITIONED = (
+    "this model was never trained without its conditions (model.params.label_dropout: 0, and no dropout of each of "
+    "several conditioners)"
+)
 
 
 @dataclass(frozen=True)
@@ -180,7 +183,7 @@ class Guidance:
                 f"guidance channels: expected 1 to {there}, the channels of this model's latents, found {self.channels}"
             )
         if self.guide is not None:
-            self._check_guide(pipeline, self.guide, times)
+            self._check_guide(pipeline, self.guide, conditional, times)
         elif self.classifier is not None and not conditional:
             raise ConfigError("guidance by a classifier: no classes are requested; request some, or leave it out")
         elif self.classifier is None and self.scale != 1:
@@ -197,7 +200,7 @@ class Guidance:
         if not pipeline.knows_null:
             raise ConfigError(f"{found} {_ALWAYS_CONDITIONED}; expected 1, or a guiding model")
 
-    def _check_guide(self, pipeline: "Pipeline", guide: "Pipeline", times: Tensor) -> None:
+    def _check_guide(self, pipeline: "Pipeline", guide: "Pipeline", conditional: bool, times: Tensor) -> None:
         ours, theirs = pipeline.manifest, guide.manifest
         reads = pipeline.conditioner.keys, guide.conditioner.keys
         found = guide.origin.get("checkpoint", "the guiding model")
@@ -207,6 +210,8 @@ class Guidance:
         if not {*reads[1]} <= {*reads[0]}:
             wanted, given = (", ".join(keys) or "no conditions" for keys in (reads[1], reads[0]))
             raise ConfigError(f"{found}: reads {wanted}, the model to guide {given}")
+        if guide.conditioner.keys and not conditional and not guide.knows_null:
+            raise ConfigError(f"{found}: conditions: found none, but {_ALWAYS_CONDITIONED}; request some")
         classes = ours.plan.num_classes, theirs.plan.num_classes
         if "class_label" in reads[1] and classes[1] != classes[0]:
             raise ConfigError(f"{found}: was trained with {classes[1]} classes, the model to guide with {classes[0]}")

@@ -16,7 +16,7 @@ from ldm.autoencoder.codec import Codec
 from ldm.checkpoints import store
 from ldm.config.load import build
 from ldm.config.tree import current_plain
-from ldm.diffusion.conditioners.base import Conditioner
+from ldm.diffusion.conditioners.base import Conditioner, require_conditioner
 from ldm.diffusion.conditioners.joint import Joint
 from ldm.diffusion.objectives import Objective
 from ldm.errors import CheckpointError
@@ -79,6 +79,7 @@ class Pipeline:
         record = store.facts(state, "diffusion", file)
         params = current_plain(record["config"], str(file))["model"]["params"]
         denoiser = nn.ModuleDict({name: build(params[name], trust) for name in ("network", "conditioner")})
+        require_conditioner(denoiser["conditioner"])
         objective = build(params["objective"], trust)
         store.fill(denoiser, state["state_dict"], "ema.average" if ema else "denoiser", file)
         store.fill(objective, state["state_dict"], "objective", file)
@@ -112,9 +113,7 @@ class Pipeline:
     @property
     def knows_null(self) -> bool:
         """Whether the model was also trained without its conditions."""
-        conditioner = self.conditioner
-        each = [*conditioner.dropout.values()] if isinstance(conditioner, Joint) else [0.0]
-        return self.label_dropout > 0 or all(rate > 0 for rate in each)
+        return self.label_dropout > 0 or (isinstance(self.conditioner, Joint) and self.conditioner.drops_all())
 
     def generate(
         self,

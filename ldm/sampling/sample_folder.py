@@ -21,7 +21,7 @@ from PIL import Image
 from ldm.data.decoding import read_array
 from ldm.errors import ConfigError
 from ldm.files import published, write_text
-from ldm.images import FILED, grid, picture, visible
+from ldm.images import FILED, grid, picture
 from ldm.sampling.conditions import Condition
 from ldm.sampling.generate import Sample
 
@@ -64,7 +64,7 @@ def prefix(condition: Condition) -> str:
     """How the names of a condition's files begin: its class, or else its words and a hash of it."""
     if condition.keys() == {"class_label"}:
         return f"{condition['class_label']:03d}"
-    words = re.sub(r"\W+", "-", "-".join(str(value) for value in condition.values())).strip("-").lower()[:40]
+    words = re.sub(r"\W+", "-", "-".join(str(condition[key]) for key in sorted(condition))).strip("-").lower()[:40]
     return f"{words or 'condition'}-{sha256(json.dumps(condition, sort_keys=True).encode()).hexdigest()[:8]}"
 
 
@@ -139,9 +139,9 @@ def _current(former: Mapping[str, Any]) -> dict[str, Any]:
     settings = {_FORMER.get(key, key): value for key, value in former.items()}
     settings["sampler"] = _FORMER_SAMPLERS.get(settings["sampler"], settings["sampler"])
     if eta := settings.pop("eta", 0):
-        settings["sampler"] += f" eta={eta:g}"
+        settings["sampler"] += f" eta={eta:.12g}"
     if shift := settings.pop("shift", 0):
-        settings["schedule"] += f" shift={shift:g}"
+        settings["schedule"] += f" shift={shift:.12g}"
     return settings
 
 
@@ -163,7 +163,6 @@ def save(folder: Path, sample: Sample) -> None:
     if image.shape[2] not in FILED:
         with published(path.with_suffix(".npy"), durable=False) as file, file.open("wb") as handle:
             np.save(handle, image)
-        image = visible(image)
     with published(path, durable=False) as file:
         picture(image).save(file, format="png")
 

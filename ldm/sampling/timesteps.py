@@ -76,6 +76,10 @@ def karras(
     objective.timesteps(steps)  # refuses an invalid number
     last = torch.tensor(objective.t_max)
     largest = min(ratio_max, float(objective.sigma(last) / objective.alpha(last)))
+    if not ratio_min < largest:
+        raise ConfigError(
+            f"timesteps: expected ratio_min below {largest:g}, the largest ratio of this objective, found {ratio_min:g}"
+        )
     ends = largest ** (1 / rho), ratio_min ** (1 / rho)
     place = torch.arange(steps, dtype=torch.float64) / max(1, steps - 1)
     ratios = (ends[0] + place * (ends[1] - ends[0])) ** rho

@@ -10,7 +10,7 @@ Validation and its metrics are tried on one real batch by Lightning's own sanity
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -23,10 +23,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.autoencoder.module import AutoencoderKL
 from ldm.checkpoints import state_tree
+from ldm.config.targets import build
 from ldm.diffusion.module import LatentDiffusion, parts
 from ldm.errors import CheckpointError, ConfigError, LdmError
 from ldm.sampling.conditions import check_conditions
 from ldm.sampling.guidance import classifier_free
+from ldm.sampling.timesteps import default
 from ldm.training import lightning_internals
 from ldm.training.callbacks.previews import SampleLogger
 from ldm.training.dry_run import place
@@ -35,7 +37,12 @@ Origin = Callable[[str], str]
 
 
 def check(
-    model: Any, tree: Mapping[str, Any], facts: Mapping[str, Any], batch: Mapping[str, Any], origin: Origin
+    model: Any,
+    tree: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    batch: Mapping[str, Any],
+    origin: Origin,
+    trust: Sequence[str] = (),
 ) -> None:
     """Pass a batch without values through everything that training reaches after its first step.
 
@@ -45,6 +52,7 @@ def check(
         facts: of the data module (`data.facts()`).
         batch: of the data, without values (`data.meta_batch()`).
         origin: dotted key -> where it was written.
+        trust: packages besides ldm's own that the configuration may name.
 
     Raises:
         ConfigError: something does not work; names the key.
@@ -54,7 +62,7 @@ def check(
         _first_stage(model, batch, steps, origin)
     elif isinstance(model, LatentDiffusion):
         _second_stage(model, batch, steps, facts["batch_size"], origin)
-        _previews(model, tree["lightning"].get("callbacks") or {}, facts, origin)
+        _previews(model, tree, tuple(batch["latent"].shape[1:]), facts, origin, trust)
     else:
         return
     _optimizers(model, tree, steps, origin)
@@ -96,16 +104,23 @@ def _second_stage(
                 _within(profile(seen, batch_size), 1.0, "the old average's share")
 
 
-def _previews(model: LatentDiffusion, callbacks: Mapping[str, Any], facts: Mapping[str, Any], origin: Origin) -> None:
+def _previews(
+    model: LatentDiffusion,
+    tree: Mapping[str, Any],
+    shape: tuple[int, int, int],
+    facts: Mapping[str, Any],
+    origin: Origin,
+    trust: Sequence[str],
+) -> None:
     """Check the conditions and steps of previews; `SampleLogger` itself would do so only after a cache is built."""
     reads = parts(model.denoiser)[1].keys
-    for name, node in callbacks.items():
+    for name, node in (tree["lightning"].get("callbacks") or {}).items():
         if node is None or node["target"] != f"{SampleLogger.__module__}.{SampleLogger.__name__}":
             continue
         params, key = node.get("params") or {}, f"lightning.callbacks.{name}.params"
-        if params.get("steps") is not None:
-            with _named(f"{key}.steps", origin):
-                model.objective.timesteps(params["steps"])
+        with _named(f"{key}.steps", origin):
+            schedule = build(params["schedule"], trust) if params.get("schedule") else default
+            schedule(build(tree["model"]["params"]["objective"], trust), params.get("steps") or 50, shape)
         for given, conditions in (
             ("classes", [{"class_label": label} for label in params.get("classes") or ()]),
             ("conditions", params.get("conditions") or []),

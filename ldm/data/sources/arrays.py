@@ -118,8 +118,13 @@ class ArrayFile(ArrayImages):
         if "images" not in arrays:
             raise DataError(f"{file}: expected an array `images`, found {', '.join(arrays) or 'none'}")
         labels, names = arrays.get("labels"), arrays.get("class_names")
-        if labels is not None and names is None:
-            names = np.arange(int(labels.max(initial=-1)) + 1)
+        if labels is not None:
+            if labels.ndim != 1 or labels.dtype.kind not in "iu":
+                raise DataError(
+                    f"{file}: expected labels (N,) of whole numbers, found {labels.shape} of {labels.dtype}"
+                )
+            labels = labels.astype(np.int64)
+            names = np.arange(labels.max(initial=-1) + 1) if names is None else names
         class_names = None if labels is None or names is None else [str(name) for name in names]
         super().__init__(str(file), arrays["images"], labels, class_names)
 

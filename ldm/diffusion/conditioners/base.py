@@ -12,6 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from ldm.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -68,6 +70,15 @@ class Conditioner(Protocol):
         Not a view of a parameter: if parameters are sharded, their memory is freed after this call.
         """
         ...
+
+
+def require_conditioner(found: object, key: str = "model.params.conditioner") -> None:
+    """ConfigError, naming the `key` of the configuration, unless `found` is a conditioner."""
+    if not isinstance(found, Conditioner):
+        raise ConfigError(
+            f"{key}: expected a module with keys, forward and null (ldm/diffusion/conditioners/base.py), found "
+            f"{type(found).__name__}"
+        )
 
 
 class Unconditional(nn.Module):

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ldm.diffusion.conditioners.base import Conditioner, Conditioning
+from ldm.diffusion.conditioners.base import Conditioner, Conditioning, require_conditioner
 from ldm.errors import ConfigError
 from ldm.ranges import Fraction
 
@@ -31,6 +31,8 @@ class Joint(nn.Module):
         super().__init__()
         if not conditioners:
             raise ConfigError("Joint: expected one conditioner or more, found none; use Unconditional")
+        for name, part in conditioners.items():
+            require_conditioner(part, f"Joint: conditioners.{name}")
         self.conditioners = nn.ModuleDict(conditioners)
         self.dropout = dict.fromkeys(conditioners, 0.0) | dict(dropout or {})
         if unknown := [name for name in self.dropout if name not in conditioners]:
@@ -53,6 +55,14 @@ class Joint(nn.Module):
                 conditioning = part.null(len(draws)).where(dropped, conditioning)
             found.append(conditioning)
         return reduce(_beside, found)
+
+    def drops_all(self) -> bool:
+        """Whether it happens in training that all of a row's conditions are dropped."""
+        return all(
+            self.dropout[name] > 0 or (isinstance(part, Joint) and part.drops_all())
+            for name, part in self._parts()
+            if part.keys
+        )
 
     def null(self, n: int) -> Conditioning:
         return reduce(_beside, [part.null(n) for _, part in self._parts()])
