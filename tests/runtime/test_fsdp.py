@@ -31,7 +31,7 @@ class Denoiser(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.network = UNet(3, 8, [1, 1], num_res_blocks=1, attention_levels=[1], num_heads=1, vector_channels=5)
+        self.network = UNet(3, 8, [1], num_res_blocks=1, attention_levels=[0], num_heads=1, vector_channels=5)
         self.conditioner = ClassVector(2, 5)
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=0.2)  # no branch that starts at zero

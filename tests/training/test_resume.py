@@ -34,6 +34,9 @@ def quiet_place(tmp_path, monkeypatch):
         signal.signal(number, handler)
 
 
+SAMPLES = "ldm.training.callbacks.previews.SampleLogger"
+
+
 @pytest.fixture(scope="module")
 def trained_autoencoder(tmp_path_factory) -> Path:
     """Filled in by the first test of stage 2 that runs; a logs folder."""
@@ -81,6 +84,9 @@ def only(folder: Path) -> Path:
 def saves(tree: dict[str, Any], every: int) -> dict[str, Any]:
     node = {"target": "ldm.training.callbacks.checkpoints.Checkpoints", "params": {"every": every, "keep": 9}}
     tree["lightning"]["callbacks"] = {"checkpoints": node}
+    if tree["name"] == "tiny_diffusion":  # pictures between the steps, of few steps of their own
+        few = {"every_n_steps": 4, "classes": [0, 1], "seeds": [0], "steps": 2}
+        tree["lightning"]["callbacks"]["images"] = {"target": SAMPLES, "params": few}
     return tree
 
 
