@@ -1,6 +1,7 @@
 import numpy as np
+import pytest
 
-from ldm.images import grid, visible
+from ldm.images import grid, picture, visible
 
 
 def test_grid_places_pictures_row_by_row_on_white():
@@ -40,3 +41,10 @@ def test_grid_enlarges_before_it_places_channels_side_by_side():
     sheet = grid([image, image], columns=1)
     assert sheet.shape == (2 * (32 + 2) + 2, 4 * 48 + 3 + 4, 1)
     assert np.array_equal(sheet[2:34:2, 2 + 49 : 2 + 49 + 48 : 2, 0], image[..., 1])
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (2, "L"), (3, "RGB"), (4, "RGBA"), (5, "L")])
+def test_a_picture_of_any_number_of_channels(channels, mode):
+    made = picture(np.zeros((8, 6, channels), np.uint8))
+    assert made.mode == mode
+    assert made.size == (6 if channels in (1, 3, 4) else channels * 7 - 1, 8)

@@ -188,6 +188,12 @@ def test_every_function_of_its_file_has_a_name(run, capsys, flag):
         assert json.loads((out / "samples.json").read_text())["settings"][flag] == name
 
 
+def test_settings_are_the_same_however_they_are_written(run, capsys):
+    words = ["--classes", "0", "-n", "1"]
+    assert run(*words, "--sampler", "heun", "s_churn=40", "s_noise=1.003")[0] == 0
+    assert run(*words, "--sampler", "heun", "s_noise=1.0030", "s_churn=40.0")[0] == 0, capsys.readouterr().err
+
+
 def test_conditions_from_a_file(run, tmp_path, capsys):
     wanted = tmp_path / "wanted.json"
     wanted.write_text('[{"class_label": 2}, {"class_label": 0}, {"class_label": 2}]')
@@ -251,7 +257,14 @@ def test_grey_pictures_of_an_unconditional_model_in_a_square(make_runs, run):
         (["--sampler", "Sampler"], 2, "there is none of this name"),
         (["--sampler", "first_order_step"], 2, "there is none of this name"),
         (["--sampler", "heun", "s_chrun=4"], 2, "did you mean 's_churn'?"),
-        (["--sampler", "heun", "4"], 2, "expected key=value"),
+        (["--sampler", "heun", "4"], 2, "--sampler heun: expected its settings as setting=value, found '4'"),
+        (
+            ["--schedule", "karras", "steps=20"],
+            2,
+            "is no setting, but what it is called with, that is --steps",
+        ),
+        (["--sampler", "ddim", "draws=null"], 2, "draws=null: is no setting, but what it is called with"),
+        (["--sampler", "ldm.images.picture"], 2, "expected a function of (denoise, objective, x, times, draws, ...)"),
         (["--sampler", "own.samplers.mine"], 2, "add --trust own"),
         (["--schedule", "karras", "ratio_min=3", "ratio_max=2"], 2, "expected ratio_min < ratio_max, found 3 and 2"),
         (["--schedule", "karas"], 2, "--schedule karas: there is none of this name; did you mean 'karras'?"),

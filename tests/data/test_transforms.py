@@ -11,7 +11,7 @@ from torchvision.transforms import InterpolationMode, v2
 from ldm.data import decoding
 from ldm.data.loading import BrokenImages, TransformedDataset, collate
 from ldm.data.sources.folder import ImageFolder
-from ldm.data.transforms import EvalTransform, TrainTransform
+from ldm.data.transforms import EvalTransform, TrainTransform, transformed
 from ldm.errors import ConfigError, DataError
 
 
@@ -295,3 +295,14 @@ class TestBrokenImages:
         assert len(batch["broken"]) == 4
         with pytest.raises(DataError, match="4 of 10 images are broken"):
             BrokenImages(10, allowed=1.0).check(batch)
+
+
+def test_the_color_of_what_is_transparent_does_not_reach_its_neighbors():
+    """Half of it opaque red, the other half of no color and no opacity: red stays red up to the last pixel."""
+    image = Image.new("RGBA", (64, 64))
+    image.paste((255, 0, 0, 255), (0, 0, 32, 64))
+    pixels = transformed(image, EvalTransform(6), 4, "icon.png")
+    assert pixels.shape == (4, 6, 6)
+    visible = pixels[3] > -0.9
+    assert (pixels[0][visible] > 0.98).all()
+    assert visible[:, :3].all()

@@ -150,6 +150,8 @@ def test_a_model_that_always_knew_the_class_cannot_be_led_away_from_none(pipelin
     with pytest.raises(ConfigError, match="conditions: found none, but this model was never trained"):
         list(generate(always, [1]))
     assert np.array_equal(pictures(always, Guidance()), pictures(pipeline, Guidance()))
+    with pytest.raises(ConfigError, match="found none, but this model was never trained"):
+        list(generate(pipeline, [1], guidance=Guidance(2.0, guide=always)))
     assert len(pictures(always, Guidance(2.0, guide=replace(always, objective=pipeline.objective)))) == 2
 
 
@@ -260,13 +262,18 @@ def test_a_picture_to_begin_with_is_neither_square_nor_of_three_channels(pipelin
     mask[:, 18:] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
     wide = EvalTransform([16, 24])
-    for name, channels in (("five.npy", 5), ("four.png", 4)):
-        manifest = of_pixels(pipeline, resolution=[16, 24], channels=channels)
+    expected = {
+        "five.npy": wide(torch.from_numpy(pixels.transpose(2, 0, 1).copy())),
+        "four.png": wide(Image.fromarray(pixels[..., :4])),
+    }
+    for name, image in expected.items():
+        manifest = of_pixels(pipeline, resolution=[16, 24], channels=len(image))
         found = InitImage.read(manifest, tmp_path / name, 1.0, tmp_path / "mask.png")
-        assert torch.equal(found.image, wide(torch.from_numpy(pixels[..., :channels].transpose(2, 0, 1).copy())))
+        assert torch.equal(found.image, image)
         assert found.mask.tolist() == [[False] * 12 + [True] * 12] * 16
         assert found.latent_mask((4, 4, 6)).tolist() == [[True] * 3 + [False] * 3] * 4
     Image.fromarray(mask[:, :24]).save(tmp_path / "square.png")
+    manifest = of_pixels(pipeline, resolution=[16, 24], channels=5)
     with pytest.raises(ConfigError, match=r"square\.png: expected the size of .*five.npy, 36 x 24, found 24 x 24"):
         InitImage.read(manifest, tmp_path / "five.npy", 1.0, tmp_path / "square.png")
     np.save(tmp_path / "flat.npy", mask)

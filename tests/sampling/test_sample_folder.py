@@ -246,9 +246,14 @@ def test_any_condition_names_its_files_and_is_listed(tmp_path):
     assert sheet(tmp_path, CAPTIONS[:2], range(2)).shape == (2 * 66 + 2, 2 * 66 + 2, 3)
 
 
+def test_a_condition_has_one_name_whatever_the_order_of_its_keys():
+    one, other = {"caption": "a cat", "class_label": 2}, {"class_label": 2, "caption": "a cat"}
+    assert Order(one, 3).file == Order(other, 3).file
+
+
 def test_a_folder_of_former_settings_goes_on(tmp_path):
-    former = SETTINGS | {"sampler": "dpm", "eta": 0.5, "schedule": "shifted", "shift": 3.0}
+    former = SETTINGS | {"sampler": "dpm", "eta": 0.5, "schedule": "shifted", "shift": 3.3333333}
     (tmp_path / "samples.json").write_text(json.dumps({"settings": former, "images": []}))
-    now = SETTINGS | {"sampler": "dpmpp_2m eta=0.5", "schedule": "shifted shift=3"}
+    now = SETTINGS | {"sampler": "dpmpp_2m eta=0.5", "schedule": "shifted shift=3.3333333"}
     claim(tmp_path, now, NAMES, [])
     assert json.loads((tmp_path / "samples.json").read_text())["settings"] == now

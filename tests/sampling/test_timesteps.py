@@ -93,3 +93,8 @@ def test_compvis_times_are_those_of_its_code(levels, steps):
 def test_compvis_refuses_what_its_code_does_not_do(objective, steps, message):
     with pytest.raises(ConfigError, match=message):
         compvis(objective, steps, SHAPE)
+
+
+def test_karras_from_a_ratio_that_the_objective_does_not_reach():
+    with pytest.raises(ConfigError, match=r"expected ratio_min below 80, the largest .* found 100"):
+        karras(EDM(), 5, SHAPE, 100.0, 200.0)

@@ -225,6 +225,10 @@ def test_a_network_that_cannot_be_guided(diffusion_tree, monkeypatch):
             {"conditions": [{"class_label": 0}, {"clas_label": 0}]},
             "lightning.callbacks.images.params.conditions (run.yaml): it does not work: condition 1: expected the keys",
         ),
+        (
+            {"steps": 300, "schedule": {"target": "ldm.sampling.timesteps.compvis", "partial": True}},
+            "lightning.callbacks.images.params.steps (run.yaml): it does not work: sampling steps: the schedule",
+        ),
         ({"steps": 1001}, "lightning.callbacks.images.params.steps (run.yaml): it does not work: sampling steps"),
     ],
 )

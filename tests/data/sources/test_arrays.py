@@ -168,3 +168,19 @@ def test_files_that_are_something_else(tmp_path):
     np.savez(tmp_path / "d.npz", images=np.zeros((3, 8, 8), np.uint8), labels=np.array([0, 1]))
     with pytest.raises(DataError, match="3 images but 2 labels"):
         ArrayFile(tmp_path / "d.npz")
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int32, np.uint64])
+def test_labels_of_any_whole_type(tmp_path, kind):
+    labels = np.array([0, 2, 1, 0], kind)
+    np.savez(tmp_path / "some.npz", images=np.zeros((4, 8, 8), np.uint8), labels=labels)
+    found = ArrayFile(tmp_path / "some.npz")
+    assert found.class_names == ["0", "1", "2"]
+    assert [found[index]["class_label"] for index in range(4)] == [0, 2, 1, 0]
+
+
+@pytest.mark.parametrize("labels", [np.array([0.0, 1.7, 1, 0]), np.array(["a", "b", "a", "a"]), np.zeros((4, 2), int)])
+def test_labels_that_are_no_whole_numbers_are_refused(tmp_path, labels):
+    np.savez(tmp_path / "some.npz", images=np.zeros((4, 8, 8), np.uint8), labels=labels)
+    with pytest.raises(DataError, match=r"some.npz: expected labels \(N,\) of whole numbers"):
+        ArrayFile(tmp_path / "some.npz")

@@ -99,6 +99,19 @@ def test_what_does_not_fit_is_refused():
         Joint({"a": ClassToken(3, 5), "b": ClassToken(3, 6)})(batch())
 
 
+def test_a_part_that_is_no_conditioner_is_named():
+    with pytest.raises(ConfigError, match=r"Joint: conditioners.odd: expected a module with keys, forward and null"):
+        Joint({"odd": nn.Linear(1, 1)})
+
+
+def test_whether_all_conditions_are_dropped_together_in_training():
+    classes, nothing = ClassVector(3, 4), ClassVector(None, 4)
+    assert not Joint({"a": classes, "b": ClassVector(3, 4)}, {"a": 0.1}).drops_all()
+    assert Joint({"a": classes, "b": ClassVector(3, 4)}, {"a": 0.1, "b": 0.5}).drops_all()
+    assert Joint({"a": classes, "b": nothing}, {"a": 0.1}).drops_all()  # the other has nothing to drop
+    assert Joint({"a": Joint({"a": classes}, {"a": 0.1})}).drops_all()
+
+
 def test_unconditional_parts_read_nothing():
     assert Joint({"none": Unconditional(), "class": ClassVector(3, 4)}).keys == ("class_label",)
     assert Joint({"none": Unconditional()}).keys == ()
