@@ -58,6 +58,16 @@ class Notes(pl.Callback):
         self.read, self.step = bytes_read() - self.before, trainer.global_step
 
 
+class Refuses(pl.Callback):
+    """Ends a run by the hook that it is given, as what checks a resumed run does."""
+
+    def __init__(self, hook: str) -> None:
+        setattr(self, hook, self._refuse)
+
+    def _refuse(self, *_: Any) -> None:
+        raise CheckpointError("refused")
+
+
 def trains(rank: int, folder: Path, strategy: str, steps: int, named: Path | None = None) -> tuple[int, int]:
     """(bytes read until the first step, the step gone on from); -1, -1 if the checkpoints are refused."""
     notes, world = Notes(), 1 if strategy == "alone" else 2
@@ -136,3 +146,28 @@ def test_a_named_checkpoint_is_gone_on_from_and_later_ones_are_set_aside(
     state = RunFolder(tmp_path).read_state()
     assert state is not None
     assert state.resume_from == "checkpoints/step=00000004.ckpt"
+
+
+@pytest.mark.parametrize("hook", ["on_load_checkpoint", "on_train_start"])
+def test_a_resume_that_is_refused_sets_nothing_aside(tmp_path: Path, hook: str) -> None:
+    trains(0, tmp_path, "alone", 3)
+    folder = RunFolder(tmp_path)
+    (folder.checkpoints / "best.ckpt").symlink_to("step=00000003.ckpt")
+    before = {file.name for file in folder.checkpoints.iterdir()}
+    named = folder.checkpoints / "step=00000002.ckpt"
+    trainer = a_trainer(tmp_path, 4, [Refuses(hook)], enable_checkpointing=True, limit_val_batches=1)
+    with pytest.raises(CheckpointError, match="refused"):
+        fit.run(trainer, Wide(), PointData(4, seed=1), folder, named)
+    assert {file.name for file in folder.checkpoints.iterdir()} == before
+    state = folder.read_state()
+    assert state is not None
+    assert state.resume_from == "checkpoints/step=00000003.ckpt"
+
+
+def test_a_validation_without_training_sets_nothing_aside(tmp_path: Path) -> None:
+    trains(0, tmp_path, "alone", 3)
+    folder = RunFolder(tmp_path)
+    before = {file.name for file in folder.checkpoints.iterdir()}
+    trainer = a_trainer(tmp_path, 4, enable_checkpointing=True, limit_val_batches=1)
+    fit.validate(trainer, Wide(), PointData(4, seed=1), folder, folder.checkpoints / "step=00000002.ckpt")
+    assert {file.name for file in folder.checkpoints.iterdir()} == before
