@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,66 @@ def test_all_ranks_fall_back_to_the_same_checkpoint_or_refuse_together(
             flip(max(shards.glob("*.safetensors")) if shards else file)
         assert [found for _, found in forked(2, partial(run, steps=2))] == [expected] * 2
     assert len(list(tmp_path.rglob("*.corrupt"))) == 2
+
+
+@pytest.mark.parametrize("error", [CheckpointError("a.ckpt: was replaced"), KeyError("a bug")], ids=["known", "bug"])
+@pytest.mark.parametrize("guilty", [0, 1])
+def test_a_checkpoint_that_one_rank_alone_cannot_load_ends_all(
+    forked: Forked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guilty: int, error: Exception
+) -> None:
+    run: Any = partial(trains, folder=tmp_path, strategy="DDP")
+    forked(2, partial(run, steps=1))
+    load = store.load
+
+    def work(rank: int) -> Any:
+        def fails(*_: Any) -> Any:
+            raise error
+
+        monkeypatch.setattr(store, "load", fails if rank == guilty else load)
+        try:
+            return run(rank, steps=2)
+        except KeyError:
+            return "a bug"
+
+    found = forked(2, work)
+    refused = (-1, -1)
+    assert found[1 - guilty] == refused
+    assert found[guilty] == (refused if isinstance(error, CheckpointError) else "a bug")
+    state = RunFolder(tmp_path).read_state()
+    assert state is not None
+    assert state.status == "failed"
+    if isinstance(error, CheckpointError):
+        assert state.exit_code == 4
+
+
+def test_a_rank_that_takes_long_to_load_is_waited_for(
+    forked: Forked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run: Any = partial(trains, folder=tmp_path)
+    forked(2, partial(run, strategy="DDP", steps=1))
+    monkeypatch.setitem(STRATEGIES, "hasty", lambda: DDP(timeout=4))
+    load = store.load
+
+    def work(rank: int) -> Any:
+        def slow(*own: Any) -> Any:
+            time.sleep(rank * 8.0)
+            return load(*own)
+
+        monkeypatch.setattr(store, "load", slow)
+        return run(rank, strategy="hasty", steps=2)
+
+    assert [step for _, step in forked(2, work)] == [1, 1]
+
+
+def test_an_average_alone_is_not_gone_on_from(tmp_path: Path) -> None:
+    trains(0, tmp_path, "alone", 1)
+    state = store.load(store.verify(tmp_path))
+    named = tmp_path / "averages" / "std=0.1.ckpt"
+    store.save(named, {"state_dict": state["state_dict"], "ldm": state.get("ldm", {})})
+    with pytest.raises(CheckpointError, match=r"std=0\.1\.ckpt: holds weights alone: sample from it"):
+        fit.run(
+            a_trainer(tmp_path, 2, enable_checkpointing=True), Wide(), PointData(4, seed=1), RunFolder(tmp_path), named
+        )
 
 
 def flip(file: Path) -> None:
