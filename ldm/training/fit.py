@@ -32,7 +32,13 @@ _FILES = 3
 
 
 def run(
-    trainer: pl.Trainer, model: Any, data: Any, folder: RunFolder, named: Path | None, verified: Verified | None = None
+    trainer: pl.Trainer,
+    model: Any,
+    data: Any,
+    folder: RunFolder,
+    named: Path | None,
+    verified: Verified | None = None,
+    is_new: bool = False,
 ) -> RunState:
     """Train from `named`, else from the folder's newest checkpoint, else from the start.
 
@@ -40,6 +46,7 @@ def run(
 
     Args:
         verified: `named`, where this rank has verified it.
+        is_new: the run starts from nothing, and `folder` is its own on rank 0 alone.
 
     Raises:
         LdmError: something the user can fix; the checkpoints are intact.
@@ -53,7 +60,7 @@ def run(
     resume_from = _within(folder, named) if named else before.resume_from if before else None
     record(trainer, folder, RunState("running", resume_from=resume_from))
     files_of(trainer).source = verified
-    source = _source(folder, named)
+    source = None if is_new else _source(folder, named)
     try:
         trainer.fit(model, datamodule=data, ckpt_path=source, weights_only=True)
         if is_overridden("test_step", model):
