@@ -33,6 +33,7 @@ TIME_FORMAT = "%Y-%m-%dT%H-%M-%S"
 # A folder's name has at most 255 bytes, the time and its underscore take 20.
 _LONGEST_NAME = 235
 _FOLDER_NAME = re.compile(r"^(?P<time>\d{4}-?\d{2}-?\d{2}[^_]*)_(?P<name>.+)$")
+_OUR_TIME = re.compile(r"\d{4}-?\d{2}-?\d{2}T\d{2}-?\d{2}-?\d{2}")
 
 
 @dataclass(frozen=True)
@@ -190,8 +191,12 @@ def removed_if_unused(folder: RunFolder, used: Callable[[], bool]) -> Iterator[N
 
 
 def newest(logdir: Path, name: str, postfix: str = "") -> RunFolder | None:
-    """The latest run called exactly `<name><postfix>` under `logdir`, by the time in its name."""
-    return _latest(folder for folder in _runs(logdir) if folder.name == f"{name}{postfix}")
+    """The latest run called exactly `<name><postfix>` under `logdir`, by the time in its name.
+
+    A folder that was renamed, such as a backup `<time>-old_<name>`, is not one.
+    """
+    named = f"_{name}{postfix}"
+    return _latest(run for run in _runs(logdir) if _OUR_TIME.fullmatch(run.path.name.removesuffix(named)))
 
 
 def newest_run(pattern: str) -> str:

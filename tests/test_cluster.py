@@ -147,7 +147,7 @@ def test_torchrun_on_two_machines(machines, words, tmp_path, lose_a_rank):
         end(agents)
     assert codes == [0, 0], "".join(output.read_text()[-3000:] for output in outputs)
     assert (state_of(tmp_path)["status"], state_of(tmp_path)["step"]) == ("finished", STEPS)
-    saved = store.load(store.find(run_of(tmp_path)))
+    saved = store.load(store.verify(run_of(tmp_path)).path)
     assert saved["ldm"]["images_seen"] == STEPS * 6
 
 

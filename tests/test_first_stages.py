@@ -71,7 +71,7 @@ def test_a_resumed_codebook_is_the_same(vq_tree):
     assert train(vq_tree) == 0
     assert train(vq_tree, "-n", "parts", "lightning.trainer.max_steps=2", "lightning.trainer.val_check_interval=2") == 0
     assert main.main(["-r", str(run("parts")), "lightning.trainer.max_steps=4"]) == 0
-    whole, parts = (store.load(store.find(run(name)))["state_dict"] for name in ("tiny_autoencoder", "parts"))
+    whole, parts = (store.load(store.verify(run(name)).path)["state_dict"] for name in ("tiny_autoencoder", "parts"))
     assert whole.keys() == parts.keys()
     assert "quantizer.codebook.weight" in whole
     assert all(torch.equal(whole[name], parts[name]) for name in whole)

@@ -106,7 +106,7 @@ def step() -> int:
     """Of the newest checkpoint, which is whole."""
     run = folder()
     assert run is not None
-    return int(store.load(store.find(run.path))["global_step"])
+    return int(store.load(store.verify(run.path).path)["global_step"])
 
 
 def state() -> RunState:

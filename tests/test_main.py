@@ -147,7 +147,7 @@ def test_the_rate_scales_with_the_global_batch_once(stage1, capsys):
     folder = the_run()
     assert "model.params.optimizer.params.lr to 0.006" in capsys.readouterr().out
     assert main.main(["-r", str(folder.path), "lightning.trainer.max_steps=3"]) == 0
-    saved = store.load(store.find(folder.path))
+    saved = store.load(store.verify(folder.path).path)
     assert saved["global_step"] == 3
     # The schedule was as long as the run when it began, and is at its end.
     assert saved["optimizer_states"][0]["param_groups"][0]["initial_lr"] == pytest.approx(6e-3)
@@ -259,17 +259,17 @@ def test_an_older_checkpoint_named_by_hand(stage1):
 def test_a_checkpoint_from_elsewhere_starts_a_new_run(stage1, tmp_path):
     assert train() == 0
     elsewhere = tmp_path / "downloaded.ckpt"
-    store.find(the_run().path).rename(elsewhere)
+    store.verify(the_run().path).path.rename(elsewhere)
     assert main.main(["-r", str(elsewhere), "-l", "new", "lightning.trainer.max_steps=3"]) == 0
     (folder,) = (tmp_path / "new").iterdir()
-    saved = store.load(store.find(folder))
+    saved = store.load(store.verify(folder).path)
     assert saved["global_step"] == 3
     assert saved["ldm"]["images_seen"] == 18
 
 
 def test_a_checkpoint_that_has_all_steps_already_leaves_a_run_that_is_finished(stage1):
     assert train() == 0
-    elsewhere = store.find(the_run().path).rename("elsewhere.ckpt")
+    elsewhere = store.verify(the_run().path).path.rename("elsewhere.ckpt")
     assert main.main(["-r", str(elsewhere), "-l", "new"]) == 0
     (folder,) = Path("new").iterdir()
     state = RunFolder(folder).read_state()
@@ -349,7 +349,7 @@ def assert_leaves_no_folder(*words: str) -> None:
 
 def test_a_checkpoint_of_another_model_leaves_no_run(stage1, capsys):
     assert train() == 0
-    file = store.find(the_run().path).rename("elsewhere.ckpt")
+    file = store.verify(the_run().path).path.rename("elsewhere.ckpt")
     words = ["model.params.decoder.params.base_channels=24", "--allow-change", "model", "lightning.trainer.max_steps=3"]
     assert main.main(["-r", str(file), "-l", "new", *words]) == 4
     assert "another model" in capsys.readouterr().err
@@ -373,7 +373,7 @@ def test_a_fixed_logvar_changes_with_the_configuration(stage1, capsys):
     words = ["-r", str(the_run().path), f"{key}=1.0", "--allow-change", key, "lightning.trainer.max_steps=3"]
     assert main.main(words) == 0
     assert f"changed: {key}" in capsys.readouterr().out
-    assert store.load(store.find(the_run().path))["state_dict"]["loss.logvar"].item() == 1.0
+    assert store.load(store.verify(the_run().path).path)["state_dict"]["loss.logvar"].item() == 1.0
 
 
 def test_a_file_in_the_place_of_a_folder(stage1, capsys):

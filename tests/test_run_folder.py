@@ -56,6 +56,13 @@ def test_both_ways_to_the_newest_run_agree(tmp_path):
         assert run_folder.newest_run(f"{tmp_path}/*_faces") == str(new.path)
 
 
+@pytest.mark.parametrize("copy", ["20261122-old-99", "2026-11-22T09-00-00-copy2", "2026-11-22"])
+def test_a_renamed_copy_is_not_the_newest_run(tmp_path, copy):
+    run = made(tmp_path, "2026-01-31T23-59-59_faces")
+    made(tmp_path, f"{copy}_faces")
+    assert run_folder.newest(tmp_path, "faces") == run
+
+
 def test_resolve_takes_a_folder_a_checkpoint_or_a_file_elsewhere(tmp_path):
     folder = made(tmp_path, "2026-01-01T00-00-00_faces")
     inside = folder.checkpoints / "step=1.ckpt"

@@ -138,18 +138,21 @@ def load(checkpoint: Path | Verified, read_shards: ReadShards | None = None) -> 
         tensors = read_shards(folder) if read_shards else shards.assembled(folder, [*named["files"]])
         state = state_tree.replaced(state, lambda key, leaf: tensors.get(key, leaf))
     if not verified.is_unchanged():
-        raise CheckpointError(f"{verified.path}: was replaced while it was read. Start again.")
+        # A new mode or a hard link changes the stamps, too.
+        again = _verify(verified.path)
+        if isinstance(again, str) or again.seal != verified.seal:
+            raise CheckpointError(f"{verified.path}: was replaced while it was read. Start again.")
     return former_keys.current(state)
 
 
 def record(path: Path) -> dict[str, Any]:
-    """A checkpoint's metadata, its key "ldm"; not verified, and read without the tensors.
+    """A checkpoint's metadata, its key "ldm", empty where it has none; not verified, and read without the tensors.
 
     Raises:
         CheckpointError: it cannot be read, or holds more than plain data.
     """
-    found: dict[str, Any] = sealed_file.read(path, mapped=True).get("ldm", {})
-    return found
+    found = sealed_file.read(path, mapped=True).get("ldm")
+    return found if isinstance(found, dict) else {}
 
 
 _STAGES = {"autoencoder": "an autoencoder (stage 1)", "diffusion": "a diffusion model (stage 2)"}
@@ -187,11 +190,6 @@ def newest(folder: Path) -> Path | None:
     """
     found = _newest(Path(folder))
     return None if found is None else found.path
-
-
-def find(path: Path) -> Path:
-    """The file of the checkpoint that `verify` finds."""
-    return verify(path).path
 
 
 def has_any(folder: Path) -> bool:

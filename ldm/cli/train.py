@@ -151,7 +151,7 @@ def train(options: Options, start: resume.Start, tree: dict[str, Any], data: Any
         if not options.train:
             fit.validate(lightning, model, data, folder, start.checkpoint)
             return 0
-        state = fit.run(lightning, model, data, folder, start.checkpoint, start.verified)
+        state = fit.run(lightning, model, data, folder, start.checkpoint, start.verified, start.is_new)
         if lightning.is_global_zero:
             print(f"{folder.path}: {state.status} at step {state.step} {state.reason}".rstrip())
         return state.exit_code or 0

@@ -27,6 +27,7 @@ MOVED = {
     "ldm.diffusion.edm2": "ldm.diffusion.networks.edm2",
     "ldm.diffusion.grids": "ldm.sampling.timesteps",
     "ldm.diffusion.samplers": "ldm.sampling.samplers",
+    "ldm.diffusion.networks.unet.TransformerBlock": "ldm.diffusion.networks.unet_attention.TransformerBlock",
     "ldm.diffusion.unet": "ldm.diffusion.networks.unet",
     "ldm.diffusion.paths.Discrete": "ldm.diffusion.paths.DiscreteVP",
     "ldm.diffusion.paths.Exploding": "ldm.diffusion.paths.VE",

@@ -60,12 +60,6 @@ def comparable(one: str, other: str) -> tuple[str, str]:
     return (contents, found) if contents and found else ("", "")
 
 
-def agrees(one: str, other: str) -> bool:
-    """Whether two fingerprints may describe the same items."""
-    ours, theirs = comparable(one, other)
-    return ours == theirs
-
-
 def stats(root: Path, names: Sequence[str]) -> np.ndarray:
     """Size, modification and change time (ns) and inode of files in `root`: (N,4) int64; -1 for missing files."""
     found = np.full((len(names), 4), -1, dtype=np.int64)

@@ -7,7 +7,8 @@ without keeping a collective open.
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -18,8 +19,8 @@ from ldm.errors import LdmError
 
 Result = TypeVar("Result")
 
-_WORK_OF_MAIN = 3600.0
-"""Seconds that all ranks wait for work of the main one, such as reading a checkpoint of hundreds of gigabytes."""
+_LONG_WORK = 3600.0
+"""Seconds that ranks wait for the work of one, such as reading a checkpoint of hundreds of gigabytes."""
 _LOST = re.compile(
     # messages of gloo, of the rendezvous store and of NCCL
     r"Connection (closed|reset|refused) by peer|Connection reset|Broken pipe|Timed out (waiting|after)|wait timeout|"
@@ -89,9 +90,12 @@ def timeout() -> float | None:
     """Seconds that a rank waits for another before it considers it lost; None for a single process."""
     if not _grouped():
         return None
-    group = dist.distributed_c10d._get_default_group()
+    return _waits(dist.distributed_c10d._get_default_group()).total_seconds()
+
+
+def _waits(group: Any) -> timedelta:
     waits: timedelta = group._get_backend(group._device_types[0]).options._timeout
-    return waits.total_seconds()
+    return waits
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -117,6 +121,21 @@ def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return total / dist.get_world_size()
 
 
+@contextmanager
+def patience() -> Iterator[None]:
+    """Within the block `max_over_ranks` and `from_main` wait up to an hour for a rank, as long as it lives."""
+    if not _grouped():
+        yield
+        return
+    group = _host_group()
+    waits = _waits(group)
+    dist.set_timeout(max(waits, timedelta(seconds=_LONG_WORK)), group)
+    try:
+        yield
+    finally:
+        dist.set_timeout(waits, group)
+
+
 def from_main(work: Callable[[], Result]) -> Result:
     """What `work` returns on rank 0 alone, on every rank; picklable.
 
@@ -127,16 +146,14 @@ def from_main(work: Callable[[], Result]) -> Result:
     """
     if not _grouped():
         return work()
-    group, waits = _host_group(), timeout() or 0.0
-    dist.set_timeout(timedelta(seconds=max(waits, _WORK_OF_MAIN)), group)
     answer: list[Any] = [None, None]
-    if is_main():
-        try:
-            answer[0] = work()
-        except (LdmError, OSError) as error:
-            answer[1] = error
-    dist.broadcast_object_list(answer, group=group)
-    dist.set_timeout(timedelta(seconds=waits), group)
+    with patience():
+        if is_main():
+            try:
+                answer[0] = work()
+            except (LdmError, OSError) as error:
+                answer[1] = error
+        dist.broadcast_object_list(answer, group=_host_group())
     if answer[1] is not None:
         raise answer[1]
     result: Result = answer[0]

@@ -32,7 +32,13 @@ _FILES = 3
 
 
 def run(
-    trainer: pl.Trainer, model: Any, data: Any, folder: RunFolder, named: Path | None, verified: Verified | None = None
+    trainer: pl.Trainer,
+    model: Any,
+    data: Any,
+    folder: RunFolder,
+    named: Path | None,
+    verified: Verified | None = None,
+    is_new: bool = False,
 ) -> RunState:
     """Train from `named`, else from the folder's newest checkpoint, else from the start.
 
@@ -40,6 +46,7 @@ def run(
 
     Args:
         verified: `named`, where this rank has verified it.
+        is_new: the run starts from nothing, and `folder` is its own on rank 0 alone.
 
     Raises:
         LdmError: something the user can fix; the checkpoints are intact.
@@ -47,12 +54,13 @@ def run(
     if trainer.is_global_zero:
         writer.sweep(folder.checkpoints)
     home = _Home(folder)
-    trainer.callbacks.insert(0, home)  # type: ignore[attr-defined]  # Lightning sets it where mypy does not see
+    # Lightning sets the attribute where mypy does not see it.
+    trainer.callbacks[:] = [home, *trainer.callbacks, _SetAside(folder)]  # type: ignore[attr-defined]
     before = folder.read_state()
     resume_from = _within(folder, named) if named else before.resume_from if before else None
     record(trainer, folder, RunState("running", resume_from=resume_from))
     files_of(trainer).source = verified
-    source = _source(folder, named)
+    source = None if is_new else _source(folder, named)
     try:
         trainer.fit(model, datamodule=data, ckpt_path=source, weights_only=True)
         if is_overridden("test_step", model):
@@ -120,9 +128,6 @@ class _Home(pl.Callback):
         source = files_of(trainer).source
         if source is None or not trainer.is_global_zero:
             return
-        if source.path.parent.resolve() == self.folder.checkpoints.resolve():
-            for file in writer.set_aside_later(self.folder.checkpoints, checkpoint["global_step"]):
-                rank_zero_info(f"of a later step than {checkpoint['global_step']}: kept as {file}")
         rank_zero_info(f"resuming from {source.path}")
         record(trainer, self.folder, RunState("running", resume_from=_within(self.folder, source.path)))
 
@@ -145,6 +150,24 @@ class _Home(pl.Callback):
     def _died(self, trainer: pl.Trainer, reason: str) -> None:
         state = RunState("failed", trainer.global_step, reason, PeerError.exit_code)
         record_first(trainer, self.folder, state)
+
+
+class _SetAside(pl.Callback):
+    """Sets aside the checkpoints that are later than the one gone on from.
+
+    Must be the last callback: until all others have agreed to the start, the run may be refused and must lose nothing.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        source = files_of(trainer).source
+        if source is None or not trainer.is_global_zero:
+            return
+        if source.path.parent.resolve() == self.folder.checkpoints.resolve():
+            for file in writer.set_aside_later(self.folder.checkpoints, trainer.global_step):
+                rank_zero_info(f"of a later step than {trainer.global_step}: kept as {file}")
 
 
 def validate(trainer: pl.Trainer, model: Any, data: Any, folder: RunFolder, named: Path | None) -> None:

@@ -19,7 +19,7 @@ class MetricsTable:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._columns = ["step"]
+        self._columns: list[str] = []  # of the file; none: it is to be read first
         self._row: dict[str, str] = {}
         self._start = 0  # of the last row, in bytes
 
@@ -27,20 +27,26 @@ class MetricsTable:
         """Add `values` to the row of `step`; None: the row written last.
 
         Raises:
-            OSError: the disk is full or gone.
+            OSError: the disk is full or gone; `values` are lost unless that row is written once more.
         """
-        number = str(step) if step is not None else self._row.get("step", "0")
-        if not self._row:
+        try:
+            self._write(str(step) if step is not None else self._row.get("step", "0"), values)
+        except OSError:
+            self._columns = []
+            raise
+
+    def _write(self, number: str, values: dict[str, str]) -> None:
+        if not self._columns:
+            self._columns = ["step"]
             self._rewrite([row for row in read_metrics(self.path) if int(row["step"]) < int(number)])
         if self._row.get("step") != number:
             self._start = self.path.stat().st_size
             self._row = {"step": number}
         self._row |= values
-        if new := [name for name in values if name not in self._columns]:
+        if new := [name for name in self._row if name not in self._columns]:
             rows = [row for row in read_metrics(self.path) if row["step"] != number]
             self._columns += new
             self._rewrite(rows)
-            self._start = self.path.stat().st_size
         with self.path.open("r+b") as file:
             file.seek(self._start)
             file.write(self._lines([self._row]).encode())
@@ -53,6 +59,7 @@ class MetricsTable:
         ]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_text(self.path, ",".join(self._columns) + "\n" + self._lines(rows))
+        self._start = self.path.stat().st_size
 
     def _lines(self, rows: list[dict[str, str]]) -> str:
         text = io.StringIO()

@@ -119,7 +119,7 @@ def _autoencoder_pickle(place: Place, marker: Path) -> None:
 
 def _autoencoder_target(place: Place, marker: Path) -> None:
     """An autoencoder's checkpoint whose stored configuration names os.system as its encoder."""
-    state = store.load(store.find(place.lab / "autoencoder"))
+    state = store.load(store.verify(place.lab / "autoencoder").path)
     state["ldm"]["config"]["model"]["params"]["encoder"] = node("os.system", command=f"touch {marker}")
     file = place.new("evil") / "evil.ckpt"
     store.save(file, state)

@@ -20,7 +20,7 @@ def codec(runs):
 @pytest.fixture
 def state(runs):
     """The stage-1 checkpoint's content."""
-    return store.load(store.find(runs.autoencoder))
+    return store.load(store.verify(runs.autoencoder).path)
 
 
 @pytest.fixture

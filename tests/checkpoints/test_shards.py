@@ -119,11 +119,27 @@ def test_a_shard_that_changes_while_it_is_read_is_found(tmp_path):
     save(tmp_path / NAME)
 
     def replaces(folder: Path) -> dict[str, Any]:
-        next(folder.glob("*.safetensors")).touch()
+        shard = next(folder.glob("*.safetensors"))
+        data = bytearray(shard.read_bytes())
+        data[-1] ^= 1
+        shard.write_bytes(data)
         return {}
 
     with pytest.raises(CheckpointError, match="replaced while it was read"):
         store.load(tmp_path / NAME, replaces)
+
+
+def test_a_shard_may_be_linked_or_touched_while_it_is_read(tmp_path):
+    save(tmp_path / NAME)
+
+    def backs_up(folder: Path) -> dict[str, Any]:
+        shard = next(folder.glob("*.safetensors"))
+        os.link(shard, tmp_path / "backup")
+        shard.touch()
+        (tmp_path / NAME).chmod(0o400)
+        return {}
+
+    assert store.load(tmp_path / NAME, backs_up)
 
 
 def test_the_old_shards_go_when_the_new_ones_are_sealed(tmp_path):

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -153,13 +154,13 @@ def test_nothing_at_all_is_none_but_only_damaged_ones_are_an_error(tmp_path: Pat
             store.newest(tmp_path)
 
 
-def test_find_takes_a_run_a_folder_or_a_file(tmp_path: Path) -> None:
+def test_verify_takes_a_run_a_folder_or_a_file(tmp_path: Path) -> None:
     file = tmp_path / "run" / "checkpoints" / "last.ckpt"
     store.save(file, a_state(1))
-    assert store.find(tmp_path / "run") == store.find(file.parent) == store.find(file) == file
+    assert [store.verify(path).path for path in (tmp_path / "run", file.parent, file)] == [file] * 3
     for wrong in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(CheckpointError, match=str(wrong)):
-            store.find(wrong)
+            store.verify(wrong)
 
 
 def test_what_was_verified_is_not_read_for_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,6 +196,12 @@ def test_a_file_that_changes_after_the_verification_is_found(tmp_path: Path) -> 
 def test_the_record_is_read_without_the_weights(tmp_path: Path) -> None:
     store.save(tmp_path / "a.ckpt", a_state(1) | {"ldm": {"step": 1, "config": {"seed": 3}}})
     assert store.record(tmp_path / "a.ckpt")["config"] == {"seed": 3}
+
+
+@pytest.mark.parametrize("foreign", [{}, {"ldm": None}, {"ldm": "0.9"}, {"ldm": [1]}])
+def test_a_file_of_another_program_has_no_record(tmp_path: Path, foreign: dict[str, Any]) -> None:
+    torch.save(foreign, tmp_path / "a.ckpt")
+    assert store.record(tmp_path / "a.ckpt") == {}
 
 
 class _Harm:

@@ -37,7 +37,7 @@ def test_what_it_writes_can_be_sampled_from(run, capsys):
         for name, value in pipeline.denoiser.state_dict().items():
             torch.testing.assert_close(value, weights[name] * factor, rtol=1e-4, atol=1e-5)
     # The run's own checkpoints are left alone.
-    assert store.find(run.diffusion).parent.name == "checkpoints"
+    assert store.verify(run.diffusion).path.parent.name == "checkpoints"
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_the_resolution_is_the_autoencoder_s_unless_given(make, runs, here):
     with pytest.raises(ConfigError, match=r"data.params.resolution: .* does not state its resolution"):
         make(resolution=None).facts()
     assert make(resolution=None, transform=EvalTransform(8)).facts()["image_resolution"] == 8
-    state = store.load(store.find(runs.autoencoder))
+    state = store.load(store.verify(runs.autoencoder).path)
     state["ldm"]["config"]["data"] = {"params": {"resolution": 32}}
     store.save(here / "known.ckpt", state)
     assert make(resolution=None, autoencoder=here / "known.ckpt").facts()["resolution"] == 8

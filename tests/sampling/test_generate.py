@@ -147,12 +147,12 @@ def test_another_autoencoder_is_refused_and_the_right_one_accepted_anywhere(runs
     for part in (str(other_autoencoder), str(runs.diffusion), Codec.load(runs.autoencoder).weight_hash()[:16]):
         assert part in str(refused.value)
     moved = tmp_path / "moved.ckpt"
-    moved.write_bytes(store.find(runs.autoencoder).read_bytes())
+    moved.write_bytes(store.verify(runs.autoencoder).path.read_bytes())
     Pipeline.load(runs.diffusion, autoencoder=moved)
 
 
 def test_a_missing_autoencoder_says_how_to_name_it(runs, tmp_path):
-    state = store.load(store.find(runs.diffusion))
+    state = store.load(store.verify(runs.diffusion).path)
     for path, message in (("/nowhere", "/nowhere"), (None, "does not say where")):
         manifest = Manifest.from_dict(state["ldm"]["latents"])
         manifest.plan.autoencoder["path"] = path
@@ -170,7 +170,7 @@ def test_checkpoints_of_other_kinds_are_refused(runs, tmp_path):
     store.save(tmp_path / "foreign.ckpt", {"state_dict": {}})
     with pytest.raises(CheckpointError, match="not saved by ldm"):
         Pipeline.load(tmp_path / "foreign.ckpt")
-    state = store.load(store.find(runs.diffusion))
+    state = store.load(store.verify(runs.diffusion).path)
     state["state_dict"].pop("ema.average.network.conv_in.bias")
     store.save(tmp_path / "torn.ckpt", state)
     with pytest.raises(CheckpointError, match=r"network\.conv_in\.bias"):

@@ -138,7 +138,8 @@ def a_run(
         own = folder if rank == 0 else RunFolder(folder.path.parent)
         try:
             with fit.explained():
-                state = fit.run(trainer, Automatic(on_batch=on_batch(rank)), PointData(4, seed=1), own, None)
+                model = Automatic(on_batch=on_batch(rank))
+                state = fit.run(trainer, model, PointData(4, seed=1), own, None, is_new=True)
         except LdmError as error:
             (folder.path / f"said.{rank}").write_text(str(error))
             os._exit(error.exit_code)  # as ranks.leave does
@@ -199,6 +200,17 @@ def test_the_rank_that_fails_says_why(tmp_path: Path, guilty: int) -> None:
     state = assert_last_checkpoint_stands(folder)
     assert (state.status, state.exit_code) == ("failed", 6)
     assert "out of memory" in state.reason
+
+
+def test_a_new_run_does_not_look_for_checkpoints_beside_its_folder(tmp_path: Path) -> None:
+    """Where the ranks that do not know the folder would."""
+    store.save(tmp_path / "checkpoints" / "mine.ckpt", {"global_step": 1})
+    folder = RunFolder(tmp_path / "run")
+    with ranks_at(a_run(folder, nothing)) as ranks:
+        assert wait_until(lambda: saved_once(folder), 40)
+        ranks.send(signal.SIGTERM)
+        assert wait_until(ranks.ended, 40)
+    assert ranks.codes == {0: 143, 1: 143}
 
 
 @pytest.mark.parametrize("begun", [True, False])

@@ -172,7 +172,7 @@ def test_stopped_by_a_signal_and_resumed_is_the_same_run(stage, tmp_path, monkey
     assert run(stage, "run.yaml", logdir=tmp_path / "stopped") == 128 + signal.SIGUSR1
     monkeypatch.setattr(module, "training_step", step)
     stopped = only(tmp_path / "stopped")
-    assert store.load(store.find(stopped))["global_step"] == 7
+    assert store.load(store.verify(stopped).path)["global_step"] == 7
     assert run(stage, "run.yaml", "--resume", "auto", logdir=tmp_path / "stopped") == 0
     assert_same(final(only(tmp_path / "stopped")), final(only(tmp_path / "straight")))
 
@@ -214,7 +214,7 @@ def test_a_changed_rate_decay_or_beta_is_what_the_next_step_is_made_with(stage, 
     """Kingma and Ba 2015, algorithm 1, from the checkpoint's moments; Loshchilov and Hutter 2019 for the decay."""
     assert run(saves(stage, every=5), "run.yaml", logdir=tmp_path / "straight") == 0
     killed = as_killed_after(only(tmp_path / "straight"), 5, tmp_path / "killed")
-    saved = store.load(store.find(killed))
+    saved = store.load(store.verify(killed).path)
     autoencoder = stage["name"] == "tiny_autoencoder"
     seen = watched(monkeypatch, AutoencoderKL if autoencoder else LatentDiffusion)
     key = "model.params.optimizer.params"
@@ -268,7 +268,7 @@ def test_a_schedule_may_come_and_go(stage, tmp_path, monkeypatch):
 def test_the_clip_and_the_average_are_the_configurations(stage, tmp_path, monkeypatch):
     assert run(saves(stage, every=5), "run.yaml", logdir=tmp_path / "straight") == 0
     killed = as_killed_after(only(tmp_path / "straight"), 5, tmp_path / "killed")
-    old = store.load(store.find(killed))["state_dict"]
+    old = store.load(store.verify(killed).path)["state_dict"]
     words = ["model.params.gradient_clip=1e-3", "model.params.ema.params.profile.params.decay=0.25"]
     norms: list[float] = []
     update = LatentDiffusion.optimizer_step
@@ -302,11 +302,11 @@ def test_another_autoencoder_in_the_same_place_is_refused(stage, tmp_path, capsy
     stage["data"]["params"] |= {"autoencoder": str(place), "cache": str(tmp_path / "cache")}
     assert run(stage, "run.yaml", "lightning.trainer.max_steps=2", logdir=tmp_path / "logs") == 0
     folder = only(tmp_path / "logs")
-    file = store.find(place)
+    file = store.verify(place).path
     state = store.load(file)
     state["state_dict"][next(key for key in state["state_dict"] if key.startswith("decoder."))] += 1.0
     store.save(file, state)
-    outside = shutil.copy(store.find(folder), tmp_path / "elsewhere.ckpt")
+    outside = shutil.copy(store.verify(folder).path, tmp_path / "elsewhere.ckpt")
     capsys.readouterr()
     for named in (str(folder), str(outside)):
         assert main.main(["--resume", named, "--logdir", "new", "lightning.trainer.max_steps=3"]) == 2

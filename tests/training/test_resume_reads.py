@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,16 @@ class Notes(pl.Callback):
         self.read, self.step = bytes_read() - self.before, trainer.global_step
 
 
+class Refuses(pl.Callback):
+    """Ends a run by the hook that it is given, as what checks a resumed run does."""
+
+    def __init__(self, hook: str) -> None:
+        setattr(self, hook, self._refuse)
+
+    def _refuse(self, *_: Any) -> None:
+        raise CheckpointError("refused")
+
+
 def trains(rank: int, folder: Path, strategy: str, steps: int, named: Path | None = None) -> tuple[int, int]:
     """(bytes read until the first step, the step gone on from); -1, -1 if the checkpoints are refused."""
     notes, world = Notes(), 1 if strategy == "alone" else 2
@@ -111,6 +122,66 @@ def test_all_ranks_fall_back_to_the_same_checkpoint_or_refuse_together(
     assert len(list(tmp_path.rglob("*.corrupt"))) == 2
 
 
+@pytest.mark.parametrize("error", [CheckpointError("a.ckpt: was replaced"), KeyError("a bug")], ids=["known", "bug"])
+@pytest.mark.parametrize("guilty", [0, 1])
+def test_a_checkpoint_that_one_rank_alone_cannot_load_ends_all(
+    forked: Forked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guilty: int, error: Exception
+) -> None:
+    run: Any = partial(trains, folder=tmp_path, strategy="DDP")
+    forked(2, partial(run, steps=1))
+    load = store.load
+
+    def work(rank: int) -> Any:
+        def fails(*_: Any) -> Any:
+            raise error
+
+        monkeypatch.setattr(store, "load", fails if rank == guilty else load)
+        try:
+            return run(rank, steps=2)
+        except KeyError:
+            return "a bug"
+
+    found = forked(2, work)
+    refused = (-1, -1)
+    assert found[1 - guilty] == refused
+    assert found[guilty] == (refused if isinstance(error, CheckpointError) else "a bug")
+    state = RunFolder(tmp_path).read_state()
+    assert state is not None
+    assert state.status == "failed"
+    if isinstance(error, CheckpointError):
+        assert state.exit_code == 4
+
+
+def test_a_rank_that_takes_long_to_load_is_waited_for(
+    forked: Forked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run: Any = partial(trains, folder=tmp_path)
+    forked(2, partial(run, strategy="DDP", steps=1))
+    monkeypatch.setitem(STRATEGIES, "hasty", lambda: DDP(timeout=4))
+    load = store.load
+
+    def work(rank: int) -> Any:
+        def slow(*own: Any) -> Any:
+            time.sleep(rank * 8.0)
+            return load(*own)
+
+        monkeypatch.setattr(store, "load", slow)
+        return run(rank, strategy="hasty", steps=2)
+
+    assert [step for _, step in forked(2, work)] == [1, 1]
+
+
+def test_an_average_alone_is_not_gone_on_from(tmp_path: Path) -> None:
+    trains(0, tmp_path, "alone", 1)
+    state = store.load(store.verify(tmp_path))
+    named = tmp_path / "averages" / "std=0.1.ckpt"
+    store.save(named, {"state_dict": state["state_dict"], "ldm": state.get("ldm", {})})
+    with pytest.raises(CheckpointError, match=r"std=0\.1\.ckpt: holds weights alone: sample from it"):
+        fit.run(
+            a_trainer(tmp_path, 2, enable_checkpointing=True), Wide(), PointData(4, seed=1), RunFolder(tmp_path), named
+        )
+
+
 def flip(file: Path) -> None:
     """One bit in its middle."""
     with file.open("r+b") as handle:
@@ -136,3 +207,28 @@ def test_a_named_checkpoint_is_gone_on_from_and_later_ones_are_set_aside(
     state = RunFolder(tmp_path).read_state()
     assert state is not None
     assert state.resume_from == "checkpoints/step=00000004.ckpt"
+
+
+@pytest.mark.parametrize("hook", ["on_load_checkpoint", "on_train_start"])
+def test_a_resume_that_is_refused_sets_nothing_aside(tmp_path: Path, hook: str) -> None:
+    trains(0, tmp_path, "alone", 3)
+    folder = RunFolder(tmp_path)
+    (folder.checkpoints / "best.ckpt").symlink_to("step=00000003.ckpt")
+    before = {file.name for file in folder.checkpoints.iterdir()}
+    named = folder.checkpoints / "step=00000002.ckpt"
+    trainer = a_trainer(tmp_path, 4, [Refuses(hook)], enable_checkpointing=True, limit_val_batches=1)
+    with pytest.raises(CheckpointError, match="refused"):
+        fit.run(trainer, Wide(), PointData(4, seed=1), folder, named)
+    assert {file.name for file in folder.checkpoints.iterdir()} == before
+    state = folder.read_state()
+    assert state is not None
+    assert state.resume_from == "checkpoints/step=00000003.ckpt"
+
+
+def test_a_validation_without_training_sets_nothing_aside(tmp_path: Path) -> None:
+    trains(0, tmp_path, "alone", 3)
+    folder = RunFolder(tmp_path)
+    before = {file.name for file in folder.checkpoints.iterdir()}
+    trainer = a_trainer(tmp_path, 4, enable_checkpointing=True, limit_val_batches=1)
+    fit.validate(trainer, Wide(), PointData(4, seed=1), folder, folder.checkpoints / "step=00000002.ckpt")
+    assert {file.name for file in folder.checkpoints.iterdir()} == before

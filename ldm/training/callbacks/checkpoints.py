@@ -11,7 +11,7 @@ from pytorch_lightning.plugins import CheckpointIO
 from ldm.checkpoints import store, writer
 from ldm.checkpoints.store import ReadShards, Verified
 from ldm.checkpoints.writer import Writer
-from ldm.errors import ConfigError, LdmError, ResourceError
+from ldm.errors import CheckpointError, ConfigError, LdmError, ResourceError
 from ldm.ranges import Count
 from ldm.runtime import distributed
 from ldm.training import lightning_internals
@@ -48,17 +48,34 @@ class AtomicCheckpointIO(CheckpointIO):
             read_shards: see `store.load`.
 
         Raises:
-            CheckpointError: there is none, or it is damaged; on all ranks.
+            CheckpointError: there is none, it is damaged, or it holds weights alone; on all ranks, even if only one
+                finds it so.
         """
         known, path = self.source, Path(path)
-        self.source = distributed.from_main(lambda: known if known and known.path == path else store.verify(path))
-        return store.load(self.source, read_shards)
+        state: dict[str, Any] = {}
+        failure = None
+        with distributed.patience():  # a rank whose files are its own verifies them again
+            self.source = distributed.from_main(lambda: known if known and known.path == path else store.verify(path))
+            try:
+                state = _whole(store.load(self.source, read_shards), self.source.path)
+            except Exception as error:
+                failure = error
+            raise_together(failure, CheckpointError, "load its part of the checkpoint")
+        return state
 
     def remove_checkpoint(self, path: Any) -> None:
         store.remove(Path(path))
 
     def teardown(self) -> None:
         self.writer.close()
+
+
+def _whole(state: dict[str, Any], file: Path) -> dict[str, Any]:
+    if "loops" not in state:
+        raise CheckpointError(
+            f"{file}: holds weights alone: sample from it, or resume from one of the run's checkpoints/."
+        )
+    return state
 
 
 def files_of(trainer: pl.Trainer) -> AtomicCheckpointIO:
@@ -75,20 +92,23 @@ def save_at_end(trainer: pl.Trainer, path: Path) -> None:
         LdmError: it is not; on all ranks.
     """
     files = files_of(trainer).writer
+    files.wait()  # for a save that has more tries
     files.tries = 1
     trainer.save_checkpoint(path, weights_only=False)
     files.wait()
     raise_together(files.failure)
 
 
-def raise_together(failure: Exception | None) -> None:
-    """Raise `failure`, or a matching error if another rank has one."""
+def raise_together(
+    failure: Exception | None, kind: type[LdmError] = ResourceError, what: str = "save its part of a checkpoint"
+) -> None:
+    """Raise `failure`; if another rank has one, an error of `kind` saying that it could not do `what`."""
     own = 0 if failure is None else failure.exit_code if isinstance(failure, LdmError) else 1
     code = distributed.max_over_ranks(own)
     if failure is not None:
         raise failure
     if code:
-        raise ResourceError("another rank could not save its part of a checkpoint; its message says why.")
+        raise kind(f"another rank could not {what}; its message says why.")
 
 
 class Checkpoints(StepCallback, Checkpoint):

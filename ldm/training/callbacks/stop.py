@@ -32,9 +32,8 @@ class StopOnSignal(StepCallback):
         super().__init__()
         self._path = Path(folder) / f"stopped{SUFFIX}"
         self._listens = False
-        self._shared_batches = (
-            0  # validation batches that all ranks have: only after these may they wait for each other
-        )
+        # Validation batches that all ranks have: only after these may they wait for each other.
+        self._shared_batches = 0
         self._seen_batches = 0
         self._validation_cut = False
 

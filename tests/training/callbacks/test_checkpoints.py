@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,16 @@ def test_the_last_save_has_one_try(tmp_path, monkeypatch):
     with pytest.raises(ResourceError):
         fit(tmp_path, Checkpoints(every=5))
     assert saved(tmp_path) == {"step=00000005.ckpt": 5}
+
+
+def test_a_save_that_is_under_way_at_the_end_still_has_its_tries(tmp_path, monkeypatch):
+    def slow_and_full(step: int) -> bool:
+        time.sleep(1.0 if step == 5 else 0.0)
+        return step == 5
+
+    Gate(monkeypatch, fails=slow_and_full)
+    fit(tmp_path, Checkpoints(every=5))
+    assert saved(tmp_path) == {"step=00000006.ckpt": 6}
 
 
 def test_what_is_no_want_of_room_ends_the_run_at_once(tmp_path, monkeypatch):
