@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ldm.ranges import Count
 
@@ -17,6 +18,21 @@ def timestep_embedding(noise_level: Tensor, channels: int, longest_period: float
     angles = noise_level.float()[:, None] * torch.exp(-math.log(longest_period) * exponents)  # (N, half)
     waves = torch.cat([angles.cos(), angles.sin()], dim=1)  # (N, 2 half)
     return F.pad(waves, (0, channels - 2 * half))  # (N, channels)
+
+
+def run_block(block: nn.Module, *inputs: Tensor | None, recompute: bool, keep_random_state: bool = False) -> Tensor:
+    """block(*inputs): a Tensor.
+
+    Args:
+        recompute: in training, compute the block's activations again in the backward pass instead of storing them.
+        keep_random_state: for a block with dropout: it drops the same values the second time.
+    """
+    if not (recompute and torch.is_grad_enabled()):
+        result: Tensor = block(*inputs)
+        return result
+    # Not re-entrant: the second pass sees the autocast of the first.
+    again: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=keep_random_state)
+    return again
 
 
 def group_norm(channels: int, eps: float = 1e-5) -> nn.GroupNorm:

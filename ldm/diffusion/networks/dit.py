@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ldm.diffusion.conditioners.base import Conditioning
 from ldm.errors import ConfigError
-from ldm.layers import attend, timestep_embedding, zero_module
+from ldm.layers import attend, run_block, timestep_embedding, zero_module
 from ldm.ranges import Count, CountOrZero, Positive
 from ldm.sizes import SizeError
 
@@ -210,11 +209,8 @@ class DiT(nn.Module):
         """The parts that hold nearly all of the weights and run one after another, for sharding."""
         return [*self.layers]
 
-    def _run(self, block: nn.Module, tokens: Tensor, emb: Tensor, rotation: Tensor | None) -> Tensor:
-        if not (self.checkpointing and torch.is_grad_enabled()):
-            return block(tokens, emb, rotation)
-        # Not re-entrant: the second pass sees the autocast of the first.
-        return checkpoint(block, tokens, emb, rotation, use_reentrant=False, preserve_rng_state=False)
+    def _run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+        return run_block(block, *inputs, recompute=self.checkpointing)
 
     def _check(self, x: Tensor, conditioning: Conditioning) -> None:
         """Shapes only: costs nothing and never waits for the device."""

@@ -16,11 +16,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ldm.diffusion.conditioners.base import Conditioning
 from ldm.errors import ConfigError
-from ldm.layers import attend, halvings
+from ldm.layers import attend, halvings, run_block
 from ldm.ranges import Count, CountOrZero, FractionBelowOne, Positive
 from ldm.sizes import SizeError
 
@@ -244,11 +243,8 @@ class MagnitudePreservingUNet(nn.Module):
             if isinstance(module, MPConv):
                 module.constrain()
 
-    def _run(self, block: nn.Module, x: Tensor, embedding: Tensor) -> Tensor:
-        if not (self.checkpointing and torch.is_grad_enabled()):
-            return block(x, embedding)
-        # Not re-entrant: the second pass sees the autocast of the first and, where there is dropout, its random state.
-        return checkpoint(block, x, embedding, use_reentrant=False, preserve_rng_state=self.keep_random_state)
+    def _run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+        return run_block(block, *inputs, recompute=self.checkpointing, keep_random_state=self.keep_random_state)
 
     def _check(self, x: Tensor, conditioning: Conditioning) -> None:
         """Shapes only: costs nothing and never waits for the device."""

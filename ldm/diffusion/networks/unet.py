@@ -10,12 +10,11 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ldm.diffusion.conditioners.base import Conditioning
 from ldm.diffusion.networks.unet_attention import SelfAttention, SpatialTransformer
 from ldm.errors import ConfigError
-from ldm.layers import group_norm, halvings, timestep_embedding, zero_module
+from ldm.layers import group_norm, halvings, run_block, timestep_embedding, zero_module
 from ldm.ranges import Count, CountOrZero, FractionBelowOne, Positive
 from ldm.sizes import SizeError
 
@@ -228,11 +227,8 @@ class UNet(nn.Module):
         """The parts that hold nearly all of the weights and run one after another, for sharding."""
         return [*self.down, self.middle, *self.up]
 
-    def _run(self, chain: nn.Module, h: Tensor, embedding: Tensor, tokens: Tensor | None) -> Tensor:
-        if not (self.checkpointing and torch.is_grad_enabled()):
-            return chain(h, embedding, tokens)
-        # Not re-entrant: the second pass sees the autocast of the first and, where there is dropout, its random state.
-        return checkpoint(chain, h, embedding, tokens, use_reentrant=False, preserve_rng_state=self.keep_random_state)
+    def _run(self, chain: nn.Module, *inputs: Tensor | None) -> Tensor:
+        return run_block(chain, *inputs, recompute=self.checkpointing, keep_random_state=self.keep_random_state)
 
     def _check(self, x: Tensor, conditioning: Conditioning) -> None:
         """Shapes only: costs nothing and never waits for the device."""
