@@ -129,7 +129,7 @@ _ALWAYS_CONDITIONED = (
 
 @dataclass(frozen=True)
 class Guidance:
-    """How strongly samples are led, and away from what (the functions above).
+    """How strongly samples are guided, and away from what (the functions above).
 
     Args:
         scale: 1 = no guidance; above 1: away from the unconditional prediction, or from that of `guide`, at twice the

@@ -153,7 +153,7 @@ class _Home(pl.Callback):
 
 
 class _SetAside(pl.Callback):
-    """Sets aside the checkpoints that are later than the one gone on from.
+    """Sets aside checkpoints of later steps than the one that the run resumes from.
 
     Must be the last callback: until all others have agreed to the start, the run may be refused and must lose nothing.
     """
