@@ -103,11 +103,12 @@ def named(module: ModuleType) -> list[str]:
     return [name for name, made in functions if made.__module__ == module.__name__ and not name.startswith("_")]
 
 
-_GIVEN = {
-    samplers: ("denoise", "objective", "x", "times", "draws"),
-    timesteps: ("objective", "steps", "shape"),
-}
-"""What every sampler, or schedule, is called with: not settings."""
+def _called_with(contract: type) -> list[str]:
+    """The parameters that a protocol's function is called with, which are no settings."""
+    return [name for name in inspect.signature(contract.__call__).parameters if name != "self"]
+
+
+_GIVEN = {samplers: _called_with(samplers.Sampler), timesteps: _called_with(timesteps.TimestepSchedule)}
 
 
 def chosen(flag: str, module: ModuleType, words: Sequence[str], trust: Sequence[str]) -> Any:

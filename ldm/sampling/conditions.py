@@ -18,8 +18,8 @@ Condition = Mapping[str, Any]
 Columns = dict[str, Tensor | list[str]]
 
 
-def check_conditions(conditions: Sequence[Condition], reads: Sequence[str], num_classes: int | None) -> None:
-    """Make sure that a model can be asked for these conditions.
+def check_conditions(conditions: Sequence[Condition], reads: Sequence[str], num_classes: int | None) -> Columns:
+    """Make sure that a model can be asked for these conditions; returns their columns.
 
     Args:
         reads: the keys that the model, or the classifier that guides it, reads.
@@ -39,7 +39,7 @@ def check_conditions(conditions: Sequence[Condition], reads: Sequence[str], num_
             )
         if "class_label" in condition:
             _check_class(condition["class_label"], number, num_classes)
-    columns(conditions)
+    return columns(conditions)
 
 
 def _check_class(label: Any, number: int, num_classes: int | None) -> None:

@@ -19,7 +19,7 @@ from ldm.errors import NumericError
 from ldm.images import to_arrays
 from ldm.randomness import Draws
 from ldm.runtime.progress import shown
-from ldm.sampling.conditions import Condition, check_conditions, columns, rows
+from ldm.sampling.conditions import Columns, Condition, check_conditions, rows
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.img2img import InitImage, inpaint
 from ldm.sampling.samplers import Sampler, ddim
@@ -76,8 +76,7 @@ def generate(
         NumericError: the network's output is not finite.
     """
     times = schedule(pipeline.objective, steps, pipeline.manifest.plan.shape)
-    check(pipeline, seeds, conditions, times, guidance)
-    table = columns(conditions) if conditions else None
+    table = check(pipeline, seeds, conditions, times, guidance)
     with shown("sampling", silent=not progress) as show:
         for first in range(0, len(seeds), batch_size):
             show(first, len(seeds))
@@ -94,17 +93,20 @@ def check(
     conditions: Sequence[Condition] | None,
     times: Tensor,
     guidance: Guidance,
-) -> None:
-    """Everything `generate` checks before it starts; its arguments and errors, `times` (steps + 1,) of the schedule."""
+) -> Columns | None:
+    """Everything `generate` checks before it starts; its arguments and errors, `times` (steps + 1,) of the schedule.
+
+    Returns the columns of the conditions, if there are any.
+    """
     guidance.check(pipeline, conditions is not None, times)
     if conditions is None:
-        return
+        return None
     if len(conditions) != len(seeds):
         raise ValueError(f"expected a condition for each of {len(seeds)} seeds, got {len(conditions)}")
     # A classifier reads the class, whether or not the model does.
     own = () if guidance.classifier is None else ("class_label",)
     reads = tuple(dict.fromkeys([*pipeline.conditioner.keys, *own]))
-    check_conditions(conditions, reads, pipeline.manifest.plan.num_classes)
+    return check_conditions(conditions, reads, pipeline.manifest.plan.num_classes)
 
 
 # Not inference_mode: training could then not use the tables that objective and manifest cache on a device.

@@ -96,6 +96,7 @@ def fresh_noise(draws: Draws | None, eta: float, step: int, x: Tensor, s: Tensor
 
 
 def drawn_noise(draws: Draws | None, step: int, x: Tensor) -> Tensor:
+    """Standard normal noise of the shape of x for step number `step`; ValueError without the rows' randomness."""
     if draws is None:
         raise ValueError("a stochastic sampler needs draws: pass the rows' randomness")
     return draws.normal(f"step{step}", x.shape[1:])

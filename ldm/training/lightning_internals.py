@@ -23,7 +23,7 @@ from pytorch_lightning.trainer.connectors.signal_connector import _SignalConnect
 
 
 def ignore_expected_warnings() -> None:
-    """Silence Lightning's warnings about what is intended here. Warnings can be told apart only by their texts."""
+    """Silence Lightning's warnings about what is intended here. Warnings differ only in their texts."""
     texts = (
         "Found .* module.* in eval mode",  # the average always is
         ".*isinstance.treespec",  # Lightning's own use of torch

@@ -1,5 +1,4 @@
-"""Makes later failures appear before the first step: everything that a run will use is tried once, without
-values.
+"""Makes later failures appear before the first step: everything that a run will use is tried once, without values.
 
     check           on torch's meta device, before there is a run folder: the adversarial branch, pictures, the averaged
                     network, guided denoising, the profiles of averages, optimizers and schedules
@@ -30,7 +29,7 @@ from ldm.sampling.conditions import check_conditions
 from ldm.sampling.guidance import classifier_free
 from ldm.sampling.timesteps import default
 from ldm.training import lightning_internals
-from ldm.training.callbacks.previews import SampleLogger
+from ldm.training.callbacks.previews import PREVIEW_STEPS, SampleLogger
 from ldm.training.dry_run import place
 
 Origin = Callable[[str], str]
@@ -114,13 +113,14 @@ def _previews(
 ) -> None:
     """Check the conditions and steps of previews; `SampleLogger` itself would do so only after a cache is built."""
     reads = parts(model.denoiser)[1].keys
+    objective = build(tree["model"]["params"]["objective"], trust)  # the model's own has no values
     for name, node in (tree["lightning"].get("callbacks") or {}).items():
         if node is None or node["target"] != f"{SampleLogger.__module__}.{SampleLogger.__name__}":
             continue
         params, key = node.get("params") or {}, f"lightning.callbacks.{name}.params"
         with _named(f"{key}.steps", origin):
             schedule = build(params["schedule"], trust) if params.get("schedule") else default
-            schedule(build(tree["model"]["params"]["objective"], trust), params.get("steps") or 50, shape)
+            schedule(objective, params.get("steps", PREVIEW_STEPS), shape)
         for given, conditions in (
             ("classes", [{"class_label": label} for label in params.get("classes") or ()]),
             ("conditions", params.get("conditions") or []),

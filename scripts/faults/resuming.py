@@ -134,7 +134,7 @@ def world_sizes(place: Place) -> str:
 
 
 def _trained(place: Place, tree: Tree, launcher: str) -> tuple[list[str], dict[str, float]]:
-    run, folder = Run(place.new("told"), tree), place.new("diary")
+    run, folder = Run(place.new("resumed"), tree), place.new("diary")
     run.complete(launcher=launcher, hook=diary(folder))
     return _rows(folder), run.final()["metrics"]
 

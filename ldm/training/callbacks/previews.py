@@ -29,6 +29,9 @@ from ldm.sampling.samplers import ddim
 from ldm.sampling.timesteps import default
 from ldm.training.callbacks.step_callback import StepCallback
 
+PREVIEW_STEPS = 50
+"""The sampler's steps if a configuration does not say."""
+
 log = logging.getLogger(__name__)
 
 
@@ -101,7 +104,7 @@ class SampleLogger(StepCallback):
         classes: Sequence[CountOrZero] | None = None,
         conditions: Sequence[Mapping[str, Any]] | None = None,
         seeds: Sequence[CountOrZero] = tuple(range(8)),
-        steps: Count = 50,
+        steps: Count = PREVIEW_STEPS,
         sampler: Callable[..., Tensor] = ddim,
         schedule: Callable[..., Tensor] = default,
         guidance_scale: Finite = 1.0,
