@@ -58,7 +58,8 @@ def columns(conditions: Sequence[Condition]) -> Columns:
     Raises:
         ConfigError: values of one key that do not fit together, or are none of these.
     """
-    return {key: _column(key, [condition[key] for condition in conditions]) for key in conditions[0]}
+    keys = conditions[0] if conditions else ()
+    return {key: _column(key, [condition[key] for condition in conditions]) for key in keys}
 
 
 def _column(key: str, values: list[Any]) -> Tensor | list[str]:

@@ -127,6 +127,10 @@ def test_unknown_classes_and_step_counts_are_refused(pipeline):
         pictures(pipeline, [0, 1], [0])
 
 
+def test_none_are_made_if_none_are_asked_for(pipeline):
+    assert list(generate(pipeline, [], [])) == list(generate(pipeline, [])) == []
+
+
 def test_samples_that_are_not_finite_are_an_error(runs):
     pipeline = Pipeline.load(runs.diffusion)
     next(pipeline.denoiser.parameters()).fill_(float("nan"))
