@@ -1,8 +1,8 @@
 """FDr: a Fréchet distance in units of that of held-out real images, and its mean over several feature spaces.
 
-Yang et al. 2026, "Representation Fréchet Loss for Visual Generation" (arXiv:2604.28190), as the authors' code defines it
-(github.com/Jiawei-Yang/FD-loss: eval_all_fds.py, scripts/compute_valfd.py): in each feature space the distance of the
-samples to the training set is divided by the distance of the validation set to the training set; FDr^k is the
+Yang et al. 2026, "Representation Fréchet Loss for Visual Generation" (arXiv:2604.28190), as the authors' code defines
+it (github.com/Jiawei-Yang/FD-loss: eval_all_fds.py, scripts/compute_valfd.py): in each feature space the distance of
+the samples to the training set is divided by the distance of the validation set to the training set; FDr^k is the
 arithmetic mean of these ratios over k spaces. 1 is what real images have.
 """
 
@@ -20,11 +20,12 @@ IMAGENET_256 = {
     "vit_so400m_patch16_siglip_256.v2_webli": 0.60,
     "vit_large_patch14_clip_224.openai": 5.60,
 }
-"""The six spaces of the published FDr^6 (timm's names, but for the FID's Inception), each with the distance of ImageNet's
-validation set (50,000 images at 256 pixels) to its training set, as published: MAE's has one digit.
+"""The feature spaces of the published FDr^6, by timm's names but for the FID's Inception, and in each the distance of
+ImageNet's 50,000 validation images at 256 pixels to its training images, as published: MAE's has one digit.
 
-They hold for that data set and those features alone, with the authors' resizing (antialiased bicubic to 224 pixels for
-ConvNeXt, MAE and SigLIP, to 256 for DINOv2 and CLIP). For other data measure the validation set's distance.
+The features are the class token (ConvNeXt: the last map's mean; SigLIP: its attention pool), of pictures resized by
+antialiased bicubic interpolation to 224 pixels for ConvNeXt, MAE and SigLIP and kept at 256 for DINOv2 and CLIP. The
+values hold for that data set and those features alone: elsewhere, measure the distance of held-out images.
 """
 
 
