@@ -3,6 +3,7 @@ import torch
 from safetensors.torch import save_file
 
 from ldm.errors import CheckpointError, ConfigError
+from ldm.evaluation.agreement import accuracy
 from ldm.evaluation.features import classifier
 from ldm.evaluation.features.base import LOGITS, MAIN
 from ldm.evaluation.features.classifier import (
@@ -13,7 +14,6 @@ from ldm.evaluation.features.classifier import (
     train_classifier,
     unit_range,
 )
-from ldm.evaluation.metrics import accuracy
 from ldm.runtime.precision import Answer
 from ldm.weights.digest import weight_hash
 
