@@ -74,7 +74,7 @@ def test_a_folder_of_samples_without_its_sheet(runs, tmp_path, capsys):
     assert arrays.labels().tolist() == [2, 2, 2, 0, 0, 0]
     assert torch.equal(pictures.images([0, 4]), arrays.images([3, 1]))
     (tmp_path / "out" / "000-000001.png").unlink()
-    with pytest.raises(DataError, match="1 pictures that samples.json lists are missing"):
+    with pytest.raises(DataError, match=r"1 pictures that samples.json lists are missing"):
         opened(tmp_path / "out")
 
 
