@@ -5,9 +5,9 @@
 
 A *column* is a function of pictures, such as a feature space. Its rows are kept in blocks of a fixed size, each written
 whole. Blocks are shared out by claims, as those of a latent cache (ldm/latents/build.py): every rank takes its own
-first, then any that are left. A batch never leaves its block, so that neither the number of ranks nor their speed decides in
-which company a picture is computed. (The batch size does: another may select another matrix kernel, and change a
-feature in its last bits.) The number of pictures is no part of the name: a store that is asked for more grows.
+first, then any that are left. A batch never leaves its block, so that neither the number of ranks nor their speed
+decides in which company a picture is computed. (The batch size does: another may select another matrix kernel, and
+change a feature in its last bits.) The number of pictures is no part of the name: a store that is asked for more grows.
 """
 
 import io
