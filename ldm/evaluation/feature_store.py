@@ -54,9 +54,9 @@ class Column:
     name: str
 
 
-def column(features: Features, device: torch.device | str) -> Column:
-    """The column of a feature space, of pictures (n, C, H, W) uint8."""
-    return Column(key(features), lambda images: features(images.to(device)), features.name)
+def column(features: Features) -> Column:
+    """The column of a feature space, of pictures (n, C, H, W) uint8, which it brings to its device."""
+    return Column(key(features), features, features.name)
 
 
 def key(features: Features) -> str:

@@ -27,8 +27,8 @@ def make(indices) -> torch.Tensor:
 def filled(root, number=NUMBER, batch_size=64, space=None) -> np.ndarray:
     space = space or Projection()
     store = FeatureStore({"kind": "test"}, number, root)
-    store.fill(make, [column(space, "cpu")], batch_size)
-    return store.table(column(space, "cpu").key).array()
+    store.fill(make, [column(space)], batch_size)
+    return store.table(column(space).key).array()
 
 
 def test_rows_are_those_of_the_pictures_in_order(tmp_path):
@@ -73,9 +73,9 @@ def test_each_picture_is_made_once_for_all_columns(tmp_path):
 
     spaces = [Projection(), Projection("other/none", 4)]
     store = FeatureStore({"kind": "test"}, NUMBER, tmp_path)
-    store.fill(counted, [column(space, "cpu") for space in spaces])
+    store.fill(counted, [column(space) for space in spaces])
     assert made == [*range(NUMBER)]
-    assert [store.table(column(space, "cpu").key).array().shape[1] for space in spaces] == [15, 11]
+    assert [store.table(column(space).key).array().shape[1] for space in spaces] == [15, 11]
 
 
 def test_killed_and_started_again(tmp_path):
@@ -83,7 +83,7 @@ def test_killed_and_started_again(tmp_path):
     child = os.fork()
     if child == 0:
         store = FeatureStore({"kind": "test"}, 4 * BLOCK, tmp_path)
-        store.fill(lambda few: make(few) if few[0] < 2 * BLOCK else time.sleep(100), [column(Projection(), "cpu")])
+        store.fill(lambda few: make(few) if few[0] < 2 * BLOCK else time.sleep(100), [column(Projection())])
         os._exit(1)
     while len([*tmp_path.rglob("0*.npy")]) < 2:
         time.sleep(0.01)
@@ -123,7 +123,7 @@ def test_others_are_waited_for_with_bounded_patience(tmp_path, monkeypatch):
             os.write(write, b".")
             time.sleep(100)
 
-        FeatureStore({"kind": "test"}, 10, tmp_path).fill(hang, [column(Projection(), "cpu")])
+        FeatureStore({"kind": "test"}, 10, tmp_path).fill(hang, [column(Projection())])
         os._exit(1)
     os.read(read, 1)
     try:

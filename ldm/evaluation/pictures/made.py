@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.autoencoder.codec import Codec
 from ldm.errors import ConfigError, NumericError
@@ -22,15 +21,7 @@ from ldm.sampling.pipeline import Pipeline
 from ldm.sampling.samplers import Sampler
 from ldm.sampling.timesteps import TimestepSchedule
 from ldm.sizes import as_size
-
-
-def weight_hash(module: nn.Module) -> str:
-    """SHA-256 over names, types, shapes and bytes of all weights and buffers of a module; the same on every device."""
-    digest = sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+from ldm.weights.digest import weight_hash
 
 
 def balanced_labels(seeds: np.ndarray, num_classes: int) -> np.ndarray:
@@ -89,9 +80,9 @@ class Generated:
         self.seeds = np.arange(first, first + number)
         height, width = as_size(pipeline.manifest.plan.pixels["resolution"])
         self.shape = (pipeline.codec.encoder.in_channels, height, width)
-        self._weights = [weight_hash(module) for module in (pipeline.denoiser, pipeline.objective)]
+        self._weights = [weight_hash(module.state_dict()) for module in (pipeline.denoiser, pipeline.objective)]
         guide = recipe.guidance.guide
-        self._guide = None if guide is None else weight_hash(guide.denoiser)
+        self._guide = None if guide is None else weight_hash(guide.denoiser.state_dict())
 
     def __len__(self) -> int:
         return len(self.seeds)
