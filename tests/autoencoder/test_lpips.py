@@ -1,18 +1,24 @@
-"""Our LPIPS against that of torchmetrics on the same random trunk."""
+"""Our LPIPS against torchvision's trunks under torchmetrics' heads, with the published weights."""
+
+import hashlib
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 from torchmetrics.functional.image import lpips
-from torchvision.models import vgg16
+from torchvision.models import alexnet, vgg16
 
-from ldm.autoencoder.lpips import LPIPS, TRUNK_FILE
+from ldm.autoencoder.lpips import LPIPS, AlexNetLPIPS
 from ldm.errors import CheckpointError, ConfigError
+from ldm.weights import cache
+
+HUB = "vgg16-397923af.pth"
 
 
-@pytest.fixture(scope="module")
-def ours() -> LPIPS:
-    return LPIPS(pretrained=False)
+@pytest.fixture(scope="module", params=[LPIPS, AlexNetLPIPS])
+def ours(request) -> LPIPS:
+    return request.param()
 
 
 @pytest.fixture(scope="module")
@@ -34,24 +40,67 @@ def vgg16_state() -> dict[str, torch.Tensor]:
     }
 
 
-def test_parity_with_torchmetrics(ours, images):
-    theirs = lpips._LPIPS(net="vgg", pnet_rand=True)
-    layers = [layer for stage in ours.stages for layer in stage if isinstance(layer, nn.Conv2d)]
-    reference = [layer for layer in theirs.net.modules() if isinstance(layer, nn.Conv2d)]
-    for mine, other in zip(layers, reference, strict=True):
-        other.load_state_dict(mine.state_dict())
-    a, b = images
-    expected = theirs(a, b).flatten().detach()
-    assert (expected > 0.01).all()
-    torch.testing.assert_close(ours(a, b), expected, atol=1e-6, rtol=1e-5)
+def known(monkeypatch, path) -> None:
+    """Let the catalog take a file for torchvision's vgg16."""
+    entry = replace(cache.FILES["vgg16"], sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setitem(cache.FILES, "vgg16", entry)
+
+
+@pytest.fixture
+def nothing_there(tmp_path, monkeypatch):
+    """Caches without a file."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setenv("LDM_WEIGHTS", str(tmp_path / "ldm"))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    return tmp_path
+
+
+def reference(name: str, file: str, network) -> nn.Module:
+    """torchmetrics' LPIPS with its own trained heads, on torchvision's network with the published trunk."""
+    theirs = lpips._LPIPS(net=name, pnet_rand=True)
+    with torch.device("meta"):
+        features = network(weights=None).features
+    trunk = {name: value for name, value in cache.read(cache.find(file)).items() if name.startswith("features.")}
+    features.load_state_dict({name.removeprefix("features."): value for name, value in trunk.items()}, assign=True)
+    layers = [layer for layer in theirs.net.modules() if isinstance(layer, nn.Conv2d)]
+    published = [layer for layer in features if isinstance(layer, nn.Conv2d)]
+    for layer, weights in zip(layers, published, strict=True):
+        layer.load_state_dict(weights.state_dict())
+    return theirs
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "file", "network"),
+    [(LPIPS, "vgg", "lpips-vgg16", vgg16), (AlexNetLPIPS, "alex", "lpips-alexnet", alexnet)],
+)
+@pytest.mark.parametrize("size", [(32, 48), (64, 64), (67, 95)])
+def test_equals_torchmetrics_with_the_published_weights(kind, name, file, network, size):
+    theirs = reference(name, file, network)
+    generator = torch.Generator().manual_seed(0)
+    a = torch.rand(3, 3, *size, generator=generator) * 2 - 1
+    b = (a + 0.3 * torch.randn(a.shape, generator=generator)).clamp(-1, 1)
+    with torch.no_grad():
+        expected = theirs(a, b).flatten()
+        assert (expected > 0.01).all()
+        torch.testing.assert_close(kind()(a, b), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_blur_is_far_from_the_picture_and_a_shift_of_brightness_near():
+    """What it is for: pixels say the opposite of this pair."""
+    stripes = torch.zeros(1, 3, 64, 64)
+    stripes[..., ::4] = stripes[..., 1::4] = 0.3
+    brighter, smooth = stripes + 0.16, torch.full_like(stripes, 0.15)
+    assert (smooth - stripes).square().mean() < (brighter - stripes).square().mean()
+    for distance in (LPIPS(), AlexNetLPIPS()):
+        assert distance(stripes, smooth) > 2 * distance(stripes, brighter)
 
 
 def test_gradient_is_finite_where_features_vanish(ours):
     # A stage that outputs zero everywhere: the root of a sum of squares would have the gradient 0/0 there.
-    dead = LPIPS(pretrained=False)
-    nn.init.constant_(dead.stages[4][-2].bias, -1e3)
-    a = torch.rand(1, 3, 16, 16, requires_grad=True)
-    dead(a, torch.rand(1, 3, 16, 16)).sum().backward()
+    dead = type(ours)()
+    nn.init.constant_(dead.stages[4][-2].bias, -1e4)
+    a = torch.rand(1, 3, 32, 32, requires_grad=True)
+    dead(a, torch.rand(1, 3, 32, 32)).sum().backward()
     assert a.grad.isfinite().all()
     assert a.grad.abs().sum() > 0
 
@@ -63,18 +112,20 @@ def test_is_a_distance_per_image(ours, images):
     torch.testing.assert_close(ours(a, b)[1:2], ours(a[1:2], b[1:2]))
 
 
-@pytest.mark.parametrize("size", [(15, 32), (32, 8)])
-def test_pictures_that_cannot_be_halved_four_times_are_refused(ours, size):
-    images = torch.zeros(2, 3, *size)
-    with pytest.raises(ConfigError, match=f"16 pixels or more on each side, found {size[0]} x {size[1]}"):
-        ours(images, images)
-    images = torch.zeros(2, 3, 16, 16)
-    assert ours(images, images).tolist() == [0.0, 0.0]
+@pytest.mark.parametrize(("kind", "smallest"), [(LPIPS, 16), (AlexNetLPIPS, 31)])
+def test_pictures_that_are_too_small_are_refused(kind, smallest):
+    distance = kind(pretrained=False)
+    for size in ((smallest - 1, 32), (32, 8)):
+        images = torch.zeros(2, 3, *size)
+        with pytest.raises(ConfigError, match=f"{smallest} pixels or more on each side, found {size[0]} x {size[1]}"):
+            distance(images, images)
+    images = torch.zeros(2, 3, smallest, smallest)
+    assert distance(images, images).tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("channels", [2, 4])
 def test_pictures_that_are_neither_gray_nor_color_are_refused(ours, channels):
-    images = torch.zeros(2, channels, 16, 24)
+    images = torch.zeros(2, channels, 32, 40)
     with pytest.raises(ConfigError, match=rf"1 or 3 channels .*found {channels}: leave it out"):
         ours(images, images)
 
@@ -92,13 +143,14 @@ def test_frozen_for_ever(ours, images):
     assert torch.equal(ours(*images), ours(*images))
 
 
-def test_random_trunk_is_always_the_same_and_leaves_the_generator_alone(images):
+@pytest.mark.parametrize("kind", [LPIPS, AlexNetLPIPS])
+def test_random_trunk_is_always_the_same_and_leaves_the_generator_alone(kind, images):
     torch.manual_seed(5)
-    first = LPIPS(pretrained=False)(*images)
+    first = kind(pretrained=False)(*images)
     drawn = torch.rand(1)
     torch.manual_seed(5)
     assert torch.equal(drawn, torch.rand(1))
-    assert torch.equal(first, LPIPS(pretrained=False)(*images))
+    assert torch.equal(first, kind(pretrained=False)(*images))
 
 
 def test_weights_stay_out_of_checkpoints_and_loading_stays_strict(ours, images):
@@ -122,22 +174,45 @@ def test_reads_the_trunk_from_a_path(tmp_path, images):
     assert torch.equal(loaded.stages[0][0].bias, state["features.0.bias"])
 
 
-def test_reads_the_trunk_from_the_hub_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    (tmp_path / "checkpoints").mkdir()
-    state = vgg16_state()
-    torch.save(state, tmp_path / "checkpoints" / TRUNK_FILE)
+def test_reads_the_trunk_from_the_hub_cache(nothing_there, monkeypatch):
+    state, path = vgg16_state(), nothing_there / "hub" / "checkpoints" / HUB
+    torch.save(state, path)
+    known(monkeypatch, path)
     assert torch.equal(LPIPS().stages[1][1].weight, state["features.5.weight"])
 
 
-def test_a_missing_trunk_says_which_file_goes_where(tmp_path, monkeypatch):
+def test_the_file_of_torchvision_goes_before_the_package_s(tmp_path, monkeypatch):
+    """Runs that were started with it go on with the very same numbers."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    assert LPIPS().stages[0][0].weight.flatten()[0] == pytest.approx(-0.55373, abs=1e-5)
+    (tmp_path / "checkpoints").mkdir()
+    state = vgg16_state()
+    torch.save(state, tmp_path / "checkpoints" / HUB)
+    known(monkeypatch, tmp_path / "checkpoints" / HUB)
+    assert torch.equal(LPIPS().stages[0][0].weight, state["features.0.weight"])
+
+
+def test_a_foreign_file_in_the_hub_cache_is_refused(nothing_there):
+    path = nothing_there / "hub" / "checkpoints" / HUB
+    torch.save(vgg16_state(), path)
+    with pytest.raises(CheckpointError, match="expected sha256 397923af") as error:
+        LPIPS()
+    assert str(path) in str(error.value)
+
+
+def test_a_missing_trunk_says_which_file_goes_where_and_how_to_get_it(nothing_there):
     with pytest.raises(CheckpointError) as error:
         LPIPS()
-    assert str(tmp_path / "checkpoints" / TRUNK_FILE) in str(error.value)
-    assert f"https://download.pytorch.org/models/{TRUNK_FILE}" in str(error.value)
+    message = str(error.value)
+    assert str(nothing_there / "hub" / "checkpoints" / HUB) in message
+    assert f"https://download.pytorch.org/models/{HUB}" in message
+    assert str(nothing_there / "ldm" / "lpips-vgg16.safetensors") in message
+    assert "ldm weights --fetch lpips-vgg16" in message
+    assert "perceptual: null" in message
+    with pytest.raises(CheckpointError, match="ldm weights --fetch lpips-alexnet"):
+        AlexNetLPIPS()
     with pytest.raises(CheckpointError, match=r"nowhere\.pth"):
-        LPIPS(trunk=str(tmp_path / "nowhere.pth"))
+        LPIPS(trunk=str(nothing_there / "nowhere.pth"))
 
 
 @pytest.mark.parametrize("content", [b"", b"not weights"])
@@ -159,9 +234,10 @@ def test_a_foreign_trunk_is_named_with_what_differs(tmp_path):
         LPIPS(trunk=str(tmp_path / "vgg.pth"))
 
 
-def test_builds_on_the_meta_device_without_weights():
+@pytest.mark.parametrize("kind", [LPIPS, AlexNetLPIPS])
+def test_builds_on_the_meta_device_without_weights(kind):
     with torch.device("meta"):
-        built = LPIPS(trunk="nowhere.pth")
+        built = kind(trunk="nowhere.pth")
     pair = torch.empty(2, 3, 32, 32, device="meta")
     assert built(pair, pair).shape == (2,)
 
