@@ -32,8 +32,8 @@ class Resize(Protocol):
 class Clean:
     """Bicubic, antialiased where it shrinks, in float: clean-fid's rule.
 
-    clean-fid resizes each channel as a float image of Pillow's and clips; torch's antialiased interpolation computes the
-    same, within 1e-4, for a whole batch on any device.
+    clean-fid resizes each channel as a float image of Pillow's and clips; torch's antialiased interpolation computes
+    the same, within 1e-4, for a whole batch on any device.
     """
 
     size: Resolution
@@ -68,7 +68,9 @@ class Pillow:
         if images.shape[2:] == (height, width):
             return images.float()
         channels = images.flatten(0, 1).cpu().numpy()  # (N C, H, W): Pillow resizes each channel by itself as well
-        resized = [np.asarray(Image.fromarray(one).resize((width, height), Image.Resampling.BICUBIC)) for one in channels]
+        resized = [
+            np.asarray(Image.fromarray(one).resize((width, height), Image.Resampling.BICUBIC)) for one in channels
+        ]
         return torch.from_numpy(np.stack(resized)).to(images.device).float().unflatten(0, images.shape[:2])
 
 
