@@ -49,15 +49,19 @@ def float64(rows: Rows) -> Tensor:
     return double(rows.detach()) if isinstance(rows, Tensor) else torch.from_numpy(np.array(rows, dtype=np.float64))
 
 
+def by_content(rows: Rows) -> np.ndarray:
+    """Indices (N,) int64 that sort the rows by their sum, so that the order they came in is forgotten.
+
+    Rows of equal sums are sorted by their first columns; those that still change places are all but equal.
+    """
+    sums = np.concatenate([array(rows[i : i + _BLOCK]).astype(np.float64).sum(1) for i in range(0, len(rows), _BLOCK)])
+    return np.lexsort((*array(rows[:, :4]).T[::-1], sums))
+
+
 def dealt(rows: Rows, seed: int, number: int = 0) -> np.ndarray:
     """Indices (N,) int64 of the rows in a random order that does not depend on the order they are in.
-
-    They are sorted by their sum and then permuted. Rows with equal sums are sorted by their first columns, so those
-    that still change places are all but equal.
 
     Args:
         seed, number: one order for each.
     """
-    sums = np.concatenate([array(rows[i : i + _BLOCK]).astype(np.float64).sum(1) for i in range(0, len(rows), _BLOCK)])
-    first = array(rows[:, :4]).T
-    return np.lexsort((*first[::-1], sums))[permutation(seed, number, len(rows))]
+    return by_content(rows)[permutation(seed, number, len(rows))]
