@@ -23,6 +23,9 @@ DEAD = 0.01
 
 SMALLEST_FOR_SSIM = 6
 
+RECONSTRUCTION = ("fd", "sfd", "psnr", "ssim", "lpips", "latents")
+"""Metrics of a stage-1 run, by their names on the command line."""
+
 
 class Fidelity:
     """The measures of a reconstruction, as a column of a store.

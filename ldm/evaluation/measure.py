@@ -2,16 +2,18 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
 from ldm.evaluation.agreement import accuracy
-from ldm.evaluation.distances.frechet import frechet_distance
+from ldm.evaluation.distances.frechet import distance_to, frechet_distance
 from ldm.evaluation.distances.inception_score import inception_score
 from ldm.evaluation.distances.kernel import kid
 from ldm.evaluation.distances.manifold import manifold
-from ldm.evaluation.distances.neighbors import Pair, closest_pairs, nearest
+from ldm.evaluation.distances.neighbors import Pair, closest_pairs, memorization, nearest
+from ldm.evaluation.distances.ratio import mean_ratio
 from ldm.evaluation.feature_store import Table
 from ldm.evaluation.features.base import LOGITS, MAIN, SPATIAL, Features
 from ldm.evaluation.reference import Reference, moments
@@ -25,6 +27,8 @@ MANIFOLD_LIMIT = 10_000
 """Pictures of either side that neighborhoods are computed of, as in ADM's evaluation: time grows with the square."""
 REFERENCE_LIMIT = 100_000
 """Pictures of the reference that are in memory at once, for what needs them one by one."""
+K, DENSITY_K = 3, 5
+"""The neighbors that end the balls of precision and recall, and of density and coverage: the authors'."""
 PAIRS = 10
 """Of the sheet of closest pairs."""
 
@@ -49,6 +53,7 @@ def measure(
     tables: Sequence[Table],
     reference: Reference,
     metrics: Collection[str] = METRICS,
+    held_out: Reference | None = None,
 ) -> Measured:
     """All metrics of these names that can be computed.
 
@@ -57,21 +62,24 @@ def measure(
         tables: the pictures' features in each.
         reference: prepared for these spaces.
         metrics: names of `METRICS`; what cannot be computed is left out with a note.
+        held_out: real pictures that are not in the reference, prepared as well; None: there are none.
 
     Raises:
         DataError: fewer than two pictures.
     """
     found = Measured()
-    for place, (space, table) in enumerate(zip(spaces, tables, strict=True)):
+    for space, table in zip(spaces, tables, strict=True):
         _distances(found, space, table, reference, metrics)
         _score(found, space, table, metrics)
-        _neighborhoods(found, space, table, reference, metrics, first=place == 0)
+        _neighborhoods(found, space, table, reference, metrics)
+    if "fdr" in metrics:
+        _ratio(found, spaces, tables, reference, held_out)
+    if "nearest" in metrics:
+        _nearest(found, spaces[0], tables[0], reference, held_out)
     return found
 
 
-def _distances(
-    found: Measured, space: Features, table: Table, reference: Reference, metrics: Collection[str]
-) -> None:
+def _distances(found: Measured, space: Features, table: Table, reference: Reference, metrics: Collection[str]) -> None:
     """The Fréchet distances."""
     for metric, part in (("fd", MAIN), ("sfd", SPATIAL)):
         if metric not in metrics or part not in space.parts:
@@ -87,6 +95,27 @@ def _distances(
         found.values.append(Value(name, frechet_distance(ours, theirs), features=space.name, settings=settings))
 
 
+def _ratio(
+    found: Measured,
+    spaces: Sequence[Features],
+    tables: Sequence[Table],
+    reference: Reference,
+    held_out: Reference | None,
+) -> None:
+    """FDr over all spaces: distances in units of that of held-out real pictures."""
+    if held_out is None:
+        found.notes.append("fdr: left out: there are no held-out real pictures; name some with --held-out")
+        return
+    ours, real = {}, {}
+    for space, table in zip(spaces, tables, strict=True):
+        to_reference = distance_to(reference.moments(space))
+        ours[space.name] = to_reference(moments(table, space))
+        real[space.name] = to_reference(held_out.moments(space))
+    name = "FDr" if len(spaces) == 1 else f"FDr^{len(spaces)}"
+    settings = {"images": len(tables[0]), "held-out images": held_out.number, "distances of held-out images": real}
+    found.values.append(Value(name, mean_ratio(ours, real), features=" ".join(ours), settings=settings))
+
+
 def _score(found: Measured, space: Features, table: Table, metrics: Collection[str]) -> None:
     """The Inception Score, in Inception's own logits alone."""
     if "is" not in metrics or LOGITS not in space.parts or not space.name.startswith("inception"):
@@ -98,13 +127,13 @@ def _score(found: Measured, space: Features, table: Table, metrics: Collection[s
 
 
 def _neighborhoods(
-    found: Measured, space: Features, table: Table, reference: Reference, metrics: Collection[str], first: bool
+    found: Measured, space: Features, table: Table, reference: Reference, metrics: Collection[str]
 ) -> None:
     """What needs the reference's features picture by picture."""
-    wanted = [name for name in ("kid", *MANIFOLD, "nearest") if name in metrics]
+    wanted = [name for name in ("kid", *MANIFOLD) if name in metrics]
     other = reference.table(space)
-    if other is None:
-        if wanted and first:
+    if other is None or not wanted:
+        if wanted:
             found.notes.append(f"{', '.join(wanted)}: left out: {reference.name} holds mean and covariance alone.")
         return
     columns = space.parts[MAIN]
@@ -116,21 +145,37 @@ def _neighborhoods(
         found.values.append(Value(name, distance.mean, distance.deviation, None, space.name, "lower", settings))
     if chosen := [name for name in MANIFOLD if name in wanted]:
         number = min(MANIFOLD_LIMIT, len(table), len(other))
-        if number <= 5:
-            found.notes.append(f"{', '.join(chosen)}: left out: {number} pictures, expected more than 5 neighbors.")
-        else:
-            shares = manifold(table.array(columns, number), other.array(columns, number))
-            settings = {"images": number, "k": 3, "density k": 5}
-            for name in chosen:
-                called = in_space(name.capitalize(), space.name)
-                found.values.append(Value(called, getattr(shares, name), None, None, space.name, "higher", settings))
-    if "nearest" in wanted and first:
-        theirs = other.array(columns, REFERENCE_LIMIT)
-        near = nearest(table.array(columns, MANIFOLD_LIMIT), theirs)
-        found.pairs = closest_pairs(near, PAIRS)
-        settings = {"images": len(near.distances), "reference images": len(theirs)}
-        name = f"distance to the nearest, median, {space.name}"
-        found.values.append(Value(name, float(np.median(near.distances)), None, None, space.name, "", settings))
+        if number <= DENSITY_K:
+            found.notes.append(f"{', '.join(chosen)}: left out: {number} pictures, expected more than {DENSITY_K}.")
+            return
+        shares = manifold(table.array(columns, number), other.array(columns, number), K, DENSITY_K)
+        settings = {"images": number, "k": K, "density k": DENSITY_K}
+        for name in chosen:
+            called = in_space(name.capitalize(), space.name)
+            found.values.append(Value(called, getattr(shares, name), None, None, space.name, "higher", settings))
+
+
+def _nearest(found: Measured, space: Features, table: Table, reference: Reference, held_out: Reference | None) -> None:
+    """How near the pictures are to those of the reference, beside real pictures that cannot be copies."""
+    other = reference.table(space)
+    if other is None:
+        found.notes.append(f"nearest: left out: {reference.name} holds mean and covariance alone.")
+        return
+    columns = space.parts[MAIN]
+    theirs = other.array(columns, REFERENCE_LIMIT)
+    near = nearest(table.array(columns, MANIFOLD_LIMIT), theirs)
+    found.pairs = closest_pairs(near, PAIRS)
+    settings: dict[str, Any] = {"images": len(near.distances), "reference images": len(theirs)}
+    median = float(np.median(near.distances))
+    found.values.append(Value("distance to nearest", median, None, None, space.name, "", settings))
+    real = None if held_out is None else held_out.table(space)
+    if real is None:
+        return
+    unseen = nearest(real.array(columns, MANIFOLD_LIMIT), theirs)
+    copied = memorization(near, unseen)
+    settings = {**settings, "held-out images": len(unseen.distances)}
+    for name, value in (("relative to held-out", copied.ratio), ("nearer than held-out", copied.nearer)):
+        found.values.append(Value(name, value, None, None, space.name, "", settings))
 
 
 def agreement(classifier: Features, table: Table, labels: np.ndarray) -> Value:

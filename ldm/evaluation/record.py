@@ -1,11 +1,11 @@
 """What was measured, and all that decided it, as a JSON file that travels: numbers without it cannot be compared.
 
-    {"format": 1,
-     "subject": {"name", "kind", "training": {"checkpoint", "step", "images_seen", "hours"}},
-     "protocol": {...},               what has to be equal before two numbers may be compared
-     "versions", "machine", "date",   what should not matter
-     "values": [{"metric", "value", "error", "unbiased", "features", "better", "settings"}],
-     "notes": [...], "sheets": {name: file beside the record}}
+{"format": 1,
+ "subject": {"name", "kind", "training": {"checkpoint", "step", "images_seen", "hours"}},
+ "protocol": {...},               what has to be equal before two numbers may be compared
+ "versions", "machine", "date",   what should not matter
+ "values": [{"metric", "value", "error", "unbiased", "features", "better", "settings"}],
+ "notes": [...], "sheets": {name: file beside the record}}
 """
 
 import datetime
@@ -68,7 +68,7 @@ class Record:
         values = [one.to_dict() for one in self.values]
         tree = {"format": FORMAT, **vars(self), "values": values}
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(tree, indent=1, default=_plain) + "\n")
+        write_text(path, json.dumps(tree, indent=1) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> "Record":
@@ -81,11 +81,6 @@ class Record:
             return cls(**{**tree, "values": [Value.from_dict(one) for one in tree["values"]]})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path}: is not a record of `ldm evaluate` ({error})") from error
-
-
-def _plain(value: Any) -> Any:
-    """What json does not know: numpy's numbers, paths."""
-    return value.item() if hasattr(value, "item") else str(value)
 
 
 def spaces_of(spaces: Sequence[Features]) -> list[dict[str, str]]:

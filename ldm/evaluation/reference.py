@@ -85,7 +85,7 @@ class PicturesReference:
 
 
 class StatisticsReference:
-    """Mean and covariance of features in an `.npz`, as ADM's evaluation has them: `mu` and `sigma`, `mu_s` and `sigma_s`.
+    """Mean and covariance of features in an `.npz`, as ADM's evaluation has them: `mu`, `sigma`, `mu_s`, `sigma_s`.
 
     In which space they are, the file does not say: it is taken to be the one that is asked for, if the sizes agree.
 

@@ -54,18 +54,19 @@ class Scattered:
 
     Args:
         pictures: in their own order.
+        number: so many of them, the first in the new order; None: all.
     """
 
-    def __init__(self, pictures: Pictures) -> None:
+    def __init__(self, pictures: Pictures, number: int | None = None) -> None:
         self.pictures = pictures
-        self.order = permutation(0, 0, len(pictures))
+        self.order = permutation(0, 0, len(pictures))[:number]
 
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.pictures.shape
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.order)
 
     def images(self, indices: Sequence[int]) -> Tensor:
         return self.pictures.images(self.order[np.asarray(indices, dtype=np.int64)].tolist())

@@ -145,16 +145,18 @@ class Reconstructions:
     Args:
         codec: the autoencoder.
         originals: what it is given.
+        number: of them, the first ones; None: all.
     """
 
-    def __init__(self, codec: Codec, originals: DatasetPictures) -> None:
+    def __init__(self, codec: Codec, originals: DatasetPictures, number: int | None = None) -> None:
         self.codec = codec
+        self._number = len(originals) if number is None else min(number, len(originals))
         self.originals = originals
         self.shape = originals.shape
         self._weights = codec.weight_hash()
 
     def __len__(self) -> int:
-        return len(self.originals)
+        return self._number
 
     def batch(self, indices: Sequence[int]) -> Reconstruction:
         """Encoded and decoded once, for all that is measured of it; NumericError if it is not finite."""
@@ -172,7 +174,8 @@ class Reconstructions:
         return self.batch(indices).images.cpu()
 
     def labels(self) -> np.ndarray | None:
-        return self.originals.labels()
+        labels = self.originals.labels()
+        return None if labels is None else labels[: len(self)]
 
     def description(self) -> Description:
         return {
