@@ -121,7 +121,7 @@ def test_a_logger_without_its_package_is_refused_by_key(target, package, tmp_pat
 
 
 def test_a_wandb_id_fits_into_a_file_name():
-    assert defaults._wandb_id("2026-01-01T00-00-00_faces.b=1") == "2026-01-01T00-00-00_faces-b-1"
-    long = [defaults._wandb_id("2026-01-01T00-00-00_" + "\N{GREEK SMALL LETTER PI}" * 110 + end) for end in "ab"]
+    assert defaults.wandb_id("2026-01-01T00-00-00_faces.b=1") == "2026-01-01T00-00-00_faces-b-1"
+    long = [defaults.wandb_id("2026-01-01T00-00-00_" + "\N{GREEK SMALL LETTER PI}" * 110 + end) for end in "ab"]
     assert long[0] != long[1]
     assert all(len(name.encode()) <= 128 for name in long)
