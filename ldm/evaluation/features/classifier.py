@@ -1,7 +1,7 @@
 """A small classifier, trained on real images, that scores generated ones by its logits and features.
 
 Its training is independent of the generative models, so its accuracy on their samples tells whether a sample shows the
-requested class, and its last features are a space for metrics.frechet_distance that was learned on the same data.
+requested class, and its last features are a space for distances/frechet.py that was learned on the same data.
 """
 
 from typing import NamedTuple

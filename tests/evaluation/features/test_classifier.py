@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from ldm.evaluation.agreement import accuracy
 from ldm.evaluation.features import classifier
 from ldm.evaluation.features.classifier import Classifier, judge, train_classifier, unit_range
-from ldm.evaluation.metrics import accuracy
 from ldm.runtime.precision import Answer
 
 
