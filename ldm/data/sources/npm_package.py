@@ -108,7 +108,7 @@ class NpmPackage:
         except subprocess.TimeoutExpired as error:
             raise DataError(f"{state}, and `{self.command}` did not end in {_PATIENCE:.0f} s. {advice}") from error
         if done.returncode or not (aside / self.file).is_file():
-            raise DataError(f"{state}, and `{self.command}` failed: {_reason(done)} {advice}")
+            raise DataError(f"{state}, and `{self.command}` failed: {_reason(done)}. {advice}")
         self._verify(aside / self.file)
 
     def _verify(self, tarball: Path) -> None:
@@ -135,7 +135,7 @@ def _integrity(path: Path) -> str:
 def _reason(done: subprocess.CompletedProcess[bytes]) -> str:
     """What npm says of its failure: a field of its JSON, or the last that it printed."""
     try:
-        return str(json.loads(done.stdout)["error"]["summary"])
+        return str(json.loads(done.stdout)["error"]["summary"]).rstrip(".")
     except (ValueError, KeyError, TypeError):
         said = (done.stderr or done.stdout).decode(errors="replace").strip()
         return said.splitlines()[-1] if said else f"it ended with code {done.returncode}"
