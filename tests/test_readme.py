@@ -133,7 +133,7 @@ def run(workshop, tmp_path, monkeypatch, autoencoder_tree, diffusion_tree):
             words.append(
                 f"data.params.train={{target: ldm.data.sources.folder.ImageFolder, params: {{root: {PICTURES}}}}}"
             )
-        if any(re.search(r"(quickstart|fashion_mnist)/diffusion", word) for word in words):
+        if any(re.search(r"(quickstart|fluent_emoji|fashion_mnist)/diffusion", word) for word in words):
             words.append("data.params.resolution=32")  # the stand-ins do not say theirs
         if "RUN" in words:  # one that can be gone on with
             assert main.main(["--base", "FILE.yaml", "lightning.trainer.max_steps=1", "-l", "again"]) == 0
