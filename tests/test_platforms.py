@@ -23,7 +23,7 @@ from ldm.data.sources.folder import ImageFolder
 from ldm.diffusion.noise_levels import LogitNormal, LogNormal
 from ldm.diffusion.noise_schedules import SqrtLinear
 from ldm.diffusion.objectives import DDPM, EDM
-from ldm.evaluation.metrics import accuracy
+from ldm.evaluation.agreement import accuracy
 from ldm.runtime import launcher, signals
 from ldm.runtime.float64 import double, home
 from ldm.runtime.validation_metrics import ValidationMetrics

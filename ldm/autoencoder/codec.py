@@ -1,8 +1,6 @@
 """The frozen autoencoder: images to posterior moments, latents to images; what stage 2 and sampling use of stage 1."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from hashlib import sha256
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,9 @@ from ldm.config.load import build
 from ldm.config.tree import current_plain
 from ldm.errors import ConfigError
 from ldm.ranges import Count, Resolution
+from ldm.runtime.full_precision import full_precision
 from ldm.sizes import SizeError, as_size, nearest, spell
+from ldm.weights.digest import weight_hash
 
 
 class Pixels(nn.Module):
@@ -117,7 +117,7 @@ class Codec(nn.Module):
             mean and std, each (N,c,h,w) float32 on the codec's device, not standardized.
         """
         images = images.to(self.device, torch.float32)
-        with torch.autocast(self.device.type, enabled=False), _full_precision():
+        with full_precision(self.device.type):
             posterior = self._posterior(self.encoder(images))
         return posterior.mean, posterior.std
 
@@ -148,28 +148,6 @@ class Codec(nn.Module):
 
     def weight_hash(self) -> str:
         """sha256 (hex) over names, shapes and bytes of all weights: the same on every device and from any file."""
-        digest = sha256()
         # A codebook is hashed under its first name, by which caches identify their autoencoder.
         named = {name.replace("quantizer.", "quantiser.", 1): tensor for name, tensor in self.state_dict().items()}
-        for name, tensor in sorted(named.items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Convolutions and products in IEEE fp32, by algorithms that give the same bits each time."""
-    backends: Any = torch.backends
-    kernels = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
-    precisions = [kernel.fp32_precision for kernel in kernels]
-    choice = backends.cudnn.benchmark, backends.cudnn.deterministic
-    for kernel in kernels:
-        kernel.fp32_precision = "ieee"
-    backends.cudnn.benchmark, backends.cudnn.deterministic = False, True
-    try:
-        yield
-    finally:
-        backends.cudnn.benchmark, backends.cudnn.deterministic = choice
-        for kernel, precision in zip(kernels, precisions, strict=True):
-            kernel.fp32_precision = precision
+        return weight_hash(named)

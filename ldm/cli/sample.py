@@ -11,11 +11,11 @@
     python scripts/sample.py -r logs/<run> --image photo.png --mask m.png   # what is white in m.png is painted anew
 
 Writes a PNG for each picture, and samples.json: what was used, and every picture in the folder. Of this call's pictures
-also grid.png (a row a condition) and, asked to, samples.npz (arr_0: (N,H,W,3) uint8, condition by condition; names: of
-their files). Of pictures with 2, 5 or more channels a PNG shows the channels side by side and a .npy beside it holds
-them; samples.npz has as many, and --image takes such a file. A picture depends on its seed and condition alone, so a
-run that was interrupted, or is repeated with a larger -n, makes only what is missing; a folder with pictures of other
-settings is left alone.
+also grid.png (a row a condition) and, asked to, samples.npz (arr_0: (N,H,W,3) uint8, condition by condition; arr_1:
+(N,) classes; names: of their files). Of pictures with 2, 5 or more channels a PNG shows the channels side by side and a
+.npy beside it holds them; samples.npz has as many, and --image takes such a file. A picture depends on its seed and
+condition alone, so a run that was interrupted, or is repeated with a larger -n, makes only what is missing; a folder
+with pictures of other settings is left alone.
 """
 
 import math

@@ -26,8 +26,8 @@ def parse(argv: Sequence[str]) -> Any:
         allow_abbrev=False,
     )
     _add_pictures(parser.add_argument_group("which pictures").add_argument)
-    _add_sampler(parser.add_argument_group("the sampler").add_argument)
-    _add_guidance(parser.add_argument_group("guidance").add_argument)
+    add_sampler(parser.add_argument_group("the sampler").add_argument)
+    add_guidance(parser.add_argument_group("guidance").add_argument)
     _add_places(parser.add_argument_group("models and places").add_argument)
     options = parser.parse_strictly(argv)
     _check_together(options)
@@ -49,7 +49,8 @@ def _add_pictures(add: Add) -> None:
     add("--mask", type=path, metavar="FILE", help="with --image: paint anew what is white in this picture")
 
 
-def _add_sampler(add: Add) -> None:
+def add_sampler(add: Add) -> None:
+    """The flags of the sampler, which evaluate.py has as well."""
     add("--steps", type=whole_number, default=50, help="a network call each, heun two (default: 50)")
     words = ("NAME", "setting=value")
     known = f"one of {', '.join(named(samplers))}, or PACKAGE.FUNCTION, and its settings, such as eta=0.5 for ddim"
@@ -58,7 +59,8 @@ def _add_sampler(add: Add) -> None:
     add("--schedule", nargs="+", default=["default"], metavar=words, help=f"{known} (default: the objective's own)")
 
 
-def _add_guidance(add: Add) -> None:
+def add_guidance(add: Add) -> None:
+    """The flags of guidance, which evaluate.py has as well."""
     add("--guidance", type=finite, default=1.0, help="classifier-free guidance scale; 1 (default): none")
     add("--rescale", type=share, default=0.0, help="0 (default) ... 1: keep large scales from burning pictures out")
     between = "guide between these ratios sigma / alpha alone (default: everywhere)"
@@ -87,6 +89,11 @@ def _check_together(options: Any) -> None:
     for flag in ("mask", "strength"):
         if options.image is None and getattr(options, flag) is not None:
             raise ConfigError(f"--{flag} {getattr(options, flag)}: belongs to --image FILE, which is missing.")
+    check_guidance(options)
+
+
+def check_guidance(options: Any) -> None:
+    """ConfigError for flags of guidance that contradict one another."""
     idle = {"rescale": 0.0, "interval": [0.0, math.inf], "guidance_channels": None, "guide": None}
     for key, value in idle.items():
         if options.guidance == 1 and getattr(options, key) != value:

@@ -15,8 +15,10 @@ from ldm.autoencoder.codec import Codec
 from ldm.data.dataset import ImageDataset
 from ldm.data.transforms import EvalTransform, transformed
 from ldm.errors import ConfigError, DataError
+from ldm.evaluation.agreement import accuracy
+from ldm.evaluation.distances.frechet import frechet_distance
 from ldm.evaluation.features.classifier import Classifier, judge, train_classifier, unit_range
-from ldm.evaluation.metrics import accuracy, frechet_distance
+from ldm.evaluation.moments import Moments
 from ldm.images import grid, to_uint8
 from ldm.ranges import Resolution
 from ldm.sampling.generate import generate
@@ -112,14 +114,14 @@ class Judge(NamedTuple):
 
     Attributes:
         classifier: trained on real images.
-        reference: its features of the test set.
+        reference: the moments of its features of the test set.
         test_accuracy: its accuracy on the test set.
         unseen: images of the training set that it was not trained on.
         classes: the number of classes.
     """
 
     classifier: Classifier
-    reference: Tensor
+    reference: Moments
     test_accuracy: float
     unseen: Pictures
     classes: int
@@ -134,11 +136,13 @@ class Judge(NamedTuple):
         classifier = train_classifier(*known.take(slice(kept)), classes, epochs=epochs)
         reference = judge(classifier, tested.images)
         test_accuracy = accuracy(reference.logits, tested.labels)
-        return cls(classifier, reference.features, test_accuracy, known.take(slice(kept, None)), classes)
+        moments = Moments.of(reference.features)
+        return cls(classifier, moments, test_accuracy, known.take(slice(kept, None)), classes)
 
     def __call__(self, pictures: Pictures) -> Score:
         seen = judge(self.classifier, pictures.images)
-        return Score(accuracy(seen.logits, pictures.labels), frechet_distance(seen.features, self.reference))
+        distance = frechet_distance(Moments.of(seen.features), self.reference)
+        return Score(accuracy(seen.logits, pictures.labels), distance)
 
 
 def read(dataset: ImageDataset, resolution: Resolution, channels: int) -> Pictures:

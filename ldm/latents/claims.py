@@ -64,17 +64,21 @@ class Claims:
     A claim is a lock on one byte of the file `claims`; the kernel drops it when its owner dies, however it dies.
     If the file system has no locks, every claim is granted: work is then done twice, with the same bytes.
 
+    Args:
+        folder: where the work is shared; made if it is missing.
+        what: is built there, for messages.
+
     Close it only when this process needs none of its claims any more: POSIX locks end with the first close of the file.
     """
 
     _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, what: str = "a latent cache") -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = (folder / "claims").open("ab")
         except OSError as error:
-            raise ResourceError(f"{folder}: cannot build a latent cache there: {error.strerror}.") from error
+            raise ResourceError(f"{folder}: cannot build {what} there: {error.strerror}.") from error
 
     def close(self) -> None:
         self._file.close()

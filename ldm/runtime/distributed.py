@@ -121,6 +121,15 @@ def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return total / dist.get_world_size()
 
 
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The sum of all ranks' `values`, which lie on the CPU: in their own dtype, and the same bits on every rank."""
+    if not _grouped():
+        return values
+    total = values.clone()
+    dist.all_reduce(total, group=_host_group())
+    return total
+
+
 @contextmanager
 def patience() -> Iterator[None]:
     """Within the block `max_over_ranks` and `from_main` wait up to an hour for a rank, as long as it lives."""

@@ -168,11 +168,16 @@ def save(folder: Path, sample: Sample) -> None:
 
 
 def save_arrays(folder: Path, orders: Sequence[Order]) -> Path:
-    """Write samples.npz of these images: arr_0 (N,H,W,C) uint8, gray ones as C = 3, and their file names (N,)."""
+    """Write samples.npz of these images, as ADM's evaluation reads it, and more.
+
+    arr_0 (N,H,W,C) uint8, gray ones as C = 3; where all have a class, arr_1 (N,) int64; names (N,) of their files.
+    """
     read = [_read(folder / order.file) for order in orders]
-    arrays = [image.repeat(3, axis=2) if image.shape[2] == 1 else image for image in read]
+    images = np.stack([image.repeat(3, axis=2) if image.shape[2] == 1 else image for image in read])
+    classes = [(order.condition or {}).get("class_label") for order in orders]
+    arrays = {"arr_0": images} if None in classes else {"arr_0": images, "arr_1": np.array(classes, dtype=np.int64)}
     with published(folder / "samples.npz", durable=False) as file, file.open("wb") as handle:
-        np.savez(handle, arr_0=np.stack(arrays), names=np.array([order.file for order in orders]))
+        np.savez(handle, names=np.array([order.file for order in orders]), **arrays)  # type: ignore[arg-type]
     return folder / "samples.npz"
 
 

@@ -27,6 +27,7 @@ from ldm.diffusion.module import LatentDiffusion, parts
 from ldm.errors import ConfigError
 from ldm.run_folder import RunFolder
 from ldm.training.callbacks.checkpoints import Checkpoints
+from ldm.training.callbacks.health import Health
 from ldm.training.callbacks.monitors import Monitors, monitored
 from ldm.training.callbacks.previews import ImageLogger, SampleLogger
 from ldm.training.callbacks.progress import Progress, Throughput
@@ -45,7 +46,7 @@ def make_loggers(tree: Mapping[str, Any], folder: RunFolder, project: str, trust
     A logger that takes a `save_dir` and is given none writes to the run folder.
     """
     name, mode = folder.path.name, os.environ.get("WANDB_MODE")
-    own: dict[str, Any] = {"save_dir": str(folder.path), "project": project, "name": name, "id": _wandb_id(name)}
+    own: dict[str, Any] = {"save_dir": str(folder.path), "project": project, "name": name, "id": wandb_id(name)}
     own["offline"] = mode == "offline"
     default = {} if mode == "disabled" else {"wandb": {"target": f"{FencedWandb.__module__}.{FencedWandb.__name__}"}}
     further = [_logger(node, own, trust, key) for key, node in _logger_nodes(tree["lightning"], default).items()]
@@ -74,7 +75,8 @@ def _logger(node: Mapping[str, Any], own: Mapping[str, Any], trust: Sequence[str
     return build({**node, "params": {**filled, **(node.get("params") or {})}}, trust, key=key)
 
 
-def _wandb_id(name: str) -> str:
+def wandb_id(name: str) -> str:
+    """The id of a run folder's run in wandb, by which it is found again."""
     text = re.sub(r"[^\w-]", "-", name)
     # It becomes part of a file's name; wandb takes no more than 128 characters.
     return text if len(os.fsencode(text)) <= 128 else f"{text[:48]}-{sha256(name.encode()).hexdigest()[:16]}"
@@ -98,6 +100,7 @@ def make_callbacks(
         "images": _pictures(model, validation_interval(trainer), facts, trust),
         "throughput": Throughput(trainer.get("log_every_n_steps", LOG_EVERY)),
         "progress": Progress() if trainer.get("enable_progress_bar", True) else None,
+        "health": Health(),
         "checkpoints": Checkpoints(),
     }
     for name, node in (section.get("callbacks") or {}).items():

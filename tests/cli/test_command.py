@@ -50,7 +50,9 @@ def test_each_command_has_a_help_of_its_own(name):
     assert done.stdout.startswith(f"usage: ldm {name} ")
 
 
-@pytest.mark.parametrize("name", sorted({*COMMANDS} - {"sample"}))  # whose flags name samplers, functions of torch
+@pytest.mark.parametrize(
+    "name", sorted({*COMMANDS} - {"sample", "evaluate"})
+)  # whose flags name samplers, functions of torch
 def test_a_wrong_flag_is_answered_before_torch_is_loaded(name):
     code = (
         f"import sys; from ldm.cli.{name} import main\n"
@@ -85,7 +87,7 @@ def test_it_does_what_the_file_does(autoencoder_tree, tmp_path):
 
 
 def test_every_file_beside_main_that_has_a_command_starts_it():
-    doors = {"main.py": "train", "cache_latents.py": "cache", "sample.py": "sample"}
+    doors = {"main.py": "train", "cache_latents.py": "cache", "sample.py": "sample", "evaluate.py": "evaluate"}
     doors |= {"reconstruct_ema.py": "ema", "plot_run.py": "plot", "weights.py": "weights"}
     assert {*doors.values()} == {*COMMANDS}
     for file, name in doors.items():

@@ -59,6 +59,7 @@ def test_pictures_grid_record_and_arrays(runs, run, capsys):
         "name": "Ankle boot",
     }
     assert np.load(out / "samples.npz")["names"].tolist() == files
+    assert np.load(out / "samples.npz")["arr_1"].tolist() == [2, 2, 2, 0, 0, 0]
     assert str(out / "grid.png") in capsys.readouterr().out
 
 
@@ -241,6 +242,7 @@ def test_grey_pictures_of_an_unconditional_model_in_a_square(make_runs, run):
     assert Image.open(out / "000003.png").mode == "L"
     assert pixels(out / "grid.png").shape == (2 + 2 * 66, 2 + 3 * 66)
     assert np.load(out / "samples.npz")["arr_0"].shape == (5, 16, 16, 3)
+    assert "arr_1" not in np.load(out / "samples.npz")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,12 @@ compared.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
+
+from ldm.errors import ConfigError
+from ldm.evaluation.features.resize import Resize
+from ldm.runtime.full_precision import full_precision
 
 MAIN = "features"
 """The part of every space that distances are computed in."""
@@ -24,8 +29,8 @@ class Features(nn.Module, ABC):
     """Pictures (N, C, H, W) uint8, gray (C = 1) or RGB -> (N, D) float32, on the module's device; always in eval mode.
 
     Attributes:
-        name: network, layer and resize rule, such as "alexnet-pool5/clean-224": what a distance in it is called after.
-        weights: SHA-256 of the weights, hex.
+        name: network, layer and resize rule, such as "alexnet-conv5/clean-128": what a distance in it is called after.
+        weights: SHA-256 of the weights, hex (ldm/weights/digest.py).
         parts: which columns are what; `MAIN` is always among them, `LOGITS` and `SPATIAL` where the network has them.
     """
 
@@ -40,3 +45,70 @@ class Features(nn.Module, ABC):
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
         """(N, D) float32: all parts side by side."""
+
+
+class FrozenNetwork(Features):
+    """A space whose pictures are brought to the network's channels and size, and go through it in true float32.
+
+    A subclass says what it takes from the network: `extract`, and `parts`.
+
+    A picture's features depend on the batch that it is in by float summation alone: convolution and matrix product
+    choose their algorithm by the batch's shape. On a CPU with AVX2, AlexNet's features of a picture in batches of 7 and
+    of 64 differ by BATCH_DEPENDENCE.
+
+    Args:
+        network: with its weights; frozen here.
+        name: network and layer, such as "alexnet-conv5".
+        weights: their hash.
+        parts: the columns of what `extract` returns.
+        resize: the rule and the size.
+        channels: of the pictures that the network takes: gray ones are repeated to three.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        name: str,
+        weights: str,
+        parts: Mapping[str, slice],
+        resize: Resize,
+        channels: int = 3,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.name = f"{name}/{resize.name}"
+        self.weights = weights
+        self.parts = dict(parts)
+        self.resize = resize
+        self.channels = channels
+        self.requires_grad_(False).eval()
+
+    @abstractmethod
+    def extract(self, pixels: Tensor) -> Tensor:
+        """(N, channels, h, w) float32 in [0, 255], resized -> (N, D)."""
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, D) float32: all parts side by side.
+
+        Raises:
+            ConfigError: the pictures have channels that the network cannot see.
+            TypeError: they are not uint8.
+        """
+        if images.dtype != torch.uint8:
+            raise TypeError(f"{self.name}: pictures are uint8, 0 to 255, not {images.dtype}")
+        device = next(self.network.parameters()).device
+        images = self._in_its_channels(images.to(device))
+        with full_precision(device.type):
+            return self.extract(self.resize(images)).float()
+
+    def _in_its_channels(self, images: Tensor) -> Tensor:
+        found = images.shape[1]
+        if found == self.channels:
+            return images
+        if found == 1:
+            return images.expand(-1, self.channels, -1, -1)
+        takes = "gray pictures (1 channel)" if self.channels == 1 else f"pictures of 1 or {self.channels} channels"
+        raise ConfigError(
+            f"the features {self.name} are of {takes}, found {found}: convert the pictures, or choose other features"
+        )

@@ -1,18 +1,30 @@
 """A small classifier, trained on real images, that scores generated ones by its logits and features.
 
 Its training is independent of the generative models, so its accuracy on their samples tells whether a sample shows the
-requested class, and its last features are a space for metrics.frechet_distance that was learned on the same data.
+requested class, and its last features are a space for distances/frechet.py that was learned on the same data.
 """
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm.errors import CheckpointError
+from ldm.evaluation.features.base import LOGITS, MAIN, FrozenNetwork
+from ldm.evaluation.features.loading import weights_of
+from ldm.evaluation.features.resize import Clean
+from ldm.files import published
 from ldm.randomness import keys, permutation
-from ldm.ranges import Count
+from ldm.ranges import Count, Resolution
 from ldm.runtime.precision import computes_bf16
+from ldm.sizes import as_size
+from ldm.weights.digest import weight_hash
+
+_TRUNK = "trunk.0.0.weight"
 
 
 class Judgement(NamedTuple):
@@ -110,3 +122,42 @@ def judge(model: Classifier, images: Tensor, batch_size: int = 500) -> Judgement
     """Logits and features, in fp32, of `images` (N, C, H, W) uint8; `model` in eval mode."""
     features = torch.cat([model.features(unit_range(batch)) for batch in images.split(batch_size)])
     return Judgement(model.head(features), features)
+
+
+def save(model: Classifier, resolution: Resolution, path: Path) -> None:
+    """Write the classifier, and the size of the images that it was trained on, as safetensors."""
+    height, width = as_size(resolution)
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with published(path) as aside:
+        save_file(tensors, aside, {"height": str(height), "width": str(width)})
+
+
+class ClassifierFeatures(FrozenNetwork):
+    """A saved Classifier as a feature space: its features (4 * width) and logits (K), of images of its own size.
+
+    Raises:
+        CheckpointError: the file is missing, or was not written by `save`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file; expected a classifier that ldm trained and saved")
+        with weights_of("a classifier that ldm saved", path):
+            try:
+                with safe_open(path, "pt") as file:
+                    about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in [*file.keys()]}
+            except SafetensorError as error:
+                raise CheckpointError(f"{path}: cannot be read as safetensors ({error})") from error
+            width, channels = tensors[_TRUNK].shape[:2]
+            network = Classifier(channels, len(tensors["head.weight"]), width)
+            network.load_state_dict(tensors)
+            size = int(about["height"]), int(about["width"])
+        features, classes = network.head.in_features, network.head.out_features
+        parts = {MAIN: slice(features), LOGITS: slice(features, features + classes)}
+        super().__init__(network, "classifier", weight_hash(tensors), parts, Clean(size), channels)
+
+    def extract(self, pixels: Tensor) -> Tensor:
+        network: Classifier = self.get_submodule("network")  # type: ignore[assignment]
+        features = network.features(unit_range(pixels))
+        return torch.cat([features, network.head(features)], dim=1)

@@ -1,0 +1,192 @@
+"""Measure samples, reconstructions or any pictures, and say what is needed to compare the numbers.
+
+    python scripts/evaluate.py -r logs/<run>                             # samples, against what it was trained on
+    python scripts/evaluate.py -r logs/<run> -n 50000 --guidance 1.5 --features inception dinov2
+    torchrun --nproc-per-node 8 scripts/evaluate.py -r logs/<run> -n 50000   # shared by all ranks
+    python scripts/evaluate.py -r logs/<stage-1 run>                     # reconstructions
+    python scripts/evaluate.py samples.npz --against VIRTUAL_imagenet256_labeled.npz
+    python scripts/evaluate.py folder/ --against configs/diffusion/imagenet_f8_class.yaml --part validation
+    python scripts/evaluate.py compare logs/<run> logs/<other run>           # side by side
+
+Prints a table, and writes a record (JSON) beside the checkpoint or the pictures: every number with all that decides it.
+Samples are never kept: they go straight into features, which lie in cache/.features, so that the same command goes on
+after an interruption, makes only what is missing when it is asked for more, and is shared by any number of processes.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ldm.cli import evaluate_compare, program
+from ldm.cli.evaluate_options import parse
+from ldm.cli.evaluate_subject import held_out_of, reference_of, subject_of
+from ldm.errors import CheckpointError, ConfigError, DataError
+from ldm.evaluation import record
+from ldm.evaluation.feature_store import FeatureStore, key
+from ldm.evaluation.features.base import LOGITS, Features
+from ldm.evaluation.features.choose import choose
+from ldm.evaluation.measure import Measured, agreement, measure
+from ldm.evaluation.pictures.base import Pictures
+from ldm.evaluation.record import Record
+from ldm.evaluation.reference import PicturesReference, Reference, identity, save
+from ldm.evaluation.sheets import pairs_sheet, save_sheet, seeds_sheet
+from ldm.evaluation.subject import Subject
+from ldm.evaluation.values import table
+from ldm.runtime import distributed
+from ldm.training.evaluations import send_to_wandb
+
+SHOWN = 24
+"""Pictures of the sheet."""
+
+
+def chosen_spaces(names: Sequence[str] | None, device: str) -> tuple[list[Features], list[str]]:
+    """The feature spaces, and a line on the choice where it was left to us."""
+    if names is not None:
+        return [choose(name, device=device) for name in dict.fromkeys(names)], []
+    try:
+        return [choose("inception", device=device)], []
+    except (CheckpointError, ConfigError):
+        note = (
+            "FID is left out, since Inception's weights (or torch-fidelity) are not there: `ldm weights` says how to "
+            "get them. The distance is FD-AlexNet, which compares with other FD-AlexNet alone."
+        )
+        return [choose("alexnet", device=device)], [note]
+
+
+def check_sizes(subject: Pictures, reference: Reference) -> list[str]:
+    """Notes on what differs between the two; DataError if their sizes do."""
+    if not isinstance(reference, PicturesReference):
+        return []
+    ours, theirs = subject.shape, reference.pictures.shape
+    if ours[1:] != theirs[1:]:
+        raise DataError(
+            f"the pictures have {ours[1]} x {ours[2]} pixels (height x width), those of the reference {reference.name} "
+            f"{theirs[1]} x {theirs[2]}: compare pictures of one size; --resolution resizes and crops those of folders"
+        )
+    if ours[0] != theirs[0]:
+        kinds = {1: "gray", 3: "in color"}
+        found = [kinds.get(one, f"of {one} channels") for one in (ours[0], theirs[0])]
+        return [f"the pictures are {found[0]}, those of the reference {found[1]}: gray is repeated to three channels"]
+    return []
+
+
+def looked_at(subject: Pictures, reference: Reference, number: int) -> list[str]:
+    """A note where all of the first pictures are gray, and those of the reference are not."""
+    if not isinstance(reference, PicturesReference) or subject.shape[0] == 1:
+        return []
+    first = [pictures.images(range(min(number, len(pictures)))) for pictures in (subject, reference.pictures)]
+    gray = [bool((images == images[:, :1]).all()) for images in first]
+    if gray[0] and not gray[1]:
+        return [f"the first {len(first[0])} pictures are gray, those of the reference are in color"]
+    return []
+
+
+def evaluate(options: Any) -> str | None:
+    """Do what the command line asks for; what to print on rank 0."""
+    device = options.device or _own_device()
+    spaces, notes = chosen_spaces(options.features, device)
+    classifier = None if options.classifier is None else choose(f"classifier:{options.classifier}", device=device)
+    subject = subject_of(options, device)
+    labels = checked_labels(subject.pictures, classifier)
+    if (number := len(subject.pictures)) < 2:
+        raise DataError(f"{subject.name}: {number} pictures, expected 2 or more: a distribution has a spread")
+    reference = reference_of(options, subject)
+    notes += check_sizes(subject.pictures, reference)
+    held_out = held_out_of(options, subject)
+    notes += [] if held_out is None else check_sizes(subject.pictures, held_out)
+    for one in (reference, held_out):
+        if one is not None:
+            one.prepare(spaces, options.batch_size)
+    if options.save_reference is not None and distributed.is_main():
+        save(reference, spaces[0], options.save_reference)
+    store = FeatureStore(subject.pictures.description(), number)
+    columns = subject.columns([*spaces, *([classifier] if classifier else [])])
+    store.fill(subject.make, columns, options.batch_size, subject.title)
+    if not distributed.is_main():
+        return None
+    measured = measure(spaces, [store.table(key(space)) for space in spaces], reference, subject.metrics, held_out)
+    measured = subject.completed(measured, store)
+    if classifier is not None and labels is not None:
+        measured.values.append(agreement(classifier, store.table(key(classifier)), labels))
+    measured.notes[:0] = [*notes, *looked_at(subject.pictures, reference, SHOWN)]
+    return written(options, subject, reference, spaces, classifier, measured, torch.device(device))
+
+
+def checked_labels(pictures: Pictures, classifier: Features | None) -> np.ndarray | None:
+    """The classes that a classifier is to see; refused where there are none, or it knows fewer."""
+    if classifier is None:
+        return None
+    labels, logits = pictures.labels(), classifier.parts[LOGITS]
+    if labels is None:
+        raise ConfigError("--classifier: the pictures have no classes that it could agree with; leave it out")
+    if labels.max() >= (known := logits.stop - logits.start):
+        raise ConfigError(f"--classifier: knows {known} classes, and the pictures have class {labels.max()}")
+    return labels
+
+
+def written(
+    options: Any,
+    subject: Subject,
+    reference: Reference,
+    spaces: Sequence[Features],
+    classifier: Features | None,
+    measured: Measured,
+    device: torch.device,
+) -> str:
+    """Write the record and its sheets; what to print."""
+    protocol = {
+        **subject.protocol,
+        "reference": {"identity": identity(reference), "kind": reference.description()["kind"], "name": reference.name},
+        "features": record.spaces_of(spaces),
+        "classifier": None if classifier is None else classifier.weights,
+        "device": device.type,
+    }
+    file = options.out or subject.home / f"{record.file_name(subject.words, protocol)}.json"
+    sheets = {"pictures": seeds_sheet(subject.pictures, SHOWN)}
+    if measured.pairs and isinstance(reference, PicturesReference):
+        sheets["nearest"] = pairs_sheet(measured.pairs, subject.pictures, reference.pictures)
+    named = {name: f"{file.stem}.{name}.png" for name in sheets}
+    for name, sheet in sheets.items():
+        save_sheet(sheet, file.parent / named[name])
+    found = Record(
+        {"name": subject.name, "kind": subject.kind, "training": subject.training},
+        protocol,
+        measured.values,
+        measured.notes,
+        named,
+        record.versions(),
+        record.machine(device),
+        record.now(),
+    )
+    found.write(file)
+    sent = send_to_wandb(subject.run, {one.metric: one.value for one in found.values}, subject.step, options.project)
+    lines = [
+        f"{subject.name}: {len(subject.pictures)} pictures against {reference.name}",
+        "",
+        table(found.values),
+        "",
+        *(f"note: {note}" for note in [*found.notes, *sent]),
+        str(file),
+        *(str(file.parent / name) for name in named.values()),
+    ]
+    return "\n".join(lines)
+
+
+def _own_device() -> str:
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code (ldm/errors.py)."""
+    if argv[:1] == ["compare"]:
+        return evaluate_compare.main(argv[1:])
+
+    def work() -> None:
+        text = evaluate(parse(argv))
+        if text is not None:
+            print(text)
+
+    return program.answer(work)

@@ -1,0 +1,103 @@
+"""The command line of evaluate.py: which flags there are, and what they say together."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ldm.cli.options import Parser, at_home, called, path, seed, whole_number
+from ldm.cli.sample_options import add_guidance, add_sampler, check_guidance
+from ldm.errors import ConfigError
+from ldm.evaluation.fidelity import RECONSTRUCTION
+from ldm.evaluation.measure import METRICS
+from ldm.evaluation.pictures.made import LABELS
+
+PARTS = ("train", "validation")
+
+Add = Callable[..., Any]
+
+
+def parse(argv: Sequence[str]) -> Any:
+    """The command line; ConfigError for a wrong one."""
+    parser = Parser(
+        prog=called("evaluate.py", "evaluate"),
+        description="Measure samples, reconstructions or any pictures. `compare A B` compares records and runs.",
+        allow_abbrev=False,
+    )
+    _add_subject(parser.add_argument_group("what is measured").add_argument)
+    _add_measures(parser.add_argument_group("how").add_argument)
+    add_sampler(parser.add_argument_group("the sampler, of a stage-2 run").add_argument)
+    add_guidance(parser.add_argument_group("guidance, of a stage-2 run").add_argument)
+    _add_places(parser.add_argument_group("models and places").add_argument)
+    options = parser.parse_strictly(argv)
+    options.image = options.mask = options.strength = None  # sample.py's, which has no meaning here
+    _check_together(options)
+    return options
+
+
+def _add_subject(add: Add) -> None:
+    add("pictures", nargs="?", type=path, metavar="FOLDER_OR_NPZ", help="pictures to measure, instead of a run")
+    place = "run folder or checkpoint of either stage, or a quoted glob (its newest run)"
+    add("-r", "--run", metavar="RUN", type=at_home, help=place)
+    many = "how many (default: 10000 samples; of what there is, all)"
+    add("-n", "--images", type=whole_number, metavar="N", help=many)
+    add("--seed", type=seed, default=0, help="of the first sample, counted up from there (default: 0)")
+    drawn = "each class in turn, or drawn by seed (default: balanced)"
+    add("--labels", choices=[*LABELS], default="balanced", help=f"classes of samples: {drawn}")
+    add("--resolution", type=whole_number, nargs="+", metavar="PIXELS", help="resize and crop folders of pictures")
+
+
+def _add_measures(add: Add) -> None:
+    kinds = (
+        "a folder, an .npz of pictures or of statistics (ADM's mu and sigma), or a configuration (its data set; words "
+    )
+    words = ("REFERENCE", "key=value")
+    kinds += "key=value after it override it)"
+    add("--against", nargs="+", metavar=words, help=f"{kinds} (default: what the run was trained on)")
+    unseen = "real pictures that are not in it, for fdr and nearest (default: the validation part)"
+    add("--held-out", type=path, metavar="FOLDER_OR_NPZ", help=unseen)
+    whole = "of the data set (default: train; of a stage-1 run validation, if there is one)"
+    add("--part", choices=PARTS, help=whole)
+    add("--reference-images", type=whole_number, metavar="N", help="how many pictures of it (default: all)")
+    spaces = "inception, alexnet, vgg16, dinov2, clip, timm:MODEL, ... (default: inception if its weights are there, "
+    add("--features", nargs="+", metavar="NAME", help=f"{spaces}else alexnet)")
+    every = [*dict.fromkeys([*METRICS, *RECONSTRUCTION])]
+    add("--metrics", nargs="+", choices=every, metavar="METRIC", help=f"of {', '.join(every)} (default: all)")
+    add("--classifier", type=path, metavar="FILE", help="how often it sees the class that a sample was made of")
+    add("--save-reference", type=path, metavar="FILE.npz", help="write the reference's statistics as ADM's")
+
+
+def _add_places(add: Add) -> None:
+    add("--raw", action="store_true", help="the weights of the last step instead of their running average")
+    add("--autoencoder", type=path, metavar="RUN", help="stage-1 run or checkpoint, if it has moved")
+    add("--batch-size", type=whole_number, default=64, help="pictures made at once (default: 64)")
+    add("--device", help="such as cuda or cpu (default: cuda where there is one)")
+    beside = "<run>/evaluation/<protocol>.json, or beside the pictures"
+    add("--out", type=path, metavar="FILE.json", help=f"the record (default: {beside})")
+    add("--project", default="ldm", help="the Weights & Biases project, of a run that logs there (default: ldm)")
+    trusted = "let the checkpoint, the configuration, --sampler and --schedule use objects of it"
+    add("--trust", action="append", default=[], metavar="PACKAGE", help=trusted)
+
+
+def _check_together(options: Any) -> None:
+    """ConfigError for flags that contradict one another, or miss another."""
+    if (options.run is None) == (options.pictures is None):
+        raise ConfigError("What is to be measured? Name either a run (--run), or a folder or an .npz of pictures.")
+    if options.pictures is not None and options.against is None:
+        raise ConfigError(f"{options.pictures}: compared with what? Name a reference with --against.")
+    if options.against is not None:
+        _check_reference(*options.against)
+    if options.resolution is not None and len(options.resolution) > 2:
+        raise ConfigError("--resolution: expected one number, or height and width.")
+    if options.out is not None and options.out.suffix != ".json":
+        raise ConfigError(f"--out {options.out}: expected the name of a record, which ends in .json.")
+    if options.save_reference is not None and options.save_reference.suffix != ".npz":
+        raise ConfigError(f"--save-reference {options.save_reference}: expected a name that ends in .npz.")
+    check_guidance(options)
+
+
+def _check_reference(reference: str, *overrides: str) -> None:
+    """ConfigError where something stands behind the reference that is no override of a configuration."""
+    is_configuration = reference.endswith((".yaml", ".yml"))
+    for word in overrides:
+        if not is_configuration or "=" not in word:
+            kind = "key=value" if is_configuration else "one reference"
+            raise ConfigError(f"--against {reference}: expected {kind}, found '{word}' behind it")

@@ -1,0 +1,290 @@
+"""What `ldm evaluate` measures, and what it is compared with, from the command line."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ldm import run_folder
+from ldm.autoencoder.codec import Codec
+from ldm.autoencoder.lpips import AlexNetLPIPS
+from ldm.checkpoints import store
+from ldm.cli.sample import Recipe as CommandLine
+from ldm.cli.sample import steered, steering
+from ldm.cli.sample_options import chosen, described
+from ldm.config.tree import current_plain
+from ldm.errors import CheckpointError, ConfigError, LdmError
+from ldm.evaluation.fidelity import RECONSTRUCTION, Fidelity
+from ldm.evaluation.measure import METRICS
+from ldm.evaluation.pictures import configured
+from ldm.evaluation.pictures.base import Scattered
+from ldm.evaluation.pictures.configured import NoSuchPart
+from ldm.evaluation.pictures.made import Generated, Recipe, Reconstructions
+from ldm.evaluation.pictures.stored import opened
+from ldm.evaluation.reference import PicturesReference, Reference, StatisticsReference, holds_statistics
+from ldm.evaluation.subject import Reconstructed, Subject
+from ldm.sampling import samplers, timesteps
+from ldm.sampling.pipeline import Pipeline
+from ldm.sampling.sample_folder import default_folder
+from ldm.training.metrics_table import read_metrics
+
+SAMPLES = 10_000
+"""So many are made where nothing is said: enough to rank models, a fifth of what published tables have."""
+
+
+def subject_of(options: Any, device: str) -> Subject:
+    """What the command line asks to measure; everything is loaded, nothing computed.
+
+    Raises:
+        LdmError: it cannot be measured.
+    """
+    if options.run is None:
+        return _stored(options)
+    path = Path(run_folder.newest_run(options.run) if "*" in options.run else options.run).expanduser()
+    if _kind(path) == "autoencoder":
+        return _reconstructions(options, path, device)
+    return _samples(options, path, device)
+
+
+def reference_of(options: Any, subject: Subject) -> Reference:
+    """What the command line, or else the subject itself, says that it is compared with."""
+    if options.against is None or isinstance(subject, Reconstructed):
+        assert subject.own_reference is not None  # pictures are refused without --against
+        with _named_otherwise("--against"):
+            return subject.own_reference()
+    word, *overrides = options.against
+    path = Path(os.path.expanduser(word))
+    if _is_configuration(word):
+        found = configured.of_file(path, overrides, options.trust, options.part or "train")
+        return PicturesReference(found.pictures, f"{path} ({found.part})", options.reference_images)
+    if holds_statistics(path):
+        return StatisticsReference(path)
+    return _pictures_reference(options, path, options.reference_images)
+
+
+def held_out_of(options: Any, subject: Subject) -> Reference | None:
+    """Real pictures that are not in the reference: named, or the validation part where that is the training part."""
+    if not {"fdr", "nearest"} & {*subject.metrics} or isinstance(subject, Reconstructed):
+        return None
+    if options.held_out is not None:
+        return _pictures_reference(options, options.held_out)
+    if options.part == "validation":
+        return None
+    if options.against is None:
+        return None if subject.own_held_out is None else subject.own_held_out()
+    word, *overrides = options.against
+    if not _is_configuration(word):
+        return None
+    with suppress(NoSuchPart):
+        found = configured.of_file(Path(os.path.expanduser(word)), overrides, options.trust, "validation")
+        return PicturesReference(found.pictures, f"{word} (validation)")
+    return None
+
+
+def _pictures_reference(options: Any, path: Path, number: int | None = None) -> PicturesReference:
+    return PicturesReference(Scattered(opened(path, _resolution(options))), str(path), number)
+
+
+def _is_configuration(word: str) -> bool:
+    return word.endswith((".yaml", ".yml"))
+
+
+@contextmanager
+def _named_otherwise(flag: str) -> Iterator[None]:
+    """Errors of a run's own data also say how to name another."""
+    try:
+        yield
+    except LdmError as error:
+        raise type(error)(f"{error}\nName another with {flag}.") from error
+
+
+def _resolution(options: Any) -> Any:
+    return None if options.resolution is None else tuple(options.resolution * 2)[:2]
+
+
+def _kind(path: Path) -> str:
+    """Of a run folder or a checkpoint: "autoencoder" or "diffusion"; read from any checkpoint, unverified."""
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    files = [path] if path.is_file() else sorted(folder.glob(f"*{store.SUFFIX}"))
+    if not files:
+        raise CheckpointError(f"{path}: no checkpoint; expected a run folder that has one, or a checkpoint, to measure")
+    for file in files:
+        try:
+            return str(store.record(file).get("kind"))
+        except CheckpointError:
+            continue  # a damaged one is dealt with where it is loaded
+    return "diffusion"
+
+
+def _stored(options: Any) -> Subject:
+    path: Path = options.pictures
+    pictures = Scattered(opened(path, _resolution(options)), options.images)
+    protocol = {"kind": "pictures", "images": len(pictures), "resolution": _resolution(options)}
+    return Subject(
+        name=str(path),
+        kind="pictures",
+        pictures=pictures,
+        home=path.absolute().parent,
+        words=[path.name.removesuffix(".npz"), str(len(pictures))],
+        protocol=protocol,
+        metrics=options.metrics or METRICS,
+    )
+
+
+def _training(file: Path, found: Mapping[str, Any]) -> dict[str, Any]:
+    """How far the model of a checkpoint has come."""
+    batch = (found.get("data") or {}).get("batch_size")
+    step = int(found.get("step", 0))
+    images = found.get("images_seen") or (None if batch is None else step * batch)
+    table = file.parent.parent / "metrics.csv"
+    return {"checkpoint": str(file), "step": step, "images_seen": images, "hours": hours(table, step, batch)}
+
+
+def hours(table: Path, step: int, batch: int | None) -> float | None:
+    """Of training up to a step, from the speeds that were logged; None: there are none."""
+    if batch is None:
+        return None
+    rows = [(int(row["step"]), float(row["images_per_second"])) for row in read_metrics(table) if _has_speed(row)]
+    before, seconds = 0, 0.0
+    for at, speed in rows:
+        if at <= step:
+            seconds += (at - before) * batch / speed
+            before = at
+    return seconds / before * step / 3600 if before else None
+
+
+def _has_speed(row: Mapping[str, str]) -> bool:
+    return float(row.get("images_per_second", 0)) > 0
+
+
+def _home(file: Path) -> Path:
+    """Where the records of a checkpoint lie."""
+    run = file.parent.parent if file.parent.name == "checkpoints" else file.parent
+    return run / "evaluation"
+
+
+def _data(config: Mapping[str, Any], file: Path) -> Mapping[str, Any]:
+    """The section that says what a run was trained on."""
+    if not config.get("data"):
+        raise ConfigError(f"{file}: does not say which data it was trained on.")
+    data: Mapping[str, Any] = config["data"]
+    return data
+
+
+def _average(config: Mapping[str, Any], raw: bool) -> Any:
+    """The averaged weights' profile, as the configuration has it; None: the raw ones."""
+    return None if raw else (config["model"]["params"].get("ema") or {}).get("params", {}).get("profile")
+
+
+def _samples(options: Any, path: Path, device: str) -> Subject:
+    sampler = chosen("sampler", samplers, options.sampler, options.trust)
+    schedule = chosen("schedule", timesteps, options.schedule, options.trust)
+    pipeline = Pipeline.load(
+        path, ema=not options.raw, autoencoder=options.autoencoder, device=device, trust=options.trust
+    )
+    guidance, _ = steering(pipeline, options, device)
+    settings = {
+        "weights": pipeline.origin["weights"],
+        "sampler": described(options.sampler[0], sampler),
+        "schedule": described(options.schedule[0], schedule),
+        **{key: getattr(options, key) for key in ("steps", "guidance")},
+        **steered(options, CommandLine(sampler, schedule, guidance, None)),
+    }
+    times = schedule(pipeline.objective, options.steps, pipeline.manifest.plan.shape)
+    guidance.check(pipeline, pipeline.num_classes is not None, times)
+    recipe = Recipe(sampler, options.steps, schedule, guidance, settings, options.labels)
+    pictures = Generated(pipeline, recipe, options.images or SAMPLES, options.seed)
+    file = Path(pipeline.origin["checkpoint"])
+    found = store.record(file)
+    config = current_plain(found["config"], str(file))
+    labels = None if pipeline.num_classes is None else options.labels
+    protocol = {
+        "kind": "samples",
+        "images": len(pictures),
+        "first seed": options.seed,
+        "labels": labels,
+        "average": _average(config, options.raw),
+        **settings,
+    }
+    words = [default_folder({**pipeline.origin, **settings}).name, *([labels] if labels else []), str(len(pictures))]
+
+    def own(part: str, number: int | None) -> Reference:
+        pixels = pipeline.manifest.plan.pixels
+        found = configured.of_data(_data(config, file), options.trust, part, str(file), pixels)
+        return PicturesReference(found.pictures, f"its own data ({part})", number)
+
+    def held_out() -> Reference | None:
+        with suppress(NoSuchPart):
+            return own("validation", None)
+        return None
+
+    return Subject(
+        name=str(_home(file).parent),
+        kind="samples",
+        pictures=pictures,
+        home=_home(file),
+        words=words,
+        protocol=protocol,
+        metrics=options.metrics or METRICS,
+        own_reference=lambda: own(options.part or "train", options.reference_images),
+        own_held_out=held_out,
+        training=_training(file, found),
+        title="samples",
+    )
+
+
+def _reconstructions(options: Any, path: Path, device: str) -> Subject:
+    codec = Codec.load(path, options.trust).to(device)
+    file = Path(codec.path)
+    found = store.record(file)
+    config = current_plain(found["config"], str(file))
+    if options.against is None:
+        originals, part = configured.of_data(_data(config, file), options.trust, options.part, str(file))
+        name = f"its originals ({part})"
+    elif _is_configuration(options.against[0]):
+        word, *overrides = options.against
+        originals, part = configured.of_file(Path(word).expanduser(), overrides, options.trust, options.part)
+        name = f"{word} ({part})"
+    else:
+        raise ConfigError("--against: reconstructions are compared with their originals: name a configuration")
+    number = min(options.images or len(originals), len(originals))
+    if originals.channels != codec.encoder.in_channels:
+        raise ConfigError(
+            f"{name}: has pictures of {originals.channels} channels, the autoencoder reads {codec.encoder.in_channels}"
+        )
+    perceptual, notes = _perceptual(originals.shape, options.metrics)
+    pictures = Reconstructions(codec, originals, number)
+    protocol = {"kind": "reconstructions", "images": number, "part": part, "of": originals.description()["source"]}
+    return Reconstructed(
+        name=str(_home(file).parent),
+        kind="reconstructions",
+        pictures=pictures,
+        home=_home(file),
+        words=[f"step{found.get('step', 0)}-reconstructions", part, str(number)],
+        protocol=protocol,
+        metrics=options.metrics or RECONSTRUCTION,
+        own_reference=lambda: PicturesReference(originals, name, number),
+        training=_training(file, found),
+        title="reconstructions",
+        fidelity=Fidelity(codec, min(originals.shape[1:]), perceptual),
+        notes=notes,
+    )
+
+
+def _perceptual(shape: tuple[int, int, int], metrics: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:
+    """LPIPS by its name, if its weights are there and it fits; otherwise a note, or an error if it was asked for."""
+    if metrics is not None and "lpips" not in metrics:
+        return {}, []
+    smallest = AlexNetLPIPS.TRUNK.smallest
+    if shape[0] not in (1, 3) or min(shape[1:]) < smallest:
+        text = f"LPIPS: left out: it compares pictures of 1 or 3 channels and {smallest} pixels or more on a side"
+        if metrics is not None:
+            raise ConfigError(text)
+        return {}, [text]
+    try:
+        return {"LPIPS-AlexNet": AlexNetLPIPS()}, []
+    except CheckpointError as error:
+        if metrics is not None:
+            raise
+        return {}, [f"LPIPS: left out: {str(error).splitlines()[0]}"]

@@ -1,0 +1,86 @@
+"""How well an autoencoder reconstructs, picture by picture, and what its latents are like.
+
+Everything is a row for each picture, in float32: the numbers of a data set are their means in float64, whatever the
+batches and ranks were.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ldm.autoencoder.codec import Codec
+from ldm.autoencoder.metrics import PSNR, SSIM, Output, Perceptual
+from ldm.evaluation.feature_store import Column
+from ldm.evaluation.pictures.base import digest
+from ldm.evaluation.pictures.made import Reconstruction
+from ldm.evaluation.values import Value
+from ldm.runtime.validation_metrics import Mean
+
+DEAD = 0.01
+"""Nats an element: a channel with less, on average, tells the decoder nothing. A channel in use has one and more."""
+
+SMALLEST_FOR_SSIM = 6
+
+RECONSTRUCTION = ("fd", "sfd", "psnr", "ssim", "lpips", "latents")
+"""Metrics of a stage-1 run, by their names on the command line."""
+
+
+class Fidelity:
+    """The measures of a reconstruction, as a column of a store.
+
+    Args:
+        codec: the autoencoder, whose latents are described.
+        size: the smaller side of the pictures; SSIM is left out where its window does not fit.
+        perceptual: LPIPS, by its name: distances of pictures in [-1, 1], (N, C, H, W) twice -> (N,).
+    """
+
+    def __init__(self, codec: Codec, size: int, perceptual: dict[str, nn.Module]) -> None:
+        self.metrics: dict[str, Mean] = {"PSNR": PSNR()}
+        if size >= SMALLEST_FOR_SSIM:
+            self.metrics["SSIM"] = SSIM()
+        self.metrics |= {name: Perceptual(distance).to(codec.device) for name, distance in perceptual.items()}
+        self.channels = codec.encoder.latent_channels
+        self.gaussian = codec.quantizer is None
+
+    @property
+    def column(self) -> Column:
+        names = [*self.metrics, self.channels, self.gaussian]
+        return Column(digest({"fidelity": [str(name) for name in names]}), self.rows, "reconstructions")
+
+    def rows(self, made: Reconstruction) -> Tensor:
+        """(n, metrics + 3 c): the metrics; then of each channel, as means over its elements, E z, E z^2 and the KL."""
+        # Nothing here reads the posterior or losses.
+        output = Output(made.decoded, None, {})  # type: ignore[arg-type]
+        batch = {"image": made.original}
+        measured = [metric.values(batch, output).reshape(1, -1) for metric in self.metrics.values()]
+        mean, variance = made.mean, made.std.square()  # (n, c, h, w)
+        square = mean.square() + variance
+        kl = 0.5 * (square - 1 - variance.log()) if self.gaussian else torch.zeros_like(mean)
+        channels = [values.flatten(2).mean(2) for values in (mean, square, kl)]  # (n, c) each
+        return torch.cat([torch.cat(measured).T, *channels], dim=1)
+
+    def values(self, blocks: Sequence[np.ndarray] | np.ndarray) -> list[Value]:
+        """The numbers of a data set, from all rows (N, metrics + 3 c)."""
+        rows = np.asarray(blocks, dtype=np.float64)
+        number, own = len(rows), len(self.metrics)
+        better = {"PSNR": "higher", "SSIM": "higher"}
+        found = [
+            Value(name, rows[:, place].mean(), _error(rows[:, place]), better=better.get(name, "lower"))
+            for place, name in enumerate(self.metrics)
+        ]
+        mean, square, kl = rows[:, own:].reshape(number, 3, self.channels).mean(0)
+        std = np.sqrt(np.maximum(square - mean**2, 0))
+        per_channel = {"mean": mean.tolist(), "std": std.tolist()}
+        found.append(Value("latent std", std.mean(), better="", settings=per_channel))
+        if self.gaussian:
+            settings = {"nats an element, of each channel": kl.tolist(), "dead below": DEAD}
+            found.append(Value("KL, nats an element", kl.mean(), better="", settings=settings))
+            found.append(Value("dead latent channels", float((kl < DEAD).mean()), settings=settings))
+        return found
+
+
+def _error(rows: np.ndarray) -> float | None:
+    """The standard error of the mean."""
+    return None if len(rows) < 2 else float(rows.std(ddof=1) / np.sqrt(len(rows)))

@@ -1,0 +1,186 @@
+"""Pictures that are made as they are asked for: samples of a stage-2 run, reconstructions of a stage-1 run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.autoencoder.codec import Codec
+from ldm.errors import ConfigError, NumericError
+from ldm.evaluation.pictures.base import Description
+from ldm.evaluation.pictures.stored import DatasetPictures
+from ldm.images import to_uint8
+from ldm.randomness import keys
+from ldm.sampling.conditions import Condition
+from ldm.sampling.generate import generate
+from ldm.sampling.guidance import Guidance
+from ldm.sampling.pipeline import Pipeline
+from ldm.sampling.samplers import Sampler
+from ldm.sampling.timesteps import TimestepSchedule
+from ldm.sizes import as_size
+from ldm.weights.digest import weight_hash
+
+
+def balanced_labels(seeds: np.ndarray, num_classes: int) -> np.ndarray:
+    """Every class equally often, in turn: (N,) int64."""
+    return seeds % num_classes
+
+
+def random_labels(seeds: np.ndarray, num_classes: int) -> np.ndarray:
+    """Each class drawn with equal probability, by the picture's seed: (N,) int64."""
+    return (keys(0, "evaluation label", seeds) % np.uint64(num_classes)).astype(np.int64)
+
+
+LABELS = {"balanced": balanced_labels, "random": random_labels}
+"""How samples of a class-conditional model get their classes, by the name on the command line."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How samples are made.
+
+    Attributes:
+        sampler, steps, schedule, guidance: as in ldm/sampling/generate.py.
+        settings: the same in plain values, as samples.json and records have them.
+        labels: a name of `LABELS`.
+    """
+
+    sampler: Sampler
+    steps: int
+    schedule: TimestepSchedule
+    guidance: Guidance
+    settings: Mapping[str, Any]
+    labels: str = "balanced"
+
+
+class Generated:
+    """Samples of a stage-2 model, one a seed, from the first seed on; never kept, but made anew when asked for.
+
+    Args:
+        pipeline: the model.
+        recipe: how they are made.
+        number: how many there are; does not change what each of them is.
+        first: the first seed.
+
+    Raises:
+        ConfigError: the model reads other conditions than the class.
+    """
+
+    def __init__(self, pipeline: Pipeline, recipe: Recipe, number: int, first: int = 0) -> None:
+        if others := [key for key in pipeline.conditioner.keys if key != "class_label"]:
+            raise ConfigError(
+                f"this model reads {', '.join(others)}, and only classes can be drawn: make its samples with "
+                "sample.py --conditions FILE, and evaluate their folder"
+            )
+        self.pipeline = pipeline
+        self.recipe = recipe
+        self.seeds = np.arange(first, first + number)
+        height, width = as_size(pipeline.manifest.plan.pixels["resolution"])
+        self.shape = (pipeline.codec.encoder.in_channels, height, width)
+        self._weights = [weight_hash(module.state_dict()) for module in (pipeline.denoiser, pipeline.objective)]
+        guide = recipe.guidance.guide
+        self._guide = None if guide is None else weight_hash(guide.denoiser.state_dict())
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def images(self, indices: Sequence[int]) -> Tensor:
+        chosen = np.asarray(indices, dtype=np.int64)
+        labels = self.labels()
+        conditions: list[Condition] | None = None
+        if labels is not None:
+            conditions = [{"class_label": label} for label in labels[chosen].tolist()]
+        made = generate(
+            self.pipeline,
+            self.seeds[chosen].tolist(),
+            conditions,
+            sampler=self.recipe.sampler,
+            steps=self.recipe.steps,
+            schedule=self.recipe.schedule,
+            guidance=self.recipe.guidance,
+            batch_size=max(1, len(chosen)),
+        )
+        return torch.from_numpy(np.stack([sample.image for sample in made])).permute(0, 3, 1, 2).contiguous()
+
+    def labels(self) -> np.ndarray | None:
+        classes = self.pipeline.num_classes
+        return None if classes is None else LABELS[self.recipe.labels](self.seeds, classes)
+
+    def description(self) -> Description:
+        manifest = self.pipeline.manifest
+        described = {key: value for key, value in self.recipe.settings.items() if key not in ("checkpoint", "guide")}
+        return {
+            "kind": "samples",
+            **described,
+            "labels": None if self.pipeline.num_classes is None else self.recipe.labels,
+            "first_seed": int(self.seeds[0]),
+            "network": self._weights,
+            "guide": self._guide,
+            "autoencoder": manifest.plan.autoencoder["weights"],
+            "latents": {"mean": [*manifest.mean], "std": [*manifest.std]},
+            "device": self.pipeline.device.type,
+        }
+
+
+class Reconstruction(NamedTuple):
+    """Originals and reconstructions (n, C, H, W) float32 in [-1, 1]; mean and std of the posteriors, (n, c, h, w)."""
+
+    original: Tensor
+    decoded: Tensor
+    mean: Tensor
+    std: Tensor
+
+    @property
+    def images(self) -> Tensor:
+        """The reconstructions, (n, C, H, W) uint8."""
+        return to_uint8(self.decoded)
+
+
+class Reconstructions:
+    """Pictures of a data set, encoded to the mean of their posterior and decoded.
+
+    Args:
+        codec: the autoencoder.
+        originals: what it is given.
+        number: of them, the first ones; None: all.
+    """
+
+    def __init__(self, codec: Codec, originals: DatasetPictures, number: int | None = None) -> None:
+        self.codec = codec
+        self._number = len(originals) if number is None else min(number, len(originals))
+        self.originals = originals
+        self.shape = originals.shape
+        self._weights = codec.weight_hash()
+
+    def __len__(self) -> int:
+        return self._number
+
+    def batch(self, indices: Sequence[int]) -> Reconstruction:
+        """Encoded and decoded once, for all that is measured of it; NumericError if it is not finite."""
+        pixels = self.originals.pixels(indices).to(self.codec.device)
+        mean, std = self.codec.encode(pixels)
+        decoded = self.codec.decode(mean)
+        if not all(bool(torch.isfinite(values).all()) for values in (mean, std, decoded)):
+            raise NumericError(
+                f"{self.codec.path}: a reconstruction is not finite (of pictures {indices[0]} to {indices[-1]}): the "
+                "weights are damaged or have diverged; use an earlier checkpoint"
+            )
+        return Reconstruction(pixels, decoded, mean, std)
+
+    def images(self, indices: Sequence[int]) -> Tensor:
+        return self.batch(indices).images.cpu()
+
+    def labels(self) -> np.ndarray | None:
+        labels = self.originals.labels()
+        return None if labels is None else labels[: len(self)]
+
+    def description(self) -> Description:
+        return {
+            "kind": "reconstructions",
+            "of": self.originals.description(),
+            "autoencoder": self._weights,
+            "device": self.codec.device.type,
+        }

@@ -1,0 +1,113 @@
+"""What was measured, and all that decided it, as a JSON file that travels: numbers without it cannot be compared.
+
+{"format": 1,
+ "subject": {"name", "kind", "training": {"checkpoint", "step", "images_seen", "hours"}},
+ "protocol": {...},               what has to be equal before two numbers may be compared
+ "versions", "machine", "date",   what should not matter
+ "values": [{"metric", "value", "error", "unbiased", "features", "better", "settings"}],
+ "notes": [...], "sheets": {name: file beside the record}}
+"""
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm.errors import DataError
+from ldm.evaluation.features.base import Features
+from ldm.evaluation.pictures.base import digest
+from ldm.evaluation.values import Value
+from ldm.files import write_text
+
+FORMAT = 1
+_PACKAGES = ("ldm", "torch", "torchvision", "torchmetrics", "numpy", "scipy", "timm", "torch-fidelity", "transformers")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One evaluation.
+
+    Attributes:
+        subject: {"name", "kind"} of what was measured, and the "training" behind it.
+        protocol: what decides the numbers beside the subject itself, in JSON's types.
+        values: the numbers.
+        notes: what was left out, or is to be read with care.
+        sheets: picture files beside the record, by what they show.
+        versions: of the libraries.
+        machine: the type of device, and the precision.
+        date: when, UTC.
+    """
+
+    subject: Mapping[str, Any]
+    protocol: Mapping[str, Any]
+    values: Sequence[Value]
+    notes: Sequence[str] = ()
+    sheets: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    machine: Mapping[str, str] = field(default_factory=dict)
+    date: str = ""
+
+    @property
+    def name(self) -> str:
+        return str(self.subject["name"])
+
+    def value(self, metric: str) -> Value | None:
+        """The value of a metric; None: it was not measured."""
+        return next((one for one in self.values if one.metric == metric), None)
+
+    def write(self, path: Path) -> None:
+        """Replace the file, whole or not at all."""
+        values = [one.to_dict() for one in self.values]
+        tree = {"format": FORMAT, **vars(self), "values": values}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(tree, indent=1) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> "Record":
+        """DataError if it is no record."""
+        try:
+            tree = json.loads(path.read_text())
+            found = tree.pop("format")
+            if found != FORMAT:
+                raise ValueError(f"of format {found}, this version reads {FORMAT}")
+            return cls(**{**tree, "values": [Value.from_dict(one) for one in tree["values"]]})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path}: is not a record of `ldm evaluate` ({error})") from error
+
+
+def spaces_of(spaces: Sequence[Features]) -> list[dict[str, str]]:
+    """Names and weights of feature spaces."""
+    return [{"name": space.name, "weights": space.weights} for space in spaces]
+
+
+def versions() -> dict[str, str]:
+    """Of python and the libraries that a number may depend on, where they are installed."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """The type of the device, its name, and the precision that everything is computed in."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"device": device.type, "name": name, "precision": "float32", "threads": str(torch.get_num_threads())}
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def file_name(words: Sequence[str], protocol: Mapping[str, Any]) -> str:
+    """A record's name without its ending: words for people, and a hash of the protocol."""
+    text = re.sub(r"[^\w.=+-]+", "_", "-".join(words))[:160]
+    return f"{text}-{digest(protocol)[:8]}"

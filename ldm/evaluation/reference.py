@@ -1,0 +1,150 @@
+"""What pictures are compared with: other pictures, whose features are computed once, or statistics in ADM's `.npz`.
+
+The features of a reference lie in its store (ldm/evaluation/feature_store.py), whose name is a hash of the pictures'
+fingerprint and preprocessing, and of the space's name and weights: a reference that has changed is another one, and is
+computed anew.
+"""
+
+import zipfile
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+from ldm.errors import DataError
+from ldm.evaluation.feature_store import ROOT, FeatureStore, Table, column, key
+from ldm.evaluation.features.base import MAIN, SPATIAL, Features
+from ldm.evaluation.moments import Moments
+from ldm.evaluation.pictures.base import Description, Pictures, digest
+from ldm.files import crc32
+
+
+class Reference(Protocol):
+    """One side of a comparison, in as many feature spaces as are asked for."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+
+    @property
+    def number(self) -> int | None:
+        """Of pictures; None: unknown."""
+
+    def description(self) -> Description:
+        """What decides its features."""
+
+    def prepare(self, spaces: Sequence[Features], batch_size: int) -> None:
+        """Compute what is missing, together with all other ranks."""
+
+    def moments(self, space: Features, part: str = MAIN) -> Moments:
+        """Of the features in a space.
+
+        Raises:
+            DataError: they are not known.
+        """
+
+    def table(self, space: Features) -> Table | None:
+        """Features picture by picture; None: there are only their moments."""
+
+
+class PicturesReference:
+    """Pictures as a reference.
+
+    Args:
+        pictures: all that there are.
+        name: for people.
+        number: how many of them are used, the first ones; None: all.
+        root: where stores lie.
+    """
+
+    def __init__(self, pictures: Pictures, name: str, number: int | None = None, root: Path = ROOT) -> None:
+        self.pictures = pictures
+        self.name = name
+        self.number = len(pictures) if number is None else min(number, len(pictures))
+        self.store = FeatureStore(pictures.description(), self.number, root)
+
+    def description(self) -> Description:
+        return {**self.store.description, "number": self.number}
+
+    def prepare(self, spaces: Sequence[Features], batch_size: int) -> None:
+        columns = [column(space) for space in spaces]
+        self.store.fill(self.pictures.images, columns, batch_size, f"reference {self.name}")
+
+    def moments(self, space: Features, part: str = MAIN) -> Moments:
+        """Kept beside the features: those of a million pictures take minutes."""
+        file = self.store.folder / f"moments.{key(space)}.{part}.{self.number}.npz"
+        if file.is_file():
+            with suppress(DataError):  # a damaged file is made again
+                return Moments.load(file)
+        found = moments(self.table(space), space, part)
+        found.save(file)
+        return found
+
+    def table(self, space: Features) -> Table:
+        return self.store.table(key(space))
+
+
+class StatisticsReference:
+    """Mean and covariance of features in an `.npz`, as ADM's evaluation has them: `mu`, `sigma`, `mu_s`, `sigma_s`.
+
+    In which space they are, the file does not say: it is taken to be the one that is asked for, if the sizes agree.
+
+    Raises:
+        DataError: the file is truncated, or holds something else.
+    """
+
+    number: int | None
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.name = str(path)
+        self.number = Moments.load(path).count
+
+    def description(self) -> Description:
+        return {"kind": "statistics", "crc32": crc32(self.path), "number": self.number}
+
+    def prepare(self, spaces: Sequence[Features], batch_size: int) -> None:
+        """Refuses spaces of another size, before anything is made."""
+        for space in spaces:
+            self.moments(space)
+
+    def moments(self, space: Features, part: str = MAIN) -> Moments:
+        columns = space.parts[part]
+        return Moments.load(self.path, part, columns.stop - columns.start)
+
+    def table(self, space: Features) -> None:
+        return None
+
+
+def holds_statistics(path: Path) -> bool:
+    """Whether a file is an `.npz` of statistics and not of pictures; a damaged one is neither."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {"mu.npy", "sigma.npy"} <= {*archive.namelist()}
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def moments(table: Table, space: Features, part: str = MAIN) -> Moments:
+    """Of a part of the features, block by block in order."""
+    columns = space.parts[part]
+    found = Moments(columns.stop - columns.start)
+    for block in table.blocks(columns):
+        found.add(block)
+    return found
+
+
+def save(reference: Reference, space: Features, path: Path) -> None:
+    """Write the reference's statistics in a space as ADM's evaluation reads them, those of sFID with them.
+
+    Raises:
+        DataError: they are not known.
+    """
+    spatial = reference.moments(space, SPATIAL) if SPATIAL in space.parts else None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    reference.moments(space).save(path, spatial)
+
+
+def identity(reference: Reference) -> str:
+    """A hash by which two records tell whether they compare with the same."""
+    return digest(reference.description())

@@ -1,0 +1,83 @@
+"""Samples and reconstructions as pictures: what decides each of them, and that nothing else does."""
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from ldm.autoencoder.codec import Codec
+from ldm.data.sources.folder import ImageFolder
+from ldm.data.transforms import EvalTransform
+from ldm.errors import NumericError
+from ldm.evaluation.pictures.base import digest
+from ldm.evaluation.pictures.made import Generated, Recipe, Reconstructions, balanced_labels, random_labels
+from ldm.evaluation.pictures.stored import DatasetPictures
+from ldm.sampling.guidance import Guidance
+from ldm.sampling.pipeline import Pipeline
+from ldm.sampling.samplers import ddim
+from ldm.sampling.timesteps import default
+
+RECIPE = Recipe(ddim, 2, default, Guidance(), {"sampler": "ddim", "steps": 2})
+
+
+def test_samples_are_those_of_their_seeds_and_classes(runs):
+    pipeline = Pipeline.load(runs.diffusion)
+    made = Generated(pipeline, RECIPE, 7, first=2)
+    assert (len(made), made.shape) == (7, (3, 16, 16))
+    assert made.labels().tolist() == [2, 0, 1, 2, 0, 1, 2]
+    (image,) = pipeline.generate([4], [{"class_label": 1}], steps=2)
+    assert np.array_equal(made.images([2])[0], np.asarray(image).transpose(2, 0, 1))
+    alone, together = made.images([5]), made.images([4, 5, 6])[1:2]
+    assert (alone.int() - together.int()).abs().max() <= 1
+
+
+def test_a_model_without_classes(make_runs):
+    made = Generated(Pipeline.load(make_runs(channels=1, classes=None).diffusion), RECIPE, 3)
+    assert made.labels() is None
+    assert made.images([0, 1]).shape == (2, 1, 16, 16)
+
+
+def test_classes_are_drawn_by_seed():
+    seeds = np.arange(3000)
+    assert np.bincount(balanced_labels(seeds, 3)).tolist() == [1000] * 3
+    drawn = random_labels(seeds, 3)
+    assert (np.abs(np.bincount(drawn) - 1000) < 100).all()
+    assert np.bincount(drawn).tolist() != [1000] * 3
+    assert np.array_equal(random_labels(seeds[700:], 3), drawn[700:])
+
+
+def test_the_description_has_what_decides_and_no_more(runs):
+    pipeline = Pipeline.load(runs.diffusion)
+
+    def name(pipeline=pipeline, recipe=RECIPE, number=5, first=0):
+        return digest(Generated(pipeline, recipe, number, first).description())
+
+    same = [name(), name(number=9), name(Pipeline.load(runs.diffusion))]
+    assert len({*same}) == 1
+    other = [
+        name(first=1),
+        name(recipe=replace(RECIPE, labels="random")),
+        name(recipe=replace(RECIPE, settings={"sampler": "ddim", "steps": 3})),
+        name(Pipeline.load(runs.diffusion, ema=False)),
+    ]
+    assert len({*same, *other}) == 5
+
+
+def test_reconstructions_are_of_the_mean(runs, image_folder):
+    codec = Codec.load(runs.autoencoder)
+    originals = DatasetPictures(ImageFolder(image_folder), EvalTransform(16), 3)
+    pictures = Reconstructions(codec, originals)
+    batch = pictures.batch([3, 4])
+    assert torch.equal(batch.decoded, codec.decode(codec.encode(originals.pixels([3, 4]))[0]))
+    assert torch.equal(pictures.images([3, 4]), batch.images)
+    assert pictures.labels().tolist() == originals.labels().tolist()
+
+
+def test_reconstructions_that_are_not_finite(runs, image_folder, monkeypatch):
+    codec = Codec.load(runs.autoencoder)
+    monkeypatch.setattr(codec, "decode", partial(torch.full_like, fill_value=float("nan")))
+    pictures = Reconstructions(codec, DatasetPictures(ImageFolder(image_folder), EvalTransform(16), 3))
+    with pytest.raises(NumericError, match="a reconstruction is not finite"):
+        pictures.images([0])
