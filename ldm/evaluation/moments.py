@@ -24,6 +24,9 @@ _KEYS = {MAIN: ("mu", "sigma"), SPATIAL: ("mu_s", "sigma_s")}
 """Mean and covariance of each part in the reference files of guided-diffusion (ADM)."""
 
 
+_BLOCK = 4096  # rows that are in memory in fp64 at once
+
+
 class Moments:
     """Count, mean and scatter of the feature vectors of a set of images.
 
@@ -81,9 +84,10 @@ class Moments:
             ValueError, NumericError: see rows.check.
         """
         check(features)
-        rows = array(features).astype(np.float64)
-        mean = rows.mean(axis=0)
-        self._take_in(len(rows), mean, rows - mean)
+        for start in range(0, len(features), _BLOCK):
+            rows = array(features[start : start + _BLOCK]).astype(np.float64)
+            mean = rows.mean(axis=0)
+            self._take_in(len(rows), mean, rows - mean)
 
     def merge(self, *others: "Moments") -> None:
         """Take in the images of `others`."""
