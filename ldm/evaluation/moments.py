@@ -2,7 +2,7 @@
 
 Neither the size of the batches, nor their order, nor the number of ranks enters the result, beyond the rounding of
 fp64 sums. Products are taken about the mean of what has been seen, not about zero: features far from zero would lose
-their covariance otherwise (Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance", eq. 2.1).
+their covariance otherwise (Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance").
 """
 
 import zipfile
