@@ -1,7 +1,7 @@
 """Feature vectors as rows of a matrix: the checks that every statistic makes, blocks in fp64, an order of their own.
 
-A metric that deals images into subsets or splits would depend on the order of the files. `dealt` puts the rows into an
-order that is a function of the vectors and a seed alone, so that no metric here does.
+A metric that deals images into subsets or splits would depend on the order of the files. `dealt` deals them by the
+vectors themselves and a seed, so that no metric here does.
 """
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import DataError, NumericError
-from ldm.randomness import permutation
+from ldm.randomness import keys
 from ldm.runtime.float64 import double
 
 Rows = np.ndarray | Tensor
@@ -49,19 +49,34 @@ def float64(rows: Rows) -> Tensor:
     return double(rows.detach()) if isinstance(rows, Tensor) else torch.from_numpy(np.array(rows, dtype=np.float64))
 
 
-def by_content(rows: Rows) -> np.ndarray:
-    """Indices (N,) int64 that sort the rows by their sum, so that the order they came in is forgotten.
+def codes(rows: Rows) -> np.ndarray:
+    """A number (N,) int64 for each row that says what is in it, wherever the row stands; copies are counted through.
 
-    Rows of equal sums are sorted by their first columns; those that still change places are all but equal.
+    Features that differ by rounding, as between two sizes of batches, mostly have the same one: it is made of the sums
+    of eight groups of columns, each to 8 bits.
     """
-    sums = np.concatenate([array(rows[i : i + _BLOCK]).astype(np.float64).sum(1) for i in range(0, len(rows), _BLOCK)])
-    return np.lexsort((*array(rows[:, :4]).T[::-1], sums))
+    groups = np.array_split(np.arange(rows.shape[1]), min(8, rows.shape[1]))
+    sums = np.concatenate([_sums(array(rows[i : i + _BLOCK]), groups) for i in range(0, len(rows), _BLOCK)])
+    mantissa, exponent = np.frexp(sums)
+    digits = np.rint(mantissa * 256).astype(np.int64) + 1024 * exponent
+    code = (digits * keys(0, "digit", np.arange(len(groups))).astype(np.int64)).sum(axis=1)
+    # Among equal codes the rows' own values decide who comes first, so that this does not depend on the order either.
+    order = np.lexsort((*array(rows[:, :4]).T, *sums.T, code))
+    _, starts, counts = np.unique(code[order], return_index=True, return_counts=True)
+    copies = np.empty_like(code)
+    copies[order] = np.arange(len(code)) - np.repeat(starts, counts)
+    return keys(0, "row", code + copies).astype(np.int64)
 
 
-def dealt(rows: Rows, seed: int, number: int = 0) -> np.ndarray:
-    """Indices (N,) int64 of the rows in a random order that does not depend on the order they are in.
+def _sums(rows: np.ndarray, groups: list[np.ndarray]) -> np.ndarray:
+    doubled = np.ascontiguousarray(rows, dtype=np.float64)
+    return np.stack([doubled[:, group[0] : group[-1] + 1].sum(axis=1) for group in groups], axis=1)
+
+
+def dealt(codes: np.ndarray, seed: int, number: int = 0) -> np.ndarray:
+    """Indices (N,) int64 of the rows with these codes in a random order, which does not depend on the one they are in.
 
     Args:
         seed, number: one order for each.
     """
-    return by_content(rows)[permutation(seed, number, len(rows))]
+    return np.argsort(keys(seed, f"dealt {number}", codes))

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ldm.evaluation.rows import Rows, check, dealt, float64
+from ldm.evaluation.rows import Rows, check, codes, dealt, float64
 
 
 class InceptionScore(NamedTuple):
@@ -31,7 +31,7 @@ def inception_score(logits: Rows, splits: int = 10, seed: int = 0) -> InceptionS
         DataError, NumericError: fewer images than splits, or logits that are not finite.
     """
     check(logits, least=splits)
-    order = dealt(logits, seed)
+    order = dealt(codes(logits), seed)
     scores = []
     for split in range(splits):
         rows = order[split * len(order) // splits : (split + 1) * len(order) // splits]

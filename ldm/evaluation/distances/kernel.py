@@ -6,8 +6,7 @@ import numpy as np
 from torchmetrics.image.kid import poly_mmd
 
 from ldm.errors import DataError
-from ldm.evaluation.rows import Rows, by_content, check, float64
-from ldm.randomness import permutation
+from ldm.evaluation.rows import Rows, check, codes, dealt, float64
 
 
 class Kid(NamedTuple):
@@ -43,12 +42,10 @@ def kid(a: Rows, b: Rows, *, subsets: int = 100, subset_size: int = 1000, seed: 
                 f"features of {len(rows)} images: expected {subset_size} or more, the size of KID's subsets. "
                 "Compare more images or ask for smaller subsets."
             )
-    orders = by_content(a), by_content(b)
+    codes_a, codes_b = codes(a), codes(b)
     values = []
     for subset in range(subsets):
-        x, y = (
-            float64(rows[order[permutation(seed, 2 * subset + second, len(rows))[:subset_size]]])
-            for second, (rows, order) in enumerate(zip((a, b), orders, strict=True))
-        )
+        x = float64(a[dealt(codes_a, seed, 2 * subset)[:subset_size]])
+        y = float64(b[dealt(codes_b, seed, 2 * subset + 1)[:subset_size]])
         values.append(poly_mmd(x, y).item())
     return Kid(float(np.mean(values)), float(np.std(values)))

@@ -5,7 +5,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 
 from ldm.errors import DataError
 from ldm.evaluation.distances.inception_score import inception_score
-from ldm.evaluation.rows import dealt
+from ldm.evaluation.rows import codes, dealt
 
 
 def logits(number: int = 1003, classes: int = 7) -> np.ndarray:
@@ -14,7 +14,7 @@ def logits(number: int = 1003, classes: int = 7) -> np.ndarray:
 
 def test_it_is_torch_fidelitys_on_the_same_splits() -> None:
     rows = logits()
-    theirs = isc_features_to_metric(torch.from_numpy(rows[dealt(rows, 0)]), splits=10, shuffle=False)
+    theirs = isc_features_to_metric(torch.from_numpy(rows[dealt(codes(rows), 0)]), splits=10, shuffle=False)
     expected = theirs["inception_score_mean"], theirs["inception_score_std"]
     assert inception_score(rows) == pytest.approx(expected, rel=1e-9)
 

@@ -5,7 +5,7 @@ from torch_fidelity.metric_kid import kernel_mmd
 
 from ldm.errors import DataError
 from ldm.evaluation.distances.kernel import kid
-from ldm.evaluation.rows import dealt
+from ldm.evaluation.rows import codes, dealt
 
 
 def normal(seed: int, number: int, shift: float = 0.0, size: int = 16) -> np.ndarray:
@@ -16,8 +16,8 @@ def test_it_is_torch_fidelitys_on_the_same_subsets() -> None:
     a, b = normal(0, 300), normal(1, 400, 0.4)
     expected = []
     for subset in range(5):
-        x = a[dealt(a, 3, 2 * subset)[:100]].astype(np.float64)
-        y = b[dealt(b, 3, 2 * subset + 1)[:100]].astype(np.float64)
+        x = a[dealt(codes(a), 3, 2 * subset)[:100]].astype(np.float64)
+        y = b[dealt(codes(b), 3, 2 * subset + 1)[:100]].astype(np.float64)
         expected.append(kernel_mmd(x, y))
     found = kid(a, b, subsets=5, subset_size=100, seed=3)
     assert found == pytest.approx((np.mean(expected), np.std(expected)), rel=1e-9)
