@@ -20,11 +20,11 @@ Given = Path | None
 
 
 def _trunk(trunk: Trunk, given: Given) -> Features:
-    """From torchvision's whole file, or from that of LPIPS, which holds the same convolutions."""
-    files = trunk.name, f"lpips-{trunk.name}"
+    """From the file of LPIPS, or from torchvision's whole one, which holds the same convolutions."""
+    files = f"lpips-{trunk.name}", trunk.name
     if given is None:
         return TorchvisionTrunk(trunk, cache.find_any(files))
-    return TorchvisionTrunk(trunk, cache.find(files[given.suffix == ".safetensors"], given))
+    return TorchvisionTrunk(trunk, cache.find(files[given.suffix != ".safetensors"], given))
 
 
 _SPACES: dict[str, Callable[[Given], Features]] = {

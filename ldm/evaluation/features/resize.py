@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldm.ranges import Count, Resolution
+from ldm.runtime.float64 import double
 from ldm.sizes import as_size
 
 
@@ -43,11 +44,11 @@ class Clean:
         return f"clean-{_spelled(self.size)}"
 
     def __call__(self, images: Tensor) -> Tensor:
-        pixels = images.float()
-        if pixels.shape[2:] == as_size(self.size):
-            return pixels
-        resized = F.interpolate(pixels, as_size(self.size), mode="bicubic", antialias=True)
-        return resized.clamp(0, 255)
+        if images.shape[2:] == as_size(self.size):
+            return images.float()
+        # In float32 torch's own weights of the pixels would be off by 1e-3; Pillow's are in float64 as well.
+        resized = F.interpolate(double(images), as_size(self.size), mode="bicubic", antialias=True)
+        return resized.clamp(0, 255).float().to(images.device)
 
 
 @dataclass(frozen=True)

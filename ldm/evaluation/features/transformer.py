@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from ldm.errors import CheckpointError
-from ldm.evaluation.features.loading import weights_of
 
 _SIZES = {384: "s", 768: "b", 1024: "l", 1280: "h", 1536: "g"}
 
@@ -17,13 +16,18 @@ def load(kind: Any, file: Path, what: str) -> Any:
     Raises:
         CheckpointError: it cannot be read, or lacks weights, which transformers would replace by random ones.
     """
-    with weights_of(what, file):
-        try:
-            model, info = kind.from_pretrained(
-                file.parent, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-            )
-        except Exception as error:  # transformers and safetensors have classes of their own
-            raise CheckpointError(f"{file}: cannot be read as {what}: {error}") from error
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would list everything in the file that is of no use here, such as CLIP's text
+    try:
+        model, info = kind.from_pretrained(
+            file.parent, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:  # transformers and safetensors have classes of their own
+        raise CheckpointError(f"{file}: cannot be read as {what}: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
     if lacking := sorted([*info["missing_keys"], *map(str, info["mismatched_keys"])]):
         raise CheckpointError(f"{file}: not the weights of {what}: {len(lacking)} are missing, the first {lacking[0]}")
     return model

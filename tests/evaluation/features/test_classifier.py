@@ -1,10 +1,21 @@
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from ldm.errors import CheckpointError, ConfigError
 from ldm.evaluation.agreement import accuracy
 from ldm.evaluation.features import classifier
-from ldm.evaluation.features.classifier import Classifier, judge, train_classifier, unit_range
+from ldm.evaluation.features.base import LOGITS, MAIN
+from ldm.evaluation.features.classifier import (
+    Classifier,
+    ClassifierFeatures,
+    judge,
+    save,
+    train_classifier,
+    unit_range,
+)
 from ldm.runtime.precision import Answer
+from ldm.weights.digest import weight_hash
 
 
 def striped(number: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,3 +86,31 @@ def test_fewer_images_than_a_batch_are_still_learnt_from():
     model = train_classifier(*striped(10, seed=3), 2, epochs=1, batch_size=32, width=8)
     assert isinstance(model, Classifier)
     assert not model.training
+
+
+def test_a_saved_classifier_is_a_feature_space(trained, tmp_path):
+    file = tmp_path / "deep" / "stripes.safetensors"
+    save(trained, 16, file)
+    features = ClassifierFeatures(file)
+    images, _ = striped(10, seed=2)
+    expected, seen = judge(trained, images), features(images)
+    assert torch.equal(seen[:, features.parts[MAIN]], expected.features)
+    assert torch.equal(seen[:, features.parts[LOGITS]], expected.logits)
+    assert features.name == "classifier/clean-16"
+    assert features.weights == weight_hash(trained.state_dict())
+    large = images.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    assert features(large).shape == seen.shape
+    with pytest.raises(ConfigError, match="classifier/clean-16 are of gray pictures"):
+        features(images.expand(-1, 3, -1, -1))
+
+
+def test_a_file_that_holds_no_classifier_is_refused(tmp_path):
+    file = tmp_path / "other.safetensors"
+    with pytest.raises(CheckpointError, match=r"other\.safetensors: no such file"):
+        ClassifierFeatures(file)
+    save_file({"a": torch.zeros(2)}, file)
+    with pytest.raises(CheckpointError, match=r"other\.safetensors: not the weights of a classifier that ldm saved"):
+        ClassifierFeatures(file)
+    file.write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match=r"other\.safetensors: cannot be read as safetensors"):
+        ClassifierFeatures(file)
