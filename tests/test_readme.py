@@ -17,7 +17,7 @@ from PIL import Image
 
 import main
 from ldm.checkpoints import store
-from ldm.cli import cache, ema, plot, sample
+from ldm.cli import cache, ema, plot, sample, weights
 from ldm.config.load import to_yaml
 from ldm.optim.ema import power_exponent
 from scripts import compare
@@ -165,6 +165,7 @@ def run(workshop, tmp_path, monkeypatch, autoencoder_tree, diffusion_tree):
         "scripts/sample.py": lambda words: sample.main([*words, "--steps", "2", "-n", "1", "--out", str(tmp_path)]),
         "scripts/reconstruct_ema.py": ema.main,
         "scripts/plot_run.py": plot.main,
+        "scripts/weights.py": weights.main,
         # These take minutes to hours, and have tests of their own.
         "scripts/bench": parsed(bench.parse),
         "scripts/compare.py": parsed(compare.parse),

@@ -182,7 +182,7 @@ def steps(options: Any) -> str:
     size, device = TINY if options.tiny else Size(), options.device
     images = torch.rand(size.images, 3, size.resolution, size.resolution, device=device) * 2 - 1
     latents = torch.randn(size.latents, 4, size.resolution // 4, size.resolution // 4, device=device)
-    perceptual = LPIPS(pretrained=False).to(device)
+    perceptual = LPIPS().to(device)
     autoencoders = [make(size, images, perceptual) for make in (our_autoencoder, usual_autoencoder)]
     unets = [make(size, latents) for make in (our_unet, usual_unet)]
     pairs = {

@@ -90,10 +90,10 @@ def images() -> Tensor:
 
 
 @pytest.mark.parametrize("adversarial", [Hinge(), Vanilla()])
-@pytest.mark.parametrize("perceptual", [None, LPIPS(pretrained=False)])
+@pytest.mark.parametrize("perceptual", [None, LPIPS])
 def test_one_backward_gives_the_textbook_gradients(adversarial, perceptual, images):
     ours = Model(
-        perceptual=perceptual,
+        perceptual=perceptual and perceptual(),
         perceptual_weight=0.7,
         l2_weight=0.3,
         kl_weight=0.1,
@@ -148,7 +148,7 @@ def test_the_discriminator_sleeps_until_its_start(images):
 
 
 def test_flops_can_be_counted_through_the_inner_gradients():
-    model = Model(perceptual=LPIPS(pretrained=False), discriminator=PatchDiscriminator(3, 8, 2), disc_start=0)
+    model = Model(perceptual=LPIPS(), discriminator=PatchDiscriminator(3, 8, 2), disc_start=0)
     with FlopCounterMode(display=False) as counter:
         model.ours(torch.rand(2, 3, 16, 16))[0].backward()
     assert counter.get_total_flops() > 0
@@ -273,7 +273,7 @@ def test_without_a_discriminator_and_perceptual_loss(images):
 
 def test_the_loss_is_float32_under_autocast_and_close(images):
     options = {
-        "perceptual": LPIPS(pretrained=False),
+        "perceptual": LPIPS(),
         "discriminator": PatchDiscriminator(3, 8, 2),
         "disc_start": 0,
     }

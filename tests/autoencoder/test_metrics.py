@@ -80,7 +80,7 @@ def test_pictures_smaller_than_the_window_of_ssim(size):
 
 @pytest.mark.parametrize("cut", CUTS)
 def test_a_perceptual_distance_that_is_no_loss(images, cut):
-    lpips = LPIPS(pretrained=False)
+    lpips = LPIPS()
     expected = lpips(*images).double().mean().item()
     assert measure(Perceptual(lpips), images, cut).item() == pytest.approx(expected, rel=1e-5)
 
@@ -96,7 +96,7 @@ def test_what_lpips_needs_is_said_by_the_metric(images):
 
 @pytest.mark.parametrize("cut", CUTS)
 def test_losses(images, cut):
-    lpips = LPIPS(pretrained=False)
+    lpips = LPIPS()
     original, reconstruction = images
     loss = AutoencoderLoss(lpips, perceptual_weight=0.5, l2_weight=2.0)
     posterior = DiagonalGaussian(torch.randn(7, 4, 5, 8, generator=torch.Generator().manual_seed(1)))

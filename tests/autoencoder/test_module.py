@@ -137,9 +137,9 @@ def test_a_run_goes_on_whether_its_logvar_was_learned_or_not(learned, tmp_path):
     assert (after.loss.logvar.item() not in (0.0, start)) == learned[1]
 
 
-@pytest.mark.parametrize("perceptual", [None, LPIPS(pretrained=False)])
+@pytest.mark.parametrize("perceptual", [None, LPIPS])
 def test_accumulation_equals_the_large_batch(perceptual):
-    whole, split = make(optimizer=sgd, perceptual=perceptual), make(optimizer=sgd, perceptual=perceptual)
+    whole, split = (make(optimizer=sgd, perceptual=perceptual and perceptual()) for _ in range(2))
     start = weights(whole)
     fit(whole, Data(6, 1), steps=3)
     fit(split, Data(2, 3), steps=3)
@@ -183,7 +183,7 @@ def test_schedules_advance_once_a_step_of_their_own_optimizer():
 
 
 def test_lpips_sleeps_through_training():
-    model = make(perceptual=LPIPS(pretrained=False))
+    model = make(perceptual=LPIPS())
     before = weights(model.loss.perceptual)
     watch = Watch(lambda _, module: any(part.training for part in module.loss.perceptual.modules()))
     fit(model, steps=2, limit_val_batches=1, val_check_interval=1, callbacks=[watch])
@@ -210,7 +210,7 @@ def test_forward_without_noise_draws_it():
 
 
 def test_bf16_trains_and_keeps_the_posterior_in_float32():
-    model = make(start=0, perceptual=LPIPS(pretrained=False))
+    model = make(start=0, perceptual=LPIPS())
     before = weights(model.decoder)
     trainer = fit(model, steps=2, precision="bf16-mixed", log_every_n_steps=1)
     assert not torch.equal(before, weights(model.decoder))
@@ -220,7 +220,7 @@ def test_bf16_trains_and_keeps_the_posterior_in_float32():
 
 
 def test_validation_repeats_itself_and_says_what_it_should():
-    model = make(start=0, perceptual=LPIPS(pretrained=False))
+    model = make(start=0, perceptual=LPIPS())
     trainer = fit(model, steps=1, limit_val_batches=1.0, val_check_interval=1)
     first = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     assert set(first) == {"val/rec_loss", "val/kl", "val/l1", "val/lpips", "val/psnr", "val/ssim"}
@@ -230,7 +230,7 @@ def test_validation_repeats_itself_and_says_what_it_should():
 
 
 def test_what_metrics_see_is_float32_under_autocast(monkeypatch):
-    model, of = make(perceptual=LPIPS(pretrained=False)), batch([0, 1], size=32)
+    model, of = make(perceptual=LPIPS()), batch([0, 1], size=32)
     with torch.no_grad():
         made = 0.9 * of["image"], model.encode(of["image"])
     monkeypatch.setattr(model, "reconstruct", lambda batch: made)
@@ -243,7 +243,7 @@ def test_what_metrics_see_is_float32_under_autocast(monkeypatch):
 
 def test_metrics_are_no_part_of_the_model():
     """Not trained, saved, moved by a strategy, or counted."""
-    plain, measured = make(), make(metrics={"lpips": Perceptual(LPIPS(pretrained=False))})
+    plain, measured = make(), make(metrics={"lpips": Perceptual(LPIPS())})
     assert plain.state_dict().keys() == measured.state_dict().keys()
     assert [*dict(plain.named_parameters())] == [*dict(measured.named_parameters())]
     assert [*dict(plain.named_buffers())] == [*dict(measured.named_buffers())]
@@ -253,7 +253,7 @@ def test_metrics_are_no_part_of_the_model():
 
 def test_metrics_do_not_depend_on_the_batches():
     """Of 10 pictures: 4, 4 and 2; 3, 3, 3 and 1; all at once."""
-    model = make(perceptual=LPIPS(pretrained=False))
+    model = make(perceptual=LPIPS())
     model.loss.l2_weight = 0.5
     trainer = fit(model, steps=0, limit_val_batches=1.0)
     several, other, whole = (trainer.validate(model, Data(micro), verbose=False)[0] for micro in (4, 3, 10))
@@ -284,7 +284,7 @@ def test_latent_statistics_are_those_of_the_draws():
 
 
 def test_facts_come_from_validation_and_survive_a_resume(tmp_path):
-    model = make(perceptual=LPIPS(pretrained=False))
+    model = make(perceptual=LPIPS())
     assert model.checkpoint_facts() == {"kind": "autoencoder", "latents": None, "metrics": {}}
     trainer = fit(model, steps=1, limit_val_batches=1.0, val_check_interval=1)
     facts = model.checkpoint_facts()
@@ -297,7 +297,7 @@ def test_facts_come_from_validation_and_survive_a_resume(tmp_path):
     state = trainer._checkpoint_connector.dump_checkpoint()
     assert not any("perceptual" in name for name in state["state_dict"])
     torch.save(state | {"ldm": facts}, tmp_path / "some.ckpt")
-    resumed = make(perceptual=LPIPS(pretrained=False))
+    resumed = make(perceptual=LPIPS())
     quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
     pl.Trainer(max_steps=2, limit_val_batches=0, **quiet).fit(resumed, Data(), ckpt_path=tmp_path / "some.ckpt")
     assert resumed.checkpoint_facts() == facts

@@ -44,7 +44,7 @@ def test_every_step_trains_what_it_should():
 
     original, steps.Optimizer = steps.Optimizer, Spy
     try:
-        perceptual = LPIPS(pretrained=False)
+        perceptual = LPIPS()
         for make in (steps.our_autoencoder, steps.usual_autoencoder):
             make(steps.TINY, images, perceptual).step()
         for make in (steps.our_unet, steps.usual_unet):

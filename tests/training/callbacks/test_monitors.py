@@ -71,7 +71,7 @@ def test_a_run_that_goes_on_is_told_by_its_checkpoint(tree, capsys, name):
 def test_a_run_that_goes_on_may_measure_more_and_less(tree):
     """It is no other run, so nothing has to be allowed; what is not named stays as it was."""
     assert train(tree, {}) == 0
-    lpips = node("ldm.autoencoder.lpips.LPIPS", pretrained=False)
+    lpips = node("ldm.autoencoder.lpips.LPIPS")
     more = {"lpips": node("ldm.autoencoder.metrics.Perceptual", distance=lpips), "ssim": None}
     early = EVERY["early"] | {"params": {"monitor": "val/lpips"}}
     words = [f"model.params.metrics={to_yaml(more)}", f"lightning.callbacks.early={to_yaml(early)}"]
