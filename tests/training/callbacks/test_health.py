@@ -1,4 +1,4 @@
-"""Warnings of unhealthy runs: each where it belongs, once, with a link that leads somewhere, and none for healthy ones."""
+"""Warnings of unhealthy runs: each once, with a link that leads somewhere, and none for healthy runs."""
 
 import logging
 import math
@@ -196,7 +196,7 @@ def test_every_link_leads_to_a_heading():
     assert {symptom.section for symptoms in SYMPTOMS.values() for symptom in symptoms} <= slugs
 
 
-# ---- the runs of the page, replayed from their metrics ----------------------------------------------------------------
+# ---- the runs of the page, replayed from their metrics -------------------------------------------------------------
 
 RUNS = sorted(path.stem for path in (ROOT / "docs" / "healthy").glob("*.csv"))
 
