@@ -202,7 +202,7 @@ def test_shards_load_on_any_number_of_ranks(grouped, tmp_path, world, cut):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_whole_file_is_mapped_and_not_kept(grouped, tmp_path, world):
-    """Ranks that take their rows need no copy each of all of it, and its space on the disk is free once it is removed."""
+    """Ranks that take their rows need no copy of it each, and its space on the disk is free once it is removed."""
     path = tmp_path / "whole.ckpt"
 
     def saved(rank: int) -> None:
