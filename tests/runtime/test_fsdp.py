@@ -200,6 +200,44 @@ def test_shards_load_on_any_number_of_ranks(grouped, tmp_path, world, cut):
     assert not (tmp_path / "harm").exists()
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_whole_file_is_mapped_and_not_kept(grouped, tmp_path, world):
+    """Ranks that take their rows need no copy of it each, and its space on the disk is free once it is removed."""
+    path = tmp_path / "whole.ckpt"
+
+    def saved(rank: int) -> None:
+        model = Denoiser()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+        model.loss(slice(0, BATCH)).backward()
+        optimizer.step()
+        store.save(path, {"state_dict": model.state_dict(), "optimizer_states": [optimizer.state_dict()]})
+
+    def loaded(rank: int) -> tuple[bool, bool]:
+        model = sharded(Denoiser())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+        mesh = init_device_mesh("cpu", (distributed.world_size(),))
+        state = store.load(path, partial(sharded_state.rows, mesh=mesh))
+        first = is_mapped(path)
+        fsdp.load_weights(model, state["state_dict"])
+        fsdp.load_optimizer(optimizer, state["optimizer_states"][0])
+        expected = state["optimizer_states"][0]["state"]
+        moments = sharded_state.gathered(optimizer.state_dict())["state"]
+        if rank == 0:
+            close(moments, expected, rtol=0, atol=0)
+            close(sharded_state.gathered(model.state_dict()), dict(state["state_dict"]), rtol=0, atol=0)
+        else:
+            sharded_state.gathered(model.state_dict())
+        del state, expected, moments
+        return first, is_mapped(path)
+
+    grouped(1, saved)
+    assert grouped(world, loaded) == [(True, False)] * world
+
+
+def is_mapped(path: Path) -> bool:
+    return str(path) in Path("/proc/self/maps").read_text()
+
+
 def test_a_checkpoint_of_another_model_is_told_by_its_shapes(grouped, tmp_path):
     def other(rank: int) -> str:
         model = sharded(Denoiser())
