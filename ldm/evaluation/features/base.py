@@ -31,7 +31,8 @@ class Features(nn.Module, ABC):
     Attributes:
         name: network, layer and resize rule, such as "alexnet-conv5/clean-128": what a distance in it is called after.
         weights: SHA-256 of the weights, hex (ldm/weights/digest.py).
-        parts: which columns are what; `MAIN` is always among them, `LOGITS` and `SPATIAL` where the network has them.
+        parts: which columns are what, each with its start and stop; `MAIN` is always among them, `LOGITS` and
+            `SPATIAL` where the network has them.
     """
 
     name: str
