@@ -34,7 +34,8 @@ DOCUMENTS = [
     *(ROOT / "README.md", ROOT / "CONTRIBUTING.md"),
     *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "extending.md"),
 ]
-HEADERS = [path for path in sorted((ROOT / "configs").rglob("*")) if path.suffix in (".yaml", ".sh", ".sbatch")]
+CONFIGURATIONS = [*sorted((ROOT / "configs").rglob("*")), *sorted((ROOT / "docs").rglob("*.yaml"))]
+HEADERS = [path for path in CONFIGURATIONS if path.suffix in (".yaml", ".sh", ".sbatch")]
 PROGRAMS = r"([A-Z]+=\S+ )*(make|python|torchrun|pip|conda|sbatch|bash|main\.py) "
 PICTURES = "pictures"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -91,6 +92,7 @@ def workshop(make_runs, tmp_path_factory):
     place = tmp_path_factory.mktemp("workshop")
     for name in (
         "configs",
+        "docs",
         "scripts",
         "main.py",
         "Makefile",

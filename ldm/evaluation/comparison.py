@@ -1,6 +1,5 @@
 """Records side by side: what differs between their protocols, and whether their numbers can be told apart."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from ldm.errors import ConfigError, DataError
+from ldm.evaluation.distances.spread import distinguishable
 from ldm.evaluation.record import Record
 from ldm.evaluation.values import Value, markdown, spelled
 from ldm.files import published
@@ -18,8 +18,8 @@ from ldm.images import picture
 HARMLESS = ("reference.name", "device", "weights", "average")
 """What two protocols may differ in, and their numbers still be compared: names, and what belongs to the model."""
 
-SIGMA = 2.0
-"""Two numbers are told apart where they differ by more than so many standard deviations of their difference."""
+LEVEL = 0.95
+"""How surely two numbers have to differ before one is called the better one."""
 
 
 @dataclass(frozen=True)
@@ -93,26 +93,27 @@ def _is_in(key: str, section: str) -> bool:
     return f"{key}.".startswith(f"{section}.")
 
 
-def told_apart(a: Value, b: Value) -> bool | None:
-    """Whether the difference of two values is more than noise; None: one of them has no error bar."""
-    if a.error is None or b.error is None:
-        return None
-    return abs(a.value - b.value) > SIGMA * math.hypot(a.error, b.error)
-
-
 def verdict(values: Sequence[Value | None], names: Sequence[str], comparable: bool) -> str:
     """Who is better, if anybody can say."""
     known = [(value, name) for value, name in zip(values, names, strict=True) if value is not None]
     if len(known) < 2 or not known[0][0].better:
         return ""
-    if not comparable or any(value.settings != known[0][0].settings for value, _ in known):
+    if not comparable or any(_fixed(value) != _fixed(known[0][0]) for value, _ in known):
         return "not comparable"
-    ranked = sorted(known, key=lambda one: one[0].value, reverse=known[0][0].better == "higher")
-    (best, name), (second, _) = ranked[:2]
-    apart = told_apart(best, second)
-    if apart is None:
+    estimates = [(value.estimate, name) for value, name in known]
+    if any(estimate is None for estimate, _ in estimates):
         return "no error bars"
-    return f"{name} is better" if apart else "within noise"
+    sure = [(estimate, name) for estimate, name in estimates if estimate is not None]
+    sure.sort(key=lambda one: one[0].value, reverse=known[0][0].better == "higher")
+    # The best of several is ahead by chance more often than one of two.
+    level = 1 - (1 - LEVEL) / (len(sure) - 1)
+    (best, name), (second, _) = sure[:2]
+    return f"{name} is better" if distinguishable(best, second, level) else "within noise"
+
+
+def _fixed(value: Value) -> dict[str, Any]:
+    """The settings that two values must share: what was asked for, and not what was found beside it."""
+    return {key: one for key, one in value.settings.items() if isinstance(one, int)}
 
 
 def report(found: Sequence[Entry]) -> str:

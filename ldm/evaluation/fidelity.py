@@ -67,20 +67,20 @@ class Fidelity:
         number, own = len(rows), len(self.metrics)
         better = {"PSNR": "higher", "SSIM": "higher"}
         found = [
-            Value(name, rows[:, place].mean(), _error(rows[:, place]), better=better.get(name, "lower"))
+            Value(name, float(rows[:, place].mean()), *_error(rows[:, place]), better=better.get(name, "lower"))
             for place, name in enumerate(self.metrics)
         ]
         mean, square, kl = rows[:, own:].reshape(number, 3, self.channels).mean(0)
         std = np.sqrt(np.maximum(square - mean**2, 0))
         per_channel = {"mean": mean.tolist(), "std": std.tolist()}
-        found.append(Value("latent std", std.mean(), better="", settings=per_channel))
+        found.append(Value("latent std", float(std.mean()), better="", settings=per_channel))
         if self.gaussian:
             settings = {"nats an element, of each channel": kl.tolist(), "dead below": DEAD}
-            found.append(Value("KL, nats an element", kl.mean(), better="", settings=settings))
+            found.append(Value("KL, nats an element", float(kl.mean()), better="", settings=settings))
             found.append(Value("dead latent channels", float((kl < DEAD).mean()), settings=settings))
         return found
 
 
-def _error(rows: np.ndarray) -> float | None:
-    """The standard error of the mean."""
-    return None if len(rows) < 2 else float(rows.std(ddof=1) / np.sqrt(len(rows)))
+def _error(rows: np.ndarray) -> tuple[float, int]:
+    """The standard error of the mean, and its degrees of freedom."""
+    return float(rows.std(ddof=1) / np.sqrt(len(rows))), len(rows) - 1

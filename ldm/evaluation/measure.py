@@ -1,19 +1,20 @@
 """From features to numbers: every metric of a set of pictures against a reference, in one space after another."""
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from ldm.evaluation.agreement import accuracy
-from ldm.evaluation.distances.frechet import distance_to, frechet_distance
+from ldm.evaluation.distances.frechet import frechet_distance
 from ldm.evaluation.distances.inception_score import inception_score
 from ldm.evaluation.distances.kernel import kid
-from ldm.evaluation.distances.manifold import manifold
+from ldm.evaluation.distances.manifold import Manifold, manifold
 from ldm.evaluation.distances.neighbors import Pair, closest_pairs, memorization, nearest
 from ldm.evaluation.distances.ratio import mean_ratio
+from ldm.evaluation.distances.spread import blocks, frechet_spread, jackknife, of_blocks
 from ldm.evaluation.feature_store import Table
 from ldm.evaluation.features.base import LOGITS, MAIN, SPATIAL, Features
 from ldm.evaluation.reference import Reference, moments
@@ -25,8 +26,12 @@ METRICS = ("fd", "sfd", "is", "kid", *MANIFOLD, "fdr", "nearest")
 
 MANIFOLD_LIMIT = 10_000
 """Pictures of either side that neighborhoods are computed of, as in ADM's evaluation: time grows with the square."""
-REFERENCE_LIMIT = 100_000
-"""Pictures of the reference that are in memory at once, for what needs them one by one."""
+LIMIT = 100_000
+"""Pictures of either side whose features are in memory at once, for what needs them one by one."""
+JACKKNIFE_LIMIT = 5_000
+"""Pictures that neighborhoods are computed of eleven times, for their errors."""
+BLOCKS = 10
+"""Disjoint blocks of the pictures, over which errors are estimated."""
 K, DENSITY_K = 3, 5
 """The neighbors that end the balls of precision and recall, and of density and coverage: the authors'."""
 PAIRS = 10
@@ -68,52 +73,83 @@ def measure(
         DataError: fewer than two pictures.
     """
     found = Measured()
+    distances = {}
     for space, table in zip(spaces, tables, strict=True):
-        _distances(found, space, table, reference, metrics)
+        if {"fd", "fdr"} & {*metrics}:
+            distances[space.name] = _frechet(space, table, reference, MAIN)
+        _distances(found, space, table, reference, metrics, distances)
         _score(found, space, table, metrics)
-        _neighborhoods(found, space, table, reference, metrics)
+        if wanted := [name for name in ("kid", *MANIFOLD) if name in metrics]:
+            _neighborhoods(found, space, table, reference, wanted)
     if "fdr" in metrics:
-        _ratio(found, spaces, tables, reference, held_out)
+        _ratio(found, spaces, len(tables[0]), distances, reference, held_out)
     if "nearest" in metrics:
         _nearest(found, spaces[0], tables[0], reference, held_out)
     return found
 
 
-def _distances(found: Measured, space: Features, table: Table, reference: Reference, metrics: Collection[str]) -> None:
-    """The Fréchet distances."""
-    for metric, part in (("fd", MAIN), ("sfd", SPATIAL)):
-        if metric not in metrics or part not in space.parts:
-            continue
-        ours, theirs = moments(table, space, part), reference.moments(space, part)
-        name = frechet_name(space.name) if part == MAIN else f"s{frechet_name(space.name)}"
-        if ours.rank_deficient:
+def _frechet(space: Features, table: Table, reference: Reference, part: str) -> Value:
+    """The Fréchet distance in a part of a space, with its error and what it tends to where they can be known."""
+    theirs, columns = reference.moments(space, part), space.parts[part]
+    name = frechet_name(space.name) if part == MAIN else f"s{frechet_name(space.name)}"
+    settings = {"images": len(table), "reference images": reference.number}
+    number = min(BLOCKS, len(table) // 2)
+    if number < 2 or len(table) > LIMIT:
+        return Value(
+            name, frechet_distance(moments(table, space, part), theirs), features=space.name, settings=settings
+        )
+    spread = frechet_spread(table.array(columns), theirs, number)
+    # With fewer images than features the bias does not fall as 1 / N: there is nothing to extrapolate.
+    unbiased = spread.unbiased.value if len(table) > columns.stop - columns.start else None
+    measured = spread.measured
+    return Value(name, measured.value, measured.error, measured.freedom, unbiased, space.name, "lower", settings)
+
+
+def _distances(
+    found: Measured,
+    space: Features,
+    table: Table,
+    reference: Reference,
+    metrics: Collection[str],
+    distances: Mapping[str, Value],
+) -> None:
+    """The Fréchet distances that were asked for."""
+    values = [distances[space.name]] if "fd" in metrics else []
+    if "sfd" in metrics and SPATIAL in space.parts:
+        values.append(_frechet(space, table, reference, SPATIAL))
+    for value, part in zip(values, (MAIN, SPATIAL), strict=False):
+        size = space.parts[part].stop - space.parts[part].start
+        if len(table) <= size:
             found.notes.append(
-                f"{name}: {len(table)} pictures are too few for the covariance of {ours.size} features: expected more "
-                f"than {ours.size}. The distance is defined, and says more of the number of pictures than of them."
+                f"{value.metric}: {len(table)} pictures are too few for the covariance of {size} features: expected "
+                f"more than {size}. The distance is defined, and says more of the number of pictures than of them."
             )
-        settings = {"images": len(table), "reference images": reference.number}
-        found.values.append(Value(name, frechet_distance(ours, theirs), features=space.name, settings=settings))
+    found.values += values
 
 
 def _ratio(
     found: Measured,
     spaces: Sequence[Features],
-    tables: Sequence[Table],
+    images: int,
+    distances: Mapping[str, Value],
     reference: Reference,
     held_out: Reference | None,
 ) -> None:
-    """FDr over all spaces: distances in units of that of held-out real pictures."""
+    """FDr over all spaces: distances in units of that of held-out real pictures, which are taken as given."""
     if held_out is None:
-        found.notes.append("fdr: left out: there are no held-out real pictures; name some with --held-out")
+        found.notes.append("fdr: left out: there are no held-out real pictures; name some with --held-out.")
         return
-    ours, real = {}, {}
-    for space, table in zip(spaces, tables, strict=True):
-        to_reference = distance_to(reference.moments(space))
-        ours[space.name] = to_reference(moments(table, space))
-        real[space.name] = to_reference(held_out.moments(space))
+    real = {space.name: frechet_distance(held_out.moments(space), reference.moments(space)) for space in spaces}
+    value = mean_ratio({name: one.value for name, one in distances.items()}, real)
+    # The same pictures are seen by all spaces: their errors add up.
+    errors = {name: one.error for name, one in distances.items() if one.error is not None}
+    error = mean_ratio(errors, real) if len(errors) == len(real) else None
+    limits = {name: one.unbiased for name, one in distances.items() if one.unbiased is not None}
+    unbiased = mean_ratio(limits, real) if len(limits) == len(real) else None
+    freedom = None if error is None else min(one.freedom or 0 for one in distances.values())
     name = "FDr" if len(spaces) == 1 else f"FDr^{len(spaces)}"
-    settings = {"images": len(tables[0]), "held-out images": held_out.number, "distances of held-out images": real}
-    found.values.append(Value(name, mean_ratio(ours, real), features=" ".join(ours), settings=settings))
+    settings = {"images": images, "held-out images": held_out.number, "distances of held-out images": real}
+    found.values.append(Value(name, value, error, freedom, unbiased, " ".join(real), "lower", settings))
 
 
 def _score(found: Measured, space: Features, table: Table, metrics: Collection[str]) -> None:
@@ -122,37 +158,59 @@ def _score(found: Measured, space: Features, table: Table, metrics: Collection[s
         return
     splits = min(10, len(table))
     score = inception_score(table.array(space.parts[LOGITS]), splits)
-    name = "Inception Score"
-    found.values.append(Value(name, score.mean, score.deviation, None, space.name, "higher", {"splits": splits}))
+    settings = {"images": len(table), "splits": splits, "deviation of a split": score.deviation}
+    error, freedom = (score.deviation / (splits - 1) ** 0.5, splits - 1) if splits > 1 else (None, None)
+    found.values.append(Value("Inception Score", score.mean, error, freedom, None, space.name, "higher", settings))
 
 
 def _neighborhoods(
     found: Measured, space: Features, table: Table, reference: Reference, metrics: Collection[str]
 ) -> None:
     """What needs the reference's features picture by picture."""
-    wanted = [name for name in ("kid", *MANIFOLD) if name in metrics]
     other = reference.table(space)
-    if other is None or not wanted:
-        if wanted:
-            found.notes.append(f"{', '.join(wanted)}: left out: {reference.name} holds mean and covariance alone.")
+    if other is None:
+        found.notes.append(f"{', '.join(metrics)}: left out: {reference.name} holds mean and covariance alone.")
         return
     columns = space.parts[MAIN]
-    if "kid" in wanted:
-        size = min(1000, len(table), len(other))
-        ours, theirs = table.array(columns, REFERENCE_LIMIT), other.array(columns, REFERENCE_LIMIT)
-        distance = kid(ours, theirs, subset_size=size)
-        name, settings = in_space("KID", space.name), {"subsets": 100, "subset size": size}
-        found.values.append(Value(name, distance.mean, distance.deviation, None, space.name, "lower", settings))
-    if chosen := [name for name in MANIFOLD if name in wanted]:
+    if "kid" in metrics:
+        found.values.append(_kid(space, table.array(columns, LIMIT), other.array(columns, LIMIT)))
+    if chosen := [name for name in MANIFOLD if name in metrics]:
         number = min(MANIFOLD_LIMIT, len(table), len(other))
         if number <= DENSITY_K:
             found.notes.append(f"{', '.join(chosen)}: left out: {number} pictures, expected more than {DENSITY_K}.")
-            return
-        shares = manifold(table.array(columns, number), other.array(columns, number), K, DENSITY_K)
-        settings = {"images": number, "k": K, "density k": DENSITY_K}
-        for name in chosen:
-            called = in_space(name.capitalize(), space.name)
-            found.values.append(Value(called, getattr(shares, name), None, None, space.name, "higher", settings))
+        else:
+            found.values += _manifold(space, table.array(columns, number), other.array(columns, number), chosen)
+
+
+def _kid(space: Features, ours: np.ndarray, theirs: np.ndarray) -> Value:
+    """The kernel distance; its error is that of the mean over disjoint blocks, and not the subsets' deviation."""
+    size = min(1000, len(ours), len(theirs))
+    distance = kid(ours, theirs, subset_size=size)
+    settings = {"images": len(ours), "subsets": 100, "subset size": size, "subset deviation": distance.deviation}
+    value = Value(in_space("KID", space.name), distance.mean, features=space.name, settings=settings)
+    if len(ours) < 2 * BLOCKS:
+        return value
+    parts = [ours[rows] for rows in blocks(ours, BLOCKS)]
+    of_parts = [kid(part, theirs, subsets=10, subset_size=min(size, *map(len, parts))).mean for part in parts]
+    estimate = of_blocks(of_parts)
+    return replace(value, error=estimate.error, freedom=estimate.freedom)
+
+
+def _manifold(space: Features, ours: np.ndarray, theirs: np.ndarray, names: Sequence[str]) -> list[Value]:
+    """Precision, recall, density and coverage, with errors where computing them eleven times takes no hours."""
+    whole = manifold(ours, theirs, K, DENSITY_K)
+    rest: list[Manifold] = []
+    if 2 * BLOCKS <= len(ours) <= JACKKNIFE_LIMIT:
+        rest = [manifold(np.delete(ours, rows, 0), theirs, K, DENSITY_K) for rows in blocks(ours, BLOCKS)]
+    settings = {"images": len(ours), "k": K, "density k": DENSITY_K}
+    found = []
+    for name in names:
+        value = getattr(whole, name)
+        known = jackknife(value, [getattr(one, name) for one in rest]).measured if rest else None
+        error, freedom = (known.error, known.freedom) if known else (None, None)
+        called = in_space(name.capitalize(), space.name)
+        found.append(Value(called, value, error, freedom, None, space.name, "higher", settings))
+    return found
 
 
 def _nearest(found: Measured, space: Features, table: Table, reference: Reference, held_out: Reference | None) -> None:
@@ -162,12 +220,12 @@ def _nearest(found: Measured, space: Features, table: Table, reference: Referenc
         found.notes.append(f"nearest: left out: {reference.name} holds mean and covariance alone.")
         return
     columns = space.parts[MAIN]
-    theirs = other.array(columns, REFERENCE_LIMIT)
+    theirs = other.array(columns, LIMIT)
     near = nearest(table.array(columns, MANIFOLD_LIMIT), theirs)
     found.pairs = closest_pairs(near, PAIRS)
     settings: dict[str, Any] = {"images": len(near.distances), "reference images": len(theirs)}
     median = float(np.median(near.distances))
-    found.values.append(Value("distance to nearest", median, None, None, space.name, "", settings))
+    found.values.append(Value("distance to nearest", median, features=space.name, better="", settings=settings))
     real = None if held_out is None else held_out.table(space)
     if real is None:
         return
@@ -175,7 +233,7 @@ def _nearest(found: Measured, space: Features, table: Table, reference: Referenc
     copied = memorization(near, unseen)
     settings = {**settings, "held-out images": len(unseen.distances)}
     for name, value in (("relative to held-out", copied.ratio), ("nearer than held-out", copied.nearer)):
-        found.values.append(Value(name, value, None, None, space.name, "", settings))
+        found.values.append(Value(name, value, features=space.name, better="", settings=settings))
 
 
 def agreement(classifier: Features, table: Table, labels: np.ndarray) -> Value:
@@ -189,4 +247,4 @@ def agreement(classifier: Features, table: Table, labels: np.ndarray) -> Value:
     logits = torch.from_numpy(table.array(classifier.parts[LOGITS]))
     share = accuracy(logits, torch.from_numpy(labels[: len(table)]))
     error = float(np.sqrt(share * (1 - share) / len(table)))
-    return Value("agreement with the class", share, error, None, classifier.name, "higher")
+    return Value("agreement with the class", share, error, len(table) - 1, None, classifier.name, "higher")

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ldm.evaluation.distances.spread import Estimate
+
 _NETWORKS = {"inception": "Inception", "alexnet": "AlexNet", "vgg16": "VGG16", "dinov2": "DINOv2", "clip": "CLIP"}
 _PUBLISHED = {"inception-2015/tf1-299": "FID", "inception-2015/clean-299": "clean-FID"}
 
@@ -15,7 +17,8 @@ class Value:
     Attributes:
         metric: its name, such as "FID" or "FD-AlexNet".
         value: the number.
-        error: one standard deviation of it; None: not known.
+        error: its standard error, over disjoint blocks of the images; None: not known.
+        freedom: the degrees of freedom that the error was estimated with.
         unbiased: what it tends to with the number of images; None: not known.
         features: the name of the space that it is computed in; None: in none.
         better: "lower" or "higher"; "": neither is.
@@ -25,10 +28,18 @@ class Value:
     metric: str
     value: float
     error: float | None = None
+    freedom: float | None = None
     unbiased: float | None = None
     features: str | None = None
     better: str = "lower"
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def estimate(self) -> Estimate | None:
+        """What two values are told apart by: without the bias, where that is known; None: there is no error."""
+        if self.error is None or self.freedom is None:
+            return None
+        return Estimate(self.value if self.unbiased is None else self.unbiased, self.error, self.freedom)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -283,7 +283,7 @@ def test_pictures_of_another_size(runs, pictures, tmp_path, capsys):
     assert "the pictures have 16 x 16 pixels" in message
     assert "32 x 32: compare pictures of one size; --resolution" in message
     run("-r", runs.diffusion, *QUICK, "--against", large, "--resolution", "16")
-    assert "large" in refused(capsys, large, "--against", pictures, "--features", FID, code=3)
+    assert "32 x 32" in refused(capsys, large, "--against", pictures, "--features", FID, code=3)
 
 
 def test_a_truncated_array(pictures, capsys):

@@ -19,7 +19,8 @@ def test_the_means_of_raw_and_averaged_losses(cut):
 
 @pytest.mark.parametrize(("scale", "expected"), [([1, 1.5, 0.9], 1.5), ([1.2, 1, 0.25], 0.25), ([1, 1, 0], 0)])
 def test_the_channel_farthest_from_unit_variance(scale, expected):
-    latent = 3 + torch.randn(5000, 3, 2, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor(scale).view(3, 1, 1)
+    noise = torch.randn(5000, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    latent = 3 + noise * torch.tensor(scale).view(3, 1, 1)
     metric = LatentStd()
     for rows in latent.split([1, 999, 4000]):
         metric.update({"latent": rows}, Output(torch.zeros(1), torch.zeros(1)))

@@ -3,7 +3,10 @@
 Only the convolutions are used, for LPIPS' files hold no others: a picture's features are the last convolution's
 activations, averaged over all places. A distance in AlexNet's is the default where nothing can be downloaded.
 
-Order of AlexNet's distance, 300 OpenMoji of 64 px against 300 others: MEASURED.
+They tell what is worse: 600 OpenMoji of 64 px are at an AlexNet distance of 3.3 from 600 others; blurred by 0.5, 1 and
+2 px at 5.1, 18 and 45; with noise of 8, 24 and 64 at 6.3, 23 and 96; 30 of them, repeated, at 23. Without upsampling
+noise of 8 hardly shows (46 against 43); at 224 px it shows a little more, at less than a quarter of the speed.
+VGG16, at a twentieth of the speed, orders them alike.
 """
 
 from collections.abc import Callable

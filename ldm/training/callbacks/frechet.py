@@ -163,7 +163,7 @@ class FrechetDistance(pl.Callback):
         size = self._features.parts[MAIN]
         pictures = Scattered(DatasetPictures(data.train_dataset, data.transform, generated.shape[0]))
         number = min(len(pictures), self._reference_images or len(pictures))
-        store, wanted = FeatureStore(pictures.description(), number), column(self._features, device)
+        store, wanted = FeatureStore(pictures.description(), number), column(self._features)
         store.fill(pictures.images, [wanted], self._batch_size, "features of the training pictures")
         self._reference = Moments(size.stop - size.start)
         for block in store.table(wanted.key).blocks(size):
