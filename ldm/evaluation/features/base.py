@@ -25,6 +25,11 @@ SPATIAL = "spatial"
 """The part with a sense of place, which sFID compares (Nash et al. 2021, arXiv:2103.03841)."""
 
 
+def size(columns: slice) -> int:
+    """How many columns a part has."""
+    return int(columns.stop) - int(columns.start or 0)
+
+
 class Features(nn.Module, ABC):
     """Pictures (N, C, H, W) uint8, gray (C = 1) or RGB -> (N, D) float32, on the module's device; always in eval mode.
 
