@@ -407,22 +407,24 @@ def start_warm(*words: str) -> tuple[int, str]:
     return code, program.output()
 
 
-def test_paths_that_are_not_utf8(stage1, image_folder, tmp_path):
+@pytest.mark.usefixtures("wandb_ended")
+def test_paths_that_are_not_utf8(stage1, image_folder, tmp_path, capfd):
     """In all places, through both stages, beside wandb, with what goes on from there."""
     odd = os.fsdecode(b"caf\xe9")
     Path(odd).symlink_to(image_folder)
     logs, pictures = f"L{odd}", f"data.params.train.params.root={tmp_path}/{odd}"
-    code, said = start_warm("--base", "stage1.yaml", "-l", logs, pictures, "lightning.logger={}")
-    assert (code, "Traceback" in said) == (0, False), said
-    assert "finished at step 2" in said
-    assert "wandb: ResourceError: it cannot write to L" in said
+    ended = start("--base", "stage1.yaml", "-l", logs, pictures, "lightning.logger={}")
+    assert (ended.returncode, "Traceback" in ended.stderr) == (0, False), ended.stderr
+    assert "finished at step 2" in ended.stdout
+    assert "wandb: ResourceError: it cannot write to L" in ended.stderr
     (folder,) = Path(logs).iterdir()
+    # wandb knows no forks.
     code, said = start_warm("-r", str(folder), "lightning.trainer.max_steps=3", pictures, "lightning.logger=null")
     assert (code, "Traceback" in said) == (0, False), said
     assert "finished at step 3" in said
-    # Where wandb can write, it needs an interpreter of its own.
-    ended = start("--base", "stage1.yaml", pictures, "lightning.logger={}")
-    assert (ended.returncode, "Traceback" in ended.stderr) == (0, False), ended.stderr
+    assert train(pictures, "lightning.logger={}") == 0
+    assert "Traceback" not in capfd.readouterr().err
+    assert [*the_run().path.rglob("run-*.wandb")]
 
 
 def test_stage_2_of_and_in_paths_that_are_not_utf8(stage1, diffusion_tree, tmp_path):
