@@ -2,7 +2,7 @@
 
 Neither the size of the batches, nor their order, nor the number of ranks enters the result, beyond the rounding of
 fp64 sums. Products are taken about the mean of what has been seen, not about zero: features far from zero would lose
-their covariance otherwise (Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance", eq. 2.1).
+their covariance otherwise (Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance").
 """
 
 import zipfile
@@ -22,6 +22,9 @@ from ldm.runtime.distributed import sum_over_ranks
 
 _KEYS = {MAIN: ("mu", "sigma"), SPATIAL: ("mu_s", "sigma_s")}
 """Mean and covariance of each part in the reference files of guided-diffusion (ADM)."""
+
+
+_BLOCK = 4096  # rows that are in memory in fp64 at once
 
 
 class Moments:
@@ -81,9 +84,10 @@ class Moments:
             ValueError, NumericError: see rows.check.
         """
         check(features)
-        rows = array(features).astype(np.float64)
-        mean = rows.mean(axis=0)
-        self._take_in(len(rows), mean, rows - mean)
+        for start in range(0, len(features), _BLOCK):
+            rows = array(features[start : start + _BLOCK]).astype(np.float64)
+            mean = rows.mean(axis=0)
+            self._take_in(len(rows), mean, rows - mean)
 
     def merge(self, *others: "Moments") -> None:
         """Take in the images of `others`."""

@@ -42,11 +42,13 @@ def test_they_are_numpys_in_fp64() -> None:
     np.testing.assert_allclose(in_ones.covariance, torch.cov(rows.double().T).numpy(), rtol=1e-9)
 
 
-def test_neither_batches_nor_order_nor_parts_matter() -> None:
+def test_neither_batches_nor_order_nor_parts_matter(monkeypatch) -> None:
     rows = features()
     expected = Moments.of(rows)
     assert_equal(in_batches(rows, 7), expected)
     assert_equal(in_batches(rows, 64), expected)
+    monkeypatch.setattr("ldm.evaluation.moments._BLOCK", 33)
+    assert_equal(Moments.of(rows), expected)
     assert_equal(in_batches(np.random.default_rng(1).permutation(rows), 64), expected)
     first, second = in_batches(rows[:123], 7), in_batches(rows[123:], 64)
     first.merge(second, Moments(12))

@@ -22,7 +22,7 @@ class Kid(NamedTuple):
 def kid(a: Rows, b: Rows, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> Kid:
     """The unbiased squared MMD with the kernel (x.y / D + 1)^3, over random subsets, in fp64.
 
-    Binkowski et al. 2018, "Demystifying MMD GANs", section 4; numbers and size of the subsets are those of
+    Binkowski et al. 2018, "Demystifying MMD GANs"; number and size of the subsets are those of
     torch-fidelity. It may be negative where the sets are very alike. It does not depend on the order of the images.
 
     Args:

@@ -33,7 +33,7 @@ def manifold(features: Rows, reference: Rows, k: int = 3, density_k: int = 5) ->
 
     Precision and recall: Kynkäänniemi et al. 2019, "Improved Precision and Recall Metric for Assessing Generative
     Models", eq. 1 and 2; balls contain their border, as in the authors' code. Density and coverage: Naeem et al. 2020,
-    "Reliable Fidelity and Diversity Metrics for Generative Models", eq. 3 and 4; balls do not contain their border, as
+    "Reliable Fidelity and Diversity Metrics for Generative Models"; balls do not contain their border, as
     in the authors' code (`prdc`). That only matters where images repeat, and there rounding does not decide: distances
     that are equal but for it count as equal.
 

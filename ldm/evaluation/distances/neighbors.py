@@ -108,7 +108,7 @@ class Memorization(NamedTuple):
             where samples are as new as real pictures, well below 1 where they are copies.
         nearer: how often a sample is nearer to the training pictures than a held-out picture is, in [0, 1]: 1/2 where
             nothing is copied (Meehan, Chaudhuri and Dasgupta 2020, "A Non-Parametric Test to Detect Data-Copying in
-            Generative Models", section 2.1: 1 minus their Delta).
+            Generative Models": 1 minus their Delta).
     """
 
     ratio: float
@@ -130,7 +130,7 @@ def memorization(samples: Nearest, held_out: Nearest) -> Memorization:
 def authenticity(samples: Nearest, training: Nearest) -> float:
     """The share in [0, 1] of samples that are farther from their training picture than that is from any other one.
 
-    Alaa et al. 2022, "How Faithful is your Synthetic Data?", section 3.3; it needs no held-out pictures. Real pictures
+    Alaa et al. 2022, "How Faithful is your Synthetic Data?"; it needs no held-out pictures. Real pictures
     have about 1/2.
 
     Args:
