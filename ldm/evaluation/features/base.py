@@ -36,7 +36,8 @@ class Features(nn.Module, ABC):
     Attributes:
         name: network, layer and resize rule, such as "alexnet-conv5/clean-128": what a distance in it is called after.
         weights: SHA-256 of the weights, hex (ldm/weights/digest.py).
-        parts: which columns are what; `MAIN` is always among them, `LOGITS` and `SPATIAL` where the network has them.
+        parts: which columns are what, each with its start and stop; `MAIN` is always among them, `LOGITS` and
+            `SPATIAL` where the network has them.
     """
 
     name: str
@@ -57,9 +58,10 @@ class FrozenNetwork(Features):
 
     A subclass says what it takes from the network: `extract`, and `parts`.
 
-    A picture's features depend on the batch that it is in by float summation alone: convolution and matrix product
-    choose their algorithm by the batch's shape. On a CPU with AVX2, AlexNet's features of a picture in batches of 7 and
-    of 64 differ by BATCH_DEPENDENCE.
+    A picture's features depend on the batch that it is in by the order of float summation alone: convolution and
+    matrix product choose their algorithm by the batch's shape. Measured on 64 photographs in batches of 7 and of 64,
+    with one thread and AVX2: AlexNet's differ by at most 1.2e-6, which is 1.2e-7 of the largest feature (and 4.4e-5 of
+    a small one), EfficientNet-lite0's by 4.1e-7 of the largest; 16 photographs gave the same bits in VGG16.
 
     Args:
         network: with its weights; frozen here.

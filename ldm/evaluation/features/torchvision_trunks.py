@@ -3,7 +3,10 @@
 Only the convolutions are used, for LPIPS' files hold no others: a picture's features are the last convolution's
 activations, averaged over all places. A distance in AlexNet's is the default where nothing can be downloaded.
 
-Order of AlexNet's distance, 300 OpenMoji of 64 px against 300 others: MEASURED.
+They tell what is worse: 600 OpenMoji of 64 px are at an AlexNet distance of 3.3 from 600 others; blurred by 0.5, 1 and
+2 px at 5.1, 18 and 45; with noise of 8, 24 and 64 at 6.3, 23 and 96; 30 of them, repeated, at 23. Without upsampling
+noise of 8 hardly shows (46 against 43); at 224 px it shows a little more, at less than a quarter of the speed.
+VGG16, at a twentieth of the speed, orders them alike.
 """
 
 from collections.abc import Callable
@@ -69,7 +72,7 @@ class TorchvisionTrunk(FrozenNetwork):
         network = layers[:-1]  # without the last pooling, which would leave out some places
         fill(network, path, f"torchvision's {trunk.name}", prefix="features.")
         weights = weight_hash({f"features.{name}": one for name, one in network.state_dict().items()})
-        super().__init__(network, f"{trunk.name}-{trunk.layer}", weights, {MAIN: slice(trunk.width)}, Clean(size))
+        super().__init__(network, f"{trunk.name}-{trunk.layer}", weights, {MAIN: slice(0, trunk.width)}, Clean(size))
         self.register_buffer("mean", 255 * torch.tensor(IMAGENET_MEAN).view(3, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(IMAGENET_STD).view(3, 1, 1))
 

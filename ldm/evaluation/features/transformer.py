@@ -18,8 +18,9 @@ def load(kind: Any, file: Path, what: str) -> Any:
     """
     from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # it would list everything in the file that is of no use here, such as CLIP's text
+    logging.disable_progress_bar()
     try:
         model, info = kind.from_pretrained(
             file.parent, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
@@ -28,6 +29,8 @@ def load(kind: Any, file: Path, what: str) -> Any:
         raise CheckpointError(f"{file}: cannot be read as {what}: {error}") from error
     finally:
         logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
     if lacking := sorted([*info["missing_keys"], *map(str, info["mismatched_keys"])]):
         raise CheckpointError(f"{file}: not the weights of {what}: {len(lacking)} are missing, the first {lacking[0]}")
     return model

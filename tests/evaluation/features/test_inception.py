@@ -31,47 +31,52 @@ def file(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def few(pictures):
+    return pictures[:2]
+
+
+@pytest.fixture(scope="module")
 def inception(file):
     return Inception(file)
 
 
 @pytest.fixture(scope="module")
-def seen(inception, pictures):
-    return inception(pictures)
+def seen(inception, few):
+    return inception(few)
 
 
-def test_features_and_logits_are_those_of_torch_fidelity(inception, file, pictures, seen):
+def test_features_and_logits_are_those_of_torch_fidelity(inception, file, few, seen):
     theirs = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(file))
-    features, logits = theirs(pictures)
+    features, logits = theirs(few)
     assert features.std() > 1e-3
     assert torch.equal(seen[:, inception.parts[MAIN]], features)
     assert torch.equal(seen[:, inception.parts[LOGITS]], logits)
 
 
-def test_spatial_features_are_seven_channels_of_a_layer_with_channels_last(inception, file, pictures, seen):
+def test_spatial_features_are_seven_channels_of_a_layer_with_channels_last(inception, file, few, seen):
     theirs, found = FeatureExtractorInceptionV3("inception", ["2048"], str(file)), []
     theirs.Mixed_6d.branch1x1.register_forward_hook(lambda *call: found.append(call[-1]))
-    theirs(pictures)
-    expected = found[0].numpy().transpose(0, 2, 3, 1)[..., :7].reshape(4, -1)  # TensorFlow's order, as ADM's evaluator
-    assert expected.shape == (4, 2023)
+    theirs(few)
+    expected = found[0].numpy().transpose(0, 2, 3, 1)[..., :7].reshape(2, -1)  # TensorFlow's order, as ADM's evaluator
+    assert expected.shape == (2, 2023)
     assert torch.equal(seen[:, inception.parts[SPATIAL]], torch.from_numpy(expected))
 
 
 def test_parts_cover_everything_once(inception, seen):
     assert [inception.parts[name] for name in (MAIN, LOGITS, SPATIAL)] == [
-        slice(2048),
+        slice(0, 2048),
         slice(2048, 3056),
         slice(3056, 5079),
     ]
-    assert seen.shape == (4, 5079)
+    assert seen.shape == (2, 5079)
 
 
-def test_the_resize_rule_is_part_of_the_name(inception, file, pictures, seen):
+def test_the_resize_rule_is_part_of_the_name(inception, file, few, seen):
     clean = Inception.clean(file)
     assert (inception.name, clean.name) == ("inception-2015/tf1-299", "inception-2015/clean-299")
     assert clean.weights == inception.weights
-    resized = Clean(299)(pictures).round().to(torch.uint8)  # of the size that torch-fidelity does not resize
-    assert not torch.equal(clean(pictures), seen)
+    resized = Clean(299)(few).round().to(torch.uint8)  # of the size that torch-fidelity does not resize
+    assert not torch.equal(clean(few), seen)
     assert torch.equal(clean(resized), inception(resized))
 
 
