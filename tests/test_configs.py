@@ -53,6 +53,7 @@ LATENTS = {
     "diffusion/sit_xl2_imagenet256.yaml": (4, 32),
     "diffusion/lsun_churches_f8.yaml": (4, 32),
     "fashion_mnist/diffusion.yaml": (4, 8),
+    "fluent_emoji/diffusion.yaml": (8, 8),
     "quickstart/diffusion.yaml": (4, 8),
 }
 

@@ -115,9 +115,9 @@ def test_license_version_and_authors_are_stated_alike():
 
 def test_every_picture_of_the_repository_has_a_notice():
     notice = (ROOT / "NOTICE").read_text()
-    pictures = [path for path in ROOT.glob(".readme/*") if path.is_file()]
+    pictures = [*ROOT.glob(".readme/*"), *ROOT.glob("docs/**/*.png")]
     assert pictures
-    assert [path.name for path in pictures if f".readme/{path.name}" not in notice] == []
+    assert [name for path in pictures if (name := str(path.relative_to(ROOT))) not in notice] == []
 
 
 # ---- README.md ----

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from ldm.autoencoder.posterior import Posterior
+from ldm.autoencoder.posterior import Posterior, latent_sums
 from ldm.autoencoder.quantizer import Quantized, usage
 from ldm.errors import ConfigError
+from ldm.runtime.float64 import double
 from ldm.runtime.validation_metrics import Mean
 
 Batch = Mapping[str, Any]
 
+_DEAD = 0.01  # of a channel's variance
 _SMALLEST_FOR_SSIM = 6  # its Gaussian window is 11 wide, and 5 pixels are mirrored at each edge
 
 
@@ -40,7 +42,7 @@ class Output:
 def standard(codebook: bool) -> dict[str, Metric]:
     """The metrics that validation has without a word, in the order in which they are shown."""
     metrics: dict[str, Metric] = {"psnr": PSNR(), "ssim": SSIM(), "losses": Losses()}
-    return {**metrics, "codes": CodebookUsage()} if codebook else metrics
+    return {**metrics, "codes": CodebookUsage()} if codebook else {**metrics, "latents": Latents()}
 
 
 class PSNR(Mean):
@@ -100,6 +102,36 @@ class Losses(Mean):
 
     def compute(self) -> dict[str, Tensor]:
         return dict(zip(self._names, super().compute(), strict=True))
+
+
+class Latents(Metric):
+    """What the latents carry, over all images.
+
+    `latent_std`: their standard deviation, draws included, root mean square over the channels. `dead_channels`: the
+    fraction of channels that hardly know which image they are of: the posterior's means make up less than a hundredth
+    of the channel's variance, its noise the rest. Such a channel tells the decoder at most 0.005 nats a value. (Burda
+    et al. 2016, arXiv:1509.00519, sec. 5.2, count units as inactive whose means have a variance of less than 0.01;
+    here in units of the channel's own variance, since little holds it at one where the KL weighs little.)
+    """
+
+    sums: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Takes its shape, of latent_sums and below it the squares of the means, from the first batch.
+        self.add_state("sums", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, batch: Batch, output: Output) -> None:
+        mean = double(output.posterior.mean)  # (N, c, h, w)
+        squares = mean.square().sum((0, *range(2, mean.ndim)))
+        self.sums = self.sums + torch.cat([latent_sums(output.posterior), squares[None]])  # (4, c)
+
+    def compute(self) -> dict[str, Tensor]:
+        count, first, second, squares = self.sums
+        mean = first / count
+        variance, of_means = (second / count - mean.square()).clamp_min(0.0), squares / count - mean.square()
+        alive = of_means > _DEAD * variance  # a constant has no variance at all
+        return {"dead_channels": 1.0 - double(alive).mean(), "latent_std": variance.mean().sqrt()}
 
 
 class CodebookUsage(Metric):

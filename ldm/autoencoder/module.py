@@ -50,7 +50,7 @@ class AutoencoderKL(pl.LightningModule):
             a useful threshold grows with the number of pixels.
         quantizer: a codebook instead of the Gaussian; None: the posterior is a diagonal Gaussian.
         metrics: validation metrics by name, beside the standard ones of ldm/autoencoder/metrics.py (psnr, ssim, losses,
-            and codes of a codebook) or in place of the one of that name; null: without it.
+            and latents, or codes of a codebook) or in place of the one of that name; null: without it.
     """
 
     def __init__(

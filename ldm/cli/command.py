@@ -49,5 +49,6 @@ def ldm() -> NoReturn:
 
 def usage() -> str:
     """What `ldm --help` prints."""
-    lines = [f"  {name:<8}{does}\n          {example}" for name, (does, example) in COMMANDS.items()]
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:<{width}}{does}\n  {'':<{width}}{example}" for name, (does, example) in COMMANDS.items()]
     return "usage: ldm COMMAND ...\n\n" + "\n".join(lines) + "\n\n`ldm COMMAND --help` describes each."

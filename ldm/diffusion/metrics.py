@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from ldm.runtime.float64 import double
 from ldm.runtime.validation_metrics import Mean
 
 
@@ -30,7 +32,7 @@ class Output:
 
 def standard() -> dict[str, Metric]:
     """The metrics that validation has without a word, in the order in which they are shown."""
-    return {"loss": Loss(), "loss_ema": LossEMA()}
+    return {"loss": Loss(), "loss_ema": LossEMA(), "latent_std": LatentStd()}
 
 
 class Loss(Mean):
@@ -45,3 +47,23 @@ class LossEMA(Mean):
 
     def values(self, batch: Mapping[str, Any], output: Output) -> Tensor:
         return output.loss_ema
+
+
+class LatentStd(Metric):
+    """The standard deviation of the standardized latents, of the channel where it is farthest from one (as a ratio)."""
+
+    sums: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Takes its shape, (3, c): number, sum and sum of squares, from the first batch.
+        self.add_state("sums", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, batch: Mapping[str, Any], output: Output) -> None:
+        latent = double(batch["latent"]).transpose(0, 1).flatten(1)  # (c, N h w)
+        self.sums = self.sums + torch.stack([torch.ones_like(latent).sum(1), latent.sum(1), latent.square().sum(1)])
+
+    def compute(self) -> Tensor:
+        count, first, second = self.sums
+        std = (second / count - (first / count).square()).clamp_min(0.0).sqrt()  # (c,)
+        return std[std.log().abs().argmax()]

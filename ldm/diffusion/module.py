@@ -55,8 +55,8 @@ class LatentDiffusion(LightningModule):
         gradient_clip: maximum gradient norm; None: no clipping.
         compile_blocks: compile the network's blocks with torch.compile for training; their names stay the same. The
             first step then takes a minute or more, and every later step is faster, especially on GPUs.
-        metrics: validation metrics by name, beside the standard ones of ldm/diffusion/metrics.py (loss, loss_ema) or in
-            place of the one of that name; null: without it.
+        metrics: validation metrics by name, beside the standard ones of ldm/diffusion/metrics.py (loss, loss_ema,
+            latent_std) or in place of the one of that name; null: without it.
     """
 
     def __init__(

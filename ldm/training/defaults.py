@@ -27,6 +27,7 @@ from ldm.diffusion.module import LatentDiffusion, parts
 from ldm.errors import ConfigError
 from ldm.run_folder import RunFolder
 from ldm.training.callbacks.checkpoints import Checkpoints
+from ldm.training.callbacks.health import Health
 from ldm.training.callbacks.monitors import Monitors, monitored
 from ldm.training.callbacks.previews import ImageLogger, SampleLogger
 from ldm.training.callbacks.progress import Progress, Throughput
@@ -99,6 +100,7 @@ def make_callbacks(
         "images": _pictures(model, validation_interval(trainer), facts, trust),
         "throughput": Throughput(trainer.get("log_every_n_steps", LOG_EVERY)),
         "progress": Progress() if trainer.get("enable_progress_bar", True) else None,
+        "health": Health(),
         "checkpoints": Checkpoints(),
     }
     for name, node in (section.get("callbacks") or {}).items():

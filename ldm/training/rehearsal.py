@@ -77,8 +77,9 @@ def _first_stage(model: AutoencoderKL, batch: Mapping[str, Any], steps: int, ori
     if loss.discriminator is not None and start < steps:
         with _named("model.params.loss.params.discriminator", origin, f"from step {start} on, "):
             total, _ = loss(images, reconstruction, posterior, model.decoder.last_layer, start)
-            total.backward()
-            model.zero_grad(set_to_none=True)
+            # The rest of the backward pass is that of every step, and fails in the first one.
+            trained = [parameter for parameter in loss.discriminator.parameters() if parameter.requires_grad]
+            torch.autograd.grad(total, trained, allow_unused=True)
     with _named("model", origin, "for its pictures, "):
         model.images(dict(batch))
 
@@ -87,12 +88,9 @@ def _second_stage(
     model: LatentDiffusion, batch: Mapping[str, Any], steps: int, batch_size: int, origin: Origin
 ) -> None:
     latent, rows = batch["latent"], len(batch["latent"])
-    averaged = nn.ModuleList([model.ema.average, *model.ema.extra])
-    for average in averaged:
-        network, conditioner = parts(average)
-        with _named("model", origin, "in validation, "), torch.no_grad():
-            model.objective.loss(network, latent, conditioner(batch), batch["draws"])
-    network, conditioner = parts(model.ema.average)
+    network, conditioner = parts(model.ema.average)  # of which the others are copies
+    with _named("model", origin, "in validation, "), torch.no_grad():
+        model.objective.loss(network, latent, conditioner(batch), batch["draws"])
     with _named("model", origin, "for its samples, "), torch.no_grad():
         denoise = partial(model.objective.denoise, network)
         guided = classifier_free(denoise, conditioner(batch), conditioner.null(rows), 2.0)

@@ -16,6 +16,8 @@ from ldm.errors import CheckpointError
 from ldm.files import expanded, published
 from ldm.weights.catalog import FILES, WeightFile
 
+_MORE = "Nothing is downloaded while something runs; `ldm weights` lists all files."
+
 
 def folder() -> Path:
     """ldm's own cache of weights: $LDM_WEIGHTS, or ldm/weights in the user's cache folder."""
@@ -42,7 +44,7 @@ def find(name: str, given: Path | str | None = None) -> Path:
     entry = FILES[name]
     path = _located(entry, given)
     if path is None:
-        raise CheckpointError(_missing(entry, given))
+        raise CheckpointError(f"{_missing(entry, given)}\n{_MORE}")
     verify(entry, path)
     return path
 
@@ -55,7 +57,7 @@ def find_any(names: Sequence[str]) -> Path:
     """
     there = [name for name in names if _located(FILES[name], None) is not None]
     if not there:
-        raise CheckpointError("\nor ".join(_missing(FILES[name], None) for name in names))
+        raise CheckpointError("\nor ".join(_missing(FILES[name], None) for name in names) + f"\n{_MORE}")
     return find(there[0])
 
 
@@ -122,6 +124,6 @@ def _missing(entry: WeightFile, given: Path | str | None) -> str:
     also = "".join(f" (nor {other})" for other in others)
     return (
         f"{place}: no such file{also}. Expected {files} of {entry.name} ({entry.use}), {entry.size / 1e6:,.0f} MB, "
-        f"sha256 {entry.sha256 or 'not known'}, from {entry.source}. Nothing is downloaded while something runs; "
-        f"get it: {entry.source.command(entry.name, folder() / entry.file)}\n`ldm weights` lists all files."
+        f"sha256 {entry.sha256 or 'not known'}, from {entry.source}; get it: "
+        f"{entry.source.command(entry.name, folder() / entry.file)}"
     )

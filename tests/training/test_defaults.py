@@ -11,6 +11,7 @@ from ldm.errors import ConfigError
 from ldm.run_folder import RunFolder
 from ldm.training import defaults
 from ldm.training.callbacks.checkpoints import Checkpoints
+from ldm.training.callbacks.health import Health
 from ldm.training.callbacks.progress import Progress, Throughput
 from ldm.training.callbacks.provenance import Provenance
 from ldm.training.callbacks.skip_nonfinite import SkipNonFinite
@@ -30,7 +31,7 @@ def callbacks(section: dict[str, Any], tmp_path: Path) -> list[Any]:
 
 def test_a_run_is_kept_without_a_line_of_yaml(tmp_path):
     kinds = [type(callback) for callback in callbacks({}, tmp_path)]
-    assert kinds == [Provenance, SkipNonFinite, StopOnSignal, Throughput, Progress, Checkpoints]
+    assert kinds == [Provenance, SkipNonFinite, StopOnSignal, Throughput, Progress, Health, Checkpoints]
 
 
 def test_callbacks_are_replaced_added_and_left_out_by_name(tmp_path):
@@ -43,7 +44,7 @@ def test_callbacks_are_replaced_added_and_left_out_by_name(tmp_path):
         tmp_path,
     )
     names = [type(callback).__name__ for callback in made]
-    assert names == ["Provenance", "SkipNonFinite", "StopOnSignal", "Throughput", "Checkpoints", "Timer"]
+    assert names == ["Provenance", "SkipNonFinite", "StopOnSignal", "Throughput", "Health", "Checkpoints", "Timer"]
     assert made[-2].every == 7
 
 

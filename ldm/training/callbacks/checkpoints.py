@@ -149,6 +149,7 @@ class Checkpoints(StepCallback, Checkpoint):
         self.keep_best = keep_best
         self.asynchronous = asynchronous
         self._scores: dict[int, float] = {}  # of the steps that were among the best; lower is better
+        self._before: Any = None  # the monitored metric before a validation, which may not measure it
         self._folder = Path()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -160,6 +161,9 @@ class Checkpoints(StepCallback, Checkpoint):
     def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         if self._due(trainer.global_step) and not lightning_internals.validation_follows(trainer):
             self._save(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._before = trainer.callback_metrics.get(self.monitor or "")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn != "fit":
@@ -191,8 +195,10 @@ class Checkpoints(StepCallback, Checkpoint):
             trainer.save_checkpoint(writer.file_of(self._folder, trainer.global_step), weights_only=False)
 
     def _among_best(self, trainer: pl.Trainer, monitor: str) -> bool:
-        _check_logged(trainer, monitor)
-        score = self.sign * float(trainer.callback_metrics[monitor])
+        logged = trainer.callback_metrics.get(monitor)
+        if logged is None or logged is self._before:
+            return False  # not measured in this validation, as ldm/training/callbacks/frechet.py does now and then
+        score = self.sign * float(logged)
         better = sum(other <= score for other in self._scores.values())
         if not math.isfinite(score) or better >= self.keep_best:
             return False

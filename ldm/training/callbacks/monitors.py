@@ -1,7 +1,7 @@
 """Metrics that callbacks wait for: a name that nothing logs is refused before the first step, not hours later."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import pytorch_lightning as pl
 
@@ -12,6 +12,15 @@ from ldm.runtime.step_metrics import was_logged
 from ldm.training.callbacks.step_callback import StepCallback
 
 _TRAINING = "train/"  # the prefix of the names that training logs, which validation cannot know
+
+
+@runtime_checkable
+class LogsMetrics(Protocol):
+    """A callback that logs validation metrics of its own, not necessarily in every validation."""
+
+    @property
+    def logged_metrics(self) -> Sequence[str]:
+        """Their names."""
 
 
 class Monitors(StepCallback):
@@ -41,7 +50,8 @@ class Monitors(StepCallback):
         record = checkpoint.get("ldm") or {}
         # Validation of another model may log something else.
         if trainer.state.fn == "fit" and record.get("metrics") and _same(record.get("config") or {}, self._model):
-            _check(self._validated, record["metrics"], "the validation before this checkpoint")
+            known = [*record["metrics"], *_of_callbacks(trainer)]
+            _check(self._validated, known, "the validation before this checkpoint")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -57,7 +67,7 @@ class Monitors(StepCallback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == "fit":
-            _check(self._validated, trainer.callback_metrics, "validation")
+            _check(self._validated, [*trainer.callback_metrics, *_of_callbacks(trainer)], "validation")
 
     def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         if self._trained and was_logged(trainer):
@@ -75,6 +85,12 @@ def monitored(callbacks: Mapping[str, Any]) -> dict[str, str]:
         for name, of in params.items()
         if isinstance(of.get("monitor"), str) and of.get("strict") is not False
     }
+
+
+def _of_callbacks(trainer: pl.Trainer) -> list[str]:
+    """The metrics that the run's callbacks log."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning's own
+    return [name for callback in callbacks if isinstance(callback, LogsMetrics) for name in callback.logged_metrics]
 
 
 def _check(monitors: Mapping[str, str], known: Iterable[str], where: str) -> None:

@@ -21,7 +21,8 @@ class StopOnSignal(StepCallback):
     """Turns a signal into one checkpoint and a clean end, `Stopped`, on all ranks after the same step.
 
     The ranks synchronize after each optimizer step, never within an accumulation, after each validation batch, and
-    before the first step, when there is nothing to save yet. A rank whose checkpoints cannot be saved reports it in the
+    before the first step, when there is nothing to save yet; also where a callback calls
+    `stop_in_validation`. A rank whose checkpoints cannot be saved reports it in the
     same exchange, and all end together.
 
     Args:
@@ -67,9 +68,18 @@ class StopOnSignal(StepCallback):
             return
         self._seen_batches += 1
         if self._seen_batches <= self._shared_batches:
-            self._validation_cut = True
-            self._stop_if_asked(trainer, saving=trainer.state.fn == "fit")
-            self._validation_cut = False
+            self.stop_in_validation(trainer)
+
+    def stop_in_validation(self, trainer: pl.Trainer) -> None:
+        """Stop if a signal has asked for it; all ranks call it at the same place of a validation.
+
+        The run that resumes begins this validation anew.
+        """
+        if trainer.sanity_checking:
+            return
+        self._validation_cut = True
+        self._stop_if_asked(trainer, saving=trainer.state.fn == "fit")
+        self._validation_cut = False
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

