@@ -4,14 +4,11 @@ What trains is run dry, on stand-ins for the runs that it names; what samples, p
 The commands of docs/extending.md need its examples: test_docs.py runs them.
 """
 
-import json
 import re
 import shlex
 import subprocess
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +20,6 @@ from ldm.checkpoints import store
 from ldm.cli import cache, ema, evaluate, plot, sample, weights
 from ldm.config.load import to_yaml
 from ldm.optim.ema import power_exponent
-from ldm.training import dry_run, rehearsal
 from scripts import compare
 from scripts.bench import __main__ as bench
 from scripts.faults import __main__ as faults
@@ -128,34 +124,9 @@ def workshop(make_runs, tmp_path_factory):
     return place
 
 
-@pytest.fixture(scope="module", autouse=True)
-def tried_once():
-    """A model that has passed through the trials once is not tried again: seven commands are of one, on other machines."""
-    known: dict[tuple[str, str], Any] = {}
-
-    def remembered(trial: Callable[..., Any], key: Callable[..., str]) -> Callable[..., Any]:
-        def outcome(*given: Any) -> Any:
-            name = trial.__name__, key(*given)
-            if name not in known:
-                known[name] = trial(*given)
-            return known[name]
-
-        return outcome
-
-    def of(model: Any, tree: dict[str, Any], facts: dict[str, Any], *_: Any) -> str:
-        lightning = tree["lightning"]
-        return json.dumps([tree["model"], facts, lightning["trainer"]["max_steps"], lightning.get("callbacks")])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dry_run, "check_fit", remembered(dry_run.check_fit, of))
-        patch.setattr(rehearsal, "check", remembered(rehearsal.check, of))
-        patch.setattr(dry_run, "report", remembered(dry_run.report, of))
-        yield
-
-
 @pytest.fixture
-def run(workshop, tmp_path, monkeypatch, autoencoder_tree, diffusion_tree):
-    """run(command) -> exit code, within the workshop and this process."""
+def run(workshop, tmp_path, monkeypatch, autoencoder_tree, diffusion_tree, tried_once):
+    """run(command) -> exit code, within the workshop and this process; seven commands are of one large model."""
     monkeypatch.chdir(workshop)
 
     def train(words: list[str]) -> int:
