@@ -105,7 +105,7 @@ class FluentEmoji(EmojiPictures):
         """WebP of the package -> PNG as it is stored."""
         try:
             picture = Image.open(io.BytesIO(content)).convert("RGBA")
-        except (OSError, ValueError, SyntaxError) as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise DataError(f"{source}: cannot be read as an image ({error}); fetch the package again") from error
         # Four are 8 rows higher than the others, all of them empty and at the top.
         picture = picture.crop((0, picture.height - _SIDE, _SIDE, picture.height))

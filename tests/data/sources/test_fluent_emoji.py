@@ -162,6 +162,12 @@ def test_a_damaged_picture_is_named(few, unpacked, tmp_path, content):
         few.prepare()
 
 
+def test_a_picture_that_pillow_finds_too_large_is_named(few, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(DataError, match=r"\.webp: cannot be read as an image .*exceeds limit"):
+        few.prepare()
+
+
 def test_a_folder_that_cannot_be_written(few, tmp_path):
     few.folder = tmp_path / "file" / "below"
     (tmp_path / "file").write_text("in the way")
