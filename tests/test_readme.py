@@ -17,12 +17,13 @@ from PIL import Image
 
 import main
 from ldm.checkpoints import store
-from ldm.cli import cache, ema, plot, sample, weights
+from ldm.cli import cache, ema, evaluate, plot, sample, weights
 from ldm.config.load import to_yaml
 from ldm.optim.ema import power_exponent
 from scripts import compare
 from scripts.bench import __main__ as bench
 from scripts.faults import __main__ as faults
+from tests.evaluation.spaces import Projection
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -149,6 +150,8 @@ def run(workshop, tmp_path, monkeypatch, autoencoder_tree, diffusion_tree, tried
 
     def started(words: list[str]) -> int:
         """Of a cluster: its scripts are valid, and what they and torchrun start is a run."""
+        if "scripts/evaluate.py" in words:
+            return measured(words[words.index("scripts/evaluate.py") + 1 :])
         file = next(
             (word for word in words if word.startswith("configs/cluster/") and not word.endswith(".yaml")), None
         )
@@ -157,6 +160,25 @@ def run(workshop, tmp_path, monkeypatch, autoencoder_tree, diffusion_tree, tried
         assert '-r auto --base "$@"' in (ROOT / file).read_text()
         assert subprocess.run(["bash", "-n", str(ROOT / file)]).returncode == 0
         return train(["-r", "auto", "--base", *words[words.index(file) + 1 :]])
+
+    def measured(words: list[str]) -> int:
+        """A few of the pictures, in features that need no weights, against those of the workshop."""
+        monkeypatch.setattr(evaluate, "choose", lambda name, device: Projection(name))
+        if words[0] == "compare":
+            own = [f"{tmp_path}/{name}.json" for name in "ab"]
+            codes = [measured(["-r", "RUN", "--out", record]) for record in own]
+            return max(*codes, evaluate.main(["compare", *own, "--out", str(tmp_path / "comparison")]))
+        words = [re.sub(r"/path/to/[\w/]+", PICTURES, word) for word in words]
+        if "FILE.yaml" in words:
+            (workshop / "FILE.yaml").write_text(to_yaml(autoencoder_tree))
+        elif "kl_f8" in " ".join(words):
+            (workshop / "own.yaml").write_text(to_yaml(autoencoder_tree))
+            words += ["--against", "own.yaml", "--metrics", "fd", "psnr"]
+        else:
+            words += ["--against", PICTURES, "--resolution", "16"]
+        few = ["-n", "8", "--steps", "2"] if "-r" in words else []
+        out = [] if "--out" in words else ["--out", str(tmp_path / "record.json")]
+        return evaluate.main([*words, *few, *out])
 
     def parsed(parse):
         return lambda words: 0 if parse(words) else 1
@@ -168,6 +190,7 @@ def run(workshop, tmp_path, monkeypatch, autoencoder_tree, diffusion_tree, tried
         "scripts/reconstruct_ema.py": ema.main,
         "scripts/plot_run.py": plot.main,
         "scripts/weights.py": weights.main,
+        "scripts/evaluate.py": measured,
         # These take minutes to hours, and have tests of their own.
         "scripts/bench": parsed(bench.parse),
         "scripts/compare.py": parsed(compare.parse),
