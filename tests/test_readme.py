@@ -4,14 +4,11 @@ What trains is run dry, on stand-ins for the runs that it names; what samples, p
 The commands of docs/extending.md need its examples: test_docs.py runs them.
 """
 
-import json
 import re
 import shlex
 import subprocess
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,13 +17,13 @@ from PIL import Image
 
 import main
 from ldm.checkpoints import store
-from ldm.cli import cache, ema, plot, sample, weights
+from ldm.cli import cache, ema, evaluate, plot, sample, weights
 from ldm.config.load import to_yaml
 from ldm.optim.ema import power_exponent
-from ldm.training import dry_run, rehearsal
 from scripts import compare
 from scripts.bench import __main__ as bench
 from scripts.faults import __main__ as faults
+from tests.evaluation.spaces import Projection
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -127,34 +124,9 @@ def workshop(make_runs, tmp_path_factory):
     return place
 
 
-@pytest.fixture(scope="module", autouse=True)
-def tried_once():
-    """A model that has passed through the trials once is not tried again: seven commands are of one, on other machines."""
-    known: dict[tuple[str, str], Any] = {}
-
-    def remembered(trial: Callable[..., Any], key: Callable[..., str]) -> Callable[..., Any]:
-        def outcome(*given: Any) -> Any:
-            name = trial.__name__, key(*given)
-            if name not in known:
-                known[name] = trial(*given)
-            return known[name]
-
-        return outcome
-
-    def of(model: Any, tree: dict[str, Any], facts: dict[str, Any], *_: Any) -> str:
-        lightning = tree["lightning"]
-        return json.dumps([tree["model"], facts, lightning["trainer"]["max_steps"], lightning.get("callbacks")])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dry_run, "check_fit", remembered(dry_run.check_fit, of))
-        patch.setattr(rehearsal, "check", remembered(rehearsal.check, of))
-        patch.setattr(dry_run, "report", remembered(dry_run.report, of))
-        yield
-
-
 @pytest.fixture
-def run(workshop, tmp_path, monkeypatch, autoencoder_tree, diffusion_tree):
-    """run(command) -> exit code, within the workshop and this process."""
+def run(workshop, tmp_path, monkeypatch, autoencoder_tree, diffusion_tree, tried_once):
+    """run(command) -> exit code, within the workshop and this process; seven commands are of one large model."""
     monkeypatch.chdir(workshop)
 
     def train(words: list[str]) -> int:
@@ -178,6 +150,8 @@ def run(workshop, tmp_path, monkeypatch, autoencoder_tree, diffusion_tree):
 
     def started(words: list[str]) -> int:
         """Of a cluster: its scripts are valid, and what they and torchrun start is a run."""
+        if "scripts/evaluate.py" in words:
+            return measured(words[words.index("scripts/evaluate.py") + 1 :])
         file = next(
             (word for word in words if word.startswith("configs/cluster/") and not word.endswith(".yaml")), None
         )
@@ -186,6 +160,25 @@ def run(workshop, tmp_path, monkeypatch, autoencoder_tree, diffusion_tree):
         assert '-r auto --base "$@"' in (ROOT / file).read_text()
         assert subprocess.run(["bash", "-n", str(ROOT / file)]).returncode == 0
         return train(["-r", "auto", "--base", *words[words.index(file) + 1 :]])
+
+    def measured(words: list[str]) -> int:
+        """A few of the pictures, in features that need no weights, against those of the workshop."""
+        monkeypatch.setattr(evaluate, "choose", lambda name, device: Projection(name))
+        if words[0] == "compare":
+            own = [f"{tmp_path}/{name}.json" for name in "ab"]
+            codes = [measured(["-r", "RUN", "--out", record]) for record in own]
+            return max(*codes, evaluate.main(["compare", *own, "--out", str(tmp_path / "comparison")]))
+        words = [re.sub(r"/path/to/[\w/]+", PICTURES, word) for word in words]
+        if "FILE.yaml" in words:
+            (workshop / "FILE.yaml").write_text(to_yaml(autoencoder_tree))
+        elif "kl_f8" in " ".join(words):
+            (workshop / "own.yaml").write_text(to_yaml(autoencoder_tree))
+            words += ["--against", "own.yaml", "--metrics", "fd", "psnr"]
+        else:
+            words += ["--against", PICTURES, "--resolution", "16"]
+        few = ["-n", "8", "--steps", "2"] if "-r" in words else []
+        out = [] if "--out" in words else ["--out", str(tmp_path / "record.json")]
+        return evaluate.main([*words, *few, *out])
 
     def parsed(parse):
         return lambda words: 0 if parse(words) else 1
@@ -197,6 +190,7 @@ def run(workshop, tmp_path, monkeypatch, autoencoder_tree, diffusion_tree):
         "scripts/reconstruct_ema.py": ema.main,
         "scripts/plot_run.py": plot.main,
         "scripts/weights.py": weights.main,
+        "scripts/evaluate.py": measured,
         # These take minutes to hours, and have tests of their own.
         "scripts/bench": parsed(bench.parse),
         "scripts/compare.py": parsed(compare.parse),

@@ -3,8 +3,9 @@
 How a configuration names others: ldm/runtime/validation_metrics.py.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,12 +32,17 @@ class Output:
     Attributes:
         reconstruction: (N, C, H, W) float32, as decoded; it may leave [-1, 1].
         posterior: of the images.
-        losses: by name, each (N,) float32; see `AutoencoderLoss.per_image`.
+        measure: what `losses` are, computed for the first metric that asks for them: LPIPS is a network of its own.
     """
 
     reconstruction: Tensor
     posterior: Posterior
-    losses: Mapping[str, Tensor]
+    measure: Callable[[], Mapping[str, Tensor]]
+
+    @cached_property
+    def losses(self) -> Mapping[str, Tensor]:
+        """By name, each (N,) float32; see `AutoencoderLoss.per_image`."""
+        return self.measure()
 
 
 def standard(codebook: bool) -> dict[str, Metric]:

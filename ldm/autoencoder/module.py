@@ -211,8 +211,12 @@ class AutoencoderKL(pl.LightningModule):
         """What metrics see of a batch, in float32."""
         reconstruction, posterior = self.reconstruct(batch)
         images, reconstruction = batch["image"].float(), reconstruction.float()
-        with torch.autocast(images.device.type, enabled=False):
-            return Output(reconstruction, posterior, self.loss.per_image(images, reconstruction, posterior))
+
+        def losses() -> dict[str, Tensor]:
+            with torch.autocast(images.device.type, enabled=False):
+                return self.loss.per_image(images, reconstruction, posterior)
+
+        return Output(reconstruction, posterior, losses)
 
     def on_validation_epoch_start(self) -> None:
         self.metrics.start(self.device)

@@ -1,7 +1,8 @@
 """Saving and loading sharded tensors: gathered whole, or each rank's rows separately.
 
-torch's own get_optimizer_state_dict does not do the gathering: it steps an optimizer that has no moments yet, and keys
-them by parameter name, where every checkpoint so far numbers them as the optimizer does.
+torch's own get_optimizer_state_dict does not do the gathering: it steps an optimizer that has no moments yet, so that a
+save before the first step changes the training that follows, and it keys moments by parameter name, where every
+checkpoint so far numbers them as the optimizer does; set_optimizer_state_dict fails on these or takes them for zeros.
 """
 
 from collections.abc import Mapping

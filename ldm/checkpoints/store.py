@@ -120,7 +120,8 @@ def load(checkpoint: Path | Verified, read_shards: ReadShards | None = None) -> 
 
     Args:
         checkpoint: as in `verify`, or what that returned.
-        read_shards: reads the tensors of a folder of shards, {key: tensor}; None: all of them, whole.
+        read_shards: reads the tensors of a folder of shards, {key: tensor}, of which the caller takes its rows, as it
+            does of those of a file without shards; None: all of them, whole.
 
     Raises:
         CheckpointError: missing, truncated, damaged, replaced while it was read, of another program, or holding more
@@ -132,7 +133,8 @@ def load(checkpoint: Path | Verified, read_shards: ReadShards | None = None) -> 
         if own.seal != verified.seal:
             raise CheckpointError(f"{verified.path}: was replaced after it had been verified. Start again.")
         verified = own
-    state = sealed_file.read(verified.path)
+    # A rank that takes its rows of each tensor needs no copy of all of them: the file is mapped, once a machine.
+    state = sealed_file.read(verified.path, mapped=read_shards is not None)
     if (named := state.pop("shards", None)) is not None:
         folder = shards.folder_of(verified.path, named["folder"])
         tensors = read_shards(folder) if read_shards else shards.assembled(folder, [*named["files"]])

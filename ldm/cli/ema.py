@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm.cli import program
-from ldm.cli.options import Parser, called, path, whole_number
+from ldm.cli.options import Parser, called, path, whole_number, width
 from ldm.errors import ConfigError
 
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     )
     add = parser.add_argument
     add("-r", "--run", required=True, type=path, metavar="RUN", help="run folder")
-    add("--std", required=True, nargs="+", type=float, help="relative standard deviations, above 0 and below 0.28")
+    add("--std", required=True, nargs="+", type=width, help="relative standard deviations, above 0 and below 0.288")
     add("--step", type=whole_number, help="step of the snapshot at which the average ends (default: the latest)")
 
     def work() -> None:

@@ -26,7 +26,7 @@ from ldm.cli.evaluate_subject import held_out_of, reference_of, subject_of
 from ldm.errors import CheckpointError, ConfigError, DataError
 from ldm.evaluation import record
 from ldm.evaluation.feature_store import FeatureStore, key
-from ldm.evaluation.features.base import LOGITS, Features
+from ldm.evaluation.features.base import LOGITS, Features, size
 from ldm.evaluation.features.choose import choose
 from ldm.evaluation.measure import Measured, agreement, measure
 from ldm.evaluation.pictures.base import Pictures
@@ -122,7 +122,7 @@ def checked_labels(pictures: Pictures, classifier: Features | None) -> np.ndarra
     labels, logits = pictures.labels(), classifier.parts[LOGITS]
     if labels is None:
         raise ConfigError("--classifier: the pictures have no classes that it could agree with; leave it out")
-    if labels.max() >= (known := logits.stop - logits.start):
+    if labels.max() >= (known := size(logits)):
         raise ConfigError(f"--classifier: knows {known} classes, and the pictures have class {labels.max()}")
     return labels
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from ldm.errors import ConfigError
 from ldm.training.options import Options
@@ -61,6 +61,8 @@ positive = _numbers(float, "a finite number above 0", lambda number: 0 < number 
 share = _numbers(float, "a number from 0 to 1", lambda number: 0 <= number <= 1)
 some_share = _numbers(float, "a number above 0, at most 1", lambda number: 0 < number <= 1)
 ratio = _numbers(float, "a number of 0 or more, or inf", lambda number: number >= 0)
+# Of an average over training, as in ldm/optim/ema.py: that of the uniform average is the limit.
+width = _numbers(float, f"more than 0 and less than {12**-0.5:.3f}", lambda number: 0 < number < 12**-0.5)
 
 
 def path(text: str) -> Path:
@@ -115,68 +117,45 @@ def _parser() -> Parser:
         epilog="Words key=value anywhere on the line override the configuration: data.params.batch_size=64",
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    add(
-        "-b",
-        "--base",
-        nargs="+",
-        type=path,
-        default=[],
-        action="extend",
-        metavar="FILE.yaml",
-        help="configuration files, merged left to right",
-    )
-    add(
-        "-r",
-        "--resume",
-        type=at_home,
-        metavar="RUN",
-        help="resume a run folder, a checkpoint, or `auto`: the newest run of this name, else start a new one",
-    )
+    _add_run(parser.add_argument)
+    _add_mode(parser.add_argument)
+    _add_permissions(parser.add_argument)
+    return parser
+
+
+Add = Callable[..., Any]
+
+
+def _add_run(add: Add) -> None:
+    """What is run, and where."""
+    files = {"nargs": "+", "type": path, "default": [], "action": "extend", "metavar": "FILE.yaml"}
+    add("-b", "--base", **files, help="configuration files, merged left to right")
+    resumed = "resume a run folder, a checkpoint, or `auto`: the newest run of this name, else start a new one"
+    add("-r", "--resume", type=at_home, metavar="RUN", help=resumed)
     add("-n", "--name", help="the run's name (default: the config's `name`, else the first file's name)")
     add("-f", "--postfix", default="", help="appended to the name")
     add("-l", "--logdir", type=path, default=Path("logs"), help="where run folders are made (default: logs)")
     add("-p", "--project", default="ldm", help="the Weights & Biases project (default: ldm)")
     add("-s", "--seed", type=int, help="the same as seed=...")
-    add(
-        "-d",
-        "--debug",
-        action="store_true",
-        help="full tracebacks, and the debugger where an error was raised when run from a terminal",
-    )
-    add(
-        "-t",
-        "--train",
-        nargs="?",
-        const=True,
-        default=True,
-        type=_switch,
-        metavar="BOOL",
-        help="train (the default); `-t false` only validates",
-    )
+
+
+def _add_mode(add: Add) -> None:
+    """What is done with it."""
+    full = "full tracebacks, and the debugger where an error was raised when run from a terminal"
+    add("-d", "--debug", action="store_true", help=full)
+    switch = {"nargs": "?", "const": True, "default": True, "type": _switch, "metavar": "BOOL"}
+    add("-t", "--train", **switch, help="train (the default); `-t false` only validates")
     add("--no-train", dest="train", action="store_false", help="the same as --train false")
-    add(
-        "--scale-lr",
-        action="store_true",
-        help="multiply every optimizer's lr by the global batch size (lr is then the rate for one image)",
-    )
-    add(
-        "--dry-run",
-        action="store_true",
-        help="print the resolved config, parameter counts, shapes and FLOPs per step; make no run folder",
-    )
-    add(
-        "--trust",
-        action="append",
-        default=[],
-        metavar="PACKAGE",
-        help="let the configuration build objects of this package; it runs that package's code",
-    )
-    add(
-        "--allow-change",
-        action="append",
-        default=[],
-        metavar="KEY",
-        help="accept that KEY differs from what the resumed run was started with",
-    )
-    return parser
+    scaled = "multiply every optimizer's lr by the global batch size (lr is then the rate for one image)"
+    add("--scale-lr", action="store_true", help=scaled)
+    dry = "print the resolved config, parameter counts, shapes and FLOPs per step; make no run folder"
+    add("--dry-run", action="store_true", help=dry)
+
+
+def _add_permissions(add: Add) -> None:
+    """What is let through that is refused by default."""
+    several = {"action": "append", "default": []}
+    trusted = "let the configuration build objects of this package; it runs that package's code"
+    add("--trust", **several, metavar="PACKAGE", help=trusted)
+    changed = "accept that KEY differs from what the resumed run was started with"
+    add("--allow-change", **several, metavar="KEY", help=changed)

@@ -16,6 +16,7 @@ from ldm.evaluation.feature_store import Column
 from ldm.evaluation.pictures.base import digest
 from ldm.evaluation.pictures.made import Reconstruction
 from ldm.evaluation.values import Value
+from ldm.runtime.full_precision import full_precision
 from ldm.runtime.validation_metrics import Mean
 
 DEAD = 0.01
@@ -54,7 +55,8 @@ class Fidelity:
         # Nothing here reads the posterior or losses.
         output = Output(made.decoded, None, {})  # type: ignore[arg-type]
         batch = {"image": made.original}
-        measured = [metric.values(batch, output).reshape(1, -1) for metric in self.metrics.values()]
+        with full_precision(made.original.device.type):
+            measured = [metric.values(batch, output).reshape(1, -1) for metric in self.metrics.values()]
         mean, variance = made.mean, made.std.square()  # (n, c, h, w)
         square = mean.square() + variance
         kl = 0.5 * (square - 1 - variance.log()) if self.gaussian else torch.zeros_like(mean)

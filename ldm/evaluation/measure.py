@@ -16,7 +16,7 @@ from ldm.evaluation.distances.neighbors import Pair, closest_pairs, memorization
 from ldm.evaluation.distances.ratio import mean_ratio
 from ldm.evaluation.distances.spread import blocks, frechet_spread, jackknife, of_blocks
 from ldm.evaluation.feature_store import Table
-from ldm.evaluation.features.base import LOGITS, MAIN, SPATIAL, Features
+from ldm.evaluation.features.base import LOGITS, MAIN, SPATIAL, Features, size
 from ldm.evaluation.reference import Reference, moments
 from ldm.evaluation.values import Value, frechet_name, in_space
 
@@ -100,7 +100,7 @@ def _frechet(space: Features, table: Table, reference: Reference, part: str) -> 
         )
     spread = frechet_spread(table.array(columns), theirs, number)
     # With fewer images than features the bias does not fall as 1 / N: there is nothing to extrapolate.
-    unbiased = spread.unbiased.value if len(table) > columns.stop - columns.start else None
+    unbiased = spread.unbiased.value if len(table) > size(columns) else None
     measured = spread.measured
     return Value(name, measured.value, measured.error, measured.freedom, unbiased, space.name, "lower", settings)
 
@@ -118,11 +118,11 @@ def _distances(
     if "sfd" in metrics and SPATIAL in space.parts:
         values.append(_frechet(space, table, reference, SPATIAL))
     for value, part in zip(values, (MAIN, SPATIAL), strict=False):
-        size = space.parts[part].stop - space.parts[part].start
-        if len(table) <= size:
+        wanted = size(space.parts[part])
+        if len(table) <= wanted:
             found.notes.append(
-                f"{value.metric}: {len(table)} pictures are too few for the covariance of {size} features: expected "
-                f"more than {size}. The distance is defined, and says more of the number of pictures than of them."
+                f"{value.metric}: {len(table)} pictures are too few for the covariance of {wanted} features: expected "
+                f"more than {wanted}. The distance is defined, and says more of the number of pictures than of them."
             )
     found.values += values
 
@@ -184,14 +184,14 @@ def _neighborhoods(
 
 def _kid(space: Features, ours: np.ndarray, theirs: np.ndarray) -> Value:
     """The kernel distance; its error is that of the mean over disjoint blocks, and not the subsets' deviation."""
-    size = min(1000, len(ours), len(theirs))
-    distance = kid(ours, theirs, subset_size=size)
-    settings = {"images": len(ours), "subsets": 100, "subset size": size, "subset deviation": distance.deviation}
+    subset = min(1000, len(ours), len(theirs))
+    distance = kid(ours, theirs, subset_size=subset)
+    settings = {"images": len(ours), "subsets": 100, "subset size": subset, "subset deviation": distance.deviation}
     value = Value(in_space("KID", space.name), distance.mean, features=space.name, settings=settings)
     if len(ours) < 2 * BLOCKS:
         return value
     parts = [ours[rows] for rows in blocks(ours, BLOCKS)]
-    of_parts = [kid(part, theirs, subsets=10, subset_size=min(size, *map(len, parts))).mean for part in parts]
+    of_parts = [kid(part, theirs, subsets=10, subset_size=min(subset, *map(len, parts))).mean for part in parts]
     estimate = of_blocks(of_parts)
     return replace(value, error=estimate.error, freedom=estimate.freedom)
 

@@ -18,7 +18,7 @@ from torchmetrics import Metric
 
 from ldm.autoencoder.metrics import Output
 from ldm.evaluation.distances.frechet import frechet_distance
-from ldm.evaluation.features.base import MAIN
+from ldm.evaluation.features.base import MAIN, size
 from ldm.evaluation.features.choose import choose
 from ldm.evaluation.moments import Moments
 from ldm.images import to_uint8
@@ -40,8 +40,8 @@ class ReconstructionDistance(Metric):
     def __init__(self, features: str = "alexnet", weights: Path | str | None = None) -> None:
         super().__init__()
         self.features = choose(features, weights=None if weights is None else Path(weights))
-        part = self.features.parts[MAIN]
-        self._part, self._size = part, part.stop - part.start
+        self._part = self.features.parts[MAIN]
+        self._size = size(self._part)
         self._moments = {"real": Moments(self._size), "reconstructed": Moments(self._size)}
 
     def update(self, batch: Mapping[str, Any], output: Output) -> None:

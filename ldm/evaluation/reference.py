@@ -13,7 +13,7 @@ from typing import Protocol
 
 from ldm.errors import DataError
 from ldm.evaluation.feature_store import ROOT, FeatureStore, Table, column, key
-from ldm.evaluation.features.base import MAIN, SPATIAL, Features
+from ldm.evaluation.features.base import MAIN, SPATIAL, Features, size
 from ldm.evaluation.moments import Moments
 from ldm.evaluation.pictures.base import Description, Pictures, digest
 from ldm.files import crc32
@@ -110,7 +110,7 @@ class StatisticsReference:
 
     def moments(self, space: Features, part: str = MAIN) -> Moments:
         columns = space.parts[part]
-        return Moments.load(self.path, part, columns.stop - columns.start)
+        return Moments.load(self.path, part, size(columns))
 
     def table(self, space: Features) -> None:
         return None
@@ -128,7 +128,7 @@ def holds_statistics(path: Path) -> bool:
 def moments(table: Table, space: Features, part: str = MAIN) -> Moments:
     """Of a part of the features, block by block in order."""
     columns = space.parts[part]
-    found = Moments(columns.stop - columns.start)
+    found = Moments(size(columns))
     for block in table.blocks(columns):
         found.add(block)
     return found

@@ -84,9 +84,13 @@ def load_optimizer(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
 
 
 def _like(value: Any, pattern: Any) -> Any:
-    """A whole tensor sharded like `pattern`, if it has the same shape; without communication."""
-    if not isinstance(pattern, DTensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
+    """A whole tensor sharded like `pattern`, if it has the same shape; without communication.
+
+    A copy: the value may be mapped from a file, which would stay open with it, and on the disk after it was removed.
+    """
+    if not isinstance(value, Tensor) or isinstance(value, DTensor):
         return value
-    if value.shape != pattern.shape:
-        return value
-    return distribute_tensor(value.to(pattern.device), pattern.device_mesh, pattern.placements, src_data_rank=None)
+    if not isinstance(pattern, DTensor) or value.shape != pattern.shape:
+        return value.clone()
+    mesh, placements = pattern.device_mesh, pattern.placements
+    return distribute_tensor(value, mesh, placements, src_data_rank=None).clone()

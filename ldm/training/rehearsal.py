@@ -69,19 +69,18 @@ def check(
 
 def _first_stage(model: AutoencoderKL, batch: Mapping[str, Any], steps: int, origin: Origin) -> None:
     images, loss = batch["image"], model.loss
-    with _named("model", origin):
-        reconstruction, posterior = model.reconstruct(dict(batch))
-        if reconstruction.shape != images.shape:
-            raise ConfigError(f"pictures {(*images.shape[1:],)} come back as {(*reconstruction.shape[1:],)}")
+    with _named("model", origin, "for its pictures, "):
+        shown = model.images(dict(batch)).get("reconstruction", images)
+        if shown.shape != images.shape:
+            raise ConfigError(f"pictures {(*images.shape[1:],)} come back as {(*shown.shape[1:],)}")
     start = loss.disc_start
     if loss.discriminator is not None and start < steps:
+        reconstruction, posterior = model.reconstruct(dict(batch))
         with _named("model.params.loss.params.discriminator", origin, f"from step {start} on, "):
             total, _ = loss(images, reconstruction, posterior, model.decoder.last_layer, start)
             # The rest of the backward pass is that of every step, and fails in the first one.
             trained = [parameter for parameter in loss.discriminator.parameters() if parameter.requires_grad]
             torch.autograd.grad(total, trained, allow_unused=True)
-    with _named("model", origin, "for its pictures, "):
-        model.images(dict(batch))
 
 
 def _second_stage(

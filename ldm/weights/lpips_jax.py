@@ -56,7 +56,9 @@ def safetensors(data: bytes, trunk: str, layers: Sequence[int]) -> bytes:
         }
         for index in range(5):
             tensors[f"lin{index}.model.1.weight"] = _array(tree[f"NetLinLayer_{index}"]["Conv_0"]["kernel"])
-    except (pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged pickle raises half a dozen unrelated classes
         raise CheckpointError(f"Expected the pickled arrays of {trunk}, found something else ({error!r}).") from error
     return save(tensors)
 

@@ -32,7 +32,9 @@ def measure(metric, images, cut, posterior=GAUSSIAN, losses=None):
     for size in cut:
         rows = slice(first, first + size)
         of_rows = {name: values[rows] for name, values in (losses or {}).items()}
-        metric.update({"image": original[rows]}, Output(reconstruction[rows], posterior, of_rows))
+        metric.update(
+            {"image": original[rows]}, Output(reconstruction[rows], posterior, lambda of_rows=of_rows: of_rows)
+        )
         first += size
     assert first == len(original)
     return metric.compute()
@@ -162,12 +164,12 @@ def test_the_use_of_a_codebook_is_that_of_all_pictures():
     metric = CodebookUsage()
     for codes in ([0, 0, 1, 2], [0, 0, 2, 1]):
         latents = quantizer.codebook.weight[codes].detach().t().reshape(1, 2, 2, 2)
-        metric.update({}, Output(torch.zeros(1), quantizer(latents), {}))
+        metric.update({}, Output(torch.zeros(1), quantizer(latents), dict))
     found = metric.compute()
     assert found["perplexity"].item() == pytest.approx(2**1.5)
     assert found["codes_used"].item() == 3 / 8
     metric.reset()
-    metric.update({}, Output(torch.zeros(1), quantizer(latents), {}))
+    metric.update({}, Output(torch.zeros(1), quantizer(latents), dict))
     assert metric.compute()["codes_used"].item() == 3 / 8
 
 

@@ -242,6 +242,18 @@ def test_what_metrics_see_is_float32_under_autocast(monkeypatch):
     assert all(torch.equal(expected.losses[name], mixed.losses[name]) for name in expected.losses)
 
 
+@pytest.mark.parametrize(("metrics", "calls"), [({"losses": None}, 0), (None, 1)])
+def test_losses_are_computed_only_if_a_metric_asks_for_them(metrics, calls, monkeypatch):
+    model, measured = make(perceptual=LPIPS(pretrained=False), metrics=metrics), []
+    trainer = fit(model, steps=0, limit_val_batches=1)
+    monkeypatch.setattr(
+        model.loss.perceptual, "forward", lambda *pair: measured.append(pair) or torch.ones(len(pair[0]))
+    )
+    (found,) = trainer.validate(model, Data(), verbose=False)
+    assert len(measured) == calls
+    assert ("val/lpips" in found, "val/psnr" in found) == (calls > 0, True)
+
+
 def test_metrics_are_no_part_of_the_model():
     """Not trained, saved, moved by a strategy, or counted."""
     plain, measured = make(), make(metrics={"lpips": Perceptual(LPIPS())})

@@ -54,6 +54,14 @@ def test_mistakes_are_one_message(run, capsys, arguments, code, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("std", ["0", "-0.1", "0.2887", "nan", "x"])
+def test_the_width_is_checked_before_the_run_is_read(capsys, std):
+    assert script.main(["-r", "nowhere", "--std", "0.1", std]) == 2
+    message = capsys.readouterr().err
+    assert "--std: expected more than 0 and less than 0.289" in message
+    assert repr(std) in message
+
+
 def test_a_run_without_snapshots(runs, capsys):
     assert script.main(["-r", str(runs.diffusion), "--std", "0.1"]) == 4
     assert "EMASnapshots" in capsys.readouterr().err

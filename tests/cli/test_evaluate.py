@@ -263,6 +263,42 @@ def test_a_reference_that_has_changed_is_computed_anew(runs, pictures):
     assert numbers(before)["FID"] != numbers(after)["FID"]
 
 
+# ---- side by side ----
+
+
+def test_runs_side_by_side(runs, make_runs, pictures, capsys):
+    """Two models that differ, by the same protocol; then by one with other steps."""
+    others = make_runs()
+    for one, words in {
+        "a": [runs.diffusion],
+        "b": [runs.diffusion, "--raw"],
+        "c": [others.diffusion, "--steps", "3"],
+    }.items():
+        run("-r", words[0], "--against", pictures, *QUICK, *words[1:], out=f"{one}.json")
+    capsys.readouterr()
+    assert evaluate.main(["compare", "a.json", "b.json"]) == 0
+    printed = capsys.readouterr().out
+    assert "| weights" in printed  # which hinders nothing
+    assert "No winner" not in printed
+    assert Image.open("comparison.png").size[0] > 500
+    assert Image.open("comparison.pictures.png").size[0] > 500
+    assert evaluate.main(["compare", "a.json", "b.json", "c.json", "--out", "three"]) == 0
+    assert "No winner is named: the numbers were made with different steps." in capsys.readouterr().out
+    assert Path("three.png").is_file()
+
+
+def test_what_cannot_be_compared_is_one_message(tmp_path, capsys):
+    (tmp_path / "x.json").write_text("{}")
+    for words, code, message in (
+        (["x.json", "x.json"], 3, "x.json: is not a record"),
+        (["nowhere", "nowhere"], 3, "nowhere: has no records to compare; make one"),
+        ([], 2, "compare --help"),
+    ):
+        assert evaluate.main(["compare", *words]) == code
+        assert message in capsys.readouterr().err
+    assert not Path("comparison.png").exists()
+
+
 # ---- bad input ----
 
 

@@ -14,7 +14,7 @@ class Projection(Features):
         self.name = name
         self.weights = f"{width:064x}"
         self.parts = {
-            "features": slice(0, width),
+            "features": slice(width),
             "logits": slice(width, width + classes),
             "spatial": slice(width + classes, 2 * width + classes),
         }

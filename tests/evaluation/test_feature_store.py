@@ -90,8 +90,8 @@ def test_killed_and_started_again(tmp_path):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     (folder,) = tmp_path.iterdir()
-    (folder / f"00003.{column(Projection(), 'cpu').key}.npy").write_bytes(b"\x93NUMPY cut")
-    (folder / f"00002.{column(Projection(), 'cpu').key}.npy.tmp.elsewhere.1").write_bytes(b"half")
+    (folder / f"00003.{column(Projection()).key}.npy").write_bytes(b"\x93NUMPY cut")
+    (folder / f"00002.{column(Projection()).key}.npy.tmp.elsewhere.1").write_bytes(b"half")
     space = Projection()
     rows = filled(tmp_path, 4 * BLOCK, space=space)
     assert space.seen == 2 * BLOCK

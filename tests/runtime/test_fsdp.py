@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,14 @@ def saved_by(rank: int, path: Path) -> dict[str, Any]:
     }
 
 
+@pytest.fixture(scope="module")
+def shards(grouped, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    """A folder with a.ckpt, which two ranks have saved, and what it holds."""
+    folder = tmp_path_factory.mktemp("saved")
+    held, _ = grouped(2, partial(saved_by, path=folder / "a.ckpt"))
+    return folder, held
+
+
 def loaded_by(rank: int, path: Path, cut: bool) -> dict[str, Any]:
     torch.manual_seed(5)
     model = sharded(Denoiser())
@@ -185,9 +194,9 @@ class Harm:
 
 @pytest.mark.parametrize("cut", [True, False])
 @pytest.mark.parametrize("world", [2, 1, 3])
-def test_shards_load_on_any_number_of_ranks(grouped, tmp_path, world, cut):
-    path = tmp_path / "a.ckpt"
-    saved, _ = grouped(2, partial(saved_by, path=path))
+def test_shards_load_on_any_number_of_ranks(grouped, shards, tmp_path, world, cut):
+    folder, saved = shards
+    path = shutil.copytree(folder, tmp_path, dirs_exist_ok=True) / "a.ckpt"
     # What torch's own reader would unpickle lies beside the shards, and is never looked at.
     (tmp_path / "a.ckpt.x.shards" / ".metadata").write_bytes(pickle.dumps(Harm(tmp_path / "harm")))
     assert {len(tensor) for tensor in saved["state_dict"].values()} >= {3}, "a share of one row, and one of two"
@@ -200,16 +209,55 @@ def test_shards_load_on_any_number_of_ranks(grouped, tmp_path, world, cut):
     assert not (tmp_path / "harm").exists()
 
 
-def test_a_checkpoint_of_another_model_is_told_by_its_shapes(grouped, tmp_path):
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_whole_file_is_mapped_and_not_kept(grouped, tmp_path, world):
+    """Ranks that take their rows need no copy of it each, and its space on the disk is free once it is removed."""
+    path = tmp_path / "whole.ckpt"
+
+    def saved(rank: int) -> None:
+        model = Denoiser()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+        model.loss(slice(0, BATCH)).backward()
+        optimizer.step()
+        store.save(path, {"state_dict": model.state_dict(), "optimizer_states": [optimizer.state_dict()]})
+
+    def loaded(rank: int) -> tuple[bool, bool]:
+        model = sharded(Denoiser())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+        mesh = init_device_mesh("cpu", (distributed.world_size(),))
+        state = store.load(path, partial(sharded_state.rows, mesh=mesh))
+        first = is_mapped(path)
+        fsdp.load_weights(model, state["state_dict"])
+        fsdp.load_optimizer(optimizer, state["optimizer_states"][0])
+        expected = state["optimizer_states"][0]["state"]
+        moments = sharded_state.gathered(optimizer.state_dict())["state"]
+        if rank == 0:
+            close(moments, expected, rtol=0, atol=0)
+            close(sharded_state.gathered(model.state_dict()), dict(state["state_dict"]), rtol=0, atol=0)
+        else:
+            sharded_state.gathered(model.state_dict())
+        del state, expected, moments
+        return first, is_mapped(path)
+
+    grouped(1, saved)
+    assert grouped(world, loaded) == [(True, False)] * world
+
+
+def is_mapped(path: Path) -> bool:
+    return str(path) in Path("/proc/self/maps").read_text()
+
+
+def test_a_checkpoint_of_another_model_is_told_by_its_shapes(grouped, shards):
+    folder, _ = shards
+
     def other(rank: int) -> str:
         model = sharded(Denoiser())
-        weights = store.load(tmp_path / "a.ckpt")["state_dict"]
+        weights = store.load(folder / "a.ckpt")["state_dict"]
         weights["conditioner.table.weight"] = torch.ones(7, 5)
         with pytest.raises(RuntimeError) as caught:
             fsdp.load_weights(model, weights)
         return str(caught.value)
 
-    grouped(2, partial(saved_by, path=tmp_path / "a.ckpt"))
     (message,) = grouped(1, other)
     assert message.startswith("Error(s) in loading state_dict")
     assert "conditioner.table.weight" in message

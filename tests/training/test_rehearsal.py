@@ -262,7 +262,7 @@ def test_a_conditioner_that_reads_captions_is_shown_some(diffusion_tree):
 
 
 @pytest.fixture
-def stage1(autoencoder_tree, tmp_path, monkeypatch) -> dict[str, Any]:
+def stage1(autoencoder_tree, tmp_path, monkeypatch, tried_once) -> dict[str, Any]:
     monkeypatch.chdir(tmp_path)
     autoencoder_tree["lightning"]["trainer"] |= {"max_steps": 6, "val_check_interval": 3, "log_every_n_steps": 1}
     return autoencoder_tree

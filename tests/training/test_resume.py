@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def order(monkeypatch) -> list[tuple[bytes, bytes]]:
 
 
 @pytest.fixture
-def stage(request, autoencoder_tree, diffusion_tree, trained_autoencoder) -> dict[str, Any]:
+def stage(request, autoencoder_tree, diffusion_tree, trained_autoencoder, tried_once) -> dict[str, Any]:
     """The configuration of the stage that the test names."""
     if request.param == "autoencoder":
         return autoencoder_tree
@@ -74,6 +75,18 @@ def stage(request, autoencoder_tree, diffusion_tree, trained_autoencoder) -> dic
 def run(tree: dict[str, Any], name: str, *words: str, logdir: Path) -> int:
     Path(name).write_text(to_yaml(tree))
     return main.main(["--base", name, "--logdir", str(logdir), *words])
+
+
+@pytest.fixture
+def straight(begun) -> Callable[[dict[str, Any]], Path]:
+    """straight(tree) -> a whole run of it, made once and then copied."""
+
+    def run_of(tree: dict[str, Any]) -> Path:
+        Path("run.yaml").write_text(to_yaml(tree))
+        begun("run.yaml")
+        return only(Path("logs"))
+
+    return run_of
 
 
 def only(folder: Path) -> Path:
@@ -157,8 +170,8 @@ def test_killed_and_resumed_is_the_same_run(stage, killed_after, workers, micro_
 
 
 @pytest.mark.parametrize("stage", ["autoencoder", "diffusion"], indirect=True)
-def test_stopped_by_a_signal_and_resumed_is_the_same_run(stage, tmp_path, monkeypatch):
-    assert run(stage, "run.yaml", logdir=tmp_path / "straight") == 0
+def test_stopped_by_a_signal_and_resumed_is_the_same_run(stage, tmp_path, monkeypatch, straight):
+    whole = straight(stage)
 
     module = AutoencoderKL if stage["name"] == "tiny_autoencoder" else LatentDiffusion
     step = module.training_step
@@ -174,18 +187,18 @@ def test_stopped_by_a_signal_and_resumed_is_the_same_run(stage, tmp_path, monkey
     stopped = only(tmp_path / "stopped")
     assert store.load(store.verify(stopped).path)["global_step"] == 7
     assert run(stage, "run.yaml", "--resume", "auto", logdir=tmp_path / "stopped") == 0
-    assert_same(final(only(tmp_path / "stopped")), final(only(tmp_path / "straight")))
+    assert_same(final(only(tmp_path / "stopped")), final(whole))
 
 
 @pytest.mark.parametrize("stage", ["diffusion"], indirect=True)
-def test_a_finished_run_goes_on_when_it_is_made_longer(stage, tmp_path, capsys):
-    assert run(stage, "run.yaml", logdir=tmp_path / "straight") == 0
+def test_a_finished_run_goes_on_when_it_is_made_longer(stage, tmp_path, capsys, straight):
+    whole = straight(stage)
     assert run(stage, "run.yaml", "lightning.trainer.max_steps=5", logdir=tmp_path / "short") == 0
     short = only(tmp_path / "short")
     assert main.main(["--resume", str(short)]) == 0
     assert "nothing to do" in capsys.readouterr().out
     assert main.main(["--resume", str(short), f"lightning.trainer.max_steps={STEPS}"]) == 0
-    ours, theirs = final(short), final(only(tmp_path / "straight"))
+    ours, theirs = final(short), final(whole)
     assert_same(ours.pop("ldm")["images_seen"], theirs.pop("ldm")["images_seen"])
     assert_same(ours, theirs)
 
@@ -210,10 +223,11 @@ def watched(monkeypatch, module: Any) -> list[list[tuple[torch.Tensor, dict[str,
 
 
 @pytest.mark.parametrize("stage", ["autoencoder", "diffusion"], indirect=True)
-def test_a_changed_rate_decay_or_beta_is_what_the_next_step_is_made_with(stage, tmp_path, monkeypatch, capsys):
+def test_a_changed_rate_decay_or_beta_is_what_the_next_step_is_made_with(
+    stage, tmp_path, monkeypatch, capsys, straight
+):
     """Kingma and Ba 2015, algorithm 1, from the checkpoint's moments; Loshchilov and Hutter 2019 for the decay."""
-    assert run(saves(stage, every=5), "run.yaml", logdir=tmp_path / "straight") == 0
-    killed = as_killed_after(only(tmp_path / "straight"), 5, tmp_path / "killed")
+    killed = as_killed_after(straight(saves(stage, every=5)), 5, tmp_path / "killed")
     saved = store.load(store.verify(killed).path)
     autoencoder = stage["name"] == "tiny_autoencoder"
     seen = watched(monkeypatch, AutoencoderKL if autoencoder else LatentDiffusion)
@@ -245,8 +259,8 @@ def test_a_changed_rate_decay_or_beta_is_what_the_next_step_is_made_with(stage, 
 
 
 @pytest.mark.parametrize("stage", ["autoencoder", "diffusion"], indirect=True)
-def test_a_schedule_may_come_and_go(stage, tmp_path, monkeypatch):
-    assert run(saves(stage, every=5), "run.yaml", logdir=tmp_path / "straight") == 0
+def test_a_schedule_may_come_and_go(stage, tmp_path, monkeypatch, straight):
+    whole = straight(saves(stage, every=5))
     autoencoder = stage["name"] == "tiny_autoencoder"
     keys = ["schedule", "discriminator_schedule"] if autoencoder else ["schedule"]
     module = AutoencoderKL if autoencoder else LatentDiffusion
@@ -255,7 +269,7 @@ def test_a_schedule_may_come_and_go(stage, tmp_path, monkeypatch):
         for number, (node, factor) in enumerate(
             [("{target: ldm.optim.lr_schedules.Linear, params: {steps: 20}}", Linear(20)), ("null", Constant())]
         ):
-            killed = as_killed_after(only(tmp_path / "straight"), 5, tmp_path / f"{key}{number}")
+            killed = as_killed_after(whole, 5, tmp_path / f"{key}{number}")
             seen = watched(monkeypatch, module)
             words = [f"model.params.{key}={node}", "--allow-change", "model", "lightning.trainer.max_steps=6"]
             assert main.main(["--resume", str(killed), *words]) == 0
@@ -265,9 +279,8 @@ def test_a_schedule_may_come_and_go(stage, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("stage", ["diffusion"], indirect=True)
-def test_the_clip_and_the_average_are_the_configurations(stage, tmp_path, monkeypatch):
-    assert run(saves(stage, every=5), "run.yaml", logdir=tmp_path / "straight") == 0
-    killed = as_killed_after(only(tmp_path / "straight"), 5, tmp_path / "killed")
+def test_the_clip_and_the_average_are_the_configurations(stage, tmp_path, monkeypatch, straight):
+    killed = as_killed_after(straight(saves(stage, every=5)), 5, tmp_path / "killed")
     old = store.load(store.verify(killed).path)["state_dict"]
     words = ["model.params.gradient_clip=1e-3", "model.params.ema.params.profile.params.decay=0.25"]
     norms: list[float] = []

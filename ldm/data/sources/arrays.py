@@ -7,6 +7,7 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torchvision
@@ -110,6 +111,7 @@ class ArrayFile(ArrayImages):
     """
 
     def __init__(self, file: str | Path) -> None:
+        self.file = Path(file).absolute()
         try:
             loaded = np.load(file, mmap_mode="r", allow_pickle=False)
             arrays = {"images": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
@@ -127,6 +129,16 @@ class ArrayFile(ArrayImages):
             names = np.arange(labels.max(initial=-1) + 1) if names is None else names
         class_names = None if labels is None or names is None else [str(name) for name in names]
         super().__init__(str(file), arrays["images"], labels, class_names)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A mapped file is not sent to a worker: it maps the file itself."""
+        mapped = isinstance(self.images, np.memmap)
+        return {**vars(self), "images": None} if mapped else vars(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self.images is None:
+            self.images = np.load(self.file, mmap_mode="r", allow_pickle=False)
 
 
 class MNIST(ArrayImages):

@@ -25,13 +25,19 @@ SPATIAL = "spatial"
 """The part with a sense of place, which sFID compares (Nash et al. 2021, arXiv:2103.03841)."""
 
 
+def size(columns: slice) -> int:
+    """How many columns a part has."""
+    return int(columns.stop) - int(columns.start or 0)
+
+
 class Features(nn.Module, ABC):
     """Pictures (N, C, H, W) uint8, gray (C = 1) or RGB -> (N, D) float32, on the module's device; always in eval mode.
 
     Attributes:
         name: network, layer and resize rule, such as "alexnet-conv5/clean-128": what a distance in it is called after.
         weights: SHA-256 of the weights, hex (ldm/weights/digest.py).
-        parts: which columns are what; `MAIN` is always among them, `LOGITS` and `SPATIAL` where the network has them.
+        parts: which columns are what, each with its start and stop; `MAIN` is always among them, `LOGITS` and
+            `SPATIAL` where the network has them.
     """
 
     name: str

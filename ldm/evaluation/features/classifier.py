@@ -154,7 +154,7 @@ class ClassifierFeatures(FrozenNetwork):
             network.load_state_dict(tensors)
             size = int(about["height"]), int(about["width"])
         features, classes = network.head.in_features, network.head.out_features
-        parts = {MAIN: slice(features), LOGITS: slice(features, features + classes)}
+        parts = {MAIN: slice(0, features), LOGITS: slice(features, features + classes)}
         super().__init__(network, "classifier", weight_hash(tensors), parts, Clean(size), channels)
 
     def extract(self, pixels: Tensor) -> Tensor:

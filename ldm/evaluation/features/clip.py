@@ -37,7 +37,7 @@ class CLIP(FrozenNetwork):
             from transformers import CLIPVisionModelWithProjection
         network = transformer.load(CLIPVisionModelWithProjection, path, "CLIP")
         config = network.config
-        name, parts = f"clip-{transformer.vit(config)}", {MAIN: slice(config.projection_dim)}
+        name, parts = f"clip-{transformer.vit(config)}", {MAIN: slice(0, config.projection_dim)}
         super().__init__(network, name, weight_hash(network.state_dict()), parts, Pillow(config.image_size))
         self.register_buffer("mean", torch.tensor(_MEAN).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1))

@@ -44,7 +44,7 @@ class DINOv2(FrozenNetwork):
             _resized(network.embeddings.position_embeddings.detach(), _SIDE // config.patch_size)
         )
         name = f"dinov2-{transformer.vit(config)}-cls"
-        super().__init__(network, name, weights, {MAIN: slice(config.hidden_size)}, Pillow(_SIDE))
+        super().__init__(network, name, weights, {MAIN: slice(0, config.hidden_size)}, Pillow(_SIDE))
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1))
 

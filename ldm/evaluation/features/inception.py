@@ -16,7 +16,7 @@ from ldm.weights import cache
 from ldm.weights.digest import weight_hash
 
 _SIDE = 299
-_PARTS = {MAIN: slice(2048), LOGITS: slice(2048, 3056), SPATIAL: slice(3056, 5079)}
+_PARTS = {MAIN: slice(0, 2048), LOGITS: slice(2048, 3056), SPATIAL: slice(3056, 5079)}
 
 
 class Inception(FrozenNetwork):

@@ -50,7 +50,7 @@ class TimmModel(FrozenNetwork):
         _fill(network, file, model)
         data = timm.data.resolve_data_config(network.pretrained_cfg)
         width, classes = network.head_hidden_size, network.num_classes
-        parts = {MAIN: slice(width)} | ({LOGITS: slice(width, width + classes)} if classes else {})
+        parts = {MAIN: slice(0, width)} | ({LOGITS: slice(width, width + classes)} if classes else {})
         super().__init__(
             network, f"timm:{model}", weight_hash(network.state_dict()), parts, Clean(data["input_size"][1:])
         )

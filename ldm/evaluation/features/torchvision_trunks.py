@@ -72,7 +72,7 @@ class TorchvisionTrunk(FrozenNetwork):
         network = layers[:-1]  # without the last pooling, which would leave out some places
         fill(network, path, f"torchvision's {trunk.name}", prefix="features.")
         weights = weight_hash({f"features.{name}": one for name, one in network.state_dict().items()})
-        super().__init__(network, f"{trunk.name}-{trunk.layer}", weights, {MAIN: slice(trunk.width)}, Clean(size))
+        super().__init__(network, f"{trunk.name}-{trunk.layer}", weights, {MAIN: slice(0, trunk.width)}, Clean(size))
         self.register_buffer("mean", 255 * torch.tensor(IMAGENET_MEAN).view(3, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(IMAGENET_STD).view(3, 1, 1))
 

@@ -14,6 +14,7 @@ from ldm.evaluation.pictures.base import Description
 from ldm.evaluation.pictures.stored import DatasetPictures
 from ldm.images import to_uint8
 from ldm.randomness import keys
+from ldm.runtime.full_precision import full_precision
 from ldm.sampling.conditions import Condition
 from ldm.sampling.generate import generate
 from ldm.sampling.guidance import Guidance
@@ -162,7 +163,8 @@ class Reconstructions:
         """Encoded and decoded once, for all that is measured of it; NumericError if it is not finite."""
         pixels = self.originals.pixels(indices).to(self.codec.device)
         mean, std = self.codec.encode(pixels)
-        decoded = self.codec.decode(mean)
+        with full_precision(self.codec.device.type):
+            decoded = self.codec.decode(mean)
         if not all(bool(torch.isfinite(values).all()) for values in (mean, std, decoded)):
             raise NumericError(
                 f"{self.codec.path}: a reconstruction is not finite (of pictures {indices[0]} to {indices[-1]}): the "

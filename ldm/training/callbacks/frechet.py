@@ -25,7 +25,7 @@ from ldm.diffusion.module import LatentDiffusion
 from ldm.errors import ConfigError
 from ldm.evaluation.distances.frechet import frechet_distance
 from ldm.evaluation.feature_store import FeatureStore, column
-from ldm.evaluation.features.base import MAIN, Features
+from ldm.evaluation.features.base import MAIN, Features, size
 from ldm.evaluation.features.choose import choose
 from ldm.evaluation.moments import Moments
 from ldm.evaluation.pictures.base import Scattered
@@ -160,13 +160,13 @@ class FrechetDistance(pl.Callback):
         except ConfigError as error:
             raise ConfigError(f"lightning.callbacks.fd (FrechetDistance): {error}") from error
         self._features = self._choose(device=device)
-        size = self._features.parts[MAIN]
+        part = self._features.parts[MAIN]
         pictures = Scattered(DatasetPictures(data.train_dataset, data.transform, generated.shape[0]))
         number = min(len(pictures), self._reference_images or len(pictures))
         store, wanted = FeatureStore(pictures.description(), number), column(self._features)
         store.fill(pictures.images, [wanted], self._batch_size, "features of the training pictures")
-        self._reference = Moments(size.stop - size.start)
-        for block in store.table(wanted.key).blocks(size):
+        self._reference = Moments(size(part))
+        for block in store.table(wanted.key).blocks(part):
             self._reference.add(block)
         self._features.to("cpu")
         if min(number, self._images) <= self._reference.size and trainer.is_global_zero:

@@ -22,6 +22,8 @@ TRAINED = ("train/discriminator", "train/logits_real", "train/logits_fake")
 """Metrics of training that are judged, as their means over the logged steps since the last validation."""
 FOLLOWED = ("val/rec_loss", "val/loss")
 """Metrics of which the lowest value is kept."""
+LOGARITHM = "the loss is a logarithm"
+"""Read as 1 where stage 2's weighting is learned (Kendall et al. 2018, arXiv:1705.07115; EDM2)."""
 
 Read = Callable[[str], float]
 """The value of a metric; NaN, which is neither above nor below anything, if it is not logged."""
@@ -101,10 +103,20 @@ def not_standardized(read: Read) -> str | None:
     )
 
 
+def ratio(value: float, other: float, read: Read) -> float:
+    """Of two losses, whether or not they are logarithms, which are near zero where nothing is wrong, or below; or NaN.
+
+    exp(u) is the mean error of a level where e / exp(u) + u is least: 1 + u.
+    """
+    if read(LOGARITHM) == 1:
+        return math.exp(min(value - other, 700.0))  # NaN stays NaN; beyond it the exponential overflows
+    return value / other if other > 0 else math.nan
+
+
 def average_worse(read: Read) -> str | None:
     """By more than a hundredth: once the learning rate has decayed, raw and averaged differ by less, either way."""
     raw, averaged = read("val/loss"), read("val/loss_ema")
-    if not averaged - raw > 0.01 * abs(raw):
+    if not ratio(averaged, raw, read) > 1.01:
         return None
     return (
         f"the averaged weights, with which samples are made, have long been worse than the raw ones (val/loss_ema "
@@ -121,7 +133,7 @@ def risen(name: str, factor: float) -> Callable[[Read], str | None]:
 
     def seen(read: Read) -> str | None:
         value, lowest = read(name), read(LOWEST + name)
-        if not value > factor * lowest > 0:
+        if not ratio(value, lowest, read) > factor:
             return None
         return (
             f"{name} is {value:.4g}, and was {lowest:.4g}: training undoes what it had learned; lower "
@@ -180,7 +192,7 @@ class Health(StepCallback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        metrics = self._metrics(trainer.callback_metrics)
+        metrics = {**self._metrics(trainer.callback_metrics), LOGARITHM: float(_learns_its_weighting(pl_module))}
         if trainer.global_step < self._after:
             return
         for kind, symptoms in SYMPTOMS.items():
@@ -201,3 +213,7 @@ class Health(StepCallback):
         row = self._in_a_row[symptom.section] = self._in_a_row.get(symptom.section, 0) + 1 if text else 0
         if row == symptom.in_a_row and trainer.is_global_zero:
             log.warning("step %d: %s; see %s#%s", trainer.global_step, text, PAGE, symptom.section)
+
+
+def _learns_its_weighting(module: pl.LightningModule) -> bool:
+    return isinstance(module, LatentDiffusion) and any(True for _ in module.objective.parameters())

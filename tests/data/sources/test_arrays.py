@@ -145,6 +145,22 @@ def test_a_file_of_any_number_of_channels(tmp_path, channels, mode):
     assert data.fingerprint() == ArrayImages("in memory", images).fingerprint()
 
 
+def test_a_mapped_file_is_mapped_again_where_it_is_sent(tmp_path, monkeypatch):
+    """And not copied: a worker that is spawned gets a few hundred bytes, wherever it works."""
+    images = np.random.default_rng(0).integers(0, 256, (300, 8, 12, 4), dtype=np.uint8)
+    np.save(tmp_path / "a.npy", images)
+    np.savez(tmp_path / "a.npz", images=images)
+    monkeypatch.chdir(tmp_path)
+    mapped, loaded = pickle.dumps(ArrayFile("a.npy")), pickle.dumps(ArrayFile("a.npz"))
+    assert len(mapped) < 1000 < images.nbytes < len(loaded)
+    monkeypatch.chdir("/")
+    for sent in (mapped, loaded):
+        data = pickle.loads(sent)
+        assert np.array_equal(data.images, images)
+        assert np.array_equal(data[7]["image"], images[7])
+    assert isinstance(pickle.loads(mapped).images, np.memmap)
+
+
 def test_an_archive_brings_its_classes(tmp_path):
     images, labels = np.zeros((3, 8, 12, 5), np.uint8), np.array([0, 2, 1])
     np.savez(tmp_path / "plain.npz", images=images, labels=labels)

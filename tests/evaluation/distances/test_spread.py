@@ -12,6 +12,7 @@ from ldm.evaluation.distances.spread import (
     difference,
     distinguishable,
     extrapolated,
+    extrapolates,
     frechet_spread,
     jackknife,
     jackknifed,
@@ -79,6 +80,20 @@ def test_the_number_of_images_does_not_decide() -> None:
     few, many = frechet_spread(drawn(0, 100), REFERENCE), frechet_spread(drawn(1, 20_000), REFERENCE)
     assert not distinguishable(few.unbiased, many.unbiased)
     assert many.unbiased.error < few.unbiased.error / 5
+
+
+def test_too_few_images_for_their_features_do_not_extrapolate() -> None:
+    size = 24
+    reference = Moments(size)
+    reference.count, reference.scatter = None, np.eye(size)
+    truth = size * 0.1**2
+    found = {}
+    for number in (size, 4 * size, 8 * size):
+        rows = [np.random.default_rng(seed).standard_normal((number, size)) + 0.1 for seed in range(40)]
+        found[number] = np.mean([frechet_spread(one, reference).unbiased.value for one in rows]) - truth
+    assert [extrapolates(number, size) for number in found] == [False, True, True]
+    assert abs(found[size]) > 10 * abs(found[4 * size])
+    assert abs(found[4 * size]) < truth
 
 
 def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:

@@ -12,7 +12,7 @@ from ldm.evaluation.features.resize import Clean
 class Mean(FrozenNetwork):
     def __init__(self, channels: int = 3) -> None:
         network = nn.Linear(channels, 5)
-        super().__init__(network, "mean-layer", "0" * 64, {MAIN: slice(5)}, Clean(16), channels)
+        super().__init__(network, "mean-layer", "0" * 64, {MAIN: slice(0, 5)}, Clean(16), channels)
 
     def extract(self, pixels):
         assert pixels.shape[1:] == (self.channels, 16, 16)

@@ -64,7 +64,7 @@ def test_spatial_features_are_seven_channels_of_a_layer_with_channels_last(incep
 
 def test_parts_cover_everything_once(inception, seen):
     assert [inception.parts[name] for name in (MAIN, LOGITS, SPATIAL)] == [
-        slice(2048),
+        slice(0, 2048),
         slice(2048, 3056),
         slice(3056, 5079),
     ]

@@ -9,16 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import main
 from ldm.autoencoder.module import AutoencoderKL
 from ldm.config.load import to_yaml
 from ldm.diffusion.module import LatentDiffusion
+from ldm.diffusion.weightings import Plain, Uncertainty
 from ldm.training.callbacks.health import PAGE, SYMPTOMS, Health
 from ldm.training.metrics_table import read_metrics
 
 ROOT = Path(__file__).parents[3]
-STAGE_1, STAGE_2 = (kind.__new__(kind) for kind in (AutoencoderKL, LatentDiffusion))
+STAGE_1, STAGE_2, LEARNED = (kind.__new__(kind) for kind in (AutoencoderKL, LatentDiffusion, LatentDiffusion))
+vars(STAGE_2)["objective"], vars(LEARNED)["objective"] = nn.Identity(), Uncertainty(Plain())
 GOOD_1 = {"val/dead_channels": 0.0, "val/latent_std": 1.3, "val/rec_loss": 600.0, "val/kl": 900.0}
 GOOD_2 = {"val/loss": 0.5, "val/loss_ema": 0.49, "val/latent_std": 0.98}
 
@@ -90,7 +93,8 @@ def test_one_validation_is_enough(module, metrics, section, said):
         (STAGE_2, {"val/latent_std": 0.6}),
         (STAGE_2, {"val/latent_std": math.nan, "val/loss": math.nan}),
         (STAGE_2, {"val/loss_ema": 0.504}),
-        (STAGE_2, {"val/loss": -0.5, "val/loss_ema": -0.4999}),  # a learned weighting
+        (LEARNED, {"val/loss": -0.5, "val/loss_ema": -0.4999}),
+        (LEARNED, {"val/loss": 0.010, "val/loss_ema": 0.012}),
     ],
 )
 def test_healthy_runs_are_silent(module, metrics, said):
@@ -153,6 +157,17 @@ def test_a_loss_that_rises_again(module, name, high, said):
     assert sections([message]) == ["learning-rate-too-high"]
 
 
+def test_the_loss_of_a_learned_weighting_is_judged_as_a_logarithm(said):
+    """It may come to rest anywhere, at zero too, where a ratio says nothing."""
+    run = Run(LEARNED)
+    for value in (0.9, 0.02, 0.01, 0.03, -0.4, -0.3):
+        run.validate({"val/loss": value, "val/loss_ema": value})
+    assert said() == []
+    for _ in range(3):
+        run.validate({"val/loss": -0.1, "val/loss_ema": 0.0})
+    assert sections(said()) == ["learning-rate-too-high", "averaged-weights-worse-than-raw"]
+
+
 def test_once_and_again_only_if_it_came_back(said):
     run = Run(STAGE_1)
     ill = GOOD_1 | {"val/dead_channels": 0.5}
@@ -199,6 +214,7 @@ def test_every_link_leads_to_a_heading():
 # ---- the runs of the page, replayed from their metrics -------------------------------------------------------------
 
 RUNS = sorted(path.stem for path in (ROOT / "docs" / "healthy").glob("*.csv"))
+HEALTHY = [name for name in RUNS if name.startswith("healthy_") or name == "large_steps"]
 
 
 def replay(name: str) -> None:
@@ -213,7 +229,7 @@ def replay(name: str) -> None:
             run.validate({key: value for key, value in values.items() if key.startswith("val/")})
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if name.startswith("healthy_")])
+@pytest.mark.parametrize("name", HEALTHY)
 def test_the_healthy_runs_of_the_page_are_silent(name, said):
     replay(name)
     assert said() == []
@@ -221,7 +237,7 @@ def test_the_healthy_runs_of_the_page_are_silent(name, said):
 
 def test_the_page_quotes_what_its_other_runs_said(said):
     """Each line that gives a failure away is on the page, word for word, and no other."""
-    ill = [name for name in RUNS if not name.startswith("healthy_")]
+    ill = [name for name in RUNS if name not in HEALTHY]
     assert len(ill) == 5
     for name in ill:
         before = len(said())

@@ -20,7 +20,7 @@ EVERY = {
 
 
 @pytest.fixture
-def tree(autoencoder_tree, tmp_path, monkeypatch) -> dict[str, Any]:
+def tree(autoencoder_tree, tmp_path, monkeypatch, tried_once) -> dict[str, Any]:
     """Stage 1, four steps long, validated after two and four."""
     monkeypatch.chdir(tmp_path)
     autoencoder_tree["lightning"]["trainer"] |= {"max_steps": 4, "val_check_interval": 2, "log_every_n_steps": 1}
@@ -28,9 +28,13 @@ def tree(autoencoder_tree, tmp_path, monkeypatch) -> dict[str, Any]:
     return autoencoder_tree
 
 
-def train(tree: dict[str, Any], callbacks: dict[str, Any], *words: str) -> int:
+def write(tree: dict[str, Any], callbacks: dict[str, Any]) -> None:
     tree["lightning"]["callbacks"] = {"images": None} | callbacks
     Path("stage1.yaml").write_text(to_yaml(tree))
+
+
+def train(tree: dict[str, Any], callbacks: dict[str, Any], *words: str) -> int:
+    write(tree, callbacks)
     return main.main(["--base", "stage1.yaml", *words])
 
 
@@ -54,8 +58,9 @@ def test_a_name_that_validation_does_not_log(tree, capsys, name):
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_a_run_that_goes_on_is_told_by_its_checkpoint(tree, capsys, name):
-    assert train(tree, {}) == 0
+def test_a_run_that_goes_on_is_told_by_its_checkpoint(tree, capsys, name, begun):
+    write(tree, {})
+    begun("stage1.yaml")
     step = "lightning.trainer.max_steps=6"
     words = ["-r", str(the_run()), step, f"lightning.callbacks.{name}={to_yaml(EVERY[name])}"]
     capsys.readouterr()
@@ -68,9 +73,10 @@ def test_a_run_that_goes_on_is_told_by_its_checkpoint(tree, capsys, name):
     assert main.main(good) == 0
 
 
-def test_a_run_that_goes_on_may_measure_more_and_less(tree):
+def test_a_run_that_goes_on_may_measure_more_and_less(tree, begun):
     """It is no other run, so nothing has to be allowed; what is not named stays as it was."""
-    assert train(tree, {}) == 0
+    write(tree, {})
+    begun("stage1.yaml")
     lpips = node("ldm.autoencoder.lpips.LPIPS")
     more = {"lpips": node("ldm.autoencoder.metrics.Perceptual", distance=lpips), "ssim": None}
     early = EVERY["early"] | {"params": {"monitor": "val/lpips"}}
@@ -84,8 +90,9 @@ def test_a_run_that_goes_on_may_measure_more_and_less(tree):
     assert {*record["metrics"]} == after  # and none of before
 
 
-def test_a_run_that_goes_on_with_another_model_is_told_by_its_first_validation(tree, capsys):
-    assert train(tree, {}) == 0
+def test_a_run_that_goes_on_with_another_model_is_told_by_its_first_validation(tree, capsys, begun):
+    write(tree, {})
+    begun("stage1.yaml")
     change = ["model.params.loss.params.l2_weight=0.5", "--allow-change", "model.params.loss.params.l2_weight"]
     early = EVERY["early"] | {"params": {"monitor": "val/l2"}}
     words = ["-r", str(the_run()), "lightning.trainer.max_steps=8", *change]

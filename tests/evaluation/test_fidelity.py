@@ -1,0 +1,71 @@
+"""Reconstructions picture by picture: the numbers do not depend on batches, and latents are described truly."""
+
+import numpy as np
+import pytest
+import torch
+
+from ldm.autoencoder.codec import Codec
+from ldm.evaluation.fidelity import DEAD, Fidelity
+from ldm.evaluation.pictures.made import Reconstruction
+
+
+@pytest.fixture
+def codec(runs):
+    return Codec.load(runs.autoencoder)
+
+
+def made(seed=0, number=6):
+    torch.manual_seed(seed)
+    original = torch.rand(number, 3, 16, 16) * 2 - 1
+    mean, std = torch.randn(number, 4, 4, 4), torch.rand(number, 4, 4, 4) + 0.1
+    mean[:, 2], std[:, 2] = 0, 1  # a dead channel
+    return Reconstruction(original, (original + 0.1 * torch.randn_like(original)).clamp(-1, 1), mean, std)
+
+
+def values(fidelity, rows):
+    return {one.metric: one for one in fidelity.values(rows)}
+
+
+def test_numbers_are_means_over_pictures(codec):
+    distance = torch.nn.Module()
+    distance.forward = lambda a, b: (a - b).abs().mean((1, 2, 3))  # type: ignore[method-assign]
+    fidelity, whole = Fidelity(codec, 16, {"L1": distance}), made()
+    found = values(fidelity, fidelity.rows(whole).numpy())
+    psnr = 10 * torch.log10(4 / (whole.decoded - whole.original).square().flatten(1).mean(1))
+    assert found["PSNR"].value == pytest.approx(psnr.mean().item(), rel=1e-5)
+    assert found["PSNR"].error == pytest.approx(psnr.std().item() / 6**0.5, rel=1e-4)
+    assert found["L1"].value == pytest.approx((whole.decoded - whole.original).abs().mean().item(), rel=1e-5)
+    assert found["SSIM"].better == "higher"
+
+
+def test_batches_change_nothing(codec):
+    fidelity, whole = Fidelity(codec, 16, {}), made()
+    parts = [fidelity.rows(Reconstruction(*(one[rows] for one in whole))) for rows in (slice(2), slice(2, 6))]
+    one, other = values(fidelity, fidelity.rows(whole).numpy()), values(fidelity, torch.cat(parts).numpy())
+    assert {name: value.value for name, value in one.items()} == pytest.approx(
+        {name: value.value for name, value in other.items()}, rel=1e-6
+    )
+
+
+def test_latents_and_dead_channels(codec):
+    fidelity, whole = Fidelity(codec, 16, {}), made()
+    found = values(fidelity, fidelity.rows(whole).numpy())
+    samples = whole.mean[None] + whole.std[None] * torch.randn(2000, *whole.mean.shape)
+    std = samples.transpose(0, 2).flatten(1).std(1)
+    assert found["latent std"].settings["std"] == pytest.approx(std.tolist(), rel=0.02)
+    assert found["dead latent channels"].value == 0.25
+    kl = found["KL, nats an element"]
+    assert kl.settings["nats an element, of each channel"][2] < DEAD
+    expected = 0.5 * (whole.mean**2 + whole.std**2 - 1 - (whole.std**2).log())
+    assert kl.value == pytest.approx(expected.mean().item(), rel=1e-5)
+
+
+def test_what_small_pictures_and_codebooks_lack(codec):
+    assert "SSIM" not in Fidelity(codec, 5, {}).metrics
+    codec.quantizer = torch.nn.Identity()
+    fidelity = Fidelity(codec, 16, {})
+    found = values(fidelity, fidelity.rows(made()).numpy())
+    assert "latent std" in found
+    assert "dead latent channels" not in found
+    assert fidelity.column.key != Fidelity(codec, 5, {}).column.key
+    assert np.isfinite(found["latent std"].value)
