@@ -114,7 +114,8 @@ def test_the_page_of_healthy_runs_is_made_anew_from_finished_runs(tmp_path, monk
         sheet = (
             run.images / "val" / f"{'samples' if 'train/kl' not in (kept := metrics_of(name)) else 'all'}_00000100.png"
         )
-        sheet.parent.mkdir(parents=True)
+        run.make()
+        run.config_file.touch()
         Image.fromarray(np.zeros((4 * healthy.ROW + 2, 8 * healthy.ROW + 2, 3), np.uint8)).save(sheet)
         run.metrics_file.write_text(kept)
         run.write_state(RunState("finished"))
