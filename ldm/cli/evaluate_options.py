@@ -8,7 +8,7 @@ from ldm.cli.sample_options import add_guidance, add_sampler, check_guidance
 from ldm.errors import ConfigError
 from ldm.evaluation.fidelity import RECONSTRUCTION
 from ldm.evaluation.measure import METRICS
-from ldm.evaluation.pictures.made import LABELS
+from ldm.evaluation.pictures.labels import RULES
 
 PARTS = ("train", "validation")
 
@@ -40,8 +40,8 @@ def _add_subject(add: Add) -> None:
     many = "how many (default: 10000 samples; of what there is, all)"
     add("-n", "--images", type=whole_number, metavar="N", help=many)
     add("--seed", type=seed, default=0, help="of the first sample, counted up from there (default: 0)")
-    drawn = "each class in turn, or drawn by seed (default: balanced)"
-    add("--labels", choices=[*LABELS], default="balanced", help=f"classes of samples: {drawn}")
+    drawn = "each in turn, drawn evenly, or drawn as often as they are in the training pictures (default: balanced)"
+    add("--labels", choices=RULES, default="balanced", help=f"classes of samples: {drawn}")
     add("--resolution", type=whole_number, nargs="+", metavar="PIXELS", help="resize and crop folders of pictures")
 
 

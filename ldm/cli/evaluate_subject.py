@@ -20,6 +20,7 @@ from ldm.evaluation.measure import METRICS
 from ldm.evaluation.pictures import configured
 from ldm.evaluation.pictures.base import Scattered
 from ldm.evaluation.pictures.configured import NoSuchPart
+from ldm.evaluation.pictures.labels import rule
 from ldm.evaluation.pictures.made import Generated, Recipe, Reconstructions
 from ldm.evaluation.pictures.stored import opened
 from ldm.evaluation.reference import PicturesReference, Reference, StatisticsReference, holds_statistics
@@ -193,12 +194,19 @@ def _samples(options: Any, path: Path, device: str) -> Subject:
     }
     times = schedule(pipeline.objective, options.steps, pipeline.manifest.plan.shape)
     guidance.check(pipeline, pipeline.num_classes is not None, times)
-    recipe = Recipe(sampler, options.steps, schedule, guidance, settings, options.labels)
-    pictures = Generated(pipeline, recipe, options.images or SAMPLES, options.seed)
     file = Path(pipeline.origin["checkpoint"])
     found = store.record(file)
     config = current_plain(found["config"], str(file))
-    labels = None if pipeline.num_classes is None else options.labels
+
+    def own(part: str, number: int | None) -> PicturesReference:
+        pixels = pipeline.manifest.plan.pixels
+        found = configured.of_data(_data(config, file), options.trust, part, str(file), pixels)
+        return PicturesReference(found.pictures, f"its own data ({part})", number)
+
+    trained_on = own("train", None).pictures.labels() if options.labels == "proportional" else None
+    recipe = Recipe(sampler, options.steps, schedule, guidance, settings, rule(options.labels, trained_on))
+    pictures = Generated(pipeline, recipe, options.images or SAMPLES, options.seed)
+    labels = None if pipeline.num_classes is None else recipe.labels.name
     protocol = {
         "kind": "samples",
         "images": len(pictures),
@@ -207,12 +215,11 @@ def _samples(options: Any, path: Path, device: str) -> Subject:
         "average": _average(config, options.raw),
         **settings,
     }
-    words = [default_folder({**pipeline.origin, **settings}).name, *([labels] if labels else []), str(len(pictures))]
-
-    def own(part: str, number: int | None) -> Reference:
-        pixels = pipeline.manifest.plan.pixels
-        found = configured.of_data(_data(config, file), options.trust, part, str(file), pixels)
-        return PicturesReference(found.pictures, f"its own data ({part})", number)
+    words = [
+        default_folder({**pipeline.origin, **settings}).name,
+        *([options.labels] if labels else []),
+        str(len(pictures)),
+    ]
 
     def held_out() -> Reference | None:
         with suppress(NoSuchPart):

@@ -40,8 +40,8 @@ class ReconstructionDistance(Metric):
     def __init__(self, features: str = "alexnet", weights: Path | str | None = None) -> None:
         super().__init__()
         self.features = choose(features, weights=None if weights is None else Path(weights))
-        part = self.features.parts[MAIN]
-        self._part, self._size = part, size(part)
+        self._part = self.features.parts[MAIN]
+        self._size = size(self._part)
         self._moments = {"real": Moments(self._size), "reconstructed": Moments(self._size)}
 
     def update(self, batch: Mapping[str, Any], output: Output) -> None:

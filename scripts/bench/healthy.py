@@ -31,8 +31,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "healthy.md"
 FOLDER = ROOT / "docs" / "healthy"
 TIMED = ("images_per_second", "data_wait")
-ROW = 66  # pixels of a row of the sheets that runs write: 64 and a gap, see ldm/images.py
-COLORS = 96  # of the files, to keep them small
+ROW = 66  # pixels of a row, and of a column, of the sheets that runs write: 64 and a gap (ldm/images.py)
+COLUMNS = 6
 
 
 class Figure(NamedTuple):
@@ -87,7 +87,7 @@ def finished(name: str, words: list[str], logdir: Path) -> RunFolder:
     logdir.mkdir(parents=True, exist_ok=True)
     output = logdir / f"{name}.log"
     with output.open("w") as log:
-        command = [sys.executable, ROOT / "main.py", *words, "--logdir", logdir]
+        command: list[str | Path] = [sys.executable, ROOT / "main.py", *words, "--logdir", logdir]
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
     run = run_folder.newest(logdir, name)
     if code or run is None:
@@ -107,24 +107,25 @@ def kept(run: RunFolder) -> str:
 
 
 def draw(panels: tuple[str, ...], runs: Mapping[str, RunFolder], output: Path) -> None:
-    """Write the PNG of one or two runs: curves above, sheets below."""
+    """Write the PNG of one or two runs: curves above, sheets below, pixel for pixel."""
     curves = {name: read_curves(run.path) for name, run in runs.items()}
     rows = sheet(runs)
-    height = 66 / 80 * len(rows)  # inches, at 530 pixels in 6.6 inches
-    page = plt.figure(figsize=(9, 2.3 + height), layout="constrained")
-    above, below = page.subfigures(2, 1, height_ratios=(2.3, height))
-    for axes, panel in zip(above.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
-        draw_panel(axes, panel.split(), curves)
-    axes = below.subplots()
-    axes.imshow(np.concatenate([*rows.values()]), interpolation="nearest")
+    pixels = np.concatenate([*rows.values()])
+    high, wide = pixels.shape[:2]
+    width, height = 900, 240 + high
+    page = plt.figure(figsize=(width / 100, height / 100))
+    above = page.add_gridspec(1, len(panels), left=0.05, right=0.99, top=1 - 25 / height, bottom=(high + 35) / height)
+    for place, panel in enumerate(panels):
+        draw_panel(page.add_subplot(above[place]), panel.split(), curves)
+    axes = page.add_axes((180 / width, 0, wide / width, high / height))
+    axes.imshow(pixels, interpolation="none")
     axes.set_xticks([])
     axes.set_yticks([ROW * (place + 0.5) for place in range(len(rows))], [*rows], fontsize=7)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    buffer = io.BytesIO()
-    page.savefig(buffer, dpi=100)
+    page.savefig(buffer := io.BytesIO(), dpi=100)
     plt.close(page)
-    Image.open(buffer).convert("RGB").quantize(COLORS).save(output, optimize=True)
+    Image.open(buffer).convert("RGB").save(output, optimize=True)
 
 
 def draw_panel(axes: Axes, metrics: list[str], curves: Mapping[str, Mapping[str, Curve]]) -> None:
@@ -141,19 +142,20 @@ def draw_panel(axes: Axes, metrics: list[str], curves: Mapping[str, Mapping[str,
 
 
 def sheet(runs: Mapping[str, RunFolder]) -> dict[str, np.ndarray]:
-    """Rows to look at, by what they show, each (66, W, 3) uint8.
+    """Rows to look at, by what they show, each (ROW, W, 3) uint8.
 
-    Stage 1: pictures, each run's reconstructions of them, and what each makes of noise. Stage 2: each run's samples.
+    Stage 1: pictures, each run's reconstructions of them, and what each makes of noise. Stage 2: samples of two
+    classes.
     """
     last = {name: max(run.images.glob("val/*.png")) for name, run in runs.items()}
-    pixels = {name: np.asarray(Image.open(file).convert("RGB")) for name, file in last.items()}
+    pixels = {name: np.asarray(Image.open(file).convert("RGB"))[:, : ROW * COLUMNS] for name, file in last.items()}
     if all(file.name.startswith("samples") for file in last.values()):
         return {
-            f"{name}, condition {row}": whole[ROW * row : ROW * (row + 1)]
+            f"{name}\nclass {row}": whole[ROW * row : ROW * (row + 1)]
             for name, whole in pixels.items()
-            for row in range(len(whole) // ROW)
+            for row in (0, 1)
         }
     rows = {"input": next(iter(pixels.values()))[:ROW]}
     for row, what in ((1, "reconstruction"), (3, "prior")):
-        rows |= {f"{name}, {what}": whole[ROW * row : ROW * (row + 1)] for name, whole in pixels.items()}
+        rows |= {f"{name}\n{what}": whole[ROW * row : ROW * (row + 1)] for name, whole in pixels.items()}
     return rows

@@ -5,13 +5,16 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ldm.autoencoder.lpips import LPIPS
 from ldm.data.dataset import Subset
 from ldm.data.sources.arrays import DEBIAN_FASHION_MNIST, FashionMNIST
-from scripts.bench import quality, steps
+from ldm.run_folder import RunFolder, RunState
+from scripts.bench import healthy, quality, steps
 from scripts.bench.__main__ import main
 
 ROOT = Path(__file__).parents[2]
@@ -92,6 +95,41 @@ def test_numbers_out_of_range_are_refused_before_any_training(words, capsys):
     error = capsys.readouterr().err
     assert f"{words.split()[0]}: expected" in error
     assert f"found {words.split()[-1]!r}" in error
+
+
+def test_the_page_of_healthy_runs_has_what_its_commands_make():
+    runs = healthy.commands()
+    assert {file.stem for file in healthy.FOLDER.glob("*.csv")} == {*runs}
+    assert {figure.beside for figure in healthy.FIGURES.values()} | {*healthy.FIGURES} == {*runs}
+    pictures = {file.stem: file.stat().st_size for file in healthy.FOLDER.glob("*.png")}
+    assert {*pictures} == {*healthy.FIGURES}
+    assert max(pictures.values()) < 150 * 1024
+    assert set(re.findall(r"\]\(healthy/(\w+)\.png\)", healthy.PAGE.read_text())) == {*healthy.FIGURES}
+
+
+def test_the_page_of_healthy_runs_is_made_anew_from_finished_runs(tmp_path, monkeypatch, capsys):
+    """Without training: the runs of its pictures, with the metrics that they had."""
+    for name in healthy.commands():
+        run = RunFolder(tmp_path / "logs" / f"2026-01-01T00-00-00_{name}")
+        sheet = (
+            run.images / "val" / f"{'samples' if 'train/kl' not in (kept := metrics_of(name)) else 'all'}_00000100.png"
+        )
+        run.make()
+        run.config_file.touch()
+        Image.fromarray(np.zeros((4 * healthy.ROW + 2, 8 * healthy.ROW + 2, 3), np.uint8)).save(sheet)
+        run.metrics_file.write_text(kept)
+        run.write_state(RunState("finished"))
+    (tmp_path / "docs").mkdir()
+    monkeypatch.setattr(healthy, "ROOT", tmp_path)
+    monkeypatch.setattr(healthy, "FOLDER", tmp_path / "docs")
+    assert main(["healthy", "--logdir", str(tmp_path / "logs")]) == 0
+    assert {file.stem for file in (tmp_path / "docs").glob("*.png")} == {*healthy.FIGURES}
+    assert all((tmp_path / "docs" / f"{name}.csv").read_text() == metrics_of(name) for name in healthy.commands())
+    assert "docs/kl_too_high.png: " in capsys.readouterr().out
+
+
+def metrics_of(name: str) -> str:
+    return (ROOT / "docs" / "healthy" / f"{name}.csv").read_text()
 
 
 @pytest.mark.slow

@@ -92,7 +92,18 @@ def test_whatever_is_no_array_is_refused_before_it_is_imported(bait, tmp_path, m
         pickle.dumps(small_tree() | {"NetLinLayer_2": {"Conv_0": {"kernel": np.zeros((1, 1, 3, 1))}}}),
         pickle.dumps(small_tree() | {"NetLinLayer_2": {"Conv_0": {"kernel": np.zeros((3, 1), np.float32)}}}),
     ],
-    ids=["empty", "text", "cut off", "no list", "frame", "a list", "no layers", "no array", "float64", "two axes"],
+    ids=[
+        "empty",
+        "text",
+        "cut off",
+        "no such method",
+        "a frame without end",
+        "a list",
+        "no layers",
+        "no array",
+        "float64",
+        "two axes",
+    ],
 )
 def test_another_kind_of_file_is_one_error(data):
     with pytest.raises(CheckpointError, match="Expected the pickled arrays of Net_0"):

@@ -1,7 +1,7 @@
 """Pictures that are made as they are asked for: samples of a stage-2 run, reconstructions of a stage-1 run."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,9 +11,9 @@ from torch import Tensor
 from ldm.autoencoder.codec import Codec
 from ldm.errors import ConfigError, NumericError
 from ldm.evaluation.pictures.base import Description
+from ldm.evaluation.pictures.labels import Balanced, Labels
 from ldm.evaluation.pictures.stored import DatasetPictures
 from ldm.images import to_uint8
-from ldm.randomness import keys
 from ldm.runtime.full_precision import full_precision
 from ldm.sampling.conditions import Condition
 from ldm.sampling.generate import generate
@@ -25,20 +25,6 @@ from ldm.sizes import as_size
 from ldm.weights.digest import weight_hash
 
 
-def balanced_labels(seeds: np.ndarray, num_classes: int) -> np.ndarray:
-    """Every class equally often, in turn: (N,) int64."""
-    return seeds % num_classes
-
-
-def random_labels(seeds: np.ndarray, num_classes: int) -> np.ndarray:
-    """Each class drawn with equal probability, by the picture's seed: (N,) int64."""
-    return (keys(0, "evaluation label", seeds) % np.uint64(num_classes)).astype(np.int64)
-
-
-LABELS = {"balanced": balanced_labels, "random": random_labels}
-"""How samples of a class-conditional model get their classes, by the name on the command line."""
-
-
 @dataclass(frozen=True)
 class Recipe:
     """How samples are made.
@@ -46,7 +32,7 @@ class Recipe:
     Attributes:
         sampler, steps, schedule, guidance: as in ldm/sampling/generate.py.
         settings: the same in plain values, as samples.json and records have them.
-        labels: a name of `LABELS`.
+        labels: which classes samples are made of.
     """
 
     sampler: Sampler
@@ -54,7 +40,7 @@ class Recipe:
     schedule: TimestepSchedule
     guidance: Guidance
     settings: Mapping[str, Any]
-    labels: str = "balanced"
+    labels: Labels = field(default_factory=Balanced)
 
 
 class Generated:
@@ -81,9 +67,6 @@ class Generated:
         self.seeds = np.arange(first, first + number)
         height, width = as_size(pipeline.manifest.plan.pixels["resolution"])
         self.shape = (pipeline.codec.encoder.in_channels, height, width)
-        self._weights = [weight_hash(module.state_dict()) for module in (pipeline.denoiser, pipeline.objective)]
-        guide = recipe.guidance.guide
-        self._guide = None if guide is None else weight_hash(guide.denoiser.state_dict())
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -108,18 +91,20 @@ class Generated:
 
     def labels(self) -> np.ndarray | None:
         classes = self.pipeline.num_classes
-        return None if classes is None else LABELS[self.recipe.labels](self.seeds, classes)
+        return None if classes is None else self.recipe.labels(self.seeds, classes)
 
     def description(self) -> Description:
-        manifest = self.pipeline.manifest
+        manifest, guide = self.pipeline.manifest, self.recipe.guidance.guide
+        # Of all weights, and so only where they are needed: not of a model in training, each time it is sampled.
+        weights = [weight_hash(module.state_dict()) for module in (self.pipeline.denoiser, self.pipeline.objective)]
         described = {key: value for key, value in self.recipe.settings.items() if key not in ("checkpoint", "guide")}
         return {
             "kind": "samples",
             **described,
-            "labels": None if self.pipeline.num_classes is None else self.recipe.labels,
+            "labels": None if self.pipeline.num_classes is None else self.recipe.labels.name,
             "first_seed": int(self.seeds[0]),
-            "network": self._weights,
-            "guide": self._guide,
+            "network": weights,
+            "guide": None if guide is None else weight_hash(guide.denoiser.state_dict()),
             "autoencoder": manifest.plan.autoencoder["weights"],
             "latents": {"mean": [*manifest.mean], "std": [*manifest.std]},
             "device": self.pipeline.device.type,

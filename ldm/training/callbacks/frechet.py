@@ -13,6 +13,7 @@ The samples are those of `ldm evaluate` with the same settings: of the averaged 
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import pytorch_lightning as pl
 from torch import Tensor
 
 from ldm.autoencoder.codec import Codec
+from ldm.data.dataset import class_labels
 from ldm.diffusion.module import LatentDiffusion
 from ldm.errors import ConfigError
 from ldm.evaluation.distances.frechet import frechet_distance
@@ -29,6 +31,7 @@ from ldm.evaluation.features.base import MAIN, Features, size
 from ldm.evaluation.features.choose import choose
 from ldm.evaluation.moments import Moments
 from ldm.evaluation.pictures.base import Scattered
+from ldm.evaluation.pictures.labels import rule
 from ldm.evaluation.pictures.made import Generated, Recipe
 from ldm.evaluation.pictures.stored import DatasetPictures
 from ldm.ranges import Count, Finite
@@ -61,7 +64,8 @@ class FrechetDistance(pl.Callback):
         features: a name of ldm/evaluation/features/choose.py.
         weights: file of the features' weights; None: where they usually lie.
         reference_images: so many training pictures, scattered over the data set; None: all.
-        labels: `balanced` or `random`: how samples of a class-conditional model get their classes.
+        labels: `balanced`, `random` or `proportional`: the classes of a class-conditional model's samples, as in
+            ldm/evaluation/pictures/labels.py.
         steps: of the sampler.
         sampler: of ldm/sampling/samplers.py, such as {target: ldm.sampling.samplers.heun, partial: true}.
         schedule: of ldm/sampling/timesteps.py, where the steps lie.
@@ -96,7 +100,8 @@ class FrechetDistance(pl.Callback):
         self._images = images
         self._choose = partial(choose, features, weights=None if weights is None else Path(weights))
         self._reference_images = reference_images
-        self._recipe = Recipe(sampler, steps, schedule, Guidance(guidance_scale), {}, labels)
+        self._labels = labels
+        self._recipe = Recipe(sampler, steps, schedule, Guidance(guidance_scale), {})
         self._batch_size = batch_size
         self._autoencoder = autoencoder
         self._trust = trust
@@ -154,6 +159,7 @@ class FrechetDistance(pl.Callback):
         device = module.device
         pipeline = self._pipeline(trainer, module)
         try:
+            self._recipe = replace(self._recipe, labels=rule(self._labels, class_labels(data.train_dataset)))
             generated = Generated(pipeline, self._recipe, self._images)
             times = self._recipe.schedule(pipeline.objective, self._recipe.steps, pipeline.manifest.plan.shape)
             self._recipe.guidance.check(pipeline, generated.labels() is not None, times)
@@ -233,7 +239,7 @@ class FrechetDistance(pl.Callback):
             "features": self._features.name,
             "weights": self._features.weights,
             "reference_images": self._reference.count,
-            "labels": self._recipe.labels,
+            "labels": self._recipe.labels.name,
             "steps": self._recipe.steps,
             "guidance": self._recipe.guidance.scale,
         }

@@ -12,7 +12,8 @@ from ldm.data.sources.folder import ImageFolder
 from ldm.data.transforms import EvalTransform
 from ldm.errors import NumericError
 from ldm.evaluation.pictures.base import digest
-from ldm.evaluation.pictures.made import Generated, Recipe, Reconstructions, balanced_labels, random_labels
+from ldm.evaluation.pictures.labels import Random
+from ldm.evaluation.pictures.made import Generated, Recipe, Reconstructions
 from ldm.evaluation.pictures.stored import DatasetPictures
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.pipeline import Pipeline
@@ -39,15 +40,6 @@ def test_a_model_without_classes(make_runs):
     assert made.images([0, 1]).shape == (2, 1, 16, 16)
 
 
-def test_classes_are_drawn_by_seed():
-    seeds = np.arange(3000)
-    assert np.bincount(balanced_labels(seeds, 3)).tolist() == [1000] * 3
-    drawn = random_labels(seeds, 3)
-    assert (np.abs(np.bincount(drawn) - 1000) < 100).all()
-    assert np.bincount(drawn).tolist() != [1000] * 3
-    assert np.array_equal(random_labels(seeds[700:], 3), drawn[700:])
-
-
 def test_the_description_has_what_decides_and_no_more(runs):
     pipeline = Pipeline.load(runs.diffusion)
 
@@ -58,7 +50,7 @@ def test_the_description_has_what_decides_and_no_more(runs):
     assert len({*same}) == 1
     other = [
         name(first=1),
-        name(recipe=replace(RECIPE, labels="random")),
+        name(recipe=replace(RECIPE, labels=Random())),
         name(recipe=replace(RECIPE, settings={"sampler": "ddim", "steps": 3})),
         name(Pipeline.load(runs.diffusion, ema=False)),
     ]
