@@ -36,6 +36,9 @@ class Reference(Protocol):
     def prepare(self, spaces: Sequence[Features], batch_size: int) -> None:
         """Compute what is missing, together with all other ranks."""
 
+    def has(self, part: str) -> bool:
+        """Whether `moments` of that part can be known, in spaces that have it."""
+
     def moments(self, space: Features, part: str = MAIN) -> Moments:
         """Of the features in a space.
 
@@ -67,8 +70,15 @@ class PicturesReference:
         return {**self.store.description, "number": self.number}
 
     def prepare(self, spaces: Sequence[Features], batch_size: int) -> None:
+        if self.number < 2:
+            raise DataError(
+                f"{self.name}: {self.number} picture, expected 2 or more of a reference: they have a spread"
+            )
         columns = [column(space) for space in spaces]
         self.store.fill(self.pictures.images, columns, batch_size, f"reference {self.name}")
+
+    def has(self, part: str) -> bool:
+        return True
 
     def moments(self, space: Features, part: str = MAIN) -> Moments:
         """Kept beside the features: those of a million pictures take minutes."""
@@ -107,6 +117,9 @@ class StatisticsReference:
         """Refuses spaces of another size, before anything is made."""
         for space in spaces:
             self.moments(space)
+
+    def has(self, part: str) -> bool:
+        return Moments.stored(self.path, part)
 
     def moments(self, space: Features, part: str = MAIN) -> Moments:
         columns = space.parts[part]

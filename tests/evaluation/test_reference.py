@@ -103,3 +103,10 @@ def test_statistics_are_told_from_pictures(tmp_path):
     (tmp_path / "broken.npz").write_bytes(b"PK")
     found = [holds_statistics(tmp_path / f"{name}.npz") for name in ("statistics", "pictures", "broken", "nothing")]
     assert found == [True, False, False, False]
+
+
+def test_one_picture_is_no_reference_and_nothing_is_computed_of_it(tmp_path):
+    pictures = Noise(1)
+    with pytest.raises(DataError, match="noise: 1 picture, expected 2 or more"):
+        prepared(pictures, tmp_path, Projection())
+    assert pictures.asked == 0
