@@ -147,6 +147,11 @@ def _ratio(
         return
     if identity(held_out) == identity(reference):  # their distance is rounding alone
         raise DataError(f"{held_out.name}: is the reference itself. Name real pictures that are not in the reference.")
+    if held_out.number not in (None, images):
+        found.notes.append(
+            f"fdr: of {images} pictures and {held_out.number} held-out ones: fewer are farther by their number alone. "
+            "Take equally many."
+        )
     real = {space.name: frechet_distance(held_out.moments(space), reference.moments(space)) for space in spaces}
     value = mean_ratio({name: one.value for name, one in distances.items()}, real)
     # The same pictures are seen by all spaces: their errors add up.

@@ -174,14 +174,21 @@ class Moments:
         with np.load(path, allow_pickle=False) as archive:
             return {*_KEYS[part]} <= {*archive.keys()}
 
-    def save(self, path: Path, spatial: "Moments | None" = None) -> None:
+    @staticmethod
+    def features_of(path: Path) -> str | None:
+        """What `save` was told of the features; None: the file, which `load` reads, does not say."""
+        with np.load(path, allow_pickle=False) as archive:
+            return str(archive["features"]) if "features" in archive else None
+
+    def save(self, path: Path, spatial: "Moments | None" = None, features: str | None = None) -> None:
         """Write an `.npz` that ADM's and pytorch-fid's evaluators read; it is there whole or not at all.
 
-        `count` is one more key, which others do not look at.
+        `count` and `features` are more keys, which others do not look at.
 
         Args:
             path: the file.
             spatial: the moments of the spatial features, for sFID.
+            features: which they are.
         """
         stored: dict[str, Any] = {}
         for part, moments in ((MAIN, self), (SPATIAL, spatial)):
@@ -189,6 +196,8 @@ class Moments:
                 stored |= zip(_KEYS[part], (moments.mean, moments.covariance), strict=True)
         if self.count is not None:
             stored["count"] = np.array(self.count)
+        if features is not None:
+            stored["features"] = np.array(features)
         with published(path) as aside, aside.open("wb") as file:
             np.savez(file, **stored)
 

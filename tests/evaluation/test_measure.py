@@ -177,3 +177,10 @@ def test_a_part_of_the_reference_that_was_searched_is_said(measured, monkeypatch
     ]
     assert found["distance to nearest"].settings["reference images"] == 50
     assert found["Inception Score"].settings["images"] == 50
+
+
+def test_another_number_of_held_out_pictures_is_noted(measured):
+    _, whole = measured(Noise(60, seed=5), metrics=["fdr"], held_out=Noise(40, seed=9))
+    assert whole.notes == [
+        "fdr: of 60 pictures and 40 held-out ones: fewer are farther by their number alone. Take equally many."
+    ]

@@ -173,6 +173,8 @@ class NpzPictures:
                 f"{self.path}: expected classes arr_1 ({len(self)},) of whole numbers, one a picture; found "
                 f"{labels.shape} of {labels.dtype}"
             )
+        if labels.min() < 0:
+            raise DataError(f"{self.path}: expected classes arr_1 of 0 or more, found {labels.min()}")
         return labels.astype(np.int64)
 
     def __len__(self) -> int:

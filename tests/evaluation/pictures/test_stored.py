@@ -132,6 +132,7 @@ def test_truncated_npz_files_are_one_message(npz, part):
         ({"arr_0": np.zeros((0, 4, 4, 3), np.uint8)}, "expected 1 or more pictures"),
         ({"images": np.zeros((2, 4, 4, 3), np.uint8)}, "found images"),
         ({"arr_0": np.zeros((2, 4, 4), np.uint8), "arr_1": np.zeros(3, int)}, r"arr_1 \(2,\) of whole numbers"),
+        ({"arr_0": np.zeros((2, 4, 4), np.uint8), "arr_1": np.array([0, -1])}, r"arr_1 of 0 or more, found -1"),
         ({"arr_0": np.array([None, "x"], dtype=object)}, "cannot be read"),
     ],
 )
