@@ -2,6 +2,8 @@
 
 import os
 import socket
+import tokenize
+import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -9,6 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import ResourceError
+
+DAMAGED_NPZ = (
+    *(OSError, EOFError, ValueError, TypeError, AttributeError, RuntimeError),  # RuntimeError: encrypted
+    *(zipfile.BadZipFile, zlib.error, tokenize.TokenError),
+)
+"""What zipfile and numpy raise while they read a damaged `.npz`."""
 
 _CHUNK = 1 << 22  # bytes that are read at once
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ldm import errors, files
-from ldm.errors import NumericError, PeerError, ResourceError
+from ldm.errors import DataError, NumericError, PeerError, ResourceError
 from ldm.evaluation.features.base import Features
 from ldm.evaluation.pictures.base import Description, digest
 from ldm.latents.claims import Claims
@@ -75,10 +75,16 @@ class Table:
         return self._number
 
     def blocks(self, part: slice = slice(None)) -> Iterator[np.ndarray]:
-        """The rows, block by block in order: columns `part` of each, (n, d) float32."""
+        """The rows, block by block in order: columns `part` of each, (n, d) float32.
+
+        Raises:
+            DataError: a block has gone, or become shorter, since it was finished.
+        """
         for number, path in enumerate(self._blocks):
-            block = np.load(path, mmap_mode="r")
-            yield np.ascontiguousarray(block[: self._number - number * BLOCK, part])
+            wanted = min(BLOCK, self._number - number * BLOCK)
+            if (found := _rows_in(path)) < wanted:
+                raise DataError(f"{path}: expected {wanted} rows, found {found}; the same command computes them again")
+            yield np.ascontiguousarray(np.load(path, mmap_mode="r")[:wanted, part])
 
     def array(self, part: slice = slice(None), limit: int | None = None) -> np.ndarray:
         """The first `limit` rows, or all, in memory: (N, d) float32."""

@@ -18,11 +18,15 @@ from ldm.evaluation.pictures.made import Reconstruction
 from ldm.evaluation.values import Value
 from ldm.runtime.full_precision import full_precision
 from ldm.runtime.validation_metrics import Mean
+from ldm.weights.digest import weight_hash
 
 DEAD = 0.01
 """Nats an element: a channel with less, on average, tells the decoder nothing. A channel in use has one and more."""
 
 SMALLEST_FOR_SSIM = 6
+
+EXACT = 100.0
+"""PSNR in dB of a picture that is reconstructed exactly, such as a blank one: infinity would be the mean of all."""
 
 RECONSTRUCTION = ("fd", "sfd", "psnr", "ssim", "lpips", "latents")
 """Metrics of a stage-1 run, by their names on the command line."""
@@ -38,6 +42,7 @@ class Fidelity:
     """
 
     def __init__(self, codec: Codec, size: int, perceptual: dict[str, nn.Module]) -> None:
+        self._measures = perceptual
         self.metrics: dict[str, Mean] = {"PSNR": PSNR()}
         if size >= SMALLEST_FOR_SSIM:
             self.metrics["SSIM"] = SSIM()
@@ -47,8 +52,10 @@ class Fidelity:
 
     @property
     def column(self) -> Column:
+        measures = {name: weight_hash(metric.state_dict()) for name, metric in self._measures.items()}
         names = [*self.metrics, self.channels, self.gaussian]
-        return Column(digest({"fidelity": [str(name) for name in names]}), self.rows, "reconstructions")
+        decides = {"fidelity": [str(name) for name in names], "measures": measures}
+        return Column(digest(decides), self.rows, "reconstructions")
 
     def rows(self, made: Reconstruction) -> Tensor:
         """(n, metrics + 3 c): the metrics; then of each channel, as means over its elements, E z, E z^2 and the KL."""
@@ -56,7 +63,9 @@ class Fidelity:
         output = Output(made.decoded, None, {})  # type: ignore[arg-type]
         batch = {"image": made.original}
         with full_precision(made.original.device.type):
-            measured = [metric.values(batch, output).reshape(1, -1) for metric in self.metrics.values()]
+            measured = [
+                metric.values(batch, output).reshape(1, -1).clamp(max=EXACT) for metric in self.metrics.values()
+            ]
         mean, variance = made.mean, made.std.square()  # (n, c, h, w)
         square = mean.square() + variance
         kl = 0.5 * (square - 1 - variance.log()) if self.gaussian else torch.zeros_like(mean)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ldm.errors import DataError
 from ldm.evaluation.agreement import accuracy
 from ldm.evaluation.distances.frechet import frechet_distance
 from ldm.evaluation.distances.inception_score import inception_score
@@ -14,10 +15,10 @@ from ldm.evaluation.distances.kernel import kid
 from ldm.evaluation.distances.manifold import Manifold, manifold
 from ldm.evaluation.distances.neighbors import Pair, closest_pairs, memorization, nearest
 from ldm.evaluation.distances.ratio import mean_ratio
-from ldm.evaluation.distances.spread import blocks, frechet_spread, jackknife, of_blocks
+from ldm.evaluation.distances.spread import blocks, extrapolates, frechet_spread, jackknife, of_blocks
 from ldm.evaluation.feature_store import Table
 from ldm.evaluation.features.base import LOGITS, MAIN, SPATIAL, Features, size
-from ldm.evaluation.reference import Reference, moments
+from ldm.evaluation.reference import Reference, identity, moments
 from ldm.evaluation.values import Value, frechet_name, in_space
 
 MANIFOLD = ("precision", "recall", "density", "coverage")
@@ -70,9 +71,10 @@ def measure(
         held_out: real pictures that are not in the reference, prepared as well; None: there are none.
 
     Raises:
-        DataError: fewer than two pictures.
+        DataError: fewer than two pictures, or the held-out pictures are the reference itself.
     """
     found = Measured()
+    found.notes += _absent(spaces, metrics)
     distances = {}
     for space, table in zip(spaces, tables, strict=True):
         if {"fd", "fdr"} & {*metrics}:
@@ -99,8 +101,7 @@ def _frechet(space: Features, table: Table, reference: Reference, part: str) -> 
             name, frechet_distance(moments(table, space, part), theirs), features=space.name, settings=settings
         )
     spread = frechet_spread(table.array(columns), theirs, number)
-    # With fewer images than features the bias does not fall as 1 / N: there is nothing to extrapolate.
-    unbiased = spread.unbiased.value if len(table) > size(columns) else None
+    unbiased = spread.unbiased.value if extrapolates(len(table), size(columns)) else None
     measured = spread.measured
     return Value(name, measured.value, measured.error, measured.freedom, unbiased, space.name, "lower", settings)
 
@@ -114,17 +115,22 @@ def _distances(
     distances: Mapping[str, Value],
 ) -> None:
     """The Fréchet distances that were asked for."""
-    values = [distances[space.name]] if "fd" in metrics else []
+    values = {MAIN: distances[space.name]} if "fd" in metrics else {}
     if "sfd" in metrics and SPATIAL in space.parts:
-        values.append(_frechet(space, table, reference, SPATIAL))
-    for value, part in zip(values, (MAIN, SPATIAL), strict=False):
+        if reference.has(SPATIAL):
+            values[SPATIAL] = _frechet(space, table, reference, SPATIAL)
+        else:
+            found.notes.append(f"sfd: left out: {reference.name} holds no statistics of spatial features.")
+    for part, value in values.items():
         wanted = size(space.parts[part])
-        if len(table) <= wanted:
-            found.notes.append(
-                f"{value.metric}: {len(table)} pictures are too few for the covariance of {wanted} features: expected "
-                f"more than {wanted}. The distance is defined, and says more of the number of pictures than of them."
-            )
-    found.values += values
+        for number, whose in ((len(table), "pictures"), (reference.number, "pictures of the reference")):
+            if number is not None and number <= wanted:
+                found.notes.append(
+                    f"{value.metric}: {number} {whose} are too few for the covariance of {wanted} features: expected "
+                    f"more than {wanted}. The distance is defined, and says more of the number of pictures than of "
+                    "them."
+                )
+    found.values += values.values()
 
 
 def _ratio(
@@ -139,6 +145,13 @@ def _ratio(
     if held_out is None:
         found.notes.append("fdr: left out: there are no held-out real pictures; name some with --held-out.")
         return
+    if identity(held_out) == identity(reference):  # their distance is rounding alone
+        raise DataError(f"{held_out.name}: is the reference itself. Name real pictures that are not in the reference.")
+    if held_out.number not in (None, images):
+        found.notes.append(
+            f"fdr: of {images} pictures and {held_out.number} held-out ones: fewer are farther by their number alone. "
+            "Take equally many."
+        )
     real = {space.name: frechet_distance(held_out.moments(space), reference.moments(space)) for space in spaces}
     value = mean_ratio({name: one.value for name, one in distances.items()}, real)
     # The same pictures are seen by all spaces: their errors add up.
@@ -152,13 +165,25 @@ def _ratio(
     found.values.append(Value(name, value, error, freedom, unbiased, " ".join(real), "lower", settings))
 
 
+def _scores(space: Features) -> bool:
+    return LOGITS in space.parts and space.name.startswith("inception")
+
+
+def _absent(spaces: Sequence[Features], metrics: Collection[str]) -> list[str]:
+    """Notes on what no space has."""
+    absent = [("sfd", any(SPATIAL in space.parts for space in spaces)), ("is", any(map(_scores, spaces)))]
+    left_out = [name for name, there in absent if name in metrics and not there]
+    return [f"{', '.join(left_out)}: left out: Inception alone has them."] if left_out else []
+
+
 def _score(found: Measured, space: Features, table: Table, metrics: Collection[str]) -> None:
     """The Inception Score, in Inception's own logits alone."""
-    if "is" not in metrics or LOGITS not in space.parts or not space.name.startswith("inception"):
+    if "is" not in metrics or not _scores(space):
         return
-    splits = min(10, len(table))
-    score = inception_score(table.array(space.parts[LOGITS]), splits)
-    settings = {"images": len(table), "splits": splits, "deviation of a split": score.deviation}
+    logits = table.array(space.parts[LOGITS], LIMIT)
+    splits = min(10, len(logits))
+    score = inception_score(logits, splits)
+    settings = {"images": len(logits), "splits": splits, "deviation of a split": score.deviation}
     error, freedom = (score.deviation / (splits - 1) ** 0.5, splits - 1) if splits > 1 else (None, None)
     found.values.append(Value("Inception Score", score.mean, error, freedom, None, space.name, "higher", settings))
 
@@ -221,6 +246,11 @@ def _nearest(found: Measured, space: Features, table: Table, reference: Referenc
         return
     columns = space.parts[MAIN]
     theirs = other.array(columns, LIMIT)
+    if len(theirs) < len(other):
+        found.notes.append(
+            f"nearest: {len(theirs)} of {len(other)} pictures of the reference were searched: a copy of another one is "
+            "not found."
+        )
     near = nearest(table.array(columns, MANIFOLD_LIMIT), theirs)
     found.pairs = closest_pairs(near, PAIRS)
     settings: dict[str, Any] = {"images": len(near.distances), "reference images": len(theirs)}

@@ -5,8 +5,6 @@ fp64 sums. Products are taken about the mean of what has been seen, not about ze
 their covariance otherwise (Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance").
 """
 
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -17,7 +15,7 @@ import torch
 from ldm.errors import DataError
 from ldm.evaluation.features.base import MAIN, SPATIAL
 from ldm.evaluation.rows import Rows, array, check
-from ldm.files import published
+from ldm.files import DAMAGED_NPZ, published
 from ldm.runtime.distributed import sum_over_ranks
 
 _KEYS = {MAIN: ("mu", "sigma"), SPATIAL: ("mu_s", "sigma_s")}
@@ -161,20 +159,36 @@ class Moments:
         for key, values in found.items():
             if not (np.issubdtype(values.dtype, np.number) and np.isfinite(values).all()):
                 raise DataError(f"{path}: {key}: expected numbers, found NaN, infinity or text. Make the file again.")
+        _check_covariance(covariance, f"{path}: {covariance_key}")
+        if (number := found.get("count", mean)).ndim == 0 and number < 2:
+            raise DataError(f"{path}: count: expected 2 pictures or more, found {number}. Make it of more pictures.")
         moments = cls(len(mean))
         moments.count = int(found["count"]) if found.get("count", mean).ndim == 0 else None
         moments.mean = mean.astype(np.float64)
         moments.scatter = covariance.astype(np.float64) * (1 if moments.count is None else moments.count - 1)
         return moments
 
-    def save(self, path: Path, spatial: "Moments | None" = None) -> None:
+    @staticmethod
+    def stored(path: Path, part: str) -> bool:
+        """Whether a file that `load` reads has the statistics of that part."""
+        with np.load(path, allow_pickle=False) as archive:
+            return {*_KEYS[part]} <= {*archive.keys()}
+
+    @staticmethod
+    def features_of(path: Path) -> str | None:
+        """What `save` was told of the features; None: the file, which `load` reads, does not say."""
+        with np.load(path, allow_pickle=False) as archive:
+            return str(archive["features"]) if "features" in archive else None
+
+    def save(self, path: Path, spatial: "Moments | None" = None, features: str | None = None) -> None:
         """Write an `.npz` that ADM's and pytorch-fid's evaluators read; it is there whole or not at all.
 
-        `count` is one more key, which others do not look at.
+        `count` and `features` are more keys, which others do not look at.
 
         Args:
             path: the file.
             spatial: the moments of the spatial features, for sFID.
+            features: which they are.
         """
         stored: dict[str, Any] = {}
         for part, moments in ((MAIN, self), (SPATIAL, spatial)):
@@ -182,6 +196,8 @@ class Moments:
                 stored |= zip(_KEYS[part], (moments.mean, moments.covariance), strict=True)
         if self.count is not None:
             stored["count"] = np.array(self.count)
+        if features is not None:
+            stored["features"] = np.array(features)
         with published(path) as aside, aside.open("wb") as file:
             np.savez(file, **stored)
 
@@ -192,6 +208,14 @@ def _counted(moments: Moments) -> int:
     return moments.count
 
 
+def _check_covariance(covariance: np.ndarray, place: str) -> None:
+    """DataError for what no covariance is. (Float32's rounding leaves those of other programs slightly asymmetric.)"""
+    if not np.allclose(covariance, covariance.T, rtol=1e-3, atol=1e-6 * np.abs(covariance).max(initial=0)):
+        raise DataError(f"{place}: expected a symmetric matrix. The file is damaged: make it again.")
+    if (smallest := covariance.diagonal().min(initial=0)) < 0:
+        raise DataError(f"{place}: expected variances of 0 or more, found {smallest:g}. Make the file again.")
+
+
 def _read(path: Path, names: tuple[str, str, str]) -> Mapping[str, np.ndarray]:
     """The arrays of these names; the last may be missing."""
     try:
@@ -200,7 +224,7 @@ def _read(path: Path, names: tuple[str, str, str]) -> Mapping[str, np.ndarray]:
             found = {name: archive[name] for name in names if name in keys}
     except FileNotFoundError as error:
         raise DataError(f"{path}: there is no such file. Expected statistics of features, an .npz.") from error
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, AttributeError, TypeError) as error:
+    except DAMAGED_NPZ as error:
         raise DataError(
             f"{path}: expected an .npz with {names[0]} and {names[1]}, found a file that is truncated or of another "
             f"kind ({error}). Copy or make it again."

@@ -36,6 +36,9 @@ class Reference(Protocol):
     def prepare(self, spaces: Sequence[Features], batch_size: int) -> None:
         """Compute what is missing, together with all other ranks."""
 
+    def has(self, part: str) -> bool:
+        """Whether `moments` of that part can be known, in spaces that have it."""
+
     def moments(self, space: Features, part: str = MAIN) -> Moments:
         """Of the features in a space.
 
@@ -67,8 +70,15 @@ class PicturesReference:
         return {**self.store.description, "number": self.number}
 
     def prepare(self, spaces: Sequence[Features], batch_size: int) -> None:
+        if self.number < 2:
+            raise DataError(
+                f"{self.name}: {self.number} picture, expected 2 or more of a reference: they have a spread"
+            )
         columns = [column(space) for space in spaces]
         self.store.fill(self.pictures.images, columns, batch_size, f"reference {self.name}")
+
+    def has(self, part: str) -> bool:
+        return True
 
     def moments(self, space: Features, part: str = MAIN) -> Moments:
         """Kept beside the features: those of a million pictures take minutes."""
@@ -87,7 +97,8 @@ class PicturesReference:
 class StatisticsReference:
     """Mean and covariance of features in an `.npz`, as ADM's evaluation has them: `mu`, `sigma`, `mu_s`, `sigma_s`.
 
-    In which space they are, the file does not say: it is taken to be the one that is asked for, if the sizes agree.
+    In which space they are, only files that `save` has written say. Others' are taken to be in the one that is asked
+    for, if the sizes agree.
 
     Raises:
         DataError: the file is truncated, or holds something else.
@@ -104,9 +115,18 @@ class StatisticsReference:
         return {"kind": "statistics", "crc32": crc32(self.path), "number": self.number}
 
     def prepare(self, spaces: Sequence[Features], batch_size: int) -> None:
-        """Refuses spaces of another size, before anything is made."""
+        """Refuses other spaces than the file's, before anything is made."""
+        own = Moments.features_of(self.path)
         for space in spaces:
             self.moments(space)
+            if own not in (None, _called(space)):
+                raise DataError(
+                    f"{self.path}: expected statistics of the features {_called(space)}, found those of {own}. "
+                    "Name others, or measure in these features."
+                )
+
+    def has(self, part: str) -> bool:
+        return Moments.stored(self.path, part)
 
     def moments(self, space: Features, part: str = MAIN) -> Moments:
         columns = space.parts[part]
@@ -142,7 +162,11 @@ def save(reference: Reference, space: Features, path: Path) -> None:
     """
     spatial = reference.moments(space, SPATIAL) if SPATIAL in space.parts else None
     path.parent.mkdir(parents=True, exist_ok=True)
-    reference.moments(space).save(path, spatial)
+    reference.moments(space).save(path, spatial, _called(space))
+
+
+def _called(space: Features) -> str:
+    return f"{space.name} ({space.weights[:16]})"
 
 
 def identity(reference: Reference) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.errors import NumericError, PeerError, ResourceError
+from ldm.errors import DataError, NumericError, PeerError, ResourceError
 from ldm.evaluation import feature_store
 from ldm.evaluation.feature_store import BLOCK, Column, FeatureStore, column
 from tests.evaluation.spaces import Projection
@@ -97,6 +97,18 @@ def test_killed_and_started_again(tmp_path):
     assert space.seen == 2 * BLOCK
     assert np.array_equal(rows, filled(tmp_path / "whole", 4 * BLOCK))
     assert not [*tmp_path.rglob("*.tmp.*")]
+
+
+def test_a_block_that_has_become_shorter_is_not_taken_for_whole(tmp_path):
+    """As another process may leave it, where the file system has no locks."""
+    space = Projection()
+    store = FeatureStore({"kind": "test"}, 40, tmp_path)
+    store.fill(make, [column(space)])
+    file = store.path(0, column(space).key)
+    np.save(file, np.load(file)[:30])
+    with pytest.raises(DataError, match=r"00000.*npy: expected 40 rows, found 30; the same command computes them"):
+        store.table(column(space).key).array()
+    assert len(filled(tmp_path, 40)) == 40
 
 
 def test_features_that_are_not_finite_write_nothing(tmp_path):

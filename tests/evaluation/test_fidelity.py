@@ -69,3 +69,16 @@ def test_what_small_pictures_and_codebooks_lack(codec):
     assert "dead latent channels" not in found
     assert fidelity.column.key != Fidelity(codec, 5, {}).column.key
     assert np.isfinite(found["latent std"].value)
+
+
+def test_an_exact_reconstruction_is_not_infinitely_good(codec):
+    whole = made()
+    fidelity, blank = Fidelity(codec, 16, {}), torch.ones(6, 3, 16, 16)
+    rows = fidelity.rows(whole._replace(original=blank, decoded=blank))
+    assert values(fidelity, rows.numpy())["PSNR"].value == 100
+
+
+def test_a_distance_of_other_weights_is_another_one(codec):
+    """What is kept of one is not taken for the other."""
+    keys = {Fidelity(codec, 16, {"L": torch.nn.Linear(weight, 1)}).column.key for weight in (2, 3)}
+    assert len(keys) == 2

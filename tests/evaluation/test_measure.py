@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import torch
 
+from ldm.errors import DataError
+from ldm.evaluation import measure as measures
 from ldm.evaluation.distances.frechet import frechet_distance
 from ldm.evaluation.feature_store import FeatureStore, column, key
 from ldm.evaluation.features.base import MAIN
 from ldm.evaluation.measure import METRICS, agreement, measure
 from ldm.evaluation.moments import Moments
-from ldm.evaluation.reference import PicturesReference
+from ldm.evaluation.reference import PicturesReference, StatisticsReference
 from tests.evaluation.spaces import Projection
 from tests.evaluation.test_reference import Noise
 
@@ -124,3 +126,61 @@ def test_agreement_is_the_share_of_right_classes(tmp_path):
     found = agreement(space, table(pictures, space, tmp_path), labels)
     assert found.value == pytest.approx(0.8)
     assert found.error == pytest.approx((0.8 * 0.2 / 50) ** 0.5)
+
+
+def test_it_is_extrapolated_where_there_are_images_enough_for_it(measured):
+    """Four a feature: with fewer the bias does not fall as 1 / N."""
+    found = [measured(Noise(number, seed=5), metrics=["fd"])[0]["FID"].unbiased for number in (23, 24)]
+    assert found[0] is None
+    assert found[1] is not None
+
+
+def test_what_no_space_has_is_noted(measured):
+    found, whole = measured(Noise(60, seed=5), Projection("alexnet-conv5/clean-128"), metrics=["is"])
+    assert found == {}
+    assert whole.notes == ["is: left out: Inception alone has them."]
+
+
+def test_spatial_features_alone(measured):
+    found, whole = measured(Noise(6, seed=5), metrics=["sfd"])
+    assert [*found] == ["sFID"]
+    assert whole.notes[0].startswith("sFID: 6 pictures are too few for the covariance of 6 features")
+
+
+def test_statistics_without_spatial_features(tmp_path):
+    """As pytorch-fid writes them."""
+    space = Projection(FID)
+    np.savez(tmp_path / "fid.npz", mu=np.zeros(6), sigma=np.eye(6))
+    reference = StatisticsReference(tmp_path / "fid.npz")
+    found = measure([space], [table(Noise(60), space, tmp_path)], reference, ["fd", "sfd"])
+    assert [value.metric for value in found.values] == ["FID"]
+    assert found.notes == [f"sfd: left out: {tmp_path}/fid.npz holds no statistics of spatial features."]
+
+
+def test_too_small_a_reference_is_noted(tmp_path):
+    space, reference = Projection(FID), PicturesReference(Noise(5), "noise", root=tmp_path)
+    reference.prepare([space], 16)
+    found = measure([space], [table(Noise(60, seed=5), space, tmp_path)], reference, ["fd"])
+    assert found.notes[0].startswith("FID: 5 pictures of the reference are too few for the covariance of 6 features")
+
+
+def test_held_out_pictures_are_not_the_reference(measured):
+    with pytest.raises(DataError, match="held out: is the reference itself"):
+        measured(Noise(60, seed=5), metrics=["fdr"], held_out=Noise(60))
+
+
+def test_a_part_of_the_reference_that_was_searched_is_said(measured, monkeypatch):
+    monkeypatch.setattr(measures, "LIMIT", 50)
+    found, whole = measured(Noise(60, seed=5), metrics=["nearest", "is"])
+    assert whole.notes == [
+        "nearest: 50 of 60 pictures of the reference were searched: a copy of another one is not found."
+    ]
+    assert found["distance to nearest"].settings["reference images"] == 50
+    assert found["Inception Score"].settings["images"] == 50
+
+
+def test_another_number_of_held_out_pictures_is_noted(measured):
+    _, whole = measured(Noise(60, seed=5), metrics=["fdr"], held_out=Noise(40, seed=9))
+    assert whole.notes == [
+        "fdr: of 60 pictures and 40 held-out ones: fewer are farther by their number alone. Take equally many."
+    ]

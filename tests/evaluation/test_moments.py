@@ -152,6 +152,9 @@ MEAN, COVARIANCE = np.zeros(3), np.eye(3)
         ({"mu": MEAN, "sigma": np.array([{}])}, "truncated or of another kind"),
         ({"mu": np.zeros(5), "sigma": np.eye(5)}, r"mu: expected the shape \(3,\), found \(5,\)"),
         ({"mu": np.array(["a"] * 3), "sigma": COVARIANCE}, "expected numbers"),
+        ({"mu": MEAN, "sigma": -COVARIANCE}, "sigma: expected variances of 0 or more, found -1"),
+        ({"mu": MEAN, "sigma": np.triu(np.ones((3, 3)))}, "sigma: expected a symmetric matrix"),
+        ({"mu": MEAN, "sigma": COVARIANCE, "count": np.array(1)}, "count: expected 2 pictures or more, found 1"),
     ],
 )
 def test_a_wrong_file_is_one_message(tmp_path: Path, stored: dict[str, np.ndarray], message: str) -> None:

@@ -103,3 +103,22 @@ def test_statistics_are_told_from_pictures(tmp_path):
     (tmp_path / "broken.npz").write_bytes(b"PK")
     found = [holds_statistics(tmp_path / f"{name}.npz") for name in ("statistics", "pictures", "broken", "nothing")]
     assert found == [True, False, False, False]
+
+
+def test_one_picture_is_no_reference_and_nothing_is_computed_of_it(tmp_path):
+    pictures = Noise(1)
+    with pytest.raises(DataError, match="noise: 1 picture, expected 2 or more"):
+        prepared(pictures, tmp_path, Projection())
+    assert pictures.asked == 0
+
+
+def test_saved_statistics_say_of_which_features_they_are(tmp_path):
+    """Two rules of resizing make two distances of one size."""
+    space, other = Projection("inception-2015/tf1-299"), Projection("inception-2015/clean-299")
+    save(prepared(Noise(), tmp_path, space), space, tmp_path / "own.npz")
+    StatisticsReference(tmp_path / "own.npz").prepare([space], 16)
+    message = r"own.npz: expected statistics of the features inception-2015/clean-299 .*, found those of .*tf1-299"
+    with pytest.raises(DataError, match=message):
+        StatisticsReference(tmp_path / "own.npz").prepare([other], 16)
+    np.savez(tmp_path / "others.npz", mu=np.zeros(6), sigma=np.eye(6))
+    StatisticsReference(tmp_path / "others.npz").prepare([other], 16)

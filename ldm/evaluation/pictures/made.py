@@ -43,6 +43,16 @@ class Recipe:
     labels: Labels = field(default_factory=Balanced)
 
 
+def _computing(device: str) -> dict[str, Any]:
+    """The type of device, and how convolutions and matrix products round float32 there, which other pixels come of.
+
+    Samples are made as `sample.py` makes them: torch's own default on a GPU is TF32 in convolutions.
+    """
+    backends: Any = torch.backends
+    library, products = (backends.cudnn, backends.cuda) if device == "cuda" else (backends.mkldnn, backends.mkldnn)
+    return {"device": device, "float32": [library.conv.fp32_precision, products.matmul.fp32_precision]}
+
+
 class Generated:
     """Samples of a stage-2 model, one a seed, from the first seed on; never kept, but made anew when asked for.
 
@@ -94,20 +104,20 @@ class Generated:
         return None if classes is None else self.recipe.labels(self.seeds, classes)
 
     def description(self) -> Description:
-        manifest, guide = self.pipeline.manifest, self.recipe.guidance.guide
-        # Of all weights, and so only where they are needed: not of a model in training, each time it is sampled.
-        weights = [weight_hash(module.state_dict()) for module in (self.pipeline.denoiser, self.pipeline.objective)]
+        """Reads all weights, which must be whole: of a model that is sharded over ranks there is none."""
+        pipeline, guide = self.pipeline, self.recipe.guidance.guide
+        manifest = pipeline.manifest
         described = {key: value for key, value in self.recipe.settings.items() if key not in ("checkpoint", "guide")}
         return {
             "kind": "samples",
             **described,
-            "labels": None if self.pipeline.num_classes is None else self.recipe.labels.name,
+            "labels": None if pipeline.num_classes is None else self.recipe.labels.name,
             "first_seed": int(self.seeds[0]),
-            "network": weights,
+            "network": [weight_hash(module.state_dict()) for module in (pipeline.denoiser, pipeline.objective)],
             "guide": None if guide is None else weight_hash(guide.denoiser.state_dict()),
             "autoencoder": manifest.plan.autoencoder["weights"],
             "latents": {"mean": [*manifest.mean], "std": [*manifest.std]},
-            "device": self.pipeline.device.type,
+            **_computing(pipeline.device.type),
         }
 
 

@@ -21,10 +21,12 @@ from ldm.data.sources.folder import ImageFolder
 from ldm.data.transforms import EvalTransform, transformed
 from ldm.errors import DataError
 from ldm.evaluation.pictures.base import Description, Pictures
+from ldm.files import DAMAGED_NPZ
 from ldm.images import to_uint8
 from ldm.ranges import Count, Resolution
 
 _THREADS = min(8, os.cpu_count() or 1)
+_CHUNK = 1 << 22  # bytes that are read at once
 _PATIENCE = 100
 """So many unreadable items in a row end the reading of a data set, as in training."""
 
@@ -141,7 +143,8 @@ def _of_samples(root: Path) -> tuple[list[str], np.ndarray | None] | None:
 class NpzPictures:
     """The pictures of an `.npz` file: arr_0 (N,H,W,C) or (N,H,W) uint8, C 1 or 3, and perhaps their classes arr_1 (N,).
 
-    That is how ADM's evaluation and `sample.py --npz` write them. Without compression the file is mapped, not read.
+    That is how ADM's evaluation and `sample.py --npz` write them. Without compression the file is mapped, once it has
+    been compared with its checksums: what is computed of it is kept under these.
 
     Raises:
         DataError: it is truncated, or holds something else.
@@ -170,6 +173,8 @@ class NpzPictures:
                 f"{self.path}: expected classes arr_1 ({len(self)},) of whole numbers, one a picture; found "
                 f"{labels.shape} of {labels.dtype}"
             )
+        if labels.min() < 0:
+            raise DataError(f"{self.path}: expected classes arr_1 of 0 or more, found {labels.min()}")
         return labels.astype(np.int64)
 
     def __len__(self) -> int:
@@ -210,7 +215,7 @@ def read_npz(path: Path, mapped: Sequence[str] = ()) -> tuple[dict[str, np.ndarr
                 else npy.read_array(archive.open(entry), allow_pickle=False)
                 for name, entry in members.items()
             }
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    except DAMAGED_NPZ as error:
         raise DataError(
             f"{path}: cannot be read as an .npz file ({error or type(error).__name__}). It is damaged or was not "
             "copied to its end: copy or make it again"
@@ -219,7 +224,10 @@ def read_npz(path: Path, mapped: Sequence[str] = ()) -> tuple[dict[str, np.ndarr
 
 
 def _map(path: Path, entry: zipfile.ZipInfo) -> np.ndarray:
-    """The array of an uncompressed member, mapped; ValueError if the file ends before it does."""
+    """The array of an uncompressed member, mapped; ValueError or BadZipFile if it is damaged."""
+    with zipfile.ZipFile(path) as archive, archive.open(entry) as member:
+        while member.read(_CHUNK):  # zipfile compares the checksum at the end
+            pass
     with path.open("rb") as file:
         file.seek(entry.header_offset + 26)
         lengths = np.frombuffer(file.read(4), dtype="<u2")  # of the name and of what is extra, in the local header

@@ -7,7 +7,8 @@
           params: {every: 5000, images: 2000}
         checkpoints: {target: ldm.training.callbacks.checkpoints.Checkpoints, params: {monitor: val/fd}}
 
-The samples are those of `ldm evaluate` with the same settings: of the averaged weights, one for each seed from 0.
+The samples are those of `ldm evaluate` with the same settings, of the averaged weights, one for each seed from 0; but
+they are made in the precision of training (bf16 where it is `bf16-mixed`), where `ldm evaluate` makes them in float32.
 """
 
 import logging
@@ -124,7 +125,7 @@ class FrechetDistance(pl.Callback):
         elif trainer.state.fn == "validate" or self._is_due(trainer):
             begun = time.monotonic()
             value = self._measure(trainer, pl_module, self._images)
-            self._last = {"step": trainer.global_step, "value": value, **self._protocol()}
+            self._last = {"step": trainer.global_step, "value": value, **self._protocol(str(trainer.precision))}
             if trainer.is_global_zero:
                 seconds = time.monotonic() - begun
                 log.info("%s %.4g at step %d (%.0f s)", METRIC, value, trainer.global_step, seconds)
@@ -174,7 +175,7 @@ class FrechetDistance(pl.Callback):
         self._reference = Moments(size(part))
         for block in store.table(wanted.key).blocks(part):
             self._reference.add(block)
-        self._features.to("cpu")
+        self._leave_device()
         if min(number, self._images) <= self._reference.size and trainer.is_global_zero:
             log.warning(
                 "lightning.callbacks.fd: %d samples and %d training pictures for %d features: below one of each the "
@@ -209,10 +210,16 @@ class FrechetDistance(pl.Callback):
             self._stop_if_asked(trainer)
             with trainer.precision_plugin.forward_context():
                 images = generated.images([place % number for place in places])
-            own = sum(place < number for place in places)
-            moments.add(features(images[:own].to(module.device))[:, part])
-        features.to("cpu")  # nothing is kept on the device through training
+            if own := sum(place < number for place in places):
+                moments.add(features(images[:own].to(module.device))[:, part])
+        self._leave_device()
         return frechet_distance(moments.over_ranks(), self._reference)
+
+    def _leave_device(self) -> None:
+        """Nothing is kept on the device through training."""
+        for network in (self._features, self._codec):
+            if network is not None:
+                network.to("cpu")
 
     def _share(self, number: int) -> Iterator[Sequence[int]]:
         """This rank's samples, in batches; those beyond `number` are made and left out.
@@ -230,7 +237,7 @@ class FrechetDistance(pl.Callback):
             if isinstance(callback, StopOnSignal):
                 callback.stop_in_validation(trainer)
 
-    def _protocol(self) -> dict[str, Any]:
+    def _protocol(self, precision: str) -> dict[str, Any]:
         """What else decides the number, in plain values."""
         assert self._features is not None
         assert self._reference is not None
@@ -241,5 +248,14 @@ class FrechetDistance(pl.Callback):
             "reference_images": self._reference.count,
             "labels": self._recipe.labels.name,
             "steps": self._recipe.steps,
+            "sampler": _spelled(self._recipe.sampler),
+            "schedule": _spelled(self._recipe.schedule),
             "guidance": self._recipe.guidance.scale,
+            "precision": precision,
         }
+
+
+def _spelled(function: Callable[..., Any]) -> str:
+    """A sampler or schedule by its name and its settings."""
+    made = function if isinstance(function, partial) else partial(function)
+    return " ".join([made.func.__name__, *(f"{key}={value}" for key, value in sorted(made.keywords.items()))])

@@ -11,6 +11,7 @@ from ldm.autoencoder.codec import Codec
 from ldm.data.sources.folder import ImageFolder
 from ldm.data.transforms import EvalTransform
 from ldm.errors import NumericError
+from ldm.evaluation.pictures import made
 from ldm.evaluation.pictures.base import digest
 from ldm.evaluation.pictures.labels import Random
 from ldm.evaluation.pictures.made import Generated, Recipe, Reconstructions
@@ -73,3 +74,22 @@ def test_reconstructions_that_are_not_finite(runs, image_folder, monkeypatch):
     pictures = Reconstructions(codec, DatasetPictures(ImageFolder(image_folder), EvalTransform(16), 3))
     with pytest.raises(NumericError, match="a reconstruction is not finite"):
         pictures.images([0])
+
+
+def test_weights_are_read_for_the_description_alone(runs, monkeypatch):
+    """Weights that are sharded over ranks can be sampled, and not be hashed."""
+    monkeypatch.setattr(made, "weight_hash", lambda *_: pytest.fail("nobody asked"))
+    pictures = Generated(Pipeline.load(runs.diffusion), RECIPE, 3)
+    assert pictures.images([0]).shape == (1, 3, 16, 16)
+    with pytest.raises(pytest.fail.Exception, match="nobody asked"):
+        pictures.description()
+
+
+def test_samples_of_another_rounding_are_others(runs):
+    pictures, kernel = Generated(Pipeline.load(runs.diffusion), RECIPE, 3), torch.backends.mkldnn.conv
+    before, precision = digest(pictures.description()), kernel.fp32_precision
+    kernel.fp32_precision = "bf16"
+    try:
+        assert digest(pictures.description()) != before
+    finally:
+        kernel.fp32_precision = precision

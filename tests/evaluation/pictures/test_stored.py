@@ -99,6 +99,19 @@ def test_npz_files_are_known_by_their_contents(npz, arrays, tmp_path):
     assert names[0] == names[1] != names[2]
 
 
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("place", [0.3, 0.5, 0.6])
+def test_damaged_npz_files_are_one_message(tmp_path, arrays, save, place):
+    """Also one of sound length, whose pictures would be kept under the checksum that they do not have."""
+    file = tmp_path / "samples.npz"
+    save(file, **arrays)
+    content = bytearray(file.read_bytes())
+    content[int(place * len(content))] ^= 0xFF
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=r"samples.npz: cannot be read as an .npz file .* copy or make it again"):
+        opened(file)
+
+
 @pytest.mark.parametrize("part", [0.02, 0.5, 0.99])
 def test_truncated_npz_files_are_one_message(npz, part):
     content = npz.read_bytes()
@@ -119,6 +132,7 @@ def test_truncated_npz_files_are_one_message(npz, part):
         ({"arr_0": np.zeros((0, 4, 4, 3), np.uint8)}, "expected 1 or more pictures"),
         ({"images": np.zeros((2, 4, 4, 3), np.uint8)}, "found images"),
         ({"arr_0": np.zeros((2, 4, 4), np.uint8), "arr_1": np.zeros(3, int)}, r"arr_1 \(2,\) of whole numbers"),
+        ({"arr_0": np.zeros((2, 4, 4), np.uint8), "arr_1": np.array([0, -1])}, r"arr_1 of 0 or more, found -1"),
         ({"arr_0": np.array([None, "x"], dtype=object)}, "cannot be read"),
     ],
 )

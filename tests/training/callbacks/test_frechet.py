@@ -2,12 +2,16 @@
 
 import os
 import signal
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 import main
 from ldm.checkpoints import store
@@ -19,6 +23,7 @@ from ldm.evaluation.distances.frechet import frechet_distance
 from ldm.evaluation.moments import Moments
 from ldm.evaluation.pictures.made import Generated
 from ldm.evaluation.pictures.stored import DatasetPictures
+from ldm.runtime import distributed, fsdp
 from ldm.runtime.signals import STOPPING
 from ldm.sampling.generate import generate
 from ldm.sampling.pipeline import Pipeline
@@ -98,6 +103,7 @@ def test_it_is_the_distance_of_the_runs_samples_to_the_pictures_it_was_trained_o
     record = facts(made)["fd"]
     assert record["step"] == 12
     assert (record["images"], record["reference_images"], record["steps"]) == (10, 16, 2)
+    assert (record["sampler"], record["schedule"], record["precision"]) == ("ddim", "default", "32-true")
     assert record["features"] == "projection/none"
 
 
@@ -175,6 +181,30 @@ def test_what_cannot_be_sampled_is_refused_before_the_first_step(tree, tmp_path,
     tree["model"]["params"]["label_dropout"] = 0.0
     assert run(tree, tmp_path / "logs") == ConfigError.exit_code
     assert "lightning.callbacks.fd" in capsys.readouterr().err
+
+
+def test_sharded_weights_are_sampled_and_a_batch_may_have_nothing_to_count(runs, grouped):
+    """5 samples on two ranks in batches of 2: the second rank's last batch is there for the first one's sake alone."""
+    pipeline, reference = Pipeline.load(runs.diffusion), Moments.of(np.random.default_rng(0).random((9, 6)))
+
+    def distance(rank: int) -> float:
+        mesh = init_device_mesh("cpu", (distributed.world_size(),))
+        network = pipeline.denoiser["network"]
+        fsdp.shard(network, mesh, network.blocks())
+        assert isinstance(next(network.parameters()), DTensor)
+        return measured_alone(pipeline, reference)
+
+    alone = measured_alone(pipeline, reference)
+    assert grouped(2, distance) == pytest.approx([alone, alone], rel=1e-6)
+
+
+def measured_alone(pipeline: Pipeline, reference: Moments) -> float:
+    """What FrechetDistance computes between two steps."""
+    callback = FrechetDistance(every=1, images=5, batch_size=2, steps=2)
+    callback._features, callback._reference = Projection(width=6), reference
+    callback._pipeline = lambda *_: pipeline
+    trainer = SimpleNamespace(callbacks=[], precision_plugin=SimpleNamespace(forward_context=nullcontext))
+    return callback._measure(trainer, SimpleNamespace(device="cpu"), 5)
 
 
 @pytest.mark.parametrize(("number", "world"), [(10, 1), (10, 2), (7, 4), (2, 4)])
