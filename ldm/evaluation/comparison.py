@@ -18,6 +18,9 @@ from ldm.images import picture
 HARMLESS = ("reference.name", "device", "weights", "average")
 """What two protocols may differ in, and their numbers still be compared: names, and what belongs to the model."""
 
+SAMPLING = ("sampler", "schedule", "steps", "guidance", "rescale", "guidance_channels", "interval", "guide")
+"""How samples are made: what is compared, as often as the models are. A winner is named, and the difference as well."""
+
 LEVEL = 0.95
 """How surely two numbers have to differ before one is called the better one."""
 
@@ -84,9 +87,9 @@ def differences(protocols: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 def deciding(*protocols: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """The differences that forbid a comparison of numbers."""
+    """The differences that forbid a comparison of numbers: those in how pictures are measured."""
     found = differences(protocols)
-    return {key: values for key, values in found.items() if not any(_is_in(key, one) for one in HARMLESS)}
+    return {key: values for key, values in found.items() if not any(_is_in(key, one) for one in (*HARMLESS, *SAMPLING))}
 
 
 def _is_in(key: str, section: str) -> bool:
@@ -120,7 +123,7 @@ def report(found: Sequence[Entry]) -> str:
     """The table, what differs, and what that means."""
     if len(found) < 2:
         raise ConfigError("compare: expected two or more records or runs")
-    names = _distinct([entry.name for entry in found])
+    names = _letters(len(found))
     records = [entry.record for entry in found]
     hindering = deciding(*(record.protocol for record in records))
     metrics = dict.fromkeys(value.metric for record in records for value in record.values)
@@ -142,20 +145,22 @@ def _explained(records: Sequence[Record], names: Sequence[str], hindering: Mappi
     if not every:
         return ["The protocols are the same."]
     rows = [[key, *map(_short, values), "yes" if key in hindering else ""] for key, values in every.items()]
-    lines = [markdown(["differs", *names, "decides numbers"], rows)]
+    lines = [markdown(["differs", *names, "forbids comparison"], rows)]
     if hindering:
         lines += ["", f"No winner is named: the numbers were made with different {', '.join(hindering)}."]
+    elif made := [key for key in every if any(_is_in(key, one) for one in SAMPLING)]:
+        lines += ["", f"The samples were made differently ({', '.join(made)}): that may be why one is better."]
     return lines
+
+
+def _letters(number: int) -> list[str]:
+    """Short names of columns: A, B, ... Z, then numbers."""
+    return [chr(ord("A") + place) if place < 26 else str(place + 1) for place in range(number)]
 
 
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def _distinct(names: Sequence[str]) -> list[str]:
-    """The names, numbered where two are the same."""
-    return [name if names.count(name) == 1 else f"{name} ({place + 1})" for place, name in enumerate(names)]
 
 
 def draw(found: Sequence[Entry], output: Path) -> bool:
@@ -165,7 +170,8 @@ def draw(found: Sequence[Entry], output: Path) -> bool:
     """
     metric = next((value.metric for value in found[0].record.values if value.better), None)
     curves = {}
-    for name, entry in zip(_distinct([entry.name for entry in found]), found, strict=True):
+    for letter, entry in zip(_letters(len(found)), found, strict=True):
+        name = f"{letter}: {_short(entry.name)}"
         points = [one for one in entry.all if metric and one.value(metric) and one.subject["training"]]
         curves[name] = [one for one in points if not deciding(entry.record.protocol, one.protocol)]
     if not any(curves.values()):

@@ -46,7 +46,7 @@ def test_the_better_run_is_named(runs):
     found = entries(runs)
     assert [entry.file.name for entry in found] == ["10.json", "10.json"]
     text = report(found)
-    assert row(text, "FID") == ["FID", "10.00 ± 0.50", "15.00 ± 0.50", "a is better"]
+    assert row(text, "FID") == ["FID", "10.00 ± 0.50", "15.00 ± 0.50", "A is better"]
     assert "The protocols are the same." in text
 
 
@@ -55,20 +55,30 @@ def test_no_winner_within_noise(runs):
     assert row(report(entries(runs)), "FID")[-1] == "within noise"
 
 
-def test_no_winner_of_different_protocols(runs):
+def test_no_winner_of_different_measurements(runs):
+    for step in (5, 10):
+        record(15, step, labels="random").write(runs[1] / "evaluation" / f"{step}.json")
+    text = report(entries(runs))
+    assert row(text, "FID")[-1] == "not comparable"
+    assert row(text, "labels") == ["labels", "None", "random", "yes"]
+    assert "No winner is named: the numbers were made with different labels." in text
+
+
+def test_samples_made_in_two_ways_are_compared_and_that_is_said(runs):
+    """Which guidance is the better one is a question as good as which model."""
     for step in (5, 10):
         record(15, step, guidance=2.0).write(runs[1] / "evaluation" / f"{step}.json")
     text = report(entries(runs))
-    assert row(text, "FID")[-1] == "not comparable"
-    assert row(text, "guidance") == ["guidance", "1.0", "2.0", "yes"]
-    assert "No winner is named: the numbers were made with different guidance." in text
+    assert row(text, "FID")[-1] == "A is better"
+    assert row(text, "guidance") == ["guidance", "1.0", "2.0", ""]
+    assert "The samples were made differently (guidance): that may be why one is better." in text
 
 
 def test_what_belongs_to_the_model_is_shown_and_hinders_nothing(runs):
     record(15, average="b", reference={"identity": "x", "name": "moved"}).write(runs[1] / "evaluation" / "10.json")
     text = report(entries(runs))
     assert row(text, "average") == ["average", "a", "b", ""]
-    assert row(text, "FID")[-1] == "a is better"
+    assert row(text, "FID")[-1] == "A is better"
 
 
 def test_a_record_of_the_same_protocol_is_preferred_to_a_newer_one(runs):
@@ -79,7 +89,7 @@ def test_a_record_of_the_same_protocol_is_preferred_to_a_newer_one(runs):
 def test_files_as_well_as_runs_and_more_than_two(runs, tmp_path):
     record(30).write(tmp_path / "c.json")
     found = entries([*runs, tmp_path / "c.json"])
-    assert row(report(found), "FID")[1:] == ["10.00 ± 0.50", "15.00 ± 0.50", "30.00 ± 0.50", "a is better"]
+    assert row(report(found), "FID")[1:] == ["10.00 ± 0.50", "15.00 ± 0.50", "30.00 ± 0.50", "A is better"]
 
 
 @pytest.mark.parametrize(
