@@ -51,7 +51,7 @@ def entries(paths: Sequence[Path]) -> list[Entry]:
             raise DataError(f"{path}: has no records to compare; make one: ldm evaluate -r {path}")
         if found:
             first = found[0].record
-            fits = {file: one for file, one in records.items() if not deciding(first.protocol, one.protocol)}
+            fits = {file: one for file, one in records.items() if not unlike(first.protocol, one.protocol)}
             chosen = fits or records
         else:
             chosen = records
@@ -86,14 +86,18 @@ def differences(protocols: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     return {key: values for key, values in found.items() if any(value != values[0] for value in values)}
 
 
+def unlike(*protocols: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The differences in how pictures are made or measured."""
+    return {key: values for key, values in differences(protocols).items() if not _is_in(key, HARMLESS)}
+
+
 def deciding(*protocols: Mapping[str, Any]) -> dict[str, list[Any]]:
     """The differences that forbid a comparison of numbers: those in how pictures are measured."""
-    found = differences(protocols)
-    return {key: values for key, values in found.items() if not any(_is_in(key, one) for one in (*HARMLESS, *SAMPLING))}
+    return {key: values for key, values in unlike(*protocols).items() if not _is_in(key, SAMPLING)}
 
 
-def _is_in(key: str, section: str) -> bool:
-    return f"{key}.".startswith(f"{section}.")
+def _is_in(key: str, sections: Sequence[str]) -> bool:
+    return any(f"{key}.".startswith(f"{section}.") for section in sections)
 
 
 def verdict(values: Sequence[Value | None], names: Sequence[str], comparable: bool) -> str:
@@ -148,7 +152,7 @@ def _explained(records: Sequence[Record], names: Sequence[str], hindering: Mappi
     lines = [markdown(["differs", *names, "forbids comparison"], rows)]
     if hindering:
         lines += ["", f"No winner is named: the numbers were made with different {', '.join(hindering)}."]
-    elif made := [key for key in every if any(_is_in(key, one) for one in SAMPLING)]:
+    elif made := [key for key in every if _is_in(key, SAMPLING)]:
         lines += ["", f"The samples were made differently ({', '.join(made)}): that may be why one is better."]
     return lines
 
@@ -173,7 +177,7 @@ def draw(found: Sequence[Entry], output: Path) -> bool:
     for letter, entry in zip(_letters(len(found)), found, strict=True):
         name = f"{letter}: {_short(entry.name)}"
         points = [one for one in entry.all if metric and one.value(metric) and one.subject["training"]]
-        curves[name] = [one for one in points if not deciding(entry.record.protocol, one.protocol)]
+        curves[name] = [one for one in points if not unlike(entry.record.protocol, one.protocol)]
     if not any(curves.values()):
         return False
     import matplotlib

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from ldm.errors import ConfigError, DataError
-from ldm.evaluation.comparison import deciding, differences, draw, entries, report, sheet, verdict
+from ldm.evaluation.comparison import deciding, differences, draw, entries, report, sheet, unlike, verdict
 from ldm.evaluation.record import Record
 from ldm.evaluation.values import Value
 
@@ -116,6 +116,13 @@ def test_differences_are_named_by_dotted_key():
     one, other = {"a": {"b": 1, "c": 2}, "device": "cpu"}, {"a": {"b": 1, "c": 3}, "device": "cuda", "new": 4}
     assert differences([one, other]) == {"a.c": [2, 3], "device": ["cpu", "cuda"], "new": [None, 4]}
     assert [*deciding(one, other)] == ["a.c", "new"]
+
+
+def test_a_curve_is_of_samples_made_in_one_way():
+    """Of one run measured at two guidances there are two curves: neither has points of the other."""
+    one, other = {"steps": 50, "labels": "random"}, {"steps": 20, "labels": "random"}
+    assert [*unlike(one, other)] == ["steps"]
+    assert not deciding(one, other)
 
 
 def test_figure_and_sheet(runs, tmp_path):
