@@ -87,7 +87,8 @@ class PicturesReference:
             with suppress(DataError):  # a damaged file is made again
                 return Moments.load(file)
         found = moments(self.table(space), space, part)
-        found.save(file)
+        with suppress(OSError):  # of a store that others may only read
+            found.save(file)
         return found
 
     def table(self, space: Features) -> Table:

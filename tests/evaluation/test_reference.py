@@ -122,3 +122,13 @@ def test_saved_statistics_say_of_which_features_they_are(tmp_path):
         StatisticsReference(tmp_path / "own.npz").prepare([other], 16)
     np.savez(tmp_path / "others.npz", mu=np.zeros(6), sigma=np.eye(6))
     StatisticsReference(tmp_path / "others.npz").prepare([other], 16)
+
+
+def test_a_store_that_can_only_be_read_is_enough(tmp_path, monkeypatch):
+    reference = prepared(Noise(), tmp_path, Projection())
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied", "moments")
+
+    monkeypatch.setattr(Moments, "save", refuse)
+    assert reference.moments(Projection()).count == 40

@@ -43,7 +43,7 @@ def distance_to(reference: Moments) -> Callable[[Moments], float]:
         rank = min(_rank(reference), _rank(moments))
         products = np.linalg.eigvalsh(root @ own @ root)[reference.size - rank :]
         cross = np.sqrt(products.clip(min=0)).sum()
-        return float(shift @ shift + np.trace(own) + np.trace(covariance) - 2 * cross)
+        return max(0.0, float(shift @ shift + np.trace(own) + np.trace(covariance) - 2 * cross))  # rounding goes below
 
     return distance
 

@@ -63,7 +63,7 @@ class Generated:
         first: the first seed.
 
     Raises:
-        ConfigError: the model reads other conditions than the class.
+        ConfigError: the model reads other conditions than the class, or there are not so many seeds.
     """
 
     def __init__(self, pipeline: Pipeline, recipe: Recipe, number: int, first: int = 0) -> None:
@@ -72,9 +72,11 @@ class Generated:
                 f"this model reads {', '.join(others)}, and only classes can be drawn: make its samples with "
                 "sample.py --conditions FILE, and evaluate their folder"
             )
+        if first + number > 2**63:
+            raise ConfigError(f"the first seed {first}: {number} samples would need seeds beyond 2^63 - 1; take less")
         self.pipeline = pipeline
         self.recipe = recipe
-        self.seeds = np.arange(first, first + number)
+        self.seeds = first + np.arange(number)
         height, width = as_size(pipeline.manifest.plan.pixels["resolution"])
         self.shape = (pipeline.codec.encoder.in_channels, height, width)
 

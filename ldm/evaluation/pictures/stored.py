@@ -131,13 +131,14 @@ def _of_samples(root: Path) -> tuple[list[str], np.ndarray | None] | None:
         listed = json.loads(record.read_text())["images"]
         files = [str(one["file"]) for one in listed]
         classes = [(one["condition"] or {}).get("class_label") for one in listed]
+        labels = None if None in classes else np.array(classes, dtype=np.int64)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{record}: is not the list of a folder of samples ({error}); make them again") from error
     if not files:
         raise DataError(f"{record}: lists 0 samples; make some")
     if missing := [name for name in files if not (root / name).is_file()]:
         raise DataError(f"{root}: {len(missing)} pictures that samples.json lists are missing ({missing[0]}, ...)")
-    return files, None if None in classes else np.array(classes, dtype=np.int64)
+    return files, labels
 
 
 class NpzPictures:

@@ -76,7 +76,7 @@ class FrechetDistance(pl.Callback):
         trust: packages besides ldm's own that the autoencoder's configuration may name.
 
     Raises:
-        ConfigError: the model cannot be sampled so.
+        ConfigError: the model cannot be sampled so, or one sample alone is asked for.
         CheckpointError: the weights of the features, or the autoencoder, are missing.
     """
 
@@ -97,6 +97,8 @@ class FrechetDistance(pl.Callback):
         trust: Sequence[str] = (),
     ) -> None:
         super().__init__()
+        if images < 2:
+            raise ConfigError(f"FrechetDistance: images: expected 2 or more, found {images}: one sample has no spread")
         self._every = every
         self._images = images
         self._choose = partial(choose, features, weights=None if weights is None else Path(weights))

@@ -87,3 +87,10 @@ def test_distance_is_symmetric_and_a_shift_adds_its_square(seed: int, size: int,
     moments, moved = Moments.of(a), Moments.of(a + shift)
     assert frechet_distance(moments, Moments.of(b)) == pytest.approx(frechet_distance(Moments.of(b), moments), rel=1e-9)
     assert frechet_distance(moved, moments) == pytest.approx(size * shift**2, rel=1e-6, abs=1e-9)
+
+
+def test_no_distance_is_below_zero() -> None:
+    """Not even by rounding, where a set is compared with itself."""
+    for seed in range(20):
+        moments = Moments.of(np.random.default_rng(seed).standard_normal((30, 64)).astype(np.float32))
+        assert 0 <= frechet_distance(moments, moments) < 1e-9

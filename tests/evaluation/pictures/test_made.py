@@ -10,7 +10,7 @@ import torch
 from ldm.autoencoder.codec import Codec
 from ldm.data.sources.folder import ImageFolder
 from ldm.data.transforms import EvalTransform
-from ldm.errors import NumericError
+from ldm.errors import ConfigError, NumericError
 from ldm.evaluation.pictures import made
 from ldm.evaluation.pictures.base import digest
 from ldm.evaluation.pictures.labels import Random
@@ -93,3 +93,10 @@ def test_samples_of_another_rounding_are_others(runs):
         assert digest(pictures.description()) != before
     finally:
         kernel.fp32_precision = precision
+
+
+def test_seeds_end_somewhere(runs):
+    pipeline = Pipeline.load(runs.diffusion)
+    assert Generated(pipeline, RECIPE, 3, 2**63 - 3).labels().dtype == np.int64
+    with pytest.raises(ConfigError, match=r"first seed 9223372036854775806: 3 samples would need seeds beyond"):
+        Generated(pipeline, RECIPE, 3, 2**63 - 2)

@@ -76,6 +76,10 @@ def test_a_folder_of_samples_without_its_sheet(runs, tmp_path, capsys):
     (tmp_path / "out" / "000-000001.png").unlink()
     with pytest.raises(DataError, match=r"1 pictures that samples.json lists are missing"):
         opened(tmp_path / "out")
+    record = tmp_path / "out" / "samples.json"
+    record.write_text(record.read_text().replace('"class_label": 2', '"class_label": "dog"'))
+    with pytest.raises(DataError, match=r"samples.json: is not the list of a folder of samples .*'dog'"):
+        opened(tmp_path / "out")
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])

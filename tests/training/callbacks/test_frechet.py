@@ -183,6 +183,11 @@ def test_what_cannot_be_sampled_is_refused_before_the_first_step(tree, tmp_path,
     assert "lightning.callbacks.fd" in capsys.readouterr().err
 
 
+def test_one_sample_is_refused_before_anything_is_trained():
+    with pytest.raises(ConfigError, match="images: expected 2 or more, found 1"):
+        FrechetDistance(every=1, images=1)
+
+
 def test_sharded_weights_are_sampled_and_a_batch_may_have_nothing_to_count(runs, grouped):
     """5 samples on two ranks in batches of 2: the second rank's last batch is there for the first one's sake alone."""
     pipeline, reference = Pipeline.load(runs.diffusion), Moments.of(np.random.default_rng(0).random((9, 6)))
