@@ -13,7 +13,6 @@ Samples are never kept: they go straight into features, which lie in cache/.feat
 after an interruption, makes only what is missing when it is asked for more, and is shared by any number of processes.
 """
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 
 from ldm.cli import evaluate_compare, program
+from ldm.cli.devices import usable
 from ldm.cli.evaluate_options import parse
 from ldm.cli.evaluate_subject import held_out_of, reference_of, subject_of
 from ldm.errors import CheckpointError, ConfigError, DataError
@@ -86,7 +86,7 @@ def looked_at(subject: Pictures, reference: Reference, number: int) -> list[str]
 
 def evaluate(options: Any) -> str | None:
     """Do what the command line asks for; what to print on rank 0."""
-    device = options.device or _own_device()
+    device = usable(options.device)
     spaces, notes = chosen_spaces(options.features, device)
     classifier = None if options.classifier is None else choose(f"classifier:{options.classifier}", device=device)
     subject = subject_of(options, device)
@@ -173,10 +173,6 @@ def written(
         *(str(file.parent / name) for name in named.values()),
     ]
     return "\n".join(lines)
-
-
-def _own_device() -> str:
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 def main(argv: Sequence[str]) -> int:

@@ -26,9 +26,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ldm.cli import program
+from ldm.cli.devices import usable
 from ldm.cli.sample_options import chosen, described, parse, read_conditions
 from ldm.errors import ConfigError
 from ldm.files import published
@@ -97,7 +96,7 @@ def requested(pipeline: Pipeline, options: Any) -> list[Condition | None]:
 
 def sample(options: Any) -> list[Path]:
     """Do what the command line asks for; returns the files to look at."""
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = usable(options.device)
     sampler = chosen("sampler", samplers, options.sampler, options.trust)
     schedule = chosen("schedule", timesteps, options.schedule, options.trust)
     pipeline = Pipeline.load(

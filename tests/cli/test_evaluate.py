@@ -380,6 +380,8 @@ def test_a_wrong_classifier(runs, pictures, capsys):
         (["-r", "a", "b"], 2, "What is to be measured?"),
         (["pictures"], 2, "Name a reference with --against"),
         (["-r", "nowhere"], 4, "nowhere: no checkpoint"),
+        (["-r", "nowhere", "--device", "cuda:99"], 2, "--device cuda:99: cannot be computed on here"),
+        (["-r", "nowhere", "--device", "graphics"], 2, "--device graphics: cannot be computed on here"),
         (["nowhere", "--against", "pictures"], 3, "nowhere: expected a folder of pictures, or an .npz"),
         (["pictures", "--against", "nowhere"], 3, "nowhere: expected a folder of pictures, or an .npz"),
         (["pictures", "--against", "nowhere.yaml"], 2, "nowhere.yaml: no such file"),

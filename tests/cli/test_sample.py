@@ -251,6 +251,7 @@ def test_grey_pictures_of_an_unconditional_model_in_a_square(make_runs, run):
         (["--classes", "3"], 2, "0 to 2"),
         (["--classes", "ankel boot"], 2, "did you mean 'ankle boot'"),
         (["--classes", "bird"], 2, "cat, dog, Ankle boot"),
+        (["--device", "cuda:99"], 2, "--device cuda:99: cannot be computed on here"),
         (["--steps", "0"], 2, "--steps: expected a whole number of 1 or more, found '0'"),
         (["--steps", "2000"], 2, "1 to 1000"),
         (["--sampler", "ancestral", "eta=0.5"], 2, "ldm.sampling.samplers.ancestral has no parameter 'eta'"),
