@@ -13,7 +13,9 @@ Samples are never kept: they go straight into features, which lie in cache/.feat
 after an interruption, makes only what is missing when it is asked for more, and is shared by any number of processes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,12 +31,12 @@ from ldm.evaluation.feature_store import FeatureStore, key
 from ldm.evaluation.features.base import LOGITS, Features, size
 from ldm.evaluation.features.choose import choose
 from ldm.evaluation.measure import Measured, agreement, measure
-from ldm.evaluation.pictures.base import Pictures
+from ldm.evaluation.pictures.base import Description, Pictures, digest
 from ldm.evaluation.record import Record
 from ldm.evaluation.reference import PicturesReference, Reference, identity, save
 from ldm.evaluation.sheets import pairs_sheet, save_sheet, seeds_sheet
 from ldm.evaluation.subject import Subject
-from ldm.evaluation.values import table
+from ldm.evaluation.values import table, titles
 from ldm.runtime import distributed
 from ldm.training.evaluations import send_to_wandb
 
@@ -112,7 +114,7 @@ def evaluate(options: Any) -> str | None:
     if classifier is not None and labels is not None:
         measured.values.append(agreement(classifier, store.table(key(classifier)), labels))
     measured.notes[:0] = [*notes, *looked_at(subject.pictures, reference, SHOWN)]
-    return written(options, subject, reference, spaces, classifier, measured, torch.device(device))
+    return written(options, subject, reference, spaces, classifier, measured, store.description, torch.device(device))
 
 
 def checked_labels(pictures: Pictures, classifier: Features | None) -> np.ndarray | None:
@@ -134,6 +136,7 @@ def written(
     spaces: Sequence[Features],
     classifier: Features | None,
     measured: Measured,
+    described: Description,
     device: torch.device,
 ) -> str:
     """Write the record and its sheets; what to print."""
@@ -145,34 +148,59 @@ def written(
         "device": device.type,
     }
     file = options.out or subject.home / f"{record.file_name(subject.words, protocol)}.json"
+    sheets = drawn(subject, reference, measured, file)
+    pictures = {"name": subject.name, "kind": subject.kind, "pictures": digest(described)}
+    found = Record(
+        {**pictures, "training": subject.training},
+        protocol,
+        measured.values,
+        measured.notes,
+        sheets,
+        record.versions(),
+        record.machine(device, described.get("float32")),
+        record.now(),
+    )
+    kept = keep(found, file, subject.metrics)
+    titled = zip(titles((one.metric, one.features) for one in found.values), found.values, strict=True)
+    sent = send_to_wandb(subject.run, {title: one.value for title, one in titled}, subject.step, options.project)
+    lines = [
+        f"{subject.name}: {len(subject.pictures)} pictures against {reference.name}",
+        "",
+        table(found.values),
+        "",
+        *(f"note: {note}" for note in [*found.notes, *kept, *sent]),
+        str(file),
+        *(str(file.parent / name) for name in sheets.values()),
+    ]
+    return "\n".join(lines)
+
+
+def drawn(subject: Subject, reference: Reference, measured: Measured, file: Path) -> dict[str, str]:
+    """Write the sheets beside the record; their names, by what they show."""
     sheets = {"pictures": seeds_sheet(subject.pictures, SHOWN)}
     if measured.pairs and isinstance(reference, PicturesReference):
         sheets["nearest"] = pairs_sheet(measured.pairs, subject.pictures, reference.pictures)
     named = {name: f"{file.stem}.{name}.png" for name in sheets}
     for name, sheet in sheets.items():
         save_sheet(sheet, file.parent / named[name])
-    found = Record(
-        {"name": subject.name, "kind": subject.kind, "training": subject.training},
-        protocol,
-        measured.values,
-        measured.notes,
-        named,
-        record.versions(),
-        record.machine(device),
-        record.now(),
-    )
-    found.write(file)
-    sent = send_to_wandb(subject.run, {one.metric: one.value for one in found.values}, subject.step, options.project)
-    lines = [
-        f"{subject.name}: {len(subject.pictures)} pictures against {reference.name}",
-        "",
-        table(found.values),
-        "",
-        *(f"note: {note}" for note in [*found.notes, *sent]),
-        str(file),
-        *(str(file.parent / name) for name in named.values()),
-    ]
-    return "\n".join(lines)
+    return named
+
+
+def keep(found: Record, file: Path, asked: Collection[str]) -> list[str]:
+    """Write the record, with the values of one that is there, if they may stand side by side; a line on what was done.
+
+    So `--metrics kid` adds to what an earlier call has measured of the same pictures.
+    """
+    whole, said = found, []
+    if file.is_file():
+        with suppress(DataError):  # it is no record
+            whole = found.beside(Record.read(file), asked) or found
+        if whole is found:
+            said = [f"{file}: replaced, since what was there is of other pictures, libraries or another machine"]
+        elif others := len(whole.values) - len(found.values):
+            said = [f"{file}: still holds {others} other values of the same pictures, which were measured before"]
+    whole.write(file)
+    return said
 
 
 def main(argv: Sequence[str]) -> int:

@@ -11,7 +11,7 @@ from PIL import Image
 from ldm.errors import ConfigError, DataError
 from ldm.evaluation.distances.spread import distinguishable
 from ldm.evaluation.record import Record
-from ldm.evaluation.values import Value, markdown, spelled
+from ldm.evaluation.values import Value, markdown, spelled, titles
 from ldm.files import published
 from ldm.images import picture
 
@@ -105,7 +105,7 @@ def verdict(values: Sequence[Value | None], names: Sequence[str], comparable: bo
     known = [(value, name) for value, name in zip(values, names, strict=True) if value is not None]
     if len(known) < 2 or not known[0][0].better:
         return ""
-    if not comparable or any(_fixed(value) != _fixed(known[0][0]) for value, _ in known):
+    if not comparable or any(value.fixed != known[0][0].fixed for value, _ in known):
         return "not comparable"
     estimates = [(value.estimate, name) for value, name in known]
     if any(estimate is None for estimate, _ in estimates):
@@ -118,11 +118,6 @@ def verdict(values: Sequence[Value | None], names: Sequence[str], comparable: bo
     return f"{name} is better" if distinguishable(best, second, level) else "within noise"
 
 
-def _fixed(value: Value) -> dict[str, Any]:
-    """The settings that two values must share: what was asked for, and not what was found beside it."""
-    return {key: one for key, one in value.settings.items() if isinstance(one, int)}
-
-
 def report(found: Sequence[Entry]) -> str:
     """The table, what differs, and what that means."""
     if len(found) < 2:
@@ -130,12 +125,12 @@ def report(found: Sequence[Entry]) -> str:
     names = _letters(len(found))
     records = [entry.record for entry in found]
     hindering = deciding(*(record.protocol for record in records))
-    metrics = dict.fromkeys(value.metric for record in records for value in record.values)
+    keys = dict.fromkeys((value.metric, value.features) for record in records for value in record.values)
     rows = []
-    for metric in metrics:
-        values = [record.value(metric) for record in records]
+    for key, title in zip(keys, titles(keys), strict=True):
+        values = [record.value(*key) for record in records]
         cells = ["" if value is None else spelled(value.value, value.error) for value in values]
-        rows.append([metric, *cells, verdict(values, names, not hindering)])
+        rows.append([title, *cells, verdict(values, names, not hindering)])
     lines = [markdown(["metric", *names, "which is better"], rows), ""]
     lines += [f"{names[place]}: {entry.file}" for place, entry in enumerate(found)]
     lines += ["", *_explained(records, names, hindering)]
@@ -146,6 +141,7 @@ def _explained(records: Sequence[Record], names: Sequence[str], hindering: Mappi
     """What differs between the protocols, and between the machines."""
     every = differences([record.protocol for record in records])
     every |= {f"versions.{key}": values for key, values in differences([record.versions for record in records]).items()}
+    every |= differences([{"precision": record.machine.get("precision")} for record in records])
     if not every:
         return ["The protocols are the same."]
     rows = [[key, *map(_short, values), "yes" if key in hindering else ""] for key, values in every.items()]
@@ -172,11 +168,14 @@ def draw(found: Sequence[Entry], output: Path) -> bool:
 
     Returns whether there was anything to draw.
     """
-    metric = next((value.metric for value in found[0].record.values if value.better), None)
+    shown = next((value for value in found[0].record.values if value.better), None)
+    if shown is None:
+        return False
+    key = shown.metric, shown.features
     curves = {}
     for letter, entry in zip(_letters(len(found)), found, strict=True):
         name = f"{letter}: {_short(entry.name)}"
-        points = [one for one in entry.all if metric and one.value(metric) and one.subject["training"]]
+        points = [one for one in entry.all if one.value(*key) and one.subject["training"]]
         curves[name] = [one for one in points if not unlike(entry.record.protocol, one.protocol)]
     if not any(curves.values()):
         return False
@@ -186,10 +185,10 @@ def draw(found: Sequence[Entry], output: Path) -> bool:
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for panel, key, label in zip(panels, ("images_seen", "hours"), ("thousand images seen", "hours"), strict=True):
+    for panel, axis, label in zip(panels, ("images_seen", "hours"), ("thousand images seen", "hours"), strict=True):
         for name, points in curves.items():
-            _draw_curve(panel, name, points, str(metric), key, 1000 if key == "images_seen" else 1)
-        panel.set(xlabel=label, ylabel=metric)
+            _draw_curve(panel, name, points, key, axis, 1000 if axis == "images_seen" else 1)
+        panel.set(xlabel=label, ylabel=shown.metric)
         panel.grid(alpha=0.3)
     panels[0].legend(fontsize="small")
     with published(output, durable=False) as file:
@@ -198,10 +197,12 @@ def draw(found: Sequence[Entry], output: Path) -> bool:
     return True
 
 
-def _draw_curve(panel: Any, name: str, points: Sequence[Record], metric: str, key: str, unit: float) -> None:
+def _draw_curve(
+    panel: Any, name: str, points: Sequence[Record], key: tuple[str, str | None], axis: str, unit: float
+) -> None:
     rows = []
     for one in points:
-        value, place = one.value(metric), one.subject["training"].get(key)
+        value, place = one.value(*key), one.subject["training"].get(axis)
         if value is not None and place is not None:
             rows.append((place / unit, value.value, value.error or 0.0))
     rows.sort()

@@ -1,7 +1,8 @@
 """What was measured, and all that decided it, as a JSON file that travels: numbers without it cannot be compared.
 
 {"format": 1,
- "subject": {"name", "kind", "training": {"checkpoint", "step", "images_seen", "hours"}},
+ "subject": {"name", "kind", "training": {"checkpoint", "step", "images_seen", "hours"},
+             "pictures": a hash of all that decides their pixels, the model's weights among it},
  "protocol": {...},               what has to be equal before two numbers may be compared
  "versions", "machine", "date",   what should not matter
  "values": [{"metric", "value", "error", "unbiased", "features", "better", "settings"}],
@@ -13,9 +14,9 @@ import importlib.metadata
 import json
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class Record:
     """One evaluation.
 
     Attributes:
-        subject: {"name", "kind"} of what was measured, and the "training" behind it.
+        subject: {"name", "kind", "pictures"} of what was measured, and the "training" behind it.
         protocol: what decides the numbers beside the subject itself, in JSON's types.
         values: the numbers.
         notes: what was left out, or is to be read with care.
@@ -59,9 +60,35 @@ class Record:
     def name(self) -> str:
         return str(self.subject["name"])
 
-    def value(self, metric: str) -> Value | None:
-        """The value of a metric; None: it was not measured."""
-        return next((one for one in self.values if one.metric == metric), None)
+    def value(self, metric: str, features: str | None = None) -> Value | None:
+        """The value of a metric in a feature space (None: in the first that has it); None: it was not measured."""
+        return next((one for one in self.values if one.metric == metric and features in (None, one.features)), None)
+
+    def beside(self, earlier: "Record", asked: Collection[str]) -> "Record | None":
+        """With the values of an earlier record, but for those that are here as well.
+
+        Args:
+            earlier: of the same command, perhaps with other metrics.
+            asked: the metrics of this record by their names on the command line: what was left out of them is told anew.
+
+        Returns:
+            None: its pictures, protocol, libraries or machine are others: its values cannot stand beside these.
+        """
+        ours, theirs = (
+            json.dumps([one.subject.get("pictures"), one.protocol, one.versions, one.machine], sort_keys=True)
+            for one in (self, earlier)
+        )
+        if ours != theirs or "pictures" not in self.subject:
+            return None
+        here = [(one.metric, one.features, one.fixed) for one in self.values]
+        values = [one for one in earlier.values if (one.metric, one.features, one.fixed) not in here]
+        notes = [note for note in earlier.notes if not {*note.partition(": left out")[0].split(", ")} & {*asked}]
+        return replace(
+            self,
+            values=[*values, *self.values],
+            notes=[*dict.fromkeys([*notes, *self.notes])],
+            sheets={**earlier.sheets, **self.sheets},
+        )
 
     def write(self, path: Path) -> None:
         """Replace the file, whole or not at all."""
@@ -97,10 +124,19 @@ def versions() -> dict[str, str]:
     return found
 
 
-def machine(device: torch.device) -> dict[str, str]:
-    """The type of the device, its name, and the precision that everything is computed in."""
+def machine(device: torch.device, rounding: Sequence[str] | None = None) -> dict[str, str]:
+    """The type of the device, its name, and the precision that everything is computed in.
+
+    Args:
+        device: that everything is computed on.
+        rounding: how the pictures were made, in torch's words for float32 in (convolutions, matrix products); None:
+            they were made without rounding it. Their features are always computed so.
+    """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"device": device.type, "name": name, "precision": "float32", "threads": str(torch.get_num_threads())}
+    precision = "float32"
+    if rounding is not None and not {*rounding} <= {"none", "ieee"}:
+        precision += f" (of samples {rounding[0]} in convolutions, {rounding[1]} in matrix products)"
+    return {"device": device.type, "name": name, "precision": precision, "threads": str(torch.get_num_threads())}
 
 
 def now() -> str:

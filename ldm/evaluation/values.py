@@ -1,6 +1,6 @@
 """Measured numbers, each with all that tells it from another one of its name, and tables of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -41,6 +41,11 @@ class Value:
             return None
         return Estimate(self.value if self.unbiased is None else self.unbiased, self.error, self.freedom)
 
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """The settings that were asked for, and not what was found beside the value."""
+        return {key: one for key, one in self.settings.items() if isinstance(one, int)}
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -66,6 +71,13 @@ def frechet_name(features: str) -> str:
 def in_space(metric: str, features: str) -> str:
     """Another metric's name with that of its space, which Inception's of 2015 goes without."""
     return metric if features == "inception-2015/tf1-299" else f"{metric}-{space(features)}"
+
+
+def titles(keys: Iterable[tuple[str, str | None]]) -> list[str]:
+    """What (metric, features) are called side by side: the metric, with its features where others share its name."""
+    distinct = dict.fromkeys(keys)
+    names = [metric for metric, _ in distinct]
+    return [f"{metric} ({features})" if names.count(metric) > 1 else metric for metric, features in distinct]
 
 
 def spelled(value: float, error: float | None = None) -> str:

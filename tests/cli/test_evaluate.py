@@ -196,6 +196,27 @@ def test_agreement_with_a_classifier(runs, pictures):
     assert agreement.features.startswith("classifier/")
 
 
+def test_other_metrics_of_the_same_pictures_are_added_to_the_record(runs, pictures, capsys):
+    words = ["-r", runs.diffusion, "--against", pictures, *QUICK]
+    first = run(*words, "--metrics", "fd", "nearest")
+    second = run(*words, "--metrics", "kid")
+    assert [*numbers(second)] == [*numbers(first), "KID"]
+    assert second.value("FID") == first.value("FID")
+    assert {*second.sheets} == {"pictures", "nearest"}
+    assert "still holds 2 other values" in capsys.readouterr().out
+    assert numbers(run(*words, "--metrics", "kid", "fd")) == numbers(second)  # measured again, and there once
+
+
+def test_a_record_of_other_pictures_is_replaced(pictures, tmp_path, capsys):
+    draw(tmp_path / "others", 30, 4)
+    words = ["others", "--against", pictures, "--features", FID, "--metrics"]
+    run(*words, "fd")
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "others" / "a" / "0.png")
+    capsys.readouterr()
+    assert [*numbers(run(*words, "kid"))] == ["KID"]
+    assert "here.json: replaced, since what was there is of other pictures" in capsys.readouterr().out
+
+
 # ---- exact, resumable, shared ----
 
 
@@ -283,7 +304,7 @@ def test_runs_side_by_side(runs, make_runs, pictures, capsys):
     assert Image.open("comparison.png").size[0] > 500
     assert Image.open("comparison.pictures.png").size[0] > 500
     assert evaluate.main(["compare", "a.json", "b.json", "c.json", "--out", "three"]) == 0
-    assert "No winner is named: the numbers were made with different steps." in capsys.readouterr().out
+    assert "The samples were made differently (steps): that may be why one is better." in capsys.readouterr().out
     assert Path("three.png").is_file()
 
 

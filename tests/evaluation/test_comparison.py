@@ -1,5 +1,7 @@
 """Records side by side: no winner without equal protocols, and none within noise."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -84,6 +86,23 @@ def test_what_belongs_to_the_model_is_shown_and_hinders_nothing(runs):
 def test_a_record_of_the_same_protocol_is_preferred_to_a_newer_one(runs):
     record(1, step=20, images=50).write(runs[1] / "evaluation" / "20.json")
     assert [entry.file.name for entry in entries(runs)] == ["10.json", "10.json"]
+
+
+def test_spaces_that_share_a_short_name_have_rows_of_their_own(tmp_path):
+    for name, values in {"a": (10.0, 40.0), "b": (15.0, 30.0)}.items():
+        pairs = zip(values, ("clip-b", "clip-l"), strict=True)
+        own = [Value("FD-CLIP", value, 0.5, 9, features=features) for value, features in pairs]
+        replace(record(1.0), values=own[:: 1 if name == "a" else -1]).write(tmp_path / f"{name}.json")
+    text = report(entries([tmp_path / "a.json", tmp_path / "b.json"]))
+    assert row(text, "FD-CLIP (clip-b)")[1:] == ["10.00 ± 0.50", "15.00 ± 0.50", "A is better"]
+    assert row(text, "FD-CLIP (clip-l)")[1:] == ["40.00 ± 0.50", "30.00 ± 0.50", "B is better"]
+
+
+def test_another_precision_is_shown_and_hinders_nothing(tmp_path):
+    for name, precision in {"a": "float32", "b": "float32 (of samples tf32)"}.items():
+        replace(record(1.0), machine={"precision": precision}).write(tmp_path / f"{name}.json")
+    text = report(entries([tmp_path / "a.json", tmp_path / "b.json"]))
+    assert row(text, "precision") == ["precision", "float32", "float32 (of samples tf32)", ""]
 
 
 def test_files_as_well_as_runs_and_more_than_two(runs, tmp_path):
