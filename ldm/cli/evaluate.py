@@ -30,10 +30,10 @@ from ldm.evaluation import record
 from ldm.evaluation.feature_store import FeatureStore, key
 from ldm.evaluation.features.base import LOGITS, Features, size
 from ldm.evaluation.features.choose import choose
-from ldm.evaluation.measure import Measured, agreement, measure
+from ldm.evaluation.measure import Measured, agreement, check_held_out, measure
 from ldm.evaluation.pictures.base import Description, Pictures, digest
 from ldm.evaluation.record import Record
-from ldm.evaluation.reference import PicturesReference, Reference, identity, save
+from ldm.evaluation.reference import Reference, identity, save
 from ldm.evaluation.sheets import pairs_sheet, save_sheet, seeds_sheet
 from ldm.evaluation.subject import Subject
 from ldm.evaluation.values import table, titles
@@ -58,32 +58,32 @@ def chosen_spaces(names: Sequence[str] | None, device: str) -> tuple[list[Featur
         return [choose("alexnet", device=device)], [note]
 
 
-def check_sizes(subject: Pictures, reference: Reference) -> list[str]:
+def check_sizes(subject: Pictures, reference: Reference, called: str = "the reference") -> list[str]:
     """Notes on what differs between the two; DataError if their sizes do."""
-    if not isinstance(reference, PicturesReference):
+    if reference.pictures is None:
         return []
     ours, theirs = subject.shape, reference.pictures.shape
     if ours[1:] != theirs[1:]:
         raise DataError(
-            f"the pictures have {ours[1]} x {ours[2]} pixels (height x width), those of the reference {reference.name} "
+            f"the pictures have {ours[1]} x {ours[2]} pixels (height x width), those of {called} {reference.name} "
             f"{theirs[1]} x {theirs[2]}: compare pictures of one size; --resolution resizes and crops those of folders"
         )
     if ours[0] != theirs[0]:
         kinds = {1: "gray", 3: "in color"}
         found = [kinds.get(one, f"of {one} channels") for one in (ours[0], theirs[0])]
-        return [f"the pictures are {found[0]}, those of the reference {found[1]}: gray is repeated to three channels"]
+        return [f"the pictures are {found[0]}, those of {called} {found[1]}: gray is repeated to three channels"]
     return []
 
 
 def looked_at(subject: Pictures, reference: Reference, number: int) -> list[str]:
-    """A note where all of the first pictures are gray, and those of the reference are not."""
-    if not isinstance(reference, PicturesReference) or subject.shape[0] == 1:
+    """A note where all of the first pictures on one side are gray, and those on the other are not."""
+    if reference.pictures is None or 1 in (subject.shape[0], reference.pictures.shape[0]):  # which check_sizes notes
         return []
     first = [pictures.images(range(min(number, len(pictures)))) for pictures in (subject, reference.pictures)]
-    gray = [bool((images == images[:, :1]).all()) for images in first]
-    if gray[0] and not gray[1]:
-        return [f"the first {len(first[0])} pictures are gray, those of the reference are in color"]
-    return []
+    ours, theirs = ("gray" if bool((images == images[:, :1]).all()) else "in color" for images in first)
+    if ours == theirs:
+        return []
+    return [f"the first {len(first[0])} pictures are {ours}, those of the reference are {theirs}"]
 
 
 def evaluate(options: Any) -> str | None:
@@ -98,7 +98,9 @@ def evaluate(options: Any) -> str | None:
     reference = reference_of(options, subject)
     notes += check_sizes(subject.pictures, reference)
     held_out = held_out_of(options, subject)
-    notes += [] if held_out is None else check_sizes(subject.pictures, held_out)
+    if held_out is not None:
+        check_held_out(held_out, reference)
+        notes += check_sizes(subject.pictures, held_out, "the held-out pictures")
     for one in (reference, held_out):
         if one is not None:
             one.prepare(spaces, options.batch_size)
@@ -178,7 +180,7 @@ def written(
 def drawn(subject: Subject, reference: Reference, measured: Measured, file: Path) -> dict[str, str]:
     """Write the sheets beside the record; their names, by what they show."""
     sheets = {"pictures": seeds_sheet(subject.pictures, SHOWN)}
-    if measured.pairs and isinstance(reference, PicturesReference):
+    if measured.pairs and reference.pictures is not None:
         sheets["nearest"] = pairs_sheet(measured.pairs, subject.pictures, reference.pictures)
     named = {name: f"{file.stem}.{name}.png" for name in sheets}
     for name, sheet in sheets.items():

@@ -12,6 +12,9 @@ from ldm.evaluation.pictures.labels import RULES
 
 PARTS = ("train", "validation")
 
+OF_RECONSTRUCTIONS = (*RECONSTRUCTION, *(name for name in METRICS if name not in (*RECONSTRUCTION, "fdr")))
+"""Metrics of a stage-1 run: there are no held-out pictures, which FDr divides by."""
+
 Add = Callable[..., Any]
 
 
@@ -60,7 +63,8 @@ def _add_measures(add: Add) -> None:
     spaces = "inception, alexnet, vgg16, dinov2, clip, timm:MODEL, ... (default: inception if its weights are there, "
     add("--features", nargs="+", metavar="NAME", help=f"{spaces}else alexnet)")
     every = [*dict.fromkeys([*METRICS, *RECONSTRUCTION])]
-    add("--metrics", nargs="+", choices=every, metavar="METRIC", help=f"of {', '.join(every)} (default: all)")
+    default = f"all of {', '.join(METRICS)}; of a stage-1 run {', '.join(RECONSTRUCTION)}"
+    add("--metrics", nargs="+", choices=every, metavar="METRIC", help=f"(default: {default})")
     add("--classifier", type=path, metavar="FILE", help="how often it sees the class that a sample was made of")
     add("--save-reference", type=path, metavar="FILE.npz", help="write the reference's statistics as ADM's")
 
@@ -94,10 +98,21 @@ def _check_together(options: Any) -> None:
     check_guidance(options)
 
 
+def check_metrics(asked: Sequence[str] | None, kind: str, known: Sequence[str]) -> None:
+    """ConfigError for metrics that what is measured does not have."""
+    if others := [name for name in asked or () if name not in known]:
+        raise ConfigError(f"--metrics {' '.join(others)}: {kind} have none; they have {', '.join(known)}")
+
+
+def is_configuration(reference: str) -> bool:
+    """Whether a reference is a configuration's data set, as its name says."""
+    return reference.endswith((".yaml", ".yml"))
+
+
 def _check_reference(reference: str, *overrides: str) -> None:
     """ConfigError where something stands behind the reference that is no override of a configuration."""
-    is_configuration = reference.endswith((".yaml", ".yml"))
+    configured = is_configuration(reference)
     for word in overrides:
-        if not is_configuration or "=" not in word:
-            kind = "key=value" if is_configuration else "one reference"
+        if not configured or "=" not in word:
+            kind = "key=value" if configured else "one reference"
             raise ConfigError(f"--against {reference}: expected {kind}, found '{word}' behind it")

@@ -10,20 +10,21 @@ from ldm import run_folder
 from ldm.autoencoder.codec import Codec
 from ldm.autoencoder.lpips import AlexNetLPIPS
 from ldm.checkpoints import store
+from ldm.cli.evaluate_options import OF_RECONSTRUCTIONS, check_metrics, is_configuration
 from ldm.cli.sample import Recipe as CommandLine
 from ldm.cli.sample import steered, steering
 from ldm.cli.sample_options import chosen, described
 from ldm.config.tree import current_plain
 from ldm.errors import CheckpointError, ConfigError, LdmError
 from ldm.evaluation.fidelity import RECONSTRUCTION, Fidelity
-from ldm.evaluation.measure import METRICS
+from ldm.evaluation.measure import METRICS, ONE_BY_ONE
 from ldm.evaluation.pictures import configured
 from ldm.evaluation.pictures.base import Scattered
 from ldm.evaluation.pictures.configured import NoSuchPart
 from ldm.evaluation.pictures.labels import rule
 from ldm.evaluation.pictures.made import Generated, Recipe, Reconstructions
 from ldm.evaluation.pictures.stored import opened
-from ldm.evaluation.reference import PicturesReference, Reference, StatisticsReference, holds_statistics
+from ldm.evaluation.reference import PicturesReference, Reference, StatisticsReference, holds, holds_statistics
 from ldm.evaluation.subject import Reconstructed, Subject
 from ldm.sampling import samplers, timesteps
 from ldm.sampling.pipeline import Pipeline
@@ -41,10 +42,13 @@ def subject_of(options: Any, device: str) -> Subject:
         LdmError: it cannot be measured.
     """
     if options.run is None:
+        check_metrics(options.metrics, "pictures", METRICS)
         return _stored(options)
     path = Path(run_folder.newest_run(options.run) if "*" in options.run else options.run).expanduser()
     if _kind(path) == "autoencoder":
+        check_metrics(options.metrics, "reconstructions", OF_RECONSTRUCTIONS)
         return _reconstructions(options, path, device)
+    check_metrics(options.metrics, "samples", METRICS)
     return _samples(options, path, device)
 
 
@@ -56,11 +60,13 @@ def reference_of(options: Any, subject: Subject) -> Reference:
             return subject.own_reference()
     word, *overrides = options.against
     path = Path(os.path.expanduser(word))
-    if _is_configuration(word):
+    if is_configuration(word):
         found = configured.of_file(path, overrides, options.trust, options.part or "train")
         return PicturesReference(found.pictures, f"{path} ({found.part})", options.reference_images)
     if holds_statistics(path):
-        return StatisticsReference(path)
+        needed = holds(path, "arr_0") and {*ONE_BY_ONE} & {*subject.metrics}
+        sample = _pictures_reference(options, path, options.reference_images) if needed else None
+        return StatisticsReference(path, sample)
     return _pictures_reference(options, path, options.reference_images)
 
 
@@ -75,7 +81,7 @@ def held_out_of(options: Any, subject: Subject) -> Reference | None:
     if options.against is None:
         return None if subject.own_held_out is None else subject.own_held_out()
     word, *overrides = options.against
-    if not _is_configuration(word):
+    if not is_configuration(word):
         return None
     with suppress(NoSuchPart):
         found = configured.of_file(Path(os.path.expanduser(word)), overrides, options.trust, "validation")
@@ -85,10 +91,6 @@ def held_out_of(options: Any, subject: Subject) -> Reference | None:
 
 def _pictures_reference(options: Any, path: Path, number: int | None = None) -> PicturesReference:
     return PicturesReference(Scattered(opened(path, _resolution(options))), str(path), number)
-
-
-def _is_configuration(word: str) -> bool:
-    return word.endswith((".yaml", ".yml"))
 
 
 @contextmanager
@@ -249,7 +251,7 @@ def _reconstructions(options: Any, path: Path, device: str) -> Subject:
     if options.against is None:
         originals, part = configured.of_data(_data(config, file), options.trust, options.part, str(file))
         name = f"its originals ({part})"
-    elif _is_configuration(options.against[0]):
+    elif is_configuration(options.against[0]):
         word, *overrides = options.against
         originals, part = configured.of_file(Path(word).expanduser(), overrides, options.trust, options.part)
         name = f"{word} ({part})"
@@ -285,10 +287,10 @@ def _perceptual(shape: tuple[int, int, int], metrics: Sequence[str] | None) -> t
         return {}, []
     smallest = AlexNetLPIPS.TRUNK.smallest
     if shape[0] not in (1, 3) or min(shape[1:]) < smallest:
-        text = f"LPIPS: left out: it compares pictures of 1 or 3 channels and {smallest} pixels or more on a side"
+        reason = f"it compares pictures of 1 or 3 channels and {smallest} pixels or more on a side"
         if metrics is not None:
-            raise ConfigError(text)
-        return {}, [text]
+            raise ConfigError(f"--metrics lpips: {reason}; these have {shape[0]}, and {shape[1]} x {shape[2]} pixels")
+        return {}, [f"LPIPS: left out: {reason}"]
     try:
         return {"LPIPS-AlexNet": AlexNetLPIPS()}, []
     except CheckpointError as error:

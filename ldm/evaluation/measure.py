@@ -25,6 +25,9 @@ MANIFOLD = ("precision", "recall", "density", "coverage")
 METRICS = ("fd", "sfd", "is", "kid", *MANIFOLD, "fdr", "nearest")
 """Of a set of pictures against a reference, by their names on the command line."""
 
+ONE_BY_ONE = ("kid", *MANIFOLD, "nearest")
+"""Those that need the reference's features picture by picture."""
+
 MANIFOLD_LIMIT = 10_000
 """Pictures of either side that neighborhoods are computed of, as in ADM's evaluation: time grows with the square."""
 LIMIT = 100_000
@@ -90,6 +93,12 @@ def measure(
     return found
 
 
+def check_held_out(held_out: Reference, reference: Reference) -> None:
+    """DataError if they are the same: their distance would be rounding alone."""
+    if identity(held_out) == identity(reference):
+        raise DataError(f"{held_out.name}: is the reference itself. Name real pictures that are not in the reference.")
+
+
 def _frechet(space: Features, table: Table, reference: Reference, part: str) -> Value:
     """The Fréchet distance in a part of a space, with its error and what it tends to where they can be known."""
     theirs, columns = reference.moments(space, part), space.parts[part]
@@ -145,8 +154,7 @@ def _ratio(
     if held_out is None:
         found.notes.append("fdr: left out: there are no held-out real pictures; name some with --held-out.")
         return
-    if identity(held_out) == identity(reference):  # their distance is rounding alone
-        raise DataError(f"{held_out.name}: is the reference itself. Name real pictures that are not in the reference.")
+    check_held_out(held_out, reference)
     if held_out.number not in (None, images):
         found.notes.append(
             f"fdr: of {images} pictures and {held_out.number} held-out ones: fewer are farther by their number alone. "
@@ -246,10 +254,10 @@ def _nearest(found: Measured, space: Features, table: Table, reference: Referenc
         return
     columns = space.parts[MAIN]
     theirs = other.array(columns, LIMIT)
-    if len(theirs) < len(other):
+    if len(theirs) != reference.number:
         found.notes.append(
-            f"nearest: {len(theirs)} of {len(other)} pictures of the reference were searched: a copy of another one is "
-            "not found."
+            f"nearest: {len(theirs)} of {reference.number or 'an unknown number of'} pictures of the reference were "
+            "searched: a copy of another one is not found."
         )
     near = nearest(table.array(columns, MANIFOLD_LIMIT), theirs)
     found.pairs = closest_pairs(near, PAIRS)

@@ -69,7 +69,7 @@ class Record:
 
         Args:
             earlier: of the same command, perhaps with other metrics.
-            asked: the metrics of this record by their names on the command line: what was left out of them is told anew.
+            asked: the metrics of this record, as the command line names them: what it left out of them is told anew.
 
         Returns:
             None: its pictures, protocol, libraries or machine are others: its values cannot stand beside these.

@@ -28,7 +28,11 @@ class Reference(Protocol):
 
     @property
     def number(self) -> int | None:
-        """Of pictures; None: unknown."""
+        """Of pictures that its moments are of; None: unknown."""
+
+    @property
+    def pictures(self) -> Pictures | None:
+        """Those that its table is of, and perhaps more behind them; None: there are only moments."""
 
     def description(self) -> Description:
         """What decides its features."""
@@ -101,14 +105,21 @@ class StatisticsReference:
     In which space they are, only files that `save` has written say. Others' are taken to be in the one that is asked
     for, if the sizes agree.
 
+    Args:
+        path: the file.
+        sample: pictures that the file holds besides, as those of ADM's hold a part of theirs: what is computed picture
+            by picture is computed of these. None: there are none, or none are needed.
+
     Raises:
         DataError: the file is truncated, or holds something else.
     """
 
     number: int | None
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, sample: PicturesReference | None = None) -> None:
         self.path = path
+        self.sample = sample
+        self.pictures = None if sample is None else sample.pictures
         self.name = str(path)
         self.number = Moments.load(path).count
 
@@ -125,6 +136,8 @@ class StatisticsReference:
                     f"{self.path}: expected statistics of the features {_called(space)}, found those of {own}. "
                     "Name others, or measure in these features."
                 )
+        if self.sample is not None:
+            self.sample.prepare(spaces, batch_size)
 
     def has(self, part: str) -> bool:
         return Moments.stored(self.path, part)
@@ -133,15 +146,20 @@ class StatisticsReference:
         columns = space.parts[part]
         return Moments.load(self.path, part, size(columns))
 
-    def table(self, space: Features) -> None:
-        return None
+    def table(self, space: Features) -> Table | None:
+        return None if self.sample is None else self.sample.table(space)
 
 
 def holds_statistics(path: Path) -> bool:
-    """Whether a file is an `.npz` of statistics and not of pictures; a damaged one is neither."""
+    """Whether a file is an `.npz` of statistics, perhaps with pictures beside them; a damaged one is not."""
+    return holds(path, "mu", "sigma")
+
+
+def holds(path: Path, *names: str) -> bool:
+    """Whether a file is an `.npz` with arrays of these names."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return {"mu.npy", "sigma.npy"} <= {*archive.namelist()}
+            return {f"{name}.npy" for name in names} <= {*archive.namelist()}
     except (OSError, zipfile.BadZipFile):
         return False
 

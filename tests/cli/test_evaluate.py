@@ -187,6 +187,23 @@ def test_statistics_are_saved_and_used(runs, pictures, capsys):
     assert "kid, precision, recall, density, coverage: left out" in capsys.readouterr().out
 
 
+def test_pictures_beside_statistics_are_what_needs_pictures_is_computed_of(runs, pictures):
+    """As in ADM's reference files: mean and covariance of all pictures, and a part of these."""
+    words = ["-r", runs.diffusion, *QUICK]
+    whole = run(*words, "--against", pictures, "--save-reference", "statistics.npz")
+    some = opened(pictures).images(range(30)).permute(0, 2, 3, 1).numpy()
+    np.savez("some.npz", arr_0=some)
+    with np.load("statistics.npz") as saved:
+        np.savez("both.npz", arr_0=some, **{key: saved[key] for key in ("mu", "sigma", "mu_s", "sigma_s")})
+    part, both = run(*words, "--against", "some.npz"), run(*words, "--against", "both.npz")
+    for metric in ("FID", "sFID"):
+        assert numbers(both)[metric] == pytest.approx(numbers(whole)[metric], rel=1e-9)
+    for metric in ("KID", "Precision", "Recall", "Density", "Coverage", "distance to nearest"):
+        assert numbers(both)[metric] == pytest.approx(numbers(part)[metric], rel=1e-9)
+    assert any("nearest: 30 of an unknown number of pictures" in note for note in both.notes)
+    assert Image.open(both.sheets["nearest"]).size[0] > 100
+
+
 def test_agreement_with_a_classifier(runs, pictures):
     images = torch.randint(0, 256, (300, 3, 16, 16), dtype=torch.uint8)
     save_classifier(train_classifier(images, torch.arange(300) % 3, 3, epochs=1), 16, Path("classifier.safetensors"))
@@ -363,6 +380,33 @@ def test_a_model_whose_samples_are_not_finite(runs, pictures, capsys, monkeypatc
     assert "is not finite: the weights are damaged" in message
 
 
+def test_metrics_of_another_kind_are_refused_before_anything_is_made(runs, pictures, trained, capsys):
+    words = ["-r", runs.diffusion, "--against", pictures, *QUICK, "--metrics"]
+    message = refused(capsys, *words, "latents", code=2)
+    assert "--metrics latents: samples have none; they have fd, sfd, is, kid" in message
+    words = ["-r", trained[0], "--features", FID, "--metrics"]
+    assert "--metrics fdr: reconstructions have none; they have fd, sfd, psnr" in refused(capsys, *words, "fdr", code=2)
+    message = refused(capsys, *words, "lpips", code=2)  # of 16 pixels
+    assert "--metrics lpips: it compares pictures of 1 or 3 channels" in message
+    assert "left out" not in message
+    assert [*numbers(run(*words, "recall"))] == ["rRecall"]
+
+
+def test_held_out_pictures_are_called_so_and_are_not_the_reference(runs, pictures, tmp_path, capsys, monkeypatch):
+    large = draw(tmp_path / "large", 30, 4, side=32)
+    words = ["-r", runs.diffusion, *QUICK, "--against", pictures, "--held-out"]
+    message = refused(capsys, *words, large, code=3)
+    assert f"those of the held-out pictures {large} 32 x 32" in message
+    monkeypatch.setattr(feature_store.FeatureStore, "fill", lambda *_: pytest.fail("something was computed"))
+    assert "pictures: is the reference itself" in refused(capsys, *words, pictures, code=3)
+
+
+def test_a_gray_reference_is_noted(pictures, tmp_path):
+    gray = draw(tmp_path / "gray", 30, 4, mode="L")
+    record = run(pictures, "--against", gray, "--features", FID)
+    assert "the first 24 pictures are in color, those of the reference are gray" in record.notes
+
+
 def test_gray_pictures_are_noted(pictures, tmp_path, capsys):
     gray = draw(tmp_path / "gray", 30, 4, mode="L")
     record = run(gray, "--against", pictures, "--features", FID)
@@ -409,6 +453,11 @@ def test_a_wrong_classifier(runs, pictures, capsys):
         (["pictures", "--against", "pictures", "x=1"], 2, "expected one reference, found 'x=1'"),
         (["pictures", "--against", "a.yaml", "x"], 2, "expected key=value, found 'x'"),
         (["pictures", "--against", "pictures", "--metrics", "fid"], 2, "--metrics"),
+        (
+            ["pictures", "--against", "pictures", "--metrics", "fd", "psnr"],
+            2,
+            "--metrics psnr: pictures have none",
+        ),
         (["pictures", "--against", "pictures", "--resolution", "1", "2", "3"], 2, "--resolution"),
         (["pictures", "--against", "pictures", "--save-reference", "x.pt"], 2, "ends in .npz"),
         (["pictures", "--against", "pictures", "--rescale", "0.5"], 2, "--rescale: does nothing at --guidance 1"),
