@@ -27,6 +27,7 @@ from ldm.errors import DataError, NumericError, PeerError, ResourceError
 from ldm.evaluation.features.base import Features
 from ldm.evaluation.pictures.base import Description, digest
 from ldm.latents.claims import Claims
+from ldm.ranges import CountOrZero
 from ldm.runtime import distributed
 from ldm.runtime.progress import shown
 from ldm.runtime.signals import stop_if_asked
@@ -67,7 +68,7 @@ def key(features: Features) -> str:
 class Table:
     """The finished rows of one column: (N, D) float32 in blocks, read as they are needed."""
 
-    def __init__(self, blocks: Sequence[Path], number: int) -> None:
+    def __init__(self, blocks: Sequence[Path], number: CountOrZero) -> None:
         self._blocks = blocks
         self._number = number
 
@@ -102,7 +103,7 @@ class FeatureStore:
         root: where stores lie.
     """
 
-    def __init__(self, description: Description, number: int, root: Path = ROOT) -> None:
+    def __init__(self, description: Description, number: CountOrZero, root: Path = ROOT) -> None:
         self.description = description
         self.number = number
         self.folder = root / digest(description)

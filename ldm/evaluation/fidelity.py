@@ -16,6 +16,7 @@ from ldm.evaluation.feature_store import Column
 from ldm.evaluation.pictures.base import digest
 from ldm.evaluation.pictures.made import Reconstruction
 from ldm.evaluation.values import Value
+from ldm.ranges import Count
 from ldm.runtime.full_precision import full_precision
 from ldm.runtime.validation_metrics import Mean
 from ldm.weights.digest import weight_hash
@@ -41,7 +42,7 @@ class Fidelity:
         perceptual: LPIPS, by its name: distances of pictures in [-1, 1], (N, C, H, W) twice -> (N,).
     """
 
-    def __init__(self, codec: Codec, size: int, perceptual: dict[str, nn.Module]) -> None:
+    def __init__(self, codec: Codec, size: Count, perceptual: dict[str, nn.Module]) -> None:
         self._measures = perceptual
         self.metrics: dict[str, Mean] = {"PSNR": PSNR()}
         if size >= SMALLEST_FOR_SSIM:

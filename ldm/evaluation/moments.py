@@ -16,6 +16,7 @@ from ldm.errors import DataError
 from ldm.evaluation.features.base import MAIN, SPATIAL
 from ldm.evaluation.rows import Rows, array, check
 from ldm.files import DAMAGED_NPZ, published
+from ldm.ranges import Count
 from ldm.runtime.distributed import sum_over_ranks
 
 _KEYS = {MAIN: ("mu", "sigma"), SPATIAL: ("mu_s", "sigma_s")}
@@ -37,7 +38,7 @@ class Moments:
         size: D; a new object has seen no image.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: Count) -> None:
         self.count: int | None = 0
         self.mean = np.zeros(size)
         self.scatter = np.zeros((size, size))

@@ -17,6 +17,7 @@ from ldm.evaluation.features.base import MAIN, SPATIAL, Features, size
 from ldm.evaluation.moments import Moments
 from ldm.evaluation.pictures.base import Description, Pictures, digest
 from ldm.files import crc32
+from ldm.ranges import Count
 
 
 class Reference(Protocol):
@@ -64,7 +65,7 @@ class PicturesReference:
         root: where stores lie.
     """
 
-    def __init__(self, pictures: Pictures, name: str, number: int | None = None, root: Path = ROOT) -> None:
+    def __init__(self, pictures: Pictures, name: str, number: Count | None = None, root: Path = ROOT) -> None:
         self.pictures = pictures
         self.name = name
         self.number = len(pictures) if number is None else min(number, len(pictures))

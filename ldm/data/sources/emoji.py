@@ -20,6 +20,7 @@ from ldm import files
 from ldm.data.dataset import CONVERTIBLE, Item
 from ldm.data.decoding import read_image
 from ldm.errors import DataError, ResourceError
+from ldm.ranges import Fraction
 
 # A class and the prefixes of Unicode's "category/subcategory" that belong to it; the first match wins. Unicode's own
 # categories would put hands with people, hearts with faces and clocks with cars.
@@ -80,7 +81,7 @@ class EmojiPictures(ABC):
         folder: Path,
         emoji: Sequence[Emoji],
         validation: bool,
-        validation_fraction: float,
+        validation_fraction: Fraction,
         skin_tones: bool,
         keep_alpha: bool = False,
     ) -> None:

@@ -70,7 +70,7 @@ class FluentEmoji(EmojiPictures):
 
     def __init__(
         self,
-        size: Annotated[int, Interval(ge=1, le=_SIDE)] = 64,
+        size: Annotated[int, Interval(ge=1, le=256)] = 64,
         folder: str | Path = "cache/fluent_emoji",
         validation: bool = False,
         validation_fraction: Fraction = 0.05,

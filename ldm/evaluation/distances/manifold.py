@@ -10,6 +10,7 @@ import torch
 
 from ldm.evaluation.distances.neighbors import blocks, nearest_squared
 from ldm.evaluation.rows import Rows, float64
+from ldm.runtime.float64 import double
 
 _ROUNDING = 1e-12  # of the largest squared norm: squared distances that differ by less are equal
 
@@ -59,7 +60,7 @@ def manifold(features: Rows, reference: Rows, k: int = 3, density_k: int = 5) ->
         within = squared < inner_reach[rows, None]
         covered[rows] |= within.any(1).cpu()
         inside += int(within.sum())
-    precision, recall, coverage = (hits.double().mean().item() for hits in (precise, recalled, covered))
+    precision, recall, coverage = (double(hits).mean().item() for hits in (precise, recalled, covered))
     return Manifold(precision, recall, inside / (density_k * len(features)), coverage)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ldm.errors import ConfigError
 from ldm.evaluation.features.resize import Resize
+from ldm.ranges import Count
 from ldm.runtime.full_precision import full_precision
 
 MAIN = "features"
@@ -79,7 +80,7 @@ class FrozenNetwork(Features):
         weights: str,
         parts: Mapping[str, slice],
         resize: Resize,
-        channels: int = 3,
+        channels: Count = 3,
     ) -> None:
         super().__init__()
         self.network = network

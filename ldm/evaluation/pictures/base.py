@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from ldm.randomness import permutation
+from ldm.ranges import Count
 
 Description = Mapping[str, Any]
 """What decides the pixels, in JSON's types."""
@@ -57,7 +58,7 @@ class Scattered:
         number: so many of them, the first in the new order; None: all.
     """
 
-    def __init__(self, pictures: Pictures, number: int | None = None) -> None:
+    def __init__(self, pictures: Pictures, number: Count | None = None) -> None:
         self.pictures = pictures
         self.order = permutation(0, 0, len(pictures))[:number]
 

@@ -14,6 +14,7 @@ from ldm.evaluation.pictures.base import Description
 from ldm.evaluation.pictures.labels import Balanced, Labels
 from ldm.evaluation.pictures.stored import DatasetPictures
 from ldm.images import to_uint8
+from ldm.ranges import Count, CountOrZero
 from ldm.runtime.full_precision import full_precision
 from ldm.sampling.conditions import Condition
 from ldm.sampling.generate import generate
@@ -66,7 +67,7 @@ class Generated:
         ConfigError: the model reads other conditions than the class, or there are not so many seeds.
     """
 
-    def __init__(self, pipeline: Pipeline, recipe: Recipe, number: int, first: int = 0) -> None:
+    def __init__(self, pipeline: Pipeline, recipe: Recipe, number: Count, first: CountOrZero = 0) -> None:
         if others := [key for key in pipeline.conditioner.keys if key != "class_label"]:
             raise ConfigError(
                 f"this model reads {', '.join(others)}, and only classes can be drawn: make its samples with "
@@ -146,7 +147,7 @@ class Reconstructions:
         number: of them, the first ones; None: all.
     """
 
-    def __init__(self, codec: Codec, originals: DatasetPictures, number: int | None = None) -> None:
+    def __init__(self, codec: Codec, originals: DatasetPictures, number: Count | None = None) -> None:
         self.codec = codec
         self._number = len(originals) if number is None else min(number, len(originals))
         self.originals = originals

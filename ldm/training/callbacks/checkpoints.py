@@ -15,6 +15,7 @@ from ldm.errors import CheckpointError, ConfigError, LdmError, ResourceError
 from ldm.ranges import Count
 from ldm.runtime import distributed
 from ldm.training import lightning_internals
+from ldm.training.callbacks.monitors import logged_by_callbacks
 from ldm.training.callbacks.step_callback import StepCallback
 
 
@@ -196,8 +197,10 @@ class Checkpoints(StepCallback, Checkpoint):
 
     def _among_best(self, trainer: pl.Trainer, monitor: str) -> bool:
         logged = trainer.callback_metrics.get(monitor)
+        if logged is None and monitor not in logged_by_callbacks(trainer):
+            _check_logged(trainer, monitor)
         if logged is None or logged is self._before:
-            return False  # not measured in this validation, as ldm/training/callbacks/frechet.py does now and then
+            return False  # not measured in this validation: ldm/training/callbacks/frechet.py does now and then
         score = self.sign * float(logged)
         better = sum(other <= score for other in self._scores.values())
         if not math.isfinite(score) or better >= self.keep_best:

@@ -50,7 +50,7 @@ class Monitors(StepCallback):
         record = checkpoint.get("ldm") or {}
         # Validation of another model may log something else.
         if trainer.state.fn == "fit" and record.get("metrics") and _same(record.get("config") or {}, self._model):
-            known = [*record["metrics"], *_of_callbacks(trainer)]
+            known = [*record["metrics"], *logged_by_callbacks(trainer)]
             _check(self._validated, known, "the validation before this checkpoint")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -67,7 +67,7 @@ class Monitors(StepCallback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == "fit":
-            _check(self._validated, [*trainer.callback_metrics, *_of_callbacks(trainer)], "validation")
+            _check(self._validated, [*trainer.callback_metrics, *logged_by_callbacks(trainer)], "validation")
 
     def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         if self._trained and was_logged(trainer):
@@ -87,7 +87,7 @@ def monitored(callbacks: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _of_callbacks(trainer: pl.Trainer) -> list[str]:
+def logged_by_callbacks(trainer: pl.Trainer) -> list[str]:
     """The metrics that the run's callbacks log."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning's own
     return [name for callback in callbacks if isinstance(callback, LogsMetrics) for name in callback.logged_metrics]
