@@ -237,6 +237,8 @@ def test_the_example_of_the_page_runs(section, place, runs, capsys):
         (run,) = place.glob("logs/*_emoji_autoencoder")
         assert float(read_metrics(run / "metrics.csv")[-1]["val/edges"]) > 0
         assert (run / "checkpoints" / "best.ckpt").is_file()
+        (run,) = place.glob("logs/*_emoji_diffusion")
+        assert float(read_metrics(run / "metrics.csv")[-1]["val/fd"]) > 0
 
 
 def test_every_page_of_extending_is_listed_and_has_an_example():

@@ -9,6 +9,7 @@
     python scripts/evaluate.py compare logs/<run> logs/<other run>           # side by side
 
 Prints a table, and writes a record (JSON) beside the checkpoint or the pictures: every number with all that decides it.
+What other --metrics of the same pictures have found stays in it.
 Samples are never kept: they go straight into features, which lie in cache/.features, so that the same command goes on
 after an interruption, makes only what is missing when it is asked for more, and is shared by any number of processes.
 """

@@ -1,4 +1,8 @@
-"""Records side by side: what differs between their protocols, and whether their numbers can be told apart."""
+"""Records side by side: what differs between their protocols, and whether their numbers can be told apart.
+
+A winner is named where the difference is more than noise: also of samples that were made differently (sampler, steps,
+guidance), which is said, but not where they were measured differently (features, reference, number of images, labels).
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
