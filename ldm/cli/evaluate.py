@@ -7,6 +7,7 @@
     python scripts/evaluate.py samples.npz --against VIRTUAL_imagenet256_labeled.npz
     python scripts/evaluate.py folder/ --against configs/diffusion/imagenet_f8_class.yaml --part validation
     python scripts/evaluate.py compare logs/<run> logs/<other run>           # side by side
+    python scripts/evaluate.py classifier FILE.yaml --out FILE               # trains one for --classifier
 
 Prints a table, and writes a record (JSON) beside the checkpoint or the pictures: every number with all that decides it.
 What other --metrics of the same pictures have found stays in it.
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ldm.cli import evaluate_compare, program
+from ldm.cli import evaluate_classifier, evaluate_compare, program
 from ldm.cli.devices import usable
 from ldm.cli.evaluate_options import parse
 from ldm.cli.evaluate_subject import held_out_of, reference_of, subject_of
@@ -208,8 +209,9 @@ def keep(found: Record, file: Path, asked: Collection[str]) -> list[str]:
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code (ldm/errors.py)."""
-    if argv[:1] == ["compare"]:
-        return evaluate_compare.main(argv[1:])
+    for name, other in {"compare": evaluate_compare, "classifier": evaluate_classifier}.items():
+        if argv[:1] == [name]:
+            return other.main(argv[1:])
 
     def work() -> None:
         text = evaluate(parse(argv))

@@ -22,7 +22,8 @@ def parse(argv: Sequence[str]) -> Any:
     """The command line; ConfigError for a wrong one."""
     parser = Parser(
         prog=called("evaluate.py", "evaluate"),
-        description="Measure samples, reconstructions or any pictures. `compare A B` compares records and runs.",
+        description="Measure samples, reconstructions or any pictures. `compare A B` compares records and runs; "
+        "`classifier YAML` trains a classifier for --classifier.",
         allow_abbrev=False,
     )
     _add_subject(parser.add_argument_group("what is measured").add_argument)
