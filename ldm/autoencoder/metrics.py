@@ -21,7 +21,8 @@ from ldm.runtime.validation_metrics import Mean
 
 Batch = Mapping[str, Any]
 
-_DEAD = 0.01  # of a channel's variance
+DEAD = 0.01
+"""The share of a channel's variance that the posterior's means make up, below which it is dead; see `Latents`."""
 _SMALLEST_FOR_SSIM = 6  # its Gaussian window is 11 wide, and 5 pixels are mirrored at each edge
 
 
@@ -136,7 +137,7 @@ class Latents(Metric):
         count, first, second, squares = self.sums
         mean = first / count
         variance, of_means = (second / count - mean.square()).clamp_min(0.0), squares / count - mean.square()
-        alive = of_means > _DEAD * variance  # a constant has no variance at all
+        alive = of_means > DEAD * variance  # a constant has no variance at all
         return {"dead_channels": 1.0 - double(alive).mean(), "latent_std": variance.mean().sqrt()}
 
 

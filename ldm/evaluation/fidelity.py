@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.autoencoder.codec import Codec
-from ldm.autoencoder.metrics import PSNR, SSIM, Output, Perceptual
+from ldm.autoencoder.metrics import DEAD, PSNR, SSIM, Output, Perceptual
 from ldm.evaluation.feature_store import Column
 from ldm.evaluation.pictures.base import digest
 from ldm.evaluation.pictures.made import Reconstruction
@@ -20,9 +20,6 @@ from ldm.ranges import Count
 from ldm.runtime.full_precision import full_precision
 from ldm.runtime.validation_metrics import Mean
 from ldm.weights.digest import weight_hash
-
-DEAD = 0.01
-"""Nats an element: a channel with less, on average, tells the decoder nothing. A channel in use has one and more."""
 
 SMALLEST_FOR_SSIM = 6
 
@@ -54,12 +51,15 @@ class Fidelity:
     @property
     def column(self) -> Column:
         measures = {name: weight_hash(metric.state_dict()) for name, metric in self._measures.items()}
-        names = [*self.metrics, self.channels, self.gaussian]
+        names = [*self.metrics, self.channels, self.gaussian, "squares of the means"]
         decides = {"fidelity": [str(name) for name in names], "measures": measures}
         return Column(digest(decides), self.rows, "reconstructions")
 
     def rows(self, made: Reconstruction) -> Tensor:
-        """(n, metrics + 3 c): the metrics; then of each channel, as means over its elements, E z, E z^2 and the KL."""
+        """(n, metrics + 4 c): the metrics; then of each channel E z, E z^2, the square of the mean, and the KL.
+
+        The last four are means over the channel's elements.
+        """
         # Nothing here reads the posterior or losses.
         output = Output(made.decoded, None, {})  # type: ignore[arg-type]
         batch = {"image": made.original}
@@ -70,11 +70,11 @@ class Fidelity:
         mean, variance = made.mean, made.std.square()  # (n, c, h, w)
         square = mean.square() + variance
         kl = 0.5 * (square - 1 - variance.log()) if self.gaussian else torch.zeros_like(mean)
-        channels = [values.flatten(2).mean(2) for values in (mean, square, kl)]  # (n, c) each
+        channels = [values.flatten(2).mean(2) for values in (mean, square, mean.square(), kl)]  # (n, c) each
         return torch.cat([torch.cat(measured).T, *channels], dim=1)
 
     def values(self, blocks: Sequence[np.ndarray] | np.ndarray) -> list[Value]:
-        """The numbers of a data set, from all rows (N, metrics + 3 c)."""
+        """The numbers of a data set, from all rows (N, metrics + 4 c)."""
         rows = np.asarray(blocks, dtype=np.float64)
         number, own = len(rows), len(self.metrics)
         better = {"PSNR": "higher", "SSIM": "higher"}
@@ -82,14 +82,17 @@ class Fidelity:
             Value(name, float(rows[:, place].mean()), *_error(rows[:, place]), better=better.get(name, "lower"))
             for place, name in enumerate(self.metrics)
         ]
-        mean, square, kl = rows[:, own:].reshape(number, 3, self.channels).mean(0)
+        mean, square, of_means, kl = rows[:, own:].reshape(number, 4, self.channels).mean(0)
         std = np.sqrt(np.maximum(square - mean**2, 0))
         per_channel = {"mean": mean.tolist(), "std": std.tolist()}
         found.append(Value("latent std", float(std.mean()), better="", settings=per_channel))
         if self.gaussian:
-            settings = {"nats an element, of each channel": kl.tolist(), "dead below": DEAD}
+            settings = {"nats an element, of each channel": kl.tolist()}
             found.append(Value("KL, nats an element", float(kl.mean()), better="", settings=settings))
-            found.append(Value("dead latent channels", float((kl < DEAD).mean()), settings=settings))
+            # As `val/dead_channels` in training.
+            share = np.maximum(of_means - mean**2, 0) / np.maximum(std**2, np.finfo(float).tiny)
+            settings = {"share of the means in the variance, of each channel": share.tolist(), "dead below": DEAD}
+            found.append(Value("dead latent channels", float((share <= DEAD).mean()), settings=settings))
         return found
 
 

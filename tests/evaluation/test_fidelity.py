@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from ldm.autoencoder.codec import Codec
-from ldm.evaluation.fidelity import DEAD, Fidelity
+from ldm.autoencoder.metrics import DEAD, Latents, Output
+from ldm.autoencoder.posterior import DiagonalGaussian
+from ldm.evaluation.fidelity import Fidelity
 from ldm.evaluation.pictures.made import Reconstruction
 
 
@@ -54,10 +56,27 @@ def test_latents_and_dead_channels(codec):
     std = samples.transpose(0, 2).flatten(1).std(1)
     assert found["latent std"].settings["std"] == pytest.approx(std.tolist(), rel=0.02)
     assert found["dead latent channels"].value == 0.25
+    shares = found["dead latent channels"].settings["share of the means in the variance, of each channel"]
+    expected = whole.mean.transpose(0, 1).flatten(1).var(1, correction=0) / std**2
+    assert shares == pytest.approx(expected.tolist(), rel=0.04, abs=1e-6)
+    assert shares[2] < DEAD < min(shares[:2] + shares[3:])
     kl = found["KL, nats an element"]
-    assert kl.settings["nats an element, of each channel"][2] < DEAD
+    assert kl.settings["nats an element, of each channel"][2] == pytest.approx(0, abs=1e-6)
     expected = 0.5 * (whole.mean**2 + whole.std**2 - 1 - (whole.std**2).log())
     assert kl.value == pytest.approx(expected.mean().item(), rel=1e-5)
+
+
+def test_a_channel_is_dead_here_where_it_is_in_training(codec):
+    """One of the channels is between what 0.01 nats and a hundredth of the variance would say."""
+    whole = made()
+    whole.mean[:, 1] *= 0.12
+    whole.std[:, 1] = 1
+    metric = Latents()
+    moments = torch.cat([whole.mean, 2 * whole.std.log()], dim=1)
+    metric.update({}, Output(whole.decoded, DiagonalGaussian(moments), {}))
+    found = values(Fidelity(codec, 16, {}), Fidelity(codec, 16, {}).rows(whole).numpy())
+    assert found["dead latent channels"].value == metric.compute()["dead_channels"].item() == 0.25
+    assert found["KL, nats an element"].settings["nats an element, of each channel"][1] < 0.01
 
 
 def test_what_small_pictures_and_codebooks_lack(codec):
