@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import stdtrit
 
+from ldm.errors import ConfigError
 from ldm.evaluation.distances.frechet import distance_to
 from ldm.evaluation.moments import Moments
 from ldm.evaluation.rows import Rows, check, codes, dealt
@@ -46,7 +46,16 @@ class Estimate(NamedTuple):
     freedom: float
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """The ends between which the true value lies with probability `level`, by Student's distribution."""
+        """The ends between which the true value lies with probability `level`, by Student's distribution.
+
+        Raises:
+            ConfigError: scipy is not installed, as the extra `evaluation` does. (Where it is, every start of Lightning
+                imports it, for a second.)
+        """
+        try:
+            from scipy.special import stdtrit
+        except ImportError as error:
+            raise ConfigError("comparing numbers needs the package scipy: pip install ldm[evaluation]") from error
         reach = float(stdtrit(self.freedom, (1 + level) / 2)) * self.error
         return self.value - reach, self.value + reach
 

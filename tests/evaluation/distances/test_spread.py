@@ -1,10 +1,12 @@
 """Intervals are tried on Gaussians whose distance is known: of 95% intervals, about 95 in 100 hold the truth."""
 
+import sys
+
 import numpy as np
 import pytest
 from scipy import stats
 
-from ldm.errors import DataError
+from ldm.errors import ConfigError, DataError
 from ldm.evaluation.distances.frechet import frechet_distance
 from ldm.evaluation.distances.spread import (
     Estimate,
@@ -143,3 +145,10 @@ def test_intervals_and_differences_are_students_and_welchs() -> None:
 def test_too_few_images_are_refused() -> None:
     with pytest.raises(DataError, match="features of 19 images: expected 20 or more"):
         frechet_spread(drawn(0, 19), REFERENCE)
+
+
+def test_intervals_say_which_package_they_need(monkeypatch):
+    """scipy is no requirement of ldm: where it is installed, every start of a program imports it."""
+    monkeypatch.setitem(sys.modules, "scipy.special", None)
+    with pytest.raises(ConfigError, match=r"pip install ldm\[evaluation\]"):
+        Estimate(1.0, 0.1, 9).interval()
