@@ -94,6 +94,7 @@ class PicturesReference:
         found = moments(self.table(space), space, part)
         with suppress(OSError):  # of a store that others may only read
             found.save(file)
+            return Moments.load(file)  # what later calls get, to the last bit
         return found
 
     def table(self, space: Features) -> Table:

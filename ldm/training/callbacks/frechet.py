@@ -27,14 +27,14 @@ from ldm.data.dataset import class_labels
 from ldm.diffusion.module import LatentDiffusion
 from ldm.errors import ConfigError
 from ldm.evaluation.distances.frechet import frechet_distance
-from ldm.evaluation.feature_store import FeatureStore, column
-from ldm.evaluation.features.base import MAIN, Features, size
+from ldm.evaluation.features.base import MAIN, Features
 from ldm.evaluation.features.choose import choose
 from ldm.evaluation.moments import Moments
-from ldm.evaluation.pictures.base import Scattered
+from ldm.evaluation.pictures.configured import scattered
 from ldm.evaluation.pictures.labels import rule
 from ldm.evaluation.pictures.made import Generated, Recipe
 from ldm.evaluation.pictures.stored import DatasetPictures
+from ldm.evaluation.reference import PicturesReference
 from ldm.ranges import Count, Finite
 from ldm.runtime import distributed
 from ldm.sampling.guidance import Guidance
@@ -169,20 +169,17 @@ class FrechetDistance(pl.Callback):
         except ConfigError as error:
             raise ConfigError(f"lightning.callbacks.fd (FrechetDistance): {error}") from error
         self._features = self._choose(device=device)
-        part = self._features.parts[MAIN]
-        pictures = Scattered(DatasetPictures(data.train_dataset, data.transform, generated.shape[0]))
-        number = min(len(pictures), self._reference_images or len(pictures))
-        store, wanted = FeatureStore(pictures.description(), number), column(self._features)
-        store.fill(pictures.images, [wanted], self._batch_size, "features of the training pictures")
-        self._reference = Moments(size(part))
-        for block in store.table(wanted.key).blocks(part):
-            self._reference.add(block)
+        # The same pictures in the same order as `ldm evaluate` compares the run with, so that either finds them cached.
+        pictures = DatasetPictures(scattered(data.train_dataset), data.transform, generated.shape[0])
+        reference = PicturesReference(pictures, "training pictures", self._reference_images)
+        reference.prepare([self._features], self._batch_size)
+        self._reference = reference.moments(self._features)
         self._leave_device()
-        if min(number, self._images) <= self._reference.size and trainer.is_global_zero:
+        if min(reference.number, self._images) <= self._reference.size and trainer.is_global_zero:
             log.warning(
                 "lightning.callbacks.fd: %d samples and %d training pictures for %d features: below one of each the "
                 "distance is far too large; it orders checkpoints, and says little by itself",
-                *(self._images, number, self._reference.size),
+                *(self._images, reference.number, self._reference.size),
             )
 
     def _pipeline(self, trainer: pl.Trainer, module: pl.LightningModule) -> Pipeline:

@@ -20,7 +20,9 @@ from ldm.data.sources.folder import ImageFolder
 from ldm.data.transforms import EvalTransform
 from ldm.errors import ConfigError
 from ldm.evaluation.distances.frechet import frechet_distance
+from ldm.evaluation.feature_store import FeatureStore
 from ldm.evaluation.moments import Moments
+from ldm.evaluation.pictures import configured
 from ldm.evaluation.pictures.made import Generated
 from ldm.evaluation.pictures.stored import DatasetPictures
 from ldm.runtime import distributed, fsdp
@@ -166,6 +168,9 @@ def test_a_signal_does_not_wait_for_the_samples_and_loses_nothing(tree, tmp_path
 
 def test_the_features_of_the_training_pictures_are_computed_once(tree, tmp_path, monkeypatch):
     assert run(tree, tmp_path / "logs") == 0
+    # `ldm evaluate` of the run compares with the same pictures in the same order.
+    pictures = configured.of_data(facts(only(tmp_path / "logs"))["config"]["data"], (), "train", "the run").pictures
+    assert FeatureStore(pictures.description(), len(pictures)).folder.is_dir()
     monkeypatch.setattr(DatasetPictures, "images", lambda *_: pytest.fail("they are in cache/.features"))
     assert run(tree, tmp_path / "logs") == 0
 
