@@ -3,7 +3,7 @@
     python scripts/evaluate.py compare logs/<run> logs/<other run>
     python scripts/evaluate.py compare a.json b.json c.json --out comparison
 
-Prints a table that says of each difference whether it can be told from noise, and what differs between the protocols.
+Prints a table that says whether each difference is more than noise, and what differs between the protocols.
 There is a winner also of samples that were made differently, which is said, and none where they were measured so. Draws
 comparison.png (the distance against images seen and hours) and comparison.pictures.png (the same seeds of each).
 """

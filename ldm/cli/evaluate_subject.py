@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ldm.evaluation.pictures.base import Scattered
 from ldm.evaluation.pictures.configured import NoSuchPart
 from ldm.evaluation.pictures.labels import rule
 from ldm.evaluation.pictures.made import Generated, Recipe, Reconstructions
-from ldm.evaluation.pictures.stored import opened
+from ldm.evaluation.pictures.stored import DatasetPictures, opened
 from ldm.evaluation.reference import PicturesReference, Reference, StatisticsReference, holds, holds_statistics
 from ldm.evaluation.subject import Reconstructed, Subject
 from ldm.sampling import samplers, timesteps
@@ -200,12 +201,15 @@ def _samples(options: Any, path: Path, device: str) -> Subject:
     found = store.record(file)
     config = current_plain(found["config"], str(file))
 
-    def own(part: str, number: int | None) -> PicturesReference:
+    @cache  # to list a large folder takes a while
+    def pictures_of(part: str) -> DatasetPictures:
         pixels = pipeline.manifest.plan.pixels
-        found = configured.of_data(_data(config, file), options.trust, part, str(file), pixels)
-        return PicturesReference(found.pictures, f"its own data ({part})", number)
+        return configured.of_data(_data(config, file), options.trust, part, str(file), pixels).pictures
 
-    trained_on = own("train", None).pictures.labels() if options.labels == "proportional" else None
+    def own(part: str, number: int | None) -> PicturesReference:
+        return PicturesReference(pictures_of(part), f"its own data ({part})", number)
+
+    trained_on = pictures_of("train").labels() if options.labels == "proportional" else None
     recipe = Recipe(sampler, options.steps, schedule, guidance, settings, rule(options.labels, trained_on))
     pictures = Generated(pipeline, recipe, options.images or SAMPLES, options.seed)
     labels = None if pipeline.num_classes is None else recipe.labels.name

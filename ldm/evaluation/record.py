@@ -140,6 +140,7 @@ def machine(device: torch.device, rounding: Sequence[str] | None = None) -> dict
 
 
 def now() -> str:
+    """The time, UTC, in ISO 8601 to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
