@@ -41,9 +41,10 @@ CLASSES = ["faces", "food", *"23456789"]
 
 
 def whole_lines(text: str) -> list[str]:
-    """Without comments at the end, what may be left out (`[...]`), and line ends that a backslash takes away."""
+    """Without comments at the end, what may be left out (` [...]`), and line ends that a backslash takes away."""
     lines = [line.strip() for line in re.sub(r"\s*\\\n[#\s]*", " ", text).splitlines()]
-    return [re.sub(r"(\s{2,}|\s+#)[#(].*|\s+# .*", "", re.sub(r"\[[^\]]*\]", "", line)).strip() for line in lines]
+    lines = [re.sub(r"(?<!\S)\[[^\]]*\]", "", line) for line in lines]
+    return [re.sub(r"(\s{2,}|\s+#)[#(].*|\s+# .*", "", line).strip() for line in lines]
 
 
 def written_commands(document: str) -> list[str]:
@@ -204,8 +205,10 @@ def run(workshop, tmp_path, monkeypatch, autoencoder_tree, diffusion_tree, tried
         words = [word for word in words if not re.fullmatch(r"[A-Z]+=\S+", word) or words[0] == "make"]
         if words[0] == "make":
             return subprocess.run(["make", "-n", *words[1:]], capture_output=True).returncode
-        if words[:2] == ["pip", "install"]:  # a package that is an extra of ours
-            return 0 if set(words[2:]) <= {Requirement(line).name for line in EXTRAS} else 1
+        if words[:2] == ["pip", "install"]:  # an extra of ours, or packages that are in one
+            named = re.fullmatch(r"-e \.\[([\w,]+)\]", " ".join(words[2:]))
+            extras, packages = PROJECT["optional-dependencies"], {Requirement(line).name for line in EXTRAS}
+            return 0 if (set(named[1].split(",")) <= set(extras) if named else set(words[2:]) <= packages) else 1
         if words[0] == "conda":
             return 0 if Path(words[words.index("-f") + 1]).is_file() else 1
         return programs[words[1]](words[2:]) if words[0] == "python" else started(words)

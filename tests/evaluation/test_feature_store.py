@@ -24,7 +24,7 @@ def make(indices) -> torch.Tensor:
     return torch.stack([picture(index) for index in indices])
 
 
-def filled(root, number=NUMBER, batch_size=64, space=None) -> np.ndarray:
+def filled(root, number=NUMBER, batch_size=64, space=None, make=make) -> np.ndarray:
     space = space or Projection()
     store = FeatureStore({"kind": "test"}, number, root)
     store.fill(make, [column(space)], batch_size)
@@ -42,8 +42,14 @@ def test_batches_and_ranks_change_nothing(tmp_path, forked):
     assert np.array_equal(alone, filled(tmp_path / "small", batch_size=7))
 
     def work(rank):
+        def together(indices):  # or a rank that starts late finds all blocks done
+            (tmp_path / f"rank {rank} has begun").touch()
+            while not (tmp_path / f"rank {1 - rank} has begun").exists():
+                time.sleep(0.01)
+            return make(indices)
+
         space = Projection()
-        rows = filled(tmp_path / "ranks", batch_size=7, space=space)
+        rows = filled(tmp_path / "ranks", batch_size=7, space=space, make=together)
         return rows, space.seen
 
     results = forked(2, work)
