@@ -19,7 +19,7 @@ ROWS = [
     {"checkpoints", "config", "data"},
     {"autoencoder", "diffusion"},  # they meet on disk alone
     {"latents"},
-    {"sampling"},
+    {"interop", "sampling"},
     {"evaluation"},
     {"training"},
     {"cli"},
@@ -35,12 +35,13 @@ FENCED = {
     "lightning_fabric": {"ldm.training.lightning_internals"},
     "omegaconf": {"ldm.config"},
     "torch.distributed": {"ldm.runtime", "ldm.checkpoints", "scripts.faults.interpreter"},
-    "diffusers": {"scripts.bench"},
+    "diffusers": {"ldm.interop", "scripts.bench"},
     "wandb": {"ldm.training.loggers"},
     "timm": {"ldm.evaluation.features"},
     "torch_fidelity": {"ldm.evaluation.features"},
-    "transformers": {"ldm.evaluation.features"},
-    "huggingface_hub": {"ldm.weights"},
+    "transformers": {"ldm.evaluation.features", "ldm.diffusion.conditioners.text", "ldm.interop"},
+    "peft": {"ldm.interop"},
+    "huggingface_hub": {"ldm.interop", "ldm.weights"},
 }
 
 SOURCES = sorted([*(ROOT / "ldm").rglob("*.py"), *(ROOT / "scripts").rglob("*.py"), ROOT / "main.py"])

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from ldm.checkpoints import former_keys, sealed_file, shards, state_tree
 from ldm.errors import CheckpointError, ResourceError
 
+FORMAT = 1
+"""Of the "ldm" key of a checkpoint."""
 SUFFIX = ".ckpt"
 _QUARANTINE = ".corrupt"
 

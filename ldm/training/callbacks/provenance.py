@@ -1,20 +1,12 @@
 """Where a checkpoint comes from: the configuration, the data and the versions that made it."""
 
-import importlib.metadata
-import platform
-import subprocess
 from collections.abc import Mapping
-from contextlib import suppress
-from pathlib import Path
 from typing import Any, Protocol, cast
 
 import pytorch_lightning as pl
-import torch
 
-import ldm
-
-FORMAT = 1
-"""Of the "ldm" key of a checkpoint."""
+from ldm.checkpoints.store import FORMAT
+from ldm.runtime.versions import versions
 
 
 class Describes(Protocol):
@@ -49,17 +41,3 @@ class Provenance(pl.Callback):
             "versions": self._versions,
             **cast(Describes, pl_module).checkpoint_facts(),
         }
-
-
-def versions() -> dict[str, str]:
-    """What this process runs on: python, torch, lightning, ldm, and ldm's git commit where there is one."""
-    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    for name in ("pytorch-lightning", "ldm"):
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    root = Path(str(ldm.__file__)).parents[1]
-    if (root / ".git").exists():
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        with suppress(OSError, subprocess.SubprocessError):
-            found["commit"] = subprocess.check_output(command, text=True, timeout=10, stderr=subprocess.DEVNULL).strip()
-    return found

@@ -1,0 +1,126 @@
+"""What an importer makes of a foreign checkpoint: a first stage or a denoiser in our terms, not yet on disk."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.config.load import build
+from ldm.interop.sources import Source
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line says about a conversion, where the file does not.
+
+    Attributes:
+        autoencoder: run folder or checkpoint of the first stage of a denoiser that comes without one.
+        resolution: of the images, pixels; None: what the file or its family says.
+        statistics: file with the latents' mean and standard deviation per channel; None: the family's own.
+        text_encoder: folder of the text encoder and its tokenizer that a model of captions was trained with.
+    """
+
+    autoencoder: Path | None = None
+    resolution: int | None = None
+    statistics: Path | None = None
+    text_encoder: Path | None = None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model comes from, in plain values, for its checkpoint's facts and its run folder.
+
+    Attributes:
+        family: what the file was recognized as.
+        license: of the weights, as given; "unknown" if nothing says.
+        dropped: {reason: number of tensors} of what has no place in our model.
+        notes: what a person should know, a sentence each.
+    """
+
+    family: str
+    license: str = "unknown"
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class FirstStage:
+    """An autoencoder.
+
+    Attributes:
+        name: of its run.
+        params: of AutoencoderKL: nodes of encoder, decoder, loss, and quantizer where there is one.
+        weights: of these parts, by our names: `encoder.conv_in.weight`, `loss.discriminator...`.
+        resolution: of the images it was trained on, pixels.
+        statistics: {"mean", "std"} of its latents per channel, where the source says; None: not known.
+    """
+
+    name: str
+    params: Mapping[str, Any]
+    weights: Mapping[str, Tensor]
+    resolution: int
+    origin: Origin
+    statistics: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A diffusion model.
+
+    Attributes:
+        name: of its run.
+        params: of LatentDiffusion: nodes of network, conditioner, objective; and label_dropout.
+        weights: `network...`, `conditioner...`, of the last step.
+        average: the same of the moving average; None: the file has one set of weights alone, which is used as both.
+        mean, std: of the latents per channel, as the model was trained: z = (latent - mean) / std.
+        size: (height, width) of the latents.
+        first_stage: that of the same file; None: it is another run (`Request.autoencoder`).
+    """
+
+    name: str
+    params: Mapping[str, Any]
+    weights: Mapping[str, Tensor]
+    average: Mapping[str, Tensor] | None
+    mean: Sequence[float]
+    std: Sequence[float]
+    size: tuple[int, int]
+    origin: Origin
+    first_stage: FirstStage | None = None
+
+
+Converted = FirstStage | Denoiser
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of checkpoint.
+
+    Attributes:
+        name: for messages.
+        marks: for each way in which such a file is known: what must all be in it, names of tensors, or `class NAME` for
+            the class that a folder's config.json names.
+        convert: makes our models of it.
+    """
+
+    name: str
+    marks: Sequence[Sequence[str]]
+    convert: Callable[[Source, Request], Sequence[Converted]]
+
+    def likeness(self, names: set[str]) -> float:
+        """The share of the marks that are there, of the way that fits best: 1 is this family."""
+        return max(sum(mark in names for mark in marks) / len(marks) for marks in self.marks)
+
+
+def node(target: str, **params: Any) -> dict[str, Any]:
+    """A configuration's node of a class of ldm."""
+    return {"target": f"ldm.{target}", "params": params}
+
+
+def shapes(made: Mapping[str, Any]) -> dict[str, torch.Size]:
+    """{name of a tensor: its shape} of what a node builds; no memory is taken."""
+    with torch.device("meta"):
+        module: nn.Module = build(made)
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}

@@ -1,0 +1,177 @@
+"""A converted model as a run folder like any other: it is sampled, resumed, fine-tuned, cached and evaluated.
+
+logs/<time>_<name>/
+    checkpoints/step=0.ckpt     the weights, sealed, with the facts that every checkpoint has, and `origin`
+    configs/config.yaml         the architecture read off the file, and a plain training of it
+    origin.json                 where it comes from: file, hash, family, license, what was left out
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldm import files, run_folder
+from ldm.autoencoder.codec import Codec
+from ldm.checkpoints import store
+from ldm.config.load import to_yaml
+from ldm.errors import ConfigError
+from ldm.interop.models import Converted, Denoiser, FirstStage, Origin, Request, node
+from ldm.interop.sources import Source
+from ldm.latents.manifest import CacheSpec, Manifest
+from ldm.run_folder import RunFolder, RunState
+from ldm.runtime.versions import versions
+from ldm.sizes import as_resolution
+
+_CHECKPOINT = "step=0.ckpt"
+_IMAGES = node("data.sources.folder.ImageFolder", root="data/images")
+_ADAM = {"target": "torch.optim.AdamW", "partial": True, "params": {"lr": 1.0e-5, "fused": True}}
+_EMA = node("optim.ema.EMA", profile=node("optim.ema.FixedDecay", decay=0.9999)) | {"partial": True}
+_TRAINER = {"max_steps": 100_000, "val_check_interval": 5000, "precision": "32-true"}
+
+
+def write(converted: Converted, source: Source, request: Request, logdir: Path, name: str | None) -> list[RunFolder]:
+    """Publish the run folders of a conversion: the first stage's before its denoiser's, each complete or absent.
+
+    Args:
+        name: of the run; None: the converted model's own. A first stage out of the same file adds `_autoencoder`.
+
+    Raises:
+        ConfigError: a denoiser without a first stage, or no folder can have that name.
+        ResourceError: the disk is full; nothing is left.
+    """
+    name = name or converted.name
+    if isinstance(converted, FirstStage):
+        return [_publish(logdir, name, _autoencoder_run(converted, name, source))]
+    written = []
+    if converted.first_stage is not None:
+        written = write(converted.first_stage, source, request, logdir, f"{name}_autoencoder")
+    try:
+        path = written[0].path if written else request.autoencoder
+        if path is None:
+            raise ConfigError(
+                f"{source.path}: holds no first stage, without which no picture can be made. Name the autoencoder "
+                f"whose latents it was trained on: --autoencoder RUN (convert that first, if it is another file)"
+            )
+        return [*written, _publish(logdir, name, _denoiser_run(converted, name, source, path))]
+    except BaseException:
+        for folder in written:
+            shutil.rmtree(folder.path, ignore_errors=True)
+        raise
+
+
+def _autoencoder_run(converted: FirstStage, name: str, source: Source) -> dict[str, Any]:
+    config = {
+        "name": name,
+        "seed": 23,
+        "model": node("autoencoder.module.AutoencoderKL", **converted.params, optimizer=_ADAM),
+        "data": node(
+            "data.datamodule.ImageDataModule",
+            train=_IMAGES,
+            batch_size=8,
+            resolution=converted.resolution,
+            seed=23,
+            num_validation=100,
+        ),
+        "lightning": {"trainer": dict(_TRAINER)},
+    }
+    facts = {"kind": "autoencoder", "latents": converted.statistics}
+    return _state(config, facts, converted.weights, converted.origin, source)
+
+
+def _denoiser_run(converted: Denoiser, name: str, source: Source, autoencoder: Path) -> dict[str, Any]:
+    codec = Codec.load(autoencoder)
+    manifest = _manifest(converted, codec, autoencoder, source)
+    config = {
+        "name": name,
+        "seed": 23,
+        "model": node("diffusion.module.LatentDiffusion", **converted.params, optimizer=_ADAM, ema=_EMA),
+        "data": node(
+            "latents.datamodule.LatentDataModule",
+            train=_IMAGES,
+            autoencoder=str(autoencoder),
+            resolution=manifest.plan.pixels["resolution"],
+            batch_size=8,
+            seed=23,
+            num_validation=100,
+        ),
+        "lightning": {"trainer": dict(_TRAINER)},
+    }
+    average = converted.weights if converted.average is None else converted.average
+    weights: dict[str, Any] = {f"denoiser.{key}": tensor for key, tensor in converted.weights.items()}
+    weights |= {f"ema.average.{key}": tensor for key, tensor in average.items()}
+    weights["ema._extra_state"] = {"images_seen": 0}
+    facts = {"kind": "diffusion", "latents": manifest.to_dict()}
+    return _state(config, facts, weights, converted.origin, source)
+
+
+def _manifest(converted: Denoiser, codec: Codec, autoencoder: Path, source: Source) -> Manifest:
+    """Of the latents that it was trained on: their scale and the autoencoder that made them; no records."""
+    height, width = converted.size
+    factor = codec.encoder.down_factor
+    plan = CacheSpec(
+        shape=(len(converted.mean), height, width),
+        num_items=0,
+        source=f"foreign:{source.path.name}",
+        pixels={
+            "resolution": as_resolution((height * factor, width * factor)),
+            "channels": codec.encoder.in_channels,
+        },
+        autoencoder={"weights": codec.weight_hash(), "config": codec.config, "path": str(autoencoder)},
+        num_classes=converted.params["conditioner"]["params"].get("num_classes"),
+    )
+    return Manifest(plan, [*converted.mean], [*converted.std], broken=[], shards=[])
+
+
+def _state(
+    config: dict[str, Any], facts: dict[str, Any], weights: Mapping[str, Tensor], origin: Origin, source: Source
+) -> dict[str, Any]:
+    """A checkpoint before its first step: everything that resuming reads, and no optimizer's state."""
+    note = {
+        "source": source.path.name,
+        "sha256": dict(source.sha256),
+        "family": origin.family,
+        "license": origin.license,
+        "dropped": dict(origin.dropped)
+        | ({"the optimizers' states": source.optimizer_tensors} if source.optimizer_tensors else {}),
+        "notes": [*origin.notes],
+        "tensors": len(weights),
+    }
+    common = {"format": store.FORMAT, "config": config, "data": None, "step": 0, "images_seen": 0}
+    return {
+        "epoch": 0,
+        "global_step": 0,
+        "pytorch-lightning_version": versions()["pytorch-lightning"],
+        "state_dict": dict(weights),
+        "optimizer_states": [],
+        "lr_schedulers": [],
+        "ldm": {**common, "versions": versions(), "metrics": {}, **facts, "origin": note},
+    }
+
+
+def _publish(logdir: Path, name: str, state: dict[str, Any]) -> RunFolder:
+    """Written aside, then renamed: a reader finds the whole folder or none."""
+    run_folder.check_name(name)
+    logdir.mkdir(parents=True, exist_ok=True)
+    aside = RunFolder(files.temporary(logdir / f".{name}"))
+    try:
+        aside.make()
+        store.save(aside.checkpoints / _CHECKPOINT, state)
+        config, origin = state["ldm"]["config"], state["ldm"]["origin"]
+        files.write_text(aside.path / "origin.json", json.dumps(origin, indent=2) + "\n")
+        files.write_text(aside.source_file, to_yaml(config))
+        files.write_text(aside.facts_file, "{}\n")
+        files.write_text(aside.config_file, to_yaml(config))
+        aside.write_state(RunState("finished", 0, "converted", 0, f"checkpoints/{_CHECKPOINT}"))
+        while True:
+            folder = RunFolder(logdir / f"{time.strftime(run_folder.TIME_FORMAT)}_{name}")
+            if not folder.path.exists():
+                aside.path.rename(folder.path)
+                return folder
+            time.sleep(0.2)
+    finally:
+        shutil.rmtree(aside.path, ignore_errors=True)
