@@ -68,7 +68,11 @@ def tree(diffusion_tree, runs, pictures, encoder):
     diffusion_tree["lightning"]["callbacks"] = {
         "images": node(
             "ldm.training.callbacks.previews.SampleLogger",
-            every_n_steps=2, conditions=WANTED, seeds=[1, 2], steps=2, guidance_scale=2.0,
+            every_n_steps=2,
+            conditions=WANTED,
+            seeds=[1, 2],
+            steps=2,
+            guidance_scale=2.0,
         )
     }
     return diffusion_tree

@@ -71,8 +71,8 @@ class FrozenText(nn.Module):
     def forward(self, batch: Mapping[str, Any]) -> Conditioning:
         if "caption" not in batch:
             raise ConfigError(
-                "FrozenText: the data set has no captions: write each picture's into a .txt of its name, or use another "
-                "conditioner"
+                "FrozenText: the data set has no captions: write each picture's into a .txt of its name, or use "
+                "another conditioner"
             )
         return Conditioning(tokens=self._encoded(batch["caption"]))
 
