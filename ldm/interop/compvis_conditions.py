@@ -100,13 +100,14 @@ def conditioned(
 def _encoder(source: Source) -> tuple[dict[str, Tensor], dict[str, int]]:
     """The tensors of the encoder of conditions; none and a reason if it is the first stage once more."""
     encoder, first = source.part(ENCODER), source.part(compvis_first_stage.IN_MODEL)
-    if (
-        encoder
-        and encoder.keys() <= first.keys()
-        and all(torch.equal(one, first[name]) for name, one in encoder.items())
-    ):
+    if encoder and encoder.keys() <= first.keys() and all(_same(one, first[name]) for name, one in encoder.items()):
         return {}, {"the first stage once more, as the encoder of pictures": len(encoder)}
     return encoder, {}
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether all values are the same; shapes alone on the meta device, which has no values."""
+    return one.shape == other.shape and (one.is_meta or torch.equal(one, other))
 
 
 def _tokens(
