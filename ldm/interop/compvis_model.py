@@ -60,7 +60,7 @@ def convert(source: Source, request: Request) -> Sequence[Denoiser]:
     names = [f"It has the shapes of {one.name}." for one in description.alike]
     return [
         Denoiser(
-            name=source.path.stem,
+            name=source.name,
             params=params,
             weights=raw.weights,
             average=average,

@@ -12,7 +12,16 @@ from torch import Tensor
 
 from ldm.errors import CheckpointError
 from ldm.interop.tables import CONV1D_AS_CONV2D, LINEAR_AS_CONV2D, SAME, Change, Entry, each, layer, under
+from ldm.layers import group_norm
 
+MARKS = tuple(
+    f"{name}.weight"
+    for name in (
+        *("time_embed.0", "input_blocks.0.0", "middle_block.0.emb_layers.1", "middle_block.0.out_layers.3"),
+        *("output_blocks.0.0.in_layers.0", "output_blocks.0.0.out_layers.3", "out.2"),
+    )
+)
+"""Without these nothing can be said of a UNet."""
 GROUPS = 32
 """Of every GroupNorm of theirs, whatever the width; ours has as many from 128 channels on."""
 
@@ -23,6 +32,8 @@ def architecture(tensors: Mapping[str, Tensor], origin: str) -> dict[str, Any]:
     Raises:
         CheckpointError: no UNet that ours can be, such as one with another number of blocks at each level.
     """
+    if missing := [name for name in MARKS if name not in tensors or tensors[name].ndim < 2 - ("in_layers" in name)]:
+        raise CheckpointError(f"{origin}: of its UNet there is no {', '.join(missing)}. Is the file whole?")
     blocks = _count(tensors, "output_blocks.{}.0.in_layers.0.weight")
     ups = [block for block in range(blocks) if _up(tensors, block)]
     levels = len(ups) + 1
@@ -35,6 +46,9 @@ def architecture(tensors: Mapping[str, Tensor], origin: str) -> dict[str, Any]:
     model_channels = tensors["time_embed.0.weight"].shape[1]
     firsts = [per_level * (levels - 1 - level) for level in range(levels)]  # on the way up, from full resolution on
     widths = [tensors[f"output_blocks.{first}.0.out_layers.3.weight"].shape[0] for first in firsts]
+    norms = (model_channels, *widths)
+    if wrong := [width for width in norms if not width or width % GROUPS]:
+        raise CheckpointError(f"{origin}: expected widths in steps of {GROUPS}, found {wrong[0]}")
     latent_channels = tensors["out.2.weight"].shape[0]
     context = tensors.get("middle_block.1.transformer_blocks.0.attn2.to_k.weight")
     return {
@@ -48,7 +62,7 @@ def architecture(tensors: Mapping[str, Tensor], origin: str) -> dict[str, Any]:
         "spatial_channels": tensors["input_blocks.0.0.weight"].shape[1] - latent_channels,
         "scale_shift": tensors["middle_block.0.emb_layers.1.weight"].shape[0] == 2 * widths[-1],
         "resample_in_blocks": any(_up(tensors, block) == "in_layers.0" for block in ups),
-        "norm_groups": GROUPS if min(model_channels, *widths) < 4 * GROUPS else None,
+        "norm_groups": GROUPS if any(group_norm(width).num_groups != GROUPS for width in norms) else None,
     }
 
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ldm.config.load import build
 from ldm.interop.sources import Source
 
+BATCH_SIZE = 8
+"""Of the training that a converted run is configured for."""
 RUN = "<run folder>"
 """Stands for the run folder in the parameters of a model, whose folder has no name yet."""
 
@@ -55,10 +57,13 @@ class FirstStage:
 
     Attributes:
         name: of its run.
-        params: of AutoencoderKL: nodes of encoder, decoder, loss, and quantizer where there is one.
+        params: of AutoencoderKL: nodes of encoder, decoder, loss, and quantizer where there is one; of the optimizer,
+            where the original's is known.
         weights: of these parts, by our names: `encoder.conv_in.weight`, `loss.discriminator...`.
         resolution: of the images it was trained on, pixels.
-        statistics: {"mean", "std"} of its latents per channel, where the source says; None: not known.
+        statistics: {"mean", "std"} of its latents per channel, as models on it are trained: z = (latent - mean) / std.
+            A scale factor is 1 / std and a shift the mean. They become the run's facts and `Codec.statistics`, in the
+            place of what validation would measure. None: nothing says.
     """
 
     name: str

@@ -20,7 +20,7 @@ from ldm.autoencoder.codec import Codec
 from ldm.checkpoints import store
 from ldm.config.load import to_yaml
 from ldm.errors import ConfigError
-from ldm.interop.models import RUN, Converted, Denoiser, FirstStage, Origin, Request, node
+from ldm.interop.models import BATCH_SIZE, RUN, Converted, Denoiser, FirstStage, Origin, Request, node
 from ldm.interop.sources import Source
 from ldm.latents.manifest import CacheSpec, Manifest
 from ldm.run_folder import RunFolder, RunState
@@ -72,12 +72,16 @@ def _autoencoder_run(converted: FirstStage, name: str, source: Source) -> dict[s
     config = {
         "name": name,
         "seed": 23,
-        "model": node("autoencoder.module.AutoencoderKL", **converted.params, optimizer=_ADAM),
+        "model": node(
+            "autoencoder.module.AutoencoderKL",
+            **{**converted.params, "optimizer": converted.params.get("optimizer", _ADAM)},
+        ),
         "data": node(
             "data.datamodule.ImageDataModule",
             train=_IMAGES,
-            batch_size=8,
+            batch_size=BATCH_SIZE,
             resolution=converted.resolution,
+            channels=converted.params["encoder"]["params"]["in_channels"],
             seed=23,
             num_validation=100,
         ),
@@ -103,7 +107,7 @@ def _denoiser_run(
             train=_IMAGES,
             autoencoder=str(autoencoder),
             resolution=manifest.plan.pixels["resolution"],
-            batch_size=8,
+            batch_size=BATCH_SIZE,
             seed=23,
             num_validation=100,
         ),
