@@ -55,7 +55,8 @@ def write(converted: Converted, source: Source, request: Request, logdir: Path, 
         if path is None:
             raise ConfigError(
                 f"{source.path}: holds no first stage, without which no picture can be made. Name the autoencoder "
-                f"whose latents it was trained on: --autoencoder RUN (convert that first, if it is another file)"
+                f"whose latents it was trained on: --autoencoder RUN, or a folder of diffusers as it is (convert other "
+                f"files first)"
             )
 
         def run(folder: RunFolder) -> dict[str, Any]:
@@ -124,16 +125,16 @@ def _denoiser_run(
 def _manifest(converted: Denoiser, codec: Codec, autoencoder: Path, source: Source) -> Manifest:
     """Of the latents that it was trained on: their scale and the autoencoder that made them; no records."""
     height, width = converted.size
-    factor = codec.encoder.down_factor
+    factor = codec.down_factor
     plan = CacheSpec(
         shape=(len(converted.mean), height, width),
         num_items=0,
         source=f"foreign:{source.path.name}",
         pixels={
             "resolution": as_resolution((height * factor, width * factor)),
-            "channels": codec.encoder.in_channels,
+            "channels": codec.in_channels,
         },
-        autoencoder={"weights": codec.weight_hash(), "config": codec.config, "path": str(autoencoder)},
+        autoencoder=codec.describe() | {"path": str(autoencoder)},
         num_classes=converted.params["conditioner"]["params"].get("num_classes"),
     )
     return Manifest(plan, [*converted.mean], [*converted.std], broken=[], shards=[])

@@ -5,7 +5,7 @@ import torch
 from diffusers import AutoencoderTiny
 
 import main
-from ldm.autoencoder.codec import Codec
+from ldm.autoencoder.codec import AutoencoderCodec, Codec
 from ldm.autoencoder.posterior import DiagonalGaussian
 from ldm.autoencoder.tiny import TinyDecoder, TinyEncoder
 from ldm.config.load import to_yaml
@@ -47,7 +47,7 @@ def test_its_posterior_is_a_point_and_its_shapes_those_of_the_large_one():
     assert bool((posterior.std < 1e-6).all())
     assert decoder(posterior.mean).shape == (2, 3, 32, 48)
     assert decoder.last_layer.weight.shape[0] == 3
-    codec = Codec(encoder, decoder, {})
+    codec = AutoencoderCodec(encoder, decoder, {})
     assert codec.latent_shape((32, 48)) == (16, 4, 6)
 
 
