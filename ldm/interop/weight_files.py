@@ -40,13 +40,20 @@ class Inert:
     def __setstate__(self, state: object) -> None: ...
 
 
+class Recorded(dict[str, Any]):
+    """Stands for an object that is nothing but named values, such as a program's arguments: keeps those."""
+
+    def __setstate__(self, state: object) -> None:
+        self.update(state if isinstance(state, dict) else {})
+
+
 def _empty(*_: object) -> dict[Any, Any]:
     """What a dictionary with a default begins as; the default is nobody's business here."""
     return {}
 
 
 # What Lightning, OmegaConf, argparse and numpy leave in checkpoints of this lineage. Nothing of theirs is run: a name
-# stands for `Inert`, or for a plain dictionary where one holds what others look for. Any other name in a pickle, but
+# stands for `Inert`, or for a dictionary where one holds what others look for. Any other name in a pickle, but
 # torch's own rebuilding of tensors, is refused by torch.
 _HARMLESS = (
     *(f"pytorch_lightning.callbacks.{name}" for name in ("ModelCheckpoint", "EarlyStopping")),
@@ -56,14 +63,17 @@ _HARMLESS = (
     *(f"omegaconf.{name}" for name in ("dictconfig.DictConfig", "listconfig.ListConfig")),
     *(f"omegaconf.base.{name}" for name in ("ContainerMetadata", "Metadata")),
     *(f"omegaconf.nodes.{kind}Node" for kind in ("Any", "String", "Integer", "Float", "Boolean", "Enum", "Path")),
-    "argparse.Namespace",
     "typing.Any",
     *(f"builtins.{name}" for name in ("dict", "list", "tuple", "str", "int", "float", "bool", "bytes")),
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
     *("numpy.dtype", "numpy.ndarray", "numpy.bool_", "numpy.float32", "numpy.float64", "numpy.int32", "numpy.int64"),
     *(f"pathlib.{name}" for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
 )
-_DICTIONARIES = {"pytorch_lightning.utilities.parsing.AttributeDict": dict, "collections.defaultdict": _empty}
+_DICTIONARIES = {
+    "pytorch_lightning.utilities.parsing.AttributeDict": dict,
+    "collections.defaultdict": _empty,
+    "argparse.Namespace": Recorded,
+}
 
 
 def read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
