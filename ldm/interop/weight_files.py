@@ -21,10 +21,14 @@ from ldm.errors import CheckpointError
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
+_LFS = b"version https://git-lfs"
 _HEADER_BYTES = 100_000_000
 """The longest header of a safetensors file: the format's own limit."""
 _LEAVES = 1_000_000
 """The most values that a file may hold: no checkpoint comes near, and one that refers to itself over and over does."""
+_CODE = re.compile(r"(?:GLOBAL|recognized function|allowlisted .* but got) (\S+)")
+_REASON = re.compile(r"WeightsUnpickler error: (.*)")
+"""What torch's refusals name; its advice, how to let code in, is left out."""
 _UNSAFE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
@@ -36,13 +40,20 @@ class Inert:
     def __setstate__(self, state: object) -> None: ...
 
 
+class Recorded(dict[str, Any]):
+    """Stands for an object that is nothing but named values, such as a program's arguments: keeps those."""
+
+    def __setstate__(self, state: object) -> None:
+        self.update(state if isinstance(state, dict) else {})
+
+
 def _empty(*_: object) -> dict[Any, Any]:
     """What a dictionary with a default begins as; the default is nobody's business here."""
     return {}
 
 
 # What Lightning, OmegaConf, argparse and numpy leave in checkpoints of this lineage. Nothing of theirs is run: a name
-# stands for `Inert`, or for a plain dictionary where one holds what others look for. Any other name in a pickle, but
+# stands for `Inert`, or for a dictionary where one holds what others look for. Any other name in a pickle, but
 # torch's own rebuilding of tensors, is refused by torch.
 _HARMLESS = (
     *(f"pytorch_lightning.callbacks.{name}" for name in ("ModelCheckpoint", "EarlyStopping")),
@@ -52,14 +63,17 @@ _HARMLESS = (
     *(f"omegaconf.{name}" for name in ("dictconfig.DictConfig", "listconfig.ListConfig")),
     *(f"omegaconf.base.{name}" for name in ("ContainerMetadata", "Metadata")),
     *(f"omegaconf.nodes.{kind}Node" for kind in ("Any", "String", "Integer", "Float", "Boolean", "Enum", "Path")),
-    "argparse.Namespace",
     "typing.Any",
     *(f"builtins.{name}" for name in ("dict", "list", "tuple", "str", "int", "float", "bool", "bytes")),
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
     *("numpy.dtype", "numpy.ndarray", "numpy.bool_", "numpy.float32", "numpy.float64", "numpy.int32", "numpy.int64"),
     *(f"pathlib.{name}" for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
 )
-_DICTIONARIES = {"pytorch_lightning.utilities.parsing.AttributeDict": dict, "collections.defaultdict": _empty}
+_DICTIONARIES = {
+    "pytorch_lightning.utilities.parsing.AttributeDict": dict,
+    "collections.defaultdict": _empty,
+    "argparse.Namespace": Recorded,
+}
 
 
 def read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -70,17 +84,20 @@ def read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     if file.suffix not in SUFFIXES:
         raise CheckpointError(f"{file}: expected a file of weights ({', '.join(SUFFIXES)})")
-    if file.suffix == ".safetensors":
-        return _read_safetensors(file)
-    return _read_torch(file)
-
-
-def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with file.open("rb") as handle:
-            header = int.from_bytes(handle.read(8), "little")
+            start = handle.read(len(_LFS))
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {first_line(error)}") from error
+    if not start:
+        raise CheckpointError(f"{file}: is empty. Get it again.")
+    if start == _LFS:
+        raise CheckpointError(f"{file}: is a pointer of git-lfs to the file, and not the file. Get it: git lfs pull")
+    return _read_safetensors(file, start) if file.suffix == ".safetensors" else _read_torch(file)
+
+
+def _read_safetensors(file: Path, start: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    header = int.from_bytes(start[:8], "little")
     if header > min(_HEADER_BYTES, file.stat().st_size):
         raise CheckpointError(
             f"{file}: not a safetensors file: its header claims {header} bytes of {file.stat().st_size}. Get it again."
@@ -101,15 +118,17 @@ def _read_torch(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with torch.serialization.safe_globals(harmless), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{file}: holds more than tensors and plain data, and is not opened: {_refused(error)} Nothing of it "
-            f"was run. If you trust it, save its state_dict alone, as safetensors, where its own code is."
-        ) from error
     except Exception as error:  # torch.load raises half a dozen unrelated classes for a broken file
+        if isinstance(error, pickle.UnpicklingError) and (named := _CODE.search(str(error))):
+            raise CheckpointError(
+                f"{file}: holds more than tensors and plain data, and is not opened: it names {named[1]}, which is "
+                f"code. Nothing of it was run. If you trust it, save its state_dict alone, as safetensors, where its "
+                f"own code is."
+            ) from error
+        reason = _REASON.search(str(error))
         raise CheckpointError(
-            f"{file}: cannot be read as PyTorch weights ({file.stat().st_size} bytes; it may be cut off): "
-            f"{first_line(error)} Get it again."
+            f"{file}: cannot be read as PyTorch weights ({file.stat().st_size} bytes; it may be cut off, or something "
+            f"else): {reason[1] if reason else first_line(error)} Get it again."
         ) from error
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{file}: expected a dictionary of tensors, found {type(loaded).__name__}")
@@ -135,13 +154,8 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
-def _refused(error: Exception) -> str:
-    """What torch did not allow; its own advice, how to allow it, is left out."""
-    found = re.search(r"GLOBAL (\S+)", str(error))
-    return f"it names {found[1]}, which is code." if found else first_line(error)
-
-
 def first_line(error: Exception) -> str:
-    """Of its message, as a sentence; its class where it says nothing."""
+    """The first sentence of its message; its class where it says nothing."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    text = text.partition(". ")[0]
     return text if text.endswith(".") else f"{text}."
