@@ -151,3 +151,13 @@ class Codec(nn.Module):
         # A codebook is hashed under its first name, by which caches identify their autoencoder.
         named = {name.replace("quantizer.", "quantiser.", 1): tensor for name, tensor in self.state_dict().items()}
         return weight_hash(named)
+
+    def describe(self, weights: str | None = None) -> dict[str, Any]:
+        """Which autoencoder this is, as a cache's plan holds it (ldm/latents/manifest.py::CacheSpec).
+
+        Args:
+            weights: what `weight_hash` says, where it is known already.
+        """
+        # The encoder alone determines the latents: codes are chosen when they are decoded.
+        encoder = weight_hash(self.encoder.state_dict())
+        return {"weights": weights or self.weight_hash(), "encoder": encoder, "config": self.config, "path": self.path}

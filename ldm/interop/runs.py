@@ -98,6 +98,7 @@ def _denoiser_run(converted: Denoiser, name: str, source: Source, autoencoder: P
             batch_size=8,
             seed=23,
             num_validation=100,
+            statistics={"mean": [*manifest.mean], "std": [*manifest.std]},
         ),
         "lightning": {"trainer": dict(_TRAINER)},
     }
@@ -121,7 +122,7 @@ def _manifest(converted: Denoiser, codec: Codec, autoencoder: Path, source: Sour
             "resolution": as_resolution((height * factor, width * factor)),
             "channels": codec.encoder.in_channels,
         },
-        autoencoder={"weights": codec.weight_hash(), "config": codec.config, "path": str(autoencoder)},
+        autoencoder=codec.describe() | {"path": str(autoencoder)},
         num_classes=converted.params["conditioner"]["params"].get("num_classes"),
     )
     return Manifest(plan, [*converted.mean], [*converted.std], broken=[], shards=[])

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ldm.autoencoder.codec import Codec
+from ldm.config.tree import nearest
 from ldm.data.datamodule import VALIDATION_SEED, ElasticDataModule, dataset_facts, split
 from ldm.data.dataset import ImageDataset, decoding, emptied_classes, has_captions, require_channels
 from ldm.data.transforms import EvalTransform, transformed
@@ -20,7 +21,7 @@ from ldm.latents.build import Source, build, shard_items
 from ldm.latents.claims import read_sealed
 from ldm.latents.manifest import PLAN, CacheSpec, Manifest, note_source, noted_source
 from ldm.latents.reader import LatentCache, LatentDataset
-from ldm.ranges import Count, CountOrZero, Fraction, Resolution, Seed
+from ldm.ranges import Count, CountOrZero, Finite, Fraction, Resolution, Seed
 from ldm.runtime import distributed
 from ldm.runtime.progress import shown
 from ldm.sizes import Size, as_resolution, as_size
@@ -54,6 +55,8 @@ class LatentDataModule(ElasticDataModule):
         max_broken: the fraction of the images that may be unreadable; they are left out.
         encode_batch_size: images encoded at once while the cache is built.
         read_threads: threads that decode images while the cache is built.
+        statistics: {mean: [...], std: [...]} per channel of the latents, by which they are standardized: those that a
+            model which is trained further was trained with; None: the cache's own.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class LatentDataModule(ElasticDataModule):
         max_broken: Fraction = 0.01,
         encode_batch_size: Count = 64,
         read_threads: Count = 4,
+        statistics: Mapping[str, Sequence[Finite]] | None = None,
     ) -> None:
         super().__init__(batch_size, seed, micro_batch_size, num_workers)
         self.train_dataset, self.validation_dataset = split(train, validation, num_validation)
@@ -87,6 +91,8 @@ class LatentDataModule(ElasticDataModule):
         self.read_threads = read_threads
         self.train_cache: LatentCache | None = None
         self.validation_cache: LatentCache | None = None
+        self._statistics = None if statistics is None else _checked(statistics)
+        self._manifest: Manifest | None = None
         self._size = None if resolution is None else as_size(resolution)
         self._transform = transform
         self._codec: Codec | None = None
@@ -98,6 +104,12 @@ class LatentDataModule(ElasticDataModule):
         """
         codec = self._load()
         channels, height, width = codec.latent_shape(self.image_size)
+        for name, values in (self._statistics or {}).items():
+            if len(values) != channels:
+                raise ConfigError(
+                    f"data.params.statistics.{name}: expected {channels} numbers, one a channel of the latents, found "
+                    f"{len(values)}"
+                )
         return {
             "channels": channels,
             "resolution": as_resolution((height, width)),
@@ -108,6 +120,7 @@ class LatentDataModule(ElasticDataModule):
             "image_channels": codec.encoder.in_channels,
             # The weights at a path may have changed: a run can only resume in its own latent space.
             "autoencoder": None if self.autoencoder is None else codec.weight_hash(),
+            **({} if self._statistics is None else {"statistics": self._statistics}),
         }
 
     def meta_batch(self, rows: int = 2) -> dict[str, Any]:
@@ -131,8 +144,13 @@ class LatentDataModule(ElasticDataModule):
 
     @property
     def manifest(self) -> Manifest:
-        """The manifest of the training cache; its statistics standardize validation, too. DataError before `setup`."""
-        return _opened(self.train_cache).manifest
+        """Of the training cache, with the statistics that standardize training and validation. DataError before `setup`.
+
+        Where the cache was made with another decoder, it names the present one, with which samples are decoded.
+        """
+        _opened(self.train_cache)
+        assert self._manifest is not None, "set with the cache"
+        return self._manifest
 
     def prepare_data(self) -> None:
         """Prepare the source's files, once per machine."""
@@ -151,6 +169,8 @@ class LatentDataModule(ElasticDataModule):
         weights = codec.weight_hash()
         caches = {name: self._open(name, dataset, codec, weights) for name, dataset in self._datasets().items()}
         self.train_cache, self.validation_cache = caches["train"], caches.get("validation")
+        manifest = self.train_cache.manifest.decoded_by(codec.describe(weights))
+        self._manifest = manifest if self._statistics is None else replace(manifest, **self._statistics)
         self._codec = None  # its memory belongs to training now
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
@@ -181,7 +201,7 @@ class LatentDataModule(ElasticDataModule):
             num_items=len(dataset),
             source=dataset.fingerprint(),
             pixels={**self.transform.describe(), "channels": codec.encoder.in_channels, **decoding(dataset)},
-            autoencoder={"weights": weights, "config": codec.config, "path": codec.path},
+            autoencoder=codec.describe(weights),
             num_classes=dataset.num_classes,
             class_names=dataset.class_names,
             captions=has_captions(dataset),
@@ -240,6 +260,20 @@ class LatentDataModule(ElasticDataModule):
         if torch.cuda.is_available():
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         return torch.device("cpu")
+
+
+def _checked(statistics: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """Mean and standard deviation; ConfigError unless these and nothing else are there, and no deviation is zero."""
+    key = "data.params.statistics"
+    for name in ("mean", "std"):
+        if name not in statistics:
+            raise ConfigError(f"{key}.{name}: missing; write {{mean: [...], std: [...]}}, a number a channel")
+    for name in statistics:
+        if name not in ("mean", "std"):
+            raise ConfigError(f"{key}.{name}: unknown key '{name}'; {nearest(name, ('mean', 'std'))}")
+    if bad := [value for value in statistics["std"] if value <= 0]:
+        raise ConfigError(f"{key}.std: expected numbers above 0, found {bad[0]:g}")
+    return {name: [float(value) for value in statistics[name]] for name in ("mean", "std")}
 
 
 def _default_folder(plan: CacheSpec) -> Path:
