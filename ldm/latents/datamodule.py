@@ -144,7 +144,7 @@ class LatentDataModule(ElasticDataModule):
 
     @property
     def manifest(self) -> Manifest:
-        """Of the training cache, with the statistics that standardize training and validation. DataError before `setup`.
+        """Of the training cache, with the statistics that standardize all latents; DataError before `setup`.
 
         Where the cache was made with another decoder, it names the present one, with which samples are decoded.
         """
