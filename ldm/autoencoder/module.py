@@ -17,6 +17,7 @@ from ldm.autoencoder.metrics import Output, standard
 from ldm.autoencoder.networks import Decoder, Encoder
 from ldm.autoencoder.posterior import DiagonalGaussian, Posterior, latent_sums, statistics
 from ldm.autoencoder.quantizer import VectorQuantizer
+from ldm.checkpoints.store import is_untrained
 from ldm.errors import ConfigError
 from ldm.optim.optimizers import Scheduled, keep_settings, place_schedules
 from ldm.ranges import Positive
@@ -289,6 +290,10 @@ class AutoencoderKL(pl.LightningModule):
         facts = checkpoint.get("ldm", {})
         self._latents = facts.get("latents")
         self._validated = dict(facts.get("metrics", {}))
+        if is_untrained(checkpoint):
+            # What is trained beside it, such as a discriminator, is this run's own.
+            own = {name: value for name, value in self.state_dict().items() if name.startswith("loss.")}
+            checkpoint["state_dict"] = own | checkpoint["state_dict"]
         done = checkpoint.get("global_step", 0)
         place_schedules(checkpoint, [done, max(0, done - self.loss.disc_start)])
 

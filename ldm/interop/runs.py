@@ -10,6 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def _denoiser_run(converted: Denoiser, name: str, source: Source, autoencoder: P
             batch_size=8,
             seed=23,
             num_validation=100,
-            statistics={"mean": [*manifest.mean], "std": [*manifest.std]},
+            statistics=asdict(manifest.statistics),
         ),
         "lightning": {"trainer": dict(_TRAINER)},
     }
@@ -163,7 +164,7 @@ def _publish(logdir: Path, name: str, state: dict[str, Any]) -> RunFolder:
         aside.make()
         store.save(aside.checkpoints / _CHECKPOINT, state)
         config, origin = state["ldm"]["config"], state["ldm"]["origin"]
-        files.write_text(aside.path / "origin.json", json.dumps(origin, indent=2) + "\n")
+        files.write_text(aside.origin_file, json.dumps(origin, indent=2) + "\n")
         files.write_text(aside.source_file, to_yaml(config))
         files.write_text(aside.facts_file, "{}\n")
         files.write_text(aside.config_file, to_yaml(config))

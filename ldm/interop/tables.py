@@ -126,15 +126,15 @@ def to_ours(
             unused.append(name)
         else:
             reasons[why] = reasons.get(why, 0) + 1
-    problems = _listed("missing", sorted(wanted - tensors.keys()))
-    problems += _listed("in no place of this model", [f"{name} {[*tensors[name].shape]}" for name in unused])
-    problems += _listed("of another shape", _misshapen(table, tensors, shapes))
+    problems = listed("missing", sorted(wanted - tensors.keys()))
+    problems += listed("in no place of this model", [f"{name} {[*tensors[name].shape]}" for name in unused])
+    problems += listed("of another shape", _misshapen(table, tensors, shapes))
     if problems:
         raise CheckpointError(f"{origin}: its tensors do not fit:\n" + "\n".join(problems))
     weights = {entry.ours: _as_float32(entry.change.ours([tensors[name] for name in entry.theirs])) for entry in table}
     bad = [name for name, tensor in weights.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if bad:
-        raise CheckpointError(f"{origin}: values that are not finite:\n" + "\n".join(_listed("not finite", bad)))
+        raise CheckpointError(f"{origin}: values that are not finite:\n" + "\n".join(listed("not finite", bad)))
     return Fitted(weights, reasons)
 
 
@@ -172,7 +172,7 @@ def _as_float32(tensor: Tensor) -> Tensor:
     return (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
 
 
-def _listed(what: str, lines: Iterable[str]) -> list[str]:
+def listed(what: str, lines: Iterable[str]) -> list[str]:
     """Lines of a message, those that differ in their numbers alone as one."""
     groups: dict[str, list[str]] = {}
     for line in lines:

@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,15 @@ import torch
 from torch.utils.data import DataLoader
 
 from ldm.autoencoder.codec import Codec
-from ldm.config.tree import nearest
 from ldm.data.datamodule import VALIDATION_SEED, ElasticDataModule, dataset_facts, split
 from ldm.data.dataset import ImageDataset, decoding, emptied_classes, has_captions, require_channels
 from ldm.data.transforms import EvalTransform, transformed
 from ldm.errors import ConfigError, DataError
 from ldm.latents.build import Source, build, shard_items
 from ldm.latents.claims import read_sealed
-from ldm.latents.manifest import PLAN, CacheSpec, Manifest, note_source, noted_source
+from ldm.latents.manifest import MANIFEST, PLAN, CacheSpec, Manifest, note_source, noted_source
 from ldm.latents.reader import LatentCache, LatentDataset
+from ldm.latents.statistics import Statistics
 from ldm.ranges import Count, CountOrZero, Finite, Fraction, Resolution, Seed
 from ldm.runtime import distributed
 from ldm.runtime.progress import shown
@@ -91,7 +91,7 @@ class LatentDataModule(ElasticDataModule):
         self.read_threads = read_threads
         self.train_cache: LatentCache | None = None
         self.validation_cache: LatentCache | None = None
-        self._statistics = None if statistics is None else _checked(statistics)
+        self._statistics = None if statistics is None else Statistics.written(statistics)
         self._manifest: Manifest | None = None
         self._size = None if resolution is None else as_size(resolution)
         self._transform = transform
@@ -104,12 +104,8 @@ class LatentDataModule(ElasticDataModule):
         """
         codec = self._load()
         channels, height, width = codec.latent_shape(self.image_size)
-        for name, values in (self._statistics or {}).items():
-            if len(values) != channels:
-                raise ConfigError(
-                    f"data.params.statistics.{name}: expected {channels} numbers, one a channel of the latents, found "
-                    f"{len(values)}"
-                )
+        if self._statistics is not None:
+            self._statistics.require(channels)
         return {
             "channels": channels,
             "resolution": as_resolution((height, width)),
@@ -120,7 +116,7 @@ class LatentDataModule(ElasticDataModule):
             "image_channels": codec.encoder.in_channels,
             # The weights at a path may have changed: a run can only resume in its own latent space.
             "autoencoder": None if self.autoencoder is None else codec.weight_hash(),
-            **({} if self._statistics is None else {"statistics": self._statistics}),
+            **({} if self._statistics is None else {"statistics": asdict(self._statistics)}),
         }
 
     def meta_batch(self, rows: int = 2) -> dict[str, Any]:
@@ -137,6 +133,10 @@ class LatentDataModule(ElasticDataModule):
             source = self.autoencoder or "an image"
             raise ConfigError(f"data.params.resolution: {source} does not state its resolution: set it here")
         return known
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        return self.train_dataset.class_names
 
     @property
     def transform(self) -> EvalTransform:
@@ -170,7 +170,7 @@ class LatentDataModule(ElasticDataModule):
         caches = {name: self._open(name, dataset, codec, weights) for name, dataset in self._datasets().items()}
         self.train_cache, self.validation_cache = caches["train"], caches.get("validation")
         manifest = self.train_cache.manifest.decoded_by(codec.describe(weights))
-        self._manifest = manifest if self._statistics is None else replace(manifest, **self._statistics)
+        self._manifest = manifest if self._statistics is None else manifest.standardized_by(self._statistics)
         self._codec = None  # its memory belongs to training now
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
@@ -210,9 +210,21 @@ class LatentDataModule(ElasticDataModule):
         items = shard_items(plan.num_items, plan.record.itemsize, plan.encode_batch)
         return replace(plan, shard_items=items)
 
+    def expected(self) -> tuple[CacheSpec, Statistics | None]:
+        """The plan of the training cache, and what will standardize it; None: the statistics of a cache to be built."""
+        codec = self._load()
+        plan = self.plan(self.train_dataset, codec, codec.weight_hash())
+        folder = self._folder("train", plan)
+        if self._statistics is None and (folder / MANIFEST).is_file():
+            return plan, Manifest.read(folder).statistics
+        return plan, self._statistics
+
+    def _folder(self, name: str, plan: CacheSpec) -> Path:
+        return self.cache / name if self.cache is not None else _default_folder(plan)
+
     def _open(self, name: str, dataset: ImageDataset, codec: Codec, weights: str) -> LatentCache:
         plan = self.plan(dataset, codec, weights)
-        folder = self.cache / name if self.cache is not None else _default_folder(plan)
+        folder = self._folder(name, plan)
         source = Source(
             read=lambda item: self._read(dataset, item, codec.encoder.in_channels),
             name=dataset.path,
@@ -260,20 +272,6 @@ class LatentDataModule(ElasticDataModule):
         if torch.cuda.is_available():
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         return torch.device("cpu")
-
-
-def _checked(statistics: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
-    """Mean and standard deviation; ConfigError unless these and nothing else are there, and no deviation is zero."""
-    key = "data.params.statistics"
-    for name in ("mean", "std"):
-        if name not in statistics:
-            raise ConfigError(f"{key}.{name}: missing; write {{mean: [...], std: [...]}}, a number a channel")
-    for name in statistics:
-        if name not in ("mean", "std"):
-            raise ConfigError(f"{key}.{name}: unknown key '{name}'; {nearest(name, ('mean', 'std'))}")
-    if bad := [value for value in statistics["std"] if value <= 0]:
-        raise ConfigError(f"{key}.std: expected numbers above 0, found {bad[0]:g}")
-    return {name: [float(value) for value in statistics[name]] for name in ("mean", "std")}
 
 
 def _default_folder(plan: CacheSpec) -> Path:

@@ -32,6 +32,7 @@ from ldm.data.fingerprint import comparable
 from ldm.errors import DataError, ResourceError
 from ldm.files import crc32
 from ldm.latents.claims import COMMAND, REBUILD, dump, publish, read_sealed, seal
+from ldm.latents.statistics import Statistics
 
 FORMAT = 1
 MANIFEST, PLAN, CONTENTS = "manifest.json", "plan.json", "contents.json"
@@ -177,6 +178,14 @@ class Manifest:
             "broken": list(self.broken),
             "shards": [dict(shard) for shard in self.shards],
         }
+
+    @property
+    def statistics(self) -> Statistics:
+        return Statistics([*self.mean], [*self.std])
+
+    def standardized_by(self, statistics: Statistics) -> "Manifest":
+        """The same latents on another scale."""
+        return replace(self, mean=[*statistics.mean], std=[*statistics.std])
 
     @property
     def num_items(self) -> int:
