@@ -1,6 +1,8 @@
 """Make a run folder of a foreign checkpoint, which then samples, resumes, fine-tunes and evaluates like any other run.
 
 python scripts/convert.py sd-vae-ft-mse.safetensors                         # an autoencoder
+python scripts/convert.py kl-f8.ckpt --config kl-f8.yaml                    # with the YAML that says its training
+python scripts/convert.py taesd_encoder.pth                                 # and taesd_decoder.pth beside it
 python scripts/convert.py celeba.ckpt --config celeba.yaml                  # a model with its first stage: two runs
 python scripts/convert.py DiT-XL-2-256x256.pt --autoencoder logs/<run>      # a model without one
 python scripts/convert.py /path/to/folder                                   # of diffusers: one model or a pipeline
@@ -22,7 +24,9 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("source", type=options.path, metavar="PATH", help="a file of weights, or a folder of diffusers")
     parser.add_argument("--config", type=options.path, metavar="FILE", help="the YAML or JSON that describes it")
-    parser.add_argument("--autoencoder", type=options.path, metavar="RUN", help="first stage of a model without one")
+    parser.add_argument(
+        "--autoencoder", type=options.path, metavar="RUN", help="of a model without one; or diffusers' folder"
+    )
     parser.add_argument("--resolution", type=options.whole_number, metavar="PIXELS", help="of the images")
     parser.add_argument("--statistics", type=options.path, metavar="FILE", help="the latents' mean and deviation")
     parser.add_argument("--text-encoder", type=options.path, metavar="DIR", help="of captions, with its tokenizer")
