@@ -7,6 +7,8 @@
         configs/facts.json     the data's own description (number of images, classes, ...)
         images/{train,val}/    picture grids
         metrics.csv            every logged number
+        origin.json            only of a converted model: where its weights come from
+        init_from.json         only of a run that started from weights: which, and what became of them
         run_state.json         status, step, reason, resume_from: for scripts that start runs
         lock                   who is writing here
 
@@ -78,6 +80,14 @@ class RunFolder:
         return self.path / "configs" / "facts.json"
 
     @property
+    def origin_file(self) -> Path:
+        return self.path / "origin.json"
+
+    @property
+    def init_from_file(self) -> Path:
+        return self.path / "init_from.json"
+
+    @property
     def images(self) -> Path:
         return self.path / "images"
 
@@ -107,7 +117,8 @@ class RunFolder:
 
     def has_results(self) -> bool:
         """Whether the folder holds anything besides the run's identity and state."""
-        known = {self.config_file, self.source_file, self.facts_file, self.state_file, self.path / "lock"}
+        written = {self.config_file, self.source_file, self.facts_file, self.init_from_file, self.state_file}
+        known = {*written, self.path / "lock"}
         return any(not path.is_dir() and path not in known for path in self.path.rglob("*"))
 
     def make(self) -> None:

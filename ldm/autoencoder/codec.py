@@ -257,3 +257,7 @@ class AutoencoderCodec(Codec):
         # A codebook is hashed under its first name, by which caches identify their autoencoder.
         named = {name.replace("quantizer.", "quantiser.", 1): tensor for name, tensor in self.state_dict().items()}
         return weight_hash(named)
+
+    def describe(self, weights: str | None = None) -> dict[str, Any]:
+        # The encoder alone determines the latents: codes are chosen when they are decoded.
+        return super().describe(weights) | {"encoder": weight_hash(self.encoder.state_dict())}

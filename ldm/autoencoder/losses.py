@@ -120,14 +120,14 @@ class AutoencoderLoss(nn.Module):
         return self.discriminator is not None and step >= self.disc_start
 
     def forward(
-        self, images: Tensor, reconstruction: Tensor, posterior: Posterior, last_layer: nn.Conv2d, step: int
+        self, images: Tensor, reconstruction: Tensor, posterior: Posterior | None, last_layer: nn.Conv2d, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar whose single backward pass fills every gradient, and what to log.
 
         Args:
             images: (N, C, H, W) in [-1, 1].
             reconstruction: (N, C, H, W), the output of `last_layer` (up to a reshape).
-            posterior: of the images.
+            posterior: of the images; None: the encoder is not trained, and its cost is left out.
             last_layer: the decoder's.
             step: number of the optimizer step, counted from 0.
 
@@ -143,9 +143,12 @@ class AutoencoderLoss(nn.Module):
         precision = (-self.logvar).exp()
         nll = error * precision + self.logvar * copy[0].numel()
         gradient = gradient * precision.detach()
-        of_posterior = {name: values.mean() for name, values in posterior.logs().items()}
+        of_posterior: dict[str, Tensor] = {}
+        total = nll
+        if posterior is not None:
+            of_posterior = {name: values.mean() for name, values in posterior.logs().items()}
+            total = nll + self.kl_weight * posterior.regularization_loss().mean()
         logs = {"nll": nll.detach(), **of_posterior, "logvar": self.logvar.detach(), **parts}
-        total = nll + self.kl_weight * posterior.regularization_loss().mean()
         if self.adversarial_at(step):
             assert self.discriminator is not None
             fake = self.discriminator(copy).float()

@@ -18,6 +18,7 @@ from ldm.autoencoder.networks import Decoder, Encoder
 from ldm.autoencoder.posterior import DiagonalGaussian, Posterior, latent_sums, statistics
 from ldm.autoencoder.quantizer import VectorQuantizer
 from ldm.autoencoder.tiny import TinyDecoder, TinyEncoder
+from ldm.checkpoints.store import is_untrained
 from ldm.errors import ConfigError
 from ldm.optim.optimizers import Scheduled, keep_settings, place_schedules
 from ldm.ranges import Positive
@@ -52,6 +53,8 @@ class AutoencoderKL(pl.LightningModule):
         quantizer: a codebook instead of the Gaussian; None: the posterior is a diagonal Gaussian.
         metrics: validation metrics by name, beside the standard ones of ldm/autoencoder/metrics.py (psnr, ssim, losses,
             and latents, or codes of a codebook) or in place of the one of that name; null: without it.
+        train_encoder: False trains the decoder alone, for an encoder (and codebook) with weights from elsewhere, which
+            stay what they are: latents and caches made with them go on being valid.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class AutoencoderKL(pl.LightningModule):
         gradient_clip: Positive | None = None,
         quantizer: VectorQuantizer | None = None,
         metrics: Mapping[str, Metric | None] | None = None,
+        train_encoder: bool = True,
     ) -> None:
         super().__init__()
         if encoder.outputs != (1 if quantizer else 2):
@@ -83,6 +87,9 @@ class AutoencoderKL(pl.LightningModule):
         self.decoder = decoder
         self.quantizer = quantizer
         self.loss = loss
+        self.train_encoder = train_encoder
+        for part in self._frozen():
+            part.requires_grad_(False)
         self._recipes = [(optimizer, schedule), (discriminator_optimizer or optimizer, discriminator_schedule)]
         self._gradient_clip = gradient_clip
         self._micro_batches = 0  # seen since the last optimizer step
@@ -96,8 +103,9 @@ class AutoencoderKL(pl.LightningModule):
 
     def encode(self, images: Tensor) -> Posterior:
         """(N, C, H, W) in [-1, 1] -> the posterior over (N, c, h, w), in float32."""
-        output = self.encoder(images).float()
-        return DiagonalGaussian(output) if self.quantizer is None else self.quantizer(output)
+        with nullcontext() if self.train_encoder else torch.no_grad():
+            output = self.encoder(images).float()
+            return DiagonalGaussian(output) if self.quantizer is None else self.quantizer(output)
 
     def decode(self, latents: Tensor) -> Tensor:
         """(N, c, h, w) -> (N, C, H, W), about [-1, 1]."""
@@ -113,6 +121,16 @@ class AutoencoderKL(pl.LightningModule):
         return self(batch["image"], _noise(self.encoder, batch, "posterior"))
 
     # ------------------------------------------------------------------ training
+
+    def train(self, mode: bool = True) -> "AutoencoderKL":
+        """What is not trained stays in eval mode: its latents are those that stage 2 sees, without dropout."""
+        super().train(mode)
+        for part in self._frozen():
+            part.eval()
+        return self
+
+    def _frozen(self) -> list[nn.Module]:
+        return [] if self.train_encoder else [part for part in (self.encoder, self.quantizer) if part is not None]
 
     def total_loss(self, batch: Batch) -> Tensor:
         """The scalar whose single backward gives the gradients of both optimizers."""
@@ -141,8 +159,10 @@ class AutoencoderKL(pl.LightningModule):
     def configure_optimizers(self) -> tuple[list[Optimizer], list[Scheduled]]:
         # The log-variance is in the group even if it is fixed, and then has no gradient: a run in which that is changed
         # can still resume, since an optimizer's state is stored by parameter position.
-        codebook = [] if self.quantizer is None else [*self.quantizer.parameters()]
-        groups = [[*self.encoder.parameters(), *self.decoder.parameters(), self.loss.logvar, *codebook]]
+        groups = [[*self.decoder.parameters(), self.loss.logvar]]
+        if self.train_encoder:
+            codebook = [] if self.quantizer is None else [*self.quantizer.parameters()]
+            groups = [[*self.encoder.parameters(), *groups[0], *codebook]]
         if self.loss.discriminator is not None:
             groups.append(list(self.loss.discriminator.parameters()))
         optimizers, schedulers = [], []
@@ -155,7 +175,8 @@ class AutoencoderKL(pl.LightningModule):
 
     def _losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         reconstruction, posterior = self.reconstruct(batch)
-        return self.loss(batch["image"], reconstruction, posterior, self.decoder.last_layer, self.global_step)
+        trained = posterior if self.train_encoder else None
+        return self.loss(batch["image"], reconstruction, trained, self.decoder.last_layer, self.global_step)
 
     def _accumulation(self) -> int:
         return self.trainer.datamodule.accumulation(self.trainer.world_size)  # type: ignore[attr-defined]
@@ -270,6 +291,10 @@ class AutoencoderKL(pl.LightningModule):
         facts = checkpoint.get("ldm", {})
         self._latents = facts.get("latents")
         self._validated = dict(facts.get("metrics", {}))
+        if is_untrained(checkpoint):
+            # What is trained beside it, such as a discriminator, is this run's own.
+            own = {name: value for name, value in self.state_dict().items() if name.startswith("loss.")}
+            checkpoint["state_dict"] = own | checkpoint["state_dict"]
         done = checkpoint.get("global_step", 0)
         place_schedules(checkpoint, [done, max(0, done - self.loss.disc_start)])
 

@@ -114,7 +114,7 @@ def verify(path: Path) -> Verified:
     return newest
 
 
-def load(checkpoint: Path | Verified, read_shards: ReadShards | None = None) -> dict[str, Any]:
+def load(checkpoint: Path | Verified, read_shards: ReadShards | None = None, mapped: bool = False) -> dict[str, Any]:
     """The state that a checkpoint holds, on the CPU; never runs code from the file.
 
     It is verified first. If that was done before, by whichever rank, it is done again only where the files have
@@ -124,6 +124,7 @@ def load(checkpoint: Path | Verified, read_shards: ReadShards | None = None) -> 
         checkpoint: as in `verify`, or what that returned.
         read_shards: reads the tensors of a folder of shards, {key: tensor}, of which the caller takes its rows, as it
             does of those of a file without shards; None: all of them, whole.
+        mapped: memory-map the file, for a caller that copies what it needs.
 
     Raises:
         CheckpointError: missing, truncated, damaged, replaced while it was read, of another program, or holding more
@@ -136,7 +137,7 @@ def load(checkpoint: Path | Verified, read_shards: ReadShards | None = None) -> 
             raise CheckpointError(f"{verified.path}: was replaced after it had been verified. Start again.")
         verified = own
     # A rank that takes its rows of each tensor needs no copy of all of them: the file is mapped, once a machine.
-    state = sealed_file.read(verified.path, mapped=read_shards is not None)
+    state = sealed_file.read(verified.path, mapped=mapped or read_shards is not None)
     if (named := state.pop("shards", None)) is not None:
         folder = shards.folder_of(verified.path, named["folder"])
         tensors = read_shards(folder) if read_shards else shards.assembled(folder, [*named["files"]])
@@ -157,6 +158,13 @@ def record(path: Path) -> dict[str, Any]:
     """
     found = sealed_file.read(path, mapped=True).get("ldm")
     return found if isinstance(found, dict) else {}
+
+
+def is_untrained(state: Mapping[str, Any]) -> bool:
+    """Whether a loaded checkpoint is a converted one, from which training starts with a fresh optimizer."""
+    facts = state.get("ldm")
+    converted = isinstance(facts, dict) and "origin" in facts and facts.get("step") == 0
+    return converted and not state.get("optimizer_states")
 
 
 _STAGES = {"autoencoder": "an autoencoder (stage 1)", "diffusion": "a diffusion model (stage 2)"}

@@ -18,7 +18,8 @@ TRIES = 3
 """How many saves in a row may fail for lack of space before the run ends."""
 
 _BEST = f"best{store.SUFFIX}"
-_OURS = re.compile(rf"(step=\d+|stopped|finite){re.escape(store.SUFFIX)}")
+# `step=0` is a converted model (ldm/interop/runs.py), which no run has saved.
+_OURS = re.compile(rf"(step=(?!0\.)\d+|stopped|finite){re.escape(store.SUFFIX)}")
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ldm import files, run_folder
 from ldm.cli import program
@@ -24,6 +24,9 @@ from ldm.run_folder import RunFolder
 from ldm.runtime import signals
 from ldm.training import resume
 from ldm.training.options import Options
+
+if TYPE_CHECKING:
+    from ldm.training.init_from import Weights
 
 
 def main(argv: Sequence[str]) -> int:
@@ -68,16 +71,17 @@ def work(options: Options) -> int:
     settle_precision(start, tree)
     signals.stop_if_asked()
     resume.check_facts(start, facts, options.allow_change)
-    from ldm.training import dry_run, rehearsal, trainer
+    from ldm.training import dry_run, init_from, rehearsal, trainer
 
     outline, batch = dry_run.meta_model(tree, options.trust), data.meta_batch()
     dry_run.check_fit(outline, tree, facts, batch, start.config.origin)
     rehearsal.check(outline, tree, facts, batch, start.config.origin, start.config.trust)
     trainer.make_trainer(tree, data, outline, trust=options.trust)
+    weights = init_from.prepare(tree, outline, data, facts) if start.has_no_checkpoint() else None
     if options.dry_run:
         print(dry_run.report(outline, tree, facts, batch))
         return 0
-    return train(options, start, tree, data, facts)
+    return train(options, start, tree, data, facts, weights)
 
 
 def max_steps(config: Config) -> int:
@@ -121,8 +125,15 @@ def settle_precision(start: resume.Start, tree: dict[str, Any]) -> None:
             print(note)
 
 
-def train(options: Options, start: resume.Start, tree: dict[str, Any], data: Any, facts: dict[str, Any]) -> int:
-    """Build the model, claim the run folder, and train or validate."""
+def train(
+    options: Options,
+    start: resume.Start,
+    tree: dict[str, Any],
+    data: Any,
+    facts: dict[str, Any],
+    weights: "Weights | None",
+) -> int:
+    """Build the model, claim the run folder, and train (from these weights, if the run is new) or validate."""
     from ldm.runtime import distributed
     from ldm.training import defaults, fit, trainer
     from ldm.training.callbacks.first_step import FirstStep
@@ -151,7 +162,7 @@ def train(options: Options, start: resume.Start, tree: dict[str, Any], data: Any
         if not options.train:
             fit.validate(lightning, model, data, folder, start.checkpoint)
             return 0
-        state = fit.run(lightning, model, data, folder, start.checkpoint, start.verified, start.is_new)
+        state = fit.run(lightning, model, data, folder, start.checkpoint, start.verified, start.is_new, weights)
         if lightning.is_global_zero:
             print(f"{folder.path}: {state.status} at step {state.step} {state.reason}".rstrip())
         return state.exit_code or 0

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union
 
 from annotated_types import Ge
 
-from ldm.config import moved
+from ldm.config import init_from, moved
 from ldm.config.hints import LookUp, Parameter, Signature, mismatches, spell
 from ldm.config.signatures import live_signature, static_signature
 from ldm.config.targets import check_name, resolve
@@ -18,7 +18,7 @@ from ldm.config.tree import Node, dotted, nearest, show
 from ldm.errors import ConfigError
 from ldm.ranges import Count, CountOrZero, Fraction, FractionAboveZero, Positive, Seed
 
-_SECTIONS = ("name", "seed", "model", "data", "lightning")
+_SECTIONS = ("name", "seed", "model", "data", "lightning", "init_from")
 _LIGHTNING = ("trainer", "logger", "callbacks", "strategy")
 _NODE = ("target", "params", "partial")
 _TRAINER = "pytorch_lightning.Trainer"
@@ -78,9 +78,21 @@ def names(root: Node, trust: Sequence[str]) -> list[str]:
         if node and not (section == "name" and node.value is None):
             problems += [_problem(*wrong) for wrong in mismatches(node, kind, section, lambda target, partial: None)]
     problems += _lightning_names(sections.get("lightning"))
+    problems += _init_from(sections.get("init_from"))
     for key, node in _nodes(root, ""):
         problems += _node_names(key, node, trust)
     return problems
+
+
+def _init_from(node: Node | None) -> Iterator[str]:
+    if node is None or isinstance(node.value, str | None):
+        return
+    if not isinstance(node.value, dict):
+        yield _problem("init_from", node, f"expected a run, or a mapping with 'run', found {show(node)}")
+        return
+    if "run" not in node.value:
+        yield _problem("init_from.run", node, "missing; write the run folder or checkpoint to start from")
+    yield from _arguments("init_from", node, "init_from", init_from.signature(), lambda target, partial: None)
 
 
 def _lightning_names(node: Node | None) -> Iterator[str]:

@@ -54,6 +54,11 @@ class ElasticDataModule(LightningDataModule):
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what its batches hold: give it a meta_batch")
 
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        """The names of the classes of the training data, if it has some."""
+        return None
+
     def meta_conditions(self, dataset: ImageDataset, rows: int) -> dict[str, Any]:
         """What a batch of `dataset` holds beside its pictures or latents, without values."""
         batch: dict[str, Any] = {"draws": Draws(0, range(rows), self.batch_size, "meta")}
@@ -220,6 +225,10 @@ class ImageDataModule(ElasticDataModule):
     def meta_batch(self, rows: int = 2) -> dict[str, Any]:
         image = torch.empty(rows, self.channels, *self.size, device="meta")
         return {"image": image, **self.meta_conditions(self.train_dataset, rows)}
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        return self.train_dataset.class_names
 
     def source(self, item: int) -> str:
         return self.train_dataset.path(item)

@@ -10,6 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,7 @@ def _denoiser_run(
             batch_size=BATCH_SIZE,
             seed=23,
             num_validation=100,
+            statistics=asdict(manifest.statistics),
         ),
         "lightning": {"trainer": dict(_TRAINER)},
     }
@@ -196,7 +198,7 @@ def _publish(
             write_files(aside.path)
         store.save(aside.checkpoints / _CHECKPOINT, state)
         config, origin = state["ldm"]["config"], state["ldm"]["origin"]
-        files.write_text(aside.path / "origin.json", json.dumps(origin, indent=2) + "\n")
+        files.write_text(aside.origin_file, json.dumps(origin, indent=2) + "\n")
         files.write_text(aside.source_file, to_yaml(config))
         files.write_text(aside.facts_file, "{}\n")
         files.write_text(aside.config_file, to_yaml(config))

@@ -152,12 +152,12 @@ def to_ours(
     misshapen = _misshapen(table, tensors, shapes)
     there = [name for name in sorted(wanted & tensors.keys()) if name not in misshapen]
     odd = {name: text for name in there if (text := _odd(tensors[name]))}
-    problems = _listed("missing", sorted(wanted - tensors.keys()))
-    problems += _listed("in no place of this model", [f"{name} {[*tensors[name].shape]}" for name in unused])
-    problems += _listed("of another shape", [f"{name}: {text}" for name, text in misshapen.items()])
-    problems += _listed("of a type that weights do not have", [f"{name}: {text}" for name, text in odd.items()])
+    problems = listed("missing", sorted(wanted - tensors.keys()))
+    problems += listed("in no place of this model", [f"{name} {[*tensors[name].shape]}" for name in unused])
+    problems += listed("of another shape", [f"{name}: {text}" for name, text in misshapen.items()])
+    problems += listed("of a type that weights do not have", [f"{name}: {text}" for name, text in odd.items()])
     nan = [name for name in there if name not in odd and not _finite(tensors[name])]
-    problems += _listed("not finite (NaN or infinity)", nan)
+    problems += listed("not finite (NaN or infinity)", nan)
     if problems:
         raise CheckpointError(f"{origin}: its tensors do not fit. Nothing was written.\n" + "\n".join(problems))
     weights = {entry.ours: _as_float32(entry.change.ours([tensors[name] for name in entry.theirs])) for entry in table}
@@ -212,7 +212,7 @@ def _as_float32(tensor: Tensor) -> Tensor:
     return (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
 
 
-def _listed(what: str, lines: Iterable[str]) -> list[str]:
+def listed(what: str, lines: Iterable[str]) -> list[str]:
     """Lines of a message, those that differ in their numbers alone as one."""
     groups: dict[str, list[str]] = {}
     for line in lines:

@@ -2,9 +2,9 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from ldm.data.transforms import EvalTransform, transformed
 from ldm.errors import ConfigError, DataError
 from ldm.latents.build import Source, build, shard_items
 from ldm.latents.claims import read_sealed
-from ldm.latents.manifest import PLAN, CacheSpec, Manifest, note_source, noted_source
+from ldm.latents.manifest import MANIFEST, PLAN, CacheSpec, Manifest, note_source, noted_source
 from ldm.latents.reader import LatentCache, LatentDataset
-from ldm.ranges import Count, CountOrZero, Fraction, Resolution, Seed
+from ldm.latents.statistics import Statistics
+from ldm.ranges import Count, CountOrZero, Finite, Fraction, Resolution, Seed
 from ldm.runtime import distributed
 from ldm.runtime.progress import shown
 from ldm.sizes import Size, as_resolution, as_size
@@ -55,6 +56,8 @@ class LatentDataModule(ElasticDataModule):
         max_broken: the fraction of the images that may be unreadable; they are left out.
         encode_batch_size: images encoded at once while the cache is built.
         read_threads: threads that decode images while the cache is built.
+        statistics: {mean: [...], std: [...]} per channel of the latents, by which they are standardized: those that a
+            model which is trained further was trained with; None: the cache's own.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class LatentDataModule(ElasticDataModule):
         max_broken: Fraction = 0.01,
         encode_batch_size: Count = 64,
         read_threads: Count = 4,
+        statistics: Mapping[str, Sequence[Finite]] | None = None,
     ) -> None:
         super().__init__(batch_size, seed, micro_batch_size, num_workers)
         self.train_dataset, self.validation_dataset = split(train, validation, num_validation)
@@ -92,6 +96,8 @@ class LatentDataModule(ElasticDataModule):
         self.read_threads = read_threads
         self.train_cache: LatentCache | None = None
         self.validation_cache: LatentCache | None = None
+        self._statistics = None if statistics is None else Statistics.written(statistics)
+        self._manifest: Manifest | None = None
         self._size = None if resolution is None else as_size(resolution)
         self._transform = transform
         self._codec: Codec | None = None
@@ -103,6 +109,8 @@ class LatentDataModule(ElasticDataModule):
         """
         codec = self._load()
         channels, height, width = codec.latent_shape(self.image_size)
+        if self._statistics is not None:
+            self._statistics.require(channels)
         return {
             "channels": channels,
             "resolution": as_resolution((height, width)),
@@ -113,6 +121,7 @@ class LatentDataModule(ElasticDataModule):
             "image_channels": codec.in_channels,
             # The weights at a path may have changed: a run can only resume in its own latent space.
             "autoencoder": None if self.autoencoder is None else codec.weight_hash(),
+            **({} if self._statistics is None else {"statistics": asdict(self._statistics)}),
         }
 
     def meta_batch(self, rows: int = 2) -> dict[str, Any]:
@@ -131,13 +140,22 @@ class LatentDataModule(ElasticDataModule):
         return known
 
     @property
+    def class_names(self) -> Sequence[str] | None:
+        return self.train_dataset.class_names
+
+    @property
     def transform(self) -> EvalTransform:
         return self._transform or EvalTransform(self.image_size)
 
     @property
     def manifest(self) -> Manifest:
-        """The manifest of the training cache; its statistics standardize validation, too. DataError before `setup`."""
-        return _opened(self.train_cache).manifest
+        """Of the training cache, with the statistics that standardize all latents; DataError before `setup`.
+
+        Where the cache was made with another decoder, it names the present one, with which samples are decoded.
+        """
+        _opened(self.train_cache)
+        assert self._manifest is not None, "set with the cache"
+        return self._manifest
 
     def prepare_data(self) -> None:
         """Prepare the source's files, once per machine."""
@@ -156,6 +174,8 @@ class LatentDataModule(ElasticDataModule):
         weights = codec.weight_hash()
         caches = {name: self._open(name, dataset, codec, weights) for name, dataset in self._datasets().items()}
         self.train_cache, self.validation_cache = caches["train"], caches.get("validation")
+        manifest = self.train_cache.manifest.decoded_by(codec.describe(weights))
+        self._manifest = manifest if self._statistics is None else manifest.standardized_by(self._statistics)
         self._codec = self._given = None  # its memory belongs to training now
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
@@ -195,9 +215,21 @@ class LatentDataModule(ElasticDataModule):
         items = shard_items(plan.num_items, plan.record.itemsize, plan.encode_batch)
         return replace(plan, shard_items=items)
 
+    def expected(self) -> tuple[CacheSpec, Statistics | None]:
+        """The plan of the training cache, and what will standardize it; None: the statistics of a cache to be built."""
+        codec = self._load()
+        plan = self.plan(self.train_dataset, codec, codec.weight_hash())
+        folder = self._folder("train", plan)
+        if self._statistics is None and (folder / MANIFEST).is_file():
+            return plan, Manifest.read(folder).statistics
+        return plan, self._statistics
+
+    def _folder(self, name: str, plan: CacheSpec) -> Path:
+        return self.cache / name if self.cache is not None else _default_folder(plan)
+
     def _open(self, name: str, dataset: ImageDataset, codec: Codec, weights: str) -> LatentCache:
         plan = self.plan(dataset, codec, weights)
-        folder = self.cache / name if self.cache is not None else _default_folder(plan)
+        folder = self._folder(name, plan)
         source = Source(
             read=lambda item: self._read(dataset, item, codec.in_channels),
             name=dataset.path,

@@ -32,11 +32,15 @@ from ldm.data.fingerprint import comparable
 from ldm.errors import DataError, ResourceError
 from ldm.files import crc32
 from ldm.latents.claims import COMMAND, REBUILD, dump, publish, read_sealed, seal
+from ldm.latents.statistics import Statistics
 
 FORMAT = 1
 MANIFEST, PLAN, CONTENTS = "manifest.json", "plan.json", "contents.json"
 
 log = logging.getLogger(__name__)
+
+# Facts that determine pictures of latents, but not the latents.
+_OF_DECODER = ("autoencoder.weights", "autoencoder.config.decoder", "autoencoder.config.quantizer")
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,9 @@ class CacheSpec:
         source: fingerprint of the source dataset; one without `:contents:` covers only names and sizes.
         pixels: how an item becomes a tensor: resolution, crop, interpolation, channels, range; and `value_range` where
             gray images of more than 8 bits have one (not compared, since `source` covers it).
-        autoencoder: {"weights": hash, "config": of encoder and decoder, "path": where it was found (not compared)}.
+        autoencoder: {"weights": hash, "encoder": hash of the encoder alone, "config": of encoder and decoder, "path":
+            where it was found (not compared)}. Of one encoder, other decoders are as good. (Plans from before there
+            was "encoder" are compared by "weights".)
         num_classes: None if items carry no class label; the labels are 0 .. num_classes - 1.
         class_names: their names, if known.
         captions: items carry a caption.
@@ -94,7 +100,8 @@ class CacheSpec:
     def facts(self) -> dict[str, Any]:
         """The compared facts under dotted keys."""
         tree = {key: value for key, value in asdict(self).items() if key not in ("shard_items", "encode_batch")}
-        tree["autoencoder"] = {key: value for key, value in self.autoencoder.items() if key != "path"}
+        # The encoder's hash is left out, so that a cache has the name that it always had.
+        tree["autoencoder"] = {key: value for key, value in self.autoencoder.items() if key not in ("path", "encoder")}
         tree["pixels"] = {key: value for key, value in self.pixels.items() if key != "value_range"}
         facts: dict[str, Any] = json.loads(json.dumps(dict(_flat(tree))))
         return facts
@@ -108,10 +115,12 @@ class CacheSpec:
         # A configuration stored under former names means the same.
         ours, theirs = (replace(plan, autoencoder=current_plain(plan.autoencoder)).facts() for plan in (self, found))
         ours["source"], theirs["source"] = comparable(self.source, found.source)
+        other_decoder = ours.get("autoencoder.weights") != theirs.get("autoencoder.weights")
+        skipped = _OF_DECODER if other_decoder and same_encoder(self.autoencoder, found.autoencoder) else ()
         return [
             f"{key}: expected {_short(ours.get(key))}, found {_short(theirs.get(key))}"
             for key in sorted(ours.keys() | theirs.keys())
-            if ours.get(key) != theirs.get(key)
+            if ours.get(key) != theirs.get(key) and not key.startswith(skipped)
         ]
 
     def require(self, folder: Path, found: "CacheSpec") -> None:
@@ -140,7 +149,9 @@ class Manifest:
     std: list[float]
     broken: list[int]
     shards: list[dict[str, Any]]
-    _placed: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
+    _placed: dict[torch.device, tuple[Tensor, Tensor]] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> "Manifest":
@@ -169,9 +180,23 @@ class Manifest:
         }
 
     @property
+    def statistics(self) -> Statistics:
+        return Statistics([*self.mean], [*self.std])
+
+    def standardized_by(self, statistics: Statistics) -> "Manifest":
+        """The same latents on another scale."""
+        return replace(self, mean=[*statistics.mean], std=[*statistics.std])
+
+    @property
     def num_items(self) -> int:
         """Items with a record."""
         return self.plan.num_items - len(self.broken)
+
+    def decoded_by(self, autoencoder: Mapping[str, Any]) -> "Manifest":
+        """Of the same latents, whose decoder is another one with that encoder; itself if it names that one already."""
+        if autoencoder["weights"] == self.plan.autoencoder["weights"]:
+            return self
+        return replace(self, plan=replace(self.plan, autoencoder=dict(autoencoder)))
 
     def standardize(self, latents: Tensor) -> Tensor:
         """(N,c,h,w) from the encoder -> zero mean, unit variance per channel over the cache."""
@@ -189,6 +214,12 @@ class Manifest:
             both = torch.tensor([self.mean, self.std], dtype=torch.float32, device=device)[:, :, None, None]
             self._placed[device] = (both[0], both[1])
         return self._placed[device]
+
+
+def same_encoder(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two autoencoders, as a CacheSpec describes them, make the same latents; False where it is not known."""
+    known = one.get("encoder")
+    return one.get("weights") == other.get("weights") or (known is not None and known == other.get("encoder"))
 
 
 def verify(folder: Path | str, progress: Callable[[int, int], None] = lambda done, total: None) -> Manifest:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ldm.diffusion.conditioners.base import Conditioning
 from ldm.diffusion.objectives import Objective
 from ldm.errors import ConfigError
+from ldm.latents.manifest import same_encoder
 
 if TYPE_CHECKING:  # generate.py builds on this file
     from ldm.sampling.pipeline import Pipeline
@@ -204,7 +205,7 @@ class Guidance:
         ours, theirs = pipeline.manifest, guide.manifest
         reads = pipeline.conditioner.keys, guide.conditioner.keys
         found = guide.origin.get("checkpoint", "the guiding model")
-        same = ours.plan.autoencoder["weights"] == theirs.plan.autoencoder["weights"]
+        same = same_encoder(ours.plan.autoencoder, theirs.plan.autoencoder)
         if not same or (ours.plan.shape, ours.mean, ours.std) != (theirs.plan.shape, theirs.mean, theirs.std):
             raise ConfigError(f"{found}: was trained on other latents than the model to guide")
         if not {*reads[1]} <= {*reads[0]}:

@@ -3,6 +3,7 @@
 images = Pipeline.load("logs/<run>").generate(range(8), [{"class_label": 3}] * 8)
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from ldm.diffusion.conditioners.joint import Joint
 from ldm.diffusion.objectives import Objective
 from ldm.errors import CheckpointError
 from ldm.images import picture
-from ldm.latents.manifest import Manifest
+from ldm.latents.manifest import Manifest, same_encoder
 from ldm.sampling.conditions import Condition
 from ldm.sampling.generate import UNGUIDED, generate
 from ldm.sampling.guidance import Guidance
@@ -31,6 +32,8 @@ from ldm.sampling.timesteps import TimestepSchedule, default
 
 if TYPE_CHECKING:  # sampling from a checkpoint needs none of the training code
     from ldm.diffusion.module import LatentDiffusion
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,8 @@ class Pipeline:
         store.fill(objective, state["state_dict"], "objective", file)
         manifest = Manifest.from_dict(record["latents"])
         codec = load_codec(manifest, autoencoder, file, trust)
+        if autoencoder is not None:
+            manifest = manifest.decoded_by(codec.describe())
         origin = {"checkpoint": str(file), "step": record["step"], "weights": "ema" if ema else "raw"}
         denoiser.requires_grad_(False).eval()
         dropout = params.get("label_dropout", 0.0)
@@ -152,7 +157,9 @@ def load_codec(
     trust: Sequence[str] = (),
     where: str = "with --autoencoder PATH",
 ) -> Codec:
-    """The autoencoder that made the latents, verified by the hash of its weights; the identity if they are pixels.
+    """The autoencoder that made the latents, or one with the same encoder; the identity if they are pixels.
+
+    Verified by the hash of its weights, or that of its encoder's.
 
     Args:
         manifest: of the latents.
@@ -174,9 +181,13 @@ def load_codec(
         codec = Codec.of(recorded["config"], path or "", trust)
     except CheckpointError as error:
         raise CheckpointError(f"{error}\n{file} needs the autoencoder that made its latents. {fix}") from error
-    if (found := codec.weight_hash()) != recorded["weights"]:
-        raise CheckpointError(
-            f"{codec.path}: not the autoencoder that made the latents of {file}: weights {found[:16]}..., "
-            f"expected {recorded['weights'][:16]}.... {fix}"
-        )
-    return codec
+    found = codec.describe()
+    if found["weights"] == recorded["weights"]:
+        return codec
+    if same_encoder(found, recorded):
+        log.warning("%s: decodes the latents of %s, which another decoder of the same encoder came with", path, file)
+        return codec
+    raise CheckpointError(
+        f"{codec.path}: not the autoencoder that made the latents of {file}: weights {found['weights'][:16]}..., "
+        f"expected {recorded['weights'][:16]}.... {fix}"
+    )

@@ -25,7 +25,9 @@ from ldm.run_folder import RunFolder, RunState
 from ldm.runtime import distributed, launcher, signals
 from ldm.runtime.signals import Stopped
 from ldm.training import lightning_internals
+from ldm.training.callbacks.ancestry import Ancestry
 from ldm.training.callbacks.checkpoints import files_of
+from ldm.training.init_from import Weights
 
 # Two checkpoints are kept, and a third is being written.
 _FILES = 3
@@ -39,6 +41,7 @@ def run(
     named: Path | None,
     verified: Verified | None = None,
     is_new: bool = False,
+    weights: Weights | None = None,
 ) -> RunState:
     """Train from `named`, else from the folder's newest checkpoint, else from the start.
 
@@ -47,6 +50,7 @@ def run(
     Args:
         verified: `named`, where this rank has verified it.
         is_new: the run starts from nothing, and `folder` is its own on rank 0 alone.
+        weights: what it starts from where there is no checkpoint.
 
     Raises:
         LdmError: something the user can fix; the checkpoints are intact.
@@ -54,13 +58,14 @@ def run(
     if trainer.is_global_zero:
         writer.sweep(folder.checkpoints)
     home = _Home(folder)
+    source = None if is_new else _source(folder, named)
+    ancestry = Ancestry(folder, weights if source is None else None)
     # Lightning sets the attribute where mypy does not see it.
-    trainer.callbacks[:] = [home, *trainer.callbacks, _SetAside(folder)]  # type: ignore[attr-defined]
+    trainer.callbacks[:] = [home, *trainer.callbacks, ancestry, _SetAside(folder)]  # type: ignore[attr-defined]
     before = folder.read_state()
     resume_from = _within(folder, named) if named else before.resume_from if before else None
     record(trainer, folder, RunState("running", resume_from=resume_from))
     files_of(trainer).source = verified
-    source = None if is_new else _source(folder, named)
     try:
         trainer.fit(model, datamodule=data, ckpt_path=source, weights_only=True)
         if is_overridden("test_step", model):

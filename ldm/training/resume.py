@@ -59,6 +59,12 @@ class Start:
         """Whether it starts from nothing."""
         return self.folder is None and self.checkpoint is None
 
+    def has_no_checkpoint(self) -> bool:
+        """Whether it is new, or was killed before its first save."""
+        from ldm.checkpoints import store  # torch, which a mistake on the command line need not wait for
+
+        return self.checkpoint is None and not (self.folder and store.has_any(self.folder.checkpoints))
+
 
 def start(options: Options) -> Start:
     """Find what the command line asks for.
@@ -141,9 +147,12 @@ def _continued(options: Options, folder: RunFolder, checkpoint: Path | None) -> 
         raise ConfigError(_SCALED)
     facts = json.loads(folder.facts_file.read_text()) if folder.facts_file.is_file() else None
     source = read(folder.source_file)
-    written = Written(source, read(folder.config_file), _wanted(options, source), facts)
+    # A converted model has no data before its first start, which writes down what the data is.
+    is_trained = facts != {} or not folder.origin_file.is_file()
+    known = facts if is_trained else None
+    written = Written(source, read(folder.config_file), _wanted(options, source), known, is_trained)
     config, notes = _changed(options, written, folder.path)
-    return Start(config, written.wanted.plain(), folder.name, folder, checkpoint, notes, facts)
+    return Start(config, written.wanted.plain(), folder.name, folder, checkpoint, notes, known)
 
 
 def _from_checkpoint(options: Options, checkpoint: Path) -> Start:
@@ -158,7 +167,8 @@ def _from_checkpoint(options: Options, checkpoint: Path) -> Start:
         raise ConfigError(f"{checkpoint}: holds no configuration; expected a checkpoint written by main.py.")
     saved = from_plain(record["config"], str(checkpoint))
     facts = record.get("data")
-    written = Written(saved, saved, _wanted(options, saved), facts)
+    is_trained = "origin" not in record or record.get("step") != 0
+    written = Written(saved, saved, _wanted(options, saved), facts, is_trained)
     name = _name(options, written.wanted)
     run_folder.check_name(f"{name}{options.postfix}")  # it may be a stranger's
     config, notes = _changed(options, written, checkpoint)
@@ -173,7 +183,8 @@ def _wanted(options: Options, saved: Node) -> Node:
 def _changed(options: Options, written: Written, origin: Path) -> tuple[Config, tuple[str, ...]]:
     """The configuration to resume with, and a note on each change."""
     changed = changes(written)
-    refuse({key: change for key, change in changed.items() if bound(key)}, origin, options.allow_change)
+    of_run = {key: change for key, change in changed.items() if bound(key, written.is_trained)}
+    refuse(of_run, origin, options.allow_change)
     config = Config(going_on(written, changed, options.allow_change), options.trust)
     notes = [f"changed: {key} from {brief(old)} to {brief(new)}" for key, (old, new) in changed.items()]
     followed = differences(written.filled.plain(), config.resolved())

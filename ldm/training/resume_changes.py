@@ -29,7 +29,7 @@ from ldm.files import expanded
 
 # A key is bound to the run when it is, or lies under, one of these; all others may change freely.
 _BOUND = (
-    *("seed", "model", "data"),
+    *("seed", "model", "data", "init_from"),
     *(
         "lightning.trainer.precision",
         "lightning.trainer.gradient_clip_val",
@@ -39,6 +39,11 @@ _BOUND = (
 )
 # Exceptions to the above: how the same batch is loaded and cut to pieces, and what is measured.
 _FREE = ("data.params.num_workers", "data.params.micro_batch_size", "model.params.metrics")
+# Of a converted model that nobody has trained yet, only what its weights were made for is bound.
+_CONVERTED = (
+    *(f"model.params.{name}" for name in ("encoder", "decoder", "quantizer", "network", "conditioner", "objective")),
+    *(f"data.params.{name}" for name in ("autoencoder", "resolution", "statistics")),
+)
 # Chosen at a run's start, so that a resumed run keeps the choice.
 _CHOSEN_AT_START = {"lightning.trainer.precision": "auto"}
 
@@ -54,12 +59,14 @@ class Written:
         filled: what ran, with every reference filled in.
         wanted: what is written now.
         facts: the data's own description then, if known.
+        is_trained: whether it has begun; a converted model has not.
     """
 
     source: Node
     filled: Node
     wanted: Node
     facts: Mapping[str, Any] | None = None
+    is_trained: bool = True
 
 
 def changes(written: Written) -> dict[str, tuple[Any, Any]]:
@@ -118,9 +125,10 @@ def differences(old: Any, new: Any, key: str = "") -> dict[str, tuple[Any, Any]]
     return found
 
 
-def bound(key: str) -> bool:
-    """Whether a change of this key would make it another run."""
-    return any(_under(key, name) or _under(name, key) for name in _BOUND) and not any(_under(key, n) for n in _FREE)
+def bound(key: str, is_trained: bool = True) -> bool:
+    """Whether a change of this key would make it another run; `is_trained` is False of a converted model at first."""
+    names = _BOUND if is_trained else _CONVERTED
+    return any(_under(key, name) or _under(name, key) for name in names) and not any(_under(key, n) for n in _FREE)
 
 
 def brief(value: Any) -> str:

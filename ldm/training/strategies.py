@@ -19,6 +19,7 @@ from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from torch.optim import Optimizer
 
 from ldm.checkpoints import sharded_state, shards
+from ldm.checkpoints.store import is_untrained
 from ldm.ranges import Positive
 from ldm.runtime import distributed, fsdp
 from ldm.training import lightning_internals
@@ -105,6 +106,8 @@ class FSDP2(ModelParallelStrategy):
         fsdp.load_weights(self.lightning_module, checkpoint["state_dict"], strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        if is_untrained(checkpoint):
+            return
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             fsdp.load_optimizer(optimizer, state)
 

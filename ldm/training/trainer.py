@@ -185,7 +185,8 @@ class _Steps(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        lightning_internals.place_batch_count(checkpoint, checkpoint["global_step"] * self.accumulation)
+        if "loops" in checkpoint:  # a converted model has not begun to count
+            lightning_internals.place_batch_count(checkpoint, checkpoint["global_step"] * self.accumulation)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         lightning_internals.set_accumulation(trainer, self.accumulation)

@@ -72,9 +72,13 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 def _whole(state: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The state, if a run can go on from it: with its optimizers, or before its first step."""
+    if store.is_untrained(state):
+        return {"callbacks": {}, **state}  # without that key Lightning would not let callbacks see it
     if "loops" not in state:
         raise CheckpointError(
-            f"{file}: holds weights alone: sample from it, or resume from one of the run's checkpoints/."
+            f"{file}: holds weights alone: sample from it, start a new run with init_from, or resume from one of the "
+            f"run's checkpoints/."
         )
     return state
 
