@@ -4,15 +4,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ldm.errors import CheckpointError
-from ldm.interop import compvis_first_stage, runs, sources
+from ldm.errors import CheckpointError, ConfigError
+from ldm.interop import compvis_first_stage, dit, runs, sources
 from ldm.interop.models import Family, Request
 from ldm.interop.sources import Source
 
 __all__ = ["FAMILIES", "Request", "convert", "recognized"]
 
 
-FAMILIES: Sequence[Family] = (compvis_first_stage.FAMILY,)
+FAMILIES: Sequence[Family] = (compvis_first_stage.FAMILY, dit.FAMILY)
 """The first that fits is taken: what is part of another's file comes after it."""
 
 
@@ -33,7 +33,11 @@ def convert(
         ConfigError: something that it takes besides the file is missing.
     """
     source = sources.read(path, config)
-    for model in recognized(source).convert(source, request):
+    family = recognized(source)
+    if request.family not in (None, *family.kinds):
+        kinds = f"one of {', '.join(family.kinds)}" if family.kinds else "no --family, since such a file tells its own"
+        raise ConfigError(f"{path}: is a {family.name}; expected {kinds}, found --family {request.family}")
+    for model in family.convert(source, request):
         if license is not None:
             model = replace(model, origin=replace(model.origin, license=license))
         for folder in runs.write(model, source, request, logdir, name):

@@ -21,12 +21,14 @@ class Request:
         resolution: of the images, pixels; None: what the file or its family says.
         statistics: file with the latents' mean and standard deviation per channel; None: the family's own.
         text_encoder: folder of the text encoder and its tokenizer that a model of captions was trained with.
+        family: which of the kinds of `Family.kinds`, where a file does not tell.
     """
 
     autoencoder: Path | None = None
     resolution: int | None = None
     statistics: Path | None = None
     text_encoder: Path | None = None
+    family: str | None = None
 
 
 @dataclass(frozen=True)
@@ -103,11 +105,13 @@ class Family:
         marks: for each way in which such a file is known: what must all be in it, names of tensors, or `class NAME` for
             the class that a folder's config.json names.
         convert: makes our models of it.
+        kinds: words for `Request.family`, if its files do not tell for themselves what they are.
     """
 
     name: str
     marks: Sequence[Sequence[str]]
     convert: Callable[[Source, Request], Sequence[Converted]]
+    kinds: Sequence[str] = ()
 
     def likeness(self, names: set[str]) -> float:
         """The share of the marks that are there, of the way that fits best: 1 is this family."""

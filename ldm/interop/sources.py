@@ -45,8 +45,16 @@ class Inert:
     def __setstate__(self, state: object) -> None: ...
 
 
+class Recorded(dict[str, Any]):
+    """Stands for an object that is nothing but named values, such as a program's arguments: keeps those."""
+
+    def __setstate__(self, state: object) -> None:
+        self.update(state if isinstance(state, dict) else {})
+
+
 # Classes that Lightning, OmegaConf and argparse leave in checkpoints of this lineage. Nothing of theirs is run: each
-# name stands for `Inert`. Any other name in a pickle, but torch's own rebuilding of tensors, is refused by torch.
+# name stands for `Inert`, or for `Recorded`. Any other name in a pickle, but torch's own rebuilding of tensors, is
+# refused by torch.
 _HARMLESS = (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
@@ -56,8 +64,8 @@ _HARMLESS = (
     "omegaconf.nodes.AnyNode",
     "omegaconf.base.ContainerMetadata",
     "omegaconf.base.Metadata",
-    "argparse.Namespace",
 )
+_RECORDS = ("argparse.Namespace",)
 
 
 @dataclass(frozen=True)
@@ -165,6 +173,11 @@ def _description(file: Path) -> dict[str, Any]:
 
 
 def _read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if file.suffix == ".pkl":
+        raise CheckpointError(
+            f"{file}: a pickle, which may carry code and is not opened. EDM2's networks (NVlabs/edm2): run "
+            f"scripts/edm2_to_safetensors.py on it where their code is, and convert the file that it writes"
+        )
     if file.suffix not in SUFFIXES:
         raise CheckpointError(f"{file}: expected a file of weights ({', '.join(SUFFIXES)})")
     if file.suffix == ".safetensors":
@@ -187,7 +200,7 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _read_torch(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    harmless: list[Any] = [(Inert, name) for name in _HARMLESS]
+    harmless: list[Any] = [(Inert, name) for name in _HARMLESS] + [(Recorded, name) for name in _RECORDS]
     try:
         with torch.serialization.safe_globals(harmless), warnings.catch_warnings():
             warnings.simplefilter("ignore")
