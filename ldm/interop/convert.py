@@ -5,14 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from ldm.errors import CheckpointError, ConfigError
-from ldm.interop import compvis_first_stage, dit, runs, sources
+from ldm.interop import compvis_first_stage, dit, edm2, runs, sources
 from ldm.interop.models import Family, Request
 from ldm.interop.sources import Source
 
 __all__ = ["FAMILIES", "Request", "convert", "recognized"]
 
 
-FAMILIES: Sequence[Family] = (compvis_first_stage.FAMILY, dit.FAMILY)
+FAMILIES: Sequence[Family] = (compvis_first_stage.FAMILY, dit.FAMILY, edm2.FAMILY)
 """The first that fits is taken: what is part of another's file comes after it."""
 
 

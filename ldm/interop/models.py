@@ -80,6 +80,7 @@ class Denoiser:
         mean, std: of the latents per channel, as the model was trained: z = (latent - mean) / std.
         size: (height, width) of the latents.
         first_stage: that of the same file; None: it is another run (`Request.autoencoder`).
+        pixels: it denoises the images themselves and has no first stage.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Denoiser:
     size: tuple[int, int]
     origin: Origin
     first_stage: FirstStage | None = None
+    pixels: bool = False
 
 
 Converted = FirstStage | Denoiser

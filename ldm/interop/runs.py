@@ -52,7 +52,7 @@ def write(converted: Converted, source: Source, request: Request, logdir: Path, 
         written = write(converted.first_stage, source, request, logdir, f"{name}_autoencoder")
     try:
         path = written[0].path if written else request.autoencoder
-        if path is None:
+        if path is None and not converted.pixels:
             raise ConfigError(
                 f"{source.path}: holds no first stage, without which no picture can be made. Name the autoencoder "
                 f"whose latents it was trained on: --autoencoder RUN (convert that first, if it is another file)"
@@ -83,8 +83,8 @@ def _autoencoder_run(converted: FirstStage, name: str, source: Source) -> dict[s
     return _state(config, facts, converted.weights, converted.origin, source)
 
 
-def _denoiser_run(converted: Denoiser, name: str, source: Source, autoencoder: Path) -> dict[str, Any]:
-    codec = Codec.load(autoencoder)
+def _denoiser_run(converted: Denoiser, name: str, source: Source, autoencoder: Path | None) -> dict[str, Any]:
+    codec = Codec.pixels(len(converted.mean)) if autoencoder is None else Codec.load(autoencoder)
     manifest = _manifest(converted, codec, autoencoder, source)
     config = {
         "name": name,
@@ -93,7 +93,7 @@ def _denoiser_run(converted: Denoiser, name: str, source: Source, autoencoder: P
         "data": node(
             "latents.datamodule.LatentDataModule",
             train=_IMAGES,
-            autoencoder=str(autoencoder),
+            autoencoder=None if autoencoder is None else str(autoencoder),
             resolution=manifest.plan.pixels["resolution"],
             batch_size=8,
             seed=23,
@@ -109,7 +109,7 @@ def _denoiser_run(converted: Denoiser, name: str, source: Source, autoencoder: P
     return _state(config, facts, weights, converted.origin, source)
 
 
-def _manifest(converted: Denoiser, codec: Codec, autoencoder: Path, source: Source) -> Manifest:
+def _manifest(converted: Denoiser, codec: Codec, autoencoder: Path | None, source: Source) -> Manifest:
     """Of the latents that it was trained on: their scale and the autoencoder that made them; no records."""
     height, width = converted.size
     factor = codec.encoder.down_factor
@@ -121,7 +121,7 @@ def _manifest(converted: Denoiser, codec: Codec, autoencoder: Path, source: Sour
             "resolution": as_resolution((height * factor, width * factor)),
             "channels": codec.encoder.in_channels,
         },
-        autoencoder={"weights": codec.weight_hash(), "config": codec.config, "path": str(autoencoder)},
+        autoencoder={"weights": codec.weight_hash(), "config": codec.config, "path": str(autoencoder or "")},
         num_classes=converted.params["conditioner"]["params"].get("num_classes"),
     )
     return Manifest(plan, [*converted.mean], [*converted.std], broken=[], shards=[])
