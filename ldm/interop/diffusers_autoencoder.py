@@ -9,7 +9,7 @@ from torch import Tensor
 from ldm.autoencoder.networks import Decoder, Encoder
 from ldm.autoencoder.quantizer import VectorQuantizer
 from ldm.interop.diffusers_autoencoder_table import present_names, table_of
-from ldm.interop.diffusers_config import Exported, Settings, arguments, one_number, raise_all
+from ldm.interop.diffusers_config import Exported, Settings, apart, arguments, on_meta, one_number, raise_all
 from ldm.interop.models import Family, FirstStage, Origin, Request, node, shapes
 from ldm.interop.sources import Source
 from ldm.interop.tables import to_ours, to_theirs
@@ -70,7 +70,6 @@ def from_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     if name == "VQModel":
         settings.only({"norm_type": ("group",), "vq_embed_dim": (None, settings.values["latent_channels"])})
     base, channel_mult = settings.widths()
-    settings.groups({base * factor for factor in channel_mult})
     sizes = {
         "base_channels": base,
         "channel_mult": channel_mult,
@@ -98,6 +97,8 @@ def from_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     if name == "VQModel":
         size = settings.whole("num_vq_embeddings")
         nodes["quantizer"] = node("autoencoder.quantizer.VectorQuantizer", size=size, channels=sizes["latent_channels"])
+    settings.check()
+    settings.groups(on_meta(encoder), on_meta(decoder))
     settings.check()
     return nodes
 
@@ -153,7 +154,7 @@ def to_config(
         "block_out_channels": widths,
         "layers_per_block": encoder["num_res_blocks"],
         "latent_channels": encoder["latent_channels"],
-        "norm_num_groups": one_number({*widths}, problems),
+        "norm_num_groups": one_number(problems, on_meta(params["encoder"]), on_meta(params["decoder"])),
         "sample_size": resolution,
         "mid_block_add_attention": encoder["middle_attention"],
     }
@@ -203,7 +204,7 @@ def exported(
     name, config = to_config(params, resolution, mean, std, where)
     table = table_of(params)
     own = {entry.ours for entry in table}
-    return Exported(name, config, to_theirs(table, {key: one for key, one in weights.items() if key in own}))
+    return Exported(name, config, apart(to_theirs(table, {key: one for key, one in weights.items() if key in own})))
 
 
 def convert(source: Source, request: Request) -> Sequence[FirstStage]:

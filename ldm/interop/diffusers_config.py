@@ -5,7 +5,7 @@ nearly always its default, under which it does nothing; anything else is another
 """
 
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ldm.config.load import build
 from ldm.config.targets import resolve
 from ldm.errors import ConfigError
-from ldm.layers import group_norm
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,18 @@ class Exported:
     class_name: str
     config: dict[str, Any]
     tensors: dict[str, Tensor]
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same numbers, each tensor in memory of its own, as files of safetensors want them."""
+    seen: set[int] = set()
+    own = {}
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage()
+        shared = memory.data_ptr() in seen or memory.nbytes() != tensor.nbytes
+        seen.add(memory.data_ptr())
+        own[name] = tensor.clone() if shared else tensor
+    return own
 
 
 class Settings:
@@ -91,12 +102,11 @@ class Settings:
             self.refuse("block_out_channels", "expected multiples of the first")
         return widths[0], [max(1, width // widths[0]) for width in widths]
 
-    def groups(self, normed: Collection[int]) -> None:
-        """Our rule must give the norms of these widths the number of groups that they have here."""
-        number, ours = self.values["norm_num_groups"], {width: groups(width) for width in normed}
+    def groups(self, *networks: nn.Module) -> None:
+        """Every norm of these networks of ours must have the number of groups that it has here."""
+        number, ours = self.values["norm_num_groups"], groups(*networks)
         if {*ours.values()} != {number}:
-            counts = ", ".join(f"{count} for {width} channels" for width, count in sorted(ours.items()))
-            self.refuse("norm_num_groups", f"our norms have {counts}")
+            self.refuse("norm_num_groups", f"our norms have {_counts(ours)}")
 
     def check(self) -> None:
         """ConfigError that lists all that was refused."""
@@ -109,19 +119,20 @@ def raise_all(where: str, what: str, problems: Sequence[str]) -> None:
         raise ConfigError(f"{where}: {what}:\n" + "\n".join(f"  {problem}" for problem in problems))
 
 
-def groups(channels: int) -> int:
-    """How many groups a norm of ours has."""
-    with torch.device("meta"):
-        return group_norm(channels).num_groups
+def groups(*networks: nn.Module) -> dict[int, int]:
+    """{channels: groups} of the norms of networks of ours."""
+    norms = [made for network in networks for made in network.modules() if isinstance(made, nn.GroupNorm)]
+    return {norm.num_channels: norm.num_groups for norm in norms}
 
 
-def one_number(widths: Collection[int], problems: list[str]) -> int:
-    """The number of groups of all these norms; notes a problem where they differ, since diffusers has one for all."""
-    numbers = {width: groups(width) for width in sorted(widths)}
-    if len({*numbers.values()}) > 1:
-        counts = ", ".join(f"{number} for {width} channels" for width, number in numbers.items())
-        problems.append(f"norm_num_groups: one number in diffusers; our norms have {counts}: use multiples of 128")
-    return next(iter(numbers.values()))
+def one_number(problems: list[str], *networks: nn.Module) -> int:
+    """The number of groups of all norms; notes a problem where they differ, since diffusers has one number for all."""
+    ours = groups(*networks)
+    if len({*ours.values()}) > 1:
+        problems.append(
+            f"norm_num_groups: one for all in diffusers; our norms have {_counts(ours)}; multiples of 128 fit"
+        )
+    return next(iter(ours.values()))
 
 
 def arguments(node: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,3 +154,7 @@ def _same(first: Any, second: Any) -> bool:
     if isinstance(first, list | tuple) and isinstance(second, list | tuple):
         return [*first] == [*second]
     return isinstance(first, bool) == isinstance(second, bool) and first == second
+
+
+def _counts(ours: Mapping[int, int]) -> str:
+    return ", ".join(f"{count} for {width} channels" for width, count in sorted(ours.items()))
