@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from ldm.config.load import build
 from ldm.interop.sources import Source
 
+BATCH_SIZE = 8
+"""Of the training that a converted run is configured for."""
+RUN = "<run folder>"
+"""Stands for the run folder in the parameters of a model, whose folder has no name yet."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -52,10 +57,13 @@ class FirstStage:
 
     Attributes:
         name: of its run.
-        params: of AutoencoderKL: nodes of encoder, decoder, loss, and quantizer where there is one.
+        params: of AutoencoderKL: nodes of encoder, decoder, loss, and quantizer where there is one; of the optimizer,
+            where the original's is known.
         weights: of these parts, by our names: `encoder.conv_in.weight`, `loss.discriminator...`.
         resolution: of the images it was trained on, pixels.
-        statistics: {"mean", "std"} of its latents per channel, where the source says; None: not known.
+        statistics: {"mean", "std"} of its latents per channel, as models on it are trained: z = (latent - mean) / std.
+            A scale factor is 1 / std and a shift the mean. They become the run's facts and `Codec.statistics`, in the
+            place of what validation would measure. None: nothing says.
     """
 
     name: str
@@ -72,12 +80,14 @@ class Denoiser:
 
     Attributes:
         name: of its run.
-        params: of LatentDiffusion: nodes of network, conditioner, objective; and label_dropout.
+        params: of LatentDiffusion: nodes of network, conditioner, objective; and label_dropout. A text that begins with
+            `RUN` is a path in its run folder.
         weights: `network...`, `conditioner...`, of the last step.
         average: the same of the moving average; None: the file has one set of weights alone, which is used as both.
         mean, std: of the latents per channel, as the model was trained: z = (latent - mean) / std.
         size: (height, width) of the latents.
         first_stage: that of the same file; None: it is another run (`Request.autoencoder`).
+        write_files: writes what else is kept in its run folder; None: nothing.
     """
 
     name: str
@@ -89,6 +99,7 @@ class Denoiser:
     size: tuple[int, int]
     origin: Origin
     first_stage: FirstStage | None = None
+    write_files: Callable[[Path], None] | None = None
 
 
 Converted = FirstStage | Denoiser

@@ -46,6 +46,7 @@ class ResBlock(nn.Module):
 
     Args:
         resize: 1, or 2 and 0.5 for a block that also doubles or halves the height and width (BigGAN, ADM).
+        norm_groups: see UNet.
     """
 
     def __init__(
@@ -56,14 +57,15 @@ class ResBlock(nn.Module):
         dropout: FractionBelowOne = 0.0,
         scale_shift: bool = False,
         resize: Positive = 1,
+        norm_groups: Count | None = None,
     ) -> None:
         super().__init__()
         self.scale_shift = scale_shift
         self.resize = resize
-        self.norm_in = group_norm(in_channels)
+        self.norm_in = group_norm(in_channels, groups=norm_groups)
         self.conv_in = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.embedding = nn.Linear(embedding_channels, out_channels * (2 if scale_shift else 1))
-        self.norm_out = group_norm(out_channels)
+        self.norm_out = group_norm(out_channels, groups=norm_groups)
         self.dropout = nn.Dropout(dropout)
         self.conv_out = zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
@@ -116,6 +118,7 @@ class UNet(nn.Module):
         resample_in_blocks: resolution changes inside residual blocks (ADM) instead of in plain convolutions.
         dropout: probability inside residual blocks.
         checkpointing: recompute activations in the backward pass instead of storing them.
+        norm_groups: of every norm; None: 32, or fewer below 128 channels. Weights of others may have 32 everywhere.
 
     Raises:
         ConfigError: parameters that contradict one another, or an input that does not fit them.
@@ -138,6 +141,7 @@ class UNet(nn.Module):
         dropout: FractionBelowOne = 0.0,
         checkpointing: bool = False,
         transformer_depth: Count = 1,
+        norm_groups: Count | None = None,
     ) -> None:
         super().__init__()
         self.in_channels, self.model_channels, self.spatial_channels = in_channels, model_channels, spatial_channels
@@ -157,7 +161,7 @@ class UNet(nn.Module):
         emb_channels = 4 * model_channels
 
         def residual(c_in: int, c_out: int, resize: float = 1) -> ResBlock:
-            return ResBlock(c_in, c_out, emb_channels, dropout, scale_shift, resize)
+            return ResBlock(c_in, c_out, emb_channels, dropout, scale_shift, resize, norm_groups)
 
         def attention(c: int) -> nn.Module:
             n = num_heads if num_heads is not None else c // (num_head_channels or c)
@@ -166,8 +170,8 @@ class UNet(nn.Module):
                     f"UNet: {c} channels cannot be split: num_heads={num_heads}, num_head_channels={num_head_channels}"
                 )
             if context_dim is None:
-                return SelfAttention(c, n)
-            return SpatialTransformer(c, context_dim, n, transformer_depth)
+                return SelfAttention(c, n, norm_groups)
+            return SpatialTransformer(c, context_dim, n, transformer_depth, norm_groups)
 
         self.embed = nn.Sequential(
             nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
@@ -202,7 +206,7 @@ class UNet(nn.Module):
                     chain.append(residual(c, c, resize=2) if resample_in_blocks else Upsample(c))
                 self.up.append(chain)
 
-        self.norm_out = group_norm(c)
+        self.norm_out = group_norm(c, groups=norm_groups)
         self.conv_out = zero_module(nn.Conv2d(c, in_channels, 3, padding=1))
 
     def forward(self, x: Tensor, noise_level: Tensor, conditioning: Conditioning) -> Tensor:

@@ -9,10 +9,10 @@ from ldm.ranges import Count
 class SelfAttention(nn.Module):
     """Every pixel attends to every other."""
 
-    def __init__(self, channels: Count, heads: Count) -> None:
+    def __init__(self, channels: Count, heads: Count, norm_groups: Count | None = None) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, groups=norm_groups)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero_module(nn.Conv2d(channels, channels, 1))
 
@@ -44,9 +44,16 @@ class SpatialTransformer(nn.Module):
     could be several blocks: weights and optimizer states of older checkpoints are loaded by name and order.
     """
 
-    def __init__(self, channels: Count, token_channels: Count, heads: Count, depth: Count = 1) -> None:
+    def __init__(
+        self,
+        channels: Count,
+        token_channels: Count,
+        heads: Count,
+        depth: Count = 1,
+        norm_groups: Count | None = None,
+    ) -> None:
         super().__init__()
-        self.norm = group_norm(channels, eps=1e-6)
+        self.norm = group_norm(channels, 1e-6, norm_groups)
         self.conv_in = nn.Conv2d(channels, channels, 1)
         self.norm_self, self.attend_self = nn.LayerNorm(channels), Attention(channels, channels, heads)
         self.norm_cross, self.attend_cross = nn.LayerNorm(channels), Attention(channels, token_channels, heads)
