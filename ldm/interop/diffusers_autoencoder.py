@@ -8,6 +8,8 @@ from torch import Tensor
 
 from ldm.autoencoder.networks import Decoder, Encoder
 from ldm.autoencoder.quantizer import VectorQuantizer
+from ldm.errors import ConfigError
+from ldm.interop import first_stage_training
 from ldm.interop.diffusers_autoencoder_table import present_names, table_of
 from ldm.interop.diffusers_config import Exported, Settings, apart, arguments, on_meta, one_number, raise_all
 from ldm.interop.models import Family, FirstStage, Origin, Request, node, shapes
@@ -96,9 +98,15 @@ def from_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     nodes = {"encoder": encoder, "decoder": decoder}
     if name == "VQModel":
         size = settings.whole("num_vq_embeddings")
-        nodes["quantizer"] = node("autoencoder.quantizer.VectorQuantizer", size=size, channels=sizes["latent_channels"])
+        nodes["quantizer"] = node(
+            "autoencoder.quantizer.VectorQuantizer",
+            size=size,
+            channels=sizes["latent_channels"],
+            commitment=first_stage_training.COMMITMENT,
+        )
     settings.check()
-    settings.groups(on_meta(encoder), on_meta(decoder))
+    for part in (encoder, decoder):
+        part["params"] |= settings.norm_groups(part)
     settings.check()
     return nodes
 
@@ -226,18 +234,25 @@ def first_stage(
     present = [config.get(f"use_{name}", True) for name in ("quant_conv", "post_quant_conv")]
     origin = f"{source.path / part} (diffusers' {config['_class_name']})"
     fitted = to_ours(table_of(params, *present), present_names(tensors), expected, origin)
-    loss = {"loss": node("autoencoder.losses.AutoencoderLoss", kl_weight=1e-6, learn_logvar=False)}
-    weights = fitted.weights | {"loss.logvar": torch.zeros(())}
+    size = request.resolution or _resolution(config, where)
+    trained, notes = first_stage_training.training({}, params["encoder"]["params"], size, None, 0.0)
     mean, std = scale(config)
-    size = request.resolution or config.get("sample_size", DEFAULTS[config["_class_name"]]["sample_size"])
     return FirstStage(
-        name=source.path.name,
-        params=params | loss,
-        weights=weights,
+        name=source.name,
+        params=params | trained,
+        weights=fitted.weights | {"loss.logvar": torch.zeros(())},
         resolution=size,
-        origin=Origin(FAMILY.name, dropped=fitted.dropped),
+        origin=Origin(FAMILY.name, dropped=fitted.dropped, notes=notes),
         statistics={"mean": mean, "std": std},
     )
+
+
+def _resolution(config: Mapping[str, Any], where: str) -> int:
+    size = config.get("sample_size", DEFAULTS[config["_class_name"]]["sample_size"])
+    side = max(size) if isinstance(size, list) and size else size
+    if type(side) is int and side > 0:
+        return side
+    raise ConfigError(f"{where}: sample_size={size!r}: expected the side of the images; say it: --resolution PIXELS")
 
 
 FAMILY = Family(name="diffusers first stage", marks=(("class AutoencoderKL",), ("class VQModel",)), convert=convert)

@@ -7,12 +7,11 @@ the order in which they are used, as ours are.
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ldm.autoencoder.networks import Attention, Decoder, Downsample, Encoder, ResBlock, Upsample
 from ldm.interop.diffusers_config import on_meta
-from ldm.interop.tables import LINEAR_AS_CONV2D, Change, Entry, layer, under
+from ldm.interop.tables import LINEAR_AS_CONV2D, Entry, identity_conv, layer, under
 
 _FORMER = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 """Names of attention's layers before diffusers 0.15, which it still reads."""
@@ -30,12 +29,12 @@ def table_of(params: Mapping[str, Any], quant_conv: bool = True, post_quant_conv
     moments = encoder.outputs * encoder.latent_channels
     return [
         *under([*_side(encoder), *_levels(encoder.levels, "down_blocks", "downsamplers")], "encoder.", "encoder."),
-        *(layer("encoder.quant_conv", "quant_conv") if quant_conv else _identity("encoder.quant_conv", moments)),
+        *(layer("encoder.quant_conv", "quant_conv") if quant_conv else identity_conv("encoder.quant_conv", moments)),
         *under([*_side(decoder), *_levels(decoder.levels, "up_blocks", "upsamplers")], "decoder.", "decoder."),
         *(
             layer("decoder.post_quant_conv", "post_quant_conv")
             if post_quant_conv
-            else _identity("decoder.post_quant_conv", decoder.latent_channels)
+            else identity_conv("decoder.post_quant_conv", decoder.latent_channels)
         ),
         *(layer("quantizer.codebook", "quantize.embedding", bias=None) if params.get("quantizer") else []),
     ]
@@ -83,15 +82,6 @@ def _attention(ours: str, theirs: str) -> list[Entry]:
     return [
         *layer(f"{ours}.norm", f"{theirs}.group_norm"),
         *(one for own, name in names.items() for one in layer(f"{ours}.{own}", f"{theirs}.{name}", LINEAR_AS_CONV2D)),
-    ]
-
-
-def _identity(ours: str, channels: int) -> list[Entry]:
-    """A convolution of ours that theirs does not have: it changes nothing."""
-    weight, bias = torch.eye(channels)[:, :, None, None], torch.zeros(channels)
-    return [
-        Entry(f"{ours}.weight", (), Change(lambda _: weight, lambda _: ())),
-        Entry(f"{ours}.bias", (), Change(lambda _: bias, lambda _: ())),
     ]
 
 

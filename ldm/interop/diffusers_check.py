@@ -9,9 +9,6 @@ import torch
 from torch import Tensor
 
 from ldm.autoencoder.codec import Codec
-from ldm.diffusion.objectives import Objective
-from ldm.diffusion.paths import DiscreteVP
-from ldm.errors import NumericError
 from ldm.interop.trained import Diffusion
 
 CLOSE = 1e-4

@@ -102,11 +102,16 @@ class Settings:
             self.refuse("block_out_channels", "expected multiples of the first")
         return widths[0], [max(1, width // widths[0]) for width in widths]
 
-    def groups(self, *networks: nn.Module) -> None:
-        """Every norm of these networks of ours must have the number of groups that it has here."""
-        number, ours = self.values["norm_num_groups"], groups(*networks)
-        if {*ours.values()} != {number}:
-            self.refuse("norm_num_groups", f"our norms have {_counts(ours)}")
+    def norm_groups(self, *networks: Mapping[str, Any]) -> dict[str, int]:
+        """{"norm_groups": number} for our nodes to have as many groups as theirs; {}: they have that many anyway."""
+        number = self.whole("norm_num_groups")
+        self.check()
+        ours = groups(*(on_meta(network) for network in networks))
+        if {*ours.values()} == {number}:
+            return {}
+        if widths := sorted(width for width in ours if width % number):
+            self.refuse("norm_num_groups", f"does not divide {', '.join(map(str, widths))} channels")
+        return {"norm_groups": number}
 
     def check(self) -> None:
         """ConfigError that lists all that was refused."""
@@ -129,9 +134,8 @@ def one_number(problems: list[str], *networks: nn.Module) -> int:
     """The number of groups of all norms; notes a problem where they differ, since diffusers has one number for all."""
     ours = groups(*networks)
     if len({*ours.values()}) > 1:
-        problems.append(
-            f"norm_num_groups: one for all in diffusers; our norms have {_counts(ours)}; multiples of 128 fit"
-        )
+        counts = ", ".join(f"{count} for {width} channels" for width, count in sorted(ours.items()))
+        problems.append(f"norm_groups=None: one number for all norms in diffusers; ours have {counts}")
     return next(iter(ours.values()))
 
 
@@ -154,7 +158,3 @@ def _same(first: Any, second: Any) -> bool:
     if isinstance(first, list | tuple) and isinstance(second, list | tuple):
         return [*first] == [*second]
     return isinstance(first, bool) == isinstance(second, bool) and first == second
-
-
-def _counts(ours: Mapping[int, int]) -> str:
-    return ", ".join(f"{count} for {width} channels" for width, count in sorted(ours.items()))

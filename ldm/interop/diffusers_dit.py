@@ -51,8 +51,8 @@ _ONLY: Mapping[str, Sequence[Any]] = {
     **{key: (value,) for key, value in _FORMER.items()},
 }
 NOTE = (
-    "diffusers' own class computes these weights with frequencies 10000^(-k/127) of the noise level in place of DiT's "
-    "10000^(-k/128), and with an epsilon of {eps:g} in place of 1e-6 in its second norms: its pictures are others"
+    "diffusers makes other pictures of these weights: it takes frequencies 10000^(-k/127) of the noise level in place "
+    "of DiT's 10000^(-k/128), and in its second norms an epsilon of {eps:g} in place of 1e-6."
 )
 
 
@@ -134,12 +134,13 @@ def table_of(network: DiT, out_channels: int | None = None) -> list[Entry]:
     as_convolution = each(lambda weight: weight.flatten(1), lambda weight: weight.unflatten(1, (given, patch, patch)))
     rows = _output_rows(own, out_channels or own, patch)
     entries = [
-        *everywhere("embed.0", "timestep_embedder.linear_1", len(network.layers)),
-        *everywhere("embed.2", "timestep_embedder.linear_2", len(network.layers)),
         *layer("patches", "pos_embed.proj", as_convolution),
         *layer("modulation_out", "proj_out_1"),
         *layer("out", "proj_out_2", rows, rows),
     ]
+    for place, name in (("embed.0", "linear_1"), ("embed.2", "linear_2")):
+        for kind in ("weight", "bias"):
+            entries += _everywhere(f"{place}.{kind}", f"timestep_embedder.{name}.{kind}", len(network.layers))
     for number in range(len(network.layers)):
         ours, theirs = f"layers.{number}", f"transformer_blocks.{number}"
         parts = [f"{theirs}.attn1.to_{letter}" for letter in "qkv"]
@@ -155,16 +156,15 @@ def table_of(network: DiT, out_channels: int | None = None) -> list[Entry]:
     return entries
 
 
-def everywhere(ours: str, theirs: str, blocks: int, bias: bool = True) -> list[Entry]:
-    """A layer of ours that is in each of their blocks."""
-    return [
-        Entry(
-            f"{ours}.{kind}",
-            tuple(f"transformer_blocks.{number}.norm1.emb.{theirs}.{kind}" for number in range(blocks)),
-            Change(lambda tensors: tensors[0], lambda tensor: [tensor] * blocks),
-        )
-        for kind in (("weight", "bias") if bias else ("weight",))
-    ]
+def class_table(ours: str, blocks: int) -> list[Entry]:
+    """The table of classes, the last row of which is that of no class."""
+    return _everywhere(f"{ours}.weight", "class_embedder.embedding_table.weight", blocks)
+
+
+def _everywhere(ours: str, theirs: str, blocks: int) -> list[Entry]:
+    """A tensor of ours that is in each of their blocks."""
+    names = tuple(f"transformer_blocks.{number}.norm1.emb.{theirs}" for number in range(blocks))
+    return [Entry(ours, names, Change(lambda tensors: tensors[0], lambda tensor: [tensor] * blocks))]
 
 
 def check_equal_blocks(tensors: Mapping[str, Tensor], origin: str) -> None:

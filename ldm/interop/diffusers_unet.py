@@ -65,7 +65,7 @@ def from_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         params |= _heads(settings, [base * factor for factor in channel_mult], attention)
     settings.check()
     made = node("diffusion.networks.unet.UNet", **params)
-    settings.groups(on_meta(made))
+    made["params"] |= settings.norm_groups(made)
     settings.check()
     return made
 
