@@ -5,14 +5,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from ldm.errors import CheckpointError
-from ldm.interop import compvis_first_stage, compvis_model, runs, sources
+from ldm.interop import compvis_first_stage, compvis_model, diffusers_autoencoder, diffusers_folder, runs, sources
 from ldm.interop.models import Family, Request
 from ldm.interop.sources import Source
 
 __all__ = ["FAMILIES", "Request", "convert", "recognized"]
 
 
-FAMILIES: Sequence[Family] = (compvis_model.FAMILY, compvis_first_stage.FAMILY)
+FAMILIES: Sequence[Family] = (
+    compvis_model.FAMILY,
+    compvis_first_stage.FAMILY,
+    diffusers_folder.FAMILY,
+    diffusers_autoencoder.FAMILY,
+)
 """The first that fits is taken: what is part of another's file comes after it."""
 
 

@@ -87,6 +87,7 @@ class Denoiser:
         mean, std: of the latents per channel, as the model was trained: z = (latent - mean) / std.
         size: (height, width) of the latents.
         first_stage: that of the same file; None: it is another run (`Request.autoencoder`).
+        on_pixels: it has none: its latents are the images themselves.
         write_files: writes what else is kept in its run folder; None: nothing.
     """
 
@@ -99,6 +100,7 @@ class Denoiser:
     size: tuple[int, int]
     origin: Origin
     first_stage: FirstStage | None = None
+    on_pixels: bool = False
     write_files: Callable[[Path], None] | None = None
 
 
