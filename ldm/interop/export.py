@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ldm import errors, files
 from ldm.errors import ConfigError, ResourceError
-from ldm.interop import export_safetensors
+from ldm.interop import export_onnx, export_safetensors, export_torch
 from ldm.interop.trained import Trained
 from ldm.interop.usage import Choices, Usage
 
@@ -17,7 +17,11 @@ __all__ = ["FORMATS", "Choices", "Usage", "check", "export"]
 Write = Callable[[Trained, Path, Choices], Usage]
 """Writes a model's files into an empty folder; returns how others load them, for the model card."""
 
-FORMATS: Mapping[str, Write] = {"safetensors": export_safetensors.write}
+FORMATS: Mapping[str, Write] = {
+    "safetensors": export_safetensors.write,
+    "onnx": export_onnx.write,
+    "torch": export_torch.write,
+}
 """{--to NAME: what writes it}."""
 
 
