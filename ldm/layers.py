@@ -35,12 +35,15 @@ def run_block(block: nn.Module, *inputs: Tensor | None, recompute: bool, keep_ra
     return again
 
 
-def group_norm(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
+def group_norm(channels: int, eps: float = 1e-5, groups: int | None = None) -> nn.GroupNorm:
     """32 groups if the channels allow groups of four or more, as in the published models (128 channels and up).
 
     Narrower networks get fewer groups: with one or two channels per group the norm would remove each channel's mean.
+
+    Args:
+        groups: that many instead, for weights that were trained with them.
     """
-    return nn.GroupNorm(math.gcd(channels, min(32, max(1, channels // 4))), channels, eps=eps)
+    return nn.GroupNorm(groups or math.gcd(channels, min(32, max(1, channels // 4))), channels, eps=eps)
 
 
 def halvings(*sides: int) -> int:
@@ -58,9 +61,10 @@ def zero_module(module: nn.Module) -> nn.Module:
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Scaled dot-product attention: (N, heads, L, D) over (N, heads, M, D) twice -> (N, heads, L, D)."""
-    if query.device.type == "cpu" and query.shape[-2] <= 128:
+    if query.device.type == "cpu" and not torch.compiler.is_exporting() and query.shape[-2] <= 128:
         # The CPU's fused kernel packs bf16 anew in its backward pass: on 8x8 pixels plain products take a quarter of
         # its time, in fp32 the same. From about 256 pixels on it wins, and keeps no L x M matrix.
+        # (An exported program keeps one of the two for all sizes.)
         return (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(-1) @ value
     return F.scaled_dot_product_attention(query, key, value)
 

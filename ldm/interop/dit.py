@@ -56,7 +56,7 @@ def convert(source: Source, request: Request) -> Sequence[Denoiser]:
     mean, std = kind.scale(source, request, sizes["in_channels"])
     return [
         Denoiser(
-            source.path.stem,
+            source.name,
             params,
             weights,
             average,

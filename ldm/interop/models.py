@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from ldm.config.load import build
 from ldm.interop.sources import Source
 
+BATCH_SIZE = 8
+"""Of the training that a converted run is configured for."""
+RUN = "<run folder>"
+"""Stands for the run folder in the parameters of a model, whose folder has no name yet."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -54,10 +59,13 @@ class FirstStage:
 
     Attributes:
         name: of its run.
-        params: of AutoencoderKL: nodes of encoder, decoder, loss, and quantizer where there is one.
+        params: of AutoencoderKL: nodes of encoder, decoder, loss, and quantizer where there is one; of the optimizer,
+            where the original's is known.
         weights: of these parts, by our names: `encoder.conv_in.weight`, `loss.discriminator...`.
         resolution: of the images it was trained on, pixels.
-        statistics: {"mean", "std"} of its latents per channel, where the source says; None: not known.
+        statistics: {"mean", "std"} of its latents per channel, as models on it are trained: z = (latent - mean) / std.
+            A scale factor is 1 / std and a shift the mean. They become the run's facts and `Codec.statistics`, in the
+            place of what validation would measure. None: nothing says.
     """
 
     name: str
@@ -74,13 +82,15 @@ class Denoiser:
 
     Attributes:
         name: of its run.
-        params: of LatentDiffusion: nodes of network, conditioner, objective; and label_dropout.
+        params: of LatentDiffusion: nodes of network, conditioner, objective; and label_dropout. A text that begins with
+            `RUN` is a path in its run folder.
         weights: `network...`, `conditioner...`, of the last step.
         average: the same of the moving average; None: the file has one set of weights alone, which is used as both.
         mean, std: of the latents per channel, as the model was trained: z = (latent - mean) / std.
         size: (height, width) of the latents.
         first_stage: that of the same file; None: it is another run (`Request.autoencoder`).
-        pixels: it denoises the images themselves and has no first stage.
+        on_pixels: it has none: its latents are the images themselves.
+        write_files: writes what else is kept in its run folder; None: nothing.
     """
 
     name: str
@@ -92,7 +102,8 @@ class Denoiser:
     size: tuple[int, int]
     origin: Origin
     first_stage: FirstStage | None = None
-    pixels: bool = False
+    on_pixels: bool = False
+    write_files: Callable[[Path], None] | None = None
 
 
 Converted = FirstStage | Denoiser
@@ -117,7 +128,15 @@ class Family:
 
     def likeness(self, names: set[str]) -> float:
         """The share of the marks that are there, of the way that fits best: 1 is this family."""
-        return max(sum(mark in names for mark in marks) / len(marks) for marks in self.marks)
+        return max(_share(marks, names) for marks in self.marks)
+
+    def missing(self, names: set[str]) -> list[str]:
+        """The marks that are not there, of the way that fits best."""
+        return [mark for mark in max(self.marks, key=lambda marks: _share(marks, names)) if mark not in names]
+
+
+def _share(marks: Sequence[str], names: set[str]) -> float:
+    return sum(mark in names for mark in marks) / len(marks)
 
 
 def node(target: str, **params: Any) -> dict[str, Any]:
