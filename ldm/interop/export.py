@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ldm import errors, files
 from ldm.errors import ConfigError, ResourceError
-from ldm.interop import export_onnx, export_safetensors, export_torch
+from ldm.interop import diffusers_pipeline, export_onnx, export_safetensors, export_torch
 from ldm.interop.trained import Trained
 from ldm.interop.usage import Choices, Usage
 
@@ -21,6 +21,7 @@ FORMATS: Mapping[str, Write] = {
     "safetensors": export_safetensors.write,
     "onnx": export_onnx.write,
     "torch": export_torch.write,
+    "diffusers": diffusers_pipeline.write,
 }
 """{--to NAME: what writes it}."""
 

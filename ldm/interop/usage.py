@@ -14,10 +14,12 @@ class Choices:
     Attributes:
         license: of the weights, for the model card; None: that of the weights that the model came from, or unknown.
         data_license: of the pictures it was trained on; None: unknown.
+        check: whether a folder for diffusers is loaded, and a picture compared with the model's.
     """
 
     license: str | None = None
     data_license: str | None = None
+    check: bool = True
 
 
 @dataclass(frozen=True)
