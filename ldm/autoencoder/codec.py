@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ldm.autoencoder.networks import Decoder, Encoder
 from ldm.autoencoder.posterior import DiagonalGaussian, Posterior
 from ldm.autoencoder.quantizer import VectorQuantizer
+from ldm.autoencoder.tiny import TinyDecoder, TinyEncoder
 from ldm.checkpoints import store
 from ldm.config.load import build
 from ldm.config.tree import current_plain
@@ -41,15 +42,16 @@ class Codec(nn.Module):
         decoder: latents -> images.
         config: {"encoder": node, "decoder": node}, plus a quantizer's, from which they can be rebuilt; {}: pixels.
         resolution: of the images it was trained on, if known: the side of a square, or (height, width).
-        statistics: per-channel {"mean": [...], "std": [...]} of the latents, as measured in stage 1, or None.
+        statistics: per-channel {"mean": [...], "std": [...]} of the latents, as measured in stage 1, or, of a converted
+            model, as others on it are trained with; or None.
         path: where it was loaded from.
         quantizer: replaces latents by their codes before they are decoded; None: the posterior is Gaussian.
     """
 
     def __init__(
         self,
-        encoder: Encoder | Pixels,
-        decoder: Decoder | nn.Identity,
+        encoder: Encoder | TinyEncoder | Pixels,
+        decoder: Decoder | TinyDecoder | nn.Identity,
         config: Mapping[str, Any],
         resolution: Resolution | None = None,
         statistics: Mapping[str, Any] | None = None,

@@ -1,6 +1,8 @@
 """Make a run folder of a foreign checkpoint, which then samples, resumes, fine-tunes and evaluates like any other run.
 
 python scripts/convert.py sd-vae-ft-mse.safetensors                         # an autoencoder
+python scripts/convert.py kl-f8.ckpt --config kl-f8.yaml                    # with the YAML that says its training
+python scripts/convert.py taesd_encoder.pth                                 # and taesd_decoder.pth beside it
 python scripts/convert.py celeba.ckpt --config celeba.yaml                  # a model with its first stage: two runs
 python scripts/convert.py DiT-XL-2-256x256.pt --autoencoder logs/<run>      # a model without one
 python scripts/convert.py /path/to/folder                                   # of diffusers: one model or a pipeline

@@ -10,12 +10,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.errors import CheckpointError, ConfigError
-from ldm.interop import compvis_first_stage, compvis_text
+from ldm.interop import compvis_text
 from ldm.interop.compvis_description import Description, part
 from ldm.interop.models import RUN, Request, node
 from ldm.interop.sources import Source
 from ldm.interop.tables import SAME, Entry, each, under
 
+FIRST_STAGE = "first_stage_model."
 ENCODER = "cond_stage_model."
 OTHER_ENCODERS = ("depth_model.",)
 """Of Stable Diffusion 2's model of depth."""
@@ -99,14 +100,15 @@ def conditioned(
 
 def _encoder(source: Source) -> tuple[dict[str, Tensor], dict[str, int]]:
     """The tensors of the encoder of conditions; none and a reason if it is the first stage once more."""
-    encoder, first = source.part(ENCODER), source.part(compvis_first_stage.IN_MODEL)
-    if (
-        encoder
-        and encoder.keys() <= first.keys()
-        and all(torch.equal(one, first[name]) for name, one in encoder.items())
-    ):
+    encoder, first = source.part(ENCODER), source.part(FIRST_STAGE)
+    if encoder and encoder.keys() <= first.keys() and all(_same(one, first[name]) for name, one in encoder.items()):
         return {}, {"the first stage once more, as the encoder of pictures": len(encoder)}
     return encoder, {}
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether all values are the same; shapes alone on the meta device, which has no values."""
+    return one.shape == other.shape and (one.is_meta or torch.equal(one, other))
 
 
 def _tokens(

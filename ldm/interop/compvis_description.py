@@ -223,9 +223,10 @@ def _check_unet(theirs: Mapping[str, Any], unet: Mapping[str, Any], path: str) -
         "channel_mult": unet["channel_mult"],
         "num_res_blocks": unet["num_res_blocks"],
         "use_scale_shift_norm": unet["scale_shift"],
-        "resblock_updown": unet["resample_in_blocks"],
         "context_dim": unet["context_dim"],
     }
+    if len(levels) > 1:
+        found["resblock_updown"] = unet["resample_in_blocks"]
     if unet["context_dim"] is not None:
         found["transformer_depth"] = unet["transformer_depth"]
     for key, value in found.items():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldm.errors import ConfigError
 from ldm.interop import compvis_first_stage, compvis_unet
-from ldm.interop.compvis_conditions import ENCODER, OTHER_ENCODERS, Conditioned, conditioned
+from ldm.interop.compvis_conditions import ENCODER, FIRST_STAGE, OTHER_ENCODERS, Conditioned, conditioned
 from ldm.interop.compvis_description import Description, check_schedule, described, part
 from ldm.interop.models import Denoiser, Family, FirstStage, Origin, Request, node, shapes
 from ldm.interop.sources import Source
@@ -60,7 +60,7 @@ def convert(source: Source, request: Request) -> Sequence[Denoiser]:
     names = [f"It has the shapes of {one.name}." for one in description.alike]
     return [
         Denoiser(
-            name=source.path.stem,
+            name=source.name,
             params=params,
             weights=raw.weights,
             average=average,
@@ -76,7 +76,7 @@ def convert(source: Source, request: Request) -> Sequence[Denoiser]:
 
 def _first_stage(source: Source, request: Request, description: Description) -> tuple[FirstStage | None, int]:
     """The first stage, and the side of its latents."""
-    tensors = source.part(compvis_first_stage.IN_MODEL)
+    tensors = source.part(FIRST_STAGE)
     if tensors:
         first = compvis_first_stage.first_stage(tensors, source, request)
         factor = 2 ** (len(first.params["encoder"]["params"]["channel_mult"]) - 1)
@@ -88,7 +88,7 @@ def _first_stage(source: Source, request: Request, description: Description) -> 
     if size is None:
         raise ConfigError(
             f"{source.path}: model.params.image_size: nothing says how large its latents are; name the YAML that "
-            f"belongs to the model: --config FILE"
+            f"belongs to the model: --config FILE" + (", or give --resolution PIXELS" if tensors else "")
         )
     return (replace(first, resolution=size * factor) if tensors else None), size
 
@@ -102,7 +102,7 @@ def _weights(
     ones. The conditioner has no average of its own.
     """
     origin = _origin(source)
-    elsewhere = (compvis_first_stage.IN_MODEL, ENCODER, AVERAGE, *OTHER_ENCODERS)
+    elsewhere = (FIRST_STAGE, ENCODER, AVERAGE, *OTHER_ENCODERS)
     tensors = {name: one for name, one in source.tensors.items() if not name.startswith(elsewhere)}
     of_reads = under(reads.table, "conditioner.", ENCODER)
     tensors |= {name: source.tensors[name] for entry in of_reads for name in entry.theirs}

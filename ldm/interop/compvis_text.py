@@ -61,6 +61,11 @@ class TextEncoder:
             ConfigError: transformers is not installed, or there is no tokenizer.
         """
         words = _tokenizer(tokenizer)
+        if self.pad not in words.get_vocab() or len(words) != self.config["vocab_size"]:
+            raise ConfigError(
+                f"--text-encoder: {tokenizer}: not the tokenizer of this text encoder: expected "
+                f"{self.config['vocab_size']} tokens with {self.pad!r} among them, found {len(words)}"
+            )
         words.pad_token = self.pad
         words.model_max_length = self.max_length
         folder.mkdir()
@@ -169,10 +174,12 @@ def _tokenizer(folder: Path) -> Any:
     if found is None:
         raise ConfigError(f"--text-encoder: {folder}: no tokenizer in it: {TOKENIZER}")
     try:
-        return transformers.CLIPTokenizer.from_pretrained(found, local_files_only=True)
+        described = (found / "tokenizer_config.json").is_file()
+        kind = transformers.AutoTokenizer if described else transformers.CLIPTokenizer
+        return kind.from_pretrained(found, local_files_only=True)
     except Exception as error:  # transformers and tokenizers have classes of their own
         text = " ".join(str(error).split())
-        raise ConfigError(f"--text-encoder: {found}: cannot be read as a tokenizer of CLIP: {text}") from error
+        raise ConfigError(f"--text-encoder: {found}: cannot be read as a tokenizer: {text}") from error
 
 
 def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:

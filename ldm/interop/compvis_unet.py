@@ -8,10 +8,12 @@ prefix: `input_blocks.4.1.proj_in.weight`. Block I of theirs, part J, is chain I
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ldm.errors import CheckpointError
 from ldm.interop.tables import CONV1D_AS_CONV2D, LINEAR_AS_CONV2D, SAME, Change, Entry, each, layer, under
+from ldm.layers import group_norm
 
 GROUPS = 32
 """Of every GroupNorm of theirs, whatever the width; ours has as many from 128 channels on."""
@@ -23,6 +25,12 @@ def architecture(tensors: Mapping[str, Tensor], origin: str) -> dict[str, Any]:
     Raises:
         CheckpointError: no UNet that ours can be, such as one with another number of blocks at each level.
     """
+
+    def shape(name: str) -> torch.Size:
+        if (found := tensors.get(f"{name}.weight")) is None or found.ndim < 2:
+            raise CheckpointError(f"{origin}: in its UNet there is no {name}.weight. Is the file whole?")
+        return found.shape
+
     blocks = _count(tensors, "output_blocks.{}.0.in_layers.0.weight")
     ups = [block for block in range(blocks) if _up(tensors, block)]
     levels = len(ups) + 1
@@ -32,23 +40,26 @@ def architecture(tensors: Mapping[str, Tensor], origin: str) -> dict[str, Any]:
             f"{origin}: expected as many residual blocks at each level of the UNet, found {blocks} blocks on the way "
             f"up, with upsampling after {', '.join(map(str, ups)) or 'none'}"
         )
-    model_channels = tensors["time_embed.0.weight"].shape[1]
+    model_channels = shape("time_embed.0")[1]
     firsts = [per_level * (levels - 1 - level) for level in range(levels)]  # on the way up, from full resolution on
-    widths = [tensors[f"output_blocks.{first}.0.out_layers.3.weight"].shape[0] for first in firsts]
-    latent_channels = tensors["out.2.weight"].shape[0]
-    context = tensors.get("middle_block.1.transformer_blocks.0.attn2.to_k.weight")
+    widths = [shape(f"output_blocks.{first}.0.out_layers.3")[0] for first in firsts]
+    norms = (model_channels, *widths)
+    if wrong := [width for width in norms if not width or width % GROUPS]:
+        raise CheckpointError(f"{origin}: expected widths in steps of {GROUPS}, found {wrong[0]}")
+    latent_channels = shape("out.2")[0]
+    attends = any(".transformer_blocks." in name for name in tensors)
     return {
         "in_channels": latent_channels,
         "model_channels": model_channels,
         "channel_mult": [width // model_channels for width in widths],
         "num_res_blocks": per_level - 1,
         "attention_levels": [n for n, first in enumerate(firsts) if f"output_blocks.{first}.1.norm.weight" in tensors],
-        "context_dim": None if context is None else context.shape[1],
+        "context_dim": shape("middle_block.1.transformer_blocks.0.attn2.to_k")[1] if attends else None,
         "transformer_depth": max(1, _count(tensors, "middle_block.1.transformer_blocks.{}.norm1.weight")),
-        "spatial_channels": tensors["input_blocks.0.0.weight"].shape[1] - latent_channels,
-        "scale_shift": tensors["middle_block.0.emb_layers.1.weight"].shape[0] == 2 * widths[-1],
+        "spatial_channels": shape("input_blocks.0.0")[1] - latent_channels,
+        "scale_shift": shape("middle_block.0.emb_layers.1")[0] == 2 * widths[-1],
         "resample_in_blocks": any(_up(tensors, block) == "in_layers.0" for block in ups),
-        "norm_groups": GROUPS if min(model_channels, *widths) < 4 * GROUPS else None,
+        "norm_groups": GROUPS if any(group_norm(width).num_groups != GROUPS for width in norms) else None,
     }
 
 

@@ -5,6 +5,7 @@ times spaced from the end, "trailing"; Euler's, for EDM and flows, those of EDME
 FlowMatchEulerDiscreteScheduler.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from ldm.diffusion.paths import VE, DiscreteVP
 from ldm.diffusion.paths import Linear as StraightPath
 from ldm.diffusion.predictions import X0, EDMPreconditioned, Eps, V, Velocity
 from ldm.errors import ConfigError
+from ldm.interop.models import node
 
 _PREDICTIONS = {Eps: "epsilon", X0: "sample", V: "v_prediction"}
 
@@ -101,3 +103,82 @@ def _edm(path: VE) -> Scheduler:
 def _flow(path: StraightPath) -> Scheduler:
     config = {"num_train_timesteps": 1000, "shift": 1.0}
     return Scheduler("FlowMatchEulerDiscreteScheduler", config, timestep_scale=path.time_scale / 1000)
+
+
+# ---- in --------------------------------------------------------------------------------------------------------
+
+# {scheduler: beta_start, beta_end and beta_schedule that it has if its file does not say}: those that sample models of
+# discrete levels, all on the same path.
+_DDPM = (1e-4, 0.02, "linear")
+_SHORT = (0.00085, 0.012, "linear")
+_DISCRETE = {
+    **dict.fromkeys(("DDIMScheduler", "DDPMScheduler", "DDIMParallelScheduler", "DDPMParallelScheduler"), _DDPM),
+    **dict.fromkeys(("PNDMScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler"), _DDPM),
+    **dict.fromkeys(("EulerAncestralDiscreteScheduler", "DEISMultistepScheduler", "SASolverScheduler"), _DDPM),
+    **dict.fromkeys(("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"), _DDPM),
+    **dict.fromkeys(("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"), _SHORT),
+}
+_FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+_EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+_SCHEDULES = {"linear": "Linear", "scaled_linear": "SqrtLinear"}
+
+
+def objective_from(config: Mapping[str, Any], where: str, timestep_scale: float = 1.0) -> dict[str, Any]:
+    """The node of the objective of a model that is sampled with a scheduler.
+
+    How it was trained beyond that (weighting, distribution of levels) no scheduler says: plainly, on uniform levels.
+
+    Args:
+        config: scheduler_config.json; any scheduler's, since those of one path differ in their steps alone.
+        where: the file, for messages.
+        timestep_scale: see Scheduler.
+
+    Raises:
+        ConfigError: names what our objectives cannot express.
+    """
+    name, prediction = config.get("_class_name"), config.get("prediction_type", "epsilon")
+    if name in _FLOW or (name in _DISCRETE and (config.get("use_flow_sigmas") or prediction == "flow_prediction")):
+        return node("diffusion.objectives.Flow", time_scale=timestep_scale * config.get("num_train_timesteps", 1000))
+    if name in _EDM:
+        return _edm_from(config, where, timestep_scale)
+    if name not in _DISCRETE:
+        known = ", ".join((*_DISCRETE, *_FLOW, *_EDM))
+        raise ConfigError(f"{where}: _class_name={name!r}: of no objective that is known here; expected one of {known}")
+    named = {text: kind.__name__ for kind, text in _PREDICTIONS.items()}
+    if prediction not in named or timestep_scale != 1:
+        found = f"prediction_type={prediction!r}" if prediction not in named else f"timestep_scale={timestep_scale:g}"
+        raise ConfigError(f"{where}: {found}: expected {', '.join(named)} at the scheduler's own timesteps")
+    return node(
+        "diffusion.objectives.DDPM",
+        schedule=_schedule_from(config, where),
+        prediction=node(f"diffusion.predictions.{named[prediction]}"),
+        steps=config.get("num_train_timesteps", 1000),
+    )
+
+
+def _schedule_from(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    start, end, kind = _DISCRETE[config["_class_name"]]
+    kind = config.get("beta_schedule", kind)
+    if config.get("trained_betas") is not None:
+        raise ConfigError(f"{where}: trained_betas: a list of betas is no noise schedule of ours")
+    if kind in _SCHEDULES:
+        ends = {"start": config.get("beta_start", start), "end": config.get("beta_end", end)}
+        schedule = node(f"diffusion.noise_schedules.{_SCHEDULES[kind]}", **ends)
+    elif kind == "squaredcos_cap_v2":
+        schedule = node("diffusion.noise_schedules.Cosine")
+    else:
+        known = ", ".join((*_SCHEDULES, "squaredcos_cap_v2"))
+        raise ConfigError(f"{where}: beta_schedule={kind!r}: expected one of {known}")
+    zero = config.get("rescale_betas_zero_snr")
+    return node("diffusion.noise_schedules.ZeroTerminal", schedule=schedule) if zero else schedule
+
+
+def _edm_from(config: Mapping[str, Any], where: str, timestep_scale: float) -> dict[str, Any]:
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction != "epsilon" or timestep_scale != 1000:
+        raise ConfigError(
+            f"{where}: prediction_type={prediction!r}, timestep_scale={timestep_scale:g}: expected EDM's own "
+            f"preconditioning ('epsilon'), and a network that is given 250 ln(sigma), as ours are (1000)"
+        )
+    defaults = {"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}
+    return node("diffusion.objectives.EDM", **{key: config.get(key, value) for key, value in defaults.items()})

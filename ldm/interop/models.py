@@ -87,6 +87,7 @@ class Denoiser:
         mean, std: of the latents per channel, as the model was trained: z = (latent - mean) / std.
         size: (height, width) of the latents.
         first_stage: that of the same file; None: it is another run (`Request.autoencoder`).
+        on_pixels: it has none: its latents are the images themselves.
         write_files: writes what else is kept in its run folder; None: nothing.
     """
 
@@ -99,6 +100,7 @@ class Denoiser:
     size: tuple[int, int]
     origin: Origin
     first_stage: FirstStage | None = None
+    on_pixels: bool = False
     write_files: Callable[[Path], None] | None = None
 
 
@@ -122,7 +124,15 @@ class Family:
 
     def likeness(self, names: set[str]) -> float:
         """The share of the marks that are there, of the way that fits best: 1 is this family."""
-        return max(sum(mark in names for mark in marks) / len(marks) for marks in self.marks)
+        return max(_share(marks, names) for marks in self.marks)
+
+    def missing(self, names: set[str]) -> list[str]:
+        """The marks that are not there, of the way that fits best."""
+        return [mark for mark in max(self.marks, key=lambda marks: _share(marks, names)) if mark not in names]
+
+
+def _share(marks: Sequence[str], names: set[str]) -> float:
+    return sum(mark in names for mark in marks) / len(marks)
 
 
 def node(target: str, **params: Any) -> dict[str, Any]:

@@ -51,8 +51,8 @@ def write(converted: Converted, source: Source, request: Request, logdir: Path, 
     if converted.first_stage is not None:
         written = write(converted.first_stage, source, request, logdir, f"{name}_autoencoder")
     try:
-        path = written[0].path if written else request.autoencoder
-        if path is None:
+        path = written[0].path if written else None if converted.on_pixels else request.autoencoder
+        if path is None and not converted.on_pixels:
             raise ConfigError(
                 f"{source.path}: holds no first stage, without which no picture can be made. Name the autoencoder "
                 f"whose latents it was trained on: --autoencoder RUN (convert that first, if it is another file)"
@@ -92,9 +92,9 @@ def _autoencoder_run(converted: FirstStage, name: str, source: Source) -> dict[s
 
 
 def _denoiser_run(
-    converted: Denoiser, name: str, source: Source, autoencoder: Path, folder: RunFolder
+    converted: Denoiser, name: str, source: Source, autoencoder: Path | None, folder: RunFolder
 ) -> dict[str, Any]:
-    codec = Codec.load(autoencoder)
+    codec = Codec.pixels(len(converted.mean)) if autoencoder is None else Codec.load(autoencoder)
     manifest = _manifest(converted, codec, autoencoder, source)
     config = {
         "name": name,
@@ -105,7 +105,8 @@ def _denoiser_run(
         "data": node(
             "latents.datamodule.LatentDataModule",
             train=_IMAGES,
-            autoencoder=str(autoencoder),
+            autoencoder=None if autoencoder is None else str(autoencoder),
+            channels=codec.encoder.in_channels,
             resolution=manifest.plan.pixels["resolution"],
             batch_size=BATCH_SIZE,
             seed=23,
@@ -121,7 +122,7 @@ def _denoiser_run(
     return _state(config, facts, weights, converted.origin, source)
 
 
-def _manifest(converted: Denoiser, codec: Codec, autoencoder: Path, source: Source) -> Manifest:
+def _manifest(converted: Denoiser, codec: Codec, autoencoder: Path | None, source: Source) -> Manifest:
     """Of the latents that it was trained on: their scale and the autoencoder that made them; no records."""
     height, width = converted.size
     factor = codec.encoder.down_factor
@@ -133,7 +134,7 @@ def _manifest(converted: Denoiser, codec: Codec, autoencoder: Path, source: Sour
             "resolution": as_resolution((height * factor, width * factor)),
             "channels": codec.encoder.in_channels,
         },
-        autoencoder={"weights": codec.weight_hash(), "config": codec.config, "path": str(autoencoder)},
+        autoencoder={"weights": codec.weight_hash(), "config": codec.config, "path": str(autoencoder or "")},
         num_classes=converted.params["conditioner"]["params"].get("num_classes"),
     )
     return Manifest(plan, [*converted.mean], [*converted.std], broken=[], shards=[])
