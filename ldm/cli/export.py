@@ -34,6 +34,7 @@ def parse(argv: Sequence[str]) -> Any:
     add("--autoencoder", type=options.path, metavar="RUN", help="stage-1 run or checkpoint, if it has moved")
     add("--license", metavar="TEXT", help="of the weights, for the model card, such as mit or cc-by-4.0")
     add("--data-license", metavar="TEXT", help="of the pictures that it was trained on, for the model card")
+    add("--no-pictures", action="store_true", help="no sheets of the run in the card; some show pictures of the data")
     add("--trust", action="append", default=[], metavar="PACKAGE", help="let the checkpoint use objects of it")
     return parser.parse_strictly(argv)
 
@@ -42,6 +43,7 @@ def opened(options: Any) -> "Trained":
     """The model that the command line names."""
     from ldm.autoencoder.codec import Codec
     from ldm.checkpoints import store
+    from ldm.cli.evaluate_subject import hours
     from ldm.config.tree import current_plain
     from ldm.interop.trained import Diffusion, Trained
     from ldm.run_folder import newest_run
@@ -50,13 +52,15 @@ def opened(options: Any) -> "Trained":
     path = Path(newest_run(options.run) if "*" in options.run else options.run)
     file = store.verify(path).path
     record = store.record(file)
+    facts = file, record, current_plain(record.get("config"), str(file))
+    batch = (record.get("data") or {}).get("batch_size")
+    time = hours(file.parent.parent / "metrics.csv", int(record.get("step", 0)), batch)
     if record.get("kind") == "autoencoder":
-        codec = Codec.load(file, options.trust)
-        return Trained(file, record, current_plain(record["config"], str(file)), codec)
+        return Trained(*facts, Codec.load(file, options.trust), hours=time)
     pipeline = Pipeline.load(file, ema=not options.raw, autoencoder=options.autoencoder, trust=options.trust)
     weights = pipeline.origin["weights"]
     diffusion = Diffusion(pipeline.denoiser, pipeline.objective, pipeline.manifest, weights)
-    return Trained(file, record, current_plain(record["config"], str(file)), pipeline.codec, diffusion)
+    return Trained(*facts, pipeline.codec, diffusion, time)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -67,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
         from ldm.interop import export
 
         export.check(chosen.to, chosen.out, chosen.force)
-        choices = export.Choices(chosen.license, chosen.data_license)
+        choices = export.Choices(chosen.license, chosen.data_license, not chosen.no_pictures)
         for line in export.export(opened(chosen), chosen.to, chosen.out, choices, force=chosen.force):
             print(line)
 

@@ -78,6 +78,9 @@ class Denoiser:
         mean, std: of the latents per channel, as the model was trained: z = (latent - mean) / std.
         size: (height, width) of the latents.
         first_stage: that of the same file; None: it is another run (`Request.autoencoder`).
+        pixels: it denoises the images themselves and has no first stage.
+        latents: the manifest that the checkpoint held, of a model of ours; None: the rest of this describes them.
+        objective: the weights of its objective, such as those of a learned weighting.
     """
 
     name: str
@@ -89,6 +92,9 @@ class Denoiser:
     size: tuple[int, int]
     origin: Origin
     first_stage: FirstStage | None = None
+    pixels: bool = False
+    latents: Mapping[str, Any] | None = None
+    objective: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 Converted = FirstStage | Denoiser
