@@ -39,13 +39,14 @@ def write(model: Trained, choices: Choices, usage: Usage, out: Path) -> None:
         from huggingface_hub import ModelCard, ModelCardData
     records = evaluations(model)
     shown = _copied(model, records, out) if choices.pictures else []
+    results = _results(model, records)
     data = ModelCardData(
         **_license(model.license(choices)),
         library_name=usage.library,
         pipeline_tag=_task(model),
         tags=["ldm", "autoencoder"] if model.diffusion is None else ["ldm", "latent-diffusion"],
-        model_name=model.run.name,
-        eval_results=_results(model, records) or None,
+        model_name=model.run.name if results else None,
+        eval_results=results or None,
     )
     text = "\n\n".join(part for part in _parts(model, choices, usage, records, shown) if part)
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
@@ -70,7 +71,8 @@ def _parts(
 ) -> Iterator[str]:
     what = "An autoencoder, the first stage of latent diffusion" if model.diffusion is None else "A diffusion model"
     yield f"# {model.run.name}"
-    yield f"{what}, trained or converted with ldm. This card was written from the run; it has not been edited."
+    made = "converted for" if model.record.get("origin") and not model.record.get("step") else "trained with"
+    yield f"{what}, {made} ldm. This card was written from the run by `ldm export`; what that does not say is unknown."
     yield f"## Model\n\n{_table(_model(model))}"
     yield f"## Data\n\n{_table(_data(model, choices))}"
     yield f"## Training\n\n{_table(_training(model))}"
