@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ldm import errors, files
 from ldm.errors import ConfigError, ResourceError
-from ldm.interop import diffusers_pipeline, export_onnx, export_safetensors, export_torch
+from ldm.interop import card, diffusers_pipeline, export_onnx, export_safetensors, export_torch
 from ldm.interop.trained import Trained
 from ldm.interop.usage import Choices, Usage
 
@@ -56,7 +56,7 @@ def export(model: Trained, format: str, out: Path, choices: Choices, *, force: b
     """
     write = check(format, out, force)
     with _published(out) as aside:
-        write(model, aside, choices)
+        card.write(model, choices, write(model, aside, choices), aside)
     yield from listed(out)
 
 
