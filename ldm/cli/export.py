@@ -1,6 +1,7 @@
 """Write a trained model as a folder that others load, with a model card, and upload it where that is asked for.
 
 python scripts/export.py logs/<run> --to safetensors --out FOLDER    # weights and configuration
+python scripts/export.py logs/<run> --to diffusers --out FOLDER      # a pipeline that makes the same pictures
 python scripts/export.py logs/<run> --to onnx --out FOLDER           # decoder and denoiser, for onnxruntime
 python scripts/export.py FOLDER --push NAME/REPOSITORY               # upload such a folder to the Hugging Face Hub
 """
@@ -15,7 +16,10 @@ from ldm.cli.options import Parser, called
 if TYPE_CHECKING:
     from ldm.interop.trained import Trained
 
-FORMATS = "safetensors (weights and configuration), onnx or torch (decoder and denoiser as programs)"
+FORMATS = (
+    "safetensors (weights and configuration), diffusers (a pipeline, or an autoencoder), onnx or torch (decoder and "
+    "denoiser as programs)"
+)
 """What --to takes, in words: a wrong flag is answered before torch is loaded."""
 
 
@@ -37,6 +41,7 @@ def parse(argv: Sequence[str]) -> Any:
     add("--license", metavar="TEXT", help="of the weights, for the model card, such as mit or cc-by-4.0")
     add("--data-license", metavar="TEXT", help="of the pictures that it was trained on, for the model card")
     add("--no-pictures", action="store_true", help="no sheets of the run in the card; some show pictures of the data")
+    add("--no-check", action="store_true", help="diffusers: do not compare the folder's picture with the model's")
     add(
         "--push",
         metavar="REPO",
@@ -86,7 +91,7 @@ def written(options: Any) -> Path:
         print(*export.listed(folder), sep="\n")
         return folder
     export.check(options.to, options.out, options.force)
-    choices = export.Choices(options.license, options.data_license, not options.no_pictures)
+    choices = export.Choices(options.license, options.data_license, not options.no_pictures, not options.no_check)
     for line in export.export(opened(options), options.to, options.out, choices, force=options.force):
         print(line)
     return Path(options.out)

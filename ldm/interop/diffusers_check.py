@@ -12,7 +12,7 @@ from ldm.autoencoder.codec import Codec
 from ldm.diffusion.conditioners.base import Conditioner
 from ldm.diffusion.objectives import Objective
 from ldm.diffusion.paths import DiscreteVP
-from ldm.errors import NumericError
+from ldm.errors import ConfigError, NumericError
 from ldm.interop.trained import Diffusion
 from ldm.randomness import Draws
 
@@ -104,6 +104,11 @@ def loaded(folder: Path) -> Any:
     diffusers.utils.logging.disable_progress_bar()
     try:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
+    except ValueError as error:  # such as code of others that is switched off
+        raise ConfigError(
+            f"--to diffusers: the folder cannot be compared with the model, since the library does not load it here: "
+            f"{' '.join(str(error).split())} --no-check writes it without"
+        ) from error
     finally:
         diffusers.utils.logging.set_verbosity(verbosity)
         diffusers.utils.logging.enable_progress_bar()

@@ -68,12 +68,12 @@ def write(model: Trained, out: Path, choices: Choices) -> Usage:
         loaded(made).save_pretrained(out)
         if choices.check:
             check_first_stage(model.codec, made.class_name, out)
-        return Usage("diffusers", _FIRST_STAGE.format(name=made.class_name))
+        return Usage("diffusers", "\n".join([_FIRST_STAGE.format(name=made.class_name), _compared(choices)]))
     plan = planned(model.codec, model.diffusion, model.params)
     _save(plan, out)
     if choices.check:
         check_pipeline(model.codec, model.diffusion, out)
-    return usage(plan)
+    return Usage("diffusers", "\n".join([*_notes(plan), _compared(choices)]))
 
 
 def planned(codec: Codec, diffusion: Diffusion, params: Mapping[str, Any]) -> Plan:
@@ -206,7 +206,7 @@ def _save(plan: Plan, out: Path) -> None:
     files.write_text(out / "model_index.json", json.dumps(index, indent=2) + "\n")
 
 
-def usage(plan: Plan) -> Usage:
+def _notes(plan: Plan) -> list[str]:
     """How the folder is loaded, for the model card."""
     text, classes = plan.conditions.text is not None, bool(plan.conditions.num_classes)
     given = ['prompt="..."'] * text + ["class_labels=[0]"] * classes + ["guidance_scale=2.0"] * (text or classes)
@@ -216,7 +216,11 @@ def usage(plan: Plan) -> Usage:
         notes.append(_CARRIED)
     if plan.scheduler.name == "DDIMScheduler":
         notes.append(_DIVISOR.format(levels=plan.scheduler.config["num_train_timesteps"]))
-    return Usage("diffusers", "\n".join(notes))
+    return notes
+
+
+def _compared(choices: Choices) -> str:
+    return _SAME if choices.check else _UNCHECKED
 
 
 _FIRST_STAGE = """\
@@ -239,5 +243,8 @@ No pipeline of the library samples this model exactly, so the folder has its own
 trust it.
 """
 _DIVISOR = """\
-The pictures are those that `ldm sample` makes of the same noise, if the number of steps divides {levels}.
+Its steps are those of `ldm sample` if their number divides {levels}: of others, DDIMScheduler does not step from one of
+its times to the next.
 """
+_SAME = "It was loaded and compared with the model in fp32 when it was written: the same picture of the same noise.\n"
+_UNCHECKED = "It was not compared with the model when it was written (`--no-check`).\n"
