@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ldm.autoencoder.codec import Codec
-from ldm.cli import export
+from ldm.cli import convert, export
 from ldm.config.load import build
 from ldm.diffusion.module import LatentDiffusion
 from ldm.images import to_arrays
@@ -70,6 +70,16 @@ def test_the_folder_makes_the_pictures_of_ldm_sample(run, tmp_path, capsys):
     assert 'from_pretrained("FOLDER", trust_remote_code=True)' in card
     assert "pipeline(class_labels=[0], guidance_scale=2.0)" in card
     assert "the same picture of the same noise" in card
+
+
+def test_the_folder_comes_back_as_runs(run, tmp_path):
+    """With the latents' scale and the row of no class, which our pipeline's file holds."""
+    assert export.main([str(run), "--to", "diffusers", "--out", str(tmp_path / "folder"), "--no-check"]) == 0
+    assert convert.main([str(tmp_path / "folder"), "--logdir", str(tmp_path / "logs")]) == 0
+    (back,) = (path for path in (tmp_path / "logs").iterdir() if not path.name.endswith("_autoencoder"))
+    how = {"steps": 5, "guidance": Guidance(1.5)}
+    own, again = (Pipeline.load(one).generate([3], [{"class_label": 2}], **how)[0] for one in (run, back))
+    assert np.abs(np.asarray(own).astype(int) - np.asarray(again)).max() <= 1
 
 
 def test_an_autoencoder_alone(run, tmp_path):
