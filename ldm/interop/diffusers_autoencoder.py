@@ -71,6 +71,7 @@ def from_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     settings.only({"act_fn": ("silu", "swish"), "mid_block_add_attention": (True, False)})
     if name == "VQModel":
         settings.only({"norm_type": ("group",), "vq_embed_dim": (None, settings.values["latent_channels"])})
+    _check_scale(settings)
     base, channel_mult = settings.widths()
     sizes = {
         "base_channels": base,
@@ -129,13 +130,13 @@ def to_config(
     Raises:
         ConfigError: names every parameter that diffusers' class cannot express.
     """
-    encoder, decoder = (arguments(params[part]) for part in ("encoder", "decoder"))
     problems = []
     for part, made in (("encoder", Encoder), ("decoder", Decoder), ("quantizer", VectorQuantizer)):
         target = f"{made.__module__}.{made.__name__}"
         if params.get(part) and params[part]["target"] != target:
             problems.append(f"{part}={params[part]['target']}: expected {target}")
     raise_all(where, "diffusers has no class for", problems)
+    encoder, decoder = (arguments(params[part]) for part in ("encoder", "decoder"))
     for key in ("base_channels", "channel_mult", "num_res_blocks", "latent_channels", "middle_attention"):
         if encoder[key] != decoder[key]:
             problems.append(
@@ -181,10 +182,23 @@ def to_config(
 def scale(config: Mapping[str, Any]) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of the latents per channel, as the models of this autoencoder's latents have them."""
     settings = dict(DEFAULTS[config["_class_name"]]) | dict(config)
-    channels, factor = settings["latent_channels"], settings["scaling_factor"] or 1.0
+    channels, factor = settings["latent_channels"], settings["scaling_factor"]
     mean = settings.get("latents_mean") or [settings.get("shift_factor") or 0.0] * channels
     std = settings.get("latents_std") or [1.0] * channels
     return [float(one) for one in mean], [float(one) / factor for one in std]
+
+
+def _check_scale(settings: Settings) -> None:
+    """The settings that `scale` reads are numbers, one for each channel where they are lists."""
+    settings.number("scaling_factor", 1e-6, 1e6)
+    for key in ("latents_mean", "latents_std", "shift_factor"):
+        value: Any = settings.values.get(key)
+        given: Sequence[Any] = value if isinstance(value, list | tuple) else [value]
+        count = 1 if key == "shift_factor" else settings.values["latent_channels"]
+        least = 1e-6 if key == "latents_std" else -1e6
+        fits = len(given) == count and all(type(one) in (int, float) and least <= one <= 1e6 for one in given)
+        if value is not None and not fits:
+            settings.refuse(key, f"expected {count} finite numbers" + (" above 0" if key == "latents_std" else ""))
 
 
 def _scale_settings(mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:

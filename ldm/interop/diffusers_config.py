@@ -16,6 +16,9 @@ from ldm.config.load import build
 from ldm.config.targets import resolve
 from ldm.errors import ConfigError
 
+MOST, MOST_LAYERS = 1_000_000, 1_000
+"""Of any size, and of layers: beyond it, a file is damaged or means harm."""
+
 
 @dataclass(frozen=True)
 class Exported:
@@ -73,19 +76,27 @@ class Settings:
 
     def whole(self, key: str) -> int:
         """A setting that is a positive whole number; 1 in place of anything else, which is refused."""
-        value = self.values[key]
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        value, most = self.values[key], MOST_LAYERS if "layers" in key else MOST
+        if type(value) is int and 1 <= value <= most:
             return value
-        self.refuse(key, "expected a positive whole number")
+        self.refuse(key, f"expected a whole number from 1 to {most}")
         return 1
 
     def wholes(self, key: str) -> list[int]:
-        """A list of positive whole numbers; [1] in place of anything else, which is refused."""
-        value = self.values[key]
-        if isinstance(value, list | tuple) and value and all(type(one) is int and one > 0 for one in value):
+        """A list of such numbers; [1] in place of anything else, which is refused."""
+        value, most = self.values[key], MOST_LAYERS if "layers" in key else MOST
+        if isinstance(value, list | tuple) and value and all(type(one) is int and 1 <= one <= most for one in value):
             return [*value]
-        self.refuse(key, "expected a list of positive whole numbers")
+        self.refuse(key, f"expected a list of whole numbers from 1 to {most}")
         return [1]
+
+    def number(self, key: str, least: float, below: float) -> float:
+        """A setting that is a number, least <= number < below; `least` in place of anything else, which is refused."""
+        value = self.values[key]
+        if isinstance(value, int | float) and not isinstance(value, bool) and least <= value < below:
+            return value
+        self.refuse(key, f"expected a number from {least:g} to below {below:g}")
+        return least
 
     def levels(self, key: str, plain: str, attention: str, count: int) -> list[int]:
         """The places of the blocks with attention in a list of `count` names of blocks."""

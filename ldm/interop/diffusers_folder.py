@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ldm.config.load import build
 from ldm.errors import CheckpointError, ConfigError
 from ldm.interop import diffusers_autoencoder as autoencoder
 from ldm.interop import diffusers_dit as dit
@@ -55,7 +56,7 @@ def convert(source: Source, request: Request) -> Sequence[Denoiser]:
     first = _first_stage(source, request)
     on_pixels = first is None and (_class(index) in _PIXELS or (bool(settings) and "vae" not in source.config))
     conditioner, weights, write_files = _conditioner(source, request, found, settings, where)
-    scheduler, beside = _scheduler(source, where)
+    objective = _objective(source, settings, where)
     mean, std = _scale(first, settings, sizes["in_channels"])
     nulls = found.knows_null or conditioner["target"].endswith("FrozenText")
     return [
@@ -64,7 +65,7 @@ def convert(source: Source, request: Request) -> Sequence[Denoiser]:
             params={
                 "network": found.params["network"],
                 "conditioner": conditioner,
-                "objective": objective_from(scheduler, beside, settings.get("timestep_scale", 1.0)),
+                "objective": objective,
                 "label_dropout": _LABEL_DROPOUT if nulls else 0.0,
             },
             weights=weights,
@@ -163,20 +164,27 @@ def _copies(encoder: Path) -> Callable[[Path], None]:
     return write
 
 
-def _scheduler(source: Source, where: str) -> tuple[Mapping[str, Any], str]:
-    """scheduler_config.json of a pipeline, also where its network alone was named."""
-    if "scheduler" in source.config:
-        return source.config["scheduler"], str(source.path / "scheduler" / "scheduler_config.json")
-    beside = source.path.resolve().parent / "scheduler" / "scheduler_config.json"
-    if beside.is_file():
+def _objective(source: Source, settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Of the pipeline's scheduler, also where its network alone was named."""
+    inside, beside = (folder / "scheduler" / "scheduler_config.json" for folder in (source.path, source.path.parent))
+    config = source.config.get("scheduler")
+    if config is None and beside.is_file():
         try:
-            return dict(json.loads(beside.read_text(encoding="utf-8"))), str(beside)
-        except (OSError, ValueError, TypeError) as error:
+            config = json.loads(beside.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
             raise ConfigError(f"{beside}: cannot be read as a scheduler's description: {error}") from error
-    raise ConfigError(
-        f"{where}: nothing says on which noise levels it was trained: expected scheduler/scheduler_config.json in the "
-        f"pipeline's folder. Name that folder, with its model_index.json"
-    )
+    if not isinstance(config, Mapping):
+        raise ConfigError(
+            f"{where}: nothing says on which noise levels it was trained: expected scheduler/scheduler_config.json in "
+            f"the pipeline's folder. Name that folder, with its model_index.json"
+        )
+    file = str(inside if "scheduler" in source.config else beside)
+    objective = objective_from(config, file, settings.get("timestep_scale", 1.0))
+    try:
+        build(objective)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
+    return objective
 
 
 def _size(

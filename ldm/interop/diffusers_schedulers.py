@@ -120,6 +120,7 @@ _DISCRETE = {
 }
 _FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 _EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+_MOST_STEPS = 100_000
 _SCHEDULES = {"linear": "Linear", "scaled_linear": "SqrtLinear"}
 
 
@@ -137,8 +138,11 @@ def objective_from(config: Mapping[str, Any], where: str, timestep_scale: float 
         ConfigError: names what our objectives cannot express.
     """
     name, prediction = config.get("_class_name"), config.get("prediction_type", "epsilon")
+    steps = config.get("num_train_timesteps", 1000)
+    if type(steps) is not int or not 1 <= steps <= _MOST_STEPS:
+        raise ConfigError(f"{where}: num_train_timesteps={steps!r}: expected a whole number up to {_MOST_STEPS}")
     if name in _FLOW or (name in _DISCRETE and (config.get("use_flow_sigmas") or prediction == "flow_prediction")):
-        return node("diffusion.objectives.Flow", time_scale=timestep_scale * config.get("num_train_timesteps", 1000))
+        return node("diffusion.objectives.Flow", time_scale=timestep_scale * steps)
     if name in _EDM:
         return _edm_from(config, where, timestep_scale)
     if name not in _DISCRETE:
@@ -152,7 +156,7 @@ def objective_from(config: Mapping[str, Any], where: str, timestep_scale: float 
         "diffusion.objectives.DDPM",
         schedule=_schedule_from(config, where),
         prediction=node(f"diffusion.predictions.{named[prediction]}"),
-        steps=config.get("num_train_timesteps", 1000),
+        steps=steps,
     )
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from ldm.diffusion.networks.unet import UNet
 from ldm.diffusion.networks.unet_attention import SelfAttention
-from ldm.interop.diffusers_config import Settings, arguments, on_meta, one_number, raise_all
+from ldm.interop.diffusers_config import Settings, arguments, groups, on_meta, one_number, raise_all
 from ldm.interop.diffusers_unet_settings import DEFAULTS, ONLY
 from ldm.interop.models import node
 
@@ -49,15 +49,18 @@ def from_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         "spatial_channels": max(0, given - own),
         "scale_shift": scale_shift,
         "resample_in_blocks": resizing,
-        "dropout": settings.values["dropout"],
+        "dropout": settings.number("dropout", 0, 1),
+        "norm_eps": settings.number("norm_eps", 1e-12, 1),
+        "pad_end": settings.values["downsample_padding"] == 0,
+        "longest_period": longest_period(base, settings.values["freq_shift"]),
     }
     if settings.values["num_class_embeds"] is not None:
         settings.whole("num_class_embeds")
         params["vector_channels"] = 4 * base
     if name == "UNet2DModel":
         params |= _head_width(settings)
-        groups = settings.values["norm_num_groups"]
-        settings.only({"attn_norm_num_groups": (groups,) if scale_shift else (None, groups)})
+        number = settings.values["norm_num_groups"]
+        settings.only({"attn_norm_num_groups": (number,) if scale_shift else (None, number)})
     else:
         deepest = len(channel_mult) - 1
         params["context_dim"] = _uniform(settings, "cross_attention_dim", [*attention, deepest])
@@ -126,6 +129,12 @@ def _heads(settings: Settings, widths: Sequence[int], attention: Sequence[int]) 
     return {"num_head_channels": widths[-1] // heads[-1]}
 
 
+def longest_period(channels: int, freq_shift: int) -> float:
+    """Of our waves P^(-k / half) the P that makes them theirs, 10000^(-k / (half - freq_shift)); half=channels/2."""
+    half = channels // 2
+    return 10_000.0 ** (half / max(1, half - freq_shift)) if freq_shift else 10_000.0
+
+
 def to_config(
     network: Mapping[str, Any],
     num_class_embeds: int | None = None,
@@ -152,12 +161,15 @@ def to_config(
         problems.append(f"channel_mult={sizes['channel_mult']}: the first is 1 in diffusers")
     if sizes["resample_in_blocks"] and name == "UNet2DConditionModel":
         problems.append("resample_in_blocks=True: not with cross-attention in diffusers")
-    groups, attention = one_number(problems, made), sizes["attention_levels"]
+    period = sizes["longest_period"]
+    if not any(longest_period(widths[0], shift) == period for shift in (0, 1)):
+        problems.append(f"longest_period={period:g}: 10000 in diffusers")
     plain, attending = _BLOCKS[name]
+    in_blocks = sizes["resample_in_blocks"] and len(widths) > 1
 
     def names(way: str) -> list[str]:
-        other = _RESIZING[way] if sizes["resample_in_blocks"] else plain.format(way)
-        return [attending.format(way) if level in attention else other for level in range(len(widths))]
+        other = _RESIZING[way] if in_blocks else plain.format(way)
+        return [attending.format(way) if level in sizes["attention_levels"] else other for level in range(len(widths))]
 
     config = dict(DEFAULTS[name]) | {
         "sample_size": sample_size if sample_size is None or isinstance(sample_size, int) else [*sample_size],
@@ -168,21 +180,34 @@ def to_config(
         "block_out_channels": widths,
         "layers_per_block": sizes["num_res_blocks"],
         "dropout": sizes["dropout"],
-        "norm_num_groups": groups,
+        "norm_eps": sizes["norm_eps"],
+        "downsample_padding": 0 if sizes["pad_end"] else 1,
+        "freq_shift": int(period != longest_period(widths[0], 0)),
+        "norm_num_groups": one_number(problems, made),
         "resnet_time_scale_shift": "scale_shift" if sizes["scale_shift"] else "default",
         "num_class_embeds": num_class_embeds,
     }
-    if name == "UNet2DModel":
-        kind = "resnet" if sizes["resample_in_blocks"] else "conv"
-        config |= {"downsample_type": kind, "upsample_type": kind, "attention_head_dim": _one_width(made, problems)}
-        config |= {"attn_norm_num_groups": groups if sizes["scale_shift"] else None}
-    else:
-        per_head = sizes["num_head_channels"]
-        heads = sizes["num_heads"] or [max(1, width // per_head) for width in widths]
-        config |= {"attention_head_dim": heads, "cross_attention_dim": sizes["context_dim"]}
-        config |= {"transformer_layers_per_block": sizes["transformer_depth"]}
+    config |= _of_model(sizes, made, problems) if name == "UNet2DModel" else _of_condition_model(sizes, widths)
     raise_all(where, f"diffusers' {name} cannot express", problems)
     return name, config
+
+
+def _of_model(sizes: Mapping[str, Any], made: nn.Module, problems: list[str]) -> dict[str, Any]:
+    """What a UNet2DModel alone is told."""
+    kind = "resnet" if sizes["resample_in_blocks"] and len(sizes["channel_mult"]) > 1 else "conv"
+    norms = next(iter(groups(made).values())) if sizes["scale_shift"] else None
+    config = {"downsample_type": kind, "upsample_type": kind, "attn_norm_num_groups": norms}
+    return config | {"attention_head_dim": _one_width(made, problems)}
+
+
+def _of_condition_model(sizes: Mapping[str, Any], widths: Sequence[int]) -> dict[str, Any]:
+    """What a UNet2DConditionModel alone is told."""
+    heads = [sizes["num_heads"] or max(1, width // sizes["num_head_channels"]) for width in widths]
+    config = {"attention_head_dim": heads if len({*heads}) > 1 else heads[0]}
+    return config | {
+        "cross_attention_dim": sizes["context_dim"],
+        "transformer_layers_per_block": sizes["transformer_depth"],
+    }
 
 
 def _one_width(made: nn.Module, problems: list[str]) -> int | None:

@@ -77,12 +77,11 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 _ONLY = {
     "center_input_sample": (False,),
     "time_embedding_type": ("positional",),
-    "freq_shift": (0,),
+    "freq_shift": (0, 1),
     "flip_sin_to_cos": (True, False),
     "mid_block_scale_factor": (1,),
-    "downsample_padding": (1,),
+    "downsample_padding": (0, 1),
     "act_fn": ("silu", "swish"),
-    "norm_eps": (1e-5,),
     "resnet_time_scale_shift": ("default", "scale_shift"),
     "class_embed_type": (None,),
 }
