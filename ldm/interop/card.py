@@ -10,7 +10,7 @@ from typing import Any
 
 from ldm import files
 from ldm.interop.trained import Trained
-from ldm.interop.usage import Choices, Usage, optional_packages
+from ldm.interop.usage import Choices, Usage
 from ldm.runtime.versions import versions
 
 UNKNOWN = "unknown"
@@ -35,8 +35,8 @@ _LICENSES = (
 
 def write(model: Trained, choices: Choices, usage: Usage, out: Path) -> None:
     """Write `README.md` and, if they are wanted, the sheets that it shows."""
-    with optional_packages("the model card"):
-        from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub import ModelCard, ModelCardData
+
     records = evaluations(model)
     shown = _copied(model, records, out) if choices.pictures else []
     results = _results(model, records)

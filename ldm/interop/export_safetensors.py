@@ -9,7 +9,7 @@ from torch import Tensor
 from ldm import files
 from ldm.interop import own_export
 from ldm.interop.trained import Trained
-from ldm.interop.usage import Choices, Usage, optional_packages
+from ldm.interop.usage import Choices, Usage
 from ldm.runtime.versions import versions
 from ldm.sizes import as_resolution
 
@@ -25,8 +25,8 @@ The weights are under the names of ldm's modules, which `config.json` lists with
 
 def write(model: Trained, out: Path, choices: Choices) -> Usage:
     """One set of weights, in files of 5 GB at most, and `config.json`."""
-    with optional_packages("--to safetensors"):
-        from huggingface_hub import save_torch_state_dict
+    from huggingface_hub import save_torch_state_dict
+
     save_torch_state_dict(tensors(model), out)
     files.write_text(out / "config.json", json.dumps(description(model, choices), indent=2) + "\n")
     command = "evaluate -r 'logs/*_NAME'" if model.diffusion is None else "sample -r 'logs/*_NAME'"
