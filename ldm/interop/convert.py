@@ -10,6 +10,7 @@ from ldm.interop import (
     compvis_model,
     diffusers_autoencoder,
     diffusers_folder,
+    own_export,
     runs,
     sources,
     tiny_autoencoder,
@@ -21,6 +22,7 @@ __all__ = ["FAMILIES", "Request", "convert", "recognized"]
 
 
 FAMILIES: Sequence[Family] = (
+    own_export.FAMILY,
     compvis_model.FAMILY,
     compvis_first_stage.FAMILY,
     tiny_autoencoder.FAMILY,

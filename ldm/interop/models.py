@@ -89,6 +89,8 @@ class Denoiser:
         first_stage: that of the same file; None: it is another run (`Request.autoencoder`).
         on_pixels: it has none: its latents are the images themselves.
         write_files: writes what else is kept in its run folder; None: nothing.
+        latents: the manifest that the checkpoint held, of a model of ours; None: the rest of this describes them.
+        objective: the weights of its objective, such as those of a learned weighting.
     """
 
     name: str
@@ -102,6 +104,8 @@ class Denoiser:
     first_stage: FirstStage | None = None
     on_pixels: bool = False
     write_files: Callable[[Path], None] | None = None
+    latents: Mapping[str, Any] | None = None
+    objective: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 Converted = FirstStage | Denoiser
