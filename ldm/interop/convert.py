@@ -75,8 +75,8 @@ def recognized(source: Source) -> Family:
         near = f" The nearest is {nearest.name}, which would also have {', '.join(nearest.missing(names))}."
     found = ", ".join([*source.tensors][:_SHOWN]) or "none"
     raise CheckpointError(
-        f"{source.path}: of no family that is known here. It has {_kinds(classes)}{len(source.tensors)} tensors: {found}"
-        f"{', ...' if len(source.tensors) > _SHOWN else ''}.{near} Known are: "
+        f"{source.path}: of no family that is known here. It has {_kinds(classes)}"
+        f"{len(source.tensors)} tensors: {found}{', ...' if len(source.tensors) > _SHOWN else ''}.{near} Known are: "
         f"{', '.join(family.name for family in FAMILIES)}."
     )
 
