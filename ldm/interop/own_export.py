@@ -40,7 +40,7 @@ def convert(source: Source, request: Request) -> Sequence[Converted]:
         size=tuple(latents["plan"]["shape"][1:]),
         origin=origin,
         first_stage=first_stage,
-        on_pixels=first_stage is None,
+        pixels=first_stage is None,
         latents=latents,
         objective=_part(parts, "objective"),
     )
