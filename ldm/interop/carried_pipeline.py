@@ -138,14 +138,16 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     def _set_timesteps(self, steps: int) -> None:
         if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
             # Even steps that end with data; the library's own end at sigma 0.001 and take one more.
-            self.scheduler.set_timesteps(sigmas=torch.linspace(1, 0, steps + 1)[:-1].tolist(), device=self._execution_device)
+            self.scheduler.set_timesteps(
+                sigmas=torch.linspace(1, 0, steps + 1)[:-1].tolist(), device=self._execution_device
+            )
         else:
             self.scheduler.set_timesteps(steps, device=self._execution_device)
 
     def _conditions(
         self, number: int, class_labels: Sequence[int] | None, prompt: str | Sequence[str] | None, guided: bool
     ) -> dict[str, Tensor]:
-        """What the denoiser is given besides noise and time: of the rows, then, if they are guided, of no conditions."""
+        """What the denoiser is given besides noise and time: of the rows and, if they are guided, of no conditions."""
         conditions = {}
         if self.config.num_classes is not None:
             none = [self.config.num_classes] * number

@@ -12,6 +12,7 @@ from ldm.interop import (
     diffusers_folder,
     dit,
     edm2,
+    own_export,
     runs,
     sources,
     tiny_autoencoder,
@@ -23,6 +24,7 @@ __all__ = ["FAMILIES", "Request", "convert", "recognized"]
 
 
 FAMILIES: Sequence[Family] = (
+    own_export.FAMILY,
     compvis_model.FAMILY,
     compvis_first_stage.FAMILY,
     tiny_autoencoder.FAMILY,
@@ -70,7 +72,8 @@ def recognized(source: Source) -> Family:
     Raises:
         CheckpointError: it is of none; says which is the nearest, and what it lacks of that.
     """
-    names = {*source.tensors, *(f"class {name}" for name in _classes(source))}
+    classes = _classes(source)
+    names = {*source.tensors, *(f"class {name}" for name in classes)}
     for family in FAMILIES:
         if family.likeness(names) == 1:
             return family
@@ -80,10 +83,14 @@ def recognized(source: Source) -> Family:
         near = f" The nearest is {nearest.name}, which would also have {', '.join(nearest.missing(names))}."
     found = ", ".join([*source.tensors][:_SHOWN]) or "none"
     raise CheckpointError(
-        f"{source.path}: of no family that is known here. It has {len(source.tensors)} tensors: {found}"
-        f"{', ...' if len(source.tensors) > _SHOWN else ''}.{near} Known are: "
+        f"{source.path}: of no family that is known here. It has {_kinds(classes)}"
+        f"{len(source.tensors)} tensors: {found}{', ...' if len(source.tensors) > _SHOWN else ''}.{near} Known are: "
         f"{', '.join(family.name for family in FAMILIES)}."
     )
+
+
+def _kinds(classes: Sequence[str]) -> str:
+    return f"the class {' and '.join(classes)}, and " if classes else ""
 
 
 def _classes(source: Source) -> list[str]:

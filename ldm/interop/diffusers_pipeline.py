@@ -68,24 +68,24 @@ def write(model: Trained, out: Path, choices: Choices) -> Usage:
         loaded(made).save_pretrained(out)
         if choices.check:
             check_first_stage(model.codec, made.class_name, out)
-        return Usage("diffusers", _FIRST_STAGE.format(name=made.class_name))
-    plan = planned(model.codec, model.diffusion, model.params["network"])
+        return Usage("diffusers", "\n".join([_FIRST_STAGE.format(name=made.class_name), _compared(choices)]))
+    plan = planned(model.codec, model.diffusion, model.params)
     _save(plan, out)
     if choices.check:
         check_pipeline(model.codec, model.diffusion, out)
-    return usage(plan)
+    return Usage("diffusers", "\n".join([*_notes(plan), _compared(choices)]))
 
 
-def planned(codec: Codec, diffusion: Diffusion, network: Mapping[str, Any]) -> Plan:
+def planned(codec: Codec, diffusion: Diffusion, params: Mapping[str, Any]) -> Plan:
     """What becomes of each part, and which pipeline samples it exactly; ConfigError: a part has no counterpart.
 
     Args:
-        network: the denoiser's node.
+        params: of the model: nodes of its parts.
     """
     manifest, denoiser = diffusion.manifest, diffusion.denoiser
     scheduler = scheduler_of(diffusion.objective)
     given = conditions(denoiser["conditioner"], denoiser["network"])
-    made = _network(network, denoiser["network"].state_dict(), given, manifest.plan.shape[1:])
+    made = _network(params["network"], denoiser["network"].state_dict(), given, manifest)
     pipeline = _of_library(made, scheduler, given, codec, manifest)
     scale = {"mean": manifest.mean, "std": manifest.std}
     if not codec.config:
@@ -108,14 +108,13 @@ def planned(codec: Codec, diffusion: Diffusion, network: Mapping[str, Any]) -> P
     return Plan(pipeline, made, scheduler, first_stage, given, settings)
 
 
-def _network(
-    node: Mapping[str, Any], weights: Mapping[str, Tensor], given: Conditions, size: tuple[int, ...]
-) -> Exported:
-    made = exported_network(node, weights, given.vectors, as_resolution((size[0], size[1])), WHERE)
+def _network(node: Mapping[str, Any], weights: Mapping[str, Tensor], given: Conditions, manifest: Manifest) -> Exported:
+    _, height, width = manifest.plan.shape
+    made = exported_network(node, weights, given.vectors, as_resolution((height, width)), WHERE)
     if given.tokens is None:
         return made
     config, tensors = as_layer(given.tokens)
-    return Exported(made.class_name, made.config | config, made.tensors | tensors)
+    return Exported(made.class_name, {**made.config, **config}, {**made.tensors, **tensors})
 
 
 def _first_stage(
@@ -179,7 +178,7 @@ def loaded(made: Exported) -> Any:
     import diffusers
 
     with torch.device("meta"):
-        module = getattr(diffusers, made.class_name)(**made.config)
+        module = getattr(diffusers, made.class_name).from_config(made.config)
     module.load_state_dict(made.tensors, assign=True)
     return module.eval()
 
@@ -207,13 +206,21 @@ def _save(plan: Plan, out: Path) -> None:
     files.write_text(out / "model_index.json", json.dumps(index, indent=2) + "\n")
 
 
-def usage(plan: Plan) -> Usage:
+def _notes(plan: Plan) -> list[str]:
     """How the folder is loaded, for the model card."""
+    text, classes = plan.conditions.text is not None, bool(plan.conditions.num_classes)
+    given = ['prompt="..."'] * text + ["class_labels=[0]"] * classes + ["guidance_scale=2.0"] * (text or classes)
     trust = "" if plan.pipeline is not None else ", trust_remote_code=True"
-    call = {"class": "class_labels=[0], guidance_scale=2.0", "text": 'prompt="...", guidance_scale=5.0', "": ""}
-    kind = "text" if plan.conditions.text is not None else "class" if plan.conditions.num_classes else ""
-    text = _PIPELINE.format(trust=trust, call=call[kind])
-    return Usage("diffusers", text + (_DIVISOR if plan.scheduler.name == "DDIMScheduler" else "") + ("" if plan.pipeline else _OWN))
+    notes = [_PIPELINE.format(trust=trust, call=", ".join(given))]
+    if plan.pipeline is None:
+        notes.append(_CARRIED)
+    if plan.scheduler.name == "DDIMScheduler":
+        notes.append(_DIVISOR.format(levels=plan.scheduler.config["num_train_timesteps"]))
+    return notes
+
+
+def _compared(choices: Choices) -> str:
+    return _SAME if choices.check else _UNCHECKED
 
 
 _FIRST_STAGE = """\
@@ -231,5 +238,13 @@ pipeline = DiffusionPipeline.from_pretrained("FOLDER"{trust})
 image = pipeline({call}).images[0]
 ```
 """
-_DIVISOR = "\nIt makes the pictures that `ldm sample` makes of the same noise if the number of steps divides that of levels.\n"
-_OWN = "\n`pipeline.py` in this folder samples it, since no pipeline of the library does so exactly: read it before you trust it.\n"
+_CARRIED = """\
+No pipeline of the library samples this model exactly, so the folder has its own, `pipeline.py`: read it before you
+trust it.
+"""
+_DIVISOR = """\
+Its steps are those of `ldm sample` if their number divides {levels}: of others, DDIMScheduler does not step from one of
+its times to the next.
+"""
+_SAME = "It was loaded and compared with the model in fp32 when it was written: the same picture of the same noise.\n"
+_UNCHECKED = "It was not compared with the model when it was written (`--no-check`).\n"

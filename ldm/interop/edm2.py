@@ -77,7 +77,7 @@ def convert(source: Source, request: Request) -> Sequence[Denoiser]:
     first_stage = None if pixels else unit_range.fitted(request.autoencoder)
     origin = Origin("EDM2", dropped=fitted.dropped, notes=_notes(source, pixels, first_stage is not None))
     name, size = source.name, (side, side)
-    return [Denoiser(name, params, fitted.weights, None, mean, std, size, origin, first_stage, on_pixels=pixels)]
+    return [Denoiser(name, params, fitted.weights, None, mean, std, size, origin, first_stage, pixels=pixels)]
 
 
 def table(sizes: Mapping[str, Any], side: int) -> list[Entry]:

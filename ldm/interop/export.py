@@ -6,11 +6,13 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from ldm import errors, files
 from ldm.errors import ConfigError, ResourceError
-from ldm.interop import export_onnx, export_safetensors, export_torch
+from ldm.interop import card, diffusers_pipeline, export_onnx, export_safetensors, export_torch
 from ldm.interop.trained import Trained
-from ldm.interop.usage import Choices, Usage
+from ldm.interop.usage import Choices, Usage, optional_packages
 
 __all__ = ["FORMATS", "Choices", "Usage", "check", "export"]
 
@@ -21,6 +23,7 @@ FORMATS: Mapping[str, Write] = {
     "safetensors": export_safetensors.write,
     "onnx": export_onnx.write,
     "torch": export_torch.write,
+    "diffusers": diffusers_pipeline.write,
 }
 """{--to NAME: what writes it}."""
 
@@ -29,7 +32,7 @@ def check(format: str, out: Path, force: bool) -> Write:
     """What writes a format, before anything is loaded.
 
     Raises:
-        ConfigError: there is no such format, or `out` exists and `force` is not given.
+        ConfigError: there is no such format, `out` exists and `force` is not given, or a package is missing.
     """
     if format not in FORMATS:
         near = get_close_matches(format, FORMATS, n=1)
@@ -37,6 +40,8 @@ def check(format: str, out: Path, force: bool) -> Write:
         raise ConfigError(f"--to {format}: unknown format: {hint}")
     if out.exists() and not force:
         raise ConfigError(f"--out {out}: is already there; name another folder, or have it replaced with --force")
+    with optional_packages("ldm export"):
+        import huggingface_hub  # noqa: F401  # of the model card
     return FORMATS[format]
 
 
@@ -55,7 +60,8 @@ def export(model: Trained, format: str, out: Path, choices: Choices, *, force: b
     """
     write = check(format, out, force)
     with _published(out) as aside:
-        write(model, aside, choices)
+        _check_space(model, aside)
+        card.write(model, choices, write(model, aside, choices), aside)
     yield from listed(out)
 
 
@@ -73,6 +79,16 @@ def spelled(size: int) -> str:
     return f"{size} bytes" if power == 0 else f"{size / 1000**power:.1f} {('kB', 'MB', 'GB')[power - 1]}"
 
 
+def _check_space(model: Trained, folder: Path) -> None:
+    needed = sum(one.nbytes for module in model.modules.values() for one in module.state_dict().values())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ResourceError(
+            f"{folder.parent}: the weights are {spelled(needed)}, and {spelled(free)} are free. Make room, or name "
+            f"another place with --out"
+        )
+
+
 @contextmanager
 def _published(out: Path) -> Iterator[Path]:
     """An empty folder to write into; `out` is then there with all of it, or as it was before."""
@@ -87,7 +103,8 @@ def _published(out: Path) -> Iterator[Path]:
             shutil.rmtree(before)
         else:
             aside.rename(out)
-    except OSError as error:
-        raise errors.of_place(error) or ResourceError(f"{out}: cannot be written ({error})") from error
+    except (OSError, SafetensorError) as error:
+        known = errors.of_place(error) if isinstance(error, OSError) and error.filename else None
+        raise known or ResourceError(f"{out}: cannot be written ({error}). Make room, or name another place") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -26,7 +26,10 @@ def write(model: Trained, out: Path, choices: Choices) -> Usage:
     described = {}
     for program in programs.programs(model):
         file = out / f"{program.name}.pt2"
-        torch.export.save(program.traced, file)
+        try:
+            torch.export.save(program.traced, file)
+        except RuntimeError as error:  # of torch's own writer, with a trace, such as of a full disk
+            raise OSError(str(error).splitlines()[0]) from error
         loaded = torch.export.load(file).module()
         described[program.name] = program.described(file.name, partial(_run, loaded))
     programs.write_facts(model, described, out)

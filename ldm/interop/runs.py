@@ -10,6 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ldm import files, run_folder
 from ldm.autoencoder.codec import Codec
 from ldm.checkpoints import store
 from ldm.config.load import to_yaml
-from ldm.errors import ConfigError
+from ldm.errors import CheckpointError, ConfigError
 from ldm.interop.models import BATCH_SIZE, RUN, Converted, Denoiser, FirstStage, Origin, Request, node
 from ldm.interop.sources import Source
 from ldm.latents.manifest import CacheSpec, Manifest
@@ -51,8 +52,8 @@ def write(converted: Converted, source: Source, request: Request, logdir: Path, 
     if converted.first_stage is not None:
         written = write(converted.first_stage, source, request, logdir, f"{name}_autoencoder")
     try:
-        path = written[0].path if written else None if converted.on_pixels else request.autoencoder
-        if path is None and not converted.on_pixels:
+        path = written[0].path if written else None if converted.pixels else request.autoencoder
+        if path is None and not converted.pixels:
             raise ConfigError(
                 f"{source.path}: holds no first stage, without which no picture can be made. Name the autoencoder "
                 f"whose latents it was trained on: --autoencoder RUN (convert that first, if it is another file)"
@@ -117,6 +118,7 @@ def _denoiser_run(
     average = converted.weights if converted.average is None else converted.average
     weights: dict[str, Any] = {f"denoiser.{key}": tensor for key, tensor in converted.weights.items()}
     weights |= {f"ema.average.{key}": tensor for key, tensor in average.items()}
+    weights |= {f"objective.{key}": tensor for key, tensor in converted.objective.items()}
     weights["ema._extra_state"] = {"images_seen": 0}
     facts = {"kind": "diffusion", "latents": manifest.to_dict()}
     return _state(config, facts, weights, converted.origin, source)
@@ -126,6 +128,12 @@ def _manifest(converted: Denoiser, codec: Codec, autoencoder: Path | None, sourc
     """Of the latents that it was trained on: their scale and the autoencoder that made them; no records."""
     height, width = converted.size
     factor = codec.encoder.down_factor
+    made_by = {"weights": codec.weight_hash(), "config": codec.config, "path": str(autoencoder or "")}
+    if converted.latents is not None:
+        known = Manifest.from_dict(converted.latents)
+        if made_by["weights"] != known.plan.autoencoder["weights"]:
+            raise CheckpointError(f"{source.path}: its autoencoder is not the one that made its latents; get it again")
+        return replace(known, plan=replace(known.plan, autoencoder=made_by), shards=[])
     plan = CacheSpec(
         shape=(len(converted.mean), height, width),
         num_items=0,
@@ -134,7 +142,7 @@ def _manifest(converted: Denoiser, codec: Codec, autoencoder: Path | None, sourc
             "resolution": as_resolution((height * factor, width * factor)),
             "channels": codec.encoder.in_channels,
         },
-        autoencoder={"weights": codec.weight_hash(), "config": codec.config, "path": str(autoencoder or "")},
+        autoencoder=made_by,
         num_classes=converted.params["conditioner"]["params"].get("num_classes"),
     )
     return Manifest(plan, [*converted.mean], [*converted.std], broken=[], shards=[])

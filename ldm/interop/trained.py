@@ -8,7 +8,9 @@ from typing import Any
 from torch import nn
 
 from ldm.autoencoder.codec import Codec
+from ldm.checkpoints import store
 from ldm.diffusion.objectives import Objective
+from ldm.interop.usage import Choices
 from ldm.latents.manifest import Manifest
 from ldm.run_folder import RunFolder
 
@@ -40,6 +42,7 @@ class Trained:
         config: that of its run, under today's names.
         codec: the first stage: the model itself, or that of a diffusion model.
         diffusion: None: the checkpoint is of stage 1.
+        hours: of training, from the speeds that were logged; None: not known.
     """
 
     file: Path
@@ -47,6 +50,21 @@ class Trained:
     config: Mapping[str, Any]
     codec: Codec
     diffusion: Diffusion | None = None
+    hours: float | None = None
+
+    @property
+    def weights(self) -> str:
+        """Which weights these are: "ema", or "raw", which is all that stage 1 has."""
+        return "raw" if self.diffusion is None else self.diffusion.weights
+
+    def license(self, choices: Choices) -> str:
+        """Of the weights: as asked for, else that of what they were converted from, else "unknown"."""
+        origin: Mapping[str, Any] = self.record.get("origin") or {}
+        return choices.license or str(origin.get("license", "unknown"))
+
+    def codec_record(self) -> Mapping[str, Any]:
+        """The facts of the first stage's checkpoint; empty if there is none."""
+        return store.record(Path(self.codec.path)) if self.codec.path else {}
 
     @property
     def run(self) -> RunFolder:
