@@ -137,6 +137,7 @@ class Encoder(nn.Module):
         middle_attention: self-attention between the two blocks at the lowest resolution; the published vq-f4-noattn
             has none.
         norm_groups: of every norm; None: 32, or fewer below 128 channels. Weights of others may have 32 everywhere.
+        unit_range: images are brought to [0, 1] first, as EDM2 gives them to Stable Diffusion's encoder.
 
     Raises:
         SizeError: images whose sides are not divisible by the down factor.
@@ -155,9 +156,11 @@ class Encoder(nn.Module):
         moments: bool = True,
         middle_attention: bool = True,
         norm_groups: Count | None = None,
+        unit_range: bool = False,
     ) -> None:
         super().__init__()
         self.in_channels = in_channels
+        self.unit_range = unit_range
         self.outputs = 2 if moments else 1
         self.latent_channels = latent_channels
         self.patch_size = patch_size
@@ -180,6 +183,8 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         self._check(*images.shape[2:])
+        if self.unit_range:
+            images = (images + 1) / 2  # (N, in_channels, H, W)
         h = F.pixel_unshuffle(images, self.patch_size)  # (N, in_channels*p*p, H/p, W/p), p = patch_size
         h = self.conv_in(h)  # (N, base_channels, H/p, W/p)
         h = self.levels(h)  # (N, last width, H/f, W/f)

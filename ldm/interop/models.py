@@ -26,12 +26,14 @@ class Request:
         resolution: of the images, pixels; None: what the file or its family says.
         statistics: file with the latents' mean and standard deviation per channel; None: the family's own.
         text_encoder: folder of the text encoder and its tokenizer that a model of captions was trained with.
+        family: which of the kinds of `Family.kinds`, where a file does not tell.
     """
 
     autoencoder: Path | None = None
     resolution: int | None = None
     statistics: Path | None = None
     text_encoder: Path | None = None
+    family: str | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,10 @@ class Denoiser:
         mean, std: of the latents per channel, as the model was trained: z = (latent - mean) / std.
         size: (height, width) of the latents.
         first_stage: that of the same file; None: it is another run (`Request.autoencoder`).
+        pixels: it denoises the images themselves and has no first stage.
         write_files: writes what else is kept in its run folder; None: nothing.
+        latents: the manifest that the checkpoint held, of a model of ours; None: the rest of this describes them.
+        objective: the weights of its objective, such as those of a learned weighting.
     """
 
     name: str
@@ -99,7 +104,10 @@ class Denoiser:
     size: tuple[int, int]
     origin: Origin
     first_stage: FirstStage | None = None
+    pixels: bool = False
     write_files: Callable[[Path], None] | None = None
+    latents: Mapping[str, Any] | None = None
+    objective: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 Converted = FirstStage | Denoiser
@@ -114,11 +122,13 @@ class Family:
         marks: for each way in which such a file is known: what must all be in it, names of tensors, or `class NAME` for
             the class that a folder's config.json names.
         convert: makes our models of it.
+        kinds: words for `Request.family`, if its files do not tell for themselves what they are.
     """
 
     name: str
     marks: Sequence[Sequence[str]]
     convert: Callable[[Source, Request], Sequence[Converted]]
+    kinds: Sequence[str] = ()
 
     def likeness(self, names: set[str]) -> float:
         """The share of the marks that are there, of the way that fits best: 1 is this family."""

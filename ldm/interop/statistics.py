@@ -27,19 +27,18 @@ def read(path: Path, channels: int) -> tuple[list[float], list[float]]:
         names = ", ".join(sorted(found)[:8]) or "nothing"
         raise ConfigError(f"{path}: expected `mean` and `std` of the latents, one number a channel; found {names}")
     mean, std = (found[name].flatten().tolist() for name in ("mean", "std"))
-    if len(mean) != channels or len(std) != channels:
-        raise ConfigError(
-            f"{path}: expected {channels} channels, as the model's latents have; found {len(mean)} means and "
-            f"{len(std)} deviations. These are the statistics of another autoencoder."
-        )
-    check(mean, std, str(path))
+    check(mean, std, channels, str(path))
     return mean, std
 
 
-def check(mean: Sequence[float], std: Sequence[float], origin: str) -> None:
-    """ConfigError unless these can be the mean and the deviation of latents."""
-    numbers = torch.tensor([*mean, *std])
-    if not numbers.isfinite().all() or min(std) <= 0:
+def check(mean: Sequence[float], std: Sequence[float], channels: int, origin: str) -> None:
+    """ConfigError unless these can be the mean and the deviation of latents of so many channels."""
+    if len(mean) != channels or len(std) != channels:
+        raise ConfigError(
+            f"{origin}: expected {channels} channels, as the model's latents have; found {len(mean)} means and "
+            f"{len(std)} deviations. These are the statistics of another autoencoder."
+        )
+    if not torch.tensor([*mean, *std]).isfinite().all() or min(std) <= 0:
         raise ConfigError(f"{origin}: expected finite means and deviations above 0; found {[*mean]} and {[*std]}")
 
 

@@ -82,6 +82,11 @@ def read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         CheckpointError: it cannot be read, or holds more than data.
     """
+    if file.suffix == ".pkl":
+        raise CheckpointError(
+            f"{file}: a pickle, which may carry code and is not opened. EDM2's networks (NVlabs/edm2): run "
+            f"scripts/edm2_to_safetensors.py on it where their code is, and convert the file that it writes"
+        )
     if file.suffix not in SUFFIXES:
         raise CheckpointError(f"{file}: expected a file of weights ({', '.join(SUFFIXES)})")
     try:

@@ -3,16 +3,18 @@
 from torch import Tensor, nn
 
 from ldm.layers import Attention, GatedFeedForward, attend, group_norm, zero_module
-from ldm.ranges import Count
+from ldm.ranges import Count, Positive
 
 
 class SelfAttention(nn.Module):
     """Every pixel attends to every other."""
 
-    def __init__(self, channels: Count, heads: Count, norm_groups: Count | None = None) -> None:
+    def __init__(
+        self, channels: Count, heads: Count, norm_groups: Count | None = None, norm_eps: Positive = 1e-5
+    ) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = group_norm(channels, groups=norm_groups)
+        self.norm = group_norm(channels, norm_eps, norm_groups)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero_module(nn.Conv2d(channels, channels, 1))
 
