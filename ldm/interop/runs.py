@@ -56,7 +56,8 @@ def write(converted: Converted, source: Source, request: Request, logdir: Path, 
         if path is None and not converted.pixels:
             raise ConfigError(
                 f"{source.path}: holds no first stage, without which no picture can be made. Name the autoencoder "
-                f"whose latents it was trained on: --autoencoder RUN (convert that first, if it is another file)"
+                f"whose latents it was trained on: --autoencoder RUN, or a folder of diffusers as it is (convert other "
+                f"files first)"
             )
         return [*written, _publish(logdir, name, _denoiser_run(converted, name, source, path))]
     except BaseException:
@@ -114,8 +115,8 @@ def _denoiser_run(converted: Denoiser, name: str, source: Source, autoencoder: P
 def _manifest(converted: Denoiser, codec: Codec, autoencoder: Path | None, source: Source) -> Manifest:
     """Of the latents that it was trained on: their scale and the autoencoder that made them; no records."""
     height, width = converted.size
-    factor = codec.encoder.down_factor
-    made_by = {"weights": codec.weight_hash(), "config": codec.config, "path": str(autoencoder or "")}
+    factor = codec.down_factor
+    made_by = codec.describe() | {"path": str(autoencoder or "")}
     if converted.latents is not None:
         known = Manifest.from_dict(converted.latents)
         if made_by["weights"] != known.plan.autoencoder["weights"]:
@@ -127,7 +128,7 @@ def _manifest(converted: Denoiser, codec: Codec, autoencoder: Path | None, sourc
         source=f"foreign:{source.path.name}",
         pixels={
             "resolution": as_resolution((height * factor, width * factor)),
-            "channels": codec.encoder.in_channels,
+            "channels": codec.in_channels,
         },
         autoencoder=made_by,
         num_classes=converted.params["conditioner"]["params"].get("num_classes"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.autoencoder.codec import Codec
+from ldm.autoencoder.codec import AutoencoderCodec
 from ldm.autoencoder.networks import Decoder, Encoder
 from ldm.autoencoder.quantizer import VectorQuantizer
 from ldm.cli import export
@@ -185,7 +185,9 @@ def test_a_codebook_is_searched_in_the_program(tmp_path):
     sizes = {"base_channels": 8, "channel_mult": [1, 1], "num_res_blocks": 1, "latent_channels": 3}
     quantizer = VectorQuantizer(64, 3)
     torch.nn.init.normal_(quantizer.codebook.weight)
-    codec = Codec(Encoder(3, **sizes, moments=False), Decoder(3, **sizes), {"encoder": 1}, quantizer=quantizer)
+    codec = AutoencoderCodec(
+        Encoder(3, **sizes, moments=False), Decoder(3, **sizes), {"encoder": 1}, quantizer=quantizer
+    )
     program = Program(
         "decoder", programs._Decoding(codec), {"latents": torch.randn(2, 3, 8, 8)}, {"latents": ""}, "images"
     )
