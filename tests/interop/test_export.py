@@ -217,15 +217,21 @@ def test_wrong_words_are_answered(runs, tmp_path, capsys):
     assert (code, "belongs to --push" in said) == (2, True)
 
 
-def test_a_folder_that_exists_is_kept_unless_it_may_be_replaced(runs, tmp_path, capsys):
+def test_a_folder_that_exists_is_kept_unless_it_is_an_export_that_may_be_replaced(runs, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "mine.txt").write_text("kept")
-    code, said = refused(capsys, str(runs.diffusion), "--to", "safetensors", "--out", str(out))
-    assert (code, "--force" in said) == (2, True)
-    assert [*out.iterdir()] == [out / "mine.txt"]
+    (out / "README.md").write_text("mine")
+    words = [str(runs.diffusion), "--to", "safetensors", "--out", str(out)]
+    code, said = refused(capsys, *words)
+    assert (code, "have it replaced with --force" in said) == (2, True)
+    code, said = refused(capsys, *words, "--force")
+    assert (code, "this is another" in said) == (2, True)
+    assert (out / "README.md").read_text() == "mine"
+    (out / "README.md").unlink()
+    exported(runs.autoencoder, out, "--force")
+    (out / "more.txt").write_text("of the former one")
     exported(runs.diffusion, out, "--force")
-    assert not (out / "mine.txt").exists()
+    assert not (out / "more.txt").exists()
     assert [*tmp_path.iterdir()] == [out]
 
 
