@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 import main
 from ldm.checkpoints import store
-from ldm.cli import cache, convert, ema, evaluate, plot, sample, weights
+from ldm.cli import cache, convert, ema, evaluate, export, plot, sample, weights
 from ldm.config.load import to_yaml
 from ldm.optim.ema import power_exponent
 from scripts import compare
@@ -191,6 +191,13 @@ def run(workshop, tmp_path, monkeypatch, autoencoder_tree, diffusion_tree, tried
             (workshop / words[words.index("--config") + 1]).write_text("model: {params: {ddconfig: {resolution: 32}}}")
         return convert.main([*words, "--logdir", str(tmp_path)])
 
+    def exported(words: list[str]) -> int:
+        """Those that need neither minutes nor a network are done."""
+        chosen = export.parse(words)
+        if chosen.push is not None or chosen.to in (None, "onnx", "torch", "FORMAT"):
+            return 0
+        return export.main([str(tmp_path / "out") if word == "FOLDER" else word for word in words])
+
     def parsed(parse):
         return lambda words: 0 if parse(words) else 1
 
@@ -203,6 +210,7 @@ def run(workshop, tmp_path, monkeypatch, autoencoder_tree, diffusion_tree, tried
         "scripts/weights.py": weights.main,
         "scripts/convert.py": converted,
         "scripts/evaluate.py": measured,
+        "scripts/export.py": exported,
         # These take minutes to hours, and have tests of their own.
         "scripts/bench": parsed(bench.parse),
         "scripts/compare.py": parsed(compare.parse),
