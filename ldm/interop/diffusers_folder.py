@@ -19,6 +19,7 @@ from ldm.config.load import build
 from ldm.errors import CheckpointError, ConfigError
 from ldm.interop import diffusers_autoencoder as autoencoder
 from ldm.interop import diffusers_dit as dit
+from ldm.interop import statistics
 from ldm.interop.diffusers_networks import CLASSES, UNETS, Imported, imported
 from ldm.interop.diffusers_schedulers import objective_from
 from ldm.interop.models import RUN, Denoiser, Family, FirstStage, Origin, Request, node
@@ -47,6 +48,7 @@ def convert(source: Source, request: Request) -> Sequence[Denoiser]:
         no_class=settings.get("num_classes") is not None,
         class_tokens=bool(settings.get("class_tokens")),
     )
+    _check_classes(source, settings, config.get("num_class_embeds"), part)
     sizes = found.params["network"]["params"]
     if sizes["spatial_channels"]:
         raise ConfigError(
@@ -57,7 +59,7 @@ def convert(source: Source, request: Request) -> Sequence[Denoiser]:
     pixels = first is None and (_class(index) in _PIXELS or (bool(settings) and "vae" not in source.config))
     conditioner, weights, write_files = _conditioner(source, request, found, settings, where)
     objective = _objective(source, settings, where)
-    mean, std = _scale(first, settings, sizes["in_channels"])
+    mean, std = _scale(first, settings, sizes["in_channels"], str(source.path / "model_index.json"))
     nulls = found.knows_null or conditioner["target"].endswith("FrozenText")
     return [
         Denoiser(
@@ -87,6 +89,16 @@ def _class(index: Mapping[str, Any]) -> str:
     return str(name[-1] if isinstance(name, list) and name else name)
 
 
+def _check_classes(source: Source, settings: Mapping[str, Any], rows: int | None, part: str) -> None:
+    """ConfigError unless a pipeline of ours has one class fewer than its table has rows."""
+    classes = settings.get("num_classes")
+    if classes is not None and rows is not None and classes != rows - 1:
+        raise ConfigError(
+            f"{source.path / 'model_index.json'}: num_classes={classes!r}: expected {rows - 1}, one fewer than "
+            f"num_class_embeds in {part}/config.json, the last row of which is that of no class"
+        )
+
+
 def _part(source: Source, part: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """config.json and tensors of a pipeline's network; "": the folder is the network's own."""
     config = dict(source.config[part] if part else source.config)
@@ -113,14 +125,20 @@ def _first_stage(source: Source, request: Request) -> FirstStage | None:
 
 
 def _scale(
-    first: FirstStage | None, settings: Mapping[str, Any], channels: int
+    first: FirstStage | None, settings: Mapping[str, Any], channels: int, where: str
 ) -> tuple[Sequence[float], Sequence[float]]:
     """Mean and standard deviation of the latents: as our own pipeline says, else as the first stage does."""
-    if settings:
-        return settings["latents_mean"], settings["latents_std"]
-    if first is None or first.statistics is None:
-        return [0.0] * channels, [1.0] * channels
-    return first.statistics["mean"], first.statistics["std"]
+    if not settings:
+        found = {} if first is None or first.statistics is None else first.statistics
+        return found.get("mean", [0.0] * channels), found.get("std", [1.0] * channels)
+    mean, std = (settings.get(key) for key in ("latents_mean", "latents_std"))
+    for values in (mean, std):
+        if not isinstance(values, list) or len(values) != channels or any(type(one) is not float for one in values):
+            raise ConfigError(f"{where}: latents_mean, latents_std: expected {channels} numbers each, found {values!r}")
+    assert mean is not None
+    assert std is not None
+    statistics.check(mean, std, where)
+    return mean, std
 
 
 def _conditioner(

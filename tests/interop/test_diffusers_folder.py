@@ -241,6 +241,15 @@ def test_a_pipeline_that_was_written_here_says_its_scale_and_its_row_of_no_class
     x = torch.randn(2, 4, 8, 8)
     null = theirs(x, TIMES, class_labels=torch.tensor([3, 3])).sample
     assert difference(pipeline.denoiser["network"](x, TIMES, pipeline.conditioner.null(2)), null) < CLOSE
+    for changes, words in (
+        ({"num_classes": 4}, "num_classes=4: expected 3"),
+        ({"latents_std": [1.0]}, "expected 4 numbers each"),
+        ({"latents_std": [1.0, 0.0, 1.0, 1.0]}, "deviations above 0"),
+        ({"timestep_scale": 2.0}, "timestep_scale=2"),
+    ):
+        (folder / "model_index.json").write_text(json.dumps(index | changes))
+        with pytest.raises(ConfigError, match=words):
+            runs(folder, tmp_path)
 
 
 def ldm(tmp_path):
