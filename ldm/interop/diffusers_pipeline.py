@@ -24,6 +24,7 @@ from ldm.interop.diffusers_check import check_first_stage, check_pipeline
 from ldm.interop.diffusers_conditions import Conditions, as_layer, conditions, encoder_and_tokenizer
 from ldm.interop.diffusers_config import Exported
 from ldm.interop.diffusers_networks import exported as exported_network
+from ldm.interop.diffusers_regular import Regular, of_one_number, without_patches
 from ldm.interop.diffusers_schedulers import Scheduler, scheduler_of
 from ldm.interop.trained import Diffusion, Trained
 from ldm.interop.usage import Choices, Usage, optional_packages
@@ -64,7 +65,7 @@ def write(model: Trained, out: Path, choices: Choices) -> Usage:
         import diffusers  # noqa: F401
         import transformers  # noqa: F401
     if model.diffusion is None:
-        made = _first_stage(model.codec, model.codec.statistics)
+        made = _first_stage(model.codec, Regular(model.codec.config), model.codec.statistics)
         loaded(made).save_pretrained(out)
         if choices.check:
             check_first_stage(model.codec, made.class_name, out)
@@ -85,17 +86,14 @@ def planned(codec: Codec, diffusion: Diffusion, params: Mapping[str, Any]) -> Pl
     manifest, denoiser = diffusion.manifest, diffusion.denoiser
     scheduler = scheduler_of(diffusion.objective)
     given = conditions(denoiser["conditioner"], denoiser["network"])
-    made = _network(params["network"], denoiser["network"].state_dict(), given, manifest)
-    pipeline = _of_library(made, scheduler, given, codec, manifest)
-    scale = {"mean": manifest.mean, "std": manifest.std}
-    if not codec.config:
-        first_stage = None
-    elif pipeline is not None and not _is_scaled_alike(manifest):
-        first_stage = _first_stage(codec, None, _folded(codec.state_dict(), manifest))
-    elif codec.quantizer is not None and not _is_scaled_alike(manifest):
-        first_stage = _first_stage(codec, None)
-    else:
-        first_stage = _first_stage(codec, scale)
+    regular = of_one_number({"network": params["network"]})
+    made = _network(regular.nodes["network"], denoiser["network"].state_dict(), given, manifest)
+    stage = without_patches(of_one_number(codec.config))
+    pipeline = None
+    if not regular.norm_groups and not stage.norm_groups and stage.patch_size == 1:
+        pipeline = _of_library(made, scheduler, given, codec, manifest)
+    part = "transformer" if made.class_name.startswith("DiT") else "unet"
+    groups = {name: one.norm_groups for name, one in ((part, regular), ("vae", stage)) if one.norm_groups}
     settings = {
         "latents_mean": [*manifest.mean],
         "latents_std": [*manifest.std],
@@ -104,8 +102,20 @@ def planned(codec: Codec, diffusion: Diffusion, params: Mapping[str, Any]) -> Pl
         "class_tokens": given.tokens is not None,
         "class_names": manifest.plan.class_names,
         "max_length": None if given.text is None else given.text.max_length,
+        "patch_size": stage.patch_size,
+        "norm_groups": groups or None,
     }
+    first_stage = _scaled_first_stage(codec, stage, manifest, pipeline is not None) if codec.config else None
     return Plan(pipeline, made, scheduler, first_stage, given, settings)
+
+
+def _scaled_first_stage(codec: Codec, stage: Regular, manifest: Manifest, of_library: bool) -> Exported:
+    """With the latents' scale where the library's class, or its pipeline, has a place for it."""
+    if of_library and not _is_scaled_alike(manifest):
+        return _first_stage(codec, stage, None, _folded(codec.state_dict(), manifest))
+    if codec.quantizer is not None and not _is_scaled_alike(manifest):
+        return _first_stage(codec, stage, None)
+    return _first_stage(codec, stage, {"mean": manifest.mean, "std": manifest.std})
 
 
 def _network(node: Mapping[str, Any], weights: Mapping[str, Tensor], given: Conditions, manifest: Manifest) -> Exported:
@@ -118,13 +128,13 @@ def _network(node: Mapping[str, Any], weights: Mapping[str, Tensor], given: Cond
 
 
 def _first_stage(
-    codec: Codec, scale: Mapping[str, Any] | None, weights: Mapping[str, Tensor] | None = None
+    codec: Codec, stage: Regular, scale: Mapping[str, Any] | None, weights: Mapping[str, Tensor] | None = None
 ) -> Exported:
     height, width = codec.size or (256, 256)
     return diffusers_autoencoder.exported(
-        codec.config,
+        stage.nodes,
         codec.state_dict() if weights is None else weights,
-        max(height, width),
+        max(height, width) // stage.patch_size,
         None if scale is None else scale["mean"],
         None if scale is None else scale["std"],
         WHERE,

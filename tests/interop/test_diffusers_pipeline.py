@@ -16,9 +16,9 @@ from ldm.autoencoder.codec import Codec
 from ldm.config.load import build
 from ldm.errors import ConfigError, NumericError
 from ldm.images import to_arrays
-from ldm.interop import diffusers_check, diffusers_pipeline
+from ldm.interop import diffusers_check, diffusers_folder, diffusers_pipeline, sources
 from ldm.interop.diffusers_check import drawn, loaded, ours, theirs
-from ldm.interop.models import node
+from ldm.interop.models import Request, node
 from ldm.interop.trained import Diffusion, Trained
 from ldm.interop.usage import Choices
 from ldm.latents.manifest import CacheSpec, Manifest
@@ -73,8 +73,8 @@ def joint(**parts: Mapping[str, Any]) -> dict[str, Any]:
     return node("diffusion.conditioners.joint.Joint", conditioners=parts)
 
 
-def first_stage(quantized: bool = False) -> Codec:
-    sizes = {"base_channels": 16, "channel_mult": [1, 1], "num_res_blocks": 1, "latent_channels": 4}
+def first_stage(quantized: bool = False, **more: Any) -> Codec:
+    sizes = {"base_channels": 16, "channel_mult": [1, 1], "num_res_blocks": 1, "latent_channels": 4, **more}
     parts = {
         "encoder": node("autoencoder.networks.Encoder", in_channels=3, moments=not quantized, **sizes),
         "decoder": node("autoencoder.networks.Decoder", out_channels=3, **sizes),
@@ -267,6 +267,19 @@ def test_a_codebook(scale, tmp_path):
     compared(model, tmp_path, [None], [1.0])
 
 
+@pytest.mark.parametrize("network", [unet(norm_groups=None), dit()], ids=["UNet", "DiT"])
+def test_narrow_networks_and_patches_of_pixels(network, tmp_path):
+    """Of which the library's classes know nothing, so that our pipeline has the norms' groups and the patches."""
+    conditioner = OF_DIT if network["target"].endswith("DiT") else UNCONDITIONAL
+    model = trained(network, conditioner, DDPM, first_stage(base_channels=8, channel_mult=[1, 4], patch_size=2))
+    assert written(model, tmp_path) == OWN
+    pipeline = compared(model, tmp_path, [None], [1.0])
+    assert pipeline.config.norm_groups["vae"] == {"8": 2, "32": 8}
+    assert pipeline(num_inference_steps=1).images[0].size == (32, 32)
+    with pytest.raises(ConfigError, match="norm_groups, patch_size"):
+        diffusers_folder.convert(sources.read(tmp_path), Request())
+
+
 def test_pictures_that_are_no_square(tmp_path):
     model = trained(unet(), UNCONDITIONAL, DDPM, size=(4, 8))
     assert written(model, tmp_path) == OWN
@@ -345,9 +358,9 @@ def test_the_pictures_compared_are_those_of_ldm_sample():
         (unet(vector_channels=32), joint(one=VECTOR, two=VECTOR), DDPM, "Joint of ClassVector, ClassVector"),
         (unet(), UNCONDITIONAL, node("diffusion.objectives.Flow", prediction=node("diffusion.predictions.X0")),
          "Linear with the prediction X0"),
-        (unet(norm_groups=None), UNCONDITIONAL, DDPM, "norm_groups"),
+        (unet(num_heads=2, num_head_channels=None, attention_levels=[0, 1]), UNCONDITIONAL, DDPM, "num_heads: one width"),
     ],
-    ids=["modern DiT", "EDM2", "two vectors", "flow of x0", "norms"],
+    ids=["modern DiT", "EDM2", "two vectors", "flow of x0", "heads"],
 )  # fmt: skip
 def test_what_has_no_counterpart_is_refused_by_name(network, conditioner, objective, named, tmp_path):
     with pytest.raises(ConfigError, match=named):
