@@ -93,8 +93,8 @@ def _model(model: Trained) -> dict[str, str]:
         rows[part] = f"`{own or 'none: the latents are the pictures'}`, {count:,} parameters"
     codec = model.codec
     if codec.size is not None:
-        rows["pictures"] = f"{codec.size[0]} x {codec.size[1]} pixels, {codec.encoder.in_channels} channels"
-    rows["latents"] = f"{codec.encoder.latent_channels} channels, 1 / {codec.encoder.down_factor} of each side"
+        rows["pictures"] = f"{codec.size[0]} x {codec.size[1]} pixels, {codec.in_channels} channels"
+    rows["latents"] = f"{codec.latent_channels} channels, 1 / {codec.down_factor} of each side"
     if model.diffusion is not None:
         plan = model.diffusion.manifest.plan
         rows["latents"] = " x ".join(map(str, plan.shape)) + " (channels, height, width)"
@@ -105,7 +105,8 @@ def _model(model: Trained) -> dict[str, str]:
 
 
 def _targets(config: Mapping[str, Any]) -> list[str]:
-    return [str(made["target"]) for made in config.values() if isinstance(made, Mapping) and "target" in made]
+    nodes = [config] if "target" in config else config.values()
+    return [str(made["target"]) for made in nodes if isinstance(made, Mapping) and "target" in made]
 
 
 def _data(model: Trained, choices: Choices) -> dict[str, str]:

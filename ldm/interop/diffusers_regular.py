@@ -40,7 +40,7 @@ def of_one_number(nodes: Mapping[str, Any]) -> Regular:
 
 def without_patches(stage: Regular) -> Regular:
     """A first stage whose encoder and decoder have the pixels of a patch as channels; of a codec without, itself."""
-    if "encoder" not in stage.nodes or (size := arguments(stage.nodes["encoder"])["patch_size"]) == 1:
+    if "encoder" not in stage.nodes or (size := arguments(stage.nodes["encoder"]).get("patch_size", 1)) == 1:
         return stage
     nodes = dict(stage.nodes)
     for part, key in (("encoder", "in_channels"), ("decoder", "out_channels")):

@@ -35,14 +35,16 @@ def write(model: Trained, out: Path, choices: Choices) -> Usage:
 
 def tensors(model: Trained) -> dict[str, Tensor]:
     """Every weight by its part's name and its own: `network.conv_in.weight`, `autoencoder.encoder.conv_in.weight`."""
-    return {f"{part}.{key}": one for part, module in model.modules.items() for key, one in module.state_dict().items()}
+    parts = {name: one for name, one in model.modules.items() if name != "autoencoder" or model.holds_autoencoder}
+    return {f"{part}.{key}": one for part, module in parts.items() for key, one in module.state_dict().items()}
 
 
 def description(model: Trained, choices: Choices) -> dict[str, Any]:
     """config.json: everything but the weights; no paths of this machine."""
     codec, diffusion = model.codec, model.diffusion
     autoencoder = {
-        "parts": codec.config,
+        "parts": codec.config if model.holds_autoencoder else {},
+        "of others": {} if model.holds_autoencoder else codec.config,
         "resolution": None if codec.size is None else as_resolution(codec.size),
         "statistics": codec.statistics,
     }

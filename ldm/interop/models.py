@@ -22,7 +22,7 @@ class Request:
     """What the command line says about a conversion, where the file does not.
 
     Attributes:
-        autoencoder: run folder or checkpoint of the first stage of a denoiser that comes without one.
+        autoencoder: first stage of a denoiser that comes without one: run folder, checkpoint or folder of diffusers.
         resolution: of the images, pixels; None: what the file or its family says.
         statistics: file with the latents' mean and standard deviation per channel; None: the family's own.
         text_encoder: folder of the text encoder and its tokenizer that a model of captions was trained with.

@@ -25,7 +25,8 @@ def convert(source: Source, request: Request) -> Sequence[Converted]:
         [Entry(name, (name,)) for name in used], source.tensors, used, f"{source.path} (ldm {facts['_class_name']})"
     ).weights
     origin = _origin(facts)
-    first_stage = None if facts["autoencoder"] is None else _first_stage(facts, parts, request, origin)
+    own = facts["autoencoder"]
+    first_stage = _first_stage(facts, parts, request, origin) if own is not None and own["parts"] else None
     if facts["_class_name"] == AUTOENCODER:
         assert first_stage is not None
         return [first_stage]
@@ -40,7 +41,7 @@ def convert(source: Source, request: Request) -> Sequence[Converted]:
         size=tuple(latents["plan"]["shape"][1:]),
         origin=origin,
         first_stage=first_stage,
-        on_pixels=first_stage is None,
+        on_pixels=own is None,
         latents=latents,
         objective=_part(parts, "objective"),
     )

@@ -216,8 +216,8 @@ def _denoiser(diffusion: Diffusion) -> Program:
 
 
 def _decoder(model: Trained) -> Program:
-    channels = model.codec.encoder.latent_channels
-    sides = model.codec.size or (8 * model.codec.encoder.down_factor,) * 2
+    channels = model.codec.latent_channels
+    sides = model.codec.size or (8 * model.codec.down_factor,) * 2
     shape = model.diffusion.manifest.plan.shape if model.diffusion else model.codec.latent_shape(sides)
     assert shape[0] == channels
     example = torch.randn(_ROWS, *shape, generator=torch.Generator().manual_seed(0))

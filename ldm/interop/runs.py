@@ -56,7 +56,8 @@ def write(converted: Converted, source: Source, request: Request, logdir: Path, 
         if path is None and not converted.on_pixels:
             raise ConfigError(
                 f"{source.path}: holds no first stage, without which no picture can be made. Name the autoencoder "
-                f"whose latents it was trained on: --autoencoder RUN (convert that first, if it is another file)"
+                f"whose latents it was trained on: --autoencoder RUN, or a folder of diffusers as it is (convert other "
+                f"files first)"
             )
 
         def run(folder: RunFolder) -> dict[str, Any]:
@@ -107,7 +108,7 @@ def _denoiser_run(
             "latents.datamodule.LatentDataModule",
             train=_IMAGES,
             autoencoder=None if autoencoder is None else str(autoencoder),
-            channels=codec.encoder.in_channels,
+            channels=codec.in_channels,
             resolution=manifest.plan.pixels["resolution"],
             batch_size=BATCH_SIZE,
             seed=23,
@@ -127,8 +128,8 @@ def _denoiser_run(
 def _manifest(converted: Denoiser, codec: Codec, autoencoder: Path | None, source: Source) -> Manifest:
     """Of the latents that it was trained on: their scale and the autoencoder that made them; no records."""
     height, width = converted.size
-    factor = codec.encoder.down_factor
-    made_by = {"weights": codec.weight_hash(), "config": codec.config, "path": str(autoencoder or "")}
+    factor = codec.down_factor
+    made_by = codec.describe() | {"path": str(autoencoder or "")}
     if converted.latents is not None:
         known = Manifest.from_dict(converted.latents)
         if made_by["weights"] != known.plan.autoencoder["weights"]:
@@ -140,7 +141,7 @@ def _manifest(converted: Denoiser, codec: Codec, autoencoder: Path | None, sourc
         source=f"foreign:{source.path.name}",
         pixels={
             "resolution": as_resolution((height * factor, width * factor)),
-            "channels": codec.encoder.in_channels,
+            "channels": codec.in_channels,
         },
         autoencoder=made_by,
         num_classes=converted.params["conditioner"]["params"].get("num_classes"),

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ldm.autoencoder.codec import Codec
+from ldm.autoencoder.codec import AutoencoderCodec, Codec
 from ldm.checkpoints import store
 from ldm.diffusion.objectives import Objective
 from ldm.interop.usage import Choices
@@ -64,7 +64,7 @@ class Trained:
 
     def codec_record(self) -> Mapping[str, Any]:
         """The facts of the first stage's checkpoint; empty if there is none."""
-        return store.record(Path(self.codec.path)) if self.codec.path else {}
+        return store.record(Path(self.codec.path)) if self.holds_autoencoder else {}
 
     @property
     def run(self) -> RunFolder:
@@ -79,8 +79,13 @@ class Trained:
         return params
 
     @property
+    def holds_autoencoder(self) -> bool:
+        """Whether its first stage is one of ours, which goes along; others are where they came from."""
+        return isinstance(self.codec, AutoencoderCodec)
+
+    @property
     def modules(self) -> dict[str, nn.Module]:
-        """What is exported, by name: `autoencoder`, and of stage 2 `network`, `conditioner` and `objective`."""
+        """Its parts by name: `autoencoder`, and of stage 2 `network`, `conditioner` and `objective`."""
         parts: dict[str, nn.Module] = {"autoencoder": self.codec}
         if self.diffusion is not None:
             parts |= {**dict(self.diffusion.denoiser.items()), "objective": self.diffusion.objective}

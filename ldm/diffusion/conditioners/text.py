@@ -69,6 +69,11 @@ class FrozenText(nn.Module):
         _check_sizes(self.encoder, channels, max_length, layer)
 
     def forward(self, batch: Mapping[str, Any]) -> Conditioning:
+        if "caption" not in batch:
+            raise ConfigError(
+                "FrozenText: the data set has no captions: write each picture's into a .txt of its name, or use "
+                "another conditioner"
+            )
         return Conditioning(tokens=self._encoded(batch["caption"]))
 
     def null(self, n: int) -> Conditioning:
