@@ -17,7 +17,7 @@ from PIL import Image
 
 import main
 from ldm.checkpoints import store
-from ldm.cli import cache, ema, evaluate, plot, sample, weights
+from ldm.cli import cache, ema, evaluate, export, plot, sample, weights
 from ldm.config.load import to_yaml
 from ldm.optim.ema import power_exponent
 from scripts import compare
@@ -181,6 +181,13 @@ def run(workshop, tmp_path, monkeypatch, autoencoder_tree, diffusion_tree, tried
         out = [] if "--out" in words else ["--out", str(tmp_path / "record.json")]
         return evaluate.main([*words, *few, *out])
 
+    def exported(words: list[str]) -> int:
+        """Those that need neither minutes nor a network are done."""
+        chosen = export.parse(words)
+        if chosen.push is not None or chosen.to in (None, "onnx", "torch", "FORMAT"):
+            return 0
+        return export.main([str(tmp_path / "out") if word == "FOLDER" else word for word in words])
+
     def parsed(parse):
         return lambda words: 0 if parse(words) else 1
 
@@ -192,6 +199,7 @@ def run(workshop, tmp_path, monkeypatch, autoencoder_tree, diffusion_tree, tried
         "scripts/plot_run.py": plot.main,
         "scripts/weights.py": weights.main,
         "scripts/evaluate.py": measured,
+        "scripts/export.py": exported,
         # These take minutes to hours, and have tests of their own.
         "scripts/bench": parsed(bench.parse),
         "scripts/compare.py": parsed(compare.parse),
