@@ -64,7 +64,8 @@ def recognized(source: Source) -> Family:
     Raises:
         CheckpointError: it is of none; says which is the nearest, and what it lacks of that.
     """
-    names = {*source.tensors, *(f"class {name}" for name in _classes(source))}
+    classes = _classes(source)
+    names = {*source.tensors, *(f"class {name}" for name in classes)}
     for family in FAMILIES:
         if family.likeness(names) == 1:
             return family
@@ -74,10 +75,14 @@ def recognized(source: Source) -> Family:
         near = f" The nearest is {nearest.name}, which would also have {', '.join(nearest.missing(names))}."
     found = ", ".join([*source.tensors][:_SHOWN]) or "none"
     raise CheckpointError(
-        f"{source.path}: of no family that is known here. It has {len(source.tensors)} tensors: {found}"
-        f"{', ...' if len(source.tensors) > _SHOWN else ''}.{near} Known are: "
+        f"{source.path}: of no family that is known here. It has {_kinds(classes)}"
+        f"{len(source.tensors)} tensors: {found}{', ...' if len(source.tensors) > _SHOWN else ''}.{near} Known are: "
         f"{', '.join(family.name for family in FAMILIES)}."
     )
+
+
+def _kinds(classes: Sequence[str]) -> str:
+    return f"the class {' and '.join(classes)}, and " if classes else ""
 
 
 def _classes(source: Source) -> list[str]:

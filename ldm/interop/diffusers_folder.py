@@ -59,7 +59,7 @@ def convert(source: Source, request: Request) -> Sequence[Denoiser]:
             f"besides the latent, which no conditioner of this folder makes; convert the original model's file"
         )
     first = _first_stage(source, request)
-    on_pixels = first is None and (_class(index) in _PIXELS or (bool(settings) and "vae" not in source.config))
+    pixels = first is None and (_class(index) in _PIXELS or (bool(settings) and "vae" not in source.config))
     conditioner, weights, write_files = _conditioner(source, request, found, settings, where)
     objective = _objective(source, settings, where)
     mean, std = _scale(first, settings, sizes["in_channels"])
@@ -77,10 +77,10 @@ def convert(source: Source, request: Request) -> Sequence[Denoiser]:
             average=None,
             mean=mean,
             std=std,
-            size=_size(config, request, first, on_pixels, where),
+            size=_size(config, request, first, pixels, where),
             origin=Origin(NAME, dropped=found.dropped, notes=found.notes),
             first_stage=first,
-            on_pixels=on_pixels,
+            pixels=pixels,
             write_files=write_files,
         )
     ]
@@ -193,11 +193,11 @@ def _objective(source: Source, settings: Mapping[str, Any], where: str) -> dict[
 
 
 def _size(
-    config: Mapping[str, Any], request: Request, first: FirstStage | None, on_pixels: bool, where: str
+    config: Mapping[str, Any], request: Request, first: FirstStage | None, pixels: bool, where: str
 ) -> tuple[int, int]:
     """(height, width) of the latents."""
     factor = 1 if first is None else 2 ** (len(first.params["encoder"]["params"]["channel_mult"]) - 1)
-    if request.resolution is not None and (first is not None or on_pixels):
+    if request.resolution is not None and (first is not None or pixels):
         if request.resolution % factor:
             raise ConfigError(f"--resolution: expected a multiple of {factor}, found {request.resolution}")
         return request.resolution // factor, request.resolution // factor
@@ -205,7 +205,7 @@ def _size(
     sides = size if isinstance(size, list) and len(size) == 2 else [size, size]
     if all(type(side) is int and side > 0 for side in sides):
         return sides[0], sides[1]
-    fix = "say it: --resolution PIXELS" if first is not None or on_pixels else "write it there"
+    fix = "say it: --resolution PIXELS" if first is not None or pixels else "write it there"
     raise ConfigError(f"{where}: sample_size={size!r}: expected the side of its latents; {fix}")
 
 

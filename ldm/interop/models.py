@@ -87,7 +87,7 @@ class Denoiser:
         mean, std: of the latents per channel, as the model was trained: z = (latent - mean) / std.
         size: (height, width) of the latents.
         first_stage: that of the same file; None: it is another run (`Request.autoencoder`).
-        on_pixels: it has none: its latents are the images themselves.
+        pixels: it denoises the images themselves and has no first stage.
         write_files: writes what else is kept in its run folder; None: nothing.
         latents: the manifest that the checkpoint held, of a model of ours; None: the rest of this describes them.
         objective: the weights of its objective, such as those of a learned weighting.
@@ -102,7 +102,7 @@ class Denoiser:
     size: tuple[int, int]
     origin: Origin
     first_stage: FirstStage | None = None
-    on_pixels: bool = False
+    pixels: bool = False
     write_files: Callable[[Path], None] | None = None
     latents: Mapping[str, Any] | None = None
     objective: Mapping[str, Tensor] = field(default_factory=dict)

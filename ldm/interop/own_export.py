@@ -41,7 +41,7 @@ def convert(source: Source, request: Request) -> Sequence[Converted]:
         size=tuple(latents["plan"]["shape"][1:]),
         origin=origin,
         first_stage=first_stage,
-        on_pixels=own is None,
+        pixels=own is None,
         latents=latents,
         objective=_part(parts, "objective"),
     )

@@ -52,8 +52,8 @@ def write(converted: Converted, source: Source, request: Request, logdir: Path, 
     if converted.first_stage is not None:
         written = write(converted.first_stage, source, request, logdir, f"{name}_autoencoder")
     try:
-        path = written[0].path if written else None if converted.on_pixels else request.autoencoder
-        if path is None and not converted.on_pixels:
+        path = written[0].path if written else None if converted.pixels else request.autoencoder
+        if path is None and not converted.pixels:
             raise ConfigError(
                 f"{source.path}: holds no first stage, without which no picture can be made. Name the autoencoder "
                 f"whose latents it was trained on: --autoencoder RUN, or a folder of diffusers as it is (convert other "

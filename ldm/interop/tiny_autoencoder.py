@@ -22,7 +22,7 @@ NAME = "TAESD"
 _CLASS = "AutoencoderTiny"
 _PAIR = ("encoder.0.weight", "encoder.1.conv.0.weight", "decoder.1.weight", "decoder.3.conv.0.weight")
 _LONE_ENCODER = ("0.weight", "1.conv.0.weight", "2.weight")
-_LONE_DECODER = ("1.weight", "3.conv.0.weight", "7.weight")
+_LONE_DECODER = ("1.weight", "3.conv.0.weight")
 
 
 def convert(source: Source, request: Request) -> Sequence[FirstStage]:
@@ -79,7 +79,7 @@ class _Half:
     """What the tensors of one half tell: (out, in) channels of its first and last layers, and blocks of each level."""
 
     def __init__(self, tensors: Mapping[str, Tensor], prefix: str, where: str) -> None:
-        found = [re.match(rf"{re.escape(prefix)}(\d+)\.(conv\.)?", name) for name in tensors]
+        found = [re.fullmatch(rf"{re.escape(prefix)}(\d+)\.(conv\.\d+\.)?(weight|bias)", name) for name in tensors]
         is_block = {int(one[1]): one[2] is not None for one in found if one}
         places = sorted(is_block)
         self.num_blocks = [len([*run]) for block, run in groupby(places, is_block.__getitem__) if block]

@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from diffusers import UNet2DConditionModel
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors.torch import load_file, save_file
 
 from ldm.config.load import build
+from ldm.diffusion.conditioners.base import Conditioning
 from ldm.diffusion.networks.unet_attention import SelfAttention
 from ldm.errors import CheckpointError, ConfigError, LdmError
 from ldm.interop import compvis_model, compvis_unet
@@ -23,7 +26,7 @@ from tests.interop.compvis_files import KINDS, SIZES, inventory, source, tiny, u
 
 TWO = SIZES["two levels"]
 
-# Millions of the UNet's parameters; name: [parameters of its description that the file does not say]
+# Millions of the UNet's parameters.
 PUBLISHED = {
     "celeba": 274.1,
     "lsun_churches": 295.0,
@@ -41,6 +44,7 @@ PUBLISHED = {
     "sd2-base": 865.9,
     "sd2-inpainting": 865.9,
 }
+# What shapes leave open.
 SAID = {
     "semantic_synthesis256": {"image_size": 64},
     "sd2-base": {"parameterization": "eps"},
@@ -317,3 +321,31 @@ def test_a_converted_run_samples_and_trains(kind, tmp_path):
     conditioning = pipeline.conditioner(batch)
     pipeline.objective.loss(network, torch.randn(2, 2, 8, 8), conditioning, batch["draws"]).mean().backward()
     assert all(one.grad is not None for one in network.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_stable_diffusion_unet_is_the_one_that_diffusers_reads(linear):
+    """diffusers' own reading of the same file, an independent implementation of names and layers."""
+    size = {"model_channels": 32, "channel_mult": [1, 2], "num_res_blocks": 1}
+    kind = replace(KINDS["sd2 without its encoder"], linear=linear)
+    found = converted(file := tiny(kind, size), yaml_of(kind, size))
+    config = {
+        "in_channels": 2,
+        "out_channels": 2,
+        "block_out_channels": (32, 64),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+        "cross_attention_dim": 8,
+        "attention_head_dim": (1, 2),  # diffusers' name for the number of heads
+        "use_linear_projection": linear,
+    }
+    theirs = UNet2DConditionModel(**config).eval()
+    theirs.load_state_dict(convert_ldm_unet_checkpoint(dict(file), theirs.config))
+    ours = build(found.params["network"]).eval()
+    prefix = "network."
+    ours.load_state_dict({name.removeprefix(prefix): one for name, one in found.weights.items()})
+    x, t, context = torch.randn(2, 2, 8, 8), torch.tensor([3.0, 871.0]), torch.randn(2, 5, 8)
+    expected = theirs(x, t, context).sample
+    torch.testing.assert_close(ours(x, t, Conditioning(tokens=context)), expected, rtol=1e-4, atol=1e-5)
