@@ -12,7 +12,7 @@ frequencies. It needs diffusers (and transformers, for texts), not ldm.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,9 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         class_tokens: whether the class is a token that the denoiser attends to, rather than part of its embedding.
         class_names: of the classes, if they are known.
         max_length: tokens of a text.
+        patch_size: the decoder's channels hold patches of patch_size x patch_size pixels.
+        norm_groups: {part: {channels: groups}} where the norms of a part have several numbers of groups, of which the
+            library's classes have one.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->transformer->vae"
@@ -54,6 +57,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         class_tokens: bool = False,
         class_names: Sequence[str] | None = None,
         max_length: int | None = None,
+        patch_size: int = 1,
+        norm_groups: Mapping[str, Mapping[str, int]] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -72,7 +77,13 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             class_tokens=class_tokens,
             class_names=class_names,
             max_length=max_length,
+            patch_size=patch_size,
+            norm_groups=norm_groups,
         )
+        for part, groups in (norm_groups or {}).items():
+            for norm in getattr(self, part).modules():
+                if isinstance(norm, torch.nn.GroupNorm):
+                    norm.num_groups = groups[str(norm.num_channels)]
         for block in () if transformer is None else transformer.transformer_blocks:
             # DiT's frequencies are 10000^(-k / 128) for k = 0 .. 127; the library divides by 127.
             block.norm1.emb.time_proj.downscale_freq_shift = 0
@@ -183,6 +194,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         )
         x = x * std + mean
         images = x if self.vae is None else self.vae.decode(x.to(self.vae.dtype)).sample
+        images = torch.nn.functional.pixel_shuffle(images, self.config.patch_size)
         images = (images / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images

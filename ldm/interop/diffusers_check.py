@@ -8,7 +8,7 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor
 
-from ldm.autoencoder.codec import Codec
+from ldm.autoencoder.codec import AutoencoderCodec, Codec
 from ldm.diffusion.conditioners.base import Conditioner
 from ldm.diffusion.objectives import Objective
 from ldm.diffusion.paths import DiscreteVP
@@ -42,7 +42,7 @@ def check_pipeline(codec: Codec, diffusion: Diffusion, folder: Path) -> None:
     _refuse(min(found), tolerance)
 
 
-def check_first_stage(codec: Codec, name: str, folder: Path) -> None:
+def check_first_stage(codec: AutoencoderCodec, name: str, folder: Path) -> None:
     """NumericError unless the autoencoder in a folder gives the same latents and pictures."""
     import diffusers
 

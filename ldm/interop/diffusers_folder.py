@@ -39,6 +39,11 @@ def convert(source: Source, request: Request) -> Sequence[Denoiser]:
     part = next((name for name in _NETWORKS if isinstance(source.config.get(name), Mapping)), "")
     config, tensors = _part(source, part)
     settings = index if _class(index) == _OURS else {}
+    if settings.get("norm_groups") or settings.get("patch_size", 1) != 1:
+        raise ConfigError(
+            f"{source.path / 'model_index.json'}: norm_groups, patch_size: its pipeline.py changes how its networks "
+            f"compute, which their config.json does not say; bring back what --to safetensors wrote of this model"
+        )
     where = str(source.path / part / "config.json")
     found = imported(
         config,

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 from ldm import files
-from ldm.autoencoder.codec import Codec
-from ldm.interop import diffusers_autoencoder
+from ldm.autoencoder.codec import AutoencoderCodec, Codec
 from ldm.interop.diffusers_check import check_first_stage, check_pipeline
 from ldm.interop.diffusers_conditions import Conditions, as_layer, conditions, encoder_and_tokenizer
 from ldm.interop.diffusers_config import Exported
+from ldm.interop.diffusers_first_stage import Stage, first_stage, library_scales
+from ldm.interop.diffusers_first_stage import exported as exported_first_stage
 from ldm.interop.diffusers_networks import exported as exported_network
+from ldm.interop.diffusers_regular import Regular, of_one_number
 from ldm.interop.diffusers_schedulers import Scheduler, scheduler_of
 from ldm.interop.trained import Diffusion, Trained
 from ldm.interop.usage import Choices, Usage, optional_packages
@@ -40,7 +42,7 @@ class Plan:
 
     Attributes:
         pipeline: class of the library; None: ours, which the folder carries.
-        network, scheduler, first_stage: models of the library; of a model of pixels there is no first stage.
+        network, scheduler, first_stage: of the library; of a model of pixels there is no first stage.
         conditions: what the denoiser is conditioned on.
         settings: of our pipeline.
     """
@@ -48,7 +50,7 @@ class Plan:
     pipeline: str | None
     network: Exported
     scheduler: Scheduler
-    first_stage: Exported | None
+    first_stage: Exported | Any | None
     conditions: Conditions
     settings: Mapping[str, Any]
 
@@ -64,7 +66,8 @@ def write(model: Trained, out: Path, choices: Choices) -> Usage:
         import diffusers  # noqa: F401
         import transformers  # noqa: F401
     if model.diffusion is None:
-        made = _first_stage(model.codec, model.codec.statistics)
+        assert isinstance(model.codec, AutoencoderCodec)
+        made = exported_first_stage(model.codec, Regular(model.codec.config), model.codec.statistics)
         loaded(made).save_pretrained(out)
         if choices.check:
             check_first_stage(model.codec, made.class_name, out)
@@ -85,17 +88,16 @@ def planned(codec: Codec, diffusion: Diffusion, params: Mapping[str, Any]) -> Pl
     manifest, denoiser = diffusion.manifest, diffusion.denoiser
     scheduler = scheduler_of(diffusion.objective)
     given = conditions(denoiser["conditioner"], denoiser["network"])
-    made = _network(params["network"], denoiser["network"].state_dict(), given, manifest)
-    pipeline = _of_library(made, scheduler, given, codec, manifest)
-    scale = {"mean": manifest.mean, "std": manifest.std}
-    if not codec.config:
-        first_stage = None
-    elif pipeline is not None and not _is_scaled_alike(manifest):
-        first_stage = _first_stage(codec, None, _folded(codec.state_dict(), manifest))
-    elif codec.quantizer is not None and not _is_scaled_alike(manifest):
-        first_stage = _first_stage(codec, None)
-    else:
-        first_stage = _first_stage(codec, scale)
+    regular = of_one_number({"network": params["network"]})
+    made = _network(regular.nodes["network"], denoiser["network"].state_dict(), given, manifest)
+    stage = first_stage(codec, manifest, fold=False)
+    pipeline = None
+    if not regular.norm_groups and not stage.norm_groups and stage.patch_size == 1:
+        pipeline = _of_library(made, scheduler, given, stage, codec, manifest)
+    if pipeline is not None:
+        stage = first_stage(codec, manifest, fold=True)
+    part = "transformer" if made.class_name.startswith("DiT") else "unet"
+    groups = {name: one.norm_groups for name, one in ((part, regular), ("vae", stage)) if one.norm_groups}
     settings = {
         "latents_mean": [*manifest.mean],
         "latents_std": [*manifest.std],
@@ -104,8 +106,10 @@ def planned(codec: Codec, diffusion: Diffusion, params: Mapping[str, Any]) -> Pl
         "class_tokens": given.tokens is not None,
         "class_names": manifest.plan.class_names,
         "max_length": None if given.text is None else given.text.max_length,
+        "patch_size": stage.patch_size,
+        "norm_groups": groups or None,
     }
-    return Plan(pipeline, made, scheduler, first_stage, given, settings)
+    return Plan(pipeline, made, scheduler, stage.made, given, settings)
 
 
 def _network(node: Mapping[str, Any], weights: Mapping[str, Tensor], given: Conditions, manifest: Manifest) -> Exported:
@@ -117,64 +121,25 @@ def _network(node: Mapping[str, Any], weights: Mapping[str, Tensor], given: Cond
     return Exported(made.class_name, {**made.config, **config}, {**made.tensors, **tensors})
 
 
-def _first_stage(
-    codec: Codec, scale: Mapping[str, Any] | None, weights: Mapping[str, Tensor] | None = None
-) -> Exported:
-    height, width = codec.size or (256, 256)
-    return diffusers_autoencoder.exported(
-        codec.config,
-        codec.state_dict() if weights is None else weights,
-        max(height, width),
-        None if scale is None else scale["mean"],
-        None if scale is None else scale["std"],
-        WHERE,
-    )
-
-
 def _of_library(
-    network: Exported, scheduler: Scheduler, given: Conditions, codec: Codec, manifest: Manifest
+    network: Exported, scheduler: Scheduler, given: Conditions, stage: Stage, codec: Codec, manifest: Manifest
 ) -> str | None:
     """The library's own pipeline of such a model, if there is one that samples it exactly."""
     _, height, width = manifest.plan.shape
-    unscaled = {*manifest.mean} == {0.0} and {*manifest.std} == {1.0}
-    # Of a codebook, latents that are scaled by channel have other nearest codes: no fold is exact.
-    scales = codec.quantizer is None or _is_scaled_alike(manifest)
-    if scheduler.name != "DDIMScheduler" or given.num_classes is not None:
+    if scheduler.name != "DDIMScheduler" or given.num_classes is not None or not library_scales(codec, manifest):
         return None
-    if network.class_name == "UNet2DModel" and not codec.config:
-        return "DDIMPipeline" if unscaled else None
+    if network.class_name == "UNet2DModel" and not stage.kind:
+        return "DDIMPipeline"
     if network.class_name == "UNet2DModel":
-        return "LDMPipeline" if scales and height == width else None
-    if given.text is None or not codec.config or codec.quantizer is not None:
-        return None
-    sides = codec.down_factor * height, codec.down_factor * width
-    return "StableDiffusionPipeline" if given.is_clip and not any(side % 8 for side in sides) else None
+        return "LDMPipeline" if height == width and stage.kind in ("AutoencoderKL", "VQModel") else None
+    whole = not any(codec.down_factor * side % 8 for side in (height, width))  # as the pipeline demands
+    return "StableDiffusionPipeline" if given.is_clip and stage.kind == "AutoencoderKL" and whole else None
 
 
-def _is_scaled_alike(manifest: Manifest) -> bool:
-    """Whether one factor takes the decoder's latents to the denoiser's."""
-    return {*manifest.mean} == {0.0} and len({*manifest.std}) == 1
-
-
-def _folded(weights: Mapping[str, Tensor], manifest: Manifest) -> dict[str, Tensor]:
-    """The first stage of standardized latents: its last and first 1x1 convolutions take over mean and std, exactly.
-
-    The log-variance that the encoder gives, too, becomes that of the standardized latents.
-    """
-    mean, std = (torch.tensor(values, dtype=torch.float64) for values in (manifest.mean, manifest.std))
-    folded = {name: tensor.double() for name, tensor in weights.items() if "quant_conv." in name}
-    weight, bias = folded["decoder.post_quant_conv.weight"], folded["decoder.post_quant_conv.bias"]
-    folded["decoder.post_quant_conv.bias"] = bias + weight[:, :, 0, 0] @ mean
-    folded["decoder.post_quant_conv.weight"] = weight * std[:, None, None]
-    scale = torch.cat([std, torch.ones_like(std)])
-    shift = torch.cat([mean / std, 2 * std.log()])
-    folded["encoder.quant_conv.weight"] = folded["encoder.quant_conv.weight"] / scale[:, None, None, None]
-    folded["encoder.quant_conv.bias"] = folded["encoder.quant_conv.bias"] / scale - shift
-    return {**weights, **{name: tensor.float() for name, tensor in folded.items()}}
-
-
-def loaded(made: Exported) -> Any:
-    """The library's model with these tensors, which it checks against its own names and shapes."""
+def loaded(made: Exported | Any) -> Any:
+    """The library's model with these tensors, which it checks against its own names and shapes; or one at hand."""
+    if not isinstance(made, Exported):
+        return made
     import diffusers
 
     with torch.device("meta"):

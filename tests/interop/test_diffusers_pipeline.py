@@ -12,13 +12,15 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.autoencoder.codec import Codec
+from ldm.autoencoder.codec import AutoencoderCodec, Codec, Pixels
 from ldm.config.load import build
 from ldm.errors import ConfigError, NumericError
 from ldm.images import to_arrays
-from ldm.interop import diffusers_check, diffusers_pipeline
+from ldm.interop import diffusers_check, diffusers_first_stage, diffusers_folder, diffusers_pipeline, sources
+from ldm.interop.diffusers import FirstStage
 from ldm.interop.diffusers_check import drawn, loaded, ours, theirs
-from ldm.interop.models import node
+from ldm.interop.diffusers_regular import Regular
+from ldm.interop.models import Request, node
 from ldm.interop.trained import Diffusion, Trained
 from ldm.interop.usage import Choices
 from ldm.latents.manifest import CacheSpec, Manifest
@@ -32,6 +34,7 @@ diffusers = pytest.importorskip("diffusers")
 
 CLOSE = 1e-4
 OWN = ["pipeline", "LatentDiffusionPipeline"]
+LATENTS = ([0.3, -0.2, 0.1, 0.0], [0.7, 1.1, 0.9, 2.0])
 UNCHECKED = Choices(check=False)
 
 SQRT = node("diffusion.noise_schedules.SqrtLinear")
@@ -73,8 +76,8 @@ def joint(**parts: Mapping[str, Any]) -> dict[str, Any]:
     return node("diffusion.conditioners.joint.Joint", conditioners=parts)
 
 
-def first_stage(quantized: bool = False) -> Codec:
-    sizes = {"base_channels": 16, "channel_mult": [1, 1], "num_res_blocks": 1, "latent_channels": 4}
+def first_stage(quantized: bool = False, **more: Any) -> AutoencoderCodec:
+    sizes = {"base_channels": 16, "channel_mult": [1, 1], "num_res_blocks": 1, "latent_channels": 4, **more}
     parts = {
         "encoder": node("autoencoder.networks.Encoder", in_channels=3, moments=not quantized, **sizes),
         "decoder": node("autoencoder.networks.Decoder", out_channels=3, **sizes),
@@ -84,7 +87,7 @@ def first_stage(quantized: bool = False) -> Codec:
     made = {name: build(one) for name, one in parts.items()}
     if quantized:
         nn.init.normal_(made["quantizer"].codebook.weight)
-    return Codec(made["encoder"], made["decoder"], parts, 16, quantizer=made.get("quantizer"))
+    return AutoencoderCodec(made["encoder"], made["decoder"], parts, 16, quantizer=made.get("quantizer"))
 
 
 def trained(
@@ -92,7 +95,7 @@ def trained(
     conditioner: Mapping[str, Any],
     objective: Mapping[str, Any],
     codec: Codec | None = None,
-    scale: tuple[list[float], list[float]] = ([0.3, -0.2, 0.1, 0.0], [0.7, 1.1, 0.9, 2.0]),
+    scale: tuple[list[float], list[float]] = LATENTS,
     size: tuple[int, int] = (8, 8),
 ) -> Trained:
     """A model of random weights that are large enough for every part to matter."""
@@ -248,23 +251,50 @@ OF_PIXELS = ([0.1, 0.0, -0.1], [0.5, 0.4, 0.6])
 
 @pytest.mark.parametrize("scale", [([0.0] * 3, [1.0] * 3), OF_PIXELS], ids=["plain", "scaled"])
 def test_models_of_pixels(scale, tmp_path):
-    model = trained(unet(**PIXELS), UNCONDITIONAL, DDPM, Codec.pixels(3), scale)
+    model = trained(unet(**PIXELS), UNCONDITIONAL, DDPM, Pixels(3), scale)
     assert written(model, tmp_path) == ("DDIMPipeline" if scale[1][0] == 1.0 else OWN)
     compared(model, tmp_path, [None], [1.0])
 
 
 def test_a_dit_of_pixels(tmp_path):
-    model = trained(dit(**PIXELS), OF_DIT, FLOW, Codec.pixels(3), OF_PIXELS)
+    model = trained(dit(**PIXELS), OF_DIT, FLOW, Pixels(3), OF_PIXELS)
     written(model, tmp_path)
     compared(model, tmp_path, [{"class_label": torch.tensor([2, 0])}], [2.5])
 
 
-@pytest.mark.parametrize("scale", [([0.0] * 4, [1.5] * 4), ([0.3, -0.2, 0.1, 0.0], [0.7, 1.1, 0.9, 2.0])])
+@pytest.mark.parametrize("scale", [([0.0] * 4, [1.5] * 4), LATENTS])
 def test_a_codebook(scale, tmp_path):
     """One factor for all channels keeps the nearest codes; else our pipeline has the latents' scale."""
     model = trained(unet(), UNCONDITIONAL, DDPM, first_stage(quantized=True), scale)
     assert written(model, tmp_path) == ("LDMPipeline" if scale[1][0] == 1.5 else OWN)
     compared(model, tmp_path, [None], [1.0])
+
+
+@pytest.mark.parametrize("network", [unet(norm_groups=None), dit()], ids=["UNet", "DiT"])
+def test_narrow_networks_and_patches_of_pixels(network, tmp_path):
+    """Of which the library's classes know nothing, so that our pipeline has the norms' groups and the patches."""
+    conditioner = OF_DIT if network["target"].endswith("DiT") else UNCONDITIONAL
+    model = trained(network, conditioner, DDPM, first_stage(base_channels=8, channel_mult=[1, 4], patch_size=2))
+    assert written(model, tmp_path) == OWN
+    pipeline = compared(model, tmp_path, [None], [1.0])
+    assert pipeline.config.norm_groups["vae"] == {"8": 2, "32": 8}
+    assert pipeline(num_inference_steps=1).images[0].size == (32, 32)
+    with pytest.raises(ConfigError, match="norm_groups, patch_size"):
+        diffusers_folder.convert(sources.read(tmp_path), Request())
+
+
+@pytest.mark.parametrize("scale", [([0.0] * 4, [1 / 0.18215] * 4), LATENTS], ids=["its own", "measured"])
+def test_a_first_stage_of_the_library_stays_as_it_is(scale, tmp_path):
+    diffusers_pipeline.loaded(exported(first_stage(), ([0.0] * 4, [1 / 0.18215] * 4))).save_pretrained(tmp_path / "vae")
+    codec = FirstStage(tmp_path / "vae")
+    model = trained(unet(), UNCONDITIONAL, DDPM, codec, scale)
+    own = scale[1][0] == 1 / 0.18215
+    assert written(model, tmp_path / "out") == ("LDMPipeline" if own else OWN)
+    compared(model, tmp_path / "out", [None], [1.0])
+
+
+def exported(codec: AutoencoderCodec, scale: tuple[list[float], list[float]]) -> Any:
+    return diffusers_first_stage.exported(codec, Regular(codec.config), dict(zip(("mean", "std"), scale, strict=True)))
 
 
 def test_pictures_that_are_no_square(tmp_path):
@@ -345,9 +375,9 @@ def test_the_pictures_compared_are_those_of_ldm_sample():
         (unet(vector_channels=32), joint(one=VECTOR, two=VECTOR), DDPM, "Joint of ClassVector, ClassVector"),
         (unet(), UNCONDITIONAL, node("diffusion.objectives.Flow", prediction=node("diffusion.predictions.X0")),
          "Linear with the prediction X0"),
-        (unet(norm_groups=None), UNCONDITIONAL, DDPM, "norm_groups"),
+        (unet(num_heads=2, num_head_channels=None, attention_levels=[0, 1]), UNCONDITIONAL, DDPM, "num_heads: one"),
     ],
-    ids=["modern DiT", "EDM2", "two vectors", "flow of x0", "norms"],
+    ids=["modern DiT", "EDM2", "two vectors", "flow of x0", "heads"],
 )  # fmt: skip
 def test_what_has_no_counterpart_is_refused_by_name(network, conditioner, objective, named, tmp_path):
     with pytest.raises(ConfigError, match=named):
