@@ -142,7 +142,7 @@ def _scale(
             raise ConfigError(f"{where}: latents_mean, latents_std: expected {channels} numbers each, found {values!r}")
     assert mean is not None
     assert std is not None
-    statistics.check(mean, std, where)
+    statistics.check(mean, std, channels, where)
     return mean, std
 
 
