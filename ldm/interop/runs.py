@@ -127,7 +127,12 @@ def _denoiser_run(
 def _manifest(converted: Denoiser, codec: Codec, autoencoder: Path | None, source: Source) -> Manifest:
     """Of the latents that it was trained on: their scale and the autoencoder that made them; no records."""
     height, width = converted.size
-    factor = codec.encoder.down_factor
+    factor, channels = codec.encoder.down_factor, codec.encoder.latent_channels
+    if channels != len(converted.mean):
+        raise ConfigError(
+            f"{autoencoder}: makes latents of {channels} channels; {source.path} was trained on {len(converted.mean)}. "
+            f"Name the autoencoder whose latents it was trained on: --autoencoder RUN"
+        )
     made_by = {"weights": codec.weight_hash(), "config": codec.config, "path": str(autoencoder or "")}
     if converted.latents is not None:
         known = Manifest.from_dict(converted.latents)
