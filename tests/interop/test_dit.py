@@ -177,6 +177,20 @@ def test_a_converted_run_samples(tmp_path, kind):
     assert [picture.size for picture in pictures] == [(32, 32)] * 2
 
 
+def test_an_autoencoder_of_other_latents_is_refused(tmp_path):
+    file = saved(tmp_path, theirs("lightningdit", 384, 1, heads=6, channels=16))
+    asked = request(tmp_path, "lightningdit", 16, autoencoder=save_autoencoder(tmp_path / "autoencoder"))
+    with pytest.raises(ConfigError, match=r"makes latents of 4 channels; .*net\.pt was trained on 16"):
+        [*convert.convert(file, asked, config=None, license=None, name=None, logdir=tmp_path / "logs")]
+    assert not [*tmp_path.glob("logs/*")]
+
+
+def test_a_word_for_the_family_is_one_of_its_own(tmp_path):
+    file = saved(tmp_path, theirs("dit", 384, 1))
+    with pytest.raises(ConfigError, match="expected one of dit, sit, lightningdit, found --family unet"):
+        [*convert.convert(file, Request(family="unet"), config=None, license=None, name=None, logdir=tmp_path)]
+
+
 def test_scales_of_latents_and_objectives(tmp_path):
     file = saved(tmp_path, theirs("dit", 384, 1))
     [one] = dit.convert(sources.read(file), Request(family="dit"))
