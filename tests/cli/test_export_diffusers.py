@@ -14,7 +14,7 @@ from ldm.cli import convert, export
 from ldm.config.load import build
 from ldm.diffusion.module import LatentDiffusion
 from ldm.images import to_arrays
-from ldm.interop.diffusers_check import loaded
+from ldm.interop.diffusers_models.check import loaded
 from ldm.latents.manifest import CacheSpec, Manifest
 from ldm.optim.ema import EMA, FixedDecay
 from ldm.randomness import Draws
