@@ -7,7 +7,7 @@ import diffusers
 import pytest
 import torch
 
-from ldm.autoencoder.codec import Codec
+from ldm.autoencoder.codec import AutoencoderCodec
 from ldm.errors import CheckpointError, ConfigError
 from ldm.interop.diffusers_models import autoencoder as module
 from ldm.interop.models import Request, node
@@ -149,7 +149,7 @@ def codec_of(stage):
     for part, made in modules.items():
         own = {key.removeprefix(f"{part}."): one for key, one in stage.weights.items() if key.startswith(f"{part}.")}
         made.load_state_dict(own)
-    return Codec(modules["encoder"], modules["decoder"], {})
+    return AutoencoderCodec(modules["encoder"], modules["decoder"], {})
 
 
 def test_former_names_of_attention(tmp_path):
