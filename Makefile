@@ -7,7 +7,7 @@ LOCK := requirements.lock
 BASE_PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup weights quickstart test test-quick lint lock clean
+.PHONY: help setup weights quickstart roundtrip test test-quick lint lock clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,9 @@ quickstart: $(VENV)/installed  ## train both stages on emoji (or PICTURES=DIR), 
 	$(PYTHON) main.py --resume auto --name $(RUN)_diffusion --base configs/quickstart/diffusion.yaml $(OWN) $(OWN_LATENTS)
 	$(PYTHON) scripts/sample.py -r 'logs/*_$(RUN)_diffusion' -n 12 --steps 50 $(if $(PICTURES),,--guidance 2)
 	@$(PYTHON) scripts/quickstart.py $(RUN) $(if $(PICTURES),--pictures '$(PICTURES)')
+
+roundtrip: $(VENV)/installed  ## an autoencoder of diffusers in, trained on emoji, a pipeline of diffusers out
+	$(PYTHON) scripts/roundtrip.py
 
 test: $(VENV)/installed lint weights  ## lint, types and every test
 	$(PYTHON) -m pytest -n 2 --dist worksteal

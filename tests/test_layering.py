@@ -35,7 +35,7 @@ FENCED = {
     "lightning_fabric": {"ldm.training.lightning_internals"},
     "omegaconf": {"ldm.config"},
     "torch.distributed": {"ldm.runtime", "ldm.checkpoints", "scripts.faults.interpreter"},
-    "diffusers": {"ldm.interop", "scripts.bench"},
+    "diffusers": {"ldm.interop", "scripts.bench", "scripts.roundtrip"},
     "wandb": {"ldm.training.loggers"},
     "timm": {"ldm.evaluation.features"},
     "torch_fidelity": {"ldm.evaluation.features"},
