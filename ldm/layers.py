@@ -58,9 +58,10 @@ def zero_module(module: nn.Module) -> nn.Module:
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Scaled dot-product attention: (N, heads, L, D) over (N, heads, M, D) twice -> (N, heads, L, D)."""
-    if query.device.type == "cpu" and query.shape[-2] <= 128:
+    if query.device.type == "cpu" and not torch.compiler.is_exporting() and query.shape[-2] <= 128:
         # The CPU's fused kernel packs bf16 anew in its backward pass: on 8x8 pixels plain products take a quarter of
         # its time, in fp32 the same. From about 256 pixels on it wins, and keeps no L x M matrix.
+        # (An exported program keeps one of the two for all sizes.)
         return (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(-1) @ value
     return F.scaled_dot_product_attention(query, key, value)
 

@@ -246,6 +246,7 @@ def test_every_page_of_extending_is_listed_and_has_an_example():
         "A sampler",
         "A network",
         "A conditioner",
+        "A first stage",
         "A validation metric",
         "A data source",
     ]

@@ -82,8 +82,8 @@ def save_diffusion(folder: Path, autoencoder: Path, classes: list[str] | None, s
         shape=(4, 4, 4),
         num_items=10,
         source="",
-        pixels={"resolution": 16, "channels": codec.encoder.in_channels},
-        autoencoder={"weights": codec.weight_hash(), "config": codec.config, "path": str(autoencoder)},
+        pixels={"resolution": 16, "channels": codec.in_channels},
+        autoencoder=codec.describe() | {"path": str(autoencoder)},
         num_classes=len(classes) if classes else None,
         class_names=classes,
     )

@@ -1,5 +1,6 @@
 """The frozen autoencoder: images to posterior moments, latents to images; what stage 2 and sampling use of stage 1."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,56 +20,198 @@ from ldm.runtime.full_precision import full_precision
 from ldm.sizes import SizeError, as_size, nearest, spell
 from ldm.weights.digest import weight_hash
 
-
-class Pixels(nn.Module):
-    """The encoder of a model without a first stage: the images themselves, as moments of a point mass."""
-
-    down_factor = 1
-
-    def __init__(self, channels: Count) -> None:
-        super().__init__()
-        self.in_channels = self.latent_channels = channels
-
-    def forward(self, images: Tensor) -> Tensor:
-        return torch.cat([images, torch.zeros_like(images)], dim=1)  # (N, 2C, H, W)
+_OF_DIFFUSERS = "ldm.interop.diffusers.FirstStage"
+"""Named as a configuration names it, since adapters to other libraries come later in the pipeline."""
 
 
-class Codec(nn.Module):
-    """A frozen encoder and decoder: no gradients, always in eval mode.
+class Codec(nn.Module, ABC):
+    """A frozen first stage, whatever it is made of: no gradients, always in eval mode.
+
+    `moments` and `pictures` are what kinds of it differ in. How they are called, in which precision and range, is the
+    same for all.
 
     Args:
-        encoder: images -> moments, or the latents that `quantizer` takes.
-        decoder: latents -> images.
-        config: {"encoder": node, "decoder": node}, plus a quantizer's, from which they can be rebuilt; {}: pixels.
+        channels: of the images and of the latents.
+        down_factor: image pixels to one latent position, along either side.
+        config: from which it can be made again, in plain values: {"target", "params"} of its class, or the nodes of
+            the parts that a run folder holds; {}: pixels. Compared between caches. Whatever else decides its latents
+            is added under keys of its own. Parameters leave out `path`, which is not compared.
+        path: where it was loaded from; "": from nowhere.
         resolution: of the images it was trained on, if known: the side of a square, or (height, width).
         statistics: per-channel {"mean": [...], "std": [...]} of the latents, as measured in stage 1, or None.
-        path: where it was loaded from.
-        quantizer: replaces latents by their codes before they are decoded; None: the posterior is Gaussian.
     """
 
     def __init__(
         self,
-        encoder: Encoder | Pixels,
-        decoder: Decoder | nn.Identity,
+        channels: tuple[Count, Count],
+        down_factor: Count,
+        config: Mapping[str, Any],
+        path: str = "",
+        resolution: Resolution | None = None,
+        statistics: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_channels, self.latent_channels = channels
+        self.down_factor = down_factor
+        self.config = dict(config)
+        self.path = path
+        self.size = None if resolution is None else as_size(resolution)
+        self.statistics = statistics
+        self.register_buffer("_place", torch.zeros(()), persistent=False)  # pixels have no other tensor
+
+    @staticmethod
+    def load(path: Path | str, trust: Sequence[str] = ()) -> "Codec":
+        """What a path to a first stage means, on the CPU.
+
+        Args:
+            path: run folder of stage 1 (its newest good checkpoint), checkpoint file, or a folder of diffusers.
+            trust: packages besides ldm's own that the checkpoint's configuration may name.
+
+        Raises:
+            CheckpointError: missing, damaged, or no first stage.
+        """
+        if any((Path(path).expanduser() / name).is_file() for name in ("config.json", "model_index.json")):
+            return Codec.of({"target": _OF_DIFFUSERS, "params": {}}, path, trust)
+        return AutoencoderCodec.load_run(path, trust)
+
+    @staticmethod
+    def of(config: Mapping[str, Any], path: Path | str, trust: Sequence[str] = ()) -> "Codec":
+        """The codec with this `config`, from `path`; of the parts of a run it is whatever the path holds.
+
+        Raises:
+            CheckpointError: missing, damaged, or no first stage.
+            ConfigError: its class is not trusted, or is no codec.
+        """
+        config = current_plain(config)
+        if "target" not in config:
+            return Codec.load(path, trust)
+        params = dict(config.get("params") or {}) | ({"path": str(path)} if path else {})
+        codec = build({"target": config["target"], "params": params}, trust, key="autoencoder")
+        if not isinstance(codec, Codec):
+            raise ConfigError(
+                f"autoencoder: expected a class of first stages (ldm/autoencoder/codec.py), found {config['target']}"
+            )
+        return codec
+
+    @staticmethod
+    def pixels(channels: int) -> "Codec":
+        """No first stage: latents are the images, (N,C,H,W) in [-1, 1], with zero variance."""
+        return Pixels(channels)
+
+    @abstractmethod
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(N,C,H,W) float32 in [-1, 1] -> the posterior's mean and std, each (N,c,h,w), not standardized."""
+
+    @abstractmethod
+    def pictures(self, latents: Tensor) -> Tensor:
+        """(N,c,h,w), not standardized -> images (N,C,H,W), about [-1, 1]."""
+
+    @property
+    @abstractmethod
+    def deterministic(self) -> bool:
+        """Whether the posterior is a point mass, its std zero."""
+
+    def train(self, mode: bool = True) -> "Codec":
+        """Stays in eval mode, whatever the mode of the enclosing module."""
+        return super().train(False)
+
+    def freeze(self) -> None:
+        """To be called at the end of a constructor, when all modules are there."""
+        self.requires_grad_(False).eval()
+
+    @property
+    def device(self) -> torch.device:
+        return self.get_buffer("_place").device
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Posterior moments in true fp32, whatever autocast or TF32 setting surrounds the call.
+
+        Args:
+            images: (N,C,H,W) in [-1, 1], on any device.
+
+        Returns:
+            mean and std, each (N,c,h,w) float32 on the codec's device, not standardized.
+        """
+        images = images.to(self.device, torch.float32)
+        with full_precision(self.device.type):
+            return self.moments(images)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """(N,c,h,w), not standardized -> images (N,C,H,W) float32 in [-1, 1]; follows the caller's autocast."""
+        return self.pictures(latents.to(self.device)).float().clamp(-1.0, 1.0)
+
+    def latent_shape(self, resolution: Resolution) -> tuple[int, int, int]:
+        """(c, h, w) of the latent of an image; SizeError if a side is not divisible by the down factor."""
+        (height, width), factor = as_size(resolution), self.down_factor
+        if height % factor or width % factor:
+            raise SizeError(
+                f"data.params.resolution: expected a multiple of the autoencoder's down factor {factor}, "
+                f"found {spell((height, width))}. Use {nearest((height, width), factor)}.",
+                factor,
+            )
+        return self.latent_channels, height // factor, width // factor
+
+    def weight_hash(self) -> str:
+        """sha256 (hex) over names, shapes and bytes of all weights: the same on every device and from any file."""
+        return weight_hash(self.state_dict())
+
+    def describe(self, weights: str | None = None) -> dict[str, Any]:
+        """Which first stage this is, as a cache's plan holds it (ldm/latents/manifest.py::CacheSpec).
+
+        Args:
+            weights: what `weight_hash` says, where it is known already.
+        """
+        return {"weights": weights or self.weight_hash(), "config": self.config, "path": self.path}
+
+
+class Pixels(Codec):
+    """A model without a first stage: the images themselves, as a point mass."""
+
+    deterministic = True
+
+    def __init__(self, channels: Count) -> None:
+        super().__init__((channels, channels), 1, {})
+        self.freeze()
+
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return images, torch.zeros_like(images)
+
+    def pictures(self, latents: Tensor) -> Tensor:
+        return latents
+
+
+class AutoencoderCodec(Codec):
+    """An autoencoder of stage 1.
+
+    Args:
+        encoder: images -> moments, or the latents that `quantizer` takes.
+        decoder: latents -> images.
+        config: {"encoder": node, "decoder": node}, plus a quantizer's.
+        quantizer: replaces latents by their codes before they are decoded; None: the posterior is Gaussian.
+        resolution, statistics, path: as in Codec.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        decoder: Decoder,
         config: Mapping[str, Any],
         resolution: Resolution | None = None,
         statistics: Mapping[str, Any] | None = None,
         path: str = "",
         quantizer: VectorQuantizer | None = None,
     ) -> None:
-        super().__init__()
+        channels = encoder.in_channels, encoder.latent_channels
+        super().__init__(channels, encoder.down_factor, config, path, resolution, statistics)
         self.encoder = encoder
         self.decoder = decoder
         self.quantizer = quantizer
-        self.register_buffer("_place", torch.zeros(()), persistent=False)  # pixels have no other tensor
-        self.config = dict(config)
-        self.size = None if resolution is None else as_size(resolution)
-        self.statistics = statistics
-        self.path = path
-        self.requires_grad_(False).eval()
+        self.freeze()
 
     @classmethod
-    def load(cls, path: Path | str, trust: Sequence[str] = ()) -> "Codec":
+    def load_run(cls, path: Path | str, trust: Sequence[str] = ()) -> "AutoencoderCodec":
         """The codec of a stage-1 checkpoint, on the CPU; builds only its encoder, decoder and quantizer.
 
         Args:
@@ -93,61 +236,22 @@ class Codec(nn.Module):
         about = config, resolution, record.get("latents"), str(file)
         return cls(parts["encoder"], parts["decoder"], *about, parts.get("quantizer"))
 
-    @classmethod
-    def pixels(cls, channels: int) -> "Codec":
-        """No first stage: latents are the images, (N,C,H,W) in [-1, 1], with zero variance."""
-        return cls(Pixels(channels), nn.Identity(), {})
-
-    def train(self, mode: bool = True) -> "Codec":
-        """Stays in eval mode, whatever the mode of the enclosing module."""
-        return super().train(False)
-
     @property
-    def device(self) -> torch.device:
-        return self.get_buffer("_place").device
+    def deterministic(self) -> bool:
+        return self.quantizer is not None
 
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Posterior moments in true fp32, whatever autocast or TF32 setting surrounds the call.
-
-        Args:
-            images: (N,C,H,W) in [-1, 1], on any device.
-
-        Returns:
-            mean and std, each (N,c,h,w) float32 on the codec's device, not standardized.
-        """
-        images = images.to(self.device, torch.float32)
-        with full_precision(self.device.type):
-            posterior = self._posterior(self.encoder(images))
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.encoder(images)
+        posterior: Posterior = DiagonalGaussian(output) if self.quantizer is None else self.quantizer(output)
         return posterior.mean, posterior.std
 
-    def _posterior(self, output: Tensor) -> Posterior:
-        if self.quantizer is not None:
-            return self.quantizer(output)
-        return DiagonalGaussian(output, deterministic=isinstance(self.encoder, Pixels))
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """(N,c,h,w), not standardized -> images (N,C,H,W) float32 in [-1, 1]; follows the caller's autocast."""
-        latents = latents.to(self.device)
+    def pictures(self, latents: Tensor) -> Tensor:
         if self.quantizer is not None:
             latents = self.quantizer(latents).mode()
         images: Tensor = self.decoder(latents)
-        return images.float().clamp(-1.0, 1.0)
-
-    def latent_shape(self, resolution: Resolution) -> tuple[int, int, int]:
-        """(c, h, w) of the latent of an image; SizeError if a side is not divisible by the down factor."""
-        (height, width), factor = as_size(resolution), self.encoder.down_factor
-        if height % factor or width % factor:
-            raise SizeError(
-                f"data.params.resolution: expected a multiple of the autoencoder's down factor {factor}, "
-                f"found {spell((height, width))}. Use {nearest((height, width), factor)}.",
-                factor,
-            )
-        return self.encoder.latent_channels, height // factor, width // factor
+        return images
 
     def weight_hash(self) -> str:
-        """sha256 (hex) over names, shapes and bytes of all weights: the same on every device and from any file."""
         # A codebook is hashed under its first name, by which caches identify their autoencoder.
         named = {name.replace("quantizer.", "quantiser.", 1): tensor for name, tensor in self.state_dict().items()}
         return weight_hash(named)

@@ -97,6 +97,9 @@ class VectorQuantizer(nn.Module):
     def nearest(self, latents: Tensor) -> Tensor:
         """(N, C, h, w) -> the index of each vector's nearest code, (N, h, w)."""
         book = self.codebook.weight.float()  # (size, C)
+        if torch.compiler.is_exporting():  # a program for any number of images
+            vectors = latents.float().movedim(1, -1)  # (N, h, w, C)
+            return torch.cdist(vectors.flatten(0, 2), book).argmin(1).reshape(vectors.shape[:-1])
         # One image at a time, since all distances at once would take N h w x size values; cdist stays in float32.
         rows = [torch.cdist(latent.flatten(1).t(), book).argmin(1) for latent in latents.float()]  # each (h w,)
         return torch.stack(rows).unflatten(1, latents.shape[2:])

@@ -20,6 +20,7 @@ COMMANDS = {
     "ema": ("reconstruct running averages of other widths", "ldm ema -r logs/<run> --std 0.075"),
     "weights": ("list the trained weights that ldm can use, or bring them", "ldm weights --fetch lpips-alexnet"),
     "convert": ("make a run folder of a foreign checkpoint", "ldm convert sd-vae-ft-mse.safetensors"),
+    "export": ("write a model for other programs", "ldm export logs/<run> --to safetensors --out FOLDER"),
     "plot": ("draw a run's curves", "ldm plot logs/<run>"),
 }
 """{name of the program in ldm/cli: (what it does, an example)}."""

@@ -22,7 +22,9 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("source", type=options.path, metavar="PATH", help="a file of weights, or a folder of diffusers")
     parser.add_argument("--config", type=options.path, metavar="FILE", help="the YAML or JSON that describes it")
-    parser.add_argument("--autoencoder", type=options.path, metavar="RUN", help="first stage of a model without one")
+    parser.add_argument(
+        "--autoencoder", type=options.path, metavar="RUN", help="of a model without one; or diffusers' folder"
+    )
     parser.add_argument("--resolution", type=options.whole_number, metavar="PIXELS", help="of the images")
     parser.add_argument("--statistics", type=options.path, metavar="FILE", help="the latents' mean and deviation")
     parser.add_argument("--text-encoder", type=options.path, metavar="DIR", help="of captions, with its tokenizer")

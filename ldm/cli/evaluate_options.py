@@ -72,7 +72,12 @@ def _add_measures(add: Add) -> None:
 
 def _add_places(add: Add) -> None:
     add("--raw", action="store_true", help="the weights of the last step instead of their running average")
-    add("--autoencoder", type=path, metavar="RUN", help="stage-1 run or checkpoint, if it has moved")
+    add(
+        "--autoencoder",
+        type=path,
+        metavar="RUN",
+        help="stage-1 run, checkpoint or diffusers' folder, if it moved",
+    )
     add("--batch-size", type=whole_number, default=64, help="pictures made at once (default: 64)")
     add("--device", help="such as cuda or cpu (default: cuda where there is one)")
     beside = "<run>/evaluation/<protocol>.json, or beside the pictures"

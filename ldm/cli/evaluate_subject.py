@@ -262,9 +262,9 @@ def _reconstructions(options: Any, path: Path, device: str) -> Subject:
     else:
         raise ConfigError("--against: reconstructions are compared with their originals: name a configuration")
     number = min(options.images or len(originals), len(originals))
-    if originals.channels != codec.encoder.in_channels:
+    if originals.channels != codec.in_channels:
         raise ConfigError(
-            f"{name}: has pictures of {originals.channels} channels, the autoencoder reads {codec.encoder.in_channels}"
+            f"{name}: has pictures of {originals.channels} channels, the autoencoder reads {codec.in_channels}"
         )
     perceptual, notes = _perceptual(originals.shape, options.metrics)
     pictures = Reconstructions(codec, originals, number)

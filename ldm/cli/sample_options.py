@@ -73,7 +73,12 @@ def _add_places(add: Add) -> None:
     place = "run folder, checkpoint, or a quoted glob (its newest run)"
     add("-r", "--run", required=True, metavar="RUN", help=place)
     add("--raw", action="store_true", help="the weights of the last step instead of their running average")
-    add("--autoencoder", type=path, metavar="RUN", help="stage-1 run or checkpoint, if it has moved")
+    add(
+        "--autoencoder",
+        type=path,
+        metavar="RUN",
+        help="stage-1 run, checkpoint or diffusers' folder, if it moved",
+    )
     add("--batch-size", type=whole_number, default=64, help="pictures made at once; changes speed alone (default: 64)")
     add("--device", help="such as cuda or cpu (default: cuda where there is one)")
     add("--out", type=path, metavar="FOLDER", help="(default: <run>/samples/<settings>)")

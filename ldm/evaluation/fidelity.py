@@ -45,8 +45,8 @@ class Fidelity:
         if size >= SMALLEST_FOR_SSIM:
             self.metrics["SSIM"] = SSIM()
         self.metrics |= {name: Perceptual(distance).to(codec.device) for name, distance in perceptual.items()}
-        self.channels = codec.encoder.latent_channels
-        self.gaussian = codec.quantizer is None
+        self.channels = codec.latent_channels
+        self.gaussian = not codec.deterministic
 
     @property
     def column(self) -> Column:

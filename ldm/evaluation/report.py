@@ -101,7 +101,7 @@ def compare(
     if others := [key for key in pipeline.conditioner.keys if key != "class_label"]:
         raise ConfigError(f"quality is judged by class alone, and this model also reads {', '.join(others)}")
     resolution, codec = pipeline.manifest.plan.pixels["resolution"], pipeline.codec
-    trained = Judge.trained(train, test, resolution, codec.encoder.in_channels, epochs)
+    trained = Judge.trained(train, test, resolution, codec.in_channels, epochs)
     real = of_each_class(trained.unseen, number, classes)
     pictures = {"real": real, "reconstructions of these": reconstructions(codec, real)}
     for scale in guidance_scales:

@@ -5,14 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from ldm.errors import CheckpointError
-from ldm.interop import compvis_first_stage, runs, sources
+from ldm.interop import compvis_first_stage, own_export, runs, sources
 from ldm.interop.models import Family, Request
 from ldm.interop.sources import Source
 
 __all__ = ["FAMILIES", "Request", "convert", "recognized"]
 
 
-FAMILIES: Sequence[Family] = (compvis_first_stage.FAMILY,)
+FAMILIES: Sequence[Family] = (own_export.FAMILY, compvis_first_stage.FAMILY)
 """The first that fits is taken: what is part of another's file comes after it."""
 
 

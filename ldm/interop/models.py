@@ -17,7 +17,7 @@ class Request:
     """What the command line says about a conversion, where the file does not.
 
     Attributes:
-        autoencoder: run folder or checkpoint of the first stage of a denoiser that comes without one.
+        autoencoder: first stage of a denoiser that comes without one: run folder, checkpoint or folder of diffusers.
         resolution: of the images, pixels; None: what the file or its family says.
         statistics: file with the latents' mean and standard deviation per channel; None: the family's own.
         text_encoder: folder of the text encoder and its tokenizer that a model of captions was trained with.
@@ -78,6 +78,9 @@ class Denoiser:
         mean, std: of the latents per channel, as the model was trained: z = (latent - mean) / std.
         size: (height, width) of the latents.
         first_stage: that of the same file; None: it is another run (`Request.autoencoder`).
+        pixels: it denoises the images themselves and has no first stage.
+        latents: the manifest that the checkpoint held, of a model of ours; None: the rest of this describes them.
+        objective: the weights of its objective, such as those of a learned weighting.
     """
 
     name: str
@@ -89,6 +92,9 @@ class Denoiser:
     size: tuple[int, int]
     origin: Origin
     first_stage: FirstStage | None = None
+    pixels: bool = False
+    latents: Mapping[str, Any] | None = None
+    objective: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 Converted = FirstStage | Denoiser

@@ -10,7 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ldm import files, run_folder
 from ldm.autoencoder.codec import Codec
 from ldm.checkpoints import store
 from ldm.config.load import to_yaml
-from ldm.errors import ConfigError
+from ldm.errors import CheckpointError, ConfigError
 from ldm.interop.models import Converted, Denoiser, FirstStage, Origin, Request, node
 from ldm.interop.sources import Source
 from ldm.latents.manifest import CacheSpec, Manifest
@@ -53,10 +53,11 @@ def write(converted: Converted, source: Source, request: Request, logdir: Path, 
         written = write(converted.first_stage, source, request, logdir, f"{name}_autoencoder")
     try:
         path = written[0].path if written else request.autoencoder
-        if path is None:
+        if path is None and not converted.pixels:
             raise ConfigError(
                 f"{source.path}: holds no first stage, without which no picture can be made. Name the autoencoder "
-                f"whose latents it was trained on: --autoencoder RUN (convert that first, if it is another file)"
+                f"whose latents it was trained on: --autoencoder RUN, or a folder of diffusers as it is (convert other "
+                f"files first)"
             )
         return [*written, _publish(logdir, name, _denoiser_run(converted, name, source, path))]
     except BaseException:
@@ -84,8 +85,8 @@ def _autoencoder_run(converted: FirstStage, name: str, source: Source) -> dict[s
     return _state(config, facts, converted.weights, converted.origin, source)
 
 
-def _denoiser_run(converted: Denoiser, name: str, source: Source, autoencoder: Path) -> dict[str, Any]:
-    codec = Codec.load(autoencoder)
+def _denoiser_run(converted: Denoiser, name: str, source: Source, autoencoder: Path | None) -> dict[str, Any]:
+    codec = Codec.pixels(len(converted.mean)) if autoencoder is None else Codec.load(autoencoder)
     manifest = _manifest(converted, codec, autoencoder, source)
     config = {
         "name": name,
@@ -94,7 +95,7 @@ def _denoiser_run(converted: Denoiser, name: str, source: Source, autoencoder: P
         "data": node(
             "latents.datamodule.LatentDataModule",
             train=_IMAGES,
-            autoencoder=str(autoencoder),
+            autoencoder=None if autoencoder is None else str(autoencoder),
             resolution=manifest.plan.pixels["resolution"],
             batch_size=8,
             seed=23,
@@ -106,24 +107,31 @@ def _denoiser_run(converted: Denoiser, name: str, source: Source, autoencoder: P
     average = converted.weights if converted.average is None else converted.average
     weights: dict[str, Any] = {f"denoiser.{key}": tensor for key, tensor in converted.weights.items()}
     weights |= {f"ema.average.{key}": tensor for key, tensor in average.items()}
+    weights |= {f"objective.{key}": tensor for key, tensor in converted.objective.items()}
     weights["ema._extra_state"] = {"images_seen": 0}
     facts = {"kind": "diffusion", "latents": manifest.to_dict()}
     return _state(config, facts, weights, converted.origin, source)
 
 
-def _manifest(converted: Denoiser, codec: Codec, autoencoder: Path, source: Source) -> Manifest:
+def _manifest(converted: Denoiser, codec: Codec, autoencoder: Path | None, source: Source) -> Manifest:
     """Of the latents that it was trained on: their scale and the autoencoder that made them; no records."""
     height, width = converted.size
-    factor = codec.encoder.down_factor
+    factor = codec.down_factor
+    made_by = codec.describe() | {"path": str(autoencoder or "")}
+    if converted.latents is not None:
+        known = Manifest.from_dict(converted.latents)
+        if made_by["weights"] != known.plan.autoencoder["weights"]:
+            raise CheckpointError(f"{source.path}: its autoencoder is not the one that made its latents; get it again")
+        return replace(known, plan=replace(known.plan, autoencoder=made_by), shards=[])
     plan = CacheSpec(
         shape=(len(converted.mean), height, width),
         num_items=0,
         source=f"foreign:{source.path.name}",
         pixels={
             "resolution": as_resolution((height * factor, width * factor)),
-            "channels": codec.encoder.in_channels,
+            "channels": codec.in_channels,
         },
-        autoencoder=codec.describe() | {"path": str(autoencoder)},
+        autoencoder=made_by,
         num_classes=converted.params["conditioner"]["params"].get("num_classes"),
     )
     return Manifest(plan, [*converted.mean], [*converted.std], broken=[], shards=[])

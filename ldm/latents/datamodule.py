@@ -37,7 +37,8 @@ class LatentDataModule(ElasticDataModule):
 
     Args:
         train: data set of images to train on.
-        autoencoder: run folder or checkpoint of stage 1; None: the latents are the pixels themselves.
+        autoencoder: run folder or checkpoint of stage 1, or a folder of diffusers; or another first stage, made by its
+            own class; None: the latents are the pixels themselves.
         batch_size: global batch size.
         seed: the run's seed.
         resolution: of the images that are encoded, pixels: the side of a square, or [height, width]; None: what the
@@ -62,7 +63,7 @@ class LatentDataModule(ElasticDataModule):
     def __init__(
         self,
         train: ImageDataset,
-        autoencoder: str | Path | None,
+        autoencoder: str | Path | Codec | None,
         batch_size: Count,
         seed: Seed = 0,
         resolution: Resolution | None = None,
@@ -82,7 +83,11 @@ class LatentDataModule(ElasticDataModule):
         super().__init__(batch_size, seed, micro_batch_size, num_workers)
         self.train_dataset, self.validation_dataset = split(train, validation, num_validation)
         self._own_validation = validation
-        self.autoencoder = None if autoencoder is None else Path(autoencoder)
+        # The one that is given whole is freed with the others, and made again if it is asked for.
+        self._given = autoencoder if isinstance(autoencoder, Codec) else None
+        made_of = {} if self._given is None else self._given.config
+        path = autoencoder if self._given is None else self._given.path
+        self.autoencoder = None if autoencoder is None else (made_of, str(path))
         self.channels = channels
         self.flip = flip
         self.cache = None if cache is None else Path(cache)
@@ -111,9 +116,9 @@ class LatentDataModule(ElasticDataModule):
             "resolution": as_resolution((height, width)),
             "batch_size": self.batch_size,
             **dataset_facts(self.train_dataset, self._own_validation),
-            "down_factor": codec.encoder.down_factor,
+            "down_factor": codec.down_factor,
             "image_resolution": as_resolution(self.image_size),
-            "image_channels": codec.encoder.in_channels,
+            "image_channels": codec.in_channels,
             # The weights at a path may have changed: a run can only resume in its own latent space.
             "autoencoder": None if self.autoencoder is None else codec.weight_hash(),
             **({} if self._statistics is None else {"statistics": asdict(self._statistics)}),
@@ -130,7 +135,7 @@ class LatentDataModule(ElasticDataModule):
         """Of the images that are encoded, pixels."""
         known = self._size or (self._transform.size if self._transform else self._load().size)
         if known is None:
-            source = self.autoencoder or "an image"
+            source = "an image" if self.autoencoder is None else self.autoencoder[1] or "the autoencoder"
             raise ConfigError(f"data.params.resolution: {source} does not state its resolution: set it here")
         return known
 
@@ -171,7 +176,7 @@ class LatentDataModule(ElasticDataModule):
         self.train_cache, self.validation_cache = caches["train"], caches.get("validation")
         manifest = self.train_cache.manifest.decoded_by(codec.describe(weights))
         self._manifest = manifest if self._statistics is None else manifest.standardized_by(self._statistics)
-        self._codec = None  # its memory belongs to training now
+        self._codec = self._given = None  # its memory belongs to training now
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         cache = _opened(self.train_cache)
@@ -200,7 +205,7 @@ class LatentDataModule(ElasticDataModule):
             shape=codec.latent_shape(self.image_size),
             num_items=len(dataset),
             source=dataset.fingerprint(),
-            pixels={**self.transform.describe(), "channels": codec.encoder.in_channels, **decoding(dataset)},
+            pixels={**self.transform.describe(), "channels": codec.in_channels, **decoding(dataset)},
             autoencoder=codec.describe(weights),
             num_classes=dataset.num_classes,
             class_names=dataset.class_names,
@@ -226,7 +231,7 @@ class LatentDataModule(ElasticDataModule):
         plan = self.plan(dataset, codec, weights)
         folder = self._folder(name, plan)
         source = Source(
-            read=lambda item: self._read(dataset, item, codec.encoder.in_channels),
+            read=lambda item: self._read(dataset, item, codec.in_channels),
             name=dataset.path,
             max_broken=int(self.max_broken * len(dataset)),
             threads=self.read_threads,
@@ -256,10 +261,10 @@ class LatentDataModule(ElasticDataModule):
             if self.autoencoder is None:
                 self._codec = Codec.pixels(self.channels)
             else:
-                self._codec = Codec.load(self.autoencoder, self.trust)
+                self._codec = self._given or Codec.of(*self.autoencoder, self.trust)
             for dataset in self._datasets().values():
                 key = f"data.params.{'channels' if self.autoencoder is None else 'autoencoder'}"
-                require_channels(dataset, self._codec.encoder.in_channels, key)
+                require_channels(dataset, self._codec.in_channels, key)
         return self._codec
 
     def _datasets(self) -> dict[str, ImageDataset]:

@@ -71,7 +71,8 @@ class Pipeline:
         Args:
             path: run folder (its newest good checkpoint) or checkpoint file.
             ema: the averaged weights; False: those of the last step.
-            autoencoder: stage-1 run folder or checkpoint; None: its path when the latents were made.
+            autoencoder: stage-1 run folder or checkpoint, or a folder of diffusers; None: its path when the latents
+                were made.
             trust: packages besides ldm's own that the checkpoints' configurations may name.
 
         Raises:
@@ -162,7 +163,7 @@ def load_codec(
 
     Args:
         manifest: of the latents.
-        given: its run folder or checkpoint; None: its path when the latents were made.
+        given: its run folder, checkpoint or folder of diffusers; None: its path when the latents were made.
         file: what needs it, for messages.
         trust: packages besides ldm's own that its configuration may name.
         where: how to specify it, for messages.
@@ -173,11 +174,11 @@ def load_codec(
     recorded = manifest.plan.autoencoder
     if not recorded["config"]:
         return Codec.pixels(manifest.plan.shape[0])
-    fix = f"Name that autoencoder's run folder or checkpoint {where}."
-    if not (path := given or recorded.get("path")):
+    fix = f"Name that autoencoder's run folder, checkpoint or folder {where}."
+    if not (path := given or recorded.get("path")) and "target" not in recorded["config"]:
         raise CheckpointError(f"{file}: does not say where the autoencoder of its latents is. {fix}")
     try:
-        codec = Codec.load(path, trust)
+        codec = Codec.of(recorded["config"], path or "", trust)
     except CheckpointError as error:
         raise CheckpointError(f"{error}\n{file} needs the autoencoder that made its latents. {fix}") from error
     found = codec.describe()

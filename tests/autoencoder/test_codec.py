@@ -1,15 +1,18 @@
 """The frozen autoencoder: what stage 1 wrote is what stage 2 encodes and decodes with."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 
-from ldm.autoencoder.codec import Codec
+from ldm.autoencoder.codec import AutoencoderCodec, Codec
 from ldm.autoencoder.networks import Decoder, Encoder
 from ldm.autoencoder.posterior import DiagonalGaussian
 from ldm.checkpoints import store
+from ldm.config.load import build
 from ldm.errors import CheckpointError, ConfigError
+from ldm.latents.manifest import CacheSpec
 
 
 @pytest.fixture(scope="module")
@@ -165,3 +168,43 @@ def test_a_target_outside_the_allow_list_is_refused(state, tmp_path):
     store.save(tmp_path / "evil.ckpt", state)
     with pytest.raises(ConfigError, match=r"evil.ckpt: .*model.params.decoder.target: .*os.system"):
         Codec.load(tmp_path / "evil.ckpt")
+
+
+def node(target: str, **params: Any) -> dict[str, Any]:
+    return {"target": f"ldm.autoencoder.{target}", "params": params}
+
+
+@pytest.mark.parametrize(
+    ("codes", "weights", "plan"),
+    [
+        (None, "1548205da9dc2a1f1573e9abf90550169bcb18f6a1be653f9b77a0dc25b7215c", "2f417c98f54b48a0"),
+        (8, "9b894e471a799635946051cf4055c7e88a4b171d2896eafdb7490c9f0767256b", "abf9713628b6772d"),
+    ],
+)
+def test_caches_and_checkpoints_know_an_autoencoder_by_the_hashes_that_they_always_had(codes, weights, plan):
+    sizes = {"base_channels": 8, "channel_mult": [1, 2], "num_res_blocks": 1, "latent_channels": 2}
+    config = {
+        "encoder": node("networks.Encoder", in_channels=3, moments=codes is None, **sizes),
+        "decoder": node("networks.Decoder", out_channels=3, **sizes),
+    }
+    if codes is not None:
+        config["quantizer"] = node("quantizer.VectorQuantizer", size=codes, channels=2)
+    parts = {name: build(part) for name, part in config.items()}
+    codec = AutoencoderCodec(parts["encoder"], parts["decoder"], config, path="x", quantizer=parts.get("quantizer"))
+    for tensor in codec.state_dict().values():
+        tensor.copy_(torch.arange(tensor.numel()).reshape(tensor.shape) % 7 / 16 - 0.2)
+    assert codec.weight_hash() == weights
+    described = codec.describe()
+    assert {name: described[name] for name in ("weights", "config", "path")} == {
+        "weights": weights,
+        "config": config,
+        "path": "x",
+    }
+    assert CacheSpec((2, 8, 8), 3, "s", {}, described).fingerprint() == plan
+
+
+def test_a_class_that_is_no_codec_is_refused():
+    with pytest.raises(ConfigError, match=r"expected a class of first stages .*, found torch.nn.Identity"):
+        Codec.of({"target": "torch.nn.Identity", "params": {}}, "")
+    with pytest.raises(ConfigError, match=r"autoencoder.target: 'os.system' is refused"):
+        Codec.of({"target": "os.system", "params": {}}, "somewhere")

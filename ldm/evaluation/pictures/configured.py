@@ -58,6 +58,8 @@ def of_data(
         origin: of the configuration, for messages.
         pixels: {"resolution", "channels", "interpolation"} of a run that was trained on it; None: as it is configured.
     """
+    if pixels and "autoencoder" in (params := node.get("params") or {}):
+        node = {**node, "params": {**params, "autoencoder": None}}  # of no use here, and it may have moved
     data = build(node, trust, key="data")
     if not isinstance(data, ImageDataModule | LatentDataModule):
         raise ConfigError(f"{origin}: data.target: expected one of ldm's data modules, found {type(data).__qualname__}")

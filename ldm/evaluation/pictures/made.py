@@ -79,7 +79,7 @@ class Generated:
         self.recipe = recipe
         self.seeds = first + np.arange(number)
         height, width = as_size(pipeline.manifest.plan.pixels["resolution"])
-        self.shape = (pipeline.codec.encoder.in_channels, height, width)
+        self.shape = (pipeline.codec.in_channels, height, width)
 
     def __len__(self) -> int:
         return len(self.seeds)

@@ -72,7 +72,7 @@ class FrechetDistance(pl.Callback):
         schedule: of ldm/sampling/timesteps.py, where the steps lie.
         guidance_scale: 1 = none.
         batch_size: samples made at once on a rank.
-        autoencoder: run folder or checkpoint that decodes; None: the one that made the latents.
+        autoencoder: run folder, checkpoint or folder of diffusers that decodes; None: the one that made the latents.
         trust: packages besides ldm's own that the autoencoder's configuration may name.
 
     Raises:

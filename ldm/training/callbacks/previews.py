@@ -94,7 +94,7 @@ class SampleLogger(StepCallback):
         sampler: of ldm/sampling/samplers.py, such as {target: ldm.sampling.samplers.heun, partial: true}.
         schedule: of ldm/sampling/timesteps.py, where the steps lie.
         guidance_scale: 1 = none.
-        autoencoder: run folder or checkpoint that decodes; None: the one that made the latents.
+        autoencoder: run folder, checkpoint or folder of diffusers that decodes; None: the one that made the latents.
         trust: packages besides ldm's own that the autoencoder's configuration may name.
     """
 

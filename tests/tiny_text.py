@@ -1,0 +1,43 @@
+"""Text encoders of random weights, as transformers saves them, with a tokenizer of a few words."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WORDS = ["<|startoftext|>", "<|endoftext|>", "a", "red", "green", "blue", "cat", "dog", "boat", "of", "on", "photo"]
+WIDTH, LAYERS, LONGEST = 32, 3, 16
+
+
+def save_tokenizer(folder: Path) -> None:
+    """One token a word; every text begins with one of its own and ends with another, which also pads it, as in CLIP."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    start, end = WORDS[:2]
+    words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="a"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(f"{start} $A {end}", special_tokens=[(start, 0), (end, 1)])
+    special = {"bos_token": start, "eos_token": end, "pad_token": end, "unk_token": "a"}
+    PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=LONGEST, **special).save_pretrained(folder)
+
+
+def clip_config() -> Any:
+    from transformers import CLIPTextConfig
+
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_attention_heads": 2}
+    more = {"num_hidden_layers": LAYERS, "max_position_embeddings": LONGEST, "projection_dim": 8}
+    return CLIPTextConfig(vocab_size=len(WORDS), bos_token_id=0, eos_token_id=1, pad_token_id=1, **sizes, **more)
+
+
+def save_text_encoder(folder: Path, seed: int = 0, network: Any = None) -> Path:
+    """A tiny CLIP, or `network`, and its tokenizer in one folder."""
+    from transformers import CLIPTextModel
+
+    torch.manual_seed(seed)
+    network = CLIPTextModel(clip_config()) if network is None else network
+    for parameter in network.parameters():  # transformers' own are so small that texts hardly differ
+        torch.nn.init.normal_(parameter, std=0.2)
+    network.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
