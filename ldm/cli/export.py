@@ -2,6 +2,8 @@
 
 python scripts/export.py logs/<run> --to safetensors --out FOLDER    # weights and configuration
 python scripts/export.py logs/<run> --to onnx --out FOLDER           # decoder and denoiser, for onnxruntime
+python scripts/export.py logs/<run> --to lora --out FOLDER           # an adapter alone
+python scripts/export.py logs/<run> --to merged --out logs/<merged>  # a run folder, the adapter in its weights
 python scripts/export.py FOLDER --push NAME/REPOSITORY               # upload such a folder to the Hugging Face Hub
 """
 
@@ -15,7 +17,10 @@ from ldm.cli.options import Parser, called
 if TYPE_CHECKING:
     from ldm.interop.trained import Trained
 
-FORMATS = "safetensors (weights and configuration), onnx or torch (decoder and denoiser as programs)"
+FORMATS = (
+    "safetensors (weights and configuration), onnx or torch (decoder and denoiser as programs); of a run with an "
+    "adapter also lora (the adapter alone) or merged (a run folder without one)"
+)
 """What --to takes, in words: a wrong flag is answered before torch is loaded."""
 
 

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from ldm import errors, files
 from ldm.errors import ConfigError, ResourceError
-from ldm.interop import card, export_onnx, export_safetensors, export_torch
+from ldm.interop import card, export_lora, export_merged, export_onnx, export_safetensors, export_torch, lora
 from ldm.interop.trained import Trained
 from ldm.interop.usage import Choices, Usage, optional_packages
 
@@ -19,10 +19,24 @@ __all__ = ["FORMATS", "Choices", "Usage", "check", "export"]
 Write = Callable[[Trained, Path, Choices], Usage]
 """Writes a model's files into an empty folder; returns how others load them, for the model card."""
 
+
+def _merged(write: Write) -> Write:
+    """Of a format without adapters: one that a model has is added to its weights first."""
+
+    def merge_and_write(model: Trained, out: Path, choices: Choices) -> Usage:
+        if model.diffusion is not None:
+            lora.merge(model.diffusion.denoiser["network"])
+        return write(model, out, choices)
+
+    return merge_and_write
+
+
 FORMATS: Mapping[str, Write] = {
-    "safetensors": export_safetensors.write,
-    "onnx": export_onnx.write,
-    "torch": export_torch.write,
+    "safetensors": _merged(export_safetensors.write),
+    "onnx": _merged(export_onnx.write),
+    "torch": _merged(export_torch.write),
+    "lora": export_lora.write,
+    "merged": export_merged.write,
 }
 """{--to NAME: what writes it}."""
 
