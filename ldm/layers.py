@@ -35,12 +35,15 @@ def run_block(block: nn.Module, *inputs: Tensor | None, recompute: bool, keep_ra
     return again
 
 
-def group_norm(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
+def group_norm(channels: int, eps: float = 1e-5, groups: int | None = None) -> nn.GroupNorm:
     """32 groups if the channels allow groups of four or more, as in the published models (128 channels and up).
 
     Narrower networks get fewer groups: with one or two channels per group the norm would remove each channel's mean.
+
+    Args:
+        groups: that many instead, for weights that were trained with them.
     """
-    return nn.GroupNorm(math.gcd(channels, min(32, max(1, channels // 4))), channels, eps=eps)
+    return nn.GroupNorm(groups or math.gcd(channels, min(32, max(1, channels // 4))), channels, eps=eps)
 
 
 def halvings(*sides: int) -> int:

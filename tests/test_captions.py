@@ -16,6 +16,7 @@ from ldm.config.load import to_yaml
 from ldm.diffusion.conditioners import text
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.pipeline import Pipeline
+from ldm.training.metrics_table import read_metrics
 from tests.conftest import node
 from tests.tiny_text import LONGEST, WIDTH, save_text_encoder
 
@@ -179,3 +180,22 @@ def test_data_without_captions_is_refused_before_anything_is_made(tree, image_fo
     said = capsys.readouterr().err
     assert "FrozenText: the data set has no captions" in said
     assert not Path("cache").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", [", sharded_checkpoints: true", None])
+def test_two_ranks_train_as_one(tree, shards, forked):
+    """FSDP2 with a file a rank, and DDP: the encoder is whole on each."""
+    tree["model"]["params"]["network"]["params"]["dropout"] = 0.0  # whose draws are a rank's own
+    strategy = "DDP, params: {timeout: 60" if shards is None else f"FSDP2, params: {{timeout: 60{shards}"
+    assert forked(1, lambda rank: train(tree, "-n", "alone")) == [0]
+    words = ["-n", "both", f"lightning.strategy={{target: ldm.training.strategies.{strategy}}}}}"]
+    Path("config.yaml").write_text(to_yaml(tree))
+    assert forked(2, lambda rank: main.main(["--base", "config.yaml", *words, "lightning.trainer.devices=2"])) == [0, 0]
+    one, two = weights("alone"), weights("both")
+    assert one.keys() == two.keys()
+    assert torch.equal(one["denoiser.conditioner._extra_state"], two["denoiser.conditioner._extra_state"])
+    logged = [float(read_metrics(run(name) / "metrics.csv")[-1]["val/loss"]) for name in ("alone", "both")]
+    assert logged[1] == pytest.approx(logged[0], rel=1e-5)
+    made = Pipeline.load(run("both")).generate([1], WANTED[:1], steps=2)
+    assert made[0].size == (16, 16)

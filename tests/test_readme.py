@@ -12,18 +12,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from packaging.requirements import Requirement
 from PIL import Image
+from safetensors.torch import save_file
 
 import main
 from ldm.checkpoints import store
-from ldm.cli import cache, ema, evaluate, plot, sample, weights
+from ldm.cli import cache, convert, ema, evaluate, export, plot, sample, weights
 from ldm.config.load import to_yaml
 from ldm.optim.ema import power_exponent
 from scripts import compare
 from scripts.bench import __main__ as bench
 from scripts.faults import __main__ as faults
 from tests.evaluation.spaces import Projection
+from tests.interop import foreign
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -181,6 +184,20 @@ def run(workshop, tmp_path, monkeypatch, autoencoder_tree, diffusion_tree, tried
         out = [] if "--out" in words else ["--out", str(tmp_path / "record.json")]
         return evaluate.main([*words, *few, *out])
 
+    def converted(words: list[str]) -> int:
+        """A small autoencoder of others in the place of the file, a YAML that fits any in that of its own."""
+        (torch.save if words[0].endswith(".ckpt") else save_file)(foreign.first_stage(), workshop / words[0])
+        if "--config" in words:
+            (workshop / words[words.index("--config") + 1]).write_text("model: {params: {ddconfig: {resolution: 32}}}")
+        return convert.main([*words, "--logdir", str(tmp_path)])
+
+    def exported(words: list[str]) -> int:
+        """Those that need neither minutes nor a network are done."""
+        chosen = export.parse(words)
+        if chosen.push is not None or chosen.to in (None, "onnx", "torch", "FORMAT"):
+            return 0
+        return export.main([str(tmp_path / "out") if word == "FOLDER" else word for word in words])
+
     def parsed(parse):
         return lambda words: 0 if parse(words) else 1
 
@@ -191,7 +208,9 @@ def run(workshop, tmp_path, monkeypatch, autoencoder_tree, diffusion_tree, tried
         "scripts/reconstruct_ema.py": ema.main,
         "scripts/plot_run.py": plot.main,
         "scripts/weights.py": weights.main,
+        "scripts/convert.py": converted,
         "scripts/evaluate.py": measured,
+        "scripts/export.py": exported,
         # These take minutes to hours, and have tests of their own.
         "scripts/bench": parsed(bench.parse),
         "scripts/compare.py": parsed(compare.parse),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ldm.autoencoder.networks import Decoder, Encoder
 from ldm.autoencoder.posterior import DiagonalGaussian, Posterior
 from ldm.autoencoder.quantizer import VectorQuantizer
+from ldm.autoencoder.tiny import TinyDecoder, TinyEncoder
 from ldm.checkpoints import store
 from ldm.config.load import build
 from ldm.config.tree import current_plain
@@ -38,7 +39,8 @@ class Codec(nn.Module, ABC):
             is added under keys of its own. Parameters leave out `path`, which is not compared.
         path: where it was loaded from; "": from nowhere.
         resolution: of the images it was trained on, if known: the side of a square, or (height, width).
-        statistics: per-channel {"mean": [...], "std": [...]} of the latents, as measured in stage 1, or None.
+        statistics: per-channel {"mean": [...], "std": [...]} of the latents, as measured in stage 1, or, of a converted
+            model, as others on it are trained with; or None.
     """
 
     def __init__(
@@ -195,8 +197,8 @@ class AutoencoderCodec(Codec):
 
     def __init__(
         self,
-        encoder: Encoder,
-        decoder: Decoder,
+        encoder: Encoder | TinyEncoder,
+        decoder: Decoder | TinyDecoder,
         config: Mapping[str, Any],
         resolution: Resolution | None = None,
         statistics: Mapping[str, Any] | None = None,
@@ -257,11 +259,5 @@ class AutoencoderCodec(Codec):
         return weight_hash(named)
 
     def describe(self, weights: str | None = None) -> dict[str, Any]:
-        """Which autoencoder this is, as a cache's plan holds it (ldm/latents/manifest.py::CacheSpec).
-
-        Args:
-            weights: what `weight_hash` says, where it is known already.
-        """
         # The encoder alone determines the latents: codes are chosen when they are decoded.
-        encoder = weight_hash(self.encoder.state_dict())
-        return {"weights": weights or self.weight_hash(), "encoder": encoder, "config": self.config, "path": self.path}
+        return super().describe(weights) | {"encoder": weight_hash(self.encoder.state_dict())}

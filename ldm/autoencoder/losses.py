@@ -143,9 +143,12 @@ class AutoencoderLoss(nn.Module):
         precision = (-self.logvar).exp()
         nll = error * precision + self.logvar * copy[0].numel()
         gradient = gradient * precision.detach()
-        of_posterior = {name: values.mean() for name, values in posterior.logs().items()} if posterior else {}
+        of_posterior: dict[str, Tensor] = {}
+        total = nll
+        if posterior is not None:
+            of_posterior = {name: values.mean() for name, values in posterior.logs().items()}
+            total = nll + self.kl_weight * posterior.regularization_loss().mean()
         logs = {"nll": nll.detach(), **of_posterior, "logvar": self.logvar.detach(), **parts}
-        total = nll + self.kl_weight * posterior.regularization_loss().mean() if posterior else nll
         if self.adversarial_at(step):
             assert self.discriminator is not None
             fake = self.discriminator(copy).float()

@@ -17,6 +17,7 @@ from ldm.autoencoder.metrics import Output, standard
 from ldm.autoencoder.networks import Decoder, Encoder
 from ldm.autoencoder.posterior import DiagonalGaussian, Posterior, latent_sums, statistics
 from ldm.autoencoder.quantizer import VectorQuantizer
+from ldm.autoencoder.tiny import TinyDecoder, TinyEncoder
 from ldm.checkpoints.store import is_untrained
 from ldm.errors import ConfigError
 from ldm.optim.optimizers import Scheduled, keep_settings, place_schedules
@@ -58,8 +59,8 @@ class AutoencoderKL(pl.LightningModule):
 
     def __init__(
         self,
-        encoder: Encoder,
-        decoder: Decoder,
+        encoder: Encoder | TinyEncoder,
+        decoder: Decoder | TinyDecoder,
         loss: AutoencoderLoss,
         optimizer: MakeOptimizer,
         schedule: Schedule | None = None,
@@ -298,7 +299,7 @@ class AutoencoderKL(pl.LightningModule):
         place_schedules(checkpoint, [done, max(0, done - self.loss.disc_start)])
 
 
-def _noise(encoder: Encoder, batch: Batch, purpose: str) -> Tensor:
+def _noise(encoder: Encoder | TinyEncoder, batch: Batch, purpose: str) -> Tensor:
     """Standard normal of the latent's shape, addressed by the batch's sample numbers: (N, c, h, w)."""
     height, width = batch["image"].shape[2:]
     shape = (encoder.latent_channels, height // encoder.down_factor, width // encoder.down_factor)

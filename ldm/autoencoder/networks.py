@@ -28,11 +28,17 @@ EPS = 1e-6
 class ResBlock(nn.Module):
     """Two 3x3 convolutions with a shortcut: (N, in_channels, H, W) -> (N, out_channels, H, W)."""
 
-    def __init__(self, in_channels: Count, out_channels: Count, dropout: FractionBelowOne = 0.0) -> None:
+    def __init__(
+        self,
+        in_channels: Count,
+        out_channels: Count,
+        dropout: FractionBelowOne = 0.0,
+        norm_groups: Count | None = None,
+    ) -> None:
         super().__init__()
-        self.norm1 = group_norm(in_channels, eps=EPS)
+        self.norm1 = group_norm(in_channels, EPS, norm_groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = group_norm(out_channels, eps=EPS)
+        self.norm2 = group_norm(out_channels, EPS, norm_groups)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         same = in_channels == out_channels
@@ -47,9 +53,9 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Single-head self-attention over the positions of a feature map, with a residual connection; keeps the shape."""
 
-    def __init__(self, channels: Count) -> None:
+    def __init__(self, channels: Count, norm_groups: Count | None = None) -> None:
         super().__init__()
-        self.norm = group_norm(channels, eps=EPS)
+        self.norm = group_norm(channels, EPS, norm_groups)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -92,22 +98,25 @@ class Upsample(nn.Module):
         return self.conv(x)  # (N, C, 2H, 2W)
 
 
-def _blocks(in_channels: int, out_channels: int, count: int, attention: bool, dropout: float) -> list[nn.Module]:
+def _blocks(
+    in_channels: int, out_channels: int, count: int, attention: bool, dropout: float, norm_groups: int | None
+) -> list[nn.Module]:
     """The residual blocks of one level, each followed by attention if the level has it."""
     layers: list[nn.Module] = []
     for _ in range(count):
-        layers.append(ResBlock(in_channels, out_channels, dropout))
+        layers.append(ResBlock(in_channels, out_channels, dropout, norm_groups))
         if attention:
-            layers.append(Attention(out_channels))
+            layers.append(Attention(out_channels, norm_groups))
         in_channels = out_channels
     return layers
 
 
-def _middle(channels: int, attention: bool, dropout: float) -> nn.Sequential:
+def _middle(channels: int, attention: bool, dropout: float, norm_groups: int | None) -> nn.Sequential:
     return nn.Sequential(
-        ResBlock(channels, channels, dropout),
-        Attention(channels) if attention else nn.Identity(),  # so that the blocks have the same names either way
-        ResBlock(channels, channels, dropout),
+        ResBlock(channels, channels, dropout, norm_groups),
+        # Blocks have the same names either way.
+        Attention(channels, norm_groups) if attention else nn.Identity(),
+        ResBlock(channels, channels, dropout, norm_groups),
     )
 
 
@@ -127,6 +136,8 @@ class Encoder(nn.Module):
         moments: output mean and log-variance, twice the latent's channels; False: the latent itself, for a quantizer.
         middle_attention: self-attention between the two blocks at the lowest resolution; the published vq-f4-noattn
             has none.
+        norm_groups: of every norm; None: 32, or fewer below 128 channels. Weights of others may have 32 everywhere.
+        unit_range: images are brought to [0, 1] first, as EDM2 gives them to Stable Diffusion's encoder.
 
     Raises:
         SizeError: images whose sides are not divisible by the down factor.
@@ -144,9 +155,12 @@ class Encoder(nn.Module):
         patch_size: Count = 1,
         moments: bool = True,
         middle_attention: bool = True,
+        norm_groups: Count | None = None,
+        unit_range: bool = False,
     ) -> None:
         super().__init__()
         self.in_channels = in_channels
+        self.unit_range = unit_range
         self.outputs = 2 if moments else 1
         self.latent_channels = latent_channels
         self.patch_size = patch_size
@@ -156,19 +170,21 @@ class Encoder(nn.Module):
         self.levels = nn.Sequential()
         previous = base_channels
         for level, width in enumerate(widths):
-            layers = _blocks(previous, width, num_res_blocks, level in attention_levels, dropout)
+            layers = _blocks(previous, width, num_res_blocks, level in attention_levels, dropout, norm_groups)
             if level < len(widths) - 1:
                 layers.append(Downsample(width))
             self.levels.append(nn.Sequential(*layers))
             previous = width
-        self.middle = _middle(previous, middle_attention, dropout)
-        self.norm_out = group_norm(previous, eps=EPS)
+        self.middle = _middle(previous, middle_attention, dropout, norm_groups)
+        self.norm_out = group_norm(previous, EPS, norm_groups)
         moment_channels = self.outputs * latent_channels
         self.conv_out = nn.Conv2d(previous, moment_channels, 3, padding=1)
         self.quant_conv = nn.Conv2d(moment_channels, moment_channels, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         self._check(*images.shape[2:])
+        if self.unit_range:
+            images = (images + 1) / 2  # (N, in_channels, H, W)
         h = F.pixel_unshuffle(images, self.patch_size)  # (N, in_channels*p*p, H/p, W/p), p = patch_size
         h = self.conv_in(h)  # (N, base_channels, H/p, W/p)
         h = self.levels(h)  # (N, last width, H/f, W/f)
@@ -208,6 +224,7 @@ class Decoder(nn.Module):
         dropout: FractionBelowOne = 0.0,
         patch_size: Count = 1,
         middle_attention: bool = True,
+        norm_groups: Count | None = None,
     ) -> None:
         super().__init__()
         self.out_channels = out_channels
@@ -218,15 +235,15 @@ class Decoder(nn.Module):
         previous = widths[-1]
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
         self.conv_in = nn.Conv2d(latent_channels, previous, 3, padding=1)
-        self.middle = _middle(previous, middle_attention, dropout)
+        self.middle = _middle(previous, middle_attention, dropout, norm_groups)
         self.levels = nn.Sequential()
         for level, width in reversed(list(enumerate(widths))):
-            layers = _blocks(previous, width, num_res_blocks + 1, level in attention_levels, dropout)
+            layers = _blocks(previous, width, num_res_blocks + 1, level in attention_levels, dropout, norm_groups)
             if level > 0:
                 layers.append(Upsample(width))
             self.levels.append(nn.Sequential(*layers))
             previous = width
-        self.norm_out = group_norm(previous, eps=EPS)
+        self.norm_out = group_norm(previous, EPS, norm_groups)
         self.conv_out = nn.Conv2d(previous, out_channels * patch_size**2, 3, padding=1)
 
     @property

@@ -1,8 +1,10 @@
 """Make a run folder of a foreign checkpoint, which then samples, resumes, fine-tunes and evaluates like any other run.
 
 python scripts/convert.py sd-vae-ft-mse.safetensors                         # an autoencoder
+python scripts/convert.py kl-f8.ckpt --config kl-f8.yaml                    # with the YAML that says its training
+python scripts/convert.py taesd_encoder.pth                                 # and taesd_decoder.pth beside it
 python scripts/convert.py celeba.ckpt --config celeba.yaml                  # a model with its first stage: two runs
-python scripts/convert.py DiT-XL-2-256x256.pt --autoencoder logs/<run>      # a model without one
+python scripts/convert.py DiT-XL-2-256x256.pt --family dit --autoencoder logs/<run>     # a model without one
 python scripts/convert.py /path/to/folder                                   # of diffusers: one model or a pipeline
 """
 
@@ -28,6 +30,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--resolution", type=options.whole_number, metavar="PIXELS", help="of the images")
     parser.add_argument("--statistics", type=options.path, metavar="FILE", help="the latents' mean and deviation")
     parser.add_argument("--text-encoder", type=options.path, metavar="DIR", help="of captions, with its tokenizer")
+    parser.add_argument("--family", metavar="WORD", help="dit or sit, whose files are alike; lightningdit")
     parser.add_argument("--license", metavar="TEXT", help="of the weights, for the note on where they come from")
     parser.add_argument("--name", help="of the run (default: the file's)")
     parser.add_argument("--logdir", type=options.path, default=Path("logs"), metavar="DIR", help="for the run folder")
@@ -38,7 +41,9 @@ def main(argv: Sequence[str]) -> int:
 
         for line in convert.convert(
             chosen.source,
-            convert.Request(chosen.autoencoder, chosen.resolution, chosen.statistics, chosen.text_encoder),
+            convert.Request(
+                chosen.autoencoder, chosen.resolution, chosen.statistics, chosen.text_encoder, chosen.family
+            ),
             config=chosen.config,
             license=chosen.license,
             name=chosen.name,

@@ -1,6 +1,7 @@
 """Write a trained model as a folder that others load, with a model card, and upload it where that is asked for.
 
 python scripts/export.py logs/<run> --to safetensors --out FOLDER    # weights and configuration
+python scripts/export.py logs/<run> --to diffusers --out FOLDER      # a pipeline that makes the same pictures
 python scripts/export.py logs/<run> --to onnx --out FOLDER           # decoder and denoiser, for onnxruntime
 python scripts/export.py logs/<run> --to lora --out FOLDER           # an adapter alone
 python scripts/export.py logs/<run> --to merged --out logs/<merged>  # a run folder, the adapter in its weights
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from ldm.interop.trained import Trained
 
 FORMATS = (
-    "safetensors (weights and configuration), onnx or torch (decoder and denoiser as programs); of a run with an "
-    "adapter also lora (the adapter alone) or merged (a run folder without one)"
+    "safetensors (weights and configuration), diffusers (a pipeline, or an autoencoder), onnx or torch (decoder and "
+    "denoiser as programs); of a run with an adapter also lora (the adapter alone) or merged (a run folder without one)"
 )
 """What --to takes, in words: a wrong flag is answered before torch is loaded."""
 
@@ -42,6 +43,7 @@ def parse(argv: Sequence[str]) -> Any:
     add("--license", metavar="TEXT", help="of the weights, for the model card, such as mit or cc-by-4.0")
     add("--data-license", metavar="TEXT", help="of the pictures that it was trained on, for the model card")
     add("--no-pictures", action="store_true", help="no sheets of the run in the card; some show pictures of the data")
+    add("--no-check", action="store_true", help="diffusers: do not compare the folder's picture with the model's")
     add(
         "--push",
         metavar="REPO",
@@ -91,7 +93,7 @@ def written(options: Any) -> Path:
         print(*export.listed(folder), sep="\n")
         return folder
     export.check(options.to, options.out, options.force)
-    choices = export.Choices(options.license, options.data_license, not options.no_pictures)
+    choices = export.Choices(options.license, options.data_license, not options.no_pictures, not options.no_check)
     for line in export.export(opened(options), options.to, options.out, choices, force=options.force):
         print(line)
     return Path(options.out)

@@ -71,6 +71,7 @@ class DiscreteVP:
     in_sigma = False
 
     def __init__(self, schedule: NoiseSchedule, steps: Count = 1000) -> None:
+        self.schedule = schedule
         self.steps = steps
         self.t_max = float(steps)
         squared_alpha = np.concatenate([[1.0], np.cumprod(1 - schedule.betas(steps))])  # t = 0..T

@@ -134,6 +134,20 @@ class VLB:
         return error * level.x0_error_scale**2 * gained / 2
 
 
+class PlainAndVLB(VLB):
+    """The unweighted error and a little of the variational bound: latent diffusion's `original_elbo_weight`.
+
+    Args:
+        vlb_weight: of the bound; the error itself has weight 1.
+    """
+
+    def __init__(self, vlb_weight: NotNegative) -> None:
+        self.vlb_weight = vlb_weight
+
+    def __call__(self, error: Tensor, level: Level) -> Tensor:
+        return error + self.vlb_weight * super().__call__(error, level)
+
+
 class Uncertainty(nn.Module):
     """Another weighting's loss over exp(u) + u, with u a learned function of the level (Karras et al. 2024, "EDM2").
 

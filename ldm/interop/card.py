@@ -14,6 +14,7 @@ from ldm.interop.usage import Choices, Usage
 from ldm.runtime.versions import versions
 
 UNKNOWN = "unknown"
+_SIGNATURE = "This card was written from the run by `ldm export`; what that does not say is unknown."
 PICTURES = "pictures"
 """The folder for sheets beside the card."""
 _SHEETS = 3
@@ -53,6 +54,13 @@ def write(model: Trained, choices: Choices, usage: Usage, out: Path) -> None:
     files.write_text(out / "README.md", str(card))
 
 
+def written_by_us(folder: Path) -> bool:
+    """Whether a folder has such a card."""
+    with suppress(OSError, ValueError):
+        return _SIGNATURE in (folder / "README.md").read_text(encoding="utf-8")
+    return False
+
+
 def evaluations(model: Trained) -> list[dict[str, Any]]:
     """The records of `ldm evaluate` that are of this checkpoint and these weights, the newest last."""
     found = []
@@ -72,7 +80,7 @@ def _parts(
     what = "An autoencoder, the first stage of latent diffusion" if model.diffusion is None else "A diffusion model"
     yield f"# {model.run.name}"
     made = "converted for" if model.record.get("origin") and not model.record.get("step") else "trained with"
-    yield f"{what}, {made} ldm. This card was written from the run by `ldm export`; what that does not say is unknown."
+    yield f"{what}, {made} ldm. {_SIGNATURE}"
     yield f"## Model\n\n{_table(_model(model))}"
     yield f"## Data\n\n{_table(_data(model, choices))}"
     yield f"## Training\n\n{_table(_training(model))}"

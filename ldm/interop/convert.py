@@ -4,16 +4,38 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ldm.errors import CheckpointError
-from ldm.interop import compvis_first_stage, own_export, runs, sources
+from ldm.errors import CheckpointError, ConfigError
+from ldm.interop import (
+    compvis_first_stage,
+    compvis_model,
+    diffusers_autoencoder,
+    diffusers_folder,
+    dit,
+    edm2,
+    own_export,
+    runs,
+    sources,
+    tiny_autoencoder,
+)
 from ldm.interop.models import Family, Request
 from ldm.interop.sources import Source
 
 __all__ = ["FAMILIES", "Request", "convert", "recognized"]
 
 
-FAMILIES: Sequence[Family] = (own_export.FAMILY, compvis_first_stage.FAMILY)
+FAMILIES: Sequence[Family] = (
+    own_export.FAMILY,
+    compvis_model.FAMILY,
+    compvis_first_stage.FAMILY,
+    tiny_autoencoder.FAMILY,
+    diffusers_folder.FAMILY,
+    diffusers_autoencoder.FAMILY,
+    dit.FAMILY,
+    edm2.FAMILY,
+)
 """The first that fits is taken: what is part of another's file comes after it."""
+_SHOWN = 4
+"""Names of tensors in a message."""
 
 
 def convert(
@@ -33,7 +55,11 @@ def convert(
         ConfigError: something that it takes besides the file is missing.
     """
     source = sources.read(path, config)
-    for model in recognized(source).convert(source, request):
+    family = recognized(source)
+    if request.family not in (None, *family.kinds):
+        kinds = f"one of {', '.join(family.kinds)}" if family.kinds else "no --family, since such a file tells its own"
+        raise ConfigError(f"{path}: is a {family.name}; expected {kinds}, found --family {request.family}")
+    for model in family.convert(source, request):
         if license is not None:
             model = replace(model, origin=replace(model.origin, license=license))
         for folder in runs.write(model, source, request, logdir, name):
@@ -44,21 +70,27 @@ def recognized(source: Source) -> Family:
     """The family of a checkpoint.
 
     Raises:
-        CheckpointError: it is of none; says what was looked for, and which is the nearest.
+        CheckpointError: it is of none; says which is the nearest, and what it lacks of that.
     """
-    names = {*source.tensors, *(f"class {name}" for name in _classes(source))}
+    classes = _classes(source)
+    names = {*source.tensors, *(f"class {name}" for name in classes)}
     for family in FAMILIES:
         if family.likeness(names) == 1:
             return family
     nearest = max(FAMILIES, key=lambda family: family.likeness(names))
-    looked_for = "\n".join(
-        f"  {family.name}: {'; or '.join(', '.join(marks) for marks in family.marks)}" for family in FAMILIES
-    )
-    near = f" The nearest is {nearest.name}." if nearest.likeness(names) > 0 else ""
+    near = ""
+    if nearest.likeness(names) > 0:
+        near = f" The nearest is {nearest.name}, which would also have {', '.join(nearest.missing(names))}."
+    found = ", ".join([*source.tensors][:_SHOWN]) or "none"
     raise CheckpointError(
-        f"{source.path}: of no family that is known here ({len(source.tensors)} tensors, the first is "
-        f"{next(iter(source.tensors), 'none')}).{near} Looked for:\n{looked_for}"
+        f"{source.path}: of no family that is known here. It has {_kinds(classes)}"
+        f"{len(source.tensors)} tensors: {found}{', ...' if len(source.tensors) > _SHOWN else ''}.{near} Known are: "
+        f"{', '.join(family.name for family in FAMILIES)}."
     )
+
+
+def _kinds(classes: Sequence[str]) -> str:
+    return f"the class {' and '.join(classes)}, and " if classes else ""
 
 
 def _classes(source: Source) -> list[str]:

@@ -10,7 +10,16 @@ from safetensors import SafetensorError
 
 from ldm import errors, files
 from ldm.errors import ConfigError, ResourceError
-from ldm.interop import card, export_lora, export_merged, export_onnx, export_safetensors, export_torch, lora
+from ldm.interop import (
+    card,
+    diffusers_pipeline,
+    export_lora,
+    export_merged,
+    export_onnx,
+    export_safetensors,
+    export_torch,
+    lora,
+)
 from ldm.interop.trained import Trained
 from ldm.interop.usage import Choices, Usage, optional_packages
 
@@ -35,6 +44,7 @@ FORMATS: Mapping[str, Write] = {
     "safetensors": _merged(export_safetensors.write),
     "onnx": _merged(export_onnx.write),
     "torch": _merged(export_torch.write),
+    "diffusers": _merged(diffusers_pipeline.write),
     "lora": export_lora.write,
     "merged": export_merged.write,
 }
@@ -45,7 +55,8 @@ def check(format: str, out: Path, force: bool) -> Write:
     """What writes a format, before anything is loaded.
 
     Raises:
-        ConfigError: there is no such format, `out` exists and `force` is not given, or a package is missing.
+        ConfigError: there is no such format; `out` exists, and `force` is not given, or it is no exported folder; a
+            package is missing.
     """
     if format not in FORMATS:
         near = get_close_matches(format, FORMATS, n=1)
@@ -53,6 +64,8 @@ def check(format: str, out: Path, force: bool) -> Write:
         raise ConfigError(f"--to {format}: unknown format: {hint}")
     if out.exists() and not force:
         raise ConfigError(f"--out {out}: is already there; name another folder, or have it replaced with --force")
+    if out.exists() and not card.written_by_us(out) and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f"--out {out}: --force replaces folders of `ldm export` alone, and this is another; name one")
     with optional_packages("ldm export"):
         import huggingface_hub  # noqa: F401  # of the model card
     return FORMATS[format]

@@ -29,7 +29,7 @@ def check(repo: str) -> None:
 
 def check_folder(folder: Path) -> None:
     """ConfigError unless `ldm export` has written it."""
-    if not (folder / "README.md").is_file():
+    if not (folder / "README.md").is_file():  # which may have been edited
         raise ConfigError(
             f"{folder}: is no exported folder (it has no README.md); to write one from a run, give --to and --out"
         )

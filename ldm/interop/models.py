@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from ldm.config.load import build
 from ldm.interop.sources import Source
 
+BATCH_SIZE = 8
+"""Of the training that a converted run is configured for."""
+RUN = "<run folder>"
+"""Stands for the run folder in the parameters of a model, whose folder has no name yet."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -21,12 +26,14 @@ class Request:
         resolution: of the images, pixels; None: what the file or its family says.
         statistics: file with the latents' mean and standard deviation per channel; None: the family's own.
         text_encoder: folder of the text encoder and its tokenizer that a model of captions was trained with.
+        family: which of the kinds of `Family.kinds`, where a file does not tell.
     """
 
     autoencoder: Path | None = None
     resolution: int | None = None
     statistics: Path | None = None
     text_encoder: Path | None = None
+    family: str | None = None
 
 
 @dataclass(frozen=True)
@@ -52,10 +59,13 @@ class FirstStage:
 
     Attributes:
         name: of its run.
-        params: of AutoencoderKL: nodes of encoder, decoder, loss, and quantizer where there is one.
+        params: of AutoencoderKL: nodes of encoder, decoder, loss, and quantizer where there is one; of the optimizer,
+            where the original's is known.
         weights: of these parts, by our names: `encoder.conv_in.weight`, `loss.discriminator...`.
         resolution: of the images it was trained on, pixels.
-        statistics: {"mean", "std"} of its latents per channel, where the source says; None: not known.
+        statistics: {"mean", "std"} of its latents per channel, as models on it are trained: z = (latent - mean) / std.
+            A scale factor is 1 / std and a shift the mean. They become the run's facts and `Codec.statistics`, in the
+            place of what validation would measure. None: nothing says.
     """
 
     name: str
@@ -72,13 +82,15 @@ class Denoiser:
 
     Attributes:
         name: of its run.
-        params: of LatentDiffusion: nodes of network, conditioner, objective; and label_dropout.
+        params: of LatentDiffusion: nodes of network, conditioner, objective; and label_dropout. A text that begins with
+            `RUN` is a path in its run folder.
         weights: `network...`, `conditioner...`, of the last step.
         average: the same of the moving average; None: the file has one set of weights alone, which is used as both.
         mean, std: of the latents per channel, as the model was trained: z = (latent - mean) / std.
         size: (height, width) of the latents.
         first_stage: that of the same file; None: it is another run (`Request.autoencoder`).
         pixels: it denoises the images themselves and has no first stage.
+        write_files: writes what else is kept in its run folder; None: nothing.
         latents: the manifest that the checkpoint held, of a model of ours; None: the rest of this describes them.
         objective: the weights of its objective, such as those of a learned weighting.
     """
@@ -93,6 +105,7 @@ class Denoiser:
     origin: Origin
     first_stage: FirstStage | None = None
     pixels: bool = False
+    write_files: Callable[[Path], None] | None = None
     latents: Mapping[str, Any] | None = None
     objective: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -109,15 +122,25 @@ class Family:
         marks: for each way in which such a file is known: what must all be in it, names of tensors, or `class NAME` for
             the class that a folder's config.json names.
         convert: makes our models of it.
+        kinds: words for `Request.family`, if its files do not tell for themselves what they are.
     """
 
     name: str
     marks: Sequence[Sequence[str]]
     convert: Callable[[Source, Request], Sequence[Converted]]
+    kinds: Sequence[str] = ()
 
     def likeness(self, names: set[str]) -> float:
         """The share of the marks that are there, of the way that fits best: 1 is this family."""
-        return max(sum(mark in names for mark in marks) / len(marks) for marks in self.marks)
+        return max(_share(marks, names) for marks in self.marks)
+
+    def missing(self, names: set[str]) -> list[str]:
+        """The marks that are not there, of the way that fits best."""
+        return [mark for mark in max(self.marks, key=lambda marks: _share(marks, names)) if mark not in names]
+
+
+def _share(marks: Sequence[str], names: set[str]) -> float:
+    return sum(mark in names for mark in marks) / len(marks)
 
 
 def node(target: str, **params: Any) -> dict[str, Any]:

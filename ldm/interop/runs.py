@@ -9,7 +9,7 @@ logs/<time>_<name>/
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ldm.autoencoder.codec import Codec
 from ldm.checkpoints import store
 from ldm.config.load import to_yaml
 from ldm.errors import CheckpointError, ConfigError
-from ldm.interop.models import Converted, Denoiser, FirstStage, Origin, Request, node
+from ldm.interop.models import BATCH_SIZE, RUN, Converted, Denoiser, FirstStage, Origin, Request, node
 from ldm.interop.sources import Source
 from ldm.latents.manifest import CacheSpec, Manifest
 from ldm.run_folder import RunFolder, RunState
@@ -47,19 +47,23 @@ def write(converted: Converted, source: Source, request: Request, logdir: Path, 
     """
     name = name or converted.name
     if isinstance(converted, FirstStage):
-        return [_publish(logdir, name, _autoencoder_run(converted, name, source))]
+        return [_publish(logdir, name, lambda _: _autoencoder_run(converted, name, source))]
     written = []
     if converted.first_stage is not None:
         written = write(converted.first_stage, source, request, logdir, f"{name}_autoencoder")
     try:
-        path = written[0].path if written else request.autoencoder
+        path = written[0].path if written else None if converted.pixels else request.autoencoder
         if path is None and not converted.pixels:
             raise ConfigError(
                 f"{source.path}: holds no first stage, without which no picture can be made. Name the autoencoder "
                 f"whose latents it was trained on: --autoencoder RUN, or a folder of diffusers as it is (convert other "
                 f"files first)"
             )
-        return [*written, _publish(logdir, name, _denoiser_run(converted, name, source, path))]
+
+        def run(folder: RunFolder) -> dict[str, Any]:
+            return _denoiser_run(converted, name, source, path, folder)
+
+        return [*written, _publish(logdir, name, run, converted.write_files)]
     except BaseException:
         for folder in written:
             shutil.rmtree(folder.path, ignore_errors=True)
@@ -70,12 +74,16 @@ def _autoencoder_run(converted: FirstStage, name: str, source: Source) -> dict[s
     config = {
         "name": name,
         "seed": 23,
-        "model": node("autoencoder.module.AutoencoderKL", **converted.params, optimizer=_ADAM),
+        "model": node(
+            "autoencoder.module.AutoencoderKL",
+            **{**converted.params, "optimizer": converted.params.get("optimizer", _ADAM)},
+        ),
         "data": node(
             "data.datamodule.ImageDataModule",
             train=_IMAGES,
-            batch_size=8,
+            batch_size=BATCH_SIZE,
             resolution=converted.resolution,
+            channels=converted.params["encoder"]["params"]["in_channels"],
             seed=23,
             num_validation=100,
         ),
@@ -85,19 +93,24 @@ def _autoencoder_run(converted: FirstStage, name: str, source: Source) -> dict[s
     return untrained(config, facts, converted.weights, converted.origin, source)
 
 
-def _denoiser_run(converted: Denoiser, name: str, source: Source, autoencoder: Path | None) -> dict[str, Any]:
+def _denoiser_run(
+    converted: Denoiser, name: str, source: Source, autoencoder: Path | None, folder: RunFolder
+) -> dict[str, Any]:
     codec = Codec.pixels(len(converted.mean)) if autoencoder is None else Codec.load(autoencoder)
     manifest = _manifest(converted, codec, autoencoder, source)
     config = {
         "name": name,
         "seed": 23,
-        "model": node("diffusion.module.LatentDiffusion", **converted.params, optimizer=_ADAM, ema=_EMA),
+        "model": node(
+            "diffusion.module.LatentDiffusion", **_placed(converted.params, folder), optimizer=_ADAM, ema=_EMA
+        ),
         "data": node(
             "latents.datamodule.LatentDataModule",
             train=_IMAGES,
             autoencoder=None if autoencoder is None else str(autoencoder),
+            channels=codec.in_channels,
             resolution=manifest.plan.pixels["resolution"],
-            batch_size=8,
+            batch_size=BATCH_SIZE,
             seed=23,
             num_validation=100,
             statistics=asdict(manifest.statistics),
@@ -163,19 +176,37 @@ def untrained(
     }
 
 
-def _publish(logdir: Path, name: str, state: dict[str, Any]) -> RunFolder:
-    """Written aside, then renamed: a reader finds the whole folder or none."""
+def _placed(tree: Any, folder: RunFolder) -> Any:
+    """The parameters of a model with its run folder in the place of `RUN`."""
+    if isinstance(tree, Mapping):
+        return {key: _placed(value, folder) for key, value in tree.items()}
+    return tree.replace(RUN, str(folder.path)) if isinstance(tree, str) and tree.startswith(RUN) else tree
+
+
+def _publish(
+    logdir: Path,
+    name: str,
+    run: Callable[[RunFolder], dict[str, Any]],
+    write_files: Callable[[Path], None] | None = None,
+) -> RunFolder:
+    """Written aside, then renamed: a reader finds the whole folder or none.
+
+    Args:
+        run: the folder that it will be -> the checkpoint's state.
+        write_files: writes what else belongs into it.
+    """
     run_folder.check_name(name)
     logdir.mkdir(parents=True, exist_ok=True)
+    folder = _free(logdir, name)
+    state = run(folder)
     aside = RunFolder(files.temporary(logdir / f".{name}"))
     try:
+        aside.make()
+        if write_files is not None:
+            write_files(aside.path)
         fill(aside, state)
-        while True:
-            folder = RunFolder(logdir / f"{time.strftime(run_folder.TIME_FORMAT)}_{name}")
-            if not folder.path.exists():
-                aside.path.rename(folder.path)
-                return folder
-            time.sleep(0.2)
+        aside.path.rename(folder.path)
+        return folder
     finally:
         shutil.rmtree(aside.path, ignore_errors=True)
 
@@ -190,3 +221,9 @@ def fill(folder: RunFolder, state: dict[str, Any]) -> None:
     files.write_text(folder.facts_file, "{}\n")
     files.write_text(folder.config_file, to_yaml(config))
     folder.write_state(RunState("finished", 0, "converted", 0, f"checkpoints/{_CHECKPOINT}"))
+
+
+def _free(logdir: Path, name: str) -> RunFolder:
+    while (folder := RunFolder(logdir / f"{time.strftime(run_folder.TIME_FORMAT)}_{name}")).path.exists():
+        time.sleep(0.2)
+    return folder

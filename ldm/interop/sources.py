@@ -1,25 +1,24 @@
 """A foreign checkpoint as it lies on disk: its tensors and what else it says, read without running any code of it.
 
 A file of `.safetensors`; one that torch wrote (`.ckpt`, `.pt`, `.pth`, `.bin`); a folder of diffusers, either one model
-(`config.json` beside its weights) or a pipeline of several (`model_index.json`). Nested dictionaries become dotted
-keys, without a `state_dict.` that all of the model is under (Lightning); the parts of a pipeline are the first word of
-their keys: `unet.conv_in.weight`.
+(`config.json` beside its weights) or a pipeline of several (`model_index.json`); two files, `X_encoder` and
+`X_decoder`, by either or by their folder. Nested dictionaries become dotted keys, without a `state_dict.` that all of
+the model is under (Lightning); the parts of a pipeline and of a pair are the first word of their keys:
+`unet.conv_in.weight`. One file of weights: ldm/interop/weight_files.py.
 """
 
 import json
-import pickle
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ldm.errors import CheckpointError, ConfigError
+from ldm.interop import weight_files
+from ldm.interop.weight_files import SUFFIXES, first_line
 from ldm.weights.cache import sha256
 
 WEIGHTS = (
@@ -29,35 +28,10 @@ WEIGHTS = (
     "pytorch_model.bin",
 )
 """What diffusers and transformers call the weights in a folder, in the order in which they prefer them."""
-SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 # Lightning's, and that of DiT's and SiT's training script.
 _OPTIMIZERS = ("optimizer_states.", "opt.")
-_HEADER_BYTES = 100_000_000
-"""The longest header of a safetensors file: the format's own limit."""
-
-
-class Inert:
-    """Stands for an object of another program that is not data, such as a callback: holds nothing and does nothing."""
-
-    def __init__(self, *args: object, **kwargs: object) -> None: ...
-
-    def __setstate__(self, state: object) -> None: ...
-
-
-# Classes that Lightning, OmegaConf and argparse leave in checkpoints of this lineage. Nothing of theirs is run: each
-# name stands for `Inert`. Any other name in a pickle, but torch's own rebuilding of tensors, is refused by torch.
-_HARMLESS = (
-    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
-    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
-    "pytorch_lightning.utilities.parsing.AttributeDict",
-    "omegaconf.dictconfig.DictConfig",
-    "omegaconf.listconfig.ListConfig",
-    "omegaconf.nodes.AnyNode",
-    "omegaconf.base.ContainerMetadata",
-    "omegaconf.base.Metadata",
-    "argparse.Namespace",
-)
+_HALVES = ("encoder", "decoder")
 
 
 @dataclass(frozen=True)
@@ -80,6 +54,19 @@ class Source:
     sha256: Mapping[str, str] = field(default_factory=dict)
     optimizer_tensors: int = 0
 
+    @property
+    def name(self) -> str:
+        """Of the folder, or of the file without its suffix."""
+        path = self.path.resolve()
+        return path.name if path.is_dir() else path.stem
+
+    def described(self, *keys: str) -> Any:
+        """What the description says under these keys, one within the other; None: nothing."""
+        value: Any = self.config
+        for key in keys:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return value
+
     def part(self, prefix: str) -> dict[str, Tensor]:
         """The tensors whose keys begin with `prefix`, without it."""
         return {name.removeprefix(prefix): one for name, one in self.tensors.items() if name.startswith(prefix)}
@@ -91,6 +78,7 @@ def read(path: Path, config: Path | None = None) -> Source:
     Args:
         path: of the weights.
         config: YAML or JSON that describes the model; None: that of a folder, or the one beside a file with its name.
+            A `target:` in it is text like any other.
 
     Raises:
         CheckpointError: it is missing, cannot be read, or holds more than data.
@@ -101,9 +89,11 @@ def read(path: Path, config: Path | None = None) -> Source:
         return _folder(path, config)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file or folder; expected weights ({', '.join(SUFFIXES)}) or a folder")
+    if pair := _pair(path):
+        return _pair_source(path, pair, config)
     beside = next((one for one in map(path.with_suffix, (".yaml", ".yml", ".json")) if one.is_file()), None)
     found = config or beside
-    tensors, rest = _read_file(path)
+    tensors, rest = weight_files.read(path)
     model = {name.removeprefix("state_dict."): one for name, one in tensors.items() if not name.startswith(_OPTIMIZERS)}
     description = {} if found is None else _description(found)
     return Source(path, model, rest, description, {path.name: sha256(path)}, len(tensors) - len(model))
@@ -112,7 +102,7 @@ def read(path: Path, config: Path | None = None) -> Source:
 def _folder(path: Path, config: Path | None) -> Source:
     if (path / "model_index.json").is_file():
         index = _description(path / "model_index.json")
-        parts = [name for name in index if (path / name / "config.json").is_file()]
+        parts = [name for name in index if Path(name).name == name and (path / name / "config.json").is_file()]
         found = {part: read(path / part) for part in parts}
         return Source(
             path,
@@ -122,16 +112,39 @@ def _folder(path: Path, config: Path | None) -> Source:
             {f"{part}/{file}": one for part, source in found.items() for file, one in source.sha256.items()},
         )
     description = config or path / "config.json"
+    if not description.is_file() and (pair := _pair_of_folder(path)):
+        return _pair_source(path, pair, config)
     if not description.is_file():
         raise CheckpointError(
-            f"{path}: neither model_index.json (a pipeline of diffusers) nor config.json (one model) is in this "
-            f"folder; name the file of weights itself, or the folder that holds one of them"
+            f"{path}: nothing in this folder says what it holds: expected model_index.json (a pipeline of diffusers), "
+            f"config.json (one model), or files X_encoder and X_decoder. Name the file of weights itself"
         )
     files = _weight_files(path)
     tensors: dict[str, Tensor] = {}
     for file in files:
-        tensors |= _read_file(file)[0]
+        tensors |= weight_files.read(file)[0]
     return Source(path, tensors, {}, _description(description), {file.name: sha256(file) for file in files})
+
+
+def _pair(path: Path) -> dict[str, Path] | None:
+    """{encoder, decoder: file} where a file is one half of a model and the other half is beside it."""
+    stem = next((path.stem.removesuffix(half) for half in _HALVES if path.stem.endswith(f"_{half}")), None)
+    files = {} if stem is None else {half: path.with_name(f"{stem}{half}{path.suffix}") for half in _HALVES}
+    return files if files and all(file.is_file() for file in files.values()) else None
+
+
+def _pair_of_folder(folder: Path) -> dict[str, Path] | None:
+    pairs = [pair for file in sorted(folder.glob("*_encoder.*")) if file.suffix in SUFFIXES and (pair := _pair(file))]
+    if len(pairs) > 1:
+        names = ", ".join(pair["encoder"].name for pair in pairs)
+        raise CheckpointError(f"{folder}: holds several models ({names}); name one of these files")
+    return pairs[0] if pairs else None
+
+
+def _pair_source(path: Path, pair: Mapping[str, Path], config: Path | None) -> Source:
+    tensors = {f"{half}.{name}": one for half, file in pair.items() for name, one in weight_files.read(file)[0].items()}
+    description = {} if config is None else _description(config)
+    return Source(path, tensors, {}, description, {file.name: sha256(file) for file in pair.values()})
 
 
 def _schedulers(path: Path, index: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,7 +157,12 @@ def _weight_files(folder: Path) -> list[Path]:
         if (folder / name).is_file():
             return [folder / name]
         if (index := folder / f"{name}.index.json").is_file():
-            names = sorted({*_description(index)["weight_map"].values()})
+            listed = _description(index).get("weight_map")
+            if not isinstance(listed, dict) or not all(isinstance(one, str) for one in listed.values()):
+                raise CheckpointError(
+                    f"{index}: expected `weight_map`, which says the file of each tensor. Get it again."
+                )
+            names = sorted({*listed.values()})
             missing = [one for one in names if not (folder / Path(one).name).is_file()]
             if missing:
                 raise CheckpointError(f"{index}: names {', '.join(missing)}, which is not there; get all of the files")
@@ -157,72 +175,8 @@ def _description(file: Path) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
         tree = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file}: cannot be read as a model's description: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file}: cannot be read as a model's description: {first_line(error)}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{file}: expected a mapping that describes a model, found {type(tree).__name__}")
     return tree
-
-
-def _read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if file.suffix not in SUFFIXES:
-        raise CheckpointError(f"{file}: expected a file of weights ({', '.join(SUFFIXES)})")
-    if file.suffix == ".safetensors":
-        return _read_safetensors(file)
-    return _read_torch(file)
-
-
-def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    with file.open("rb") as handle:
-        header = int.from_bytes(handle.read(8), "little")
-    if header > min(_HEADER_BYTES, file.stat().st_size):
-        raise CheckpointError(
-            f"{file}: not a safetensors file: its header claims {header} bytes of {file.stat().st_size}. Get it again."
-        )
-    try:
-        with safe_open(file, framework="pt", device="cpu") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}, dict(opened.metadata() or {})  # noqa: SIM118
-    except SafetensorError as error:
-        raise CheckpointError(f"{file}: cannot be read as safetensors ({error}). Get the file again.") from error
-
-
-def _read_torch(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    harmless: list[Any] = [(Inert, name) for name in _HARMLESS]
-    try:
-        with torch.serialization.safe_globals(harmless), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{file}: holds more than tensors and plain data, and is not opened: {_first_line(error)} Nothing of it "
-            f"was run. Save its state_dict alone, as safetensors, where its own code is."
-        ) from error
-    except Exception as error:  # torch.load raises half a dozen unrelated classes for a broken file
-        raise CheckpointError(
-            f"{file}: cannot be read as PyTorch weights: {_first_line(error)} Get it again."
-        ) from error
-    if not isinstance(loaded, Mapping):
-        raise CheckpointError(f"{file}: expected a dictionary of tensors, found {type(loaded).__name__}")
-    tensors, rest = {}, {}
-    for name, leaf in _leaves(loaded):
-        if isinstance(leaf, Tensor):
-            tensors[name] = leaf.detach()
-        else:
-            rest[name] = leaf
-    return tensors, rest
-
-
-def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for name, item in value.items():
-            yield from _leaves(item, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from _leaves(item, f"{key}.{index}")
-    else:
-        yield key, value
-
-
-def _first_line(error: Exception) -> str:
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return text if text.endswith(".") else f"{text}."

@@ -60,6 +60,29 @@ def layer(ours: str, theirs: str, weight: Change = SAME, bias: Change | None = S
     return entries if bias is None else [*entries, Entry(f"{ours}.bias", (f"{theirs}.bias",), bias)]
 
 
+def constant(ours: str, value: Tensor) -> Entry:
+    """A tensor of ours that theirs do not have, because in their model it is always this: an identity, or zeros.
+
+    On the way out it must still be that: `to_theirs` raises CheckpointError where training has changed it.
+    """
+
+    def leave_out(tensor: Tensor) -> Sequence[Tensor]:
+        if not tensor.is_meta and not torch.equal(tensor.cpu(), value.to(tensor.dtype)):
+            raise CheckpointError(
+                f"{ours}: has been trained, and the format asked for has no place for it (there it is always what it "
+                f"was when the model was converted). Save the model in a format that has one."
+            )
+        return ()
+
+    return Entry(ours, (), Change(lambda _: value.clone(), leave_out))
+
+
+def identity_conv(ours: str, channels: int) -> list[Entry]:
+    """The entries of a 1x1 convolution of ours, with bias, in the place of which theirs have nothing."""
+    weight = torch.eye(channels)[:, :, None, None]
+    return [constant(f"{ours}.weight", weight), constant(f"{ours}.bias", torch.zeros(channels))]
+
+
 def under(table: Table, ours: str = "", theirs: str = "") -> list[Entry]:
     """The same table for a part: with these prefixes, which end with a dot."""
     return [
@@ -113,7 +136,7 @@ def to_ours(
         dropped: what may be left out.
 
     Raises:
-        CheckpointError: a tensor is missing, left over, of another shape, or not finite; one message says which.
+        CheckpointError: a tensor is missing, left over, of another shape or type, or not finite; one message lists all.
     """
     check_complete(table, shapes)
     wanted = {name for entry in table for name in entry.theirs}
@@ -126,15 +149,18 @@ def to_ours(
             unused.append(name)
         else:
             reasons[why] = reasons.get(why, 0) + 1
+    misshapen = _misshapen(table, tensors, shapes)
+    there = [name for name in sorted(wanted & tensors.keys()) if name not in misshapen]
+    odd = {name: text for name in there if (text := _odd(tensors[name]))}
     problems = listed("missing", sorted(wanted - tensors.keys()))
     problems += listed("in no place of this model", [f"{name} {[*tensors[name].shape]}" for name in unused])
-    problems += listed("of another shape", _misshapen(table, tensors, shapes))
+    problems += listed("of another shape", [f"{name}: {text}" for name, text in misshapen.items()])
+    problems += listed("of a type that weights do not have", [f"{name}: {text}" for name, text in odd.items()])
+    nan = [name for name in there if name not in odd and not _finite(tensors[name])]
+    problems += listed("not finite (NaN or infinity)", nan)
     if problems:
-        raise CheckpointError(f"{origin}: its tensors do not fit:\n" + "\n".join(problems))
+        raise CheckpointError(f"{origin}: its tensors do not fit. Nothing was written.\n" + "\n".join(problems))
     weights = {entry.ours: _as_float32(entry.change.ours([tensors[name] for name in entry.theirs])) for entry in table}
-    bad = [name for name, tensor in weights.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
-    if bad:
-        raise CheckpointError(f"{origin}: values that are not finite:\n" + "\n".join(listed("not finite", bad)))
     return Fitted(weights, reasons)
 
 
@@ -157,15 +183,29 @@ def check_complete(table: Table, shapes: Mapping[str, torch.Size]) -> None:
     assert {*ours} == shapes.keys(), f"not in both: {sorted({*ours} ^ shapes.keys())[:8]}"
 
 
-def _misshapen(table: Table, tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> list[str]:
-    """`name: expected [...], found [...]` of theirs, expected of what our shapes become in their arrangement."""
-    lines = []
+def _misshapen(table: Table, tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, str]:
+    """{name of theirs: "expected [...], found [...]"}, expected of what our shapes become in their arrangement."""
+    wrong = {}
     for entry in table:
         expected = entry.change.theirs(torch.empty(shapes[entry.ours], device="meta"))
         for name, one in zip(entry.theirs, expected, strict=True):
             if name in tensors and tensors[name].shape != one.shape:
-                lines.append(f"{name}: expected {[*one.shape]}, found {[*tensors[name].shape]}")
-    return lines
+                wrong[name] = f"expected {[*one.shape]}, found {[*tensors[name].shape]}"
+    return wrong
+
+
+def _odd(tensor: Tensor) -> str | None:
+    """What is wrong with a tensor's type: one integer can be a count (BatchNorm's), weights are real numbers."""
+    if tensor.layout != torch.strided:
+        return f"expected a dense tensor, found {str(tensor.layout).removeprefix('torch.')}"
+    if tensor.is_floating_point() or not tensor.ndim:
+        return None
+    return f"expected floating point, found {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all values are finite numbers; true of the meta device's, which has none."""
+    return tensor.is_meta or not tensor.is_floating_point() or bool(tensor.float().isfinite().all())
 
 
 def _as_float32(tensor: Tensor) -> Tensor:

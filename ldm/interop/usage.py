@@ -15,11 +15,13 @@ class Choices:
         license: of the weights, for the model card; None: that of the weights that the model came from, or unknown.
         data_license: of the pictures it was trained on; None: unknown, but of data sources that have one.
         pictures: whether the card shows sheets of the run, some of which show pictures of the data.
+        check: whether a folder for diffusers is loaded, and a picture compared with the model's.
     """
 
     license: str | None = None
     data_license: str | None = None
     pictures: bool = True
+    check: bool = True
 
 
 @dataclass(frozen=True)

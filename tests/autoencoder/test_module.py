@@ -20,6 +20,7 @@ from ldm.autoencoder.metrics import Perceptual
 from ldm.autoencoder.module import AutoencoderKL
 from ldm.autoencoder.networks import Decoder, Encoder
 from ldm.autoencoder.posterior import DiagonalGaussian, latent_sums, statistics
+from ldm.autoencoder.quantizer import VectorQuantizer
 from ldm.optim.optimizers import AdamW, Muon
 from ldm.randomness import Draws
 
@@ -382,3 +383,34 @@ def test_two_ranks_agree_with_each_other_and_with_one(start, learned, tmp_path):
         assert torch.equal(first[name], second[name]), name
         # The adaptive weight is each rank's and micro-batch's own, of the same sets of images here.
         torch.testing.assert_close(first[name], value, atol=1e-6, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("codebook", [False, True])
+def test_a_frozen_encoder_stays_what_it_is(codebook):
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(8, 2) if codebook else None
+    encoder = Encoder(3, 8, (1, 2), 1, 2, moments=not codebook, dropout=0.5)
+    loss = AutoencoderLoss(discriminator=PatchDiscriminator(3, 8, 1), disc_start=1)
+    optimizer = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.5)
+    model = AutoencoderKL(
+        encoder, Decoder(3, 8, (1, 2), 1, 2), loss, optimizer, quantizer=quantizer, train_encoder=False
+    )
+    parts = [part for part in (encoder, quantizer) if part is not None]
+    frozen = [weights(part) for part in parts]
+    decoder = weights(model.decoder)
+    trainer = fit(model)
+    assert all(torch.equal(weights(part), before) for part, before in zip(parts, frozen, strict=True))
+    assert not torch.equal(weights(model.decoder), decoder)
+    assert all(parameter.grad is None for part in parts for parameter in part.parameters())
+    listed = {id(one) for made in trainer.optimizers for group in made.param_groups for one in group["params"]}
+    assert listed.isdisjoint(id(parameter) for part in parts for parameter in part.parameters())
+    model.train()
+    assert model.decoder.training
+    assert not any(module.training for part in parts for module in part.modules())
+    posterior = model.encode(torch.zeros(1, 3, 16, 16))
+    assert not posterior.mean.requires_grad
+
+
+def test_the_cost_of_a_frozen_encoder_is_left_out(monkeypatch):
+    monkeypatch.setattr(DiagonalGaussian, "kl", lambda *_: pytest.fail("nobody asked"))
+    fit(make(train_encoder=False), steps=1)

@@ -11,6 +11,7 @@ from ldm.diffusion.weightings import (
     Level,
     MinSNR,
     Plain,
+    PlainAndVLB,
     Sigmoid,
     SoftMinSNR,
     Uncertainty,
@@ -59,6 +60,10 @@ def test_karras_weighting_is_plain_for_edm_s_own_output():
 def test_bound_is_half_of_what_a_step_gains():
     expected = torch.stack([SNR[0], 20 - SNR[1], 2 - SNR[2], 0.1 - SNR[3]]) / 2
     torch.testing.assert_close(factor(VLB(), X0()), expected)
+
+
+def test_a_little_of_the_bound_is_added_to_the_plain_error():
+    torch.testing.assert_close(factor(PlainAndVLB(0.25), X0()), ONE + factor(VLB(), X0()) / 4)
 
 
 def test_uncertainty_starts_as_nothing_and_learns_the_loss():

@@ -20,7 +20,10 @@ from ldm.autoencoder.module import AutoencoderKL
 from ldm.checkpoints import store
 from ldm.cli import convert, export
 from ldm.config.load import build
+from ldm.diffusion.module import LatentDiffusion
 from ldm.interop.export import FORMATS
+from ldm.latents.manifest import CacheSpec, Manifest
+from ldm.optim.ema import EMA, FixedDecay
 from ldm.sampling.pipeline import Pipeline
 from tests.tiny_runs import ADAM, node, save_run
 
@@ -34,7 +37,7 @@ def exported(run: Path, out: Path, *words: str) -> Path:
 
 def converted(folder: Path, logs: Path) -> list[Path]:
     assert convert.main([str(folder), "--logdir", str(logs)]) == 0
-    return sorted(logs.iterdir())
+    return sorted(logs.iterdir(), key=lambda run: not run.name.endswith("autoencoder"))
 
 
 def state(run: Path) -> dict[str, Any]:
@@ -132,6 +135,63 @@ def test_a_damaged_folder_is_one_message_and_makes_no_run(runs, tmp_path, capsys
     assert [*(tmp_path / "logs").glob("*")] == []
 
 
+def save_denoiser(folder: Path, codec: Codec, objective: dict[str, Any], channels: int, size: int) -> Path:
+    """An unconditional UNet on the latents of a codec, or on pixels."""
+    torch.manual_seed(1)
+    sizes = {"model_channels": 16, "channel_mult": [1, 1], "num_res_blocks": 1, "num_heads": 1}
+    params = {
+        "network": node("diffusion.networks.unet.UNet", in_channels=channels, **sizes),
+        "conditioner": node("diffusion.conditioners.base.Unconditional"),
+        "objective": objective,
+    }
+    parts = [build(params[name]) for name in ("network", "conditioner", "objective")]
+    module = LatentDiffusion(*parts, optimizer=ADAM, ema=partial(EMA, profile=FixedDecay()))
+    for denoiser in (module.denoiser, module.ema.average, module.objective):
+        for weight in denoiser.parameters():
+            torch.nn.init.normal_(weight.data, std=0.05)
+    plan = CacheSpec(
+        shape=(channels, size, size),
+        num_items=10,
+        source="",
+        pixels={"resolution": size * codec.down_factor, "channels": codec.in_channels},
+        autoencoder=codec.describe(),
+    )
+    manifest = Manifest(plan, mean=[0.5] * channels, std=[2.0] * channels, broken=[], shards=[])
+    record = {"kind": "diffusion", "config": {"model": {"params": params}}, "latents": manifest.to_dict()}
+    return save_run(folder, module, record)
+
+
+def test_a_model_of_pixels_and_a_learned_weighting_come_back(tmp_path):
+    weighting = node("diffusion.weightings.Uncertainty", weighting=node("diffusion.weightings.Plain"))
+    run = save_denoiser(tmp_path / "run", Codec.pixels(3), node("diffusion.objectives.EDM", weighting=weighting), 3, 8)
+    (again,) = converted(exported(run, tmp_path / "out"), tmp_path / "logs")
+    first, second = Pipeline.load(run), Pipeline.load(again)
+    assert first.objective.state_dict()
+    for key, one in first.objective.state_dict().items():
+        assert torch.equal(one, second.objective.state_dict()[key])
+    samples = [[image.tobytes() for image in one.generate([1, 2], steps=2)] for one in (first, second)]
+    assert samples[0] == samples[1]
+
+
+def test_a_first_stage_of_others_stays_where_it_is(tmp_path, capsys):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    vae = diffusers.AutoencoderKL(block_out_channels=[8, 8], norm_num_groups=4, latent_channels=4, **blocks)
+    vae.save_pretrained(tmp_path / "vae")
+    objective = node("diffusion.objectives.Flow")
+    run = save_denoiser(tmp_path / "run", Codec.load(tmp_path / "vae"), objective, 4, 8)
+    folder = exported(run, tmp_path / "out")
+    assert not any(name.startswith("autoencoder") for name in load_file(folder / "model.safetensors"))
+    assert convert.main([str(folder), "--logdir", str(tmp_path / "logs")]) == 2
+    assert "--autoencoder" in capsys.readouterr().err
+    words = ["--logdir", str(tmp_path / "logs"), "--autoencoder", str(tmp_path / "vae")]
+    assert convert.main([str(folder), *words]) == 0
+    (again,) = (tmp_path / "logs").iterdir()
+    samples = [[image.tobytes() for image in Pipeline.load(one).generate([1, 2], steps=2)] for one in (run, again)]
+    assert samples[0] == samples[1]
+
+
 # ---- what is refused ----
 
 
@@ -157,15 +217,21 @@ def test_wrong_words_are_answered(runs, tmp_path, capsys):
     assert (code, "belongs to --push" in said) == (2, True)
 
 
-def test_a_folder_that_exists_is_kept_unless_it_may_be_replaced(runs, tmp_path, capsys):
+def test_a_folder_that_exists_is_kept_unless_it_is_an_export_that_may_be_replaced(runs, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "mine.txt").write_text("kept")
-    code, said = refused(capsys, str(runs.diffusion), "--to", "safetensors", "--out", str(out))
-    assert (code, "--force" in said) == (2, True)
-    assert [*out.iterdir()] == [out / "mine.txt"]
+    (out / "README.md").write_text("mine")
+    words = [str(runs.diffusion), "--to", "safetensors", "--out", str(out)]
+    code, said = refused(capsys, *words)
+    assert (code, "have it replaced with --force" in said) == (2, True)
+    code, said = refused(capsys, *words, "--force")
+    assert (code, "this is another" in said) == (2, True)
+    assert (out / "README.md").read_text() == "mine"
+    (out / "README.md").unlink()
+    exported(runs.autoencoder, out, "--force")
+    (out / "more.txt").write_text("of the former one")
     exported(runs.diffusion, out, "--force")
-    assert not (out / "mine.txt").exists()
+    assert not (out / "more.txt").exists()
     assert [*tmp_path.iterdir()] == [out]
 
 

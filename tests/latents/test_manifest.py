@@ -20,6 +20,7 @@ from ldm.latents.build import Source, build, shard_items
 from ldm.latents.claims import Claims, publish, read_sealed, seal
 from ldm.latents.manifest import MANIFEST, PLAN, CacheSpec, Manifest, verify
 from ldm.latents.reader import LatentCache, LatentDataset
+from ldm.latents.statistics import Statistics
 from ldm.randomness import Draws
 from ldm.runtime import signals
 from tests.points import in_a_child
@@ -620,3 +621,39 @@ def test_damage_is_repaired_as_the_message_says(whole, copy):
     path.unlink()
     build(copy, PLAN_FACTS, encode, Source(read))
     assert content(copy) == content(whole)
+
+
+def described(encoder: str | None, decoder: str) -> dict:
+    hashes = {"weights": f"{encoder} {decoder}"} | ({} if encoder is None else {"encoder": encoder})
+    return {**hashes, "config": {"encoder": {"width": 8}, "decoder": {"name": decoder}}, "path": decoder}
+
+
+def test_another_decoder_of_the_same_encoder_is_as_good(whole):
+    plan = Manifest.read(whole).plan
+    first, second, other = (
+        dataclasses.replace(plan, autoencoder=described(*one)) for one in (("a", "x"), ("a", "y"), ("b", "y"))
+    )
+    assert first.differences(second) == []
+    assert any(line.startswith("autoencoder.weights") for line in first.differences(other))
+    deeper = dataclasses.replace(second, autoencoder=described("a", "y") | {"config": {"encoder": {"width": 9}}})
+    assert first.differences(deeper) == ["autoencoder.config.encoder.width: expected 8, found 9"]
+
+
+def test_plans_that_do_not_know_their_encoder_are_compared_as_ever(whole):
+    plan = Manifest.read(whole).plan
+    old, same, new = (
+        dataclasses.replace(plan, autoencoder=one)
+        for one in (described(None, "x"), described(None, "x") | {"encoder": "a"}, described("a", "x"))
+    )
+    assert old.differences(same) == []
+    assert old.fingerprint() == same.fingerprint()
+    assert old.differences(new)
+
+
+def test_a_scale_of_one_s_own_has_tensors_of_its_own():
+    latents = torch.ones(1, 1, 1, 1)
+    plan = CacheSpec((1, 1, 1), 1, "", {}, {"weights": "w"})
+    manifest = Manifest(plan, mean=[0.0], std=[1.0], broken=[], shards=[])
+    assert manifest.standardize(latents).item() == 1.0
+    assert manifest.standardized_by(Statistics([0.0], [2.0])).standardize(latents).item() == 0.5
+    assert manifest.standardize(latents).item() == 1.0

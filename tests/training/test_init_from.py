@@ -165,6 +165,28 @@ def test_a_dry_run_compares_and_writes_nothing(sources, autoencoder_tree, capsys
     assert not Path("logs").exists()
 
 
+STRATEGY = "lightning.strategy={{target: ldm.training.strategies.{}, params: {{timeout: 60{}}}}}"
+
+
+@pytest.mark.parametrize("more", [("DDP", ""), ("FSDP2", ""), ("FSDP2", ", sharded_checkpoints: true")])
+def test_on_two_ranks(more, sources, diffusion_tree, forked):
+    """Also from what those ranks have saved, in shards or not. A rate of next to nothing leaves the weights alone."""
+    diffusion_tree["model"]["params"]["optimizer"]["params"]["lr"] = 1e-12
+    Path("run.yaml").write_text(to_yaml(diffusion_tree))
+    for logdir, source in (("first", sources["diffusion"]), ("second", None)):
+        words = ["--base", "run.yaml", "--logdir", logdir, STRATEGY.format(*more), *SHORT]
+        words += [f"init_from={source or only(Path('first'))}"]
+        assert forked(2, lambda rank, words=tuple(words): main.main(words)) == [0, 0]
+        folder = only(Path(logdir))
+        found = weights(folder)
+        for name, value in averaged(sources["diffusion"]).items():
+            for place in ("denoiser", "ema.average"):
+                torch.testing.assert_close(found[f"{place}.{name}"], value, rtol=0, atol=1e-7)
+        facts = store.record(store.verify(folder).path)["init_from"]
+        assert facts == json.loads((folder / "init_from.json").read_text())
+        assert facts["tensors"]["network"]["new"] == 0
+
+
 # ---- what is refused
 
 

@@ -38,8 +38,8 @@ class Conditioning:
         return self._join(other, choose)
 
     def cat(self, other: "Conditioning") -> "Conditioning":
-        """The rows of self, then those of `other`."""
-        return self._join(other, lambda ours, theirs: torch.cat([ours, theirs]))
+        """The rows of self, then those of `other`, whose sides of 1 are repeated, as a null's may be."""
+        return self._join(other, lambda ours, theirs: torch.cat([ours, theirs.expand(len(theirs), *ours.shape[1:])]))
 
     def _join(self, other: "Conditioning", join: Any) -> "Conditioning":
         slots = {}

@@ -26,7 +26,7 @@ from ldm.sizes import SizeError
 _EPS = 1e-4
 _SILU = 0.596
 """Standard deviation of mp_silu(x) for normal x (eq. 81)."""
-_HEAD_CHANNELS = 64
+HEAD_CHANNELS = 64
 _LIMIT = 256.0
 """Activations are clipped to this magnitude, for the sake of fp16."""
 
@@ -129,7 +129,7 @@ class Block(nn.Module):
     def _attend(qkv: Tensor) -> Tensor:
         rows = qkv.shape[2]
         parts = rearrange(
-            qkv, "n (three h d) y x -> three n h (y x) d", three=3, d=min(_HEAD_CHANNELS, qkv.shape[1] // 3)
+            qkv, "n (three h d) y x -> three n h (y x) d", three=3, d=min(HEAD_CHANNELS, qkv.shape[1] // 3)
         )
         q, k, v = normalize(parts, [-1])  # each (N, heads, H W, D), cosine attention
         return rearrange(attend(q, k, v), "n h (y x) d -> n (h d) y x", y=rows)  # (N, C', H, W)
@@ -169,10 +169,10 @@ class MagnitudePreservingUNet(nn.Module):
         super().__init__()
         widths = [model_channels * multiplier for multiplier in channel_mult]
         attending = {widths[-1], *(widths[level] for level in attention_levels)}
-        if uneven := sorted(width for width in attending if width > _HEAD_CHANNELS and width % _HEAD_CHANNELS):
+        if uneven := sorted(width for width in attending if width > HEAD_CHANNELS and width % HEAD_CHANNELS):
             raise ConfigError(
                 f"MagnitudePreservingUNet: model_channels={model_channels} makes a level with attention {uneven[0]} "
-                f"wide; expected a multiple of {_HEAD_CHANNELS}, the width of a head, or less"
+                f"wide; expected a multiple of {HEAD_CHANNELS}, the width of a head, or less"
             )
         emb_channels, last = max(widths), len(widths) - 1
         self.in_channels, self.vector_channels = in_channels, vector_channels

@@ -20,14 +20,19 @@ from ldm.sizes import SizeError
 
 
 class Downsample(nn.Module):
-    """Halves the height and width with a strided convolution."""
+    """Halves the height and width with a strided convolution.
 
-    def __init__(self, channels: Count) -> None:
+    Args:
+        pad_end: see UNet.
+    """
+
+    def __init__(self, channels: Count, pad_end: bool = False) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.pad_end = pad_end
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if pad_end else 1)
 
     def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None) -> Tensor:
-        return self.conv(x)
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.pad_end else x)
 
 
 class Upsample(nn.Module):
@@ -46,6 +51,7 @@ class ResBlock(nn.Module):
 
     Args:
         resize: 1, or 2 and 0.5 for a block that also doubles or halves the height and width (BigGAN, ADM).
+        norm_groups, norm_eps: see UNet.
     """
 
     def __init__(
@@ -56,14 +62,16 @@ class ResBlock(nn.Module):
         dropout: FractionBelowOne = 0.0,
         scale_shift: bool = False,
         resize: Positive = 1,
+        norm_groups: Count | None = None,
+        norm_eps: Positive = 1e-5,
     ) -> None:
         super().__init__()
         self.scale_shift = scale_shift
         self.resize = resize
-        self.norm_in = group_norm(in_channels)
+        self.norm_in = group_norm(in_channels, norm_eps, norm_groups)
         self.conv_in = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.embedding = nn.Linear(embedding_channels, out_channels * (2 if scale_shift else 1))
-        self.norm_out = group_norm(out_channels)
+        self.norm_out = group_norm(out_channels, norm_eps, norm_groups)
         self.dropout = nn.Dropout(dropout)
         self.conv_out = zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
@@ -116,6 +124,12 @@ class UNet(nn.Module):
         resample_in_blocks: resolution changes inside residual blocks (ADM) instead of in plain convolutions.
         dropout: probability inside residual blocks.
         checkpointing: recompute activations in the backward pass instead of storing them.
+        norm_groups: of every norm; None: 32, or fewer below 128 channels. Weights of others may have 32 everywhere.
+        norm_eps: epsilon of all norms but those of transformers; the first DDPM's (Ho et al. 2020) have 1e-6.
+        pad_end: plain convolutions that halve the resolution see zeros beyond the right and lower edge alone, as the
+            first DDPM's do, instead of on all sides.
+        longest_period: of the waves that embed the noise level; diffusers' DDPMs have 10000 ** (half / (half - 1)),
+            half = model_channels / 2.
 
     Raises:
         ConfigError: parameters that contradict one another, or an input that does not fit them.
@@ -138,11 +152,16 @@ class UNet(nn.Module):
         dropout: FractionBelowOne = 0.0,
         checkpointing: bool = False,
         transformer_depth: Count = 1,
+        norm_groups: Count | None = None,
+        norm_eps: Positive = 1e-5,
+        pad_end: bool = False,
+        longest_period: Positive = 10_000.0,
     ) -> None:
         super().__init__()
         self.in_channels, self.model_channels, self.spatial_channels = in_channels, model_channels, spatial_channels
         self.context_dim, self.vector_channels = context_dim, vector_channels
         self.checkpointing, self.keep_random_state = checkpointing, dropout > 0
+        self.longest_period = longest_period
         self.shrink = 2 ** (len(channel_mult) - 1)
         if (num_heads is None) == (num_head_channels is None):
             raise ConfigError("UNet: give exactly one of 'num_heads' and 'num_head_channels'")
@@ -157,7 +176,7 @@ class UNet(nn.Module):
         emb_channels = 4 * model_channels
 
         def residual(c_in: int, c_out: int, resize: float = 1) -> ResBlock:
-            return ResBlock(c_in, c_out, emb_channels, dropout, scale_shift, resize)
+            return ResBlock(c_in, c_out, emb_channels, dropout, scale_shift, resize, norm_groups, norm_eps)
 
         def attention(c: int) -> nn.Module:
             n = num_heads if num_heads is not None else c // (num_head_channels or c)
@@ -166,8 +185,8 @@ class UNet(nn.Module):
                     f"UNet: {c} channels cannot be split: num_heads={num_heads}, num_head_channels={num_head_channels}"
                 )
             if context_dim is None:
-                return SelfAttention(c, n)
-            return SpatialTransformer(c, context_dim, n, transformer_depth)
+                return SelfAttention(c, n, norm_groups, norm_eps)
+            return SpatialTransformer(c, context_dim, n, transformer_depth, norm_groups)
 
         self.embed = nn.Sequential(
             nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
@@ -186,7 +205,7 @@ class UNet(nn.Module):
                 c = width
                 skips.append(c)
             if level < last:
-                self.down.append(Chain([residual(c, c, resize=0.5) if resample_in_blocks else Downsample(c)]))
+                self.down.append(Chain([residual(c, c, resize=0.5) if resample_in_blocks else Downsample(c, pad_end)]))
                 skips.append(c)
 
         self.middle = Chain([residual(c, c), attention(c), residual(c, c)])
@@ -202,12 +221,13 @@ class UNet(nn.Module):
                     chain.append(residual(c, c, resize=2) if resample_in_blocks else Upsample(c))
                 self.up.append(chain)
 
-        self.norm_out = group_norm(c)
+        self.norm_out = group_norm(c, norm_eps, norm_groups)
         self.conv_out = zero_module(nn.Conv2d(c, in_channels, 3, padding=1))
 
     def forward(self, x: Tensor, noise_level: Tensor, conditioning: Conditioning) -> Tensor:
         self._check(x, conditioning)
-        embedding = self.embed(timestep_embedding(noise_level, self.model_channels))  # (N, 4 model_channels)
+        waves = timestep_embedding(noise_level, self.model_channels, self.longest_period)  # (N, model_channels)
+        embedding = self.embed(waves)  # (N, 4 model_channels)
         if self.embed_vector is not None:
             embedding = embedding + self.embed_vector(conditioning.vector)  # (N, 4 model_channels)
         embedding = F.silu(embedding)  # (N, 4 model_channels), activated here once for all blocks

@@ -3,16 +3,18 @@
 from torch import Tensor, nn
 
 from ldm.layers import Attention, GatedFeedForward, attend, group_norm, zero_module
-from ldm.ranges import Count
+from ldm.ranges import Count, Positive
 
 
 class SelfAttention(nn.Module):
     """Every pixel attends to every other."""
 
-    def __init__(self, channels: Count, heads: Count) -> None:
+    def __init__(
+        self, channels: Count, heads: Count, norm_groups: Count | None = None, norm_eps: Positive = 1e-5
+    ) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, norm_eps, norm_groups)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero_module(nn.Conv2d(channels, channels, 1))
 
@@ -44,9 +46,16 @@ class SpatialTransformer(nn.Module):
     could be several blocks: weights and optimizer states of older checkpoints are loaded by name and order.
     """
 
-    def __init__(self, channels: Count, token_channels: Count, heads: Count, depth: Count = 1) -> None:
+    def __init__(
+        self,
+        channels: Count,
+        token_channels: Count,
+        heads: Count,
+        depth: Count = 1,
+        norm_groups: Count | None = None,
+    ) -> None:
         super().__init__()
-        self.norm = group_norm(channels, eps=1e-6)
+        self.norm = group_norm(channels, 1e-6, norm_groups)
         self.conv_in = nn.Conv2d(channels, channels, 1)
         self.norm_self, self.attend_self = nn.LayerNorm(channels), Attention(channels, channels, heads)
         self.norm_cross, self.attend_cross = nn.LayerNorm(channels), Attention(channels, token_channels, heads)

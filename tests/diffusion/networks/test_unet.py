@@ -63,6 +63,16 @@ def test_published_parameter_counts(parameters, count):
     assert sum(p.numel() for p in net.parameters()) == count
 
 
+@pytest.mark.parametrize("context", [None, 8])
+def test_norms_have_as_many_groups_as_are_asked_for(context):
+    norms = [
+        module for module in tiny(norm_groups=32, context_dim=context).modules() if isinstance(module, nn.GroupNorm)
+    ]
+    assert {norm.num_groups for norm in norms} == {32}
+    usual = [module for module in tiny(context_dim=context).modules() if isinstance(module, nn.GroupNorm)]
+    assert {norm.num_groups for norm in usual} == {8, 16, 24, 32}
+
+
 @pytest.mark.parametrize("scale_shift", [False, True])
 @pytest.mark.parametrize("resize", [1, 2, 0.5])
 def test_res_block_equals_diffusers(scale_shift, resize):
