@@ -2,8 +2,14 @@
 
 from pathlib import Path
 
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ldm.diffusion.networks.unet import UNet
 from ldm.errors import ConfigError
 from ldm.interop import lora, lora_files
+from ldm.interop.diffusers_unet_table import table_of
+from ldm.interop.tables import LINEAR_AS_CONV2D, SAME, Entry
 from ldm.interop.trained import Diffusion, Trained
 from ldm.interop.usage import Choices, Usage
 
@@ -13,7 +19,16 @@ _TEXT = """An adapter (LoRA) of the network with the weights `{base}`, which are
 ldm sample -r BASE_RUN --lora FOLDER --lora-scale 0.7
 ```
 
-In Python, `peft.PeftModel.from_pretrained(network, FOLDER)` puts it on the base's network, a module of ldm."""
+{pipeline}In Python, `peft.PeftModel.from_pretrained(network, FOLDER)` puts it on the base's network."""
+
+_PIPELINE = """On a pipeline of diffusers that was made of the base (`ldm export BASE_RUN --to diffusers`):
+
+```python
+pipeline.unet.load_lora_adapter(FOLDER, prefix="unet", weight_name="pytorch_lora_weights.safetensors")
+```
+
+"""
+_DIFFUSERS = "pytorch_lora_weights.safetensors"
 
 
 def adapted(model: Trained) -> Diffusion:
@@ -28,8 +43,38 @@ def adapted(model: Trained) -> Diffusion:
 
 
 def write(model: Trained, out: Path, choices: Choices) -> Usage:
-    """`adapter_model.safetensors` and `adapter_config.json`."""
+    """peft's two files and, where diffusers can load it, its own beside them."""
     network = adapted(model).denoiser["network"]
     base = str((model.record.get("init_from") or {}).get("base") or lora.base_hash(network))
     lora_files.save(network, out, base)
-    return Usage("peft", _TEXT.format(base=base))
+    theirs = for_diffusers(network)
+    if theirs:
+        save_file(theirs, out / _DIFFUSERS, {"format": "pt"})
+    return Usage("peft", _TEXT.format(base=base, pipeline=_PIPELINE if theirs else ""))
+
+
+def for_diffusers(network: nn.Module) -> dict[str, Tensor]:
+    """The adapter under the names of a UNet2DConditionModel, the only network of ours whose like loads adapters there.
+
+    alpha / rank is multiplied into B, so that their default, 1, is right.
+
+    Returns:
+        {}: diffusers has no place for it.
+    """
+    if not isinstance(network, UNet) or network.context_dim is None:
+        return {}
+    layers = lora.layers(network)
+    entries = {entry.ours: entry for entry in table_of(network)}
+    found: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        entry = entries.get(f"{name}.weight")
+        if entry is None or entry.change not in (SAME, LINEAR_AS_CONV2D):
+            return {}
+        weights = {letter: getattr(layer, f"lora_{letter}")[lora.ADAPTER].weight.detach() for letter in "AB"}
+        weights["B"] = weights["B"] * layer.scaling[lora.ADAPTER]
+        found |= {_theirs(entry, letter): entry.change.theirs(one)[0].contiguous() for letter, one in weights.items()}
+    return found
+
+
+def _theirs(entry: Entry, letter: str) -> str:
+    return f"unet.{entry.theirs[0].removesuffix('.weight')}.lora_{letter}.weight"

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from peft import PeftModel
@@ -21,7 +22,8 @@ from ldm.diffusion.conditioners.base import Conditioning
 from ldm.diffusion.module import LatentDiffusion
 from ldm.diffusion.objectives import DDPM
 from ldm.errors import CheckpointError, ConfigError
-from ldm.interop import lora, lora_files
+from ldm.interop import export_lora, lora, lora_files
+from ldm.interop.diffusers_networks import exported
 from ldm.interop.lora import LoRA
 from ldm.optim.ema import EMA, FixedDecay
 from ldm.randomness import Draws
@@ -32,7 +34,7 @@ from tests.training.test_resume import as_killed_after, assert_same, final, metr
 UNET = {"in_channels": 4, "model_channels": 16, "channel_mult": [1, 2], "num_res_blocks": 1, "attention_levels": [1]}
 NETWORKS = {
     "unet": node("diffusion.networks.unet.UNet", num_heads=2, **UNET),
-    "unet with tokens": node("diffusion.networks.unet.UNet", num_heads=2, context_dim=6, transformer_depth=2, **UNET),
+    "unet with tokens": node("diffusion.networks.unet.UNet", num_heads=2, context_dim=6, norm_groups=4, **UNET),
     "dit": node("diffusion.networks.dit.DiT", in_channels=4, patch_size=2, hidden_size=16, depth=2, num_heads=2),
 }
 DOG = [{"class_label": 1}] * 2
@@ -434,6 +436,32 @@ def test_other_layers_and_damaged_files_are_refused(folder, lora_run):
     file.unlink()
     with pytest.raises(CheckpointError, match="no such file"):
         lora_files.read(folder)
+
+
+@pytest.mark.parametrize("targets", [None, ["attend_cross.query", "conv_in", "embed.0", "embedding"]])
+def test_diffusers_loads_it(targets, tmp_path):
+    name = "unet with tokens"
+    ours, made = adapted(name, targets=targets), exported(NETWORKS[name], network(name).state_dict())
+    theirs = getattr(diffusers, made.class_name).from_config(made.config).eval()
+    theirs.load_state_dict(made.tensors)
+    torch.manual_seed(9)
+    tokens, x, time = torch.randn(2, 5, 6), torch.randn(2, 4, 8, 8), torch.tensor([0.1, 0.7])
+
+    def output_of_theirs() -> torch.Tensor:
+        with torch.no_grad():
+            return theirs(x, time, encoder_hidden_states=tokens).sample
+
+    before = output_of_theirs()
+    save_file(export_lora.for_diffusers(ours), tmp_path / "pytorch_lora_weights.safetensors")
+    theirs.load_lora_adapter(tmp_path, prefix="unet", weight_name="pytorch_lora_weights.safetensors")
+    after = output_of_theirs()
+    assert not torch.allclose(after, before, atol=1e-3)
+    assert (after - output(ours, name)).abs().max() < 1e-5 * after.abs().max()
+
+
+@pytest.mark.parametrize("name", ["unet", "dit"])
+def test_networks_whose_like_takes_no_adapters_in_diffusers_have_no_such_file(name):
+    assert export_lora.for_diffusers(adapted(name)) == {}
 
 
 # ---- merged
