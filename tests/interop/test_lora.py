@@ -39,6 +39,7 @@ NETWORKS = {
 }
 DOG = [{"class_label": 1}] * 2
 ADAPTER = node("interop.lora.LoRA", rank=2, alpha=6.0, dropout=0.1)
+STRATEGY = "lightning.strategy={{target: ldm.training.strategies.{}, params: {{timeout: 60{}}}}}"
 SHORT = ["lightning.trainer.max_steps=2", "lightning.trainer.val_check_interval=2"]
 
 
@@ -141,6 +142,11 @@ def test_a_name_that_fits_nothing_is_refused_with_those_that_there_are():
 def test_a_network_of_other_layers_is_refused():
     made = nn.ModuleDict({"network": nn.Sequential(nn.Conv1d(1, 1, 1)), "conditioner": nn.Identity()})
     with pytest.raises(ConfigError, match="Sequential has no linear layer or convolution of torch to adapt"):
+        LoRA()(made)
+    made["network"] = build(
+        node("diffusion.networks.edm2.EDM2UNet", in_channels=4, model_channels=16, channel_mult=[1], num_res_blocks=1)
+    )
+    with pytest.raises(ConfigError, match="EDM2UNet has no linear layer or convolution of torch to adapt"):
         LoRA()(made)
     made["network"] = nn.Sequential(nn.Linear(1, 1))
     with pytest.raises(ConfigError, match=r"targets: name some; there are: "):
@@ -273,6 +279,30 @@ def test_it_resumes_bit_exactly(base, diffusion_tree, here):
     assert main.main(["--base", "run.yaml", "--logdir", "killed", "-r", "auto"]) == 0
     assert_same(final(killed), final(first))
     assert metrics(killed, after=5) == metrics(first, after=5)
+
+
+@pytest.mark.parametrize("more", [("DDP", ""), ("FSDP2", ""), ("FSDP2", ", sharded_checkpoints: true")])
+def test_on_two_ranks(more, base, lora_run, diffusion_tree, forked):
+    tree = lora_tree(diffusion_tree, base)
+    Path("run.yaml").write_text(to_yaml(tree))
+    words = ["--base", "run.yaml", "--logdir", "ranks", STRATEGY.format(*more)]
+    assert forked(2, lambda rank: main.main(words)) == [0, 0]
+    # The ranks drop other inputs of A than one process, so that losses differ; the base is the same.
+    ours, alone = Pipeline.load(only(Path("ranks"))), Pipeline.load(lora_run)
+    assert lora.base_hash(ours.denoiser["network"]) == lora.base_hash(alone.denoiser["network"])
+    assert 0 < differ(ours, alone) < differ(ours, Pipeline.load(base))
+
+
+@pytest.mark.slow
+def test_its_blocks_are_compiled(base, diffusion_tree, monkeypatch):
+    compiled = []
+    whole = nn.Module.compile
+    backend = lambda graph, inputs: (compiled.append(graph), graph.forward)[1]  # noqa: E731
+    monkeypatch.setattr(nn.Module, "compile", lambda module: whole(module, backend=backend))
+    tree = lora_tree(diffusion_tree, base)
+    tree["model"]["params"]["compile_blocks"] = True
+    assert run(tree, *SHORT) == 0
+    assert compiled
 
 
 def test_the_conditioner_goes_on_training_where_that_is_asked_for(base, diffusion_tree):
