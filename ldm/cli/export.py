@@ -16,7 +16,7 @@ from ldm.cli import options, program
 from ldm.cli.options import Parser, called
 
 if TYPE_CHECKING:
-    from ldm.interop.trained import Trained
+    from ldm.interop.exports.trained import Trained
 
 FORMATS = (
     "safetensors (weights and configuration), diffusers (a pipeline, or an autoencoder), onnx or torch (decoder and "
@@ -65,7 +65,7 @@ def opened(options: Any) -> "Trained":
     from ldm.checkpoints import store
     from ldm.cli.evaluate_subject import hours
     from ldm.config.tree import current_plain
-    from ldm.interop.trained import Diffusion, Trained
+    from ldm.interop.exports.trained import Diffusion, Trained
     from ldm.run_folder import newest_run
     from ldm.sampling.pipeline import Pipeline
 
@@ -85,7 +85,7 @@ def opened(options: Any) -> "Trained":
 
 def written(options: Any) -> Path:
     """Write the folder that is asked for, and list it; without --to it is there."""
-    from ldm.interop import export, hub
+    from ldm.interop.exports import export, hub
 
     if options.to is None:
         folder = Path(options.run).expanduser()
@@ -104,7 +104,7 @@ def main(argv: Sequence[str]) -> int:
 
     def work() -> None:
         chosen = parse(argv)
-        from ldm.interop import hub
+        from ldm.interop.exports import hub
 
         if chosen.push is None:
             written(chosen)

@@ -5,18 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from ldm.errors import CheckpointError, ConfigError
-from ldm.interop import (
-    compvis_first_stage,
-    compvis_model,
-    diffusers_autoencoder,
-    diffusers_folder,
-    dit,
-    edm2,
-    own_export,
-    runs,
-    sources,
-    tiny_autoencoder,
-)
+from ldm.interop import edm2, runs, sources, tiny_autoencoder
+from ldm.interop.compvis import first_stage as compvis_first_stage
+from ldm.interop.compvis import model as compvis_model
+from ldm.interop.diffusers_models import autoencoder as diffusers_autoencoder
+from ldm.interop.diffusers_models import folder as diffusers_folder
+from ldm.interop.dit import model as dit
+from ldm.interop.exports import own_format as own_export
 from ldm.interop.models import Family, Request
 from ldm.interop.sources import Source
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ldm.diffusion.networks.dit import DiT
 from ldm.diffusion.networks.unet import UNet
 from ldm.errors import ConfigError
-from ldm.interop.usage import optional_packages
+from ldm.interop.exports.usage import optional_packages
 from ldm.ranges import Count, FractionBelowOne, Positive
 from ldm.weights.digest import weight_hash
 

@@ -129,6 +129,11 @@ def _denoiser_run(
 def _manifest(converted: Denoiser, codec: Codec, autoencoder: Path | None, source: Source) -> Manifest:
     """Of the latents that it was trained on: their scale and the autoencoder that made them; no records."""
     height, width = converted.size
+    if codec.latent_channels != len(converted.mean):
+        raise ConfigError(
+            f"{autoencoder}: makes latents of {codec.latent_channels} channels; {source.path} was trained on "
+            f"{len(converted.mean)}. Name the autoencoder whose latents it was trained on: --autoencoder RUN"
+        )
     factor = codec.down_factor
     made_by = codec.describe() | {"path": str(autoencoder or "")}
     if converted.latents is not None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import CheckpointError
-from ldm.interop.first_stage_training import number, perceptual
+from ldm.interop.compvis.first_stage_training import number, perceptual
 from ldm.interop.models import Family, FirstStage, Origin, Request, node, shapes
 from ldm.interop.sources import Source
 from ldm.interop.tables import Entry, layer, to_ours, under

@@ -2,6 +2,8 @@
 
 import sys
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from ldm.cli import convert, export
 from ldm.config.load import build
 from ldm.diffusion.module import LatentDiffusion
 from ldm.images import to_arrays
-from ldm.interop.diffusers_check import loaded
+from ldm.interop.diffusers_models.check import loaded
 from ldm.latents.manifest import CacheSpec, Manifest
 from ldm.optim.ema import EMA, FixedDecay
 from ldm.randomness import Draws
@@ -24,15 +26,13 @@ from tests.tiny_runs import ADAM, CLASSES, node, save_autoencoder, save_run
 pytest.importorskip("diffusers")
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A DiT of random weights, trained as a flow on classes."""
-    root = tmp_path_factory.mktemp("logs")
+def made(root: Path, **more: Any) -> Path:
+    """The run of a DiT of random weights, trained as a flow on classes."""
     autoencoder = save_autoencoder(root / "2026-01-01T00-00-00_tiny_autoencoder")
     sizes = {"in_channels": 4, "patch_size": 2, "hidden_size": 32, "depth": 1, "num_heads": 2}
     classes = {"num_classes": len(CLASSES), "channels": 32}
     params = {
-        "network": node("diffusion.networks.dit.DiT", **sizes),
+        "network": node("diffusion.networks.dit.DiT", **sizes, **more),
         "conditioner": node("diffusion.conditioners.classes.ClassVector", **classes),
         "objective": node("diffusion.objectives.Flow"),
         "label_dropout": 0.1,
@@ -50,6 +50,11 @@ def run(tmp_path_factory):
     manifest = Manifest(plan, mean=[0.5, 0.0, -0.5, 0.1], std=[2.0, 1.0, 0.5, 1.5], broken=[], shards=[])
     record = {"kind": "diffusion", "config": {"model": {"params": params}}, "latents": manifest.to_dict()}
     return save_run(root / "2026-01-01T00-00-01_tiny_diffusion", module, record)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return made(tmp_path_factory.mktemp("logs"))
 
 
 def test_the_folder_makes_the_pictures_of_ldm_sample(run, tmp_path, capsys):
@@ -106,10 +111,15 @@ def refused(capsys, *words: str) -> str:
     return lines
 
 
-def test_bad_input_is_one_message_and_leaves_nothing(run, runs, tmp_path, capsys, monkeypatch):
+def test_a_narrow_unet_of_classes(runs, tmp_path):
+    """As the quickstart's, whose norms differ in their number of groups."""
+    assert export.main([str(runs.diffusion), "--to", "diffusers", "--out", str(tmp_path / "folder")]) == 0
+
+
+def test_bad_input_is_one_message_and_leaves_nothing(run, tmp_path, tmp_path_factory, capsys, monkeypatch):
     out = tmp_path / "folder"
-    narrow = refused(capsys, runs.diffusion, "--to", "diffusers", "--out", out)
-    assert "norm_groups" in narrow
+    modern = made(tmp_path_factory.mktemp("logs"), rope=True)
+    assert "rope=True" in refused(capsys, modern, "--to", "diffusers", "--out", out)
     assert not [*tmp_path.iterdir()]
 
     with monkeypatch.context() as without:

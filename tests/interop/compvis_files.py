@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ldm.config.load import build
-from ldm.interop import compvis_first_stage_table, compvis_unet
-from ldm.interop.compvis_model import average_name
+from ldm.interop.compvis import first_stage_table as compvis_first_stage_table
+from ldm.interop.compvis import unet as compvis_unet
+from ldm.interop.compvis.model import average_name
 from ldm.interop.models import node
 from ldm.interop.sources import Source
 from ldm.interop.tables import to_theirs

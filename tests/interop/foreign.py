@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ldm.config.load import build
-from ldm.interop.compvis_first_stage_table import table
+from ldm.interop.compvis.first_stage_table import table
 from ldm.interop.models import node
 from ldm.interop.tables import to_theirs
 from ldm.interop.tiny_autoencoder import table as tiny_table

@@ -22,8 +22,9 @@ from ldm.diffusion.conditioners.base import Conditioning
 from ldm.diffusion.module import LatentDiffusion
 from ldm.diffusion.objectives import DDPM
 from ldm.errors import CheckpointError, ConfigError
-from ldm.interop import export_lora, lora, lora_files
-from ldm.interop.diffusers_networks import exported
+from ldm.interop import lora, lora_files
+from ldm.interop.diffusers_models.networks import exported
+from ldm.interop.exports import lora_format
 from ldm.interop.lora import LoRA
 from ldm.optim.ema import EMA, FixedDecay
 from ldm.randomness import Draws
@@ -144,9 +145,11 @@ def test_a_network_of_other_layers_is_refused():
     with pytest.raises(ConfigError, match="Sequential has no linear layer or convolution of torch to adapt"):
         LoRA()(made)
     made["network"] = build(
-        node("diffusion.networks.edm2.EDM2UNet", in_channels=4, model_channels=16, channel_mult=[1], num_res_blocks=1)
+        node("diffusion.networks.edm2.MagnitudePreservingUNet", in_channels=4, model_channels=16, channel_mult=[1])
     )
-    with pytest.raises(ConfigError, match="EDM2UNet has no linear layer or convolution of torch to adapt"):
+    with pytest.raises(
+        ConfigError, match="MagnitudePreservingUNet has no linear layer or convolution of torch to adapt"
+    ):
         LoRA()(made)
     made["network"] = nn.Sequential(nn.Linear(1, 1))
     with pytest.raises(ConfigError, match=r"targets: name some; there are: "):
@@ -482,7 +485,7 @@ def test_diffusers_loads_it(targets, tmp_path):
             return theirs(x, time, encoder_hidden_states=tokens).sample
 
     before = output_of_theirs()
-    save_file(export_lora.for_diffusers(ours), tmp_path / "pytorch_lora_weights.safetensors")
+    save_file(lora_format.for_diffusers(ours), tmp_path / "pytorch_lora_weights.safetensors")
     theirs.load_lora_adapter(tmp_path, prefix="unet", weight_name="pytorch_lora_weights.safetensors")
     after = output_of_theirs()
     assert not torch.allclose(after, before, atol=1e-3)
@@ -491,7 +494,7 @@ def test_diffusers_loads_it(targets, tmp_path):
 
 @pytest.mark.parametrize("name", ["unet", "dit"])
 def test_networks_whose_like_takes_no_adapters_in_diffusers_have_no_such_file(name):
-    assert export_lora.for_diffusers(adapted(name)) == {}
+    assert lora_format.for_diffusers(adapted(name)) == {}
 
 
 # ---- merged
