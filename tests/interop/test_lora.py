@@ -144,12 +144,9 @@ def test_a_network_of_other_layers_is_refused():
     made = nn.ModuleDict({"network": nn.Sequential(nn.Conv1d(1, 1, 1)), "conditioner": nn.Identity()})
     with pytest.raises(ConfigError, match="Sequential has no linear layer or convolution of torch to adapt"):
         LoRA()(made)
-    made["network"] = build(
-        node("diffusion.networks.edm2.MagnitudePreservingUNet", in_channels=4, model_channels=16, channel_mult=[1])
-    )
-    with pytest.raises(
-        ConfigError, match="MagnitudePreservingUNet has no linear layer or convolution of torch to adapt"
-    ):
+    sizes = {"model_channels": 16, "channel_mult": [1], "attention_levels": [0]}
+    made["network"] = build(node("diffusion.networks.edm2.MagnitudePreservingUNet", in_channels=4, **sizes))
+    with pytest.raises(ConfigError, match="MagnitudePreservingUNet has no linear layer or convolution of torch"):
         LoRA()(made)
     made["network"] = nn.Sequential(nn.Linear(1, 1))
     with pytest.raises(ConfigError, match=r"targets: name some; there are: "):
