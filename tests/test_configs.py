@@ -18,8 +18,8 @@ FILES = {str(path.relative_to(ROOT / "configs")): path for path in sorted((ROOT 
 # To merge after a whole configuration: any of stage 2, the one of FashionMNIST, or either of the quickstart.
 FRAGMENTS = [name for name in FILES if name.startswith("cluster/")]
 VARIANTS = [name for name in FILES if name.startswith("fashion_mnist/variants/")]
-OWN_PICTURES = "quickstart/own_pictures.yaml"
-CONFIGS = {name: path for name, path in FILES.items() if name not in (*FRAGMENTS, *VARIANTS, OWN_PICTURES)}
+OWN_PICTURES, LORA = "quickstart/own_pictures.yaml", "quickstart/lora.yaml"
+CONFIGS = {name: path for name, path in FILES.items() if name not in (*FRAGMENTS, *VARIANTS, OWN_PICTURES, LORA)}
 STAGE_1 = [name for name in CONFIGS if "autoencoder" in name]
 STAGE_2 = [name for name in CONFIGS if "autoencoder" not in name]
 
@@ -86,6 +86,17 @@ def test_fragments_merge_with_every_config_of_stage_2(name, fragment):
     config.check(facts(name))
     strategy = build(config.resolved(facts(name))["lightning"]["strategy"], key="lightning.strategy")
     assert isinstance(strategy, Strategy)
+
+
+@pytest.mark.parametrize("name", [name for name in STAGE_2 if "edm2" not in name])
+def test_an_adapter_fits_every_network_of_torch_s_layers(name):
+    config = load([CONFIGS[name], FILES[LORA]], ["data.params.autoencoder=logs/none", "init_from=logs/none"])
+    config.check(facts(name))
+    with torch.device("meta"):
+        model = build(config.resolved(facts(name))["model"], key="model")
+    trained = {key for key, weight in model.denoiser.named_parameters() if weight.requires_grad}
+    assert trained
+    assert all(".lora_" in key for key in trained)
 
 
 @pytest.mark.slow

@@ -21,12 +21,15 @@ import main
 from ldm.checkpoints import store
 from ldm.cli import cache, convert, ema, evaluate, export, plot, sample, weights
 from ldm.config.load import to_yaml
+from ldm.interop import lora, lora_files
 from ldm.optim.ema import power_exponent
+from ldm.sampling.pipeline import Pipeline
 from scripts import compare
 from scripts.bench import __main__ as bench
 from scripts.faults import __main__ as faults
 from tests.evaluation.spaces import Projection
 from tests.interop import foreign
+from tests.tiny_runs import save_adapted
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -125,6 +128,11 @@ def workshop(make_runs, tmp_path_factory):
     snapshot = {"averages": averages, "exponents": exponents, "images_seen": 2048}
     store.save(rgb.diffusion / "averages" / "step=01048576.ckpt", snapshot)
     (place / "RUN").symlink_to(rgb.diffusion)
+    (adapted,) = (place / "logs").glob("*_emoji_lora")
+    adapted.unlink()
+    save_adapted(adapted, rgb)
+    network = Pipeline.load(adapted).denoiser["network"]
+    lora_files.save(network, place / "ADAPTER", lora.base_hash(network))
     return place
 
 
@@ -142,6 +150,13 @@ def run(workshop, tmp_path, monkeypatch, autoencoder_tree, diffusion_tree, tried
             )
         if any(re.search(r"(quickstart|fluent_emoji|fashion_mnist)/diffusion", word) for word in words):
             words.append("data.params.resolution=32")  # the stand-ins do not say theirs
+        if "configs/quickstart/lora.yaml" in words:  # on a base of the same architecture
+            own = [word for word in words if not word.startswith(("configs/quickstart/lora", "init_from"))]
+            own = own[: own.index("--name")] if "--name" in own else own
+            short = ["data.params.resolution=32", "lightning.trainer.max_steps=1", "--logdir", str(tmp_path / "base")]
+            assert main.main([*own, *short]) == 0
+            words = [word for word in words if not word.startswith("init_from")]
+            words.append(f"init_from={next((tmp_path / 'base').iterdir())}")
         if "RUN" in words:  # one that can be gone on with
             assert main.main(["--base", "FILE.yaml", "lightning.trainer.max_steps=1", "-l", "again"]) == 0
             words = [str(next((workshop / "again").iterdir())) if word == "RUN" else word for word in words]

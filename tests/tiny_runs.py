@@ -1,9 +1,10 @@
 """Two stages of a tiny pipeline as their checkpoints on disk, with random weights: what sampling starts from."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from ldm.autoencoder.module import AutoencoderKL
 from ldm.checkpoints import store
 from ldm.config.load import build
 from ldm.diffusion.module import LatentDiffusion
+from ldm.interop.lora import LoRA
 from ldm.latents.manifest import CacheSpec, Manifest
 from ldm.optim.ema import EMA, FixedDecay
 
@@ -91,6 +93,16 @@ def save_diffusion(folder: Path, autoencoder: Path, classes: list[str] | None, s
     record = {"kind": "diffusion", "config": {"model": {"params": params}}, "latents": manifest.to_dict()}
     save_run(folder, module, record)
     return module
+
+
+def save_adapted(folder: Path, runs: Runs) -> Path:
+    """The diffusion model of `runs` with a new adapter."""
+    record = copy.deepcopy(store.record(store.verify(runs.diffusion).path))
+    record["config"]["model"]["params"]["adapter"] = node("interop.lora.LoRA", rank=2)
+    module = copy.deepcopy(runs.module)
+    for denoiser in (module.denoiser, module.ema.average):
+        LoRA(rank=2)(cast(torch.nn.ModuleDict, denoiser))
+    return save_run(folder, module, record)
 
 
 @pytest.fixture(scope="session")

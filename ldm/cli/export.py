@@ -3,6 +3,8 @@
 python scripts/export.py logs/<run> --to safetensors --out FOLDER    # weights and configuration
 python scripts/export.py logs/<run> --to diffusers --out FOLDER      # a pipeline that makes the same pictures
 python scripts/export.py logs/<run> --to onnx --out FOLDER           # decoder and denoiser, for onnxruntime
+python scripts/export.py logs/<run> --to lora --out FOLDER           # an adapter alone
+python scripts/export.py logs/<run> --to merged --out logs/<merged>  # a run folder, the adapter in its weights
 python scripts/export.py FOLDER --push NAME/REPOSITORY               # upload such a folder to the Hugging Face Hub
 """
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 FORMATS = (
     "safetensors (weights and configuration), diffusers (a pipeline, or an autoencoder), onnx or torch (decoder and "
-    "denoiser as programs)"
+    "denoiser as programs); of a run with an adapter also lora (the adapter alone) or merged (a run folder without one)"
 )
 """What --to takes, in words: a wrong flag is answered before torch is loaded."""
 

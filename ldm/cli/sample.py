@@ -6,6 +6,8 @@
     python scripts/sample.py -r logs/<run> --guidance 2 --guide logs/<smaller run> --interval 0.2 3
     python scripts/sample.py -r logs/<run> --guidance 10 --guidance-channels 3 --schedule shifted shift=3.3333333
     python scripts/sample.py -r logs/<run> --sampler heun s_churn=40 --schedule karras rho=5
+    python scripts/sample.py -r logs/<run with an adapter> --lora-scale 0.7 # 0: its base
+    python scripts/sample.py -r logs/<run> --lora FOLDER                    # an adapter as peft saves it
     python scripts/sample.py -r logs/<run> --conditions wanted.json         # [{"class_label": 3}, ...]
     python scripts/sample.py -r logs/<run> --image photo.png --strength 0.5 # image to image
     python scripts/sample.py -r logs/<run> --image photo.png --mask m.png   # what is white in m.png is painted anew
@@ -32,6 +34,7 @@ from ldm.cli.sample_options import chosen, described, parse, read_conditions
 from ldm.errors import ConfigError
 from ldm.files import published
 from ldm.images import picture
+from ldm.interop import lora, lora_files
 from ldm.run_folder import newest_run
 from ldm.runtime import signals
 from ldm.sampling import samplers, timesteps
@@ -102,6 +105,7 @@ def sample(options: Any) -> list[Path]:
     pipeline = Pipeline.load(
         _found(options.run), ema=not options.raw, autoencoder=options.autoencoder, device=device, trust=options.trust
     )
+    adapter = with_adapter(pipeline, options)
     names = pipeline.manifest.plan.class_names
     conditions = requested(pipeline, options)
     seeds = [*dict.fromkeys(options.seeds or range(options.seed, options.seed + options.number))]
@@ -113,6 +117,7 @@ def sample(options: Any) -> list[Path]:
         "schedule": described(options.schedule[0], schedule),
         **{key: getattr(options, key) for key in ("steps", "guidance")},
         **steered(options, recipe),
+        **adapter,
     }
     times = schedule(pipeline.objective, options.steps, pipeline.manifest.plan.shape)
     # Both refuse what cannot be, before anything is written.
@@ -177,6 +182,20 @@ def steered(options: Any, recipe: Recipe) -> dict[str, Any]:
         settings |= {"image": _known(options.image), "strength": recipe.init_image.strength}
     if options.mask is not None:
         settings["mask"] = _known(options.mask)
+    return settings
+
+
+def with_adapter(pipeline: Pipeline, options: Any) -> dict[str, Any]:
+    """Do what the command line says of an adapter; the settings of it."""
+    settings: dict[str, Any] = {}
+    network = pipeline.denoiser.get_submodule("network")
+    if options.lora is not None:
+        read = lora_files.read(options.lora)
+        lora_files.attach(pipeline.denoiser, read)
+        settings["lora"] = read.record()
+    if options.lora_scale is not None:
+        lora.set_scale(network, options.lora_scale)
+        settings["lora_scale"] = options.lora_scale
     return settings
 
 

@@ -73,6 +73,8 @@ def _add_places(add: Add) -> None:
     place = "run folder, checkpoint, or a quoted glob (its newest run)"
     add("-r", "--run", required=True, metavar="RUN", help=place)
     add("--raw", action="store_true", help="the weights of the last step instead of their running average")
+    add("--lora", type=path, metavar="FOLDER", help="put this adapter, as peft saves it, on the network")
+    add("--lora-scale", type=finite, metavar="S", help="of the adapter's update: 0 is the base (default: 1)")
     add(
         "--autoencoder",
         type=path,

@@ -4,6 +4,7 @@ init_from: logs/<run>                                     # all of them, and eve
 init_from: {run: logs/<run>, parts: [encoder, decoder]}   # these parts; the others are new
 init_from: {run: logs/<run>, resize: [classes, channels]} # another number of classes and of channels
 init_from: {run: logs/<run>, strict: false}               # what fits
+init_from: {run: logs/<run>, adapter: <folder>}           # and an adapter of peft's on top (ldm/interop/lora.py)
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ class InitFrom:
         average: of a diffusion model start from the averaged weights, False: from those of the last step. Either way
             both the new run's weights and its average do.
         resize: what may differ, by name.
+        adapter: folder of an adapter as peft saves it, for a model with `model.params.adapter`; None: a new adapter.
     """
 
     run: str
@@ -34,6 +36,7 @@ class InitFrom:
     strict: bool = True
     average: bool = True
     resize: Sequence[Resized] = ()
+    adapter: str | None = None
 
 
 def parsed(value: Any) -> InitFrom | None:

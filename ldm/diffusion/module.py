@@ -38,6 +38,12 @@ class Constrained(Protocol):
     def constrain(self) -> None: ...
 
 
+class Adapter(Protocol):
+    """Freezes a denoiser, in place, and puts parameters beside its layers that are trained instead."""
+
+    def __call__(self, denoiser: nn.ModuleDict) -> None: ...
+
+
 class LatentDiffusion(LightningModule):
     """A conditional denoiser trained with an objective, and its moving average.
 
@@ -57,6 +63,7 @@ class LatentDiffusion(LightningModule):
             first step then takes a minute or more, and every later step is faster, especially on GPUs.
         metrics: validation metrics by name, beside the standard ones of ldm/diffusion/metrics.py (loss, loss_ema,
             latent_std) or in place of the one of that name; null: without it.
+        adapter: trained instead of the denoiser (ldm/interop/lora.py); None: all of the denoiser is trained.
     """
 
     def __init__(
@@ -71,10 +78,14 @@ class LatentDiffusion(LightningModule):
         gradient_clip: Positive | None = None,
         compile_blocks: bool = False,
         metrics: Mapping[str, Metric | None] | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         super().__init__()
         require_conditioner(conditioner)
         self.denoiser = nn.ModuleDict({"network": network, "conditioner": conditioner})
+        self.adapter = adapter
+        if adapter is not None:
+            adapter(self.denoiser)
         self.objective = objective
         self.ema = ema(self.denoiser)
         self.make_optimizer = optimizer
@@ -177,7 +188,8 @@ class LatentDiffusion(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         # The objective is included, since a weighting may have parameters. The average is not trained.
-        optimizer = self.make_optimizer([*self.denoiser.parameters(), *self.objective.parameters()])
+        parameters = [*self.denoiser.parameters(), *self.objective.parameters()]
+        optimizer = self.make_optimizer([parameter for parameter in parameters if parameter.requires_grad])
         keep_settings(optimizer)
         scheduler = Scheduled(optimizer, self.schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

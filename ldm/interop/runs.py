@@ -90,7 +90,7 @@ def _autoencoder_run(converted: FirstStage, name: str, source: Source) -> dict[s
         "lightning": {"trainer": dict(_TRAINER)},
     }
     facts = {"kind": "autoencoder", "latents": converted.statistics}
-    return _state(config, facts, converted.weights, converted.origin, source)
+    return untrained(config, facts, converted.weights, converted.origin, source)
 
 
 def _denoiser_run(
@@ -123,7 +123,7 @@ def _denoiser_run(
     weights |= {f"objective.{key}": tensor for key, tensor in converted.objective.items()}
     weights["ema._extra_state"] = {"images_seen": 0}
     facts = {"kind": "diffusion", "latents": manifest.to_dict()}
-    return _state(config, facts, weights, converted.origin, source)
+    return untrained(config, facts, weights, converted.origin, source)
 
 
 def _manifest(converted: Denoiser, codec: Codec, autoencoder: Path | None, source: Source) -> Manifest:
@@ -155,7 +155,7 @@ def _manifest(converted: Denoiser, codec: Codec, autoencoder: Path | None, sourc
     return Manifest(plan, [*converted.mean], [*converted.std], broken=[], shards=[])
 
 
-def _state(
+def untrained(
     config: dict[str, Any], facts: dict[str, Any], weights: Mapping[str, Tensor], origin: Origin, source: Source
 ) -> dict[str, Any]:
     """A checkpoint before its first step: everything that resuming reads, and no optimizer's state."""
@@ -209,17 +209,23 @@ def _publish(
         aside.make()
         if write_files is not None:
             write_files(aside.path)
-        store.save(aside.checkpoints / _CHECKPOINT, state)
-        config, origin = state["ldm"]["config"], state["ldm"]["origin"]
-        files.write_text(aside.origin_file, json.dumps(origin, indent=2) + "\n")
-        files.write_text(aside.source_file, to_yaml(config))
-        files.write_text(aside.facts_file, "{}\n")
-        files.write_text(aside.config_file, to_yaml(config))
-        aside.write_state(RunState("finished", 0, "converted", 0, f"checkpoints/{_CHECKPOINT}"))
+        fill(aside, state)
         aside.path.rename(folder.path)
         return folder
     finally:
         shutil.rmtree(aside.path, ignore_errors=True)
+
+
+def fill(folder: RunFolder, state: dict[str, Any]) -> None:
+    """Write what a run folder holds before its first step, of a state as `untrained` makes it."""
+    folder.make()
+    store.save(folder.checkpoints / _CHECKPOINT, state)
+    config, origin = state["ldm"]["config"], state["ldm"]["origin"]
+    files.write_text(folder.origin_file, json.dumps(origin, indent=2) + "\n")
+    files.write_text(folder.source_file, to_yaml(config))
+    files.write_text(folder.facts_file, "{}\n")
+    files.write_text(folder.config_file, to_yaml(config))
+    folder.write_state(RunState("finished", 0, "converted", 0, f"checkpoints/{_CHECKPOINT}"))
 
 
 def _free(logdir: Path, name: str) -> RunFolder:

@@ -129,8 +129,9 @@ class EMA(nn.Module):
     def update(self, model: nn.Module, images: int) -> None:
         """Update with the weights after an optimizer step over `images` images (the global batch)."""
         for average, profile in zip([self.average, *self.extra], self.profiles, strict=True):
-            averages: list[Tensor] = [*average.parameters()]
-            weights = [w.to(a.dtype) for a, w in zip(averages, model.parameters(), strict=True)]
+            pairs = [*zip(average.parameters(), model.parameters(), strict=True)]
+            averages: list[Tensor] = [a for a, w in pairs if w.requires_grad]  # frozen weights are their own average
+            weights = [w.to(a.dtype) for a, w in pairs if w.requires_grad]
             torch._foreach_lerp_(averages, weights, 1 - profile(self.images_seen, images))
             for ours, theirs in zip(average.buffers(), model.buffers(), strict=True):
                 ours.copy_(theirs)

@@ -84,6 +84,8 @@ class Pipeline:
         params = current_plain(record["config"], str(file))["model"]["params"]
         denoiser = nn.ModuleDict({name: build(params[name], trust) for name in ("network", "conditioner")})
         require_conditioner(denoiser["conditioner"])
+        if params.get("adapter"):
+            build(params["adapter"], trust)(denoiser)
         objective = build(params["objective"], trust)
         store.fill(denoiser, state["state_dict"], "ema.average" if ema else "denoiser", file)
         store.fill(objective, state["state_dict"], "objective", file)

@@ -15,7 +15,9 @@ from ldm.autoencoder.module import AutoencoderKL
 from ldm.checkpoints import store
 from ldm.checkpoints.store import Verified
 from ldm.config.init_from import InitFrom, parsed
+from ldm.diffusion.module import LatentDiffusion
 from ldm.errors import CheckpointError, ConfigError
+from ldm.interop import lora, lora_files
 from ldm.latents.datamodule import LatentDataModule
 from ldm.latents.manifest import same_encoder
 from ldm.latents.statistics import Statistics
@@ -62,6 +64,11 @@ class Weights:
         if isinstance(data, LatentDataModule):
             _check_scale(found, data.manifest.plan.autoencoder, data.manifest.statistics)
         found.load()
+        if self.section.adapter is not None:
+            assert isinstance(model, LatentDiffusion), "checked by `prepare`"
+            adapter = lora_files.read(Path(self.section.adapter))
+            for denoiser in (model.denoiser, model.ema.average, *model.ema.extra):
+                lora_files.load(denoiser.get_submodule("network"), adapter)
         return found
 
 
@@ -88,6 +95,11 @@ def prepare(tree: Mapping[str, Any], outline: nn.Module, data: Any, facts: Mappi
                 "model.params.train_encoder: this would freeze an encoder of random weights; name the run that it "
                 "comes from: init_from=logs/<run>, or init_from='{run: logs/<run>, parts: [encoder, decoder]}'"
             )
+        if isinstance(outline, LatentDiffusion) and outline.adapter is not None:
+            raise ConfigError(
+                "model.params.adapter: this would adapt random weights; name the run that they come from: "
+                "init_from=logs/<run>"
+            )
         return None
     weights = Weights(section, data.class_names, tree["model"].get("params") or {}, facts.get("resolution"))
     if not distributed.is_main():
@@ -96,12 +108,31 @@ def prepare(tree: Mapping[str, Any], outline: nn.Module, data: Any, facts: Mappi
     found = weights.match(verified, outline)
     if frozen and not found.takes_all("encoder"):
         raise ConfigError("init_from: model.params.train_encoder is false, so all of the encoder has to come from here")
+    _check_adapter(section, outline, found)
     if isinstance(data, LatentDataModule) and found.manifest is not None:
         plan, statistics = data.expected()
         if statistics is not None or plan.differences(found.manifest.plan):
             _check_scale(found, plan.autoencoder, statistics)
     print("\n".join(found.report()))
     return replace(weights, verified=verified)
+
+
+def _check_adapter(section: InitFrom, outline: nn.Module, found: Match) -> None:
+    """ConfigError if a frozen weight does not come from the file, or the adapter's own file does not fit."""
+    adapted = isinstance(outline, LatentDiffusion) and outline.adapter is not None
+    if section.adapter is not None and not adapted:
+        raise ConfigError("init_from.adapter: this model has no adapter: set model.params.adapter, or leave it out")
+    if not adapted:
+        return
+    denoiser = outline.get_submodule("denoiser")
+    frozen = [lora.base_name(name) for name, weight in denoiser.named_parameters() if not weight.requires_grad]
+    if lost := [name for name in frozen if name not in found.kept]:
+        raise ConfigError(
+            f"init_from: the adapter's base is not trained, so all of it has to come from here; {len(lost)} of its "
+            f"tensors do not, such as {lost[0]}. Leave out parts, strict: false and resize"
+        )
+    if section.adapter is not None:
+        lora_files.check(denoiser.get_submodule("network"), lora_files.read(Path(section.adapter)))
 
 
 def _verified(section: InitFrom) -> Verified:

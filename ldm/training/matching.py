@@ -5,6 +5,7 @@ Tensors are named as in a checkpoint, without `denoiser.`: an average has the na
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from ldm.config.init_from import InitFrom
 from ldm.config.tree import current_plain, nearest
 from ldm.diffusion.module import LatentDiffusion
 from ldm.errors import ConfigError
+from ldm.interop import lora, lora_files
 from ldm.interop.tables import listed
 from ldm.latents.manifest import Manifest
 from ldm.sizes import as_size, spell
@@ -80,6 +82,9 @@ class Match:
         self._resizings = resizings(self._model, ours, theirs, self._section.resize, self._classes)
         self.resized = [name for name in ours if name in self._resizings]
         others = [name for name in ours if name not in self._resizings]
+        # An adapter that the file does not have begins as none.
+        self._begun = [name for name in others if lora.is_adapters(name) and name not in theirs]
+        others = [name for name in others if name not in self._begun]
         self.kept = [name for name in others if theirs.get(name) == ours[name]]
         self._missing = [name for name in others if name not in theirs]
         self._misfits = [name for name in others if name in theirs and theirs[name] != ours[name]]
@@ -117,6 +122,8 @@ class Match:
         lines += listed("of another shape", map(self._shapes, self._misfits))
         if "resolution" not in self._section.resize:
             lines += [f"  {text}" for text in self._other_resolution()]
+        if any(map(lora.is_adapters, self._left)):
+            lines.append("  its network has an adapter: make an ordinary run of it with ldm export --to merged")
         if lines:
             run, parts = self._section.run, ", ".join(self._parts())
             raise ConfigError(
@@ -157,6 +164,12 @@ class Match:
     def record(self) -> dict[str, Any]:
         """For the checkpoint's facts and the run folder, in plain values; reads all of the file's weights."""
         origin = {"origin": self._facts["origin"]} if "origin" in self._facts else {}
+        if any(map(lora.is_adapters, self._ours)):
+            network = {name: one for name, one in self._theirs.items() if name.startswith("network.")}
+            base = lora.base_weights({name.removeprefix("network."): one for name, one in network.items()})
+            origin["base"] = weight_hash(base)
+        if self._section.adapter is not None:
+            origin["adapter"] = lora_files.read(Path(self._section.adapter)).record()
         return {
             "checkpoint": str(self.file),
             "step": self._facts.get("step"),
@@ -183,7 +196,7 @@ class Match:
         for part, count in self.counts().items():
             lines.append(f"  {part:<16}" + "".join(f"{key} {number:<8}" for key, number in count.items()).rstrip())
         lines += listed("resized", map(self._shapes, self.resized))
-        lines += listed("new, not in the file", self._missing)
+        lines += listed("new, not in the file", [*self._missing, *self._begun])
         lines += listed("new, since of another shape", map(self._shapes, self._misfits))
         lines += listed("left out of the file", self._left)
         return lines + [f"  note: {note}" for note in self.notes()]
@@ -213,7 +226,7 @@ def _places(model: nn.Module) -> dict[str, list[str]]:
     for key, value in model.state_dict().items():
         name = _COPIES.sub("", key)
         if isinstance(value, Tensor) and not name.startswith(_NOT_WEIGHTS):
-            places.setdefault(name, []).append(key)
+            places.setdefault(lora.base_name(name), []).append(key)
     return places
 
 
@@ -224,4 +237,6 @@ def _weights(state_dict: Mapping[str, Any], average: bool) -> dict[str, Tensor]:
     named: Iterable[tuple[str, Any]] = (
         (_COPIES.sub("", key), value) for key, value in state_dict.items() if not key.startswith(unwanted)
     )
-    return {n: value for n, value in named if isinstance(value, Tensor) and not n.startswith(_NOT_WEIGHTS)}
+    return {
+        lora.base_name(n): value for n, value in named if isinstance(value, Tensor) and not n.startswith(_NOT_WEIGHTS)
+    }

@@ -10,8 +10,11 @@ from safetensors import SafetensorError
 
 from ldm import errors, files
 from ldm.errors import ConfigError, ResourceError
+from ldm.interop import lora
 from ldm.interop.diffusers_models import pipeline as diffusers_pipeline
 from ldm.interop.exports import card
+from ldm.interop.exports import lora_format as export_lora
+from ldm.interop.exports import merged_format as export_merged
 from ldm.interop.exports import onnx_format as export_onnx
 from ldm.interop.exports import safetensors_format as export_safetensors
 from ldm.interop.exports import torch_format as export_torch
@@ -23,11 +26,25 @@ __all__ = ["FORMATS", "Choices", "Usage", "check", "export"]
 Write = Callable[[Trained, Path, Choices], Usage]
 """Writes a model's files into an empty folder; returns how others load them, for the model card."""
 
+
+def _merged(write: Write) -> Write:
+    """Of a format without adapters: one that a model has is added to its weights first."""
+
+    def merge_and_write(model: Trained, out: Path, choices: Choices) -> Usage:
+        if model.diffusion is not None:
+            lora.merge(model.diffusion.denoiser["network"])
+        return write(model, out, choices)
+
+    return merge_and_write
+
+
 FORMATS: Mapping[str, Write] = {
-    "safetensors": export_safetensors.write,
-    "onnx": export_onnx.write,
-    "torch": export_torch.write,
-    "diffusers": diffusers_pipeline.write,
+    "safetensors": _merged(export_safetensors.write),
+    "onnx": _merged(export_onnx.write),
+    "torch": _merged(export_torch.write),
+    "diffusers": _merged(diffusers_pipeline.write),
+    "lora": export_lora.write,
+    "merged": export_merged.write,
 }
 """{--to NAME: what writes it}."""
 
