@@ -183,6 +183,16 @@ def check_complete(table: Table, shapes: Mapping[str, torch.Size]) -> None:
     assert {*ours} == shapes.keys(), f"not in both: {sorted({*ours} ^ shapes.keys())[:8]}"
 
 
+def renamed(tensors: Mapping[str, Tensor], rename: Callable[[str], str], origin: str) -> dict[str, Tensor]:
+    """The same tensors under other names; CheckpointError where two would get one name, and one be lost."""
+    made = {rename(name): tensor for name, tensor in tensors.items()}
+    if len(made) < len(tensors):
+        twice = listed("there twice", _twice([*map(rename, tensors)]))
+        said = f"{origin}: holds tensors that differ in a prefix of their names alone."
+        raise CheckpointError("\n".join([said, *twice]))
+    return made
+
+
 def _misshapen(table: Table, tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, str]:
     """{name of theirs: "expected [...], found [...]"}, expected of what our shapes become in their arrangement."""
     wrong = {}

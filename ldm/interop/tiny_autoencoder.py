@@ -125,4 +125,6 @@ def _half(num_blocks: Sequence[int], place: int, decoder: bool) -> list[Entry]:
     return [*entries, *layer("conv_out", f"{place}")]
 
 
-FAMILY = Family(name=NAME, marks=(_PAIR, (f"class {_CLASS}",), _LONE_ENCODER, _LONE_DECODER), convert=convert)
+FAMILY = Family(
+    name=NAME, marks=(_PAIR, (f"class {_CLASS}",), _LONE_ENCODER, _LONE_DECODER), convert=convert, takes=("resolution",)
+)

@@ -18,7 +18,7 @@ from ldm.interop.compvis import first_stage_training
 from ldm.interop.compvis.first_stage_table import table
 from ldm.interop.models import Family, FirstStage, Origin, Request, node, shapes
 from ldm.interop.sources import Source
-from ldm.interop.tables import Dropped, Entry, to_ours
+from ldm.interop.tables import Dropped, Entry, renamed, to_ours
 from ldm.layers import group_norm
 
 NAME = "CompVis first stage"
@@ -46,7 +46,8 @@ _GROUPS = 32
 def convert(source: Source, request: Request) -> Sequence[FirstStage]:
     """The first stage of a file that holds it alone."""
     prefix = next(one for one in PREFIXES if f"{one}{MARKS[0]}" in source.tensors)
-    return [first_stage({name.removeprefix(prefix): one for name, one in source.tensors.items()}, source, request)]
+    tensors = renamed(source.tensors, lambda name: name.removeprefix(prefix), str(source.path))
+    return [first_stage(tensors, source, request)]
 
 
 def first_stage(tensors: Mapping[str, Tensor], source: Source, request: Request) -> FirstStage:
@@ -230,4 +231,5 @@ FAMILY = Family(
     name=NAME,
     marks=[[f"{prefix}{mark}" for mark in MARKS] for prefix in PREFIXES],
     convert=convert,
+    takes=("resolution", "statistics"),
 )

@@ -234,4 +234,5 @@ FAMILY = Family(
         *((f"class transformer {name}",) for name in (dit.NAME, "Transformer2DModel")),
     ),
     convert=convert,
+    takes=("autoencoder", "resolution", "text_encoder"),
 )
