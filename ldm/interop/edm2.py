@@ -169,10 +169,10 @@ def _scale(source: Source, request: Request, channels: int) -> tuple[list[float]
     if request.statistics is not None:
         return statistics.read(request.statistics, channels)
     scale, bias = source.config.get("encoder_scale"), source.config.get("encoder_bias")
-    if (scale, bias) != (None, None):  # theirs: latent * scale + bias
+    if scale is not None or bias is not None:  # theirs: latent * scale + bias
         try:
-            std = [1 / one for one in scale]
-            mean = [-one * width for one, width in zip(bias, std, strict=True)]
+            std = [1 / one for one in scale or ()]
+            mean = [-one * width for one, width in zip(bias or (), std, strict=True)]
         except (TypeError, ValueError, ZeroDivisionError) as error:
             raise ConfigError(
                 f"{source.path}: its JSON's encoder_scale and encoder_bias: expected a number each for {channels} "

@@ -6,6 +6,7 @@ one tensor too many, one too few or one of another shape does not fit. The keys 
 
 import fnmatch
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -234,4 +235,4 @@ def listed(what: str, lines: Iterable[str]) -> list[str]:
 
 
 def _twice(names: Sequence[str]) -> list[str]:
-    return sorted({name for name in names if names.count(name) > 1})[:8]
+    return sorted(name for name, count in Counter(names).items() if count > 1)[:8]

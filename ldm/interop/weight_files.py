@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -145,8 +146,7 @@ def _read_torch(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{file}: holds itself, or more than {_LEAVES:,} values: not a checkpoint")
     leaves = dict(walked)
     if len(leaves) < len(walked):
-        names = [name for name, _ in walked]
-        twice = next(name for name in leaves if names.count(name) > 1)
+        ((twice, _),) = Counter(key for key, _ in walked).most_common(1)
         raise CheckpointError(f"{file}: holds two values under one name, once in dictionaries and once flat: {twice}")
     tensors = {name: leaf.detach() for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
     return tensors, {name: leaf for name, leaf in leaves.items() if name not in tensors}

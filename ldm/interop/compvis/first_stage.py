@@ -208,8 +208,10 @@ def _statistics(
         return {"mean": [0.0] * channels, "std": [1 / factor] * channels}, []
     if channels == 16 and MARKS[0] in source.tensors and "quant_conv.weight" not in source.tensors:
         return {name: [value] * channels for name, value in FLUX.items()}, [
+            "Its latents' shift and scale are taken to be FLUX.1's; --statistics FILE says those of another, such as "
+            "Stable Diffusion 3's.",
             "It has no convolutions around the latent: ours are identities, and once they are trained, it cannot go "
-            "out in its own names any more."
+            "out in its own names any more.",
         ]
     known = " (Stable Diffusion 1 and 2: mean 0, std 1 / 0.18215; XL: 1 / 0.13025)" if channels == 4 else ""
     return None, [f"Nothing says how models on it scale its latents: --statistics FILE does{known}."]
