@@ -1,7 +1,8 @@
 """From a foreign checkpoint to a run folder: the families that can be converted, told apart by their tensors' names."""
 
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from ldm.errors import CheckpointError, ConfigError
@@ -12,7 +13,7 @@ from ldm.interop.diffusers_models import autoencoder as diffusers_autoencoder
 from ldm.interop.diffusers_models import folder as diffusers_folder
 from ldm.interop.dit import model as dit
 from ldm.interop.exports import own_format as own_export
-from ldm.interop.models import Family, Request
+from ldm.interop.models import Converted, Family, FirstStage, Request
 from ldm.interop.sources import Source
 
 __all__ = ["FAMILIES", "Request", "convert", "recognized"]
@@ -51,14 +52,34 @@ def convert(
     """
     source = sources.read(path, config)
     family = recognized(source)
+    _check_request(path, family, request)
+    for model in family.convert(source, request):
+        for folder in runs.write(_licensed(model, license), source, request, logdir, name):
+            origin = json.loads(folder.origin_file.read_text(encoding="utf-8"))
+            yield f"{folder.path}  from {origin['source']} ({origin['family']}; license: {origin['license']})"
+
+
+def _check_request(path: Path, family: Family, request: Request) -> None:
+    """ConfigError for what is asked and would be ignored."""
     if request.family not in (None, *family.kinds):
         kinds = f"one of {', '.join(family.kinds)}" if family.kinds else "no --family, since such a file tells its own"
         raise ConfigError(f"{path}: is a {family.name}; expected {kinds}, found --family {request.family}")
-    for model in family.convert(source, request):
-        if license is not None:
-            model = replace(model, origin=replace(model.origin, license=license))
-        for folder in runs.write(model, source, request, logdir, name):
-            yield f"{folder.path}  from {source.path.name} ({model.origin.family}; license: {model.origin.license})"
+    for one in fields(Request):
+        if one.name not in ("family", *family.takes) and getattr(request, one.name) is not None:
+            raise ConfigError(
+                f"{path}: is a {family.name}, of which --{one.name.replace('_', '-')} says nothing; leave it out"
+            )
+
+
+def _licensed(model: Converted, license: str | None) -> Converted:
+    """Under this license, with the first stage out of the same file; as they are if it is None."""
+    if license is None:
+        return model
+    model = replace(model, origin=replace(model.origin, license=license))
+    if isinstance(model, FirstStage) or model.first_stage is None or model.first_stage.source is not None:
+        return model
+    first = model.first_stage
+    return replace(model, first_stage=replace(first, origin=replace(first.origin, license=license)))
 
 
 def recognized(source: Source) -> Family:

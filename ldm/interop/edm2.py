@@ -19,7 +19,7 @@ from ldm.diffusion.networks.edm2 import HEAD_CHANNELS
 from ldm.errors import CheckpointError, ConfigError
 from ldm.interop import statistics, unit_range
 from ldm.interop.models import Denoiser, Family, Origin, Request, node, shapes
-from ldm.interop.sources import Source
+from ldm.interop.sources import Source, number
 from ldm.interop.tables import SAME, Change, Dropped, Entry, each, to_ours
 
 MARKS = ("unet.emb_fourier.freqs", "unet.emb_noise.weight", "unet.out_conv.weight", "unet.out_gain")
@@ -47,25 +47,33 @@ _IN_BLOCK = {
     "qkv.weight": "attn_qkv.weight",
     "out.weight": "attn_proj.weight",
 }
+# Settings that their tensors do not show, and what ours computes.
+_FIXED = {"label_balance": 0.5, "concat_balance": 0.5, "res_balance": 0.3, "attn_balance": 0.3, "clip_act": 256}
+_FIXED |= {"channels_per_head": HEAD_CHANNELS}
 _SCALAR = each(lambda tensor: tensor.reshape(1), lambda tensor: tensor[0])
 
 
 def convert(source: Source, request: Request) -> Sequence[Denoiser]:
     """The model of a file; of one of latents also the autoencoder that it takes them from, fitted to its range."""
+    for key, must in _FIXED.items():
+        if (found := source.config.get(key, must)) != must:
+            raise ConfigError(f"{source.path}: {key} in its description: expected {must}, as published, found {found}")
     side, sizes = _architecture(source)
     classes, pixels = sizes["vector_channels"], sizes["in_channels"] == 3
     levels = (-0.8, 1.6) if pixels else (-0.4, 1.0)
     params: dict[str, Any] = {
         "network": node(_NETWORK, **sizes),
-        "conditioner": node("diffusion.conditioners.classes.ClassOneHot", num_classes=classes),
+        "conditioner": node("diffusion.conditioners.base.Unconditional")
+        if classes is None
+        else node("diffusion.conditioners.classes.ClassOneHot", num_classes=classes),
         "objective": node(
             "diffusion.objectives.EDM",
             levels=node(
                 "diffusion.noise_levels.LogNormal",
                 mean=_number(source, "P_mean", levels[0]),
-                std=_number(source, "P_std", levels[1]),
+                std=_number(source, "P_std", levels[1], 0),
             ),
-            sigma_data=_number(source, "sigma_data", SIGMA_DATA),
+            sigma_data=_number(source, "sigma_data", SIGMA_DATA, 0),
         ),
         "label_dropout": 0.0,
     }
@@ -161,10 +169,10 @@ def _scale(source: Source, request: Request, channels: int) -> tuple[list[float]
     if request.statistics is not None:
         return statistics.read(request.statistics, channels)
     scale, bias = source.config.get("encoder_scale"), source.config.get("encoder_bias")
-    if scale is not None and bias is not None:  # theirs: latent * scale + bias
+    if scale is not None or bias is not None:  # theirs: latent * scale + bias
         try:
-            std = [1 / one for one in scale]
-            mean = [-one * width for one, width in zip(bias, std, strict=True)]
+            std = [1 / one for one in scale or ()]
+            mean = [-one * width for one, width in zip(bias or (), std, strict=True)]
         except (TypeError, ValueError, ZeroDivisionError) as error:
             raise ConfigError(
                 f"{source.path}: its JSON's encoder_scale and encoder_bias: expected a number each for {channels} "
@@ -182,11 +190,8 @@ def _scale(source: Source, request: Request, channels: int) -> tuple[list[float]
     )
 
 
-def _number(source: Source, key: str, default: float) -> float:
-    value = source.config.get(key, default)
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise ConfigError(f"{source.path}: {key} in its description: expected a finite number, found {value!r}")
-    return float(value)
+def _number(source: Source, key: str, default: float, least: float = -math.inf) -> float:
+    return number(source.config.get(key, default), f"{source.path}: {key} in its description", least)
 
 
 def _notes(source: Source, pixels: bool, refitted: bool) -> list[str]:
@@ -201,4 +206,4 @@ def _notes(source: Source, pixels: bool, refitted: bool) -> list[str]:
     return notes
 
 
-FAMILY = Family(name="EDM2", marks=(MARKS,), convert=convert)
+FAMILY = Family(name="EDM2", marks=(MARKS,), convert=convert, takes=("autoencoder", "statistics"))

@@ -66,6 +66,7 @@ class FirstStage:
         statistics: {"mean", "std"} of its latents per channel, as models on it are trained: z = (latent - mean) / std.
             A scale factor is 1 / std and a shift the mean. They become the run's facts and `Codec.statistics`, in the
             place of what validation would measure. None: nothing says.
+        source: what its weights are of; None: of the file that is converted.
     """
 
     name: str
@@ -74,6 +75,7 @@ class FirstStage:
     resolution: int
     origin: Origin
     statistics: Mapping[str, Any] | None = None
+    source: Source | None = None
 
 
 @dataclass(frozen=True)
@@ -122,12 +124,14 @@ class Family:
         marks: for each way in which such a file is known: what must all be in it, names of tensors, or `class NAME` for
             the class that a folder's config.json names.
         convert: makes our models of it.
+        takes: fields of `Request` that it reads; any other that is given is refused.
         kinds: words for `Request.family`, if its files do not tell for themselves what they are.
     """
 
     name: str
     marks: Sequence[Sequence[str]]
     convert: Callable[[Source, Request], Sequence[Converted]]
+    takes: Sequence[str]
     kinds: Sequence[str] = ()
 
     def likeness(self, names: set[str]) -> float:

@@ -47,7 +47,7 @@ def write(converted: Converted, source: Source, request: Request, logdir: Path, 
     """
     name = name or converted.name
     if isinstance(converted, FirstStage):
-        return [_publish(logdir, name, lambda _: _autoencoder_run(converted, name, source))]
+        return [_publish(logdir, name, lambda _: _autoencoder_run(converted, name, converted.source or source))]
     written = []
     if converted.first_stage is not None:
         written = write(converted.first_stage, source, request, logdir, f"{name}_autoencoder")
@@ -201,9 +201,9 @@ def _publish(
         write_files: writes what else belongs into it.
     """
     run_folder.check_name(name)
-    logdir.mkdir(parents=True, exist_ok=True)
     folder = _free(logdir, name)
     state = run(folder)
+    logdir.mkdir(parents=True, exist_ok=True)
     aside = RunFolder(files.temporary(logdir / f".{name}"))
     try:
         aside.make()

@@ -8,6 +8,7 @@ the model is under (Lightning); the parts of a pipeline and of a pair are the fi
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ldm.errors import CheckpointError, ConfigError
 from ldm.interop import weight_files
+from ldm.interop.tables import renamed
 from ldm.interop.weight_files import SUFFIXES, first_line
 from ldm.weights.cache import sha256
 
@@ -94,9 +96,37 @@ def read(path: Path, config: Path | None = None) -> Source:
     beside = next((one for one in map(path.with_suffix, (".yaml", ".yml", ".json")) if one.is_file()), None)
     found = config or beside
     tensors, rest = weight_files.read(path)
-    model = {name.removeprefix("state_dict."): one for name, one in tensors.items() if not name.startswith(_OPTIMIZERS)}
+    model = {name: one for name, one in tensors.items() if not name.startswith(_OPTIMIZERS)}
+    model = renamed(model, lambda name: name.removeprefix("state_dict."), str(path))
     description = {} if found is None else _description(found)
     return Source(path, model, rest, description, {path.name: sha256(path)}, len(tensors) - len(model))
+
+
+def number(value: Any, origin: str, least: float = -math.inf) -> float:
+    """A finite number of a description; a text too, since YAML reads 1e-4, without a point, as one.
+
+    Args:
+        origin: file and key, for the message.
+        least: what it must be above.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        found = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        found = math.nan
+    if not (math.isfinite(found) and found > least):
+        above = "" if least == -math.inf else f" above {least:g}"
+        raise ConfigError(f"{origin}: expected a number{above}, found {value!r}")
+    return found
+
+
+def whole(value: Any, origin: str) -> int:
+    """The same of a whole number from 1 on."""
+    if (found := number(value, origin, 0)) != int(found):
+        raise ConfigError(f"{origin}: expected a whole number, found {value!r}")
+    return int(found)
 
 
 def _folder(path: Path, config: Path | None) -> Source:
@@ -122,7 +152,10 @@ def _folder(path: Path, config: Path | None) -> Source:
     files = _weight_files(path)
     tensors: dict[str, Tensor] = {}
     for file in files:
-        tensors |= weight_files.read(file)[0]
+        part = weight_files.read(file)[0]
+        if twice := sorted(tensors.keys() & part.keys()):
+            raise CheckpointError(f"{file}: {twice[0]} is in another file of the folder, too. Get the files again.")
+        tensors |= part
     return Source(path, tensors, {}, _description(description), {file.name: sha256(file) for file in files})
 
 

@@ -6,6 +6,7 @@ one tensor too many, one too few or one of another shape does not fit. The keys 
 
 import fnmatch
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -183,6 +184,16 @@ def check_complete(table: Table, shapes: Mapping[str, torch.Size]) -> None:
     assert {*ours} == shapes.keys(), f"not in both: {sorted({*ours} ^ shapes.keys())[:8]}"
 
 
+def renamed(tensors: Mapping[str, Tensor], rename: Callable[[str], str], origin: str) -> dict[str, Tensor]:
+    """The same tensors under other names; CheckpointError where two would get one name, and one be lost."""
+    made = {rename(name): tensor for name, tensor in tensors.items()}
+    if len(made) < len(tensors):
+        twice = listed("there twice", _twice([*map(rename, tensors)]))
+        said = f"{origin}: holds tensors that differ in a prefix of their names alone."
+        raise CheckpointError("\n".join([said, *twice]))
+    return made
+
+
 def _misshapen(table: Table, tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, str]:
     """{name of theirs: "expected [...], found [...]"}, expected of what our shapes become in their arrangement."""
     wrong = {}
@@ -224,4 +235,4 @@ def listed(what: str, lines: Iterable[str]) -> list[str]:
 
 
 def _twice(names: Sequence[str]) -> list[str]:
-    return sorted({name for name in names if names.count(name) > 1})[:8]
+    return sorted(name for name, count in Counter(names).items() if count > 1)[:8]

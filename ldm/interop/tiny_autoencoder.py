@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ldm.errors import CheckpointError
-from ldm.interop.compvis.first_stage_training import number, perceptual
+from ldm.interop.compvis.first_stage_training import perceptual
 from ldm.interop.models import Family, FirstStage, Origin, Request, node, shapes
-from ldm.interop.sources import Source
+from ldm.interop.sources import Source, number
 from ldm.interop.tables import Entry, layer, to_ours, under
 
 NAME = "TAESD"
@@ -46,7 +46,8 @@ def convert(source: Source, request: Request) -> Sequence[FirstStage]:
     # Nothing is drawn, so there is nothing to regularize.
     loss = node("autoencoder.losses.AutoencoderLoss", kl_weight=0.0, learn_logvar=False, **terms)
     channels = params["encoder"]["params"]["latent_channels"]
-    shift, factor = (number(source.config.get(f"{name}_factor"), none) for name, none in (("shift", 0), ("scaling", 1)))
+    shift = number(source.config.get("shift_factor") or 0.0, f"{where}: shift_factor")
+    factor = number(source.config.get("scaling_factor", 1.0), f"{where}: scaling_factor", 0)
     notes = [
         "Its latents are scaled already, as models of the large autoencoder see them.",
         "Its training, by the large autoencoder, has no counterpart here: it goes on as any other autoencoder.",
@@ -125,4 +126,6 @@ def _half(num_blocks: Sequence[int], place: int, decoder: bool) -> list[Entry]:
     return [*entries, *layer("conv_out", f"{place}")]
 
 
-FAMILY = Family(name=NAME, marks=(_PAIR, (f"class {_CLASS}",), _LONE_ENCODER, _LONE_DECODER), convert=convert)
+FAMILY = Family(
+    name=NAME, marks=(_PAIR, (f"class {_CLASS}",), _LONE_ENCODER, _LONE_DECODER), convert=convert, takes=("resolution",)
+)

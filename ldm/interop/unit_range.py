@@ -8,6 +8,8 @@ from ldm.checkpoints import store
 from ldm.config.tree import current_plain
 from ldm.errors import ConfigError
 from ldm.interop.models import FirstStage, Origin, node
+from ldm.interop.sources import Source
+from ldm.weights.cache import sha256
 
 _ENCODER = "ldm.autoencoder.networks.Encoder"
 _PARTS = ("encoder", "decoder", "quantizer")
@@ -56,4 +58,6 @@ def fitted(path: Path | None) -> FirstStage | None:
         notes=[f"Its weights are those of {verified.path}, with the decoder's last layer scaled."],
     )
     resolution = config.get("data", {}).get("params", {}).get("resolution") or 256
-    return FirstStage(path.stem, params, weights, resolution, origin)
+    file = verified.path
+    source = Source(file, {}, sha256={file.name: sha256(file)})
+    return FirstStage(path.stem, params, weights, resolution, origin, source=source)

@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -138,11 +139,15 @@ def _read_torch(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{file}: expected a dictionary of tensors, found {type(loaded).__name__}")
     try:
-        leaves = dict(islice(_leaves(loaded), _LEAVES + 1))
+        walked = [*islice(_leaves(loaded), _LEAVES + 1)]
     except RecursionError:
-        leaves = None
-    if leaves is None or len(leaves) > _LEAVES:
+        walked = None
+    if walked is None or len(walked) > _LEAVES:
         raise CheckpointError(f"{file}: holds itself, or more than {_LEAVES:,} values: not a checkpoint")
+    leaves = dict(walked)
+    if len(leaves) < len(walked):
+        ((twice, _),) = Counter(key for key, _ in walked).most_common(1)
+        raise CheckpointError(f"{file}: holds two values under one name, once in dictionaries and once flat: {twice}")
     tensors = {name: leaf.detach() for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
     return tensors, {name: leaf for name, leaf in leaves.items() if name not in tensors}
 

@@ -1,5 +1,6 @@
 """`ldm convert`: exit codes, one message, nothing half-written."""
 
+import json
 import pickle
 import struct
 import sys
@@ -7,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from ldm.autoencoder.codec import Codec
 from ldm.cli import convert
-from tests.interop import foreign
+from tests.interop import compvis_files, dit_files, foreign
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +32,20 @@ def test_a_first_stage(file, capsys):
     (run,) = Path("logs").glob("*_mine")
     assert f"{run}  from own.safetensors (CompVis first stage; license: CC0-1.0)" in capsys.readouterr().out
     assert Codec.load(run).size == (32, 32)
+
+
+def test_a_license_is_that_of_both_runs_of_a_file(capsys):
+    kind, size = compvis_files.KINDS["celeba"], compvis_files.SIZES["one level"]
+    torch.save(compvis_files.tiny(kind, size), "own.ckpt")
+    Path("own.yaml").write_text(yaml.safe_dump(compvis_files.yaml_of(kind, size)))
+    assert convert.main(["own.ckpt", "--license", "CC0-1.0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition("  ")[2] for line in lines] == [
+        "from own.ckpt (CompVis first stage; license: CC0-1.0)",
+        "from own.ckpt (CompVis latent diffusion; license: CC0-1.0)",
+    ]
+    for run in Path("logs").iterdir():
+        assert json.loads((run / "origin.json").read_text())["license"] == "CC0-1.0"
 
 
 def test_its_yaml_is_found_beside_it_and_nothing_of_it_is_imported(file):
@@ -104,6 +120,8 @@ def test_what_cannot_be_converted_is_one_message(name, capsys):
         (["--config", "missing.yaml"], "missing.yaml: cannot be read as a model's description"),
         (["--config", "own.safetensors"], "cannot be read as a model's description"),
         (["--statistics", "missing.json"], "missing.json: cannot be read as the latents' statistics"),
+        (["--autoencoder", "logs"], "is a CompVis first stage, of which --autoencoder says nothing; leave it out"),
+        (["--text-encoder", "logs"], "is a CompVis first stage, of which --text-encoder says nothing; leave it out"),
         (["--resolution", "0"], "--resolution"),
         (["--resolutoin", "8"], "--resolution"),
     ],
@@ -111,4 +129,21 @@ def test_what_cannot_be_converted_is_one_message(name, capsys):
 def test_what_is_asked_wrongly_is_one_message(words, said, file, capsys):
     assert convert.main([str(file), *words]) == 2
     assert said in capsys.readouterr().err
+    assert not Path("logs").exists()
+
+
+def test_a_model_with_its_first_stage_takes_no_other(capsys):
+    kind, size = compvis_files.KINDS["celeba"], compvis_files.SIZES["one level"]
+    torch.save(compvis_files.tiny(kind, size), "own.ckpt")
+    Path("own.yaml").write_text(yaml.safe_dump(compvis_files.yaml_of(kind, size)))
+    assert convert.main(["own.ckpt", "--autoencoder", "elsewhere"]) == 2
+    assert "own.ckpt: holds its first stage; leave out --autoencoder" in capsys.readouterr().err
+    assert not Path("logs").exists()
+
+
+def test_nothing_is_left_of_a_model_whose_autoencoder_is_not_there(capsys):
+    torch.save(dit_files.tensors(48, 1), "own.pt")
+    Path("own.yaml").write_text("num_heads: 4")
+    assert convert.main(["own.pt", "--family", "dit", "--autoencoder", "elsewhere"]) == 4
+    assert "elsewhere" in capsys.readouterr().err
     assert not Path("logs").exists()

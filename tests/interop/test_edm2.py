@@ -13,7 +13,7 @@ from torch import nn
 
 from ldm.autoencoder.codec import Codec
 from ldm.config.load import build
-from ldm.diffusion.conditioners.base import Conditioning
+from ldm.diffusion.conditioners.base import Conditioning, Unconditional
 from ldm.errors import CheckpointError, ConfigError
 from ldm.interop import convert, edm2, sources
 from ldm.interop.models import Request, node, shapes
@@ -114,6 +114,8 @@ def test_a_converted_run_samples_in_its_own_range(tmp_path):
     assert [one.size for one in pipeline.generate([1], [{"class_label": 3}], steps=2)] == [(32, 32)]
     assert any("0.135" in note for note in json.loads((model / "origin.json").read_text())["notes"])
     before, after = Codec.load(given), Codec.load(autoencoder)
+    origin = json.loads((autoencoder / "origin.json").read_text())
+    assert (origin["source"], [*origin["sha256"]]) == ("step=7.ckpt", ["step=7.ckpt"])
     images, latents = 2 * torch.rand(2, 3, 16, 16) - 1, torch.randn(2, 4, 4, 4)
     for found, expected in zip(after.encode(images), before.encode((images + 1) / 2), strict=True):
         torch.testing.assert_close(found, expected)
@@ -138,6 +140,12 @@ def test_pixels_need_no_autoencoder(tmp_path):
     assert [one.size for one in pipeline.generate([1], [{"class_label": 3}], steps=2)] == [(8, 8)]
 
 
+def test_a_network_without_classes_reads_no_condition(tmp_path):
+    """Or previews would ask it for the classes of the pictures that it goes on with."""
+    [one] = edm2.convert(sources.read(saved(tmp_path, theirs(SIZES[1]))), Request())
+    assert isinstance(build(one.params["conditioner"]), Unconditional)
+
+
 def test_latents_without_an_autoencoder_are_refused(tmp_path):
     file = saved(tmp_path, theirs(SIZES[0]))
     with pytest.raises(ConfigError, match="--autoencoder RUN"):
@@ -155,7 +163,15 @@ def test_what_the_pickle_knows_is_used(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "said", [{"sigma_data": "much"}, {"encoder_scale": [1, 0, 1, 1], "encoder_bias": [0] * 4}, {"P_std": float("nan")}]
+    "said",
+    [
+        {"sigma_data": "much"},
+        {"encoder_scale": [1, 0, 1, 1], "encoder_bias": [0] * 4},
+        {"encoder_scale": [1] * 4},
+        {"P_std": float("nan")},
+        {"P_std": 0},
+        {"res_balance": 0.5},
+    ],
 )
 def test_a_description_that_makes_no_sense_is_refused(tmp_path, said):
     with pytest.raises(ConfigError, match="expected"):

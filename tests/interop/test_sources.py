@@ -69,6 +69,28 @@ def test_a_folder_with_its_config_and_files_in_parts(tmp_path):
 # ---- files that are not what they should be ----
 
 
+@pytest.mark.parametrize(
+    ("saved", "said"),
+    [
+        ({"state_dict": TENSORS, "b": torch.tensor(4)}, "in a prefix of their names alone.\n  there twice (1):\n"),
+        ({"a": {"weight": torch.zeros(1)}, "a.weight": torch.ones(1)}, "two values under one name"),
+        ({1: torch.zeros(1), "1": torch.ones(1)}, "once flat: 1"),
+    ],
+)
+def test_two_tensors_that_would_get_one_name(saved, said, tmp_path):
+    torch.save(saved, tmp_path / "a.ckpt")
+    assert said in refusal(tmp_path / "a.ckpt")
+
+
+def test_a_tensor_in_two_files_of_a_folder(tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    index = {"weight_map": {"a.weight": "one.safetensors", "b": "two.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    for name in ("one", "two"):
+        save_file(TENSORS, tmp_path / f"{name}.safetensors")
+    assert "two.safetensors: a.weight is in another file of the folder" in refusal(tmp_path)
+
+
 class Touch:
     """Runs code when it is unpickled by anything that runs code."""
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderTiny
 
 from ldm.autoencoder.codec import Codec
-from ldm.errors import CheckpointError
+from ldm.errors import CheckpointError, ConfigError
 from ldm.interop import sources
 from ldm.interop.convert import convert, recognized
 from ldm.interop.models import Request
@@ -99,3 +99,12 @@ def test_a_larger_kin_is_refused_by_name(tmp_path):
     with pytest.raises(CheckpointError, match=r"in no place of this model \(1\):\n    encoder\.3\.pool\.0\.weight"):
         run_of(tmp_path, tmp_path / "logs")
     assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize("said", [{"scaling_factor": 0}, {"scaling_factor": "x"}, {"shift_factor": [1]}])
+def test_a_scale_that_makes_no_sense_is_named(said, tmp_path):
+    foreign.tiny(tmp_path)
+    (tmp_path / "own.json").write_text(json.dumps(said))
+    source = sources.read(tmp_path / "taesd_encoder.pth", tmp_path / "own.json")
+    with pytest.raises(ConfigError, match=f"{next(iter(said))}: expected a number"):
+        FAMILY.convert(source, Request())

@@ -11,7 +11,7 @@ from ldm.config.load import build
 from ldm.errors import ConfigError
 from ldm.interop.compvis.published import PUBLISHED, Published
 from ldm.interop.models import node
-from ldm.interop.sources import Source
+from ldm.interop.sources import Source, number, whole
 
 # What CompVis' LatentDiffusion takes where a YAML says nothing (ldm/models/diffusion/ddpm.py).
 _THEIR_DEFAULTS = {
@@ -71,23 +71,19 @@ class Description:
         said = [one.params.get(key, _THEIR_DEFAULTS.get(key)) for one in self._agreeing]
         return self._only(f"model.params.{key}", said)
 
-    def number(self, key: str) -> float:
-        """The setting; ConfigError if it is not a finite number."""
-        found = self.setting(key)
-        try:
-            value = float(found)  # YAML reads 1e-4, without a point, as a text
-        except (TypeError, ValueError):
-            value = math.nan
-        if not math.isfinite(value):
-            raise ConfigError(f"{self.path}: model.params.{key}: expected a number, found {found!r}")
-        return value
+    def number(self, key: str, least: float = -math.inf) -> float:
+        """The setting; ConfigError if it is not a finite number above that."""
+        return number(self.setting(key), self._key(key), least)
+
+    def _key(self, name: str) -> str:
+        return f"{self.path}: model.params.{name}"
 
     def heads(self) -> dict[str, int]:
         """{"num_heads": n} or {"num_head_channels": n}, of our UNet."""
         unet = part(self.params, "unet_config")
-        written = {key: unet[key] for key in ("num_head_channels", "num_heads") if unet.get(key, -1) != -1}
-        for key, value in written.items():  # theirs ignores num_heads beside num_head_channels
-            return {key: int(value)}
+        for key in ("num_head_channels", "num_heads"):  # theirs ignores num_heads beside num_head_channels
+            if (value := unet.get(key, -1)) != -1:
+                return {key: whole(value, self._key(f"unet_config.params.{key}"))}
         found = self._only("model.params.unet_config.params.num_heads", [dict(one.heads) for one in self.alike])
         return dict(found)
 
@@ -100,7 +96,7 @@ class Description:
         agreeing, written = self._agreeing, self.params.get("image_size")
         misled = written is not None and [*agreeing] != [] and all(one.misleading_size == written for one in agreeing)
         if written is not None and not misled:
-            return int(written)
+            return whole(written, self._key("image_size"))
         if not agreeing:
             return None
         return int(self._only("model.params.image_size", [one.params["image_size"] for one in agreeing]))
@@ -113,11 +109,11 @@ class Description:
                 YAML gives no `ucg_rate`.
         """
         written = part(self.params, "cond_stage_config").get("ucg_rate", self.params.get("ucg_rate"))
-        return float(
-            written
-            if written is not None
-            else max((one.label_dropout for one in self.alike if knows_null(one)), default=0.0)
-        )
+        if written is None:
+            return max((one.label_dropout for one in self.alike if knows_null(one)), default=0.0)
+        if not 0 <= (rate := number(written, self._key("ucg_rate"))) < 1:
+            raise ConfigError(f"{self._key('ucg_rate')}: expected a share from 0 to below 1, found {written!r}")
+        return rate
 
     def objective(self) -> dict[str, Any]:
         """The node of our objective.
@@ -126,7 +122,8 @@ class Description:
             ConfigError: a schedule, prediction or loss that ldm does not have.
         """
         prediction = self._known("parameterization", _PREDICTIONS)
-        parts: dict[str, Any] = {"schedule": self._schedule(), "steps": int(self.number("timesteps"))}
+        steps = whole(self.setting("timesteps"), self._key("timesteps"))
+        parts: dict[str, Any] = {"schedule": self._schedule(), "steps": steps}
         if prediction != "Eps":
             parts["prediction"] = node(f"diffusion.predictions.{prediction}")
         if self._known("loss_type", {"l1": "Absolute", "l2": "Squared"}) == "Absolute":
@@ -138,13 +135,13 @@ class Description:
     def scale(self, source: Source) -> float:
         """What latents are multiplied by: the file's own buffer before everything else."""
         if (buffer := source.tensors.get("scale_factor")) is not None:
-            return float(buffer)
+            return number(buffer, f"{self.path}: its tensor scale_factor", 0)
         if self.setting("scale_by_std") and self.number("scale_factor") == 1:
             raise ConfigError(
                 f"{self.path}: model.params.scale_factor: this model's latents were scaled by their own deviation "
                 f"(scale_by_std), and the file does not hold the factor: write it into the YAML"
             )
-        return self.number("scale_factor")
+        return self.number("scale_factor", 0)
 
     def _schedule(self) -> dict[str, Any]:
         if self.params.get("given_betas") is not None:
@@ -153,12 +150,13 @@ class Description:
         kind = self._known("beta_schedule", {"linear": "SqrtLinear", "sqrt_linear": "Linear", "cosine": "Cosine"})
         if kind == "Cosine":
             return node("diffusion.noise_schedules.Cosine", offset=self.number("cosine_s"))
-        ends = {"start": self.number("linear_start"), "end": self.number("linear_end")}
+        ends = {"start": self.number("linear_start", 0), "end": self.number("linear_end", 0)}
         return node(f"diffusion.noise_schedules.{kind}", **ends)
 
     def _known(self, key: str, names: Mapping[str, str]) -> str:
-        if (found := self.setting(key)) not in names:
-            raise ConfigError(f"{self.path}: model.params.{key}: expected {' or '.join(names)}, found {found!r}")
+        found = self.setting(key)
+        if not isinstance(found, str) or found not in names:
+            raise ConfigError(f"{self._key(key)}: expected {' or '.join(names)}, found {found!r}")
         return names[found]
 
     def _only(self, key: str, said: Sequence[Any]) -> Any:

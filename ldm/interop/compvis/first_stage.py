@@ -18,7 +18,7 @@ from ldm.interop.compvis import first_stage_training
 from ldm.interop.compvis.first_stage_table import table
 from ldm.interop.models import Family, FirstStage, Origin, Request, node, shapes
 from ldm.interop.sources import Source
-from ldm.interop.tables import Dropped, Entry, to_ours
+from ldm.interop.tables import Dropped, Entry, renamed, to_ours
 from ldm.layers import group_norm
 
 NAME = "CompVis first stage"
@@ -46,7 +46,8 @@ _GROUPS = 32
 def convert(source: Source, request: Request) -> Sequence[FirstStage]:
     """The first stage of a file that holds it alone."""
     prefix = next(one for one in PREFIXES if f"{one}{MARKS[0]}" in source.tensors)
-    return [first_stage({name.removeprefix(prefix): one for name, one in source.tensors.items()}, source, request)]
+    tensors = renamed(source.tensors, lambda name: name.removeprefix(prefix), str(source.path))
+    return [first_stage(tensors, source, request)]
 
 
 def first_stage(tensors: Mapping[str, Tensor], source: Source, request: Request) -> FirstStage:
@@ -207,8 +208,10 @@ def _statistics(
         return {"mean": [0.0] * channels, "std": [1 / factor] * channels}, []
     if channels == 16 and MARKS[0] in source.tensors and "quant_conv.weight" not in source.tensors:
         return {name: [value] * channels for name, value in FLUX.items()}, [
+            "Its latents' shift and scale are taken to be FLUX.1's; --statistics FILE says those of another, such as "
+            "Stable Diffusion 3's.",
             "It has no convolutions around the latent: ours are identities, and once they are trained, it cannot go "
-            "out in its own names any more."
+            "out in its own names any more.",
         ]
     known = " (Stable Diffusion 1 and 2: mean 0, std 1 / 0.18215; XL: 1 / 0.13025)" if channels == 4 else ""
     return None, [f"Nothing says how models on it scale its latents: --statistics FILE does{known}."]
@@ -230,4 +233,5 @@ FAMILY = Family(
     name=NAME,
     marks=[[f"{prefix}{mark}" for mark in MARKS] for prefix in PREFIXES],
     convert=convert,
+    takes=("resolution", "statistics"),
 )

@@ -79,6 +79,8 @@ def _first_stage(source: Source, request: Request, description: Description) -> 
     """The first stage, and the side of its latents."""
     tensors = source.part(FIRST_STAGE)
     if tensors:
+        if request.autoencoder is not None:
+            raise ConfigError(f"{source.path}: holds its first stage; leave out --autoencoder")
         first = compvis_first_stage.first_stage(tensors, source, request)
         factor = 2 ** (len(first.params["encoder"]["params"]["channel_mult"]) - 1)
         if request.resolution is not None:
@@ -136,4 +138,5 @@ FAMILY = Family(
         (f"{NETWORK}input_blocks.0.0.weight", f"{NETWORK}middle_block.0.in_layers.0.weight", f"{NETWORK}out.2.weight"),
     ),
     convert=convert,
+    takes=("autoencoder", "resolution", "text_encoder"),
 )

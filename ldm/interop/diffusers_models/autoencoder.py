@@ -269,4 +269,9 @@ def _resolution(config: Mapping[str, Any], where: str) -> int:
     raise ConfigError(f"{where}: sample_size={size!r}: expected the side of the images; say it: --resolution PIXELS")
 
 
-FAMILY = Family(name="diffusers first stage", marks=(("class AutoencoderKL",), ("class VQModel",)), convert=convert)
+FAMILY = Family(
+    name="diffusers first stage",
+    marks=(("class AutoencoderKL",), ("class VQModel",)),
+    convert=convert,
+    takes=("resolution",),
+)

@@ -119,6 +119,8 @@ def _first_stage(source: Source, request: Request) -> FirstStage | None:
     part = next((name for name in _FIRST_STAGES if isinstance(source.config.get(name), Mapping)), None)
     if part is None:
         return None
+    if request.autoencoder is not None:
+        raise ConfigError(f"{source.path}: holds its first stage, {part}; leave out --autoencoder")
     config = source.config[part]
     if config.get("_class_name") not in autoencoder.DEFAULTS:
         raise CheckpointError(
@@ -234,4 +236,5 @@ FAMILY = Family(
         *((f"class transformer {name}",) for name in (dit.NAME, "Transformer2DModel")),
     ),
     convert=convert,
+    takes=("autoencoder", "resolution", "text_encoder"),
 )

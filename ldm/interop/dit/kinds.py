@@ -13,7 +13,7 @@ from torch import Tensor
 from ldm.errors import ConfigError
 from ldm.interop import statistics
 from ldm.interop.models import Request, node
-from ldm.interop.sources import Source
+from ldm.interop.sources import Source, number
 
 SD_SCALE = 0.18215
 """What Stable Diffusion's autoencoder's latents are multiplied by, all channels alike and not centered."""
@@ -61,6 +61,11 @@ def said(source: Source, word: str) -> Any:
     return None
 
 
+def _has(source: Source, section: str) -> bool:
+    """Whether the description or the file's own record of its training has this section."""
+    return any(section in key.split(".")[:-1] for tree in (_flat(source.config), source.rest) for key in tree)
+
+
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in tree.items():
@@ -86,11 +91,15 @@ def _sit_objective(source: Source) -> dict[str, Any]:
 
 
 def _lightning_objective(source: Source) -> dict[str, Any]:
-    """SiT's, with the levels and the direction's loss of the published models unless it is said otherwise."""
+    """SiT's, with the levels and the direction's loss that it says; of the published models where none of its YAML's
+    `transport` is known, whose silence means no.
+    """
     made = _sit_objective(source)
-    if said(source, "use_lognorm") is not False:
+    usual = not _has(source, "transport")
+    levels, direction = (said(source, word) for word in ("use_lognorm", "use_cosine_loss"))
+    if usual if levels is None else levels:
         made["params"]["levels"] = node("diffusion.noise_levels.LogitNormal")
-    if said(source, "use_cosine_loss") is not False:
+    if usual if direction is None else direction:
         made["params"]["direction_weight"] = 1.0
     return made
 
@@ -108,9 +117,15 @@ def _sd_scale(source: Source, request: Request, channels: int) -> tuple[list[flo
 
 
 def _measured_scale(source: Source, request: Request, channels: int) -> tuple[list[float], list[float]]:
-    """Of `latents_stats.pt`, which LightningDiT keeps beside its latents: z = (latent - mean) / std * multiplier."""
-    multiplier = float(said(source, "latent_multiplier") or 1.0)
-    if said(source, "latent_norm") is False:
+    """Of `latents_stats.pt`, which LightningDiT keeps beside its latents: z = (latent - mean) / std * multiplier.
+
+    A YAML's `data` that is silent means what their code then does, which is not what the published models do.
+    """
+    whole = _has(source, "data")
+    multiplier, normed = said(source, "latent_multiplier"), said(source, "latent_norm")
+    default = SD_SCALE if whole else 1.0
+    multiplier = number(default if multiplier is None else multiplier, f"{source.path}: latent_multiplier", 0)
+    if normed is False or (normed is None and whole):
         return [0.0] * channels, [1 / multiplier] * channels
     if request.statistics is None:
         raise ConfigError(

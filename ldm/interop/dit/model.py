@@ -21,7 +21,7 @@ from ldm.interop.dit.kinds import KINDS, Kind, kind_of, said
 from ldm.interop.dit.table import table
 from ldm.interop.models import Denoiser, Family, Origin, Request, node, shapes
 from ldm.interop.sources import Source
-from ldm.interop.tables import Dropped, to_ours, to_theirs
+from ldm.interop.tables import Dropped, renamed, to_ours, to_theirs
 
 MARKS = ("x_embedder.proj.weight", "t_embedder.mlp.0.weight", "final_layer.adaLN_modulation.1.weight")
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 24, 1792: 28}
@@ -97,7 +97,10 @@ def _parts(source: Source) -> dict[str, dict[str, Tensor]]:
     parts = {prefix: source.part(prefix) for prefix in prefixes} or {"": {}}
     others = {name: one for name, one in source.tensors.items() if not name.startswith(("model.", "ema."))}
     parts[next(iter(parts))] |= others
-    return {prefix: {_WRAPPERS.sub("", name): one for name, one in part.items()} for prefix, part in parts.items()}
+    return {
+        prefix: renamed(part, lambda name: _WRAPPERS.sub("", name), f"{source.path}{prefix and f', {prefix}'}")
+        for prefix, part in parts.items()
+    }
 
 
 def _fit(
@@ -169,13 +172,13 @@ def _heads(source: Source, tensors: Mapping[str, Tensor], width: int) -> int:
     for name, dims in (("feat_rope.freqs_cos", 2), ("blocks.0.attn.q_norm.weight", 1)):
         if name in tensors:
             return width // _shape(source, tensors, name, dims)[-1]
-    asked = said(source, "num_heads") or HEADS.get(width)
+    asked = HEADS.get(width) if said(source, "num_heads") is None else said(source, "num_heads")
     if asked is None:
         raise ConfigError(
             f"{source.path}: is {width} wide, which is no published width ({', '.join(map(str, HEADS))}), and the "
             f"number of attention heads is not in the file. Say it in a YAML, `num_heads: N`, with --config FILE"
         )
-    if not isinstance(asked, int) or asked < 1 or width % asked:
+    if type(asked) is not int or asked < 1 or width % asked:
         raise ConfigError(f"{source.path}: num_heads: expected a divisor of the width {width}, found {asked!r}")
     return asked
 
@@ -220,7 +223,10 @@ def _notes(kind: Kind, dropped: Mapping[str, int]) -> list[str]:
 
 FAMILY = Family(
     name="DiT, SiT or LightningDiT",
-    marks=[[f"{prefix}{mark}" for mark in MARKS] for prefix in ("", "module.", "ema.", "model.", "model.module.")],
+    marks=[
+        [f"{part}{wrapper}{mark}" for mark in MARKS] for part in ("", "ema.", "model.") for wrapper in ("", "module.")
+    ],
     convert=convert,
+    takes=("autoencoder", "statistics"),
     kinds=tuple(KINDS),
 )

@@ -88,4 +88,9 @@ def _origin(facts: Mapping[str, Any]) -> Origin:
     return Origin("ldm export", license=facts["license"], notes=notes)
 
 
-FAMILY = Family(name="ldm export", marks=((f"class {AUTOENCODER}",), (f"class {DIFFUSION}",)), convert=convert)
+FAMILY = Family(
+    name="ldm export",
+    marks=((f"class {AUTOENCODER}",), (f"class {DIFFUSION}",)),
+    convert=convert,
+    takes=("autoencoder", "resolution"),
+)

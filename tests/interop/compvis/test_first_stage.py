@@ -251,7 +251,9 @@ def test_a_discriminator_of_another_kind_is_left_out(odd):
 def test_statistics_that_are_known(tmp_path):
     assert model(foreign.first_stage()).statistics is None
     assert model(foreign.first_stage(codes=16)).statistics == {"mean": [0.0] * 4, "std": [1.0] * 4}
-    flux = model(foreign.first_stage(quant_convs=False, latent_channels=16)).statistics
+    taken_for_flux = model(foreign.first_stage(quant_convs=False, latent_channels=16))
+    assert any("taken to be FLUX.1's; --statistics" in note for note in taken_for_flux.origin.notes)
+    flux = taken_for_flux.statistics
     assert flux["mean"] == [0.1159] * 16
     assert flux["std"] == pytest.approx([1 / 0.3611] * 16)
     scaled = model(foreign.first_stage(), config=described(scale_factor=0.18215)).statistics

@@ -207,7 +207,7 @@ def test_names_of_schedules_are_the_wrong_way_round():
     ("wrong", "message"),
     [
         ({"linear_end": 0.012}, r"linear_end.*not those of the file.*0\.0015 to 0\.0195"),
-        ({"linear_end": "steep"}, r"linear_end: expected a number, found 'steep'"),
+        ({"linear_end": "steep"}, r"linear_end: expected a number above 0, found 'steep'"),
         ({"parameterization": "mu"}, r"parameterization: expected eps or x0 or v, found 'mu'"),
         ({"scale_by_std": True}, r"scale_factor: this model's latents were scaled by their own deviation"),
         ({"given_betas": [0.1]}, r"given_betas"),
@@ -235,6 +235,36 @@ def test_a_yaml_of_another_unet_is_refused(wrong):
     config["model"]["params"]["unet_config"]["params"] |= wrong
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         converted(tiny(kind, TWO), config)
+
+
+@pytest.mark.parametrize(
+    ("said", "key"),
+    [
+        ({"scale_factor": 0}, "scale_factor"),
+        ({"scale_factor": -1.0}, "scale_factor"),
+        ({"image_size": [8, 8]}, "image_size"),
+        ({"image_size": 0}, "image_size"),
+        ({"image_size": 7.5}, "image_size"),
+        ({"timesteps": 0}, "timesteps"),
+        ({"linear_start": -1.0}, "linear_start"),
+        ({"parameterization": ["eps"]}, "parameterization"),
+        ({"ucg_rate": "abc"}, "ucg_rate"),
+        ({"ucg_rate": 3}, "ucg_rate"),
+        ({"unet_config": {"params": {"num_heads": "x"}}}, "unet_config.params.num_heads"),
+        ({"unet_config": {"params": {"num_heads": None}}}, "unet_config.params.num_heads"),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_named(said, key):
+    kind = KINDS["cin"]
+    with pytest.raises(ConfigError, match=rf"model\.ckpt: model\.params\.{key}: expected .*, found"):
+        converted(tiny(kind, TWO), yaml_of(kind, TWO, **said))
+
+
+@pytest.mark.parametrize("factor", [torch.tensor(0.0), torch.ones(2)])
+def test_a_buffer_that_is_no_scale_is_named(factor):
+    kind = KINDS["celeba"]
+    with pytest.raises(ConfigError, match="its tensor scale_factor: expected a number above 0"):
+        converted(tiny(kind, TWO) | {"scale_factor": factor}, yaml_of(kind, TWO))
 
 
 def test_the_scale_is_the_buffers_before_the_yamls():

@@ -299,7 +299,7 @@ def test_lightningdit_needs_its_statistics(tmp_path):
     assert one.mean == [1, 2, 3, 4]
     assert one.std == [2, 2, 4, 4]
     assert "levels" not in one.params["objective"]["params"]
-    assert one.params["objective"]["params"]["direction_weight"] == 1.0
+    assert "direction_weight" not in one.params["objective"]["params"]  # theirs is off unless its YAML says it
 
 
 def test_sit_on_a_curved_path(tmp_path):
@@ -334,3 +334,51 @@ def test_published_sizes(inventory):
     parameters = sum(one.numel() for name, one in content.items() if not name.startswith("feat_rope."))
     expected = {"dit_xl_2_256": 675_129_632, "dit_xl_2_512": 676_014_368, "lightningdit_xl_1": 675_256_736}
     assert parameters == published["parameters"] == expected[inventory.stem]
+
+
+def test_two_tensors_that_differ_in_a_wrapper_alone(tmp_path):
+    tensors = theirs("dit", 64, 1)
+    path = saved(tmp_path, tensors | {f"module.{dit.MARKS[0]}": tensors[dit.MARKS[0]] + 1})
+    with pytest.raises(CheckpointError, match="differ in a prefix of their names alone"):
+        dit.convert(sources.read(path, four_heads(tmp_path)), Request(family="dit"))
+
+
+def test_an_average_alone_with_its_wrapper_is_known(tmp_path):
+    path = saved(tmp_path, {"ema": {f"module.{name}": one for name, one in theirs("dit", 64, 1).items()}})
+    assert convert.recognized(sources.read(path)) is dit.FAMILY
+
+
+@pytest.mark.parametrize(
+    ("yaml", "levels", "direction", "std"),
+    [
+        ("{}", True, True, 2.0),
+        ("{transport: {path_type: Linear}}", False, False, 2.0),
+        ("{transport: {use_lognorm: true}, data: {latent_norm: true}}", True, False, 2 / 0.18215),
+        ("data: {num_classes: 10}", True, True, 1 / 0.18215),
+        ("data: {latent_multiplier: 0.5, latent_norm: true}", True, True, 4.0),
+    ],
+)
+def test_what_a_yaml_of_lightningdit_does_not_say(yaml, levels, direction, std, tmp_path):
+    """Their code's defaults, where a section is there; the published models', where none is."""
+    path = saved(tmp_path, theirs("lightningdit", 64, 1, heads=4))
+    scale = saved(tmp_path, {"mean": torch.zeros(4), "std": torch.full((4,), 2.0)}, "s.pt")
+    (tmp_path / "net.yaml").write_text(yaml)
+    (made,) = dit.convert(sources.read(path), Request(family="lightningdit", statistics=scale))
+    params = made.params["objective"]["params"]
+    assert ("levels" in params, "direction_weight" in params) == (levels, direction)
+    assert made.std == pytest.approx([std] * 4)
+
+
+@pytest.mark.parametrize("value", ["abc", "0", "-1", "[1]"])
+def test_a_multiplier_that_is_none(value, tmp_path):
+    path = saved(tmp_path, theirs("lightningdit", 64, 1, heads=4))
+    (tmp_path / "net.yaml").write_text(f"latent_multiplier: {value}")
+    with pytest.raises(ConfigError, match="latent_multiplier: expected a number above 0"):
+        dit.convert(sources.read(path), request(tmp_path, "lightningdit"))
+
+
+@pytest.mark.parametrize("heads", ["0", "true"])
+def test_heads_that_are_none(heads, tmp_path):
+    (tmp_path / "net.yaml").write_text(f"num_heads: {heads}")
+    with pytest.raises(ConfigError, match="num_heads: expected a divisor of the width 64"):
+        dit.convert(sources.read(saved(tmp_path, theirs("dit", 64, 1))), Request(family="dit"))
