@@ -18,9 +18,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make safetensors of EDM2's pickle. Runs the code in the pickle.")
@@ -31,6 +28,8 @@ def main() -> None:
     if chosen.code is not None:
         sys.path.insert(0, str(chosen.code))
     file, out = chosen.pickle, chosen.out or chosen.pickle.with_suffix(".safetensors")
+    from safetensors.torch import save_file  # and torch: nobody waits for them who only asks for --help
+
     data = opened(file)
     network = data["ema"]
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named(network)}
@@ -62,7 +61,10 @@ def opened(file: Path) -> Any:
     return data
 
 
-def named(network: Any) -> list[tuple[str, torch.Tensor]]:
+def named(network: Any) -> list[tuple[str, Any]]:
+    """(name, tensor) of its state."""
+    import torch
+
     return [*network.state_dict().items()] if isinstance(network, torch.nn.Module) else []
 
 
@@ -84,6 +86,8 @@ def description(data: Any, file: Path) -> dict[str, Any]:
 
 
 def numbers(values: Any) -> list[float]:
+    import torch
+
     return [float(value) for value in torch.as_tensor(values).flatten()]
 
 

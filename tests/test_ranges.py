@@ -203,9 +203,15 @@ def test_a_fact_of_the_data_is_checked_once_it_is_known():
 # ---- every class that a YAML may name --------------------------------------------------------------------------
 
 
+# Goes into exported folders, where it is loaded without ldm: it can import no hints, and no YAML names it.
+CARRIED = "ldm.interop.diffusers_models.carried_pipeline"
+
+
 def targets() -> Iterator[type]:
     """Every class of ldm with a constructor of its own or of a parent's; records that only code makes are left out."""
     for found in pkgutil.walk_packages(ldm.__path__, "ldm."):
+        if found.name == CARRIED:
+            continue
         for name, made in vars(importlib.import_module(found.name)).items():
             if not inspect.isclass(made) or made.__module__ != found.name or name.startswith("_"):
                 continue

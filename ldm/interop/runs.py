@@ -122,7 +122,10 @@ def _denoiser_run(
     weights |= {f"ema.average.{key}": tensor for key, tensor in average.items()}
     weights |= {f"objective.{key}": tensor for key, tensor in converted.objective.items()}
     weights["ema._extra_state"] = {"images_seen": 0}
-    facts = {"kind": "diffusion", "latents": manifest.to_dict()}
+    facts: dict[str, Any] = {"kind": "diffusion", "latents": manifest.to_dict()}
+    if autoencoder is not None:
+        # A folder's newest checkpoint may be another one by the time that the run is gone on with.
+        facts["data"] = {"autoencoder": manifest.plan.autoencoder["weights"]}
     return untrained(config, facts, weights, converted.origin, source)
 
 
@@ -223,7 +226,7 @@ def fill(folder: RunFolder, state: dict[str, Any]) -> None:
     config, origin = state["ldm"]["config"], state["ldm"]["origin"]
     files.write_text(folder.origin_file, json.dumps(origin, indent=2) + "\n")
     files.write_text(folder.source_file, to_yaml(config))
-    files.write_text(folder.facts_file, "{}\n")
+    files.write_text(folder.facts_file, json.dumps(state["ldm"]["data"] or {}) + "\n")
     files.write_text(folder.config_file, to_yaml(config))
     folder.write_state(RunState("finished", 0, "converted", 0, f"checkpoints/{_CHECKPOINT}"))
 

@@ -147,12 +147,12 @@ def _continued(options: Options, folder: RunFolder, checkpoint: Path | None) -> 
         raise ConfigError(_SCALED)
     facts = json.loads(folder.facts_file.read_text()) if folder.facts_file.is_file() else None
     source = read(folder.source_file)
-    # A converted model has no data before its first start, which writes down what the data is.
-    is_trained = facts != {} or not folder.origin_file.is_file()
+    # Of a converted model's data no more than the autoencoder is known before its first start, which writes it down.
+    is_trained = facts is None or "batch_size" in facts or not folder.origin_file.is_file()
     known = facts if is_trained else None
     written = Written(source, read(folder.config_file), _wanted(options, source), known, is_trained)
     config, notes = _changed(options, written, folder.path)
-    return Start(config, written.wanted.plain(), folder.name, folder, checkpoint, notes, known)
+    return Start(config, written.wanted.plain(), folder.name, folder, checkpoint, notes, facts)
 
 
 def _from_checkpoint(options: Options, checkpoint: Path) -> Start:

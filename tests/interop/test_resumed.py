@@ -144,6 +144,13 @@ def test_what_its_weights_were_made_for_is_bound(denoiser, image_folder, here, c
         assert "data.params.train" not in error
 
 
+def test_an_autoencoder_that_was_trained_since_is_another(denoiser, image_folder, here, capsys):
+    first, folder = runs.write(denoiser, SOURCE, Request(), here / "logs", None)
+    assert main.main(["-r", str(first.path), *pictures(image_folder), *steps(2)]) == 0
+    assert main.main(["-r", str(folder.path), *pictures(image_folder), *steps(2)]) == 2
+    assert "--allow-change data" in capsys.readouterr().err
+
+
 def test_once_begun_it_is_bound_like_any_run(first_stage, image_folder, here, capsys):
     (folder,) = runs.write(first_stage, SOURCE, Request(), here / "logs", None)
     assert main.main(["-r", str(folder.path), *pictures(image_folder), *steps(2)]) == 0

@@ -15,6 +15,7 @@ from ldm.diffusion.conditioners.text import FrozenText, opened
 from ldm.diffusion.networks.dit import DiT
 from ldm.diffusion.networks.unet import UNet
 from ldm.errors import ConfigError
+from ldm.runtime.float64 import double
 
 WHERE = "--to diffusers: model.params.conditioner"
 OTHERWISE = "--to safetensors takes every model"
@@ -83,7 +84,7 @@ def conditions(conditioner: nn.Module, network: nn.Module) -> Conditions:
 
 def _through(layer: nn.Linear, rows: Tensor) -> Tensor:
     """What a linear layer makes of the rows, summed in float64: the library adds them without one."""
-    return (rows.double() @ layer.weight.detach().double().T + layer.bias.detach().double()).float()
+    return (double(rows) @ double(layer.weight.detach()).T + double(layer.bias.detach())).float()
 
 
 def _parts(conditioner: nn.Module) -> Iterator[nn.Module]:

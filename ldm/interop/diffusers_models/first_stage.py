@@ -19,6 +19,7 @@ from ldm.interop.diffusers_models import autoencoder as diffusers_autoencoder
 from ldm.interop.diffusers_models.config import Exported
 from ldm.interop.diffusers_models.regular import Regular, of_one_number, without_patches
 from ldm.latents.manifest import Manifest
+from ldm.runtime.float64 import double
 
 WHERE = "--to diffusers"
 
@@ -107,7 +108,7 @@ def folded(weights: Mapping[str, Tensor], manifest: Manifest) -> dict[str, Tenso
     The log-variance that the encoder gives, too, becomes that of the standardized latents.
     """
     mean, std = (torch.tensor(values, dtype=torch.float64) for values in (manifest.mean, manifest.std))
-    made = {name: tensor.double() for name, tensor in weights.items() if "quant_conv." in name}
+    made = {name: double(tensor) for name, tensor in weights.items() if "quant_conv." in name}
     weight, bias = made["decoder.post_quant_conv.weight"], made["decoder.post_quant_conv.bias"]
     made["decoder.post_quant_conv.bias"] = bias + weight[:, :, 0, 0] @ mean
     made["decoder.post_quant_conv.weight"] = weight * std[:, None, None]

@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ldm.interop.tables import SAME, Change, Entry, each, layer
+from ldm.runtime.float64 import double
 
 
 def table(sizes: Mapping[str, Any], backward: bool) -> list[Entry]:
@@ -65,7 +66,7 @@ def folded(weight: Tensor) -> Tensor:
 
     With W = [A | B] on [cos(t f) | sin(t f)], the angles' difference gives [A cos f + B sin f | A sin f - B cos f].
     """
-    a, b = weight.double().chunk(2, dim=1)
+    a, b = double(weight).chunk(2, dim=1)
     half = a.shape[1]
     f = 10_000.0 ** (-torch.arange(half, dtype=torch.float64, device=weight.device) / half)
     return torch.cat([a * f.cos() + b * f.sin(), a * f.sin() - b * f.cos()], dim=1).float()
