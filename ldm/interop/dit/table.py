@@ -68,7 +68,7 @@ def folded(weight: Tensor) -> Tensor:
     """
     a, b = double(weight).chunk(2, dim=1)
     half = a.shape[1]
-    f = 10_000.0 ** (-torch.arange(half, dtype=torch.float64, device=weight.device) / half)
+    f = 10_000.0 ** (-double(torch.arange(half, device=weight.device)) / half)
     return torch.cat([a * f.cos() + b * f.sin(), a * f.sin() - b * f.cos()], dim=1).float()
 
 
