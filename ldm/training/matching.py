@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ldm.autoencoder.codec import with_encoder
 from ldm.autoencoder.module import AutoencoderKL
 from ldm.checkpoints import store
 from ldm.checkpoints.store import Verified
@@ -64,7 +65,7 @@ class Match:
         kind = next((kind for known, kind in _KINDS.items() if isinstance(model, known)), None)
         self._facts = store.facts(state, kind, self.file) if kind else state.get("ldm") or {}
         self._config = (self._facts.get("config") or {}).get
-        self.manifest = Manifest.from_dict(self._facts["latents"]) if kind == "diffusion" else None
+        self.manifest = _manifest(self._facts["latents"]) if kind == "diffusion" else None
         self._classes = classes, self.manifest.plan.class_names if self.manifest else None
         self._resolutions = resolution, self._resolution()
         self._places = _places(model)
@@ -196,11 +197,19 @@ class Match:
         if renamed and self.takes("conditioner"):
             found.append("its classes have other names, or another order, and rows go by their number")
         params = (self._config("model") or {}).get("params", {})
-        for part in filter(self.takes, self._parts()):
+        parts = [part for part in self._parts() if self.takes(part)]
+        if "objective" not in parts and self.takes("network"):
+            parts.append("objective")  # most have no tensor, and a network is of no use to another
+        for part in parts:
             then = current_plain(params.get(part) or {}, str(self.file))
             changed = differences(then, self._params.get(part) or {}, f"model.params.{part}")
             found += [f"{key}: there {brief(old)}, here {brief(new)}" for key, (old, new) in changed.items()]
         return found
+
+
+def _manifest(tree: Mapping[str, Any]) -> Manifest:
+    found = Manifest.from_dict(tree)
+    return found.decoded_by(with_encoder(found.plan.autoencoder))
 
 
 def _within(name: str, part: str) -> bool:
