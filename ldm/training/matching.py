@@ -70,8 +70,13 @@ class Match:
         self._resolutions = resolution, self._resolution()
         self._places = _places(model)
         tensors = model.state_dict()
-        self._ours = {name: tensors[places[0]] for name, places in self._places.items()}
         self._theirs = _weights(state["state_dict"], section.average)
+        self._ours = {
+            name: tensors[places[0]]
+            for name, places in self._places.items()
+            # The hash of a text encoder is no weight, and weights of others come without.
+            if name in self._theirs or not name.endswith("._extra_state")
+        }
         self._check_parts()
         self._compare()
 

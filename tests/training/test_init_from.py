@@ -356,7 +356,7 @@ def test_nor_is_a_codebook(sources, autoencoder_tree, capsys):
     params = autoencoder_tree["model"]["params"]
     params["encoder"]["params"]["moments"] = False
     params["quantizer"] = {"target": "ldm.autoencoder.quantizer.VectorQuantizer", "params": {"size": 8, "channels": 2}}
-    first = SHORT + ["--logdir", "first"]
+    first = [*SHORT, "--logdir", "first"]
     assert run(autoencoder_tree, *first) == 0
     params["train_encoder"] = False
     assert run(autoencoder_tree) == 2
