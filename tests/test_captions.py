@@ -174,6 +174,18 @@ def test_captions_beside_classes_and_several_averages(tree, pictures, capsys):
     assert sample.main(["-r", str(average), "-n", "1", "--steps", "2", "--conditions", "wanted.json"]) == 0
 
 
+def test_a_run_starts_from_weights_that_name_no_encoder_as_those_of_others_do(tree, capsys):
+    assert train(tree, "lightning.trainer.max_steps=1", "lightning.trainer.val_check_interval=1") == 0
+    state = store.load(store.verify(run()))
+    for key in [key for key in state["state_dict"] if key.endswith("conditioner._extra_state")]:
+        del state["state_dict"][key]
+    store.save(Path("bare/checkpoints/step=1.ckpt"), state)
+    capsys.readouterr()
+    tree["init_from"] = "bare"
+    assert train(tree, "--dry-run") == 0
+    assert "conditioner._extra_state" not in capsys.readouterr().out
+
+
 def test_data_without_captions_is_refused_before_anything_is_made(tree, image_folder, capsys):
     tree["data"]["params"]["train"] = node("ldm.data.sources.folder.ImageFolder", root=str(image_folder))
     assert train(tree) == 2

@@ -15,7 +15,7 @@ from ldm.autoencoder.tiny import TinyDecoder, TinyEncoder
 from ldm.checkpoints import store
 from ldm.config.load import build
 from ldm.config.tree import current_plain
-from ldm.errors import ConfigError
+from ldm.errors import ConfigError, LdmError
 from ldm.ranges import Count, Resolution
 from ldm.runtime.full_precision import full_precision
 from ldm.sizes import SizeError, as_size, nearest, spell
@@ -261,3 +261,18 @@ class AutoencoderCodec(Codec):
     def describe(self, weights: str | None = None) -> dict[str, Any]:
         # The encoder alone determines the latents: codes are chosen when they are decoded.
         return super().describe(weights) | {"encoder": weight_hash(self.encoder.state_dict())}
+
+
+def with_encoder(described: Mapping[str, Any], trust: Sequence[str] = ()) -> dict[str, Any]:
+    """How a cache's plan describes an autoencoder, with the hash of its encoder.
+
+    Plans from before there was one get it here if the autoencoder is where it was, and still the same.
+    """
+    known = dict(described)
+    if "encoder" in known or not known.get("path") or not known["config"] or "target" in known["config"]:
+        return known
+    try:
+        found = Codec.load(known["path"], trust).describe()
+    except LdmError:
+        return known
+    return found | known if found["weights"] == known["weights"] else known

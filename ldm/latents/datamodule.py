@@ -3,7 +3,6 @@
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from ldm.data.transforms import EvalTransform, transformed
 from ldm.errors import ConfigError, DataError
 from ldm.latents.build import Source, build, shard_items
 from ldm.latents.claims import read_sealed
-from ldm.latents.manifest import MANIFEST, PLAN, CacheSpec, Manifest, note_source, noted_source
+from ldm.latents.manifest import MANIFEST, PLAN, CacheSpec, Manifest
+from ldm.latents.places import adopted, default_folder, note_source, noted_source
 from ldm.latents.reader import LatentCache, LatentDataset
 from ldm.latents.statistics import Statistics
 from ldm.ranges import Count, CountOrZero, Finite, Fraction, Resolution, Seed
@@ -218,18 +218,20 @@ class LatentDataModule(ElasticDataModule):
     def expected(self) -> tuple[CacheSpec, Statistics | None]:
         """The plan of the training cache, and what will standardize it; None: the statistics of a cache to be built."""
         codec = self._load()
-        plan = self.plan(self.train_dataset, codec, codec.weight_hash())
-        folder = self._folder("train", plan)
+        folder, plan = self._place("train", self.plan(self.train_dataset, codec, codec.weight_hash()))
         if self._statistics is None and (folder / MANIFEST).is_file():
             return plan, Manifest.read(folder).statistics
         return plan, self._statistics
 
-    def _folder(self, name: str, plan: CacheSpec) -> Path:
-        return self.cache / name if self.cache is not None else _default_folder(plan)
+    def _place(self, name: str, plan: CacheSpec) -> tuple[Path, CacheSpec]:
+        """The cache's folder, and the plan as it would be written there."""
+        folder = self.cache / name if self.cache is not None else default_folder(plan, self.trust)
+        if (folder / PLAN).is_file():
+            plan = adopted(plan, CacheSpec.from_dict(read_sealed(folder / PLAN)), self.trust)
+        return folder, plan
 
     def _open(self, name: str, dataset: ImageDataset, codec: Codec, weights: str) -> LatentCache:
-        plan = self.plan(dataset, codec, weights)
-        folder = self._folder(name, plan)
+        folder, plan = self._place(name, self.plan(dataset, codec, weights))
         source = Source(
             read=lambda item: self._read(dataset, item, codec.in_channels),
             name=dataset.path,
@@ -277,23 +279,6 @@ class LatentDataModule(ElasticDataModule):
         if torch.cuda.is_available():
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         return torch.device("cpu")
-
-
-def _default_folder(plan: CacheSpec) -> Path:
-    """The folder of the cache if none is given.
-
-    A folder is named by the fingerprint of its plan. One with the same content may have another name, because its plan
-    was written under former names, or when a source's fingerprint did not yet cover its bytes; it is used all the same.
-    """
-    folder = Path("cache") / plan.fingerprint()
-    if folder.is_dir():
-        return folder
-    for other in sorted(Path("cache").glob(f"*/{PLAN}")):
-        with suppress(DataError):  # a damaged folder is of no use here, and not ours to report
-            same = not plan.differences(CacheSpec.from_dict(read_sealed(other)))
-            if same and noted_source(other.parent) in (None, plan.source):
-                return other.parent
-    return folder
 
 
 def _opened(cache: LatentCache | None) -> LatentCache:

@@ -15,9 +15,7 @@ build.py writes what is described here, reader.py reads it.
 """
 
 import json
-import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -29,15 +27,13 @@ from torch import Tensor
 
 from ldm.config.tree import current_plain
 from ldm.data.fingerprint import comparable
-from ldm.errors import DataError, ResourceError
+from ldm.errors import DataError
 from ldm.files import crc32
-from ldm.latents.claims import COMMAND, REBUILD, dump, publish, read_sealed, seal
+from ldm.latents.claims import COMMAND, REBUILD, dump, read_sealed
 from ldm.latents.statistics import Statistics
 
 FORMAT = 1
 MANIFEST, PLAN, CONTENTS = "manifest.json", "plan.json", "contents.json"
-
-log = logging.getLogger(__name__)
 
 # Facts that determine pictures of latents, but not the latents.
 _OF_DECODER = ("autoencoder.weights", "autoencoder.config.decoder", "autoencoder.config.quantizer")
@@ -55,7 +51,7 @@ class CacheSpec:
             gray images of more than 8 bits have one (not compared, since `source` covers it).
         autoencoder: {"weights": hash, "encoder": hash of the encoder alone, "config": of encoder and decoder, "path":
             where it was found (not compared)}. Of one encoder, other decoders are as good. (Plans from before there
-            was "encoder" are compared by "weights".)
+            was "encoder" are compared by "weights", or completed: places.py.)
         num_classes: None if items carry no class label; the labels are 0 .. num_classes - 1.
         class_names: their names, if known.
         captions: items carry a caption.
@@ -194,9 +190,10 @@ class Manifest:
 
     def decoded_by(self, autoencoder: Mapping[str, Any]) -> "Manifest":
         """Of the same latents, whose decoder is another one with that encoder; itself if it names that one already."""
-        if autoencoder["weights"] == self.plan.autoencoder["weights"]:
-            return self
-        return replace(self, plan=replace(self.plan, autoencoder=dict(autoencoder)))
+        own = self.plan.autoencoder
+        if autoencoder["weights"] == own["weights"]:
+            autoencoder = {**autoencoder, **own}  # the hash of the encoder, which plans did not have at first
+        return self if autoencoder == own else replace(self, plan=replace(self.plan, autoencoder=dict(autoencoder)))
 
     def standardize(self, latents: Tensor) -> Tensor:
         """(N,c,h,w) from the encoder -> zero mean, unit variance per channel over the cache."""
@@ -251,23 +248,6 @@ def verify(folder: Path | str, progress: Callable[[int, int], None] = lambda don
     if damage:
         raise DataError("\n".join(damage))
     return manifest
-
-
-def noted_source(folder: Path) -> str | None:
-    """The fingerprint recorded later, for a cache from before contents were part of it; None if there is none."""
-    path = folder / CONTENTS
-    return str(read_sealed(path)["source"]) if path.is_file() else None
-
-
-def note_source(folder: Path, plan: CacheSpec) -> None:
-    """Record what the source of such a cache holds now, so that later replacements are noticed."""
-    log.warning(
-        "%s: was made when only names and sizes of the images were recorded, so an image may since have been replaced "
-        "by another of equal size; from now on that is noticed. Remove the folder to have it rebuilt",
-        folder,
-    )
-    with suppress(ResourceError):  # a folder that is not writable can still be used
-        publish(folder / CONTENTS, seal({"source": plan.source}))
 
 
 def shard_path(folder: Path, shard: int, suffix: str = ".bin") -> Path:

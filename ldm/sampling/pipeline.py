@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ldm.autoencoder.codec import Codec
+from ldm.autoencoder.codec import Codec, with_encoder
 from ldm.checkpoints import store
 from ldm.config.load import build
 from ldm.config.tree import current_plain
@@ -186,8 +186,8 @@ def load_codec(
     found = codec.describe()
     if found["weights"] == recorded["weights"]:
         return codec
-    if same_encoder(found, recorded):
-        log.warning("%s: decodes the latents of %s, which another decoder of the same encoder came with", path, file)
+    if same_encoder(found, with_encoder(recorded, trust)):
+        log.warning("%s: decodes the latents of %s, and is another decoder of the same encoder", path, file)
         return codec
     raise CheckpointError(
         f"{codec.path}: not the autoencoder that made the latents of {file}: weights {found['weights'][:16]}..., "

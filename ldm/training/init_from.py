@@ -88,12 +88,13 @@ def prepare(tree: Mapping[str, Any], outline: nn.Module, data: Any, facts: Mappi
         ConfigError: it does not fit.
     """
     section = parsed(tree.get("init_from"))
-    frozen = isinstance(outline, AutoencoderKL) and not outline.train_encoder
+    frozen = _frozen(outline)
     if section is None:
         if frozen:
+            parts = ", ".join([*frozen, "decoder"])
             raise ConfigError(
                 "model.params.train_encoder: this would freeze an encoder of random weights; name the run that it "
-                "comes from: init_from=logs/<run>, or init_from='{run: logs/<run>, parts: [encoder, decoder]}'"
+                f"comes from: init_from=logs/<run>, or init_from='{{run: logs/<run>, parts: [{parts}]}}'"
             )
         if isinstance(outline, LatentDiffusion) and outline.adapter is not None:
             raise ConfigError(
@@ -106,8 +107,11 @@ def prepare(tree: Mapping[str, Any], outline: nn.Module, data: Any, facts: Mappi
         return weights
     verified = _verified(section)
     found = weights.match(verified, outline)
-    if frozen and not found.takes_all("encoder"):
-        raise ConfigError("init_from: model.params.train_encoder is false, so all of the encoder has to come from here")
+    for part in frozen:
+        if not found.takes_all(part):
+            raise ConfigError(
+                f"init_from: model.params.train_encoder is false, so all of the {part} has to come from here"
+            )
     _check_adapter(section, outline, found)
     if isinstance(data, LatentDataModule) and found.manifest is not None:
         plan, statistics = data.expected()
@@ -135,6 +139,13 @@ def _check_adapter(section: InitFrom, outline: nn.Module, found: Match) -> None:
         lora_files.check(denoiser.get_submodule("network"), lora_files.read(Path(section.adapter)))
 
 
+def _frozen(outline: nn.Module) -> list[str]:
+    """The parts of the model that would stay random if they did not come from somewhere."""
+    if not isinstance(outline, AutoencoderKL) or outline.train_encoder:
+        return []
+    return ["encoder"] if outline.quantizer is None else ["encoder", "quantizer"]
+
+
 def _verified(section: InitFrom) -> Verified:
     try:
         return store.verify(Path(section.run))
@@ -149,7 +160,7 @@ def _check_scale(found: Match, autoencoder: Mapping[str, Any], own: Statistics |
     theirs = found.manifest.statistics
     if not same_encoder(autoencoder, found.manifest.plan.autoencoder) or (own is not None and own.is_like(theirs)):
         return
-    here = "those of a cache that is not built yet" if own is None else str(own)
+    here = "the statistics of a cache that is not built yet" if own is None else str(own)
     raise ConfigError(
         f"init_from: {found.file}: its latents were standardized by {theirs}, this run's are by {here}, which its "
         f"network does not know. Set them:\n  data.params.statistics='{theirs}'"

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ldm.autoencoder.codec import with_encoder
 from ldm.autoencoder.module import AutoencoderKL
 from ldm.checkpoints import store
 from ldm.checkpoints.store import Verified
@@ -66,13 +67,18 @@ class Match:
         kind = next((kind for known, kind in _KINDS.items() if isinstance(model, known)), None)
         self._facts = store.facts(state, kind, self.file) if kind else state.get("ldm") or {}
         self._config = (self._facts.get("config") or {}).get
-        self.manifest = Manifest.from_dict(self._facts["latents"]) if kind == "diffusion" else None
+        self.manifest = _manifest(self._facts["latents"]) if kind == "diffusion" else None
         self._classes = classes, self.manifest.plan.class_names if self.manifest else None
         self._resolutions = resolution, self._resolution()
         self._places = _places(model)
         tensors = model.state_dict()
-        self._ours = {name: tensors[places[0]] for name, places in self._places.items()}
         self._theirs = _weights(state["state_dict"], section.average)
+        self._ours = {
+            name: tensors[places[0]]
+            for name, places in self._places.items()
+            # The hash of a text encoder is no weight, and weights of others come without.
+            if name in self._theirs or not name.endswith("._extra_state")
+        }
         self._check_parts()
         self._compare()
 
@@ -209,11 +215,19 @@ class Match:
         if renamed and self.takes("conditioner"):
             found.append("its classes have other names, or another order, and rows go by their number")
         params = (self._config("model") or {}).get("params", {})
-        for part in filter(self.takes, self._parts()):
+        parts = [part for part in self._parts() if self.takes(part)]
+        if "objective" not in parts and self.takes("network"):
+            parts.append("objective")  # most have no tensor, and a network is of no use to another
+        for part in parts:
             then = current_plain(params.get(part) or {}, str(self.file))
             changed = differences(then, self._params.get(part) or {}, f"model.params.{part}")
             found += [f"{key}: there {brief(old)}, here {brief(new)}" for key, (old, new) in changed.items()]
         return found
+
+
+def _manifest(tree: Mapping[str, Any]) -> Manifest:
+    found = Manifest.from_dict(tree)
+    return found.decoded_by(with_encoder(found.plan.autoencoder))
 
 
 def _within(name: str, part: str) -> bool:

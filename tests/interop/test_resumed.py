@@ -137,7 +137,8 @@ def test_the_file_alone_starts_a_new_run(first_stage, image_folder, started, her
 def test_what_its_weights_were_made_for_is_bound(denoiser, image_folder, here, capsys):
     _, folder = runs.write(denoiser, SOURCE, Request(), here / "logs", None)
     words = ["-r", str(folder.path), *pictures(image_folder), *steps(2)]
-    for change in ("model.params.network.params.num_heads=2", "data.params.statistics.std=[1.0, 1.0]"):
+    scale = "data.params.statistics.std=[1.0, 1.0]"
+    for change in ("model.params.network.params.num_heads=2", scale, "init_from=logs/another"):
         assert main.main([*words, change]) == 2
         error = capsys.readouterr().err
         assert f"--allow-change {change.partition('=')[0]}" in error

@@ -320,7 +320,7 @@ def test_an_old_cache_that_cannot_be_written_serves(make, image_folder, monkeypa
     def refuse(*args):
         raise ResourceError("read-only")
 
-    monkeypatch.setattr("ldm.latents.manifest.publish", refuse)
+    monkeypatch.setattr("ldm.latents.places.publish", refuse)
     make(ImageFolder(image_folder)).setup()
 
 

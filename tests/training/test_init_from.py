@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import main
-from ldm.autoencoder.codec import Codec
+from ldm.autoencoder.codec import AutoencoderCodec, Codec
 from ldm.autoencoder.module import AutoencoderKL
 from ldm.checkpoints import store
 from ldm.cli import sample
@@ -267,6 +267,15 @@ def test_what_fits(sources, autoencoder_tree, started, capsys):
     assert facts["tensors"]["decoder"]["new"] > 0 == facts["tensors"]["encoder"]["new"]
 
 
+def test_another_objective_is_named(sources, diffusion_tree, capsys):
+    diffusion_tree["model"]["params"]["objective"]["params"]["prediction"] = {
+        "target": "ldm.diffusion.predictions.X0",
+        "params": {},
+    }
+    assert run(other_seed(diffusion_tree, sources["diffusion"]), "--dry-run") == 0
+    assert "note: model.params.objective.params.prediction: there " in capsys.readouterr().out
+
+
 # ---- a frozen encoder
 
 
@@ -301,6 +310,28 @@ def test_a_fine_tuned_decoder_needs_no_new_cache_and_samples_decode_with_both(
     assert pipeline.manifest.plan.autoencoder["weights"] == new.weight_hash()
 
 
+def test_caches_and_models_from_before_plans_had_the_encoder_s_hash_serve_as_well(
+    sources, autoencoder_tree, diffusion_tree, monkeypatch
+):
+    params = diffusion_tree["data"]["params"] = diffusion_tree["data"]["params"] | {"cache": None}
+    with monkeypatch.context() as before:
+        before.setattr(AutoencoderCodec, "describe", Codec.describe)
+        assert run(diffusion_tree, *SHORT, "--logdir", "first") == 0
+    first = only(Path("first"))
+    assert "encoder" not in store.record(store.verify(first).path)["latents"]["plan"]["autoencoder"]
+    autoencoder_tree["model"]["params"]["train_encoder"] = False
+    tree = other_seed(autoencoder_tree, sources["autoencoder"]) | {"name": "tuned"}
+    assert run(tree, "lightning.trainer.max_steps=6", "--logdir", "tuned") == 0
+    tuned = only(Path("tuned"))
+
+    monkeypatch.setattr(build, "_write_if_free", lambda *_: pytest.fail("nothing is encoded again"))
+    params["autoencoder"] = str(tuned)
+    assert run(other_seed(diffusion_tree, first), *SHORT, "--logdir", "second") == 0
+    plan = Manifest.from_dict(store.record(store.verify(only(Path("second"))).path)["latents"]).plan
+    assert plan.autoencoder == Codec.load(tuned).describe()
+    assert Pipeline.load(first, autoencoder=tuned).manifest.plan.autoencoder == plan.autoencoder
+
+
 def only_picture(folder: Path) -> bytes:
     return next(file for file in sorted(folder.rglob("*.png")) if "grid" not in file.name).read_bytes()
 
@@ -319,6 +350,22 @@ def test_an_encoder_of_random_weights_is_not_frozen(sources, autoencoder_tree, c
     autoencoder_tree["init_from"] = {"run": str(sources["autoencoder"]), "parts": ["decoder"]}
     assert run(autoencoder_tree) == 2
     assert "all of the encoder has to come from here" in capsys.readouterr().err
+
+
+def test_nor_is_a_codebook(sources, autoencoder_tree, capsys):
+    params = autoencoder_tree["model"]["params"]
+    params["encoder"]["params"]["moments"] = False
+    params["quantizer"] = {"target": "ldm.autoencoder.quantizer.VectorQuantizer", "params": {"size": 8, "channels": 2}}
+    first = [*SHORT, "--logdir", "first"]
+    assert run(autoencoder_tree, *first) == 0
+    params["train_encoder"] = False
+    assert run(autoencoder_tree) == 2
+    assert "parts: [encoder, quantizer, decoder]" in capsys.readouterr().err
+    autoencoder_tree["init_from"] = {"run": str(only(Path("first"))), "parts": ["encoder", "decoder"]}
+    assert run(autoencoder_tree) == 2
+    assert "all of the quantizer has to come from here" in capsys.readouterr().err
+    autoencoder_tree["init_from"]["parts"].append("quantizer")
+    assert run(autoencoder_tree, "--dry-run") == 0
 
 
 # ---- the scale of latents
