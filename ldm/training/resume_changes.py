@@ -39,7 +39,7 @@ _BOUND = (
 )
 # Exceptions to the above: how the same batch is loaded and cut to pieces, and what is measured.
 _FREE = ("data.params.num_workers", "data.params.micro_batch_size", "model.params.metrics")
-# Of a converted model that nobody has trained yet, only what its weights were made for is bound. It has weights, too.
+# Of a converted model that nobody has trained yet, only what its weights were made for is bound. It has weights.
 _CONVERTED = (
     "init_from",
     *(f"model.params.{name}" for name in ("encoder", "decoder", "quantizer", "network", "conditioner", "objective")),

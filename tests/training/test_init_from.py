@@ -391,7 +391,7 @@ def test_latents_on_another_scale_are_refused_until_they_are_on_the_old_one(
     assert run(diffusion_tree) == 2
     error = capsys.readouterr().err
     fix = f"data.params.statistics='{{mean: {then.mean}, std: {then.std}}}'"
-    assert "this run's are by those of a cache that is not built yet" in error
+    assert "this run's are by the statistics of a cache that is not built yet" in error
     assert fix in error
     assert not Path("others_cache").exists()
     assert run(diffusion_tree, *SHORT, fix.replace("'", "")) == 0
