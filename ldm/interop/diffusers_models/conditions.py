@@ -15,9 +15,9 @@ from ldm.diffusion.conditioners.text import FrozenText, opened
 from ldm.diffusion.networks.dit import DiT
 from ldm.diffusion.networks.unet import UNet
 from ldm.errors import ConfigError
+from ldm.interop.diffusers_models.config import OTHERWISE
 
 WHERE = "--to diffusers: model.params.conditioner"
-OTHERWISE = "--to safetensors takes every model"
 
 
 @dataclass(frozen=True)
