@@ -12,7 +12,7 @@ from ldm.interop.compvis import model as compvis_model
 from ldm.interop.diffusers_models import autoencoder as diffusers_autoencoder
 from ldm.interop.diffusers_models import folder as diffusers_folder
 from ldm.interop.dit import model as dit
-from ldm.interop.exports import own_format as own_export
+from ldm.interop.exports import own_format
 from ldm.interop.models import Converted, Family, FirstStage, Request
 from ldm.interop.sources import Source
 
@@ -20,7 +20,7 @@ __all__ = ["FAMILIES", "Request", "convert", "recognized"]
 
 
 FAMILIES: Sequence[Family] = (
-    own_export.FAMILY,
+    own_format.FAMILY,
     compvis_model.FAMILY,
     compvis_first_stage.FAMILY,
     tiny_autoencoder.FAMILY,

@@ -124,7 +124,7 @@ def test_bad_input_is_one_message_and_leaves_nothing(run, tmp_path, tmp_path_fac
 
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "diffusers", None)
-        assert "pip install ldm[interop]" in refused(capsys, run, "--to", "diffusers", "--out", out)
+        assert "pip install -e .[interop]" in refused(capsys, run, "--to", "diffusers", "--out", out)
     assert not [*tmp_path.iterdir()]
 
     out.mkdir()

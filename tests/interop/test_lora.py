@@ -155,7 +155,7 @@ def test_a_network_of_other_layers_is_refused():
 
 def test_without_peft_its_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ConfigError, match=r"needs the package peft: pip install ldm\[interop\]"):
+    with pytest.raises(ConfigError, match=r"needs the package peft: pip install -e .\[interop\]"):
         LoRA()
 
 

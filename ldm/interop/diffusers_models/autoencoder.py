@@ -11,7 +11,16 @@ from ldm.autoencoder.quantizer import VectorQuantizer
 from ldm.errors import ConfigError
 from ldm.interop.compvis import first_stage_training
 from ldm.interop.diffusers_models.autoencoder_table import present_names, table_of
-from ldm.interop.diffusers_models.config import Exported, Settings, apart, arguments, on_meta, one_number, raise_all
+from ldm.interop.diffusers_models.config import (
+    OTHERWISE,
+    Exported,
+    Settings,
+    apart,
+    arguments,
+    on_meta,
+    one_number,
+    raise_all,
+)
 from ldm.interop.models import Family, FirstStage, Origin, Request, node, shapes
 from ldm.interop.sources import Source
 from ldm.interop.tables import to_ours, to_theirs
@@ -135,7 +144,7 @@ def to_config(
         target = f"{made.__module__}.{made.__name__}"
         if params.get(part) and params[part]["target"] != target:
             problems.append(f"{part}={params[part]['target']}: expected {target}")
-    raise_all(where, "diffusers has no class for", problems)
+    raise_all(where, "diffusers has no class for", problems, OTHERWISE)
     encoder, decoder = (arguments(params[part]) for part in ("encoder", "decoder"))
     for key in ("base_channels", "channel_mult", "num_res_blocks", "latent_channels", "middle_attention"):
         if encoder[key] != decoder[key]:
@@ -147,6 +156,8 @@ def to_config(
         for part, sizes in (("encoder", encoder), ("decoder", decoder))
         if sizes["patch_size"] != 1
     ]
+    if encoder["unit_range"]:
+        problems.append("encoder.unit_range=True: False in diffusers")
     widths = [encoder["base_channels"] * factor for factor in encoder["channel_mult"]]
     if widths[0] != encoder["base_channels"]:
         problems.append(f"channel_mult={encoder['channel_mult']}: the first is 1 in diffusers")
@@ -175,7 +186,7 @@ def to_config(
         problems.append(
             f"the scale of the latents: {name} has no {', '.join(sorted(unknown))}; give one std, and mean 0"
         )
-    raise_all(where, f"diffusers' {name} cannot express", problems)
+    raise_all(where, f"diffusers' {name} cannot express", problems, OTHERWISE)
     return name, config
 
 

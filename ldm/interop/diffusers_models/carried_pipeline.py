@@ -50,8 +50,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         vae: Any = None,
         text_encoder: Any = None,
         tokenizer: Any = None,
-        latents_mean: Sequence[float] = (0.0,),
-        latents_std: Sequence[float] = (1.0,),
+        latents_mean: list[float] | tuple[float, ...] = (0.0,),
+        latents_std: list[float] | tuple[float, ...] = (1.0,),
         timestep_scale: float = 1.0,
         num_classes: int | None = None,
         class_tokens: bool = False,
@@ -121,6 +121,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         denoiser = self.unet if self.transformer is None else self.transformer
         rows = [None if prompt is None or isinstance(prompt, str) else prompt, class_labels, latents]
         number = batch_size or next((len(row) for row in rows if row is not None), 1)
+        if any(row is not None and len(row) != number for row in rows):
+            raise ValueError(f"prompt, class_labels, latents: expected one for each of {number} pictures")
         if latents is None:
             size = denoiser.config.sample_size
             height, width = (size, size) if isinstance(size, int) else size
@@ -162,7 +164,10 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         conditions = {}
         if self.config.num_classes is not None:
             none = [self.config.num_classes] * number
-            labels = torch.tensor([*(class_labels or none), *(none if guided else [])], device=self._execution_device)
+            labels = torch.tensor(
+                [*(none if class_labels is None else class_labels), *(none if guided else [])],
+                device=self._execution_device,
+            )
             if self.config.class_tokens:
                 # One-hot rows, which the denoiser's first layer turns into tokens.
                 rows = torch.nn.functional.one_hot(labels, self.config.num_classes + 1)[:, None]

@@ -15,10 +15,10 @@ from ldm.diffusion.conditioners.text import FrozenText, opened
 from ldm.diffusion.networks.dit import DiT
 from ldm.diffusion.networks.unet import UNet
 from ldm.errors import ConfigError
+from ldm.interop.diffusers_models.config import OTHERWISE
 from ldm.runtime.float64 import double
 
 WHERE = "--to diffusers: model.params.conditioner"
-OTHERWISE = "--to safetensors takes every model"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from ldm.config.load import build
 from ldm.config.targets import resolve
 from ldm.errors import ConfigError
 
+OTHERWISE = "--to safetensors takes every model"
+"""The end of messages on what cannot go out."""
 MOST, MOST_LAYERS = 1_000_000, 1_000
 """Of any size, and of layers: beyond it, a file is damaged or means harm."""
 
@@ -129,16 +131,23 @@ class Settings:
         raise_all(self.where, "of its settings, our network cannot express", self.problems)
 
 
-def raise_all(where: str, what: str, problems: Sequence[str]) -> None:
+def raise_all(where: str, what: str, problems: Sequence[str], fix: str = "") -> None:
     """ConfigError with these lines, unless there are none."""
     if problems:
-        raise ConfigError(f"{where}: {what}:\n" + "\n".join(f"  {problem}" for problem in problems))
+        raise ConfigError("\n".join([f"{where}: {what}:", *(f"  {problem}" for problem in problems), fix]).rstrip())
 
 
 def groups(*networks: nn.Module) -> dict[int, int]:
-    """{channels: groups} of the norms of networks of ours."""
+    """{channels: groups} of the norms of networks of ours; ConfigError where norms of one width differ."""
     norms = [made for network in networks for made in network.modules() if isinstance(made, nn.GroupNorm)]
-    return {norm.num_channels: norm.num_groups for norm in norms}
+    found: dict[int, int] = {}
+    for norm in norms:
+        if found.setdefault(norm.num_channels, norm.num_groups) != norm.num_groups:
+            raise ConfigError(
+                f"norm_groups: its norms of {norm.num_channels} channels have {found[norm.num_channels]} and "
+                f"{norm.num_groups} groups, and diffusers has one number for all. {OTHERWISE}"
+            )
+    return found
 
 
 def one_number(problems: list[str], *networks: nn.Module) -> int:

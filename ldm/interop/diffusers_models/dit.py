@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ldm.diffusion.networks.dit import DiT
 from ldm.errors import CheckpointError
-from ldm.interop.diffusers_models.config import Settings, arguments, raise_all
+from ldm.interop.diffusers_models.config import OTHERWISE, Settings, arguments, raise_all
 from ldm.interop.models import node
 from ldm.interop.tables import Change, Entry, each, layer
 
@@ -109,7 +109,7 @@ def to_config(
     sides = [sample_size] if sample_size is None or isinstance(sample_size, int) else [*sample_size]
     if len({*sides}) > 1:
         problems.append(f"latents of {sides[0]}x{sides[1]}: squares alone in diffusers")
-    raise_all(where, f"diffusers' {NAME} cannot express", problems)
+    raise_all(where, f"diffusers' {NAME} cannot express", problems, OTHERWISE)
     return NAME, dict(DEFAULTS) | {
         "num_attention_heads": sizes["num_heads"],
         "attention_head_dim": sizes["hidden_size"] // sizes["num_heads"],

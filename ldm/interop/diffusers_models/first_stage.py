@@ -15,7 +15,7 @@ from torch import Tensor
 from ldm.autoencoder.codec import AutoencoderCodec, Codec, Pixels
 from ldm.errors import ConfigError
 from ldm.interop.diffusers import FirstStage
-from ldm.interop.diffusers_models import autoencoder as diffusers_autoencoder
+from ldm.interop.diffusers_models import autoencoder
 from ldm.interop.diffusers_models.config import Exported
 from ldm.interop.diffusers_models.regular import Regular, of_one_number, without_patches
 from ldm.latents.manifest import Manifest
@@ -31,7 +31,7 @@ class Stage:
     Attributes:
         made: model of the library, still to be made or at hand; None: there is none, the denoiser makes images.
         kind: its class; "": none.
-        norm_groups, patch_size: what our pipeline does for it (diffusers_regular.py).
+        norm_groups, patch_size: what our pipeline does for it (regular.py).
     """
 
     made: Exported | Any | None = None
@@ -72,9 +72,9 @@ def exported(
     scale: Mapping[str, Any] | None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> Exported:
-    """A codec as AutoencoderKL or VQModel; see `diffusers_autoencoder.exported`."""
+    """A codec as AutoencoderKL or VQModel; see autoencoder.py."""
     height, width = codec.size or (256, 256)
-    return diffusers_autoencoder.exported(
+    return autoencoder.exported(
         regular.nodes,
         codec.state_dict() if weights is None else weights,
         max(height, width) // regular.patch_size,
@@ -90,7 +90,7 @@ def library_scales(codec: Codec, manifest: Manifest) -> bool:
     if isinstance(codec, Pixels):
         return alike and manifest.std[0] == 1
     if isinstance(codec, FirstStage):
-        return alike and (list(manifest.mean), list(manifest.std)) == diffusers_autoencoder.scale(
+        return alike and (list(manifest.mean), list(manifest.std)) == autoencoder.scale(
             {**codec.model.config, "_class_name": type(codec.model).__name__}
         )
     # Of a codebook, latents that are scaled by channel have other nearest codes: no fold is exact.

@@ -16,7 +16,7 @@ from ldm.diffusion.networks.dit import DiT
 from ldm.diffusion.networks.unet import UNet
 from ldm.interop.diffusers_models import dit, unet
 from ldm.interop.diffusers_models.autoencoder_table import present_names
-from ldm.interop.diffusers_models.config import Exported, apart, on_meta, raise_all
+from ldm.interop.diffusers_models.config import OTHERWISE, Exported, apart, on_meta, raise_all
 from ldm.interop.diffusers_models.unet_settings import DEFAULTS
 from ldm.interop.diffusers_models.unet_table import table_of
 from ldm.interop.models import node
@@ -77,7 +77,9 @@ def exported(
         table = [*dit.table_of(made), *dit.class_table("classes", len(made.layers))]
         return Exported(name, config, apart(to_theirs(table, own | {"classes.weight": rows})))
     if not isinstance(made, UNet):
-        raise_all(where, "diffusers has no class for", [f"network={network['target']}: expected UNet or DiT"])
+        raise_all(
+            where, "diffusers has no class for", [f"network={network['target']}: expected UNet or DiT"], OTHERWISE
+        )
     assert isinstance(made, UNet)
     name, config = unet.to_config(network, None if vectors is None else len(vectors), sample_size, where)
     theirs = to_theirs(table_of(made), own)

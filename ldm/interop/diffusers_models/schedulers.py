@@ -15,6 +15,7 @@ from ldm.diffusion.paths import VE, DiscreteVP
 from ldm.diffusion.paths import Linear as StraightPath
 from ldm.diffusion.predictions import X0, EDMPreconditioned, Eps, V, Velocity
 from ldm.errors import ConfigError
+from ldm.interop.diffusers_models.config import OTHERWISE
 from ldm.interop.models import node
 
 _PREDICTIONS = {Eps: "epsilon", X0: "sample", V: "v_prediction"}
@@ -56,7 +57,7 @@ def scheduler_of(objective: Objective) -> Scheduler:
     raise ConfigError(
         f"--to diffusers: model.params.objective: its path {type(path).__name__} with the prediction "
         f"{type(prediction).__name__}{end} has no counterpart among the library's schedulers; expected DDPM with Eps, "
-        f"X0 or V, EDM, or Flow with its velocity. --to safetensors takes every model"
+        f"X0 or V, EDM, or Flow with its velocity. {OTHERWISE}"
     )
 
 
@@ -121,6 +122,8 @@ _DISCRETE = {
 _FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 _EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 _MOST_STEPS = 100_000
+# Settings that change what the network is given, rather than the steps that are taken.
+_USUAL = {"timestep_type": "discrete", "invert_sigmas": False}
 _SCHEDULES = {"linear": "Linear", "scaled_linear": "SqrtLinear"}
 
 
@@ -141,6 +144,9 @@ def objective_from(config: Mapping[str, Any], where: str, timestep_scale: float 
     steps = config.get("num_train_timesteps", 1000)
     if type(steps) is not int or not 1 <= steps <= _MOST_STEPS:
         raise ConfigError(f"{where}: num_train_timesteps={steps!r}: expected a whole number up to {_MOST_STEPS}")
+    for key, usual in _USUAL.items():
+        if config.get(key, usual) != usual:
+            raise ConfigError(f"{where}: {key}={config[key]!r}: expected {usual!r}: no objective has such times")
     if name in _FLOW or (name in _DISCRETE and (config.get("use_flow_sigmas") or prediction == "flow_prediction")):
         return node("diffusion.objectives.Flow", time_scale=timestep_scale * steps)
     if name in _EDM:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ldm.diffusion.networks.unet import UNet
 from ldm.diffusion.networks.unet_attention import SelfAttention
-from ldm.interop.diffusers_models.config import Settings, arguments, groups, on_meta, one_number, raise_all
+from ldm.interop.diffusers_models.config import OTHERWISE, Settings, arguments, groups, on_meta, one_number, raise_all
 from ldm.interop.diffusers_models.unet_settings import DEFAULTS, ONLY
 from ldm.interop.models import node
 
@@ -188,7 +188,7 @@ def to_config(
         "num_class_embeds": num_class_embeds,
     }
     config |= _of_model(sizes, made, problems) if name == "UNet2DModel" else _of_condition_model(sizes, widths)
-    raise_all(where, f"diffusers' {name} cannot express", problems)
+    raise_all(where, f"diffusers' {name} cannot express", problems, OTHERWISE)
     return name, config
 
 

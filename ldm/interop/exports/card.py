@@ -13,6 +13,7 @@ from ldm.interop.exports.trained import Trained
 from ldm.interop.exports.usage import Choices, Usage
 from ldm.runtime.versions import versions
 
+NAME = "README.md"
 UNKNOWN = "unknown"
 _SIGNATURE = "This card was written from the run by `ldm export`; what that does not say is unknown."
 PICTURES = "pictures"
@@ -51,13 +52,13 @@ def write(model: Trained, choices: Choices, usage: Usage, out: Path) -> None:
     )
     text = "\n\n".join(part for part in _parts(model, choices, usage, records, shown) if part)
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
-    files.write_text(out / "README.md", str(card))
+    files.write_text(out / NAME, str(card))
 
 
 def written_by_us(folder: Path) -> bool:
     """Whether a folder has such a card."""
     with suppress(OSError, ValueError):
-        return _SIGNATURE in (folder / "README.md").read_text(encoding="utf-8")
+        return _SIGNATURE in (folder / NAME).read_text(encoding="utf-8")
     return False
 
 

@@ -12,12 +12,7 @@ from ldm import errors, files
 from ldm.errors import ConfigError, ResourceError
 from ldm.interop import lora
 from ldm.interop.diffusers_models import pipeline as diffusers_pipeline
-from ldm.interop.exports import card
-from ldm.interop.exports import lora_format as export_lora
-from ldm.interop.exports import merged_format as export_merged
-from ldm.interop.exports import onnx_format as export_onnx
-from ldm.interop.exports import safetensors_format as export_safetensors
-from ldm.interop.exports import torch_format as export_torch
+from ldm.interop.exports import card, lora_format, merged_format, onnx_format, safetensors_format, torch_format
 from ldm.interop.exports.trained import Trained
 from ldm.interop.exports.usage import Choices, Usage, optional_packages
 
@@ -39,12 +34,12 @@ def _merged(write: Write) -> Write:
 
 
 FORMATS: Mapping[str, Write] = {
-    "safetensors": _merged(export_safetensors.write),
-    "onnx": _merged(export_onnx.write),
-    "torch": _merged(export_torch.write),
+    "safetensors": _merged(safetensors_format.write),
+    "onnx": _merged(onnx_format.write),
+    "torch": _merged(torch_format.write),
     "diffusers": _merged(diffusers_pipeline.write),
-    "lora": export_lora.write,
-    "merged": export_merged.write,
+    "lora": lora_format.write,
+    "merged": merged_format.write,
 }
 """{--to NAME: what writes it}."""
 
@@ -86,6 +81,7 @@ def export(model: Trained, format: str, out: Path, choices: Choices, *, force: b
     with _published(out) as aside:
         _check_space(model, aside)
         card.write(model, choices, write(model, aside, choices), aside)
+        _as_readable_as_the_card(aside)
     yield from listed(out)
 
 
@@ -101,6 +97,14 @@ def spelled(size: int) -> str:
     """A number of bytes as people read it: 512 bytes, 3.4 kB, 1.2 GB."""
     power = min(3, (len(str(size)) - 1) // 3)
     return f"{size} bytes" if power == 0 else f"{size / 1000**power:.1f} {('kB', 'MB', 'GB')[power - 1]}"
+
+
+def _as_readable_as_the_card(folder: Path) -> None:
+    """safetensors writes files that their owner alone can read, whatever the umask says."""
+    mode = (folder / card.NAME).stat().st_mode
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def _check_space(model: Trained, folder: Path) -> None:

@@ -1,5 +1,6 @@
-"""Weights as safetensors, with what is needed to build the model again, which `ldm convert` reads (own_export.py)."""
+"""Weights as safetensors, with what is needed to build the model again, which `ldm convert` reads (own_format.py)."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ldm import files
-from ldm.interop.exports import own_format as own_export
+from ldm.interop.exports import own_format
 from ldm.interop.exports.trained import Trained
 from ldm.interop.exports.usage import Choices, Usage
 from ldm.runtime.versions import versions
@@ -16,7 +17,7 @@ from ldm.sizes import as_resolution
 _TEXT = """Make a run folder of this folder, which then samples, trains on and is measured like any other:
 
 ```bash
-ldm convert FOLDER --name NAME
+ldm convert FOLDER --name NAME{more}
 ldm {command}
 ```
 
@@ -29,8 +30,10 @@ def write(model: Trained, out: Path, choices: Choices) -> Usage:
 
     save_torch_state_dict(tensors(model), out)
     files.write_text(out / "config.json", json.dumps(description(model, choices), indent=2) + "\n")
+    texts = model.diffusion is not None and any(own_format.text_encoders(dict(model.params)))
+    more = " --text-encoder DIR" if texts else ""
     command = "evaluate -r 'logs/*_NAME'" if model.diffusion is None else "sample -r 'logs/*_NAME'"
-    return Usage("ldm", _TEXT.format(command=command))
+    return Usage("ldm", _TEXT.format(command=command, more=more))
 
 
 def tensors(model: Trained) -> dict[str, Tensor]:
@@ -49,8 +52,8 @@ def description(model: Trained, choices: Choices) -> dict[str, Any]:
         "statistics": codec.statistics,
     }
     facts = {
-        "_class_name": own_export.AUTOENCODER if diffusion is None else own_export.DIFFUSION,
-        "format": own_export.FORMAT,
+        "_class_name": own_format.AUTOENCODER if diffusion is None else own_format.DIFFUSION,
+        "format": own_format.FORMAT,
         "name": model.run.name,
         "license": model.license(choices),
         "step": model.record.get("step"),
@@ -64,5 +67,7 @@ def description(model: Trained, choices: Choices) -> dict[str, Any]:
         return facts
     latents = diffusion.manifest.to_dict()
     latents["plan"]["autoencoder"] |= {"path": "", "config": {}}
-    parts = {name: model.params[name] for name in ("network", "conditioner", "objective")}
+    parts = {name: copy.deepcopy(model.params[name]) for name in ("network", "conditioner", "objective")}
+    for params in own_format.text_encoders(parts):
+        params["encoder"] = ""
     return facts | {"model": parts | {"label_dropout": model.params.get("label_dropout", 0.0)}, "latents": latents}

@@ -47,4 +47,4 @@ def optional_packages(format: str, extra: str = "interop") -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise ConfigError(f"{format} needs the package {error.name}: pip install ldm[{extra}]") from error
+        raise ConfigError(f"{format} needs the package {error.name}: pip install -e .[{extra}]") from error

@@ -47,6 +47,21 @@ def test_predictions(text, kind):
 
 
 @pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("EulerDiscreteScheduler", "timestep_type", "continuous"),
+        ("FlowMatchEulerDiscreteScheduler", "invert_sigmas", True),
+    ],
+)
+def test_times_that_no_objective_of_ours_has_are_refused(name, key, value):
+    """Stable Video Diffusion's network is given log(sigma) / 4, Mochi's the time from the other end."""
+    default = inspect.signature(getattr(diffusers, name).__init__).parameters[key].default
+    module.objective_from({"_class_name": name, key: default}, "file")
+    with pytest.raises(ConfigError, match=f"file: {key}={value!r}"):
+        module.objective_from({"_class_name": name, key: value}, "file")
+
+
+@pytest.mark.parametrize(
     "config",
     [
         {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},

@@ -1,8 +1,10 @@
 """Folders for diffusers: of every kind of model, the library makes the picture that ldm makes of the same noise."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from io import StringIO
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -356,6 +358,41 @@ def test_noise_of_ones_own_and_outputs(tmp_path):
     assert images[0].size == (16, 16)
     with pytest.raises(ValueError, match="prompt: this model was trained without texts"):
         pipeline(prompt="a cat")
+    for more in ({"batch_size": 4}, {"latents": noise, "batch_size": 4}, {"latents": noise[:1]}):
+        with pytest.raises(ValueError, match="expected one for each of"):
+            pipeline(class_labels=[0, 1], guidance_scale=2.0, **more)
+
+
+def test_a_folder_loads_without_a_warning(tmp_path):
+    written(trained(dit(), OF_DIT, FLOW), tmp_path)
+    said = StringIO()
+    handler = logging.StreamHandler(said)
+    diffusers.utils.logging.add_handler(handler)
+    try:
+        diffusers.DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    finally:
+        diffusers.utils.logging.remove_handler(handler)
+    assert said.getvalue() == ""
+
+
+def test_a_first_stage_with_two_numbers_of_groups_for_one_width_is_refused(tmp_path):
+    """Nothing in the folder could tell these norms apart."""
+    codec = first_stage()
+    decoder = codec.config["decoder"] | {"params": codec.config["decoder"]["params"] | {"norm_groups": 8}}
+    other = AutoencoderCodec(codec.encoder, build(decoder), {**codec.config, "decoder": decoder}, 16)
+    for model in (trained(unet(), UNCONDITIONAL, DDPM, other), Trained(Path("a.ckpt"), {}, {}, other)):
+        with pytest.raises(ConfigError, match="norms of 16 channels have 4 and 8 groups"):
+            diffusers_pipeline.write(model, tmp_path, UNCHECKED)
+
+
+def test_an_encoder_that_reads_other_pictures_is_refused(tmp_path):
+    codec = first_stage()
+    encoder = codec.config["encoder"] | {"params": codec.config["encoder"]["params"] | {"unit_range": True}}
+    other = AutoencoderCodec(build(encoder), codec.decoder, {**codec.config, "encoder": encoder}, 16)
+    for model in (trained(unet(), UNCONDITIONAL, DDPM, other), Trained(Path("a.ckpt"), {}, {}, other)):
+        with pytest.raises(ConfigError, match=r"unit_range=True(.|\n)*--to safetensors"):
+            diffusers_pipeline.write(model, tmp_path, UNCHECKED)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_the_pictures_compared_are_those_of_ldm_sample():

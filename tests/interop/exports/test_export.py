@@ -26,7 +26,9 @@ from ldm.latents.manifest import CacheSpec, Manifest
 from ldm.optim.ema import EMA, FixedDecay
 from ldm.sampling.pipeline import Pipeline
 from tests.tiny_runs import ADAM, node, save_run
+from tests.tiny_text import LONGEST, WIDTH, save_text_encoder
 
+UNCONDITIONAL = node("diffusion.conditioners.base.Unconditional")
 DOG = [{"class_label": 1}] * 2
 
 
@@ -135,13 +137,21 @@ def test_a_damaged_folder_is_one_message_and_makes_no_run(runs, tmp_path, capsys
     assert [*(tmp_path / "logs").glob("*")] == []
 
 
-def save_denoiser(folder: Path, codec: Codec, objective: dict[str, Any], channels: int, size: int) -> Path:
-    """An unconditional UNet on the latents of a codec, or on pixels."""
+def save_denoiser(
+    folder: Path,
+    codec: Codec,
+    objective: dict[str, Any],
+    channels: int,
+    size: int,
+    conditioner: dict[str, Any] = UNCONDITIONAL,
+    context_dim: int | None = None,
+) -> Path:
+    """A UNet on the latents of a codec, or on pixels."""
     torch.manual_seed(1)
     sizes = {"model_channels": 16, "channel_mult": [1, 1], "num_res_blocks": 1, "num_heads": 1}
     params = {
-        "network": node("diffusion.networks.unet.UNet", in_channels=channels, **sizes),
-        "conditioner": node("diffusion.conditioners.base.Unconditional"),
+        "network": node("diffusion.networks.unet.UNet", in_channels=channels, context_dim=context_dim, **sizes),
+        "conditioner": conditioner,
         "objective": objective,
     }
     parts = [build(params[name]) for name in ("network", "conditioner", "objective")]
@@ -190,6 +200,46 @@ def test_a_first_stage_of_others_stays_where_it_is(tmp_path, capsys):
     (again,) = (tmp_path / "logs").iterdir()
     samples = [[image.tobytes() for image in Pipeline.load(one).generate([1, 2], steps=2)] for one in (run, again)]
     assert samples[0] == samples[1]
+
+
+def test_a_model_of_captions_goes_out_without_its_text_encoder(runs, tmp_path, capsys):
+    """Which is named again where the model comes in; no path of this machine is in the folder."""
+    encoder = save_text_encoder(tmp_path / "encoder")
+    text = node("diffusion.conditioners.text.FrozenText", encoder=str(encoder), channels=WIDTH, max_length=LONGEST)
+    run = save_denoiser(
+        tmp_path / "run", Codec.load(runs.autoencoder), node("diffusion.objectives.Flow"), 4, 4, text, WIDTH
+    )
+    folder = exported(run, tmp_path / "out")
+    assert str(tmp_path) not in (folder / "config.json").read_text()
+    assert "--name NAME --text-encoder DIR" in (folder / "README.md").read_text()
+    captions = [{"caption": "a red cat"}, {"caption": "a blue boat"}]
+    own = [image.tobytes() for image in Pipeline.load(run).generate([1, 2], captions, steps=2)]
+    elsewhere = encoder.rename(tmp_path / "elsewhere")
+    assert convert.main([str(folder), "--logdir", str(tmp_path / "logs")]) == 2
+    assert "--text-encoder DIR" in capsys.readouterr().err
+    another = save_text_encoder(tmp_path / "another", seed=1)
+    assert convert.main([str(folder), "--logdir", str(tmp_path / "logs"), "--text-encoder", str(another)]) == 4
+    assert "not the text encoder that this model was trained with" in capsys.readouterr().err
+    assert not (tmp_path / "logs").exists()
+    assert convert.main([str(folder), "--logdir", str(tmp_path / "logs"), "--text-encoder", str(elsewhere)]) == 0
+    (again,) = (tmp_path / "logs").glob("*_run")
+    assert [image.tobytes() for image in Pipeline.load(again).generate([1, 2], captions, steps=2)] == own
+
+
+@pytest.mark.parametrize("word", ["--autoencoder", "--text-encoder"])
+def test_what_the_folder_holds_or_does_not_read_is_not_named(runs, tmp_path, capsys, word):
+    folder = exported(runs.diffusion, tmp_path / "out")
+    assert convert.main([str(folder), "--logdir", str(tmp_path / "logs"), word, str(runs.autoencoder)]) == 2
+    assert f"leave out {word}" in capsys.readouterr().err
+
+
+def test_every_file_is_as_readable_as_the_umask_says(runs, tmp_path):
+    former = os.umask(0o027)
+    try:
+        folder = exported(runs.diffusion, tmp_path / "out")
+    finally:
+        os.umask(former)
+    assert {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()} == {0o640}
 
 
 # ---- what is refused ----
@@ -283,5 +333,5 @@ def test_a_missing_package_names_its_extra_before_anything_is_computed(
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setattr(torch.export, "export", None)
     code, said = refused(capsys, str(runs.diffusion), "--to", to, "--out", str(tmp_path / "out"))
-    assert (code, f"pip install ldm[{extra}]" in said) == (2, True)
+    assert (code, f"pip install -e .[{extra}]" in said) == (2, True)
     assert [*tmp_path.iterdir()] == []

@@ -22,8 +22,7 @@ from ldm.diffusion.objectives import DDPM, EDM, Flow, Interpolant
 from ldm.diffusion.paths import GVP, VP
 from ldm.diffusion.predictions import X0, V
 from ldm.errors import ConfigError, NumericError
-from ldm.interop.exports import onnx_format as export_onnx
-from ldm.interop.exports import programs
+from ldm.interop.exports import onnx_format, programs
 from ldm.interop.exports.programs import Program
 from ldm.sampling.pipeline import Pipeline
 from ldm.sampling.samplers import ddim
@@ -178,9 +177,9 @@ def test_every_network_is_traced_for_any_batch_and_size(name):
 def test_every_network_is_the_same_in_onnx(name, tmp_path):
     make, slots = NETWORKS[name]
     program = of_network(make(), slots)
-    export_onnx._write(program, tmp_path / "net.onnx")
+    onnx_format._write(program, tmp_path / "net.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
-    assert program.difference(partial(export_onnx._run, session)) < 1e-4
+    assert program.difference(partial(onnx_format._run, session)) < 1e-4
 
 
 def test_a_codebook_is_searched_in_the_program(tmp_path):
@@ -193,10 +192,10 @@ def test_a_codebook_is_searched_in_the_program(tmp_path):
     program = Program(
         "decoder", programs._Decoding(codec), {"latents": torch.randn(2, 3, 8, 8)}, {"latents": ""}, "images"
     )
-    export_onnx._write(program, tmp_path / "decoder.onnx")
+    onnx_format._write(program, tmp_path / "decoder.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "decoder.onnx")
     assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
-    assert program.difference(partial(export_onnx._run, session)) < 1e-4
+    assert program.difference(partial(onnx_format._run, session)) < 1e-4
 
 
 class Stubborn(torch.nn.Module):
