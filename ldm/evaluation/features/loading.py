@@ -21,7 +21,7 @@ def optional_packages(features: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise ConfigError(
-            f"the features '{features}' need the package {error.name}: pip install ldm[evaluation]"
+            f"the features '{features}' need the package {error.name}: pip install -e .[evaluation]"
         ) from error
 
 
