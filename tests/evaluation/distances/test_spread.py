@@ -150,5 +150,5 @@ def test_too_few_images_are_refused() -> None:
 def test_intervals_say_which_package_they_need(monkeypatch):
     """scipy is no requirement of ldm: where it is installed, every start of a program imports it."""
     monkeypatch.setitem(sys.modules, "scipy.special", None)
-    with pytest.raises(ConfigError, match=r"pip install ldm\[evaluation\]"):
+    with pytest.raises(ConfigError, match=r"pip install -e .\[evaluation\]"):
         Estimate(1.0, 0.1, 9).interval()

@@ -62,7 +62,7 @@ def test_a_missing_package_says_what_to_install(name, package, tmp_path, monkeyp
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setattr("ldm.weights.cache.find", lambda name, given=None: tmp_path / "file")
-    with pytest.raises(ConfigError, match=rf"need the package {package}.*: pip install ldm\[evaluation\]"):
+    with pytest.raises(ConfigError, match=rf"need the package {package}.*: pip install -e .\[evaluation\]"):
         choose(name)
 
 
