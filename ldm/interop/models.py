@@ -152,8 +152,13 @@ def node(target: str, **params: Any) -> dict[str, Any]:
     return {"target": f"ldm.{target}", "params": params}
 
 
-def shapes(made: Mapping[str, Any]) -> dict[str, torch.Size]:
-    """{name of a tensor: its shape} of what a node builds; no memory is taken."""
+def on_meta(made: Mapping[str, Any]) -> nn.Module:
+    """What a node builds, without memory for its weights."""
     with torch.device("meta"):
         module: nn.Module = build(made)
-    return {name: tensor.shape for name, tensor in module.state_dict().items()}
+    return module
+
+
+def shapes(made: Mapping[str, Any]) -> dict[str, torch.Size]:
+    """{name of a tensor: its shape} of what a node builds; no memory is taken."""
+    return {name: tensor.shape for name, tensor in on_meta(made).state_dict().items()}

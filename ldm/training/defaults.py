@@ -22,7 +22,6 @@ from ldm.autoencoder.module import AutoencoderKL
 from ldm.config.load import build
 from ldm.config.signatures import live_signature
 from ldm.config.targets import is_node, resolve
-from ldm.diffusion.conditioners.base import Unconditional
 from ldm.diffusion.module import LatentDiffusion, parts
 from ldm.errors import ConfigError
 from ldm.run_folder import RunFolder
@@ -116,8 +115,8 @@ def _pictures(model: Any, interval: int, facts: Mapping[str, Any], trust: Sequen
         return ImageLogger(interval)
     if not isinstance(model, LatentDiffusion):
         return None
-    # The data may have classes that the model does not use.
-    count = None if isinstance(parts(model.denoiser)[1], Unconditional) else facts.get("num_classes")
+    # The data may have classes that the model does not read.
+    count = facts.get("num_classes") if "class_label" in parts(model.denoiser)[1].keys else None
     # Up to 32 images of 50 network calls each.
     return SampleLogger(interval, None if count is None else range(min(count, 4)), trust=trust)
 

@@ -11,17 +11,8 @@ from ldm.autoencoder.quantizer import VectorQuantizer
 from ldm.errors import ConfigError
 from ldm.interop.compvis import first_stage_training
 from ldm.interop.diffusers_models.autoencoder_table import present_names, table_of
-from ldm.interop.diffusers_models.config import (
-    OTHERWISE,
-    Exported,
-    Settings,
-    apart,
-    arguments,
-    on_meta,
-    one_number,
-    raise_all,
-)
-from ldm.interop.models import Family, FirstStage, Origin, Request, node, shapes
+from ldm.interop.diffusers_models.config import OTHERWISE, Exported, Settings, apart, arguments, one_number, raise_all
+from ldm.interop.models import Family, FirstStage, Origin, Request, node, on_meta, shapes
 from ldm.interop.sources import Source
 from ldm.interop.tables import to_ours, to_theirs
 

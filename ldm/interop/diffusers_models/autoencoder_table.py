@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ldm.autoencoder.networks import Attention, Decoder, Downsample, Encoder, ResBlock, Upsample
-from ldm.interop.diffusers_models.config import on_meta
+from ldm.interop.models import on_meta
 from ldm.interop.tables import LINEAR_AS_CONV2D, Entry, identity_conv, layer, under
 
 _FORMER = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}

@@ -9,12 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ldm.config.load import build
 from ldm.config.targets import resolve
 from ldm.errors import ConfigError
+from ldm.interop.models import on_meta
 
 OTHERWISE = "--to safetensors takes every model"
 """The end of messages on what cannot go out."""
@@ -164,13 +163,6 @@ def arguments(node: Mapping[str, Any]) -> dict[str, Any]:
     signature = inspect.signature(resolve(node["target"]))
     defaults = {name: one.default for name, one in signature.parameters.items() if one.default is not one.empty}
     return {**defaults, **node.get("params", {})}
-
-
-def on_meta(node: Mapping[str, Any]) -> nn.Module:
-    """What a node builds, without memory for its weights."""
-    with torch.device("meta"):
-        made: nn.Module = build(node)
-    return made
 
 
 def _same(first: Any, second: Any) -> bool:

@@ -16,10 +16,10 @@ from ldm.diffusion.networks.dit import DiT
 from ldm.diffusion.networks.unet import UNet
 from ldm.interop.diffusers_models import dit, unet
 from ldm.interop.diffusers_models.autoencoder_table import present_names
-from ldm.interop.diffusers_models.config import OTHERWISE, Exported, apart, on_meta, raise_all
+from ldm.interop.diffusers_models.config import OTHERWISE, Exported, apart, raise_all
 from ldm.interop.diffusers_models.unet_settings import DEFAULTS
 from ldm.interop.diffusers_models.unet_table import table_of
-from ldm.interop.models import node
+from ldm.interop.models import node, on_meta
 from ldm.interop.tables import SAME, Dropped, Entry, constant, each, to_ours, to_theirs, under
 
 UNETS = tuple(DEFAULTS)

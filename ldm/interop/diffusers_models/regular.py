@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ldm.interop.diffusers_models.config import arguments, groups, on_meta
+from ldm.interop.diffusers_models.config import arguments, groups
+from ldm.interop.models import on_meta
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from torch import nn
 
 from ldm.diffusion.networks.unet import UNet
 from ldm.diffusion.networks.unet_attention import SelfAttention
-from ldm.interop.diffusers_models.config import OTHERWISE, Settings, arguments, groups, on_meta, one_number, raise_all
+from ldm.interop.diffusers_models.config import OTHERWISE, Settings, arguments, groups, one_number, raise_all
 from ldm.interop.diffusers_models.unet_settings import DEFAULTS, ONLY
-from ldm.interop.models import node
+from ldm.interop.models import node, on_meta
 
 _BLOCKS = {"UNet2DModel": ("{}Block2D", "Attn{}Block2D"), "UNet2DConditionModel": ("{}Block2D", "CrossAttn{}Block2D")}
 _RESIZING = {"Down": "ResnetDownsampleBlock2D", "Up": "ResnetUpsampleBlock2D"}
