@@ -18,7 +18,7 @@ from einops import rearrange
 from ldm.diffusion.networks.edm2 import HEAD_CHANNELS
 from ldm.errors import CheckpointError, ConfigError
 from ldm.interop import statistics, unit_range
-from ldm.interop.models import Denoiser, Family, Origin, Request, node, shapes
+from ldm.interop.models import Denoiser, Family, Origin, Request, node, part_shapes, shapes
 from ldm.interop.sources import Source, number
 from ldm.interop.tables import SAME, Change, Dropped, Entry, each, to_ours
 
@@ -77,7 +77,7 @@ def convert(source: Source, request: Request) -> Sequence[Denoiser]:
         ),
         "label_dropout": 0.0,
     }
-    wanted = {f"network.{name}": shape for name, shape in shapes(params["network"]).items()}
+    wanted = part_shapes({"network": params["network"]})
     fitted = to_ours(table(sizes, side), source.tensors, wanted, f"{source.path} (EDM2)", _DROPPED)
     mean, std = _scale(source, request, sizes["in_channels"])
     if pixels and request.autoencoder is not None:

@@ -162,3 +162,8 @@ def on_meta(made: Mapping[str, Any]) -> nn.Module:
 def shapes(made: Mapping[str, Any]) -> dict[str, torch.Size]:
     """{name of a tensor: its shape} of what a node builds; no memory is taken."""
     return {name: tensor.shape for name, tensor in on_meta(made).state_dict().items()}
+
+
+def part_shapes(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, torch.Size]:
+    """The same of several nodes, each under the name of its part: `encoder.conv_in.weight`."""
+    return {f"{part}.{name}": shape for part, made in parts.items() for name, shape in shapes(made).items()}

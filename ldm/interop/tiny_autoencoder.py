@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldm.errors import CheckpointError
 from ldm.interop.compvis.first_stage_training import perceptual
-from ldm.interop.models import Family, FirstStage, Origin, Request, node, shapes
+from ldm.interop.models import Family, FirstStage, Origin, Request, node, part_shapes
 from ldm.interop.sources import Source, number
 from ldm.interop.tables import Entry, layer, to_ours, under
 
@@ -40,7 +40,7 @@ def convert(source: Source, request: Request) -> Sequence[FirstStage]:
     if diffusers and source.config.get("act_fn", "relu") != "relu":
         raise CheckpointError(f"{where}: config.json: act_fn: expected relu, found {source.config['act_fn']}")
     params = architecture(source.tensors, where, diffusers)
-    expected = {f"{part}.{name}": shape for part, made in params.items() for name, shape in shapes(made).items()}
+    expected = part_shapes(params)
     fitted = to_ours(table(params, diffusers), source.tensors, expected, where)
     terms, notes = perceptual(params["encoder"]["params"]["in_channels"], 1.0)
     # Nothing is drawn, so there is nothing to regularize.

@@ -16,7 +16,7 @@ from ldm.errors import CheckpointError, ConfigError
 from ldm.interop import statistics
 from ldm.interop.compvis import first_stage_training
 from ldm.interop.compvis.first_stage_table import table
-from ldm.interop.models import Family, FirstStage, Origin, Request, node, shapes
+from ldm.interop.models import Family, FirstStage, Origin, Request, node, part_shapes
 from ldm.interop.sources import Source
 from ldm.interop.tables import Dropped, Entry, renamed, to_ours
 from ldm.layers import group_norm
@@ -62,7 +62,7 @@ def first_stage(tensors: Mapping[str, Tensor], source: Source, request: Request)
     resolution = request.resolution or _resolution(params, source)
     discriminator = _discriminator(tensors, params)
     made = params | ({} if discriminator is None else {"loss.discriminator": discriminator})
-    expected = {f"{part}.{name}": shape for part, one in made.items() for name, shape in shapes(one).items()}
+    expected = part_shapes(made)
     entries = table(params, quant_convs="quant_conv.weight" in tensors)
     entries += [_in_loss(name) for name in expected if name.startswith("loss.")]
     if "loss.logvar" in tensors:

@@ -17,7 +17,7 @@ from ldm.interop.compvis import first_stage as compvis_first_stage
 from ldm.interop.compvis import unet as compvis_unet
 from ldm.interop.compvis.conditions import ENCODER, FIRST_STAGE, OTHER_ENCODERS, Conditioned, conditioned
 from ldm.interop.compvis.description import Description, check_schedule, described, part
-from ldm.interop.models import Denoiser, Family, FirstStage, Origin, Request, node, shapes
+from ldm.interop.models import Denoiser, Family, FirstStage, Origin, Request, node, part_shapes
 from ldm.interop.sources import Source
 from ldm.interop.tables import Dropped, Entry, Fitted, to_ours, under
 
@@ -109,7 +109,7 @@ def _weights(
     tensors = {name: one for name, one in source.tensors.items() if not name.startswith(elsewhere)}
     of_reads = under(reads.table, "conditioner.", ENCODER)
     tensors |= {name: source.tensors[name] for entry in of_reads for name in entry.theirs}
-    network = {f"network.{name}": shape for name, shape in shapes(made).items()}
+    network = part_shapes({"network": made})
     wanted = network | {f"conditioner.{name}": shape for name, shape in reads.shapes.items()}
     raw = to_ours([*under(table, "", NETWORK), *of_reads], tensors, wanted, origin, DROPPED)
 

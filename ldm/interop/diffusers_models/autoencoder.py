@@ -12,7 +12,7 @@ from ldm.errors import ConfigError
 from ldm.interop.compvis import first_stage_training
 from ldm.interop.diffusers_models.autoencoder_table import present_names, table_of
 from ldm.interop.diffusers_models.config import OTHERWISE, Exported, Settings, apart, arguments, one_number, raise_all
-from ldm.interop.models import Family, FirstStage, Origin, Request, node, on_meta, shapes
+from ldm.interop.models import Family, FirstStage, Origin, Request, node, on_meta, part_shapes
 from ldm.interop.sources import Source
 from ldm.interop.tables import to_ours, to_theirs
 
@@ -246,7 +246,7 @@ def first_stage(
     """
     where = str(source.path / part / "config.json")
     params = from_config(config, where)
-    expected = {f"{key}.{name}": shape for key, made in params.items() for name, shape in shapes(made).items()}
+    expected = part_shapes(params)
     present = [config.get(f"use_{name}", True) for name in ("quant_conv", "post_quant_conv")]
     origin = f"{source.path / part} (diffusers' {config['_class_name']})"
     fitted = to_ours(table_of(params, *present), present_names(tensors), expected, origin)

@@ -19,7 +19,7 @@ from ldm.diffusion.networks.dit import positions, rotations
 from ldm.errors import CheckpointError, ConfigError
 from ldm.interop.dit.kinds import KINDS, Kind, kind_of, said
 from ldm.interop.dit.table import table
-from ldm.interop.models import Denoiser, Family, Origin, Request, node, shapes
+from ldm.interop.models import Denoiser, Family, Origin, Request, node, part_shapes
 from ldm.interop.sources import Source
 from ldm.interop.tables import Dropped, renamed, to_ours, to_theirs
 
@@ -107,9 +107,7 @@ def _fit(
     source: Source, kind: Kind, params: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
     sizes = params["network"]["params"]
-    wanted = {
-        f"{part}.{name}": shape for part in ("network", "conditioner") for name, shape in shapes(params[part]).items()
-    }
+    wanted = part_shapes({part: params[part] for part in ("network", "conditioner")})
     kept, halves = _without_variance(tensors, sizes)
     origin = f"{source.path} ({kind.name})"
     fitted = to_ours(table(sizes, kind.backward), kept, wanted, origin, _DROPPED)

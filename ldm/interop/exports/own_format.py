@@ -10,7 +10,7 @@ from ldm.config.load import build
 from ldm.config.tree import current_plain
 from ldm.diffusion.conditioners.text import FrozenText
 from ldm.errors import CheckpointError, ConfigError
-from ldm.interop.models import Converted, Denoiser, Family, FirstStage, Origin, Request, node, shapes
+from ldm.interop.models import Converted, Denoiser, Family, FirstStage, Origin, Request, node, part_shapes
 from ldm.interop.sources import Source
 from ldm.interop.tables import Entry, to_ours
 
@@ -116,7 +116,7 @@ def _used(facts: Mapping[str, Any]) -> dict[str, torch.Size]:
     nodes = {f"autoencoder.{name}": made for name, made in (facts["autoencoder"] or {}).get("parts", {}).items()}
     if "model" in facts:
         nodes |= {name: facts["model"][name] for name in ("network", "conditioner", "objective")}
-    return {f"{part}.{name}": shape for part, made in nodes.items() for name, shape in shapes(made).items()}
+    return part_shapes(nodes)
 
 
 def _first_stage(facts: Mapping[str, Any], parts: Mapping[str, Tensor], request: Request, origin: Origin) -> FirstStage:
