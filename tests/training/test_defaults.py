@@ -7,11 +7,13 @@ import pytest
 from pytorch_lightning import LightningModule
 from pytorch_lightning.loggers import CSVLogger
 
+from ldm.diffusion.conditioners.given import Field, Given
 from ldm.errors import ConfigError
 from ldm.run_folder import RunFolder
 from ldm.training import defaults
 from ldm.training.callbacks.checkpoints import Checkpoints
 from ldm.training.callbacks.health import Health
+from ldm.training.callbacks.previews import SampleLogger
 from ldm.training.callbacks.progress import Progress, Throughput
 from ldm.training.callbacks.provenance import Provenance
 from ldm.training.callbacks.skip_nonfinite import SkipNonFinite
@@ -32,6 +34,17 @@ def callbacks(section: dict[str, Any], tmp_path: Path) -> list[Any]:
 def test_a_run_is_kept_without_a_line_of_yaml(tmp_path):
     kinds = [type(callback) for callback in callbacks({}, tmp_path)]
     assert kinds == [Provenance, SkipNonFinite, StopOnSignal, Throughput, Progress, Health, Checkpoints]
+
+
+def test_previews_ask_for_a_class_only_of_a_model_that_reads_one(runs, tmp_path, monkeypatch):
+    def conditions() -> Any:
+        made = defaults.make_callbacks(tree(), RunFolder(tmp_path), runs.module, {"num_classes": 3})
+        (previews,) = [one for one in made if isinstance(one, SampleLogger)]
+        return previews._conditions
+
+    assert {row["class_label"] for row in conditions()} == {0, 1, 2}
+    monkeypatch.setitem(runs.module.denoiser._modules, "conditioner", Given(tokens=Field("tokens", [4, 8])))
+    assert conditions() is None  # the data has classes all the same
 
 
 def test_callbacks_are_replaced_added_and_left_out_by_name(tmp_path):
