@@ -1,4 +1,4 @@
-"""Records side by side: what differs between their protocols, and whether their numbers can be told apart.
+"""Two or more records compared: how their protocols differ, and which differences of their numbers exceed the noise.
 
 A winner is named where the difference is more than noise: also of samples that were made differently (sampler, steps,
 guidance), which is said, but not where they were measured differently (features, reference, number of images, labels).

@@ -177,7 +177,7 @@ class Moments:
 
     @staticmethod
     def features_of(path: Path) -> str | None:
-        """What `save` was told of the features; None: the file, which `load` reads, does not say."""
+        """The name of the features that `save` stored in a file; None if it stored none."""
         with np.load(path, allow_pickle=False) as archive:
             return str(archive["features"]) if "features" in archive else None
 

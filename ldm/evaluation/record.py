@@ -65,14 +65,15 @@ class Record:
         return next((one for one in self.values if one.metric == metric and features in (None, one.features)), None)
 
     def beside(self, earlier: "Record", asked: Collection[str]) -> "Record | None":
-        """With the values of an earlier record, but for those that are here as well.
+        """This record, with those values of an earlier one that it does not have itself.
 
         Args:
             earlier: of the same command, perhaps with other metrics.
-            asked: the metrics of this record, as the command line names them: what it left out of them is told anew.
+            asked: the metrics that were asked for now, as the command line names them. Notes of the earlier record on
+                these are dropped, since this one says again what it left out.
 
         Returns:
-            None: its pictures, protocol, libraries or machine are others: its values cannot stand beside these.
+            None if its pictures, protocol, libraries or machine differ, so that the values do not belong together.
         """
         ours, theirs = (
             json.dumps([one.subject.get("pictures"), one.protocol, one.versions, one.machine], sort_keys=True)

@@ -36,7 +36,7 @@ class Value:
 
     @property
     def estimate(self) -> Estimate | None:
-        """What two values are told apart by: without the bias, where that is known; None: there is no error."""
+        """The estimate to compare with others, bias removed where it is known; None without an error bar."""
         if self.error is None or self.freedom is None:
             return None
         return Estimate(self.value if self.unbiased is None else self.unbiased, self.error, self.freedom)

@@ -1,4 +1,4 @@
-"""From a foreign checkpoint to a run folder: the families that can be converted, told apart by their tensors' names."""
+"""Converts foreign checkpoints to run folders. A checkpoint's family is recognized by the names of its tensors."""
 
 import json
 from collections.abc import Iterator, Sequence

@@ -104,7 +104,7 @@ def architecture(tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
             f"and quantize.embedding.weight is missing. Other quantizers (such as taming's Gumbel) are not known here."
         )
     encoder, decoder = (_sizes(tensors, part, base, latent) for part in ("encoder.down", "decoder.up"))
-    decoder["num_res_blocks"] -= 1  # theirs are counted here, and a level of the decoder has one more than it is told
+    decoder["num_res_blocks"] -= 1  # the file has one block more in each level of the decoder than the parameter says
     images = _inputs(tensors["encoder.conv_in.weight"]), len(tensors["decoder.conv_out.weight"])
     moments = codebook is None
     params = {

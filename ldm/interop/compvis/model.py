@@ -99,10 +99,10 @@ def _first_stage(source: Source, request: Request, description: Description) -> 
 def _weights(
     source: Source, table: Sequence[Entry], made: Mapping[str, Any], reads: Conditioned
 ) -> tuple[Fitted, dict[str, Tensor] | None]:
-    """Those of the last step, and the moving average; None: the file has none.
+    """The weights of the last step, and their moving average; None if the file has no average.
 
-    The average's names are the raw ones without dots, which cannot be told apart again: they are made from the raw
-    ones. The conditioner has no average of its own.
+    The average's names are the raw names without their dots. Where the dots were cannot be told from such a name, so
+    each is derived from its raw name. The conditioner has no average of its own.
     """
     origin = _origin(source)
     elsewhere = (FIRST_STAGE, ENCODER, AVERAGE, *OTHER_ENCODERS)

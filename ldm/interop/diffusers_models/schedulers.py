@@ -76,7 +76,7 @@ def _ddim(path: DiscreteVP, prediction: str) -> Scheduler:
 
 
 def _betas(schedule: NoiseSchedule, steps: int) -> dict[str, Any]:
-    """How the library is told the betas: the name of its own schedule that is the same, or a list."""
+    """The library's settings of these betas: the name of an equal schedule where it has one, else a list."""
     if type(schedule) is Linear:
         return {"beta_schedule": "linear", "beta_start": schedule.start, "beta_end": schedule.end}
     if type(schedule) is SqrtLinear:
