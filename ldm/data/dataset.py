@@ -1,12 +1,12 @@
 """The contract of a data set of images, a part of one, and how images are held out for validation.
 
 Items are dicts of `image` (PIL, gray, RGB or RGBA; or an array (H,W,C) of uint8 with any number of channels),
-`class_label` (int, if the data set has classes) and `caption` (str, if it has captions).
+`class_label` (int, if the data set has classes) and `caption` (str, or a list of several, if it has captions).
 """
 
 import hashlib
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
@@ -36,7 +36,7 @@ class Item(_Pixels, total=False):
     """One item of a data set."""
 
     class_label: int
-    caption: str
+    caption: str | list[str]
 
 
 class ImageDataset(Protocol):
@@ -96,6 +96,36 @@ def has_captions(dataset: ImageDataset) -> bool:
         except DataError:
             continue
     return False
+
+
+@runtime_checkable
+class Texts(Protocol):
+    """Optional: a data set whose captions can be read, and change, without its pictures."""
+
+    def captions(self, index: int) -> Sequence[str]:
+        """The captions of an item, one or more. Raises DataError naming the file if they cannot be read."""
+
+    def captions_fingerprint(self) -> str:
+        """Changes with the captions and the number of items, and with nothing else."""
+
+    def pictures_fingerprint(self) -> str:
+        """As `fingerprint`, without the captions."""
+
+
+@runtime_checkable
+class Sized(Protocol):
+    """Optional: a data set that has the sizes of its pictures without decoding them."""
+
+    def sizes(self) -> np.ndarray:
+        """(N, 2) int64: height and width of every item, pixels; 0, 0 for one that cannot be read."""
+
+
+@runtime_checkable
+class Tabular(Protocol):
+    """Optional: a data set that has numbers beside its pictures, such as an aesthetic score."""
+
+    def columns(self) -> Mapping[str, np.ndarray]:
+        """By key of a batch: (N,) or (N, k) float32, a row for each item."""
 
 
 @runtime_checkable

@@ -6,10 +6,11 @@ null conditioning, which training uses for label dropout and sampling for guidan
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.errors import ConfigError
@@ -23,11 +24,14 @@ class Conditioning:
         vector: (N, D).
         tokens: (N, L, D).
         spatial: (N, C, H, W), with the latent's height and width.
+        token_mask: (N, L) bool, true for tokens, false for padding, which nothing may depend on; each row has a token.
+            None: all are tokens.
     """
 
     vector: Tensor | None = None
     tokens: Tensor | None = None
     spatial: Tensor | None = None
+    token_mask: Tensor | None = None
 
     def where(self, mask: Tensor, other: "Conditioning") -> "Conditioning":
         """The rows of self where `mask` (N,) is true, those of `other` elsewhere (as torch.Tensor.where)."""
@@ -41,13 +45,37 @@ class Conditioning:
         """The rows of self, then those of `other`, whose sides of 1 are repeated, as a null's may be."""
         return self._join(other, lambda ours, theirs: torch.cat([ours, theirs.expand(len(theirs), *ours.shape[1:])]))
 
+    def masked(self) -> Tensor:
+        """`token_mask`, all true where it is None; of filled `tokens` only."""
+        assert self.tokens is not None
+        return (
+            self.tokens.new_ones(self.tokens.shape[:2], dtype=torch.bool)
+            if self.token_mask is None
+            else self.token_mask
+        )
+
+    def padded(self, length: int) -> "Conditioning":
+        """With masked tokens, zeros at the end, up to `length` of them; itself if there are as many or no tokens."""
+        if self.tokens is None or self.tokens.shape[1] >= length:
+            return self
+        missing = length - self.tokens.shape[1]
+        tokens, mask = F.pad(self.tokens, (0, 0, 0, missing)), F.pad(self.masked(), (0, missing))
+        return replace(self, tokens=tokens, token_mask=mask)
+
     def _join(self, other: "Conditioning", join: Any) -> "Conditioning":
+        ours, theirs = self, other
+        if ours.tokens is not None and theirs.tokens is not None:
+            masked = ours.token_mask is not None or theirs.token_mask is not None
+            if masked:
+                longest = max(ours.tokens.shape[1], theirs.tokens.shape[1])
+                ours, theirs = (side.padded(longest) for side in (ours, theirs))
+                ours, theirs = (replace(side, token_mask=side.masked()) for side in (ours, theirs))
         slots = {}
         for slot in (field.name for field in fields(self)):
-            ours, theirs = getattr(self, slot), getattr(other, slot)
-            if (ours is None) != (theirs is None):
+            mine, its = getattr(ours, slot), getattr(theirs, slot)
+            if (mine is None) != (its is None):
                 raise ValueError(f"conditioning slot '{slot}' is filled on one side only")
-            slots[slot] = None if ours is None else join(ours, theirs)
+            slots[slot] = None if mine is None else join(mine, its)
         return Conditioning(**slots)
 
 

@@ -43,7 +43,7 @@ def test_slots_are_those_of_the_parts():
     torch.testing.assert_close(found.tokens, parts["token"](batch()).tokens)
     torch.testing.assert_close(found.spatial, batch()["small"])
     null = conditioner.null(6)
-    assert [slot.shape for slot in vars(null).values()] == [slot.shape for slot in vars(found).values()]
+    assert _shapes(null) == _shapes(found)
     torch.testing.assert_close(null.vector[:, :4], parts["vector"].null(6).vector)
     two = Joint({"a": ClassToken(3, 5), "b": ClassToken(3, 5)})(batch())
     assert two.tokens.shape == (6, 2, 5)
@@ -115,3 +115,7 @@ def test_whether_all_conditions_are_dropped_together_in_training():
 def test_unconditional_parts_read_nothing():
     assert Joint({"none": Unconditional(), "class": ClassVector(3, 4)}).keys == ("class_label",)
     assert Joint({"none": Unconditional()}).keys == ()
+
+
+def _shapes(conditioning):
+    return {name: slot.shape for name, slot in vars(conditioning).items() if slot is not None}
