@@ -40,6 +40,7 @@ FENCED = {
     "timm": {"ldm.evaluation.features"},
     "torch_fidelity": {"ldm.evaluation.features"},
     "transformers": {"ldm.evaluation.features", "ldm.diffusion.conditioners.text_models", "ldm.interop"},
+    "tokenizers": {"ldm.diffusion.conditioners.tokenizer"},
     "peft": {"ldm.interop"},
     "huggingface_hub": {"ldm.interop", "ldm.weights"},
 }

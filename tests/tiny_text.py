@@ -50,3 +50,13 @@ def save_text_encoder(folder: Path, seed: int = 0, network: Any = None) -> Path:
     network.save_pretrained(folder)
     save_tokenizer(folder)
     return folder
+
+
+BERT_WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS[2:], "##s", "!", "e", "##mile"]
+"""Of a BERT, a line each in its `vocab.txt`."""
+
+
+def save_vocabulary(file: Path) -> Path:
+    """The vocab.txt of a BERT of a few words."""
+    file.write_text("\n".join(BERT_WORDS) + "\n")
+    return file
