@@ -9,7 +9,8 @@ from diffusers import DiTTransformer2DModel
 
 from ldm.diffusion.conditioners.base import Conditioning
 from ldm.diffusion.conditioners.classes import ClassVector
-from ldm.diffusion.networks.dit import Block, DiT, positions, rotate, rotations
+from ldm.diffusion.networks.dit import DiT, positions, rotations
+from ldm.diffusion.networks.dit_blocks import Block, rotate
 from ldm.errors import ConfigError
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
