@@ -126,9 +126,17 @@ class EmojiPictures(ABC):
     def path(self, index: int) -> str:
         return str(self.picture(self.emoji[index]))
 
+    def captions(self, index: int) -> Sequence[str]:
+        return [self.emoji[index].name]
+
     def fingerprint(self) -> str:
-        content = [self.folder.name, self.class_names, [(e.code, e.label, e.name) for e in self.emoji]]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        return _hash([self.folder.name, self.class_names, [(e.code, e.label, e.name) for e in self.emoji]])
+
+    def captions_fingerprint(self) -> str:
+        return _hash([e.name for e in self.emoji])
+
+    def pictures_fingerprint(self) -> str:
+        return _hash([self.folder.name, self.class_names, [(e.code, e.label) for e in self.emoji]])
 
     def prepare(self) -> None:
         """Make what is missing, showing progress. Safe to run in several processes at once."""
@@ -189,6 +197,10 @@ def every_emoji(design: str) -> Iterator[Emoji]:
 def plain(code: str) -> str:
     """A code without variation selectors, which the packages use differently."""
     return "-".join(point for point in code.upper().split("-") if point != "FE0F")
+
+
+def _hash(content: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _share(code: str) -> float:
