@@ -100,6 +100,15 @@ class Conditioner(Protocol):
         ...
 
 
+@runtime_checkable
+class Filed(Protocol):
+    """Optional: a conditioner that reads files, which a run folder keeps."""
+
+    def files(self) -> Mapping[str, bytes]:
+        """{name: content}. Raises ConfigError if one is missing."""
+        ...
+
+
 def require_conditioner(found: object, key: str = "model.params.conditioner") -> None:
     """ConfigError, naming the `key` of the configuration, unless `found` is a conditioner."""
     if not isinstance(found, Conditioner):
