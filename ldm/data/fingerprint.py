@@ -14,7 +14,7 @@ import os
 import stat
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from hashlib import blake2b, sha256
@@ -73,6 +73,11 @@ def stats(root: Path, names: Sequence[str]) -> np.ndarray:
     return found
 
 
+def digest(samples: np.ndarray) -> str:
+    """Hash over `samples`, or some of them, in their order."""
+    return sha256(samples.astype("<u8").tobytes()).hexdigest()[:32]
+
+
 def contents(root: Path, names: Sequence[str], states: np.ndarray) -> str:
     """Hash over samples of the files' bytes, in the given order.
 
@@ -105,28 +110,36 @@ def contents(root: Path, names: Sequence[str], states: np.ndarray) -> str:
         # What could not be read may have been unavailable only for a moment.
         sure = (states[:, 1:3].max(1) < begun - _SETTLED) & (samples != 0)
         _write_index(index, keys[sure], states[sure], samples[sure])
-    return sha256(samples.astype("<u8").tobytes()).hexdigest()[:32]
+    return digest(samples)
 
 
 def _sample(root: Path, name: str, size: int) -> int:
     """Hash of some of a file's bytes; 0 if they cannot be read."""
     if size < 0:
         return 0
-    if size <= _BLOCK * _BLOCKS:
-        places, length = [0], size
-    else:
-        places, length = [place * (size - _BLOCK) // (_BLOCKS - 1) for place in range(_BLOCKS)], _BLOCK
     path = os.path.join(root, name)
     try:
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
-            return _short_hash(b"".join([os.pread(file, length, place) for place in places]))
+            return sample(size, lambda place, length: os.pread(file, length, place))
         finally:
             os.close(file)
     except OSError as error:
         if error.errno in _EXHAUSTED:
             raise DataError(f"{path}: cannot be read: {error.strerror}; raise the limit (ulimit -n)") from error
         return 0
+
+
+def sample(size: int, read: Callable[[int, int], bytes]) -> int:
+    """Hash of some of `size` bytes: all of up to 32 KB, otherwise at eight positions from the first to the last.
+
+    Args:
+        size: how many there are.
+        read: (position, length) -> bytes.
+    """
+    if size <= _BLOCK * _BLOCKS:
+        return _short_hash(read(0, size))
+    return _short_hash(b"".join([read(place * (size - _BLOCK) // (_BLOCKS - 1), _BLOCK) for place in range(_BLOCKS)]))
 
 
 def _short_hash(data: bytes) -> int:
