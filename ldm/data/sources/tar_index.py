@@ -55,8 +55,8 @@ class TarIndex:
         try:
             with self.place.open("rb") as file:
                 file.seek(self._names + 8 * max(0, item - 1))
-                ends = np.frombuffer(file.read(16), "<i8").tolist()
-                start, end = (0, ends[0]) if item == 0 else ends[:2]
+                ends = np.frombuffer(file.read(16 if item else 8), "<i8").tolist()
+                start, end = ends if item else (0, *ends)
                 file.seek(self._names + 8 * self.num_items + start)
                 return os.fsdecode(file.read(end - start))
         except (OSError, ValueError):

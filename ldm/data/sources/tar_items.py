@@ -135,6 +135,7 @@ def _texts(index: TarIndex, ending: str, items: np.ndarray) -> np.ndarray:
     if ending in index.endings:
         rows = index.members[index.members["ending"] == index.endings.index(ending)]
         table[rows["item"]] = rows
+    table["offset"] += index.texts_at
     return table[items]
 
 
@@ -201,11 +202,11 @@ def _drop(part: _Part, dropped: np.ndarray, why: str, left_out: "_LeftOut") -> N
 
 @contextmanager
 def text_of(index: TarIndex) -> Iterator[Any]:
-    """A function of a `MEMBER` of a text that returns its bytes."""
+    """A function of a `MEMBER` of a text, whose offset counts in the index, that returns its bytes."""
     with index.place.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
 
         def read(member: np.void) -> bytes:
-            start = index.texts_at + int(member["offset"])
+            start = int(member["offset"])
             return mapped[start : start + int(member["size"])]
 
         yield read
@@ -214,10 +215,7 @@ def text_of(index: TarIndex) -> Iterator[Any]:
 def _caption_rows(captions: bool | str, parts: Sequence[_Part]) -> np.ndarray | None:
     if not captions:
         return None
-    rows = [part.texts[".json" if isinstance(captions, str) else ".txt"].copy() for part in parts]
-    for part, of_part in zip(parts, rows, strict=True):
-        of_part["offset"] += part.index.texts_at
-    return np.concatenate(rows)
+    return np.concatenate([part.texts[".json" if isinstance(captions, str) else ".txt"] for part in parts])
 
 
 class _LeftOut:

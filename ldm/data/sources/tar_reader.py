@@ -123,12 +123,9 @@ class TarReader:
             rest = file.read(_BLOCK)
             self.ended = len(rest) == _BLOCK
             while rest:
-                if any(rest):
-                    place = file.tell() - len(rest)
-                    self._refuse(
-                        place - place % _BLOCK,
-                        "holds something else than a header of tar there (tars that were joined?)",
-                    )
+                if rest.count(0) < len(rest):
+                    place = file.tell() - len(rest.lstrip(b"\0"))
+                    self._refuse(place - place % _BLOCK, "is no header of tar (was it damaged, or were tars joined?)")
                 rest = file.read(1 << 20)
 
     def _refuse(self, offset: int, fault: str, error: Exception | None = None) -> None:
@@ -143,7 +140,8 @@ class TarReader:
         folder, _, base = entry.name.removeprefix("./").rpartition("/")
         stem, _, ending = base.partition(".")
         ending = f".{ending.casefold()}" if ending else ""
-        is_text, is_picture = ending in TEXTS and entry.size <= LONGEST_TEXT, os.path.splitext(ending)[1] in EXTENSIONS
+        is_text = ending in TEXTS and entry.size <= LONGEST_TEXT
+        is_picture = ending[ending.rfind(".") :] in EXTENSIONS
         if not stem or not entry.isreg() or entry.issparse() or not (is_text or is_picture):
             self.left_out[self._kind(entry, stem, ending)] += 1
             return

@@ -37,16 +37,13 @@ def captions_of(entry: Mapping[str, Any] | None, key: str) -> list[str]:
     return texts if len(texts) == len(several) else []
 
 
-def read_caption(raw: bytes, key: str | None, path: str) -> list[str]:
-    """The captions in a text file, or under a key of a .json. Raises DataError naming `path`."""
-    if key is not None:
-        if found := captions_of(entry_of(raw), key):
-            return found
-        raise DataError(f"{path}: its .json has no caption under {key!r}")
-    try:
+def read_caption(raw: bytes, key: str | None) -> list[str]:
+    """The captions in a text file, or under a key of a .json. Raises ValueError, also where a text is not UTF-8."""
+    if key is None:
         return [raw.decode("utf-8").strip()]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: its .txt cannot be read as a caption in UTF-8 ({error})") from error
+    if found := captions_of(entry_of(raw), key):
+        return found
+    raise ValueError(f"no caption under {key!r}")
 
 
 def classes_of(found: Sequence[list[Any]]) -> np.ndarray:

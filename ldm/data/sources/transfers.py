@@ -21,6 +21,9 @@ from ldm.errors import ConfigError, DataError, ResourceError
 CHUNK = 8 << 20
 """Bytes that one request asks for at most."""
 
+PAUSE = 0.5
+"""Seconds before the second attempt; each following pause is twice as long."""
+
 _THREADS = 16  # ask for the states of shards
 _LONGEST_PAUSE = 30.0  # seconds between two attempts
 _VERSIONS = ("ETag", "etag", "md5Hash", "Content-MD5", "LastModified", "Last-Modified", "mtime", "created")
@@ -164,7 +167,7 @@ class Transfers:
                 last = fault
             self._files.pop(url, None)
             if attempt < self.retries:
-                time.sleep(min(_LONGEST_PAUSE, 0.5 * 2**attempt))
+                time.sleep(min(_LONGEST_PAUSE, PAUSE * 2**attempt))
         raise ResourceError(
             f"{url}: failed {self.retries + 1} times, at last with {type(last).__name__}: {_words(last)}. See that "
             "the server can be reached from here, and start again: what has arrived is kept"
@@ -208,7 +211,7 @@ def _refuse_for_good(url: str, error: Exception, fault: BaseException) -> None:
     """Raise DataError where another attempt would end the same: there is no such file, or it may not be read."""
     status = getattr(fault, "status", None)
     denied = isinstance(fault, PermissionError) or status in (401, 403)
-    missing = isinstance(error, FileNotFoundError) and (fault is error or status in (404, 410))
+    missing = isinstance(fault, FileNotFoundError) or status in (404, 410)
     if denied:
         raise DataError(
             f"{url}: the server refuses it ({_words(fault)}); see to the credentials, or `options`"

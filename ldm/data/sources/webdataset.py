@@ -18,11 +18,11 @@ from ldm.data import fingerprint
 from ldm.data import value_range as ranges
 from ldm.data.dataset import CONVERTIBLE, Item
 from ldm.data.decoding import MAX_PIXELS, read_image
-from ldm.data.sources import tar_items
 from ldm.data.sources.handles import Handle, Handles
 from ldm.data.sources.remote import Store
 from ldm.data.sources.shards import LocalShards, Shard, changed, demand_distinct, expanded, is_url, refuse
 from ldm.data.sources.tar_index import indexes
+from ldm.data.sources.tar_items import Wanted, chosen, text_of
 from ldm.data.sources.tar_reader import text_sample
 from ldm.data.sources.tar_values import labels, read_caption
 from ldm.errors import ConfigError, DataError
@@ -80,8 +80,8 @@ class WebDataset:
         self._shards = self._reader.find(patterns)
         demand_distinct(self._shards)
         self._indexes = indexes(self._shards, self._reader, Path(index))
-        wanted = tar_items.Wanted(image, captions, classes, tuple(columns))
-        self._items, notes = tar_items.chosen(self._shards, self._indexes, wanted)
+        wanted = Wanted(image, captions, classes, tuple(columns))
+        self._items, notes = chosen(self._shards, self._indexes, wanted)
         self._labels, self.class_names, self._num_classes = self._labeled(class_names)
         self._handles = Handles()
         self._pictures_fingerprint: str | None = None
@@ -133,7 +133,16 @@ class WebDataset:
             refuse(str(of.place), error)
         if text_sample(raw) != member["sample"]:
             changed(self._shards[self._items.shard(index)].location)
-        return read_caption(raw, self._items.caption_key, self.path(index))
+        try:
+            return read_caption(raw, self._items.caption_key)
+        except ValueError as error:
+            raise DataError(f"{self.path(index)}: its caption cannot be read ({error})") from error
+
+    def _caption_hashed(self, raw: bytes) -> bytes:
+        try:
+            return json.dumps(read_caption(raw, self._items.caption_key)).encode()
+        except ValueError:
+            return b"\0" + raw
 
     def has_captions(self) -> bool:
         return self._items.captions is not None
@@ -185,12 +194,10 @@ class WebDataset:
     def captions_fingerprint(self) -> str:
         if self._captions_fingerprint is None:
             digest = hashlib.sha256(str(len(self)).encode())
-            for row in range(len(self)):
-                try:
-                    several = list(self.captions(row))
-                except DataError:
-                    several = []
-                digest.update(json.dumps(several).encode())
+            for index, rows in zip(self._indexes, self._items.by_shard(), strict=True):
+                with text_of(index) as text:
+                    for row in () if self._items.captions is None else self._items.captions[rows]:
+                        digest.update(self._caption_hashed(text(row)))
             self._captions_fingerprint = digest.hexdigest()
         return self._captions_fingerprint
 
