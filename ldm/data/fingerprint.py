@@ -143,21 +143,29 @@ def _sample(root: Path, name: str, size: int) -> int:
     """Hash of some of a file's bytes; 0 if they cannot be read."""
     if size < 0:
         return 0
-    if size <= _BLOCK * _BLOCKS:
-        places, length = [0], size
-    else:
-        places, length = [place * (size - _BLOCK) // (_BLOCKS - 1) for place in range(_BLOCKS)], _BLOCK
     path = os.path.join(root, name)
     try:
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
-            return _short_hash(b"".join([os.pread(file, length, place) for place in places]))
+            return sample(size, lambda place, length: os.pread(file, length, place))
         finally:
             os.close(file)
     except OSError as error:
         if error.errno in _EXHAUSTED:
             raise DataError(f"{path}: cannot be read: {error.strerror}; raise the limit (ulimit -n)") from error
         return 0
+
+
+def sample(size: int, read: Callable[[int, int], bytes]) -> int:
+    """Hash of some of `size` bytes: all of up to 32 KB, otherwise at eight positions from the first to the last.
+
+    Args:
+        size: how many there are.
+        read: (position, length) -> bytes.
+    """
+    if size <= _BLOCK * _BLOCKS:
+        return _short_hash(read(0, size))
+    return _short_hash(b"".join([read(place * (size - _BLOCK) // (_BLOCKS - 1), _BLOCK) for place in range(_BLOCKS)]))
 
 
 def _short_hash(data: bytes) -> int:
