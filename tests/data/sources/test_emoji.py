@@ -36,7 +36,9 @@ def test_what_emoji_are_called_besides():
     assert names["2764"][:2] == ["red heart", "heart"]
     assert "cat with tears of joy" in names["1F639"]
     assert names["1F44B-1F3FF"] == ["waving hand dark skin tone"]
-    assert all(known and all(name and ":" not in name and "_" not in name for name in known) for known in names.values())
+    assert all(
+        known and all(name and ":" not in name and "_" not in name for name in known) for known in names.values()
+    )
 
 
 def test_all_names_are_the_captions_and_change_no_picture(tmp_path):
