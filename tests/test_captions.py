@@ -252,9 +252,17 @@ def test_data_without_captions_is_refused_before_anything_is_made(tree, image_fo
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("shards", [", sharded_checkpoints: true", None])
-def test_two_ranks_train_as_one(tree, shards, forked):
-    """FSDP2 with a file a rank, and DDP: the encoder is whole on each."""
+def test_two_ranks_train_as_one(tree, shards, kept, forked):
+    """FSDP2 with a file a rank, and DDP: the encoder is whole on each; so with features that a cache keeps."""
+    if kept:
+        params = tree["model"]["params"]["conditioner"]["params"]
+        tree["data"]["params"]["features"] = {"text": node("ldm.diffusion.conditioners.text.TextEncoder", **params)}
+        tree["model"]["params"]["network"]["params"]["context_dim"] = WIDTH
+        tree["model"]["params"]["conditioner"] = node(
+            "ldm.diffusion.conditioners.text.FeatureText", feature="${data.params.features.text}"
+        )
     tree["model"]["params"]["network"]["params"]["dropout"] = 0.0  # whose draws are a rank's own
     strategy = "DDP, params: {timeout: 60" if shards is None else f"FSDP2, params: {{timeout: 60{shards}"
     assert forked(1, lambda rank: train(tree, "-n", "alone")) == [0]
