@@ -13,7 +13,9 @@ import numpy as np
 from PIL import Image
 
 
-def write_tar(path: Path, files: Mapping[str, bytes] | list[tuple[str, bytes]], form: int = tarfile.USTAR_FORMAT) -> Path:
+def write_tar(
+    path: Path, files: Mapping[str, bytes] | list[tuple[str, bytes]], form: int = tarfile.USTAR_FORMAT
+) -> Path:
     """A tar of the files, in their order."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=form, encoding="utf-8", errors="surrogateescape") as archive:

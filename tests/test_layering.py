@@ -41,6 +41,7 @@ FENCED = {
     "torch_fidelity": {"ldm.evaluation.features"},
     "transformers": {"ldm.evaluation.features", "ldm.diffusion.conditioners.text", "ldm.interop"},
     "peft": {"ldm.interop"},
+    "fsspec": {"ldm.data.sources"},
     "huggingface_hub": {"ldm.interop", "ldm.weights"},
 }
 

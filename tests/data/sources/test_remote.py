@@ -100,7 +100,7 @@ def test_a_fault_that_stays_is_one_message_and_what_came_is_kept(server, here, f
     assert part.stat().st_size == 4096
     server.log.clear()
     assert len(WebDataset(url, store())) == 4
-    assert [asked for method, _, asked in server.log if method == "GET"][0].startswith("bytes=4096-")
+    assert next(asked for method, _, asked in server.log if method == "GET").startswith("bytes=4096-")
     assert not list((here / "store").glob("*.part"))
 
 
@@ -173,7 +173,10 @@ def test_a_file_that_changes_while_it_is_fetched_is_not_taken(server, here, monk
         return data
 
     monkeypatch.setattr(shards.transfers, "read", changes)
-    with pytest.raises(ResourceError, match=r"0\.tar: was changed or removed while it was in use"), shards.whole(found[0]):
+    with (
+        pytest.raises(ResourceError, match=r"0\.tar: was changed or removed while it was in use"),
+        shards.whole(found[0]),
+    ):
         pass
     assert not copies(here)
     assert not list((here / "store").glob("*.part"))
@@ -244,7 +247,9 @@ def test_a_full_disk_keeps_what_has_come(server, here, monkeypatch):
         write(handle, data, offset)
 
     monkeypatch.setattr(remote, "_write", full)
-    message = r"/store: cannot keep .*0\.tar \(10240 bytes\): No space left on device; make room there, or lower `max_bytes`"
+    message = (
+        r"/store: cannot keep .*0\.tar \(10240 bytes\): No space left on device; make room there, or lower `max_bytes`"
+    )
     with pytest.raises(ResourceError, match=message):
         WebDataset(url, store())
     assert [part.stat().st_size for part in (here / "store").glob("*.part")] == [4096]
@@ -253,7 +258,7 @@ def test_a_full_disk_keeps_what_has_come(server, here, monkeypatch):
 def test_a_store_where_nothing_can_be_written(server, here):
     url = filled(server, here)
     (here / "store").write_text("")
-    with pytest.raises(ResourceError, match="/store: cannot keep .*name another `folder`"):
+    with pytest.raises(ResourceError, match=r"/store: cannot keep .*name another `folder`"):
         WebDataset(url, store())
 
 
