@@ -42,6 +42,7 @@ FENCED = {
     "transformers": {"ldm.evaluation.features", "ldm.diffusion.conditioners", "ldm.interop"},
     "tokenizers": {"ldm.diffusion.conditioners.tokenizer"},
     "peft": {"ldm.interop"},
+    "fsspec": {"ldm.data.sources"},
     "huggingface_hub": {"ldm.interop", "ldm.weights"},
 }
 
