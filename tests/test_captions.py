@@ -18,7 +18,7 @@ from ldm.sampling.guidance import Guidance
 from ldm.sampling.pipeline import Pipeline
 from ldm.training.metrics_table import read_metrics
 from tests.conftest import node
-from tests.tiny_text import LONGEST, WIDTH, save_text_encoder
+from tests.tiny_text import LONGEST, WIDTH, forget, save_text_encoder
 
 pytest.importorskip("transformers")
 
@@ -30,8 +30,7 @@ WANTED = [{"caption": "a red cat"}, {"caption": "a blue boat"}]
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     yield tmp_path
-    for kept in (text.opened, text._config, text._of_empty):
-        kept.cache_clear()
+    forget()
 
 
 @pytest.fixture
@@ -126,9 +125,22 @@ def test_captions_from_a_folder_to_samples(tree, encoder, here, capsys):
     (made,) = pipeline.generate([1], WANTED[1:], steps=2, guidance=Guidance(2.0))
     (file,) = run().glob("samples/*/a-blue-boat-*-000001.png")
     assert list(Image.open(file).getdata()) == list(made.getdata())
+    # The same pictures by their captions on the command line.
+    assert sample.main([*command, "--out", "asked", "--prompt", *(one["caption"] for one in WANTED)]) == 0
+    Path("prompts.txt").write_text("a red cat\n\n  a blue boat \n")
+    assert sample.main([*command, "--out", "listed", "--prompts-file", "prompts.txt"]) == 0
+    for name in ("asked", "listed"):
+        again = Path(name, file.relative_to(listing.parent))
+        assert [*Image.open(file).getdata()] == [*Image.open(again).getdata()]
+    assert sample.main([*command, "--out", "negative", "--prompt", "a red cat", "--negative", "a blue boat"]) == 0
+    assert json.loads(Path("negative/samples.json").read_text())["settings"]["negative"] == "a blue boat"
+    assert sample.main([*command, "--out", "wide", "--prompt", "a red cat", "--size", "16", "32"]) == 0
+    assert {Image.open(path).size for path in Path("wide").glob("a-red*.png")} == {(32, 16)}
     capsys.readouterr()
+    assert sample.main([*command, "--prompt", "a red cat", "--size", "15"]) == 2
+    assert "size 15" in capsys.readouterr().err
     assert sample.main(command) == 2
-    assert "this model reads caption: list what to make in a file, --conditions FILE" in capsys.readouterr().err
+    assert 'this model reads captions: say what to make, --prompt "..."' in capsys.readouterr().err
 
     text.opened.cache_clear()
     shutil.rmtree(encoder)
@@ -137,8 +149,7 @@ def test_captions_from_a_folder_to_samples(tree, encoder, here, capsys):
     assert "not the text encoder that this model was trained with" in capsys.readouterr().err
     assert main.main(["-r", str(run()), "lightning.trainer.max_steps=6"]) == 4
     assert "not the text encoder that this model was trained with" in capsys.readouterr().err
-    text.opened.cache_clear()
-    text._config.cache_clear()
+    forget()
     encoder.rename(here / "moved")
     assert sample.main([*command, "--conditions", "wanted.json"]) == 4
     assert f"{encoder}: no text encoder" in capsys.readouterr().err
