@@ -8,8 +8,8 @@ import torch
 
 import main
 from ldm.checkpoints import store
-from ldm.cli import ema, export, sample, tokenizer
 from ldm.cli import convert as convert_command
+from ldm.cli import ema, export, sample, tokenizer
 from ldm.config.load import to_yaml
 from ldm.diffusion.conditioners.tokenizer import Tokenizer
 from ldm.sampling.guidance import Guidance
@@ -41,8 +41,13 @@ def tree(diffusion_tree, runs, image_folder):
     }
     model["conditioner"] = node(
         "ldm.diffusion.conditioners.text_transformer.TextTransformer",
-        **{"tokenizer": "words.json", "channels": WIDTH, "depth": 2, "vocab_size": WORDS, "max_length": LONGEST},
-        **{"num_heads": 2, "num_head_channels": 8},
+        tokenizer="words.json",
+        channels=WIDTH,
+        depth=2,
+        vocab_size=WORDS,
+        max_length=LONGEST,
+        num_heads=2,
+        num_head_channels=8,
     )
     model["label_dropout"] = 0.2
     data |= {"autoencoder": str(runs.autoencoder), "resolution": 16, "num_validation": 2}
@@ -51,7 +56,11 @@ def tree(diffusion_tree, runs, image_folder):
     diffusion_tree["lightning"]["callbacks"] = {
         "images": node(
             "ldm.training.callbacks.previews.SampleLogger",
-            **{"every_n_steps": 2, "conditions": WANTED, "seeds": [1, 2], "steps": 2, "guidance_scale": 2.0},
+            every_n_steps=2,
+            conditions=WANTED,
+            seeds=[1, 2],
+            steps=2,
+            guidance_scale=2.0,
         )
     }
     Path("config.yaml").write_text(to_yaml(diffusion_tree))
