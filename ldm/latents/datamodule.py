@@ -13,7 +13,15 @@ from torch.utils.data import DataLoader
 
 from ldm.autoencoder.codec import Codec
 from ldm.data.datamodule import VALIDATION_SEED, ElasticDataModule, dataset_facts, split
-from ldm.data.dataset import ImageDataset, decoding, emptied_classes, has_captions, require_channels, texts
+from ldm.data.dataset import (
+    ImageDataset,
+    decoding,
+    emptied_classes,
+    has_captions,
+    require_channels,
+    texts,
+    without_captions,
+)
 from ldm.data.transforms import EvalTransform, transformed
 from ldm.diffusion.conditioners.features import Feature, meta_columns
 from ldm.errors import ConfigError, DataError
@@ -216,6 +224,10 @@ class LatentDataModule(ElasticDataModule):
         dataset = self._datasets()[name]
         return DatasetParts(name, dataset, self.cache, int(self.max_broken * len(dataset)), self.read_threads)
 
+    def described(self) -> list[str]:
+        """A line for each folder of the open cache: what it holds, and its size."""
+        return [str(part) for rows in self._rows.values() for part in (rows.cache, *rows.conditions.parts())]
+
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         rows = self._opened("train")
         return self.training_loader(rows, len(rows), _as_gathered)
@@ -274,7 +286,7 @@ class LatentDataModule(ElasticDataModule):
 
     def _open(self, name: str, dataset: ImageDataset, folder: Path, plan: CacheSpec, codec: Codec) -> LatentCache:
         source = Source(
-            read=lambda item: self._read(dataset, item, codec.in_channels),
+            read=lambda item: self._read(dataset, item, codec.in_channels, plan.captions),
             name=dataset.path,
             max_broken=int(self.max_broken * len(dataset)),
             threads=self.read_threads,
@@ -295,8 +307,8 @@ class LatentDataModule(ElasticDataModule):
                 note_source(folder, plan)
         return cache
 
-    def _read(self, dataset: ImageDataset, item: int, channels: int) -> Mapping[str, Any]:
-        row = dataset[item]
+    def _read(self, dataset: ImageDataset, item: int, channels: int, captions: bool = False) -> Mapping[str, Any]:
+        row = dataset[item] if captions else without_captions(dataset, item)
         return {**row, "image": transformed(row["image"], self.transform, channels, dataset.path(item))}
 
     def _load(self) -> Codec:
