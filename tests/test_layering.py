@@ -41,6 +41,7 @@ FENCED = {
     "torch_fidelity": {"ldm.evaluation.features"},
     "transformers": {"ldm.evaluation.features", "ldm.diffusion.conditioners.text", "ldm.interop"},
     "peft": {"ldm.interop"},
+    "gradio": {"ldm.cli.demo", "ldm.cli.demo_page", "ldm.cli.demo_controls", "ldm.cli.demo_style"},
     "huggingface_hub": {"ldm.interop", "ldm.weights"},
 }
 

@@ -69,24 +69,20 @@ def demo(options: Any) -> None:
         import gradio  # noqa: F401
     from ldm.cli.demo_line import Line
     from ldm.cli.demo_models import Models, named
-    from ldm.cli.demo_page import Page, serve
+    from ldm.cli.demo_page import Page, served
     from ldm.cli.demo_request import Constants
     from ldm.sampling.pipeline import Pipeline
 
-    load = partial(
-        Pipeline.load, ema=not options.raw, device=usable(options.device), trust=options.trust
-    )
+    load = partial(Pipeline.load, ema=not options.raw, device=usable(options.device), trust=options.trust)
     constants = Constants(options.device, options.raw, tuple(options.trust))
-    number, line = free_port(options.host, options.port), Line()
-    try:
-        with places() as folder:
-            url = serve(Page(Models(named(runs), load), line, constants, folder), options.host, number)
+    number = free_port(options.host, options.port)
+    with places() as folder:
+        page = Page(Models(named(runs), load), Line(), constants, folder)
+        with served(page, options.host, number) as url:
             print(f"ldm demo: {url} (Ctrl+C ends it)", flush=True)
             while True:
                 signals.stop_if_asked()
                 time.sleep(0.1)
-    finally:
-        line.close()
 
 
 def found(run: str) -> str:

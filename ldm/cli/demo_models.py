@@ -1,9 +1,11 @@
 """The models of the page: which controls each has, and the one that is in memory."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from ldm.checkpoints import store
 from ldm.errors import ConfigError
 from ldm.images import FILED
 from ldm.sampling.pipeline import Pipeline
@@ -93,9 +95,17 @@ class Models:
         self._loaded = None
         say(f"Loading {name}")
         pipeline = self._load(self.runs[name])
-        self.known[name] = Abilities.of(pipeline)
+        self.known[name] = replace(Abilities.of(pipeline), prompts=prompts(pipeline.origin["checkpoint"]))
         self._loaded = name, pipeline
         return pipeline
+
+
+def prompts(checkpoint: str) -> list[str]:
+    """The captions of the previews in a run's training."""
+    found = store.record(Path(checkpoint)).get("config", {})
+    for key in ("lightning", "callbacks", "images", "params", "conditions"):
+        found = found.get(key) or {}
+    return [row["caption"] for row in found if isinstance(row.get("caption"), str)]
 
 
 def named(runs: Sequence[Any]) -> dict[str, str]:

@@ -10,8 +10,9 @@ import secrets
 import shutil
 import time
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import CancelledError
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,9 +25,9 @@ from ldm.cli import demo_request
 from ldm.cli.demo_controls import Controls
 from ldm.cli.demo_line import Halted, Line, Ticket
 from ldm.cli.demo_models import Abilities, Models
-from ldm.cli.demo_pictures import Shown, begun, settings_html, shown
+from ldm.cli.demo_pictures import Shown, begun, command_html, settings_html, shown
 from ldm.cli.demo_request import Constants, Wish
-from ldm.cli.demo_style import COPY, CSS, ON_LOAD
+from ldm.cli.demo_style import COPY, CSS, ON_LOAD, theme
 from ldm.errors import LdmError
 
 KEPT = 60
@@ -73,9 +74,9 @@ class Page:
         with gr.Blocks(title="ldm demo", analytics_enabled=False) as blocks:
             gr.HTML("<h1>ldm demo</h1><p>Pictures of a latent diffusion model</p>", elem_id="title")
             with gr.Row(equal_height=False):
-                with gr.Column(scale=2, min_width=320):
+                with gr.Column(scale=2, min_width=320, elem_id="controls"):
                     self.controls = Controls([*self.models.runs])
-                with gr.Column(scale=3, min_width=320):
+                with gr.Column(scale=3, min_width=320, elem_id="results"):
                     self._results()
             self._wire(blocks)
         return blocks
@@ -83,22 +84,31 @@ class Page:
     def _results(self) -> None:
         self.history = gr.State([])
         self.gallery = gr.Gallery(
-            label="Pictures", columns=4, height="auto", object_fit="contain", format="png", elem_id="gallery",
-            buttons=["download", "fullscreen"], interactive=False,
-        )  # fmt: skip
+            label="Pictures",
+            show_label=False,
+            columns=4,
+            height="auto",
+            object_fit="contain",
+            format="png",
+            buttons=["download", "fullscreen"],
+            interactive=False,
+            elem_id="gallery",
+        )
         self.details = gr.Column(visible=False)
         with self.details:
             self.settings = gr.HTML(elem_id="settings")
-            self.command = gr.Textbox(
-                label="The same on the command line", interactive=False, lines=2, elem_id="command", buttons=[]
-            )
+            self.command = gr.HTML(elem_id="command")
             self.copy = gr.Button("Copy command", size="sm", elem_id="copy")
 
     def _wire(self, blocks: gr.Blocks) -> None:
         controls, of = self.controls, self.controls.of_wish
-        choices = [controls.facts, of["prompt"], of["negative"], of["label"], controls.prompts, controls.labels,
-                   of["guidance"], controls.guiding, controls.starting, controls.generate]  # fmt: skip
-        gr.on([blocks.load, controls.model.change], self.choose, [controls.model], choices, show_progress="hidden")
+        gr.on(
+            [blocks.load, controls.model.change],
+            self.choose,
+            [controls.model],
+            [*controls.of_model, self.gallery],
+            show_progress="hidden",
+        )
         controls.prompts.click(lambda sample: sample[0], [controls.prompts], [of["prompt"]], show_progress="hidden")
         controls.labels.click(lambda index: index, [controls.labels], [of["label"]], show_progress="hidden")
         controls.new_seed.click(lambda: secrets.randbelow(2**31), None, [of["seed"]], show_progress="hidden")
@@ -113,7 +123,7 @@ class Page:
         )
         controls.stop.click(self.stop, None, None, queue=False, show_progress="hidden")
         self.gallery.select(self.show, [self.history], self._detail_parts(), show_progress="hidden")
-        self.copy.click(None, [self.command], None, js=COPY)
+        self.copy.click(None, None, None, js=COPY)
         blocks.unload(self.leave)
 
     def _detail_parts(self) -> list[Any]:
@@ -123,9 +133,10 @@ class Page:
         """Show the controls of a model."""
         try:
             abilities = await self._abilities(model)
+            smooth = ["large"] if max(abilities.size) >= LARGE else []
+            return {**self.controls.updates(abilities), self.gallery: gr.update(elem_classes=smooth)}
         except Exception as error:
-            raise gr.Error(html.escape(said(error)), print_exception=False) from error
-        return self.controls.updates(abilities)
+            return {self.controls.facts: complaint(error)}
 
     async def _abilities(self, model: str) -> Abilities:
         if model in self.models.known:
@@ -157,8 +168,7 @@ class Page:
         except (Halted, CancelledError):
             yield idle | {controls.status: ended("Stopped")}
         except Exception as error:
-            yield idle | {controls.status: ended(said(error), wrong=True)}
-            raise gr.Error(html.escape(said(error)), print_exception=False) from error
+            yield idle | {controls.status: complaint(error)}
         else:
             text = f"{len(made)} picture{'s' * (len(made) > 1)} in {time.monotonic() - began:.1f} s"
             yield idle | {controls.status: ended(text)} | self._with(made, history)
@@ -193,7 +203,7 @@ class Page:
         return {
             self.details: gr.update(visible=True),
             self.settings: settings_html(one),
-            self.command: one.command,
+            self.command: command_html(one),
         }
 
     def show(self, history: list[Shown], chosen: gr.SelectData) -> Updates:
@@ -224,14 +234,21 @@ def progress(ticket: Ticket, ahead: int) -> str:
         return f"<p class=said>{html.escape(ticket.doing or 'Starting')}</p><progress></progress>"
     text = f"Step {ticket.step} of {ticket.steps}"
     return (
-        f'<p class=said aria-hidden=true>{text}</p>'
+        f"<p class=said aria-hidden=true>{text}</p>"
         f'<progress aria-label="{text}" value={ticket.step} max={ticket.steps}></progress>'
     )
 
 
-def ended(text: str, wrong: bool = False) -> str:
+def ended(text: str) -> str:
     """How a request has ended, as HTML."""
-    return f"<p class='said{' wrong' * wrong}'>{html.escape(text)}</p>"
+    return f"<p class=said>{html.escape(text)}</p>"
+
+
+def complaint(error: Exception) -> str:
+    """What a visitor is told of an error: at the top of the page for a while, and as HTML to stay."""
+    # Not raised as gr.Error: that writes "Error" over everything that the request would have changed.
+    gr.Warning(html.escape(said(error)), title="Not possible")
+    return f"<p class='said wrong'>{html.escape(said(error))}</p>"
 
 
 def said(error: Exception) -> str:
@@ -244,11 +261,10 @@ def said(error: Exception) -> str:
     return f"this failed ({type(error).__name__}); the terminal of the server says more"
 
 
-def serve(page: Page, host: str, port: int) -> str:
-    """Serve the page in threads of their own, to that address alone and with nothing from elsewhere; returns its URL."""
+@contextmanager
+def served(page: Page, host: str, port: int) -> Iterator[str]:
+    """Within the block the page is served in threads of their own, with nothing from elsewhere; gives its URL."""
     blocks = page.build().queue(default_concurrency_limit=None, api_open=False)
-    fonts = [gr.themes.Font(name) for name in ("system-ui", "sans-serif")]
-    mono = [gr.themes.Font(name) for name in ("ui-monospace", "monospace")]
     _, url, _ = blocks.launch(
         server_name=host,
         server_port=port,
@@ -260,8 +276,12 @@ def serve(page: Page, host: str, port: int) -> str:
         enable_monitoring=False,
         max_file_size="32mb",
         ssr_mode=False,
-        theme=gr.themes.Soft(primary_hue="indigo", neutral_hue="slate", font=fonts, font_mono=mono),
+        theme=theme(),
         css=CSS,
         js=ON_LOAD,
     )
-    return url
+    try:
+        yield url
+    finally:
+        page.line.close()
+        blocks.close(verbose=False)

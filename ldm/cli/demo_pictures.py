@@ -1,6 +1,7 @@
 """Pictures of the page on disk: those that visitors begin with, and those that were made for them."""
 
 import html
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -17,6 +18,7 @@ from ldm.errors import ConfigError
 from ldm.images import picture
 from ldm.sampling.generate import Sample
 from ldm.sampling.sample_folder import Order
+from ldm.sizes import spell
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ class Shown:
     command: str
 
 
-def shown(made: Sequence[Sample], folder: Path, wish: Wish, abilities: Abilities, model: str, command: str) -> list[Shown]:
+def shown(
+    made: Sequence[Sample], folder: Path, wish: Wish, abilities: Abilities, model: str, command: str
+) -> list[Shown]:
     """Write the pictures of one request into a new folder."""
     folder.mkdir(parents=True)
     found = []
@@ -46,6 +50,7 @@ def shown(made: Sequence[Sample], folder: Path, wish: Wish, abilities: Abilities
         asked = described(wish, abilities)
         caption = " · ".join([*asked.values(), f"seed {sample.seed}"])
         settings = {"Model": model, **asked, "Seed": str(sample.seed), **tuned(wish, abilities)}
+        settings["Size"] = spell(sample.image.shape[:2])
         found.append(Shown(folder / order.file, caption, settings, command))
     return found
 
@@ -70,7 +75,7 @@ def tuned(wish: Wish, abilities: Abilities) -> dict[str, str]:
         if wish.rescale:
             found["Rescale"] = f"{wish.rescale:g}"
         if (wish.low, wish.high) != (Wish.low, Wish.high):
-            found["Guided"] = f"above {wish.low:g}" + ("" if wish.high is None else f", up to {wish.high:g}")
+            found["Guided"] = f"above {wish.low:g}" + (f", up to {wish.high}" if wish.high.strip() else "")
         if abilities.captions and wish.negative.strip():
             found["Negative prompt"] = wish.negative
     if wish.image is not None:
@@ -120,3 +125,9 @@ def settings_html(one: Shown) -> str:
     """The settings as a list of names and values."""
     rows = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in one.settings.items())
     return f"<dl>{rows}</dl>"
+
+
+def command_html(one: Shown) -> str:
+    """The command line, whose flags are not broken at a hyphen."""
+    line = re.sub(r"(?<= )--?[a-z-]+", r"<span class=flag>\g<0></span>", html.escape(one.command))
+    return f"<h2>The same on the command line</h2><pre>{line}</pre>"

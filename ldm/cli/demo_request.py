@@ -5,7 +5,7 @@ So a picture of the page is that of the command, and a setting that cannot be ge
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ class Wish:
 
     Args:
         label: the class.
-        low, high: the interval of guidance; `high` None: without end.
+        width, height: of the pictures, pixels; both None: of the training pictures.
+        low, high: the interval of guidance; `high` empty: without end.
         image, mask: files of the picture to begin with, and of what is painted anew in it.
     """
 
@@ -45,9 +46,11 @@ class Wish:
     guidance: Number = 1.0
     rescale: Number = 0.0
     low: Number = 0.0
-    high: Number = None
+    high: str = ""
     seed: Number = 0
     number: Number = 4
+    width: Number = None
+    height: Number = None
     image: Path | None = None
     mask: Path | None = None
     strength: Number = 0.6
@@ -85,6 +88,9 @@ def words(wish: Wish, abilities: Abilities, constants: Constants) -> list[str]:
         found += _flag("sampler", wish.sampler)
     if wish.schedule != Wish.schedule:
         found += _flag("schedule", wish.schedule)
+    size = wish.height, wish.width
+    if size not in ((None, None), abilities.size):
+        found += ["--size", _text(wish.height), _text(wish.width)]
     if abilities.guided:
         found += _guidance(wish, abilities)
     if wish.image is not None and abilities.begins:
@@ -99,7 +105,7 @@ def _guidance(wish: Wish, abilities: Abilities) -> list[str]:
     if wish.rescale != Wish.rescale:
         found += _flag("rescale", _text(wish.rescale))
     if (wish.low, wish.high) != (Wish.low, Wish.high):
-        found += ["--interval", _text(wish.low), "inf" if wish.high is None else _text(wish.high)]
+        found += ["--interval", _text(wish.low), wish.high.strip() or "inf"]
     if abilities.captions and wish.negative.strip():
         found += _flag("negative", wish.negative)
     return found
@@ -157,8 +163,11 @@ def carried_out(pipeline: Pipeline, options: Any, ticket: Ticket) -> list[Sample
         ConfigError: settings that cannot be for this model.
         Halted: the request was stopped.
     """
-    recipe = Recipe(*named_functions(options), *steering(pipeline, options, str(pipeline.device)))
+    if options.image is not None:
+        ticket.say("Reading the picture")  # torchvision takes seconds to be imported
+    sampler, schedule = named_functions(options)
+    recipe = Recipe(watched(sampler, ticket), schedule, *steering(pipeline, options, str(pipeline.device)))
     seeds = range(options.seed, options.seed + options.number)
     orders = [Order(condition, seed) for condition in requested(pipeline, options) for seed in seeds]
     ticket.say("Sampling")
-    return [*samples(pipeline, orders, options, replace(recipe, sampler=watched(recipe.sampler, ticket)))]
+    return [*samples(pipeline, orders, options, recipe)]

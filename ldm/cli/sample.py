@@ -115,7 +115,7 @@ def requested(pipeline: Pipeline, options: Any) -> list[Condition | None]:
 def sample(options: Any) -> list[Path]:
     """Do what the command line asks for; returns the files to look at."""
     device = usable(options.device)
-    functions = named_functions(options)
+    sampler, schedule = named_functions(options)
     pipeline = Pipeline.load(
         _found(options.run), ema=not options.raw, autoencoder=options.autoencoder, device=device, trust=options.trust
     )
@@ -124,16 +124,16 @@ def sample(options: Any) -> list[Path]:
     conditions = requested(pipeline, options)
     seeds = [*dict.fromkeys(options.seeds or range(options.seed, options.seed + options.number))]
     orders = [Order(condition, seed) for condition in conditions for seed in seeds]
-    recipe = Recipe(*functions, *steering(pipeline, options, device))
+    recipe = Recipe(sampler, schedule, *steering(pipeline, options, device))
     settings = {
         **pipeline.origin,
-        "sampler": described(options.sampler[0], recipe.sampler),
-        "schedule": described(options.schedule[0], recipe.schedule),
+        "sampler": described(options.sampler[0], sampler),
+        "schedule": described(options.schedule[0], schedule),
         **{key: getattr(options, key) for key in ("steps", "guidance")},
         **steered(options, recipe),
         **adapter,
     }
-    times = recipe.schedule(pipeline.objective, options.steps, pipeline.latent_shape(recipe.size))
+    times = schedule(pipeline.objective, options.steps, pipeline.latent_shape(recipe.size))
     # Both refuse what cannot be, before anything is written.
     check(pipeline, [order.seed for order in orders], asked(orders), times, recipe.guidance)
     folder: Path = options.out or default_folder(settings)
