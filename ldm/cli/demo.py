@@ -62,6 +62,8 @@ def demo(options: Any) -> None:
     """
     runs = [found(run) for run in options.run]
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    for name in ("no_proxy", "NO_PROXY"):  # the server's look at itself
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), options.host, "localhost", "127.0.0.1"]))
     from ldm.cli.devices import usable
     from ldm.interop.exports.usage import optional_packages
 

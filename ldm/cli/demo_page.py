@@ -247,7 +247,7 @@ def ended(text: str) -> str:
 def complaint(error: Exception) -> str:
     """What a visitor is told of an error: at the top of the page for a while, and as HTML to stay."""
     # Not raised as gr.Error: that writes "Error" over everything that the request would have changed.
-    gr.Warning(html.escape(said(error)), title="Not possible")
+    gr.Warning(html.escape(said(error)))
     return f"<p class='said wrong'>{html.escape(said(error))}</p>"
 
 

@@ -80,7 +80,7 @@ def test_new_pictures_come_first_and_a_click_shows_its_settings(page):
 
 def test_errors_are_said_and_the_page_goes_on(page, monkeypatch):
     warned: list[str] = []
-    monkeypatch.setattr(gr, "Warning", lambda text, title: warned.append(text))
+    monkeypatch.setattr(gr, "Warning", lambda text: warned.append(text))
     wrong = [
         ({"steps": 0}, "--steps: expected a whole number of 1 or more"),
         ({"schedule": "compvis", "steps": 7}, "expects a proper divisor of 1000; found 7"),
@@ -100,7 +100,7 @@ def test_a_fault_of_ours_is_told_without_its_traceback(page, monkeypatch, capsys
     def fail(*_: Any) -> None:
         raise KeyError("<secret>")
 
-    monkeypatch.setattr(gr, "Warning", lambda text, title: None)
+    monkeypatch.setattr(gr, "Warning", lambda text: None)
     monkeypatch.setattr(demo_page.demo_request, "carried_out", fail)
     said = status(page, asyncio.run(all_of(asks(page))))
     assert "this failed (KeyError); the terminal of the server says more" in said

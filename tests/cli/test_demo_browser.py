@@ -142,6 +142,8 @@ def test_a_picture_to_begin_with_and_paint_on_it(visit, tmp_path):
     fill(page, Pictures="1", Steps="4")
     page.get_by_role("button", name="Begin with a picture").click()
     page.locator("#start input[type=file]").first.set_input_files(tmp_path / "photo.png")
+    enlarged = re.compile(r"^\d{3,}%$")  # as soon as the small picture is on the canvas
+    expect(page.get_by_role("button", name=enlarged)).to_be_visible()
     page.get_by_role("button", name="Brush", exact=True).click()
     box = page.locator("#start canvas").first.bounding_box()
     assert box is not None
@@ -211,7 +213,7 @@ def test_errors_are_said_on_the_page_and_the_server_goes_on(visit):
     generate(page)
     message = "--steps: expected a whole number of 1 or more, found '0'"
     expect(page.locator("#status")).to_contain_text(message)
-    expect(page.get_by_role("status").filter(has_text="Not possible")).to_contain_text(message)
+    expect(page.get_by_role("status").filter(has_text="Warning")).to_contain_text(message)
     assert "Traceback" not in page.inner_text("body")
     fill(page, Steps="3", Pictures="1")
     generate(page)
