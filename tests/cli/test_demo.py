@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ldm.cli import demo, demo_page
@@ -167,6 +169,50 @@ def test_each_model_has_its_own_controls(page):
     assert [found[of["guidance"]]["visible"] for found in (tiny, plain)] == [True, False]
     assert not tiny[of["prompt"]]["visible"]
     assert tiny[page.controls.facts] == "16 pixels, 7 steps of training"
+
+
+class ByLength(torch.nn.Module):
+    """Reads captions: the class that a caption's length says."""
+
+    def __init__(self, classes: torch.nn.Module, keys: Sequence[str]) -> None:
+        super().__init__()
+        self.classes, self.keys = classes, keys
+
+    def forward(self, batch: Mapping[str, Any]) -> Any:
+        return self.classes({"class_label": torch.tensor([len(text) % 3 for text in batch["caption"]])})
+
+    def null(self, number: int) -> Any:
+        return self.classes.null(number)
+
+
+@pytest.mark.parametrize("keys", [("caption",), ("caption", "class_label")])
+def test_a_model_of_captions_has_a_prompt_and_a_negative_one(page, monkeypatch, keys):
+    def load(run: str) -> Pipeline:
+        pipeline = Pipeline.load(run)
+        pipeline.denoiser["conditioner"] = ByLength(pipeline.denoiser["conditioner"], keys)
+        return pipeline
+
+    monkeypatch.setattr(page.models, "_load", load)
+    monkeypatch.setattr("ldm.cli.demo_models.prompts", lambda checkpoint: ["a red heart", "a cat"])
+    of, controls = page.controls.of_wish, asyncio.run(page.choose("tiny"))
+    assert controls[of["prompt"]]["visible"]
+    assert controls[of["negative"]]["visible"]
+    assert controls[of["label"]]["visible"] is ("class_label" in keys)
+    assert controls[page.controls.prompts]["samples"] == [["a red heart"], ["a cat"]]
+    wanted = {"prompt": "ab", "guidance": 3, "number": 1, "label": 1}
+    plain, away = (asyncio.run(all_of(asks(page, negative=text, **wanted)))[-1] for text in ("", "a"))
+    assert plain[page.settings].startswith("<dl><dt>Model</dt><dd>tiny</dd><dt>Prompt</dt><dd>ab</dd>")
+    assert "<dt>Negative prompt</dt><dd>a</dd>" in away[page.settings]
+    condition = {"caption": "ab", "class_label": 1}
+    for answer, negative in ((plain, None), (away, {"caption": "a"})):
+        (expected,) = generate(
+            load(page.models.runs["tiny"]),
+            [0],
+            [{key: condition[key] for key in keys}],
+            steps=3,
+            guidance=Guidance(3, negative=negative),
+        )
+        assert np.array_equal(np.asarray(Image.open(answer[page.history][0].file)), expected.image)
 
 
 def test_the_next_free_port_is_taken_and_said(capsys):
