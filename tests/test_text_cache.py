@@ -12,6 +12,7 @@ import main
 from ldm.checkpoints import store
 from ldm.cli import cache, sample
 from ldm.config.load import to_yaml
+from ldm.diffusion.conditioners.text_models import TextModel
 from ldm.run_folder import RunFolder
 from tests.conftest import node
 from tests.tiny_text import LONGEST, WIDTH, forget, save_text_encoder
@@ -96,6 +97,15 @@ def test_a_dry_run_makes_nothing(tree, capsys):
     assert train(tree, "--dry-run") == 0
     assert "text.tokens_mask" in capsys.readouterr().out
     assert not Path("cache").exists()
+
+
+def test_a_second_start_does_not_load_the_encoder(tree, monkeypatch):
+    monkeypatch.setattr("ldm.weights.remembered._SETTLED", -(10**12))  # files of this moment are old enough
+    Path("config.yaml").write_text(to_yaml(tree))
+    assert cache.main(["--base", "config.yaml"]) == 0
+    forget()
+    monkeypatch.setattr(TextModel, "network", property(lambda self: pytest.fail("loaded")))
+    assert cache.main(["--base", "config.yaml"]) == 0
 
 
 @pytest.mark.slow

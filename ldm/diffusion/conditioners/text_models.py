@@ -20,6 +20,7 @@ from ldm.runtime.full_precision import full_precision
 from ldm.weights import cache
 from ldm.weights.catalog import FILES
 from ldm.weights.digest import weight_hash
+from ldm.weights.remembered import remembered
 
 _PROBES = ("", "A photo of two Red cats, and a café.", "3 boats\n by night 🌙!  漢字 קוד")
 """Texts by which tokenizers are told apart, besides their vocabularies: case, accents, spaces, what begins and ends."""
@@ -89,10 +90,13 @@ class TextModel:
     def weights(self) -> str:
         """sha256 (hex) of the weights, as float32; without names, which differ between versions of transformers."""
         if self._weights is None:
-            with self.lent():
-                pass
-        assert self._weights is not None
+            self._weights = remembered(Path(self.folder), "text encoder", self._hashed)
         return self._weights
+
+    def _hashed(self) -> str:
+        with self.lent():
+            assert self._weights is not None, "set as it was loaded"
+            return self._weights
 
     @functools.cached_property
     def tokenizer(self) -> Any:
