@@ -113,12 +113,16 @@ class ImageFolder:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Item:
-        item: Item = {"image": read_image(self.path(index), self.max_pixels, self.value_range, keep_alpha=True)}
-        if self.class_names is not None:
-            item["class_label"] = self._label(self.files[index])
+        item = self.without_captions(index)
         if self.has_captions():
             several = self.captions(index)
             item["caption"] = several[0] if len(several) == 1 else list(several)
+        return item
+
+    def without_captions(self, index: int) -> Item:
+        item: Item = {"image": read_image(self.path(index), self.max_pixels, self.value_range, keep_alpha=True)}
+        if self.class_names is not None:
+            item["class_label"] = self._label(self.files[index])
         return item
 
     def captions(self, index: int) -> Sequence[str]:

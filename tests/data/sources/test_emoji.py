@@ -1,5 +1,7 @@
 """What data sets of emoji share: names, skin tones and versions, whoever draws them."""
 
+import hashlib
+import json
 import sys
 
 import pytest
@@ -52,6 +54,12 @@ def test_all_names_are_the_captions_and_change_no_picture(tmp_path):
     assert one.pictures_fingerprint() == all_of_them.pictures_fingerprint()
     assert one.captions_fingerprint() != all_of_them.captions_fingerprint()
     assert one.fingerprint() != all_of_them.fingerprint()
+
+
+def test_the_fingerprint_of_one_name_each_is_the_one_that_old_caches_have(tmp_path):
+    emoji = OpenMoji(16, tmp_path)
+    content = [emoji.folder.name, emoji.class_names, [(e.code, e.label, e.name) for e in emoji.emoji]]
+    assert emoji.fingerprint() == hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def test_the_package_with_other_names_is_missing(tmp_path, monkeypatch):
