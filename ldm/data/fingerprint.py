@@ -158,16 +158,25 @@ def _sample(root: str, name: str, size: int) -> int:
     try:
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
-            if size <= _BLOCK * _BLOCKS:
-                return _short_hash(os.pread(file, size, 0))
-            places = (place * (size - _BLOCK) // (_BLOCKS - 1) for place in range(_BLOCKS))
-            return _short_hash(b"".join([os.pread(file, _BLOCK, place) for place in places]))
+            return sample(size, lambda place, length: os.pread(file, length, place))
         finally:
             os.close(file)
     except OSError as error:
         if error.errno in _EXHAUSTED:
             raise DataError(f"{path}: cannot be read: {error.strerror}; raise the limit (ulimit -n)") from error
         return 0
+
+
+def sample(size: int, read: Callable[[int, int], bytes]) -> int:
+    """Hash of some of `size` bytes: all of up to 32 KB, otherwise at eight positions from the first to the last.
+
+    Args:
+        size: how many there are.
+        read: (position, length) -> bytes.
+    """
+    if size <= _BLOCK * _BLOCKS:
+        return _short_hash(read(0, size))
+    return _short_hash(b"".join([read(place * (size - _BLOCK) // (_BLOCKS - 1), _BLOCK) for place in range(_BLOCKS)]))
 
 
 def _short_hash(data: bytes) -> int:
