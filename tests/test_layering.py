@@ -38,7 +38,7 @@ FENCED = {
     "diffusers": {"ldm.interop", "scripts.bench", "scripts.roundtrip"},
     "wandb": {"ldm.training.loggers"},
     "pyarrow": {"ldm.data.sources"},
-    "datasets": {"ldm.data.sources.hugging_face"},
+    "datasets": {"ldm.data.sources.arrow_rows"},
     "timm": {"ldm.evaluation.features"},
     "torch_fidelity": {"ldm.evaluation.features"},
     "transformers": {"ldm.evaluation.features", "ldm.diffusion.conditioners.text", "ldm.interop"},

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
@@ -104,7 +104,7 @@ def wanted(
         optional: captions may be missing.
     """
     if captions is None or isinstance(captions, bool):
-        named = [] if captions is False else [CAPTIONS]
+        named: list[tuple[str, ...]] = [] if captions is False else [CAPTIONS]
     else:
         named = [(name,) for name in ([captions] if isinstance(captions, str) else captions)]
     return {
@@ -285,20 +285,25 @@ def _of_rows(table: Table, rows: Sequence[int], keys: Sequence[str]) -> str | li
         value = table.columns[keys[0]][rows[0]]
         if isinstance(value, str) and value.isascii():
             return value
-    found = [text for row in rows for key in keys for text in _texts(table, row, table.columns[key][row])]
+    found = [text for row in rows for key in keys for text in texts_of(table.columns[key][row], table.place, row)]
     if not found:
         raise DataError(f"{table.place(rows[0])}: has no caption; write one, or an empty text")
     return found[0] if len(found) == 1 else found
 
 
-def _texts(table: Table, row: int, value: Any) -> list[str]:
+def texts_of(value: Any, place: Callable[[int], str], row: int) -> list[str]:
+    """The captions that a value of a table is: a text, several in a list, or none.
+
+    Raises:
+        DataError: it is something else.
+    """
     values = value if isinstance(value, list) else [] if value is None else [value]
     if any(isinstance(one, bool) or not isinstance(one, str | int | float) for one in values):
-        raise DataError(f"{table.place(row)}: expected a caption or a list of captions, found {str(value)[:80]!r}")
+        raise DataError(f"{place(row)}: expected a caption or a list of captions, found {str(value)[:80]!r}")
     texts = [str(one) for one in values]
     for text in texts:
         try:
             text.encode()
         except UnicodeEncodeError as error:  # half of a pair, which JSON can write
-            raise DataError(f"{table.place(row)}: the caption is no text in Unicode ({error})") from error
+            raise DataError(f"{place(row)}: the caption is no text in Unicode ({error})") from error
     return texts
