@@ -192,7 +192,7 @@ def _sample(root: str, name: str, size: int) -> int:
         return 0
 
 
-def sample(size: int, read: Callable[[int, int], bytes]) -> int:
+def sample(size: int, read: Callable[[int, int], bytes | memoryview]) -> int:
     """Hash of some of `size` bytes: all of up to 32 KB, otherwise at eight positions from the first to the last.
 
     Args:
@@ -204,7 +204,7 @@ def sample(size: int, read: Callable[[int, int], bytes]) -> int:
     return _short_hash(b"".join([read(place * (size - _BLOCK) // (_BLOCKS - 1), _BLOCK) for place in range(_BLOCKS)]))
 
 
-def _short_hash(data: bytes) -> int:
+def _short_hash(data: bytes | memoryview) -> int:
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
 
 

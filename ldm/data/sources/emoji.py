@@ -114,6 +114,9 @@ class EmojiPictures(ABC):
         image = read_image(path, keep_alpha=self.keep_alpha)
         return {"image": image, "class_label": emoji.label, "caption": emoji.name}
 
+    def captions(self, index: int) -> Sequence[str]:
+        return [self.emoji[index].name]
+
     def has_captions(self) -> bool:
         return True
 
@@ -127,7 +130,16 @@ class EmojiPictures(ABC):
         return str(self.picture(self.emoji[index]))
 
     def fingerprint(self) -> str:
-        content = [self.folder.name, self.class_names, [(e.code, e.label, e.name) for e in self.emoji]]
+        return self._hash(self.folder.name, self.class_names, [(e.code, e.label, e.name) for e in self.emoji])
+
+    def pictures_fingerprint(self) -> str:
+        return self._hash(self.folder.name, self.class_names, [(e.code, e.label) for e in self.emoji])
+
+    def captions_fingerprint(self) -> str:
+        return self._hash(*(e.name for e in self.emoji))
+
+    @staticmethod
+    def _hash(*content: Any) -> str:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def prepare(self) -> None:

@@ -170,9 +170,7 @@ class HuggingFaceImages:
         found = np.zeros((2, len(self)), dtype=np.uint64)
         for row, data in enumerate(arrow_rows.contents(self._rows, self._image)):
             if data is not None:
-                size = len(data)
-                sample = fingerprint.sample(size, lambda place, length, data=data: data[place : place + length])
-                found[:, row] = size, sample
+                found[:, row] = len(data), _sample(data)
         return found
 
     def _read_sizes(self) -> np.ndarray:
@@ -247,3 +245,7 @@ class HuggingFaceImages:
         if not found:
             raise DataError(f"{self.path(index)}: has no caption; write one, or an empty text")
         return found
+
+
+def _sample(data: memoryview) -> int:
+    return fingerprint.sample(len(data), lambda place, length: data[place : place + length])

