@@ -27,9 +27,9 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Sampler
 
-from ldm.data.elastic_sampler import Address, order, visited
+from ldm.data.elastic_sampler import Address, accumulation, divisors, order, visited
 from ldm.errors import ConfigError, DataError
-from ldm.randomness import keys
+from ldm.randomness import keys, permutation
 from ldm.ranges import Count, CountOrZero, Seed
 
 _STRETCH = 256  # steps that are sorted at once
@@ -50,6 +50,25 @@ class Batch(NamedTuple):
     place: int
     size: int
     first: int
+
+
+class Rows:
+    """Numbers the items of all buckets, those of the second after those of the first.
+
+    Args:
+        lengths: items of each bucket.
+    """
+
+    def __init__(self, lengths: Sequence[CountOrZero]) -> None:
+        self.starts: list[int] = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).tolist()
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def place(self, row: int) -> tuple[int, int]:
+        """(bucket, item of the bucket) of a row."""
+        bucket = bisect.bisect_right(self.starts, row) - 1
+        return bucket, row - self.starts[bucket]
 
 
 class BucketOrder:
@@ -78,7 +97,7 @@ class BucketOrder:
         self._epochs = divisor // math.gcd(common, divisor)
         self._seeds = [int(key) for key in keys(seed, "bucket", range(len(weights)))]
         self._orders = [order(*pair) for pair in zip(self._seeds, self.lengths, strict=True)]
-        self._starts = np.concatenate([[0], np.cumsum(self.lengths)]).tolist()
+        self._starts = Rows(self.lengths).starts
         self._stretch = lru_cache(maxsize=8)(self._sorted)
 
     @property
@@ -105,10 +124,10 @@ class BucketOrder:
         bucket, start = batch.bucket, self._starts[batch.bucket]
         return [start + item for item in visited(places, self._orders[bucket], self.lengths[bucket])]
 
-    def bucket_of(self, row: int) -> tuple[int, int]:
-        """(bucket, item of the bucket) of a row."""
-        bucket = bisect.bisect_right(self._starts, row) - 1
-        return bucket, row - self._starts[bucket]
+    def rows_of(self, numbers: Sequence[int]) -> list[int]:
+        """The rows that sample numbers refer to."""
+        batches = [(number, self.batch(self.step_of(number))) for number in numbers]
+        return [row for number, batch in batches for row in self.rows(batch, number - batch.first, 1)]
 
     def _sorted(self, stretch: int) -> list[Batch]:
         """The batches of the steps from stretch * _STRETCH on."""
@@ -144,6 +163,57 @@ class BucketOrder:
         return [((j << _BITS) + v) * cycle // weight for j, v in zip(batches, places.tolist(), strict=True)]
 
 
+def bucket_accumulation(sizes: Sequence[int], batch_size: int, micro_batch_size: int | None, world_size: int) -> int:
+    """The number of micro-batches per step, the same for the batches of all buckets.
+
+    Args:
+        sizes: images of a global batch of each bucket.
+        batch_size: of the largest pictures.
+        micro_batch_size: of the largest pictures, the maximum on one device at a time; None: no limit.
+        world_size: number of ranks.
+
+    Raises:
+        ConfigError: a batch cannot be divided evenly.
+    """
+    fewest = accumulation(batch_size, micro_batch_size, world_size)
+    common = math.gcd(batch_size, *sizes)
+    fitting = [n for n in divisors(common) if common % (world_size * n) == 0 and n >= fewest]
+    if not fitting:
+        raise ConfigError(
+            f"data.params.buckets.params.batch_multiple: batches of {', '.join(map(str, sorted({*sizes})))} images "
+            f"cannot be divided among {world_size} ranks x {fewest} micro-batches: use a multiple of "
+            f"{world_size * fewest}, or another data.params.micro_batch_size"
+        )
+    return fitting[0]
+
+
+def bucket_validation_batches(
+    lengths: Sequence[int], micro_batch_sizes: Sequence[int], rank: int = 0, world_size: int = 1
+) -> list[list[Address]]:
+    """This rank's share of the validation items, each batch of one bucket; otherwise as `validation_batches`.
+
+    Each item once over all ranks, in equally many batches on every rank: batches are cut in two until their number can
+    be shared. (Where even single items cannot be, the last of them are repeated.)
+
+    Args:
+        lengths: items of each bucket; some may have none.
+        micro_batch_sizes: the most that a batch of each bucket holds.
+        rank, world_size: which share.
+    """
+    starts, pieces = Rows(lengths).starts, []
+    for start, length, micro in zip(starts, lengths, micro_batch_sizes, strict=False):
+        if length:
+            pieces += np.array_split(start + permutation(0, 0, length), -(-length // micro))
+    while len(pieces) % world_size and max(map(len, pieces)) > 1:
+        longest = max(range(len(pieces)), key=lambda index: len(pieces[index]))
+        pieces[longest : longest + 1] = np.array_split(pieces[longest], 2)
+    if sum(lengths) < world_size:
+        return [[(int(row), int(row)) for row in piece] for piece in pieces]
+    pieces += pieces[len(pieces) - -len(pieces) % world_size :]
+    mixed = [pieces[index] for index in permutation(0, 1, len(pieces))]
+    return [[(int(row), int(row)) for row in piece] for piece in mixed[rank::world_size]]
+
+
 class BucketBatchSampler(Sampler[list[Address]]):
     """Infinite micro-batches of (sample number, row) for one rank, each of one bucket; it has no length.
 
@@ -168,13 +238,11 @@ class BucketBatchSampler(Sampler[list[Address]]):
         rank: CountOrZero = 0,
         world_size: Count = 1,
     ) -> None:
-        for size in order.sizes:
-            if size % (world_size * accumulation):
-                raise ConfigError(
-                    f"data.params.buckets: a bucket's global batch of {size} images is not divisible by {world_size} "
-                    f"ranks x {accumulation} micro-batches: raise batch_multiple to a multiple of "
-                    f"{world_size * accumulation}"
-                )
+        if any(size % (world_size * accumulation) for size in order.sizes):
+            raise ConfigError(
+                f"data.params.buckets: batches of {order.sizes} images cannot be divided among {world_size} ranks x "
+                f"{accumulation} micro-batches"
+            )
         self.order = order
         self.position = position
         self.accumulation = accumulation

@@ -10,7 +10,7 @@ from typing import Annotated
 import numpy as np
 from annotated_types import Interval
 
-from ldm.data.dataset import ImageDataset, Sized
+from ldm.data.dataset import ImageDataset, sizes
 from ldm.errors import ConfigError, DataError
 from ldm.ranges import Count, Resolution
 from ldm.runtime import distributed
@@ -126,6 +126,10 @@ class Assigned:
     cropped: list[float]
     enlarged: list[int]
 
+    def item(self, row: int) -> int:
+        """The item of a row; rows number the items bucket by bucket."""
+        return int(np.concatenate(self.items)[row])
+
     @property
     def default(self) -> int:
         """The bucket with the most items; of several, the one nearest to a square, then the largest."""
@@ -136,13 +140,13 @@ class Assigned:
 
         return min(range(len(self.sizes)), key=key)
 
-    def table(self) -> str:
-        """A line for each bucket: size, items, what is cropped and what is enlarged."""
-        lines = [f"{'height x width':>16}{'items':>10}{'cropped':>10}{'enlarged':>10}"]
-        rows = zip(self.sizes, self.items, self.cropped, self.enlarged, strict=True)
+    def table(self, batch_sizes: Sequence[int]) -> str:
+        """A line for each bucket: size, items, what is cropped and enlarged, images of a global batch."""
+        lines = [f"{'height x width':>16}{'items':>10}{'cropped':>10}{'enlarged':>10}{'batch':>8}"]
+        rows = zip(self.sizes, self.items, self.cropped, self.enlarged, batch_sizes, strict=True)
         lines += [
-            f"{f'{height} x {width}':>16}{len(items):>10}{cropped:>10.1%}{enlarged:>10}"
-            for (height, width), items, cropped, enlarged in rows
+            f"{f'{height} x {width}':>16}{len(items):>10}{cropped:>10.1%}{enlarged:>10}{batch:>8}"
+            for (height, width), items, cropped, enlarged, batch in rows
         ]
         return "\n".join(lines)
 
@@ -159,11 +163,11 @@ def assigned(
         min_items: fewer items are too few.
         among: the only sizes that may be used, such as those that a model is trained on; None: all.
     """
-    sizes, wanted = buckets.sizes, buckets.assign(pictures)
-    kept = np.unique(wanted) if among is None else np.array([sizes.index(size) for size in among])
+    known, wanted = buckets.sizes, buckets.assign(pictures)
+    kept = np.unique(wanted) if among is None else np.array([known.index(size) for size in among])
     while True:
-        found = _nearest_size(sizes, kept)[wanted]
-        counts = np.bincount(found, minlength=len(sizes))[kept]
+        found = _nearest_size(known, kept)[wanted]
+        counts = np.bincount(found, minlength=len(known))[kept]
         if among is not None or len(kept) == 1 or counts.min() >= min_items:
             break
         kept = np.delete(kept, counts.argmin())
@@ -174,20 +178,20 @@ def assigned(
             "the nearest bucket",
             *(given_up, given_up + len(kept), min_items, int((found != wanted).sum()), len(pictures)),
         )
-    return _described(sizes, found, pictures)
+    return _described(known, found, pictures)
 
 
 def picture_sizes(dataset: ImageDataset) -> np.ndarray:
     """(N, 2) int64, height and width of every item; ConfigError if the data set does not have them."""
-    if not isinstance(dataset, Sized):
+    found = sizes(dataset)
+    if found is None:
         raise ConfigError(
-            f"data.params.buckets: the data set {type(dataset).__name__} does not know the sizes of its pictures: give "
-            "it a method sizes() (ldm/data/dataset.py::Sized), or leave buckets out and name one resolution"
+            f"data.params.buckets: the data set of {dataset.path(0)}, ... does not know the sizes of its pictures: give "
+            "it a method sizes() (ldm/data/dataset.py::Sized), or name one resolution instead of buckets"
         )
-    sizes = np.asarray(dataset.sizes(), dtype=np.int64)
-    if sizes.shape != (len(dataset), 2):
-        raise DataError(f"{type(dataset).__name__}.sizes(): expected {(len(dataset), 2)}, found {sizes.shape}")
-    return sizes
+    if found.shape != (len(dataset), 2):
+        raise DataError(f"{type(dataset).__name__}.sizes(): expected {(len(dataset), 2)}, found {found.shape}")
+    return found
 
 
 def sizes_of(resolution: int, step: int, max_ratio: float) -> list[Size]:

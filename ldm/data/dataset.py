@@ -116,8 +116,13 @@ class Texts(Protocol):
 class Sized(Protocol):
     """Optional: a data set that has the sizes of its pictures without decoding them."""
 
-    def sizes(self) -> np.ndarray:
-        """(N, 2) int64: height and width of every item, pixels; 0, 0 for one that cannot be read."""
+    def sizes(self) -> np.ndarray | None:
+        """(N, 2) int64: height and width of every item, pixels; 0, 0 for one that cannot be read; None: unknown."""
+
+
+def sizes(dataset: ImageDataset) -> np.ndarray | None:
+    """(N, 2) int64: height and width of every item, 0, 0 where it cannot be read; None: unknown without decoding."""
+    return dataset.sizes() if isinstance(dataset, Sized) else None
 
 
 @runtime_checkable
@@ -215,6 +220,10 @@ class Subset:
 
     def channel_choices(self) -> Sequence[int] | None:
         return channel_choices(self.dataset)
+
+    def sizes(self) -> np.ndarray | None:
+        found = sizes(self.dataset)
+        return None if found is None else found[self.indices]
 
     def fingerprint(self) -> str:
         chosen = np.asarray(self.indices, dtype=np.int64).tobytes()

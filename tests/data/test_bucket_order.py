@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ldm.data.bucket_order import BucketBatchSampler, BucketOrder
+from ldm.data.bucket_order import BucketBatchSampler, BucketOrder, Rows, bucket_validation_batches
 from ldm.errors import ConfigError, DataError
 
 unhurried = settings(deadline=None, max_examples=40)
@@ -147,9 +147,10 @@ def test_seeds_differ():
 
 
 def test_rows_name_their_bucket():
-    order = BucketOrder([3, 1, 4], [2, 2, 2], seed=0)
-    found = [order.bucket_of(row) for row in range(8)]
-    assert found == [(0, 0), (0, 1), (0, 2), (1, 0), (2, 0), (2, 1), (2, 2), (2, 3)]
+    numbered = Rows([3, 1, 0, 4])
+    assert len(numbered) == 8
+    found = [numbered.place(row) for row in range(8)]
+    assert found == [(0, 0), (0, 1), (0, 2), (1, 0), (3, 0), (3, 1), (3, 2), (3, 3)]
 
 
 def global_batches(order, world, pieces, step=0, seen=0, steps=6):
@@ -179,7 +180,7 @@ def test_every_layout_and_every_resume_trains_on_the_same_global_batches(layout,
     whole = global_batches(order, 1, 1, steps=steps + 6)
     numbers = [number for batch in whole for number, _ in batch]
     assert numbers == list(range(len(numbers)))
-    assert len({order.bucket_of(row)[0] for _, row in whole[0]}) == 1
+    assert len({Rows(order.lengths).place(row)[0] for _, row in whole[0]}) == 1
     seen = sum(len(batch) for batch in whole[:steps])
     anew = BucketOrder(order.lengths, order.sizes, order.seed)
     assert global_batches(anew, world, pieces, step=steps, seen=seen) == whole[steps:]
@@ -207,10 +208,29 @@ def test_what_cannot_be():
         BucketOrder([], [], 0)
     with pytest.raises(DataError, match="0 batches"):
         BucketOrder([4, 0], [2, 2], 0)
-    with pytest.raises(ConfigError, match="batch of 6 images is not divisible by 2 ranks x 2"):
+    with pytest.raises(ConfigError, match=r"batches of \[4, 6\] images cannot be divided among 2 ranks x 2"):
         BucketBatchSampler(BucketOrder([4, 4], [4, 6], 0), accumulation=2, world_size=2)
 
 
 def test_periods():
     assert BucketOrder([40, 20], [10, 10], 0).period == 6  # an epoch in whole batches
     assert BucketOrder([7, 5], [4, 6], 0).period == 31  # 21 batches of 4 and 10 of 6: each item 12 times
+
+
+@unhurried
+@given(data=st.data(), world=st.integers(1, 5))
+def test_validation_visits_each_item_once_in_equally_many_batches_of_one_bucket(data, world):
+    lengths = data.draw(st.lists(st.integers(0, 20), min_size=1, max_size=5))
+    micros = data.draw(st.lists(st.integers(1, 6), min_size=len(lengths), max_size=len(lengths)))
+    ranks = [bucket_validation_batches(lengths, micros, rank, world) for rank in range(world)]
+    assert len({len(batches) for batches in ranks}) == 1
+    for batch in chain.from_iterable(ranks):
+        (bucket,) = {Rows(lengths).place(row)[0] for _, row in batch}
+        assert all(number == row for number, row in batch)
+        assert 0 < len(batch) <= micros[bucket]
+    rows = [row for batch in chain.from_iterable(ranks) for _, row in batch]
+    assert set(rows) == set(range(sum(lengths)))
+    if world == 1 or sum(lengths) % world == 0:
+        assert len(rows) == sum(lengths) * (1 if sum(lengths) >= world else world)
+    elif sum(lengths) >= world:
+        assert len(rows) < sum(lengths) + world
