@@ -186,8 +186,8 @@ def picture_sizes(dataset: ImageDataset) -> np.ndarray:
     found = sizes(dataset)
     if found is None:
         raise ConfigError(
-            f"data.params.buckets: the data set of {dataset.path(0)}, ... does not know the sizes of its pictures: give "
-            "it a method sizes() (ldm/data/dataset.py::Sized), or name one resolution instead of buckets"
+            f"data.params.buckets: the data set of {dataset.path(0)}, ... does not know the sizes of its pictures: "
+            "give it a method sizes() (ldm/data/dataset.py::Sized), or name one resolution instead of buckets"
         )
     if found.shape != (len(dataset), 2):
         raise DataError(f"{type(dataset).__name__}.sizes(): expected {(len(dataset), 2)}, found {found.shape}")
