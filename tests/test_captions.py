@@ -126,9 +126,22 @@ def test_captions_from_a_folder_to_samples(tree, encoder, here, capsys):
     (made,) = pipeline.generate([1], WANTED[1:], steps=2, guidance=Guidance(2.0))
     (file,) = run().glob("samples/*/a-blue-boat-*-000001.png")
     assert list(Image.open(file).getdata()) == list(made.getdata())
+    # The same pictures by their captions on the command line.
+    assert sample.main([*command, "--out", "asked", "--prompt", *(one["caption"] for one in WANTED)]) == 0
+    Path("prompts.txt").write_text("a red cat\n\n  a blue boat \n")
+    assert sample.main([*command, "--out", "listed", "--prompts-file", "prompts.txt"]) == 0
+    for name in ("asked", "listed"):
+        again = Path(name, file.relative_to(listing.parent))
+        assert [*Image.open(file).getdata()] == [*Image.open(again).getdata()]
+    assert sample.main([*command, "--out", "negative", "--prompt", "a red cat", "--negative", "a blue boat"]) == 0
+    assert json.loads(Path("negative/samples.json").read_text())["settings"]["negative"] == "a blue boat"
+    assert sample.main([*command, "--out", "wide", "--prompt", "a red cat", "--size", "16", "32"]) == 0
+    assert {Image.open(path).size for path in Path("wide").glob("a-red*.png")} == {(32, 16)}
     capsys.readouterr()
+    assert sample.main([*command, "--prompt", "a red cat", "--size", "15"]) == 2
+    assert "size 15" in capsys.readouterr().err
     assert sample.main(command) == 2
-    assert "this model reads caption: list what to make in a file, --conditions FILE" in capsys.readouterr().err
+    assert 'this model reads captions: say what to make, --prompt "..."' in capsys.readouterr().err
 
     text.opened.cache_clear()
     shutil.rmtree(encoder)

@@ -32,7 +32,7 @@ def parse(argv: Sequence[str]) -> Any:
     add_guidance(parser.add_argument_group("guidance, of a stage-2 run").add_argument)
     _add_places(parser.add_argument_group("models and places").add_argument)
     options = parser.parse_strictly(argv)
-    options.image = options.mask = options.strength = None  # sample.py's, which has no meaning here
+    options.image = options.mask = options.strength = options.size = None  # sample.py's, which has no meaning here
     _check_together(options)
     return options
 

@@ -187,13 +187,13 @@ def _samples(options: Any, path: Path, device: str) -> Subject:
     pipeline = Pipeline.load(
         path, ema=not options.raw, autoencoder=options.autoencoder, device=device, trust=options.trust
     )
-    guidance, _ = steering(pipeline, options, device)
+    guidance, _, _ = steering(pipeline, options, device)
     settings = {
         "weights": pipeline.origin["weights"],
         "sampler": described(options.sampler[0], sampler),
         "schedule": described(options.schedule[0], schedule),
         **{key: getattr(options, key) for key in ("steps", "guidance")},
-        **steered(options, CommandLine(sampler, schedule, guidance, None)),
+        **steered(options, CommandLine(sampler, schedule, guidance, None, None)),
     }
     times = schedule(pipeline.objective, options.steps, pipeline.manifest.plan.shape)
     guidance.check(pipeline, pipeline.num_classes is not None, times)

@@ -116,8 +116,11 @@ def _pictures(model: Any, interval: int, facts: Mapping[str, Any], trust: Sequen
     if not isinstance(model, LatentDiffusion):
         return None
     # The data may have classes that the model does not read.
-    count = facts.get("num_classes") if "class_label" in parts(model.denoiser)[1].keys else None
+    keys = parts(model.denoiser)[1].keys
+    count = facts.get("num_classes") if "class_label" in keys else None
     # Up to 32 images of 50 network calls each.
+    if "caption" in keys:
+        return SampleLogger(interval, held_out=4, trust=trust)
     return SampleLogger(interval, None if count is None else range(min(count, 4)), trust=trust)
 
 

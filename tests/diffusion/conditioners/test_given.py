@@ -43,7 +43,7 @@ def test_null_is_zeros_and_replaces_rows_of_any_length():
     conditioner = given()
     null = conditioner.null(N)
     assert [slot.shape for slot in vars(null).values() if slot is not None] == [(N, 4), (N, 1, 6), (N, 2, 8, 8)]
-    assert not any(slot.any() for slot in vars(null).values())
+    assert not any(slot.any() for slot in vars(null).values() if slot is not None)
     kept = torch.tensor([True, False, True])
     mixed = conditioner(rows := batch(7)).where(kept, null)
     torch.testing.assert_close(mixed.tokens[0], rows["tokens"][0].float())
