@@ -6,7 +6,8 @@ first part alone; what was stored with such a fingerprint remains usable, see `c
 
 The samples of a large folder are cached in `cache/.contents/`, together with each file's size, times and inode, as git
 does in its index: a file for which all of these are unchanged is not opened again. Times decide only what is read,
-never the result: a copy of a folder has the fingerprint of the original. The index may be deleted.
+never the result: a copy of a folder has the fingerprint of the original. The index may be deleted. Other numbers that a
+file's content decides, such as the size of a picture, are cached in the same way (`remembered`).
 """
 
 import errno
@@ -14,7 +15,7 @@ import os
 import stat
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from hashlib import blake2b, sha256
@@ -74,7 +75,17 @@ def stats(root: Path, names: Sequence[str]) -> np.ndarray:
 
 
 def contents(root: Path, names: Sequence[str], states: np.ndarray) -> str:
-    """Hash over samples of the files' bytes, in the given order.
+    """Hash over samples of the files' bytes, in the given order; see `samples`."""
+    return digest(samples(root, names, states))
+
+
+def digest(samples: np.ndarray) -> str:
+    """Hash over `samples`, or some of them, in their order."""
+    return sha256(samples.astype("<u8").tobytes()).hexdigest()[:32]
+
+
+def samples(root: Path, names: Sequence[str], states: np.ndarray) -> np.ndarray:
+    """A hash of samples of each file's bytes, (N,) uint64.
 
     A file of up to 32 KB is read whole, a larger one at eight positions from its first to its last bytes. For an
     unreadable file that fact is recorded.
@@ -87,25 +98,45 @@ def contents(root: Path, names: Sequence[str], states: np.ndarray) -> str:
     Raises:
         DataError: the machine is out of file handles or memory.
     """
+    return remembered(root, names, states, "", lambda row: _sample(root, names[row], int(states[row, 0])))
+
+
+def remembered(
+    root: Path,
+    names: Sequence[str],
+    states: np.ndarray,
+    kind: str,
+    read: Callable[[int], int],
+    show: Callable[[int, int], None] = lambda done, total: None,
+) -> np.ndarray:
+    """What `read` makes of each file, (N,) uint64, from the index where the file is unchanged.
+
+    Args:
+        root, names, states: as for `samples`.
+        kind: what it is, as the end of the index's name.
+        read: row -> the number, below 2^64, that is made of the file's content alone; 0: it cannot be read. Called by
+            several threads.
+        show: is told how many files of how many are done.
+    """
     begun = time.time_ns()
-    samples = np.zeros(len(names), dtype=np.uint64)
+    numbers = np.zeros(len(names), dtype=np.uint64)
     keys, unread = np.zeros(0, np.uint64), np.arange(len(names))
-    index = INDEX / f"{blake2b(os.fsencode(os.path.realpath(root)), digest_size=16).hexdigest()}.npz"
+    index = INDEX / f"{blake2b(os.fsencode(os.path.realpath(root)), digest_size=16).hexdigest()}{kind}.npz"
     remembers = len(names) >= INDEX_FROM
     if remembers:
         keys = np.array([_short_hash(os.fsencode(name)) for name in names], dtype=np.uint64)
-        known, samples = _look_up(_read_index(index), keys, states)
+        known, numbers = _look_up(_read_index(index), keys, states)
         unread = np.flatnonzero(~known)
     chunks = [unread[start : start + _CHUNK] for start in range(0, len(unread), _CHUNK)]
     with ThreadPoolExecutor(_THREADS) as pool:  # many wait in parallel on a slow disk or network
-        read = pool.map(lambda rows: [_sample(root, names[row], int(states[row, 0])) for row in rows], chunks)
-        for rows, values in zip(chunks, read, strict=True):
-            samples[rows] = values
-    if remembers and samples[unread].any():
+        for rows, values in zip(chunks, pool.map(lambda rows: [read(row) for row in rows], chunks), strict=True):
+            numbers[rows] = values
+            show(len(names) - len(unread) + int(np.searchsorted(unread, rows[-1])) + 1, len(names))
+    if remembers and numbers[unread].any():
         # What could not be read may have been unavailable only for a moment.
-        sure = (states[:, 1:3].max(1) < begun - _SETTLED) & (samples != 0)
-        _write_index(index, keys[sure], states[sure], samples[sure])
-    return sha256(samples.astype("<u8").tobytes()).hexdigest()[:32]
+        sure = (states[:, 1:3].max(1) < begun - _SETTLED) & (numbers != 0)
+        _write_index(index, keys[sure], states[sure], numbers[sure])
+    return numbers
 
 
 def _sample(root: Path, name: str, size: int) -> int:

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
+from hashlib import blake2b
 from pathlib import Path
 
 from ldm.errors import DataError
@@ -88,3 +89,9 @@ def _entry(path: Path, number: int, line: str) -> tuple[str, str]:
         raise DataError(
             f'{path}:{number}: expected {{"file_name": "a.png", "caption": "..."}}, found {line[:80]!r}'
         ) from error
+
+
+def hash_of(captions: Sequence[str]) -> int:
+    """A hash of an item's captions, 64 bits, never 0."""
+    digest = blake2b(json.dumps(list(captions)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") or 1

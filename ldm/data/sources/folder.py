@@ -7,7 +7,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from ldm.data import fingerprint
 from ldm.data import value_range as ranges
 from ldm.data.dataset import CONVERTIBLE, Item
-from ldm.data.decoding import MAX_PIXELS, read_image
+from ldm.data.decoding import MAX_PIXELS, file_sizes, read_image
 from ldm.data.sources import captions as caption_files
 from ldm.data.sources.listing import EXTENSIONS, demand_no_lost_class, find
 from ldm.errors import DataError
@@ -115,11 +116,15 @@ class ImageFolder:
         item: Item = {"image": read_image(self.path(index), self.max_pixels, self.value_range, keep_alpha=True)}
         if self.class_names is not None:
             item["class_label"] = self._label(self.files[index])
-        if self._captions is not None:
-            item["caption"] = self._captions[self.files[index]]
-        elif self._texts:
-            item["caption"] = caption_files.read_text(self.root / self._texts[self.files[index]])
+        if self.has_captions():
+            several = self.captions(index)
+            item["caption"] = several[0] if len(several) == 1 else list(several)
         return item
+
+    def captions(self, index: int) -> Sequence[str]:
+        if self._captions is not None:
+            return [self._captions[self.files[index]]]
+        return [caption_files.read_text(self.root / self._texts[self.files[index]])] if self._texts else []
 
     def _label(self, file: str) -> int:
         return self._label_of[file.split("/")[0]]
@@ -142,17 +147,58 @@ class ImageFolder:
     def fingerprint(self) -> str:
         """Covers names, sizes, classes, captions, the value range and samples of all files' bytes, which it reads."""
         if self._fingerprint is None:
-            names = [*self.files, *(self._texts[name] for name in self.files if self._texts)]
-            states = fingerprint.stats(self.root, names)
-            sizes, of_texts = np.split(states[:, 0], [len(self.files)])
-            described = [self.class_names, self._captions, *([self.value_range] if self.value_range else [])]
-            digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
-            of_texts = of_texts if self._texts else np.full_like(sizes, -1)
-            for row in zip(self.files, sizes.tolist(), of_texts.tolist(), strict=True):
-                digest.update(json.dumps(row).encode())
-            contents = fingerprint.contents(self.root, names, states)
-            self._fingerprint = fingerprint.join(digest.hexdigest(), contents)
+            self._fingerprint = self._described(self._captions, bool(self._texts))
         return self._fingerprint
+
+    def pictures_fingerprint(self) -> str:
+        """As `fingerprint` of the same folder without captions."""
+        return self._described(None, with_texts=False) if self.has_captions() else self.fingerprint()
+
+    def _described(self, captions: Mapping[str, str] | None, with_texts: bool) -> str:
+        states, samples = self._states, self._samples
+        sizes, of_texts = np.split(states[:, 0], [len(self.files)])
+        if not with_texts:
+            of_texts, samples = np.full_like(sizes, -1), samples[: len(self)]
+        described = [self.class_names, captions, *([self.value_range] if self.value_range else [])]
+        digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+        for row in zip(self.files, sizes.tolist(), of_texts.tolist(), strict=True):
+            digest.update(json.dumps(row).encode())
+        return fingerprint.join(digest.hexdigest(), fingerprint.digest(samples))
+
+    def captions_fingerprint(self) -> str:
+        names = [self._texts[name] for name in self.files] if self._texts else []
+        hashes = (
+            fingerprint.remembered(self.root, names, self._states[len(self) :], ".captions", self._hash)
+            if names
+            else np.array([self._hash(index) for index in range(len(self))], dtype=np.uint64)
+        )
+        return fingerprint.digest(hashes)
+
+    def _hash(self, index: int) -> int:
+        try:
+            return caption_files.hash_of(self.captions(index))
+        except DataError:
+            return 0
+
+    def sizes(self) -> np.ndarray | None:
+        states = self._states[: len(self)]
+        return file_sizes(self.root, self.files, states, self.max_pixels, silent=not distributed.is_main())
+
+    def columns(self) -> Mapping[str, np.ndarray]:
+        return {}
+
+    @cached_property
+    def _all(self) -> list[str]:
+        """The pictures, and their text files if they are captions."""
+        return [*self.files, *(self._texts[name] for name in self.files if self._texts)]
+
+    @cached_property
+    def _states(self) -> np.ndarray:
+        return fingerprint.stats(self.root, self._all)
+
+    @cached_property
+    def _samples(self) -> np.ndarray:
+        return fingerprint.samples(self.root, self._all, self._states)
 
     def prepare(self) -> None:
         """Look at some 16-bit images, if there are any, and warn if their range seems to be different."""
