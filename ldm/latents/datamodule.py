@@ -16,10 +16,10 @@ from ldm.data.dataset import ImageDataset, decoding, emptied_classes, has_captio
 from ldm.data.transforms import EvalTransform, transformed
 from ldm.errors import ConfigError, DataError
 from ldm.latents.build import Source, build, shard_items
-from ldm.latents.claims import read_sealed
-from ldm.latents.manifest import MANIFEST, PLAN, CacheSpec, Manifest
+from ldm.latents.manifest import CacheSpec, Manifest
 from ldm.latents.places import adopted, default_folder, note_source, noted_source
 from ldm.latents.reader import LatentCache, LatentDataset
+from ldm.latents.shards import MANIFEST, PLAN
 from ldm.latents.statistics import Statistics
 from ldm.ranges import Count, CountOrZero, Finite, Fraction, Resolution, Seed
 from ldm.runtime import distributed
@@ -227,7 +227,7 @@ class LatentDataModule(ElasticDataModule):
         """The cache's folder, and the plan as it would be written there."""
         folder = self.cache / name if self.cache is not None else default_folder(plan, self.trust)
         if (folder / PLAN).is_file():
-            plan = adopted(plan, CacheSpec.from_dict(read_sealed(folder / PLAN)), self.trust)
+            plan = adopted(plan, CacheSpec.read(folder), self.trust)
         return folder, plan
 
     def _open(self, name: str, dataset: ImageDataset, codec: Codec, weights: str) -> LatentCache:

@@ -9,7 +9,8 @@ from pathlib import Path
 from ldm.autoencoder.codec import with_encoder
 from ldm.errors import DataError, ResourceError
 from ldm.latents.claims import publish, read_sealed, seal
-from ldm.latents.manifest import CONTENTS, PLAN, CacheSpec
+from ldm.latents.manifest import CONTENTS, CacheSpec
+from ldm.latents.shards import PLAN
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ def default_folder(plan: CacheSpec, trust: Sequence[str] = ()) -> Path:
         return folder
     for other in sorted(Path("cache").glob(f"*/{PLAN}")):
         with suppress(DataError):  # a damaged folder is of no use here, and not ours to report
-            found = CacheSpec.from_dict(read_sealed(other))
+            found = CacheSpec.read(other.parent)
             same = not adopted(plan, found, trust).differences(found)
             if same and noted_source(other.parent) in (None, plan.source):
                 return other.parent

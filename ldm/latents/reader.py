@@ -11,7 +11,8 @@ import torch
 from torch.utils.data import Dataset
 
 from ldm.latents.claims import read_sealed
-from ldm.latents.manifest import CacheSpec, Manifest, check_bytes, check_size, shard_path
+from ldm.latents.manifest import CacheSpec, Manifest
+from ldm.latents.shards import check_bytes, check_size, shard_path
 from ldm.randomness import Draws
 from ldm.ranges import Seed
 
