@@ -14,7 +14,8 @@ from PIL import Image
 
 from ldm.data import fingerprint
 from ldm.errors import ConfigError, DataError
-from ldm.randomness import keys
+from ldm.randomness import keys as random_keys
+from ldm.randomness import permutation
 from ldm.ranges import CountOrZero
 from ldm.runtime import distributed
 
@@ -142,9 +143,30 @@ class Tabular(Protocol):
         """By key of a batch: (N,) or (N, k) float32, a row for each item."""
 
 
+<<<<<<< /tmp/f_m.py
+def conditions(dataset: ImageDataset, keys: Sequence[str], number: int) -> list[dict[str, Any]]:
+    """What that many items, scattered, always the same, would be asked for by: their class and first caption.
+
+    Args:
+        keys: to have; others than "class_label" and "caption" are no data set's, and then there are no conditions.
+    """
+    if not keys or not {*keys} <= {"class_label", "caption"}:
+        return []
+    found = []
+    for item in permutation(0, 0, len(dataset))[:number].tolist():
+        try:
+            row: dict[str, Any] = {**dataset[item]}
+        except DataError:
+            continue
+        caption = row.get("caption", "")
+        row["caption"] = caption if isinstance(caption, str) else caption[0]
+        found.append({key: row[key] for key in keys})
+    return found
+=======
 def columns(dataset: ImageDataset) -> Mapping[str, np.ndarray]:
     """The numbers beside the pictures, by key of a batch; none where the data set has none."""
     return dataset.columns() if isinstance(dataset, Tabular) else {}
+>>>>>>> /tmp/f_d.py
 
 
 @runtime_checkable
@@ -294,7 +316,7 @@ def hold_out(dataset: ImageDataset, number: int) -> tuple[Subset, Subset]:
             )
         else:
             logger.warning("%s would leave none to train on; a tenth, %d, is held out instead", found, tenth)
-    ranking = np.argsort(keys(0, "hold out", np.arange(total)), kind="stable")
+    ranking = np.argsort(random_keys(0, "hold out", np.arange(total)), kind="stable")
     rest, scattered = sorted(ranking[held_out:].tolist()), sorted(ranking[:held_out].tolist())
     emptied = emptied_classes(dataset, scattered) if distributed.is_main() else []
     if emptied:
