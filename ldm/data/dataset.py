@@ -143,7 +143,6 @@ class Tabular(Protocol):
         """By key of a batch: (N,) or (N, k) float32, a row for each item."""
 
 
-<<<<<<< /tmp/f_m.py
 def conditions(dataset: ImageDataset, keys: Sequence[str], number: int) -> list[dict[str, Any]]:
     """What that many items, scattered, always the same, would be asked for by: their class and first caption.
 
@@ -162,11 +161,11 @@ def conditions(dataset: ImageDataset, keys: Sequence[str], number: int) -> list[
         row["caption"] = caption if isinstance(caption, str) else caption[0]
         found.append({key: row[key] for key in keys})
     return found
-=======
+
+
 def columns(dataset: ImageDataset) -> Mapping[str, np.ndarray]:
     """The numbers beside the pictures, by key of a batch; none where the data set has none."""
     return dataset.columns() if isinstance(dataset, Tabular) else {}
->>>>>>> /tmp/f_d.py
 
 
 @runtime_checkable
