@@ -7,19 +7,25 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from ldm.autoencoder.codec import Codec
+from ldm.data import numbers as number_columns
 from ldm.data.datamodule import VALIDATION_SEED, ElasticDataModule, dataset_facts, split
-from ldm.data.dataset import ImageDataset, decoding, emptied_classes, has_captions, require_channels
+from ldm.data.dataset import ImageDataset, decoding, emptied_classes, has_captions, require_channels, texts
 from ldm.data.transforms import EvalTransform, transformed
+from ldm.diffusion.conditioners.features import Feature, meta_columns
 from ldm.errors import ConfigError, DataError
 from ldm.latents.build import Source, build, shard_items
+from ldm.latents.conditions import Captions, Conditions
+from ldm.latents.dataset_parts import DatasetParts, named
 from ldm.latents.manifest import CacheSpec, Manifest
-from ldm.latents.places import adopted, default_folder, note_source, noted_source
+from ldm.latents.parts import PartReader
+from ldm.latents.places import note_source, noted_source, place
 from ldm.latents.reader import LatentCache, LatentDataset
-from ldm.latents.shards import MANIFEST, PLAN
+from ldm.latents.shards import MANIFEST
 from ldm.latents.statistics import Statistics
 from ldm.ranges import Count, CountOrZero, Finite, Fraction, Resolution, Seed
 from ldm.runtime import distributed
@@ -30,10 +36,11 @@ log = logging.getLogger(__name__)
 
 
 class LatentDataModule(ElasticDataModule):
-    """Latents for stage 2: batches of `latent` (N,c,h,w) float32, standardized; `class_label`, `caption`, `draws`.
+    """Latents for stage 2: batches of `latent` (N,c,h,w) float32, standardized; `class_label`, `draws`, conditions.
 
     A latent is sampled from its posterior each time it is seen, on the device. The autoencoder is loaded to build or to
-    check the cache, and freed before training.
+    check the cache, and freed before training. Captions and features are computed once, into folders beside the
+    latents' own, and which of an item's captions a sample sees depends on the sample number.
 
     Args:
         train: data set of images to train on.
@@ -51,13 +58,17 @@ class LatentDataModule(ElasticDataModule):
         num_workers: loader processes per rank; 0 is fastest, since gathering a batch costs less than transferring it.
         transform: picture -> (C,H,W) in [-1,1], deterministic; None: `EvalTransform(resolution)`.
         flip: mirror half of the samples in training.
-        cache: folder of this cache (with `train/` and `validation/` in it), refused if it holds another; None:
+        cache: folder of this cache (with `train/`, `train-captions/`, ... in it), refused if it holds another; None:
             `cache/<fingerprint>`, so that caches of different content exist side by side.
         max_broken: the fraction of the images that may be unreadable; they are left out.
         encode_batch_size: images encoded at once while the cache is built.
         read_threads: threads that decode images while the cache is built.
         statistics: {mean: [...], std: [...]} per channel of the latents, by which they are standardized: those that a
             model which is trained further was trained with; None: the cache's own.
+        features: what the cache keeps of captions or pictures, by a name, with which the columns of a batch begin
+            (`text.tokens`). Their networks are in memory only while they are computed.
+        numbers: what batches hold beside that: `original_size`, `crop_top_left`, `target_size`, or columns of the data
+            set (ldm/data/numbers.py).
     """
 
     def __init__(
@@ -79,6 +90,8 @@ class LatentDataModule(ElasticDataModule):
         encode_batch_size: Count = 64,
         read_threads: Count = 4,
         statistics: Mapping[str, Sequence[Finite]] | None = None,
+        features: Mapping[str, Feature] | None = None,
+        numbers: Sequence[str] = (),
     ) -> None:
         super().__init__(batch_size, seed, micro_batch_size, num_workers)
         self.train_dataset, self.validation_dataset = split(train, validation, num_validation)
@@ -94,6 +107,9 @@ class LatentDataModule(ElasticDataModule):
         self.max_broken = max_broken
         self.encode_batch_size = encode_batch_size
         self.read_threads = read_threads
+        self.features = named(features or {})
+        self.numbers = tuple(numbers)
+        self.conditions: dict[str, Conditions] = {}
         self.train_cache: LatentCache | None = None
         self.validation_cache: LatentCache | None = None
         self._statistics = None if statistics is None else Statistics.written(statistics)
@@ -122,13 +138,17 @@ class LatentDataModule(ElasticDataModule):
             # The weights at a path may have changed: a run can only resume in its own latent space.
             "autoencoder": None if self.autoencoder is None else codec.weight_hash(),
             **({} if self._statistics is None else {"statistics": asdict(self._statistics)}),
+            **({"features": {name: one.describe() for name, one in self.features.items()}} if self.features else {}),
         }
 
     def meta_batch(self, rows: int = 2) -> dict[str, Any]:
         """Needs the autoencoder's checkpoint, but no cache."""
         shape = self._load().latent_shape(self.image_size)
         latent = torch.empty(rows, *shape, device="meta")
-        return {"latent": latent, **self.meta_conditions(self.train_dataset, rows)}
+        batch = {"latent": latent, **self.meta_conditions(self.train_dataset, rows)}
+        for name, feature in self.features.items():
+            batch |= meta_columns(feature, name, rows)
+        return batch | number_columns.meta(self.train_dataset, self.numbers, rows)
 
     @property
     def image_size(self) -> Size:
@@ -172,25 +192,58 @@ class LatentDataModule(ElasticDataModule):
             return
         codec = self._load().to(self._device())
         weights = codec.weight_hash()
-        caches = {name: self._open(name, dataset, codec, weights) for name, dataset in self._datasets().items()}
+        captions: dict[str, Captions | None] = {}
+        caches: dict[str, LatentCache] = {}
+        for name, dataset in self._datasets().items():
+            folder, plan = self._place(name, dataset, codec, weights)
+            if has_captions(dataset) and not plan.captions:  # first, since what is wrong with them is seen in seconds
+                captions[name] = self._parts(name).captions()
+            caches[name] = self._open(name, dataset, folder, plan, codec)
+            if plan.captions:
+                captions[name] = caches[name]
         self.train_cache, self.validation_cache = caches["train"], caches.get("validation")
         manifest = self.train_cache.manifest.decoded_by(codec.describe(weights))
         self._manifest = manifest if self._statistics is None else manifest.standardized_by(self._statistics)
         self._codec = self._given = None  # its memory belongs to training now
+        del codec
+        self.conditions = self._conditions(captions)
+
+    def _conditions(self, captions: Mapping[str, Captions | None]) -> dict[str, Conditions]:
+        """Of each data set; one feature after the other, so that one network at a time is in memory."""
+        found: dict[str, dict[str, PartReader]] = {name: {} for name in self._datasets()}
+        for key, feature in self.features.items():
+            try:
+                for name, readers in found.items():
+                    readers[key] = self._parts(name).feature(key, feature, captions.get(name), self._device())
+            finally:
+                feature.release()
+        targets = np.array(self.transform.size)
+        return {
+            name: Conditions(captions.get(name), found[name], number_columns.gathered(dataset, self.numbers, targets))
+            for name, dataset in self._datasets().items()
+        }
+
+    def _parts(self, name: str) -> DatasetParts:
+        dataset = self._datasets()[name]
+        return DatasetParts(name, dataset, self.cache, int(self.max_broken * len(dataset)), self.read_threads)
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        cache = _opened(self.train_cache)
-        return self.training_loader(LatentDataset(cache, self.seed, self.flip), len(cache), _as_gathered)
+        dataset = self._rows("train", self.train_cache)
+        return self.training_loader(dataset, len(dataset), _as_gathered)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
         if self.validation_dataset is None:
             return []
-        cache = _opened(self.validation_cache)
-        return self.validation_loader(LatentDataset(cache, VALIDATION_SEED, flip=False), len(cache), _as_gathered)
+        dataset = self._rows("validation", self.validation_cache)
+        return self.validation_loader(dataset, len(dataset), _as_gathered)
+
+    def _rows(self, name: str, cache: LatentCache | None) -> LatentDataset:
+        seed, flip = (self.seed, self.flip) if name == "train" else (VALIDATION_SEED, False)
+        return LatentDataset(_opened(cache), seed, flip, self.conditions[name])
 
     def source(self, item: int) -> str:
-        # A row of the cache, in which broken images have none.
-        return self.train_dataset.path(int(_opened(self.train_cache).items([item])[0]))
+        # A row of the loader, in which broken images have none.
+        return self.train_dataset.path(int(self._rows("train", self.train_cache).items([item])[0]))
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Sample the latents: z = mean + std * noise, standardized."""
@@ -201,15 +254,15 @@ class LatentDataModule(ElasticDataModule):
 
     def plan(self, dataset: ImageDataset, codec: Codec, weights: str) -> CacheSpec:
         """The specification of the cache of `dataset`; `weights` is the codec's hash."""
+        alone = texts(dataset)
         plan = CacheSpec(
             shape=codec.latent_shape(self.image_size),
             num_items=len(dataset),
-            source=dataset.fingerprint(),
+            source=dataset.fingerprint() if alone is None else alone.pictures_fingerprint(),
             pixels={**self.transform.describe(), "channels": codec.in_channels, **decoding(dataset)},
             autoencoder=codec.describe(weights),
             num_classes=dataset.num_classes,
             class_names=dataset.class_names,
-            captions=has_captions(dataset),
             encode_batch=self.encode_batch_size,
         )
         items = shard_items(plan.num_items, plan.record.itemsize, plan.encode_batch)
@@ -218,20 +271,18 @@ class LatentDataModule(ElasticDataModule):
     def expected(self) -> tuple[CacheSpec, Statistics | None]:
         """The plan of the training cache, and what will standardize it; None: the statistics of a cache to be built."""
         codec = self._load()
-        folder, plan = self._place("train", self.plan(self.train_dataset, codec, codec.weight_hash()))
+        folder, plan = self._place("train", self.train_dataset, codec, codec.weight_hash())
         if self._statistics is None and (folder / MANIFEST).is_file():
             return plan, Manifest.read(folder).statistics
         return plan, self._statistics
 
-    def _place(self, name: str, plan: CacheSpec) -> tuple[Path, CacheSpec]:
+    def _place(self, name: str, dataset: ImageDataset, codec: Codec, weights: str) -> tuple[Path, CacheSpec]:
         """The cache's folder, and the plan as it would be written there."""
-        folder = self.cache / name if self.cache is not None else default_folder(plan, self.trust)
-        if (folder / PLAN).is_file():
-            plan = adopted(plan, CacheSpec.read(folder), self.trust)
-        return folder, plan
+        plan = self.plan(dataset, codec, weights)
+        former = replace(plan, source=dataset.fingerprint(), captions=True) if has_captions(dataset) else None
+        return place(plan, former, None if self.cache is None else self.cache / name, self.trust)
 
-    def _open(self, name: str, dataset: ImageDataset, codec: Codec, weights: str) -> LatentCache:
-        folder, plan = self._place(name, self.plan(dataset, codec, weights))
+    def _open(self, name: str, dataset: ImageDataset, folder: Path, plan: CacheSpec, codec: Codec) -> LatentCache:
         source = Source(
             read=lambda item: self._read(dataset, item, codec.in_channels),
             name=dataset.path,

@@ -1,0 +1,292 @@
+"""Parts of a cache: folders beside the latents' own, with what a model is conditioned on, computed once.
+
+    captions    the captions of each item, one or more, as UTF-8
+    a feature   what a feature (ldm/diffusion/conditioners/features.py) makes of each caption, or of each item
+
+A part is a folder of shards (shards.py), whose rows are as long as they are (ragged.py). It is named by what its source
+holds and by all that determines the feature, not by the autoencoder: other autoencoders share it, and other captions
+make other parts and leave the latents as they are.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.data.fingerprint import comparable
+from ldm.diffusion.conditioners.features import Part
+from ldm.errors import DataError
+from ldm.latents.claims import read_sealed
+from ldm.latents.ragged import Layout, Row, Shard, from_raw, pack
+from ldm.latents.shards import Finished, Progress, Spec, as_json, check_bytes, check_size, differing, shard_path
+from ldm.latents.writing import Writer, complete
+
+FORMAT = 1
+TEXT = "text"
+"""The only part of a row of captions."""
+CAPTIONS: Mapping[str, Part] = {TEXT: Part((1 << 20,), torch.uint8, ragged=True)}
+"""A caption: its bytes in UTF-8, 1 MiB at most."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PartSpec(Spec):
+    """Everything that determines what a part holds, known before the first of its values is computed.
+
+    Args:
+        name: "captions", or of the feature in a configuration; not compared.
+        reads: the key of what it is made of: "caption": a row for each caption; otherwise a row for each item.
+        source: fingerprint of the captions, or of the whole data set if these cannot be read alone.
+        num_items: items of the source, broken ones included.
+        parts: of each row: {name: {"shape", "dtype", "ragged"}}.
+        feature: what the feature says of itself; nothing for captions.
+        shard_items: items per shard; not compared.
+    """
+
+    name: str
+    reads: str
+    source: str
+    num_items: int
+    parts: dict[str, dict[str, Any]]
+    feature: dict[str, Any] = field(default_factory=dict)
+    shard_items: int = 4096
+    format: int = FORMAT
+
+    kind: ClassVar[str] = "part"
+    what: ClassVar[str] = "part of a latent cache"
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any]) -> "PartSpec":
+        return cls(**{name: value for name, value in tree.items() if name != "kind"})
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind, **asdict(self)}
+
+    def facts(self) -> dict[str, Any]:
+        return as_json({name: value for name, value in asdict(self).items() if name not in ("shard_items", "name")})
+
+    def differences(self, found: "PartSpec") -> list[str]:
+        ours, theirs = self.facts(), found.facts()
+        ours["source"], theirs["source"] = comparable(self.source, found.source)
+        return differing(ours, theirs)
+
+    def rows(self) -> dict[str, Part]:
+        """The parts of each row."""
+        return {
+            name: Part(tuple(part["shape"]), getattr(torch, part["dtype"]), part["ragged"])
+            for name, part in self.parts.items()
+        }
+
+    def layout(self, shard: int, noted: Mapping[str, Any]) -> Layout:
+        """Of a shard of which its sidecar or the manifest notes `rows` and `lengths`."""
+        return Layout(self.rows(), len(self.shard_range(shard)), noted["rows"], noted["lengths"])
+
+
+def described(parts: Mapping[str, Part]) -> dict[str, dict[str, Any]]:
+    """The parts of a row in plain values."""
+    return {
+        name: {"shape": [*part.shape], "dtype": str(part.dtype).removeprefix("torch."), "ragged": part.ragged}
+        for name, part in parts.items()
+    }
+
+
+@dataclass(frozen=True)
+class PartManifest(Finished[PartSpec]):
+    """A finished part.
+
+    Args:
+        plan: what it holds.
+        broken: items of which there is no row, since they could not be read.
+        shards: {"crc32", "items", "rows", "lengths"} for each.
+    """
+
+    plan: PartSpec
+    broken: list[int]
+    shards: list[dict[str, Any]]
+
+    SPEC: ClassVar[type[Spec]] = PartSpec
+    FORMAT: ClassVar[int] = FORMAT
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any]) -> "PartManifest":
+        return cls(PartSpec.from_dict(tree["plan"]), tree["broken"], tree["shards"])
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"plan": self.plan.to_dict(), "broken": self.broken, "shards": self.shards}
+
+    def shard_bytes(self, shard: int) -> int:
+        return self.plan.layout(shard, self.shards[shard]).size
+
+    @property
+    def num_rows(self) -> int:
+        """Captions, or what there is for each of them or each item."""
+        return sum(shard["rows"] for shard in self.shards)
+
+
+# ---- building --------------------------------------------------------------------------------------------------
+
+Rows = Callable[[range], Iterable[tuple[int, Sequence[Row] | DataError]]]
+"""Items -> each with its rows, one or more, or why it has none; in their order."""
+
+
+def build_part(
+    folder: Path,
+    plan: PartSpec,
+    rows: Rows,
+    max_broken: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: Progress = lambda done, total: None,
+) -> PartManifest:
+    """Complete the part of `plan` in `folder`, doing whatever part of the work is left; see `writing.complete`.
+
+    Args:
+        folder: of the part, visible to all ranks.
+        plan: what to build.
+        rows: computes them; not called if there is nothing left to do.
+        max_broken: how many items may be unreadable.
+        rank, world_size: which shards to take first.
+        progress: called with (items that all processes have done, items of the plan).
+    """
+
+    def writer_of(begun: PartSpec) -> "_PartWriter":
+        return _PartWriter(folder, begun, rows, max_broken, progress)
+
+    return complete(folder, plan, PartManifest, writer_of, rank, world_size)
+
+
+class _PartWriter(Writer[PartSpec, PartManifest]):
+    """Computes the rows of shards."""
+
+    def __init__(self, folder: Path, plan: PartSpec, rows: Rows, max_broken: int, progress: Progress) -> None:
+        super().__init__(folder, plan, max_broken, progress)
+        self.rows = rows
+
+    def shard_bytes(self, shard: int) -> int:
+        return self.plan.layout(shard, read_sealed(shard_path(self.folder, shard, ".json"))).size
+
+    def make(self, shard: int) -> tuple[memoryview, dict[str, Any]]:
+        items = self.plan.shard_range(shard)
+        rows_of: list[Sequence[Row]] = []
+        broken: dict[str, str] = {}
+        for item, found in self.rows(items):
+            if isinstance(found, DataError):
+                broken[str(item)] = str(found)
+                self.demand_few(broken)
+            rows_of.append([] if isinstance(found, DataError) else found)
+            if len(rows_of) % 64 == 0:
+                self.report(len(rows_of))
+        data, rows, lengths = pack(self.plan.rows(), rows_of)
+        noted = {"items": len(items) - len(broken), "broken": broken, "rows": rows, "lengths": lengths}
+        return data.data, noted
+
+    def merge(self, sidecars: Sequence[Mapping[str, Any]], broken: list[int]) -> PartManifest:
+        noted = ("crc32", "items", "rows", "lengths")
+        return PartManifest(self.plan, broken, [{name: sidecar[name] for name in noted} for sidecar in sidecars])
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------
+
+
+class PartReader:
+    """Reads a finished part, by the item numbers of its source. A shard is checked when it is first touched.
+
+    Args:
+        folder: of the part.
+        expected: the plan that the caller would build; None: accept any part.
+
+    Raises:
+        DataError: not finished, truncated, damaged, or not what is expected; names file, key and fix.
+    """
+
+    def __init__(self, folder: Path, expected: PartSpec | None = None) -> None:
+        self.folder = Path(folder)
+        self.manifest = PartManifest.read(self.folder)
+        self.plan = self.manifest.plan
+        if expected is not None:
+            expected.require(self.folder, self.plan)
+        for shard in range(self.plan.num_shards):
+            check_size(self.folder, self.manifest, shard)
+        self.parts = self.plan.rows()
+        self._shards: dict[int, Shard] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_shards": {}}  # a pickled memory map would be a copy of the file
+
+    @property
+    def broken(self) -> Sequence[int]:
+        """Items of which there is nothing."""
+        return self.manifest.broken
+
+    def counts(self, items: np.ndarray) -> np.ndarray:
+        """The number of rows of (N,) items: (N,) int64; 0 for a broken one."""
+        counts = np.zeros(len(items), np.int64)
+        for shard, among, places in self._by_shard(items):
+            counts[among] = shard.counts(places)
+        return counts
+
+    def texts(self, items: np.ndarray, which: np.ndarray) -> list[str]:
+        """The `which`-th caption of (N,) items; of a part with captions."""
+        found = [""] * len(items)
+        for shard, among, places in self._by_shard(items):
+            raw = shard.ragged(TEXT, shard.row(places, which[among]))
+            for place, text in zip(among.tolist(), raw, strict=True):
+                found[place] = text.tobytes().decode("utf-8", "surrogatepass")
+        return found
+
+    def gather(self, name: str, items: np.ndarray, which: np.ndarray) -> dict[str, Tensor]:
+        """The `which`-th rows of (N,) items as columns of a batch, as `features.stacked` lays them out.
+
+        Args:
+            name: of the feature, with which the columns' names begin.
+            items, which: (N,) int64.
+        """
+        columns: dict[str, np.ndarray] = {}
+        masks: dict[str, np.ndarray] = {}
+        for part_name, part in self.parts.items():
+            # Zeros, which pad the rows of ragged parts.
+            columns[part_name] = np.zeros((len(items), *part.shape), f"i{part.dtype.itemsize}")
+            if part.ragged:
+                masks[part_name] = np.zeros((len(items), part.shape[0]), bool)
+        for shard, among, places in self._by_shard(items):
+            rows = shard.row(places, which[among])
+            for part_name, part in self.parts.items():
+                if not part.ragged:
+                    columns[part_name][among] = shard.fixed(part_name, rows)
+                    continue
+                for place, row in zip(among.tolist(), shard.ragged(part_name, rows), strict=True):
+                    columns[part_name][place, : len(row)] = row
+                    masks[part_name][place, : len(row)] = True
+        found = {}
+        for part_name, part in self.parts.items():
+            found[f"{name}.{part_name}"] = from_raw(columns[part_name], part.dtype)
+            if part.ragged:
+                found[f"{name}.{part_name}_mask"] = torch.from_numpy(masks[part_name])
+        return found
+
+    def _by_shard(self, items: np.ndarray) -> list[tuple[Shard, np.ndarray, np.ndarray]]:
+        """(shard, which of the items lie in it, their places in it) for each shard that holds some of them."""
+        numbers, places = np.divmod(np.asarray(items, np.int64), self.plan.shard_items)
+        touched = np.unique(numbers).tolist()
+        self._open([shard for shard in touched if shard not in self._shards])
+        found = []
+        for shard in touched:
+            among = np.flatnonzero(numbers == shard)
+            found.append((self._shards[shard], among, places[among]))
+        return found
+
+    def _open(self, new: Sequence[int]) -> None:
+        if new:
+            with ThreadPoolExecutor(min(8, os.cpu_count() or 1, len(new))) as pool:  # crc32 releases the lock
+                list(pool.map(lambda shard: check_bytes(self.folder, self.manifest, shard), new))
+        for shard in new:
+            layout = self.plan.layout(shard, self.manifest.shards[shard])
+            self._shards[shard] = Shard(shard_path(self.folder, shard), self.parts, layout)
