@@ -30,13 +30,6 @@ CPU_TRAINER = {
 }
 
 
-class SizedFolder(ImageFolder):
-    """A folder that knows the sizes of its pictures."""
-
-    def sizes(self):
-        return np.array([Image.open(self.path(item)).size[::-1] for item in range(len(self))])
-
-
 class Recorder(LightningModule):
     """Keeps, by sample number, what it was shown."""
 
@@ -69,7 +62,7 @@ def make(many_sizes):
     def build(tokens: bool = False, **options) -> ImageDataModule:
         buckets = Buckets(**SIZES, min_items=1, constant_tokens=tokens, batch_multiple=2)
         options = {"batch_size": 4, "seed": 3, "num_validation": 6, "buckets": buckets} | options
-        return ImageDataModule(SizedFolder(many_sizes), **options)
+        return ImageDataModule(ImageFolder(many_sizes), **options)
 
     return build
 
@@ -170,7 +163,7 @@ def test_the_table_is_shown_at_the_start(make, caplog):
 def test_an_unreadable_image_gives_way_to_one_of_its_bucket(many_sizes, tmp_path):
     for index, file in enumerate(sorted(many_sizes.rglob("*.png"))):
         (tmp_path / f"{index:02}.png").write_bytes(file.read_bytes())
-    dataset = SizedFolder(tmp_path)
+    dataset = ImageFolder(tmp_path)
     known = dataset.sizes()
     broken = int(np.flatnonzero((known == (16, 32)).all(1))[0])
     (tmp_path / f"{broken:02}.png").write_bytes(b"no picture")
