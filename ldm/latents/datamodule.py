@@ -12,17 +12,16 @@ import torch
 from torch.utils.data import DataLoader
 
 from ldm.autoencoder.codec import Codec
-from ldm.data import numbers as number_columns
 from ldm.data.datamodule import VALIDATION_SEED, ElasticDataModule, dataset_facts, split
 from ldm.data.dataset import ImageDataset, decoding, emptied_classes, has_captions, require_channels, texts
 from ldm.data.transforms import EvalTransform, transformed
 from ldm.diffusion.conditioners.features import Feature, meta_columns
 from ldm.errors import ConfigError, DataError
 from ldm.latents.build import Source, build, shard_items
-from ldm.latents.conditions import Captions, Conditions
-from ldm.latents.dataset_parts import DatasetParts, named
+from ldm.latents.conditions import Captions
+from ldm.latents.dataset_parts import DatasetParts, Wanted, named
 from ldm.latents.manifest import CacheSpec, Manifest
-from ldm.latents.parts import PartReader
+from ldm.latents.numbers import meta as number_columns
 from ldm.latents.places import note_source, noted_source, place
 from ldm.latents.reader import LatentCache, LatentDataset
 from ldm.latents.shards import MANIFEST
@@ -109,7 +108,7 @@ class LatentDataModule(ElasticDataModule):
         self.read_threads = read_threads
         self.features = named(features or {})
         self.numbers = tuple(numbers)
-        self.conditions: dict[str, Conditions] = {}
+        self._rows: dict[str, LatentDataset] = {}
         self.train_cache: LatentCache | None = None
         self.validation_cache: LatentCache | None = None
         self._statistics = None if statistics is None else Statistics.written(statistics)
@@ -148,7 +147,7 @@ class LatentDataModule(ElasticDataModule):
         batch = {"latent": latent, **self.meta_conditions(self.train_dataset, rows)}
         for name, feature in self.features.items():
             batch |= meta_columns(feature, name, rows)
-        return batch | number_columns.meta(self.train_dataset, self.numbers, rows)
+        return batch | number_columns(self.train_dataset, self.numbers, rows)
 
     @property
     def image_size(self) -> Size:
@@ -173,7 +172,7 @@ class LatentDataModule(ElasticDataModule):
 
         Where the cache was made with another decoder, it names the present one, with which samples are decoded.
         """
-        _opened(self.train_cache)
+        self._opened("train")
         assert self._manifest is not None, "set with the cache"
         return self._manifest
 
@@ -204,46 +203,37 @@ class LatentDataModule(ElasticDataModule):
         self.train_cache, self.validation_cache = caches["train"], caches.get("validation")
         manifest = self.train_cache.manifest.decoded_by(codec.describe(weights))
         self._manifest = manifest if self._statistics is None else manifest.standardized_by(self._statistics)
+        wanted, device = Wanted(self.features, self.numbers, np.array(self.transform.size)), self._device()
         self._codec = self._given = None  # its memory belongs to training now
         del codec
-        self.conditions = self._conditions(captions)
-
-    def _conditions(self, captions: Mapping[str, Captions | None]) -> dict[str, Conditions]:
-        """Of each data set; one feature after the other, so that one network at a time is in memory."""
-        found: dict[str, dict[str, PartReader]] = {name: {} for name in self._datasets()}
-        for key, feature in self.features.items():
-            try:
-                for name, readers in found.items():
-                    readers[key] = self._parts(name).feature(key, feature, captions.get(name), self._device())
-            finally:
-                feature.release()
-        targets = np.array(self.transform.size)
-        return {
-            name: Conditions(captions.get(name), found[name], number_columns.gathered(dataset, self.numbers, targets))
-            for name, dataset in self._datasets().items()
-        }
+        conditions = wanted.conditions({name: self._parts(name) for name in caches}, captions, device)
+        self._rows = {"train": LatentDataset(self.train_cache, self.seed, self.flip, conditions["train"])}
+        if self.validation_cache is not None:
+            rows = LatentDataset(self.validation_cache, VALIDATION_SEED, False, conditions["validation"])
+            self._rows["validation"] = rows
 
     def _parts(self, name: str) -> DatasetParts:
         dataset = self._datasets()[name]
         return DatasetParts(name, dataset, self.cache, int(self.max_broken * len(dataset)), self.read_threads)
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        dataset = self._rows("train", self.train_cache)
-        return self.training_loader(dataset, len(dataset), _as_gathered)
+        rows = self._opened("train")
+        return self.training_loader(rows, len(rows), _as_gathered)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
         if self.validation_dataset is None:
             return []
-        dataset = self._rows("validation", self.validation_cache)
-        return self.validation_loader(dataset, len(dataset), _as_gathered)
+        rows = self._opened("validation")
+        return self.validation_loader(rows, len(rows), _as_gathered)
 
-    def _rows(self, name: str, cache: LatentCache | None) -> LatentDataset:
-        seed, flip = (self.seed, self.flip) if name == "train" else (VALIDATION_SEED, False)
-        return LatentDataset(_opened(cache), seed, flip, self.conditions[name])
+    def _opened(self, name: str) -> LatentDataset:
+        if name not in self._rows:
+            raise DataError("the latent cache is not open yet: call setup() of the data module first")
+        return self._rows[name]
 
     def source(self, item: int) -> str:
         # A row of the loader, in which broken images have none.
-        return self.train_dataset.path(int(self._rows("train", self.train_cache).items([item])[0]))
+        return self.train_dataset.path(int(self._opened("train").items([item])[0]))
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Sample the latents: z = mean + std * noise, standardized."""
@@ -330,12 +320,6 @@ class LatentDataModule(ElasticDataModule):
         if torch.cuda.is_available():
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         return torch.device("cpu")
-
-
-def _opened(cache: LatentCache | None) -> LatentCache:
-    if cache is None:
-        raise DataError("the latent cache is not open yet: call setup() of the data module first")
-    return cache
 
 
 def _as_gathered(batch: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from ldm.data.dataset import ImageDataset, texts
 from ldm.diffusion.conditioners.features import Feature, Part
 from ldm.errors import ConfigError, DataError
 from ldm.latents.build import Source, shard_items
-from ldm.latents.conditions import CAPTION, Captions
+from ldm.latents.conditions import CAPTION, Captions, Conditions
+from ldm.latents.numbers import gathered
 from ldm.latents.parts import CAPTIONS, TEXT, PartReader, PartSpec, Rows, build_part, described
 from ldm.latents.ragged import Row, to_raw
 from ldm.runtime import distributed
@@ -163,6 +164,40 @@ class DatasetParts:
                     yield item, [sample[reads]]
                 else:
                     raise DataError(f"{self.dataset.path(item)}: has no {reads}, which a feature reads")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a configuration wants of each item beside its latent.
+
+    Args:
+        features: by name.
+        numbers: names of ldm/latents/numbers.py.
+        targets: (2,) or (items, 2), height and width that pictures are cropped to.
+    """
+
+    features: Mapping[str, Feature]
+    numbers: Sequence[str]
+    targets: np.ndarray
+
+    def conditions(
+        self, parts: Mapping[str, DatasetParts], captions: Mapping[str, Captions | None], device: torch.device
+    ) -> dict[str, Conditions]:
+        """Of each data set, by its name; the features are computed on `device` where they are not there.
+
+        One after the other, so that one network at a time is in memory, and none afterwards.
+        """
+        found: dict[str, dict[str, PartReader]] = {name: {} for name in parts}
+        for key, feature in self.features.items():
+            try:
+                for name, readers in found.items():
+                    readers[key] = parts[name].feature(key, feature, captions.get(name), device)
+            finally:
+                feature.release()
+        return {
+            name: Conditions(captions.get(name), found[name], gathered(part.dataset, self.numbers, self.targets))
+            for name, part in parts.items()
+        }
 
 
 def named(features: Mapping[str, Feature]) -> dict[str, Feature]:
