@@ -10,6 +10,7 @@ may work on one cache. Training builds missing caches itself: this script does s
 
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from ldm.cli import program
@@ -42,13 +43,13 @@ def build(base: Sequence[Path], overrides: Sequence[str], trust: Sequence[str]) 
     loaded.check(facts)
     tree = loaded.resolved(facts)
     if isinstance(outline := dry_run.meta_model(tree, trust), LatentDiffusion):
-        dry_run.check_fit(outline, tree, facts, data.meta_batch(), loaded.origin)
+        for batch in data.meta_batches():
+            dry_run.check_fit(outline, tree, facts, batch, loaded.origin)
     data.prepare_data()
     data.setup()
     if distributed.is_main():
-        for cache in (data.train_cache, data.validation_cache):
-            if cache is not None:
-                print(f"{cache.folder}: {len(cache)} items of {cache.plan.shape}, {len(cache.manifest.broken)} broken")
+        for cache in chain.from_iterable(data.caches.values()):
+            print(f"{cache.folder}: {len(cache)} items of {cache.plan.shape}, {len(cache.manifest.broken)} broken")
 
 
 def verify(folder: Path) -> None:

@@ -1,6 +1,6 @@
 """The data sets of a data module in buckets: which items, which batches, and how images are read."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -11,8 +11,9 @@ from ldm.data.buckets import Assigned, Buckets, assigned, picture_sizes
 from ldm.data.dataset import ImageDataset, Subset
 from ldm.data.elastic_sampler import Address
 from ldm.data.loading import TransformedDataset
+from ldm.errors import ConfigError
 from ldm.ranges import Count
-from ldm.sizes import Size, as_resolution
+from ldm.sizes import Size, SizeError, as_resolution, spell
 
 
 class Bucketing:
@@ -63,6 +64,17 @@ class Bucketing:
     def batch_sizes(self, name: str = "train") -> list[int]:
         """Images of a global batch of each bucket."""
         return [self.buckets.batch_size(size, self._batch_size) for size in self.of(name).sizes]
+
+    def check(self, shape: Callable[[Size], Any]) -> None:
+        """ConfigError, naming the size, if `shape` (of an autoencoder's latent) raises SizeError for one."""
+        for size in self.buckets.sizes:
+            try:
+                shape(size)
+            except SizeError as error:
+                raise ConfigError(
+                    f"data.params.buckets: the size {spell(size)}: expected multiples of {error.factor}; use a `step` "
+                    "that is one, or other `sizes`"
+                ) from error
 
     def facts(self) -> dict[str, Any]:
         """What must not change when a run resumes: sizes, items and global batches of the buckets."""

@@ -130,6 +130,13 @@ class Assigned:
         """The item of a row; rows number the items bucket by bucket."""
         return int(np.concatenate(self.items)[row])
 
+    def targets(self) -> np.ndarray:
+        """The size that each item is cropped to: (N, 2) int64."""
+        found = np.zeros((sum(map(len, self.items)), 2), dtype=np.int64)
+        for size, few in zip(self.sizes, self.items, strict=True):
+            found[few] = size
+        return found
+
     @property
     def default(self) -> int:
         """The bucket with the most items; of several, the one nearest to a square, then the largest."""

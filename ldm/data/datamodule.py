@@ -70,9 +70,12 @@ class ElasticDataModule(LightningDataModule):
         """The names of the classes of the training data, if it has some."""
         return None
 
-    def meta_conditions(self, dataset: ImageDataset, rows: int) -> dict[str, Any]:
-        """What a batch of `dataset` holds beside its pictures or latents, without values."""
-        batch: dict[str, Any] = {"draws": Draws(0, range(rows), self.batch_size, "meta")}
+    def meta_conditions(self, dataset: ImageDataset, rows: int, size: Size | None = None) -> dict[str, Any]:
+        """What a batch of `dataset` holds beside its pictures or latents, without values; `size` is its bucket's."""
+        images = self.batch_size
+        if self.bucketing is not None and size is not None:
+            images = self.bucketing.buckets.batch_size(size, images)
+        batch: dict[str, Any] = {"draws": Draws(0, range(rows), images, "meta")}
         if dataset.num_classes is not None:
             batch["class_label"] = torch.zeros(rows, dtype=torch.int64, device="meta")
         if has_captions(dataset):
@@ -252,8 +255,8 @@ class ImageDataModule(ElasticDataModule):
             self.bucketing = Bucketing(buckets, self.train_dataset, self.validation_dataset, batch_size)
         self._size = None if resolution is None else as_size(resolution)
         self.channels = channels
-        self._transform_of = of_size(transform, TrainTransform, buckets)
-        self._eval_transform_of = of_size(eval_transform, EvalTransform, buckets)
+        self._transform_of = of_size(transform, TrainTransform, self.bucketing)
+        self._eval_transform_of = of_size(eval_transform, EvalTransform, self.bucketing)
         self._broken = BrokenImages(len(self.train_dataset), max_broken, self.train_dataset)
         self._broken_validation = BrokenImages(len(self.validation_dataset or ()), max_broken, self.validation_dataset)
 
@@ -291,7 +294,7 @@ class ImageDataModule(ElasticDataModule):
 
     def _meta_batch(self, size: Size, rows: int) -> dict[str, Any]:
         image = torch.empty(rows, self.channels, *size, device="meta")
-        return {"image": image, **self.meta_conditions(self.train_dataset, rows)}
+        return {"image": image, **self.meta_conditions(self.train_dataset, rows, size)}
 
     @property
     def class_names(self) -> Sequence[str] | None:
@@ -342,11 +345,11 @@ class ImageDataModule(ElasticDataModule):
         return batch
 
 
-def of_size(given: Any, standard: TransformOfSize, buckets: Buckets | None) -> TransformOfSize:
+def of_size(given: Any, standard: Callable[..., Any], bucketing: Bucketing | None) -> Callable[..., Any]:
     """What makes the transform of a size: with buckets, what is given is that itself, otherwise a transform."""
     if given is None:
         return standard
-    return given if buckets is not None else lambda size: given
+    return given if bucketing is not None else lambda size: given
 
 
 def dataset_facts(train: ImageDataset, validation: ImageDataset | None) -> dict[str, int | str | None]:

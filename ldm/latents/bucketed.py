@@ -9,9 +9,10 @@ from torch.utils.data import Dataset
 
 from ldm.data.bucket_order import Rows
 from ldm.data.buckets import Assigned
+from ldm.data.dataset import ImageDataset
 from ldm.latents.build import statistics
 from ldm.latents.claims import read_sealed
-from ldm.latents.manifest import Manifest
+from ldm.latents.manifest import CacheSpec, Manifest
 from ldm.latents.reader import LatentCache, LatentDataset
 from ldm.latents.shards import shard_path
 
@@ -37,21 +38,26 @@ class BucketedLatents(Dataset[Any]):
         start = self._rows.starts[bucket]
         return self.parts[bucket].__getitems__([(number, row - start) for number, row in keys])
 
-    def place(self, row: int) -> tuple[int, int]:
-        """(bucket, item of the bucket's data set) of a row."""
-        bucket, own = self._rows.place(row)
-        return bucket, int(self.parts[bucket].cache.items([own])[0])
+    def items(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The item numbers of the rows in the whole data set: (N,) int64."""
+        places = [self._rows.place(row) for row in np.asarray(rows).tolist()]
+        return np.array([self.parts[bucket].items([own])[0] for bucket, own in places], dtype=np.int64)
 
 
-def joined(caches: Sequence[LatentCache], buckets: Assigned, source: str) -> Manifest:
+def whole(plan: CacheSpec, dataset: ImageDataset) -> CacheSpec:
+    """The plan of one bucket as that of all items of the data set."""
+    return replace(plan, num_items=len(dataset), source=dataset.fingerprint())
+
+
+def joined(caches: Sequence[LatentCache], buckets: Assigned, dataset: ImageDataset) -> Manifest:
     """One manifest of the caches of all buckets: their common statistics, in which each position counts once.
 
     Args:
         caches: of the buckets.
         buckets: which items of the data set they hold, in which sizes.
-        source: the data set's fingerprint.
+        dataset: the items of all.
     """
-    plans, manifests = [cache.plan for cache in caches], [cache.manifest for cache in caches]
+    manifests = [cache.manifest for cache in caches]
     sidecars: list[Mapping[str, Any]] = []
     for cache in caches:
         sidecars += [read_sealed(shard_path(cache.folder, shard, ".json")) for shard in range(cache.plan.num_shards)]
@@ -59,7 +65,7 @@ def joined(caches: Sequence[LatentCache], buckets: Assigned, source: str) -> Man
     found = statistics(sidecars, 2 * positions)
     broken = [items[m.broken] for items, m in zip(buckets.items, manifests, strict=True) if m.broken]
     return Manifest(
-        plan=replace(plans[buckets.default], num_items=sum(plan.num_items for plan in plans), source=source),
+        plan=whole(caches[buckets.default].plan, dataset),
         mean=found.mean,
         std=found.std,
         broken=sorted(np.concatenate(broken).tolist()) if broken else [],
