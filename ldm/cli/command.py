@@ -14,6 +14,10 @@ from ldm.runtime import threads
 
 COMMANDS = {
     "train": ("train an autoencoder or a diffusion model", "ldm train --base configs/quickstart/autoencoder.yaml"),
+    "tokenizer": (
+        "make a tokenizer of captions",
+        "ldm tokenizer --base my.yaml --vocab 4000 --out tokenizer.json",
+    ),
     "cache": ("build or check latent caches", "ldm cache --base configs/quickstart/diffusion.yaml"),
     "sample": ("sample images from a trained model", "ldm sample -r 'logs/*_emoji_diffusion' --guidance 2"),
     "evaluate": ("measure samples, reconstructions or pictures", "ldm evaluate -r 'logs/*_emoji_diffusion' -n 5000"),

@@ -123,6 +123,21 @@ def texts(dataset: ImageDataset) -> Texts | None:
 
 
 @runtime_checkable
+class Uncaptioned(Protocol):
+    """Optional: a data set that reads items without their captions, whatever is wrong with these."""
+
+    def without_captions(self, index: int) -> Item:
+        """As `dataset[index]`; the caption may be left out, and is not read."""
+
+
+def without_captions(dataset: ImageDataset, index: int) -> Item:
+    """The item, if possible without reading its captions."""
+    if isinstance(dataset, Subset):
+        return without_captions(dataset.dataset, dataset.indices[index])
+    return dataset.without_captions(index) if isinstance(dataset, Uncaptioned) else dataset[index]
+
+
+@runtime_checkable
 class Sized(Protocol):
     """Optional: a data set that has the sizes of its pictures without decoding them."""
 

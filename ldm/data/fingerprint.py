@@ -32,7 +32,7 @@ INDEX_FROM = 10_000
 
 _MARK = ":contents:"
 _BLOCK, _BLOCKS = 4096, 8
-_THREADS, _CHUNK = 16, 256
+_THREADS, _CHUNK = 16, 1024
 # A file that changes twice within one tick of the file system's clock looks unchanged, so recent ones are not trusted.
 _SETTLED = 2_000_000_000
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
@@ -63,15 +63,25 @@ def comparable(one: str, other: str) -> tuple[str, str]:
 
 def stats(root: Path, names: Sequence[str]) -> np.ndarray:
     """Size, modification and change time (ns) and inode of files in `root`: (N,4) int64; -1 for missing files."""
-    found = np.full((len(names), 4), -1, dtype=np.int64)
-    for row, name in enumerate(names):
-        with suppress(OSError):  # a dangling link breaks its item, not the listing
-            state = os.stat(os.path.join(root, name))
-            # A pipe or a device has no bytes to sample, and may never answer.
-            size = state.st_size if stat.S_ISREG(state.st_mode) else 0
-            inode = state.st_ino & (2**63 - 1)
-            found[row] = size, state.st_mtime_ns, state.st_ctime_ns, inode
+    prefix = os.path.join(root, "")
+    found = np.empty((len(names), 4), dtype=np.int64)
+
+    def fill(start: int) -> None:
+        found[start : start + _CHUNK] = [_stats(prefix + name) for name in names[start : start + _CHUNK]]
+
+    with ThreadPoolExecutor(_THREADS) as pool:  # many wait in parallel on a slow disk or network
+        list(pool.map(fill, range(0, len(names), _CHUNK)))
     return found
+
+
+def _stats(path: str) -> tuple[int, int, int, int]:
+    try:
+        state = os.stat(path)
+    except OSError:  # a dangling link breaks its item, not the listing
+        return -1, -1, -1, -1
+    # A pipe or a device has no bytes to sample, and may never answer.
+    size = state.st_size if stat.S_ISREG(state.st_mode) else 0
+    return size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino & (2**63 - 1)
 
 
 def contents(root: Path, names: Sequence[str], states: np.ndarray) -> str:
@@ -98,7 +108,8 @@ def samples(root: Path, names: Sequence[str], states: np.ndarray) -> np.ndarray:
     Raises:
         DataError: the machine is out of file handles or memory.
     """
-    return remembered(root, names, states, "", lambda row: _sample(root, names[row], int(states[row, 0])))
+    folder, lengths = os.fspath(root), states[:, 0].tolist()
+    return remembered(root, names, states, "", lambda row: _sample(folder, names[row], lengths[row]))
 
 
 def remembered(
@@ -128,7 +139,7 @@ def remembered(
         known, numbers = _look_up(_read_index(index), keys, states)
         unread = np.flatnonzero(~known)
     chunks = [unread[start : start + _CHUNK] for start in range(0, len(unread), _CHUNK)]
-    with ThreadPoolExecutor(_THREADS) as pool:  # many wait in parallel on a slow disk or network
+    with ThreadPoolExecutor(_THREADS) as pool:
         for rows, values in zip(chunks, pool.map(lambda rows: [read(row) for row in rows], chunks), strict=True):
             numbers[rows] = values
             show(len(names) - len(unread) + int(np.searchsorted(unread, rows[-1])) + 1, len(names))
@@ -139,25 +150,33 @@ def remembered(
     return numbers
 
 
-def _sample(root: Path, name: str, size: int) -> int:
+def _sample(root: str, name: str, size: int) -> int:
     """Hash of some of a file's bytes; 0 if they cannot be read."""
     if size < 0:
         return 0
-    if size <= _BLOCK * _BLOCKS:
-        places, length = [0], size
-    else:
-        places, length = [place * (size - _BLOCK) // (_BLOCKS - 1) for place in range(_BLOCKS)], _BLOCK
     path = os.path.join(root, name)
     try:
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
-            return _short_hash(b"".join([os.pread(file, length, place) for place in places]))
+            return sample(size, lambda place, length: os.pread(file, length, place))
         finally:
             os.close(file)
     except OSError as error:
         if error.errno in _EXHAUSTED:
             raise DataError(f"{path}: cannot be read: {error.strerror}; raise the limit (ulimit -n)") from error
         return 0
+
+
+def sample(size: int, read: Callable[[int, int], bytes]) -> int:
+    """Hash of some of `size` bytes: all of up to 32 KB, otherwise at eight positions from the first to the last.
+
+    Args:
+        size: how many there are.
+        read: (position, length) -> bytes.
+    """
+    if size <= _BLOCK * _BLOCKS:
+        return _short_hash(read(0, size))
+    return _short_hash(b"".join([read(place * (size - _BLOCK) // (_BLOCKS - 1), _BLOCK) for place in range(_BLOCKS)]))
 
 
 def _short_hash(data: bytes) -> int:

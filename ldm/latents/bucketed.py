@@ -12,6 +12,7 @@ from ldm.data.buckets import Assigned
 from ldm.data.dataset import ImageDataset
 from ldm.latents.build import statistics
 from ldm.latents.claims import read_sealed
+from ldm.latents.conditions import Conditions
 from ldm.latents.manifest import CacheSpec, Manifest
 from ldm.latents.reader import LatentCache, LatentDataset
 from ldm.latents.shards import shard_path
@@ -31,6 +32,11 @@ class BucketedLatents(Dataset[Any]):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def conditions(self) -> Conditions:
+        """What batches hold beside latents and labels."""
+        return self.parts[0].conditions
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> dict[str, Any]:
         """The batch of `LatentDataset`; all keys must be of one bucket."""

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from ldm.data.loading import chosen
-from ldm.latents.parts import PartReader
+from ldm.latents.part_reader import PartReader
 
 CAPTION = "caption"
 
@@ -47,6 +47,11 @@ class Conditions:
         self.captions = captions
         self.features = dict(features or {})
         self.numbers = dict(numbers or {})
+
+    def parts(self) -> list[PartReader]:
+        """Those of the cache from which it gathers."""
+        own = [self.captions] if isinstance(self.captions, PartReader) else []
+        return [*own, *self.features.values()]
 
     @property
     def broken(self) -> np.ndarray:

@@ -1,11 +1,10 @@
 """The data module of stage 2: latents from a cache, which it builds first if there is none."""
 
-import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,26 +14,21 @@ from ldm.autoencoder.codec import Codec
 from ldm.data.bucketed import Bucketing
 from ldm.data.buckets import Buckets
 from ldm.data.datamodule import VALIDATION_SEED, ElasticDataModule, dataset_facts, of_size, split
-from ldm.data.dataset import ImageDataset, decoding, emptied_classes, has_captions, require_channels, texts
-from ldm.data.transforms import EvalTransform, transformed
+from ldm.data.dataset import ImageDataset, has_captions, require_channels
+from ldm.data.transforms import EvalTransform
 from ldm.diffusion.conditioners.features import Feature, meta_columns
 from ldm.errors import ConfigError, DataError
 from ldm.latents.bucketed import BucketedLatents, joined, whole
-from ldm.latents.build import Source, build, shard_items
 from ldm.latents.conditions import Captions, Conditions
 from ldm.latents.dataset_parts import DatasetParts, Wanted, named
+from ldm.latents.encoding import Encoding, SizedPart, check_broken
 from ldm.latents.manifest import CacheSpec, Manifest
 from ldm.latents.numbers import meta as number_columns
-from ldm.latents.places import note_source, noted_source, place
 from ldm.latents.reader import LatentCache, LatentDataset
 from ldm.latents.shards import MANIFEST
 from ldm.latents.statistics import Statistics
 from ldm.ranges import Count, CountOrZero, Finite, Fraction, Resolution, Seed
-from ldm.runtime import distributed
-from ldm.runtime.progress import shown
 from ldm.sizes import Size, as_resolution, as_size
-
-log = logging.getLogger(__name__)
 
 
 class LatentDataModule(ElasticDataModule):
@@ -214,35 +208,49 @@ class LatentDataModule(ElasticDataModule):
         Raises:
             DataError: a cache is damaged, or was made from another autoencoder or other images.
         """
-        if self.caches:
+        if self._rows:
             return
-        codec = self._load().to(self._device())
-        weights = codec.weight_hash()
+        self.caches = {}
+        encoding, device = self._encoding(self._device()), self._device()
         captions: dict[str, Captions | None] = {}
-        caches: dict[str, list[LatentCache]] = {}
-        for name, dataset in self._datasets().items():
-            placed = [(part, *self._place(part, codec, weights)) for part in self._sized(name)]
-            inside = placed[0][2].captions
+        sized = {name: self._sized(name) for name in self._datasets()}
+        for name, parts in sized.items():
+            dataset = self._datasets()[name]
+            placed = [encoding.place(part) for part in parts]
+            inside = placed[0][1].captions
             if has_captions(dataset) and not inside:  # first, since what is wrong with them is seen in seconds
                 captions[name] = self._parts(name).captions()
-            caches[name] = [self._open(*one, codec) for one in placed]
+            self.caches[name] = [encoding.open(part, *where) for part, where in zip(parts, placed, strict=True)]
             if inside:
-                captions[name] = caches[name][0]
-            self._check_broken(name, caches[name])
-        manifest = self._joined(caches["train"]).decoded_by(codec.describe(weights))
+                captions[name] = self.caches[name][0]
+            check_broken(dataset, parts, self.caches[name])
+        manifest = self._joined(self.caches["train"]).decoded_by(encoding.codec.describe(encoding.weights))
         self._manifest = manifest if self._statistics is None else manifest.standardized_by(self._statistics)
-        targets = {name: self._targets(name) for name in caches}
-        wanted, device = Wanted(self.features, self.numbers, targets), self._device()
+        wanted = Wanted(self.features, self.numbers, {name: self._targets(name) for name in self.caches})
         self._codec = self._given = None  # its memory belongs to training now
-        del codec
-        self.caches = caches
-        conditions = wanted.conditions({name: self._parts(name) for name in caches}, captions, device)
-        self._rows = {name: self._gathering(name, conditions[name]) for name in caches}
+        del encoding
+        conditions = wanted.conditions({name: self._parts(name) for name in self.caches}, captions, device)
+        self._rows = {name: self._gathering(name, parts, conditions[name]) for name, parts in sized.items()}
 
-    def _gathering(self, name: str, conditions: Conditions) -> LatentDataset | BucketedLatents:
+    def _encoding(self, device: torch.device | str = "cpu") -> Encoding:
+        """How the caches are made, with the autoencoder on a device."""
+        codec = self._load().to(device)
+        return Encoding(
+            codec=codec,
+            weights=codec.weight_hash(),
+            transform_of=self._transform_of,
+            cache=self.cache,
+            encode_batch_size=self.encode_batch_size,
+            read_threads=self.read_threads,
+            trust=self.trust,
+        )
+
+    def _gathering(
+        self, name: str, parts: Sequence[SizedPart], conditions: Conditions
+    ) -> LatentDataset | BucketedLatents:
         """What a loader reads of a data set whose caches are open."""
         seed, flip = (self.seed, self.flip) if name == "train" else (VALIDATION_SEED, False)
-        pairs = zip(self._sized(name), self.caches[name], strict=True)
+        pairs = zip(parts, self.caches[name], strict=True)
         rows = [LatentDataset(cache, seed, flip, conditions, part.items) for part, cache in pairs]
         return rows[0] if self.bucketing is None else BucketedLatents(rows)
 
@@ -252,20 +260,29 @@ class LatentDataModule(ElasticDataModule):
             return caches[0].manifest
         return joined(caches, self.bucketing.train, self.train_dataset)
 
-    def _sized(self, name: str) -> list["_Sized"]:
+    def _sized(self, name: str) -> list[SizedPart]:
         """The parts of a data set whose pictures are cropped to one size."""
+        most = self._most_broken(name)
         if self.bucketing is None:
-            return [_Sized(name, self._datasets()[name], self.image_size)]
+            return [SizedPart(name, self._datasets()[name], self.image_size, most)]
         parts = zip(self.bucketing.parts(name), self.bucketing.of(name).items, strict=True)
-        return [_Sized(f"{name}-{size[0]}x{size[1]}", part, size, items) for (size, part), items in parts]
+        return [SizedPart(f"{name}-{size[0]}x{size[1]}", part, size, most, items) for (size, part), items in parts]
+
+    def _most_broken(self, name: str) -> int:
+        """How many items of a data set may be unreadable."""
+        return int(self.max_broken * len(self._datasets()[name]))
 
     def _targets(self, name: str) -> np.ndarray:
         """The size that each picture of a data set is cropped to: (2,), or (items, 2) with buckets."""
         return np.array(self.image_size) if self.bucketing is None else self.bucketing.of(name).targets()
 
     def _parts(self, name: str) -> DatasetParts:
-        dataset = self._datasets()[name]
-        return DatasetParts(name, dataset, self.cache, int(self.max_broken * len(dataset)), self.read_threads)
+        return DatasetParts(name, self._datasets()[name], self.cache, self._most_broken(name), self.read_threads)
+
+    def described(self) -> list[str]:
+        """A line for each folder of the open cache: what it holds, and its size."""
+        parts = [part for name, rows in self._rows.items() for part in (*self.caches[name], *rows.conditions.parts())]
+        return [str(part) for part in parts]
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         rows = self._opened("train")
@@ -293,83 +310,16 @@ class LatentDataModule(ElasticDataModule):
         batch["latent"] = self.manifest.standardize(mean + std * draws.normal("posterior", mean.shape[1:]))
         return batch
 
-    def plan(self, dataset: ImageDataset, codec: Codec, weights: str, size: Size | None = None) -> CacheSpec:
-        """The specification of the cache of `dataset`, of pictures of `size`; `weights` is the codec's hash."""
-        alone = texts(dataset)
-        size = size or self.image_size
-        plan = CacheSpec(
-            shape=codec.latent_shape(size),
-            num_items=len(dataset),
-            source=dataset.fingerprint() if alone is None else alone.pictures_fingerprint(),
-            pixels={**self._transform_of(size).describe(), "channels": codec.in_channels, **decoding(dataset)},
-            autoencoder=codec.describe(weights),
-            num_classes=dataset.num_classes,
-            class_names=dataset.class_names,
-            encode_batch=self.encode_batch_size,
-        )
-        items = shard_items(plan.num_items, plan.record.itemsize, plan.encode_batch)
-        return replace(plan, shard_items=items)
-
     def expected(self) -> tuple[CacheSpec, Statistics | None]:
         """The plan of the training cache, and what will standardize it; None: the statistics of a cache to be built."""
-        codec = self._load()
-        weights = codec.weight_hash()
-        placed = [self._place(part, codec, weights) for part in self._sized("train")]
+        encoding = self._encoding()
+        placed = [encoding.place(part) for part in self._sized("train")]
         plan = placed[0][1]
         if self.bucketing is not None:
             plan = whole(placed[self.bucketing.train.default][1], self.train_dataset)
         if self._statistics is None and all((folder / MANIFEST).is_file() for folder, _ in placed):
             return plan, self._joined([LatentCache(folder) for folder, _ in placed]).statistics
         return plan, self._statistics
-
-    def _place(self, part: "_Sized", codec: Codec, weights: str) -> tuple[Path, CacheSpec]:
-        """The cache's folder, and the plan as it would be written there."""
-        name, dataset, size, _ = part
-        plan = self.plan(dataset, codec, weights, size)
-        had_captions = self.bucketing is None and has_captions(dataset)
-        former = replace(plan, source=dataset.fingerprint(), captions=True) if had_captions else None
-        return place(plan, former, None if self.cache is None else self.cache / name, self.trust)
-
-    def _open(self, part: "_Sized", folder: Path, plan: CacheSpec, codec: Codec) -> LatentCache:
-        name, dataset, size, _ = part
-        transform = self._transform_of(size)
-
-        def read(item: int) -> Mapping[str, Any]:
-            row = dataset[item]
-            return {**row, "image": transformed(row["image"], transform, codec.in_channels, dataset.path(item))}
-
-        source = Source(
-            read=read,
-            name=dataset.path,
-            max_broken=int(self.max_broken * len(self._datasets()[name.partition("-")[0]])),
-            threads=self.read_threads,
-        )
-        with shown(f"{name} latents", silent=not distributed.is_main()) as progress:
-            build(folder, plan, codec.encode, source, distributed.rank(), distributed.world_size(), progress)
-        cache = LatentCache(folder, plan)
-        if cache.plan.source != plan.source:
-            known = noted_source(folder)
-            plan.require(folder, replace(plan, source=known or plan.source))
-            if known is None and distributed.is_main():
-                note_source(folder, plan)
-        return cache
-
-    def _check_broken(self, name: str, caches: Sequence[LatentCache]) -> None:
-        """DataError if too many items of a data set are broken; a warning if all of a class are."""
-        dataset = self._datasets()[name]
-        parts = zip(self._sized(name), caches, strict=True)
-        broken = [item for part, cache in parts for item in part.whole(cache.manifest.broken)]
-        if len(broken) > (most := int(self.max_broken * len(dataset))):
-            raise DataError(
-                f"{caches[0].folder}, ...: {len(broken)} items could not be read, {most} are allowed: fix or remove "
-                "them, or raise data.params.max_broken; what is already encoded is kept"
-            )
-        if distributed.is_main() and (emptied := emptied_classes(dataset, broken)):
-            log.warning(
-                "%s: none of the images of these classes could be read, so they are missing from training: %s; fix "
-                "them, remove the folder, and run the same command again",
-                *(caches[0].folder, ", ".join(emptied)),
-            )
 
     def _load(self) -> Codec:
         if self._codec is None:
@@ -392,26 +342,6 @@ class LatentDataModule(ElasticDataModule):
         if torch.cuda.is_available():
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         return torch.device("cpu")
-
-
-class _Sized(NamedTuple):
-    """Pictures that are cropped to one size.
-
-    Attributes:
-        name: of their cache.
-        dataset: the pictures.
-        size: height and width, pixels.
-        items: their numbers in the whole data set; None: they are all of it.
-    """
-
-    name: str
-    dataset: ImageDataset
-    size: Size
-    items: np.ndarray | None = None
-
-    def whole(self, items: Sequence[int]) -> list[int]:
-        """The numbers of some of the items in the whole data set."""
-        return list(items) if self.items is None else self.items[list(items)].tolist()
 
 
 def _as_gathered(batch: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 A value is encoded on its own, so that its bits depend neither on its neighbors nor on who encodes it.
 """
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,13 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.data.dataset import ImageDataset, texts
+from ldm.data.dataset import ImageDataset, texts, without_captions
 from ldm.diffusion.conditioners.features import Feature, Part
 from ldm.errors import ConfigError, DataError
 from ldm.latents.build import Source, shard_items
 from ldm.latents.conditions import CAPTION, Captions, Conditions
 from ldm.latents.numbers import gathered
-from ldm.latents.parts import CAPTIONS, TEXT, PartReader, PartSpec, Rows, build_part, described
+from ldm.latents.part_reader import PartReader
+from ldm.latents.parts import CAPTIONS, TEXT, PartSpec, Rows, build_part, described
 from ldm.latents.ragged import Row, to_raw
 from ldm.runtime import distributed
 from ldm.runtime.progress import shown
@@ -155,7 +155,7 @@ class DatasetParts:
                 else:
                     yield item, captions.texts(np.full(count, item), np.arange(count))
             return
-        source = Source(read=lambda item: dict(self.dataset[item]), threads=self.threads)
+        source = Source(read=lambda item: dict(without_captions(self.dataset, item)), threads=self.threads)
         for batch in source.batches(items, _FEWEST):
             for item, sample in batch:
                 if isinstance(sample, DataError):
@@ -249,8 +249,3 @@ class _Encoder:
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ConfigError(f"{where}: not finite as {part.dtype}; store it in another type, such as float32")
         return tensor.cpu()
-
-
-def size_on_disk(folder: Path) -> int:
-    """The bytes of a folder's files."""
-    return sum(entry.stat().st_size for entry in os.scandir(folder) if entry.is_file())

@@ -8,24 +8,31 @@ holds and by all that determines the feature, not by the autoencoder: other auto
 make other parts and leave the latents as they are.
 """
 
-import logging
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from ldm.data.fingerprint import comparable
 from ldm.diffusion.conditioners.features import Part
 from ldm.errors import DataError
+from ldm.latents import manifest
 from ldm.latents.claims import read_sealed
-from ldm.latents.ragged import Layout, Row, Shard, from_raw, pack
-from ldm.latents.shards import Finished, Progress, Spec, as_json, check_bytes, check_size, differing, shard_path
+from ldm.latents.ragged import Layout, Row, pack
+from ldm.latents.shards import (
+    MANIFEST,
+    Finished,
+    Progress,
+    Spec,
+    as_json,
+    differing,
+    kind_of,
+    read_manifest,
+    shard_path,
+    verify_all_bytes,
+)
 from ldm.latents.writing import Writer, complete
 
 FORMAT = 1
@@ -33,8 +40,6 @@ TEXT = "text"
 """The only part of a row of captions."""
 CAPTIONS: Mapping[str, Part] = {TEXT: Part((1 << 20,), torch.uint8, ragged=True)}
 """A caption: its bytes in UTF-8, 1 MiB at most."""
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,16 @@ class PartManifest(Finished[PartSpec]):
         return sum(shard["rows"] for shard in self.shards)
 
 
+def verify(folder: Path, progress: Progress = lambda done, total: None) -> Finished[Any]:
+    """Read every byte of the finished cache, or part of one, in `folder`; see `manifest.verify`."""
+    tree = read_manifest(Path(folder) / MANIFEST)
+    if kind_of(tree.get("plan", {})) != PartSpec.kind:
+        return manifest.verify(folder, progress)
+    found = PartManifest.read(Path(folder))
+    verify_all_bytes(Path(folder), found, progress)
+    return found
+
+
 # ---- building --------------------------------------------------------------------------------------------------
 
 Rows = Callable[[range], Iterable[tuple[int, Sequence[Row] | DataError]]]
@@ -191,102 +206,3 @@ class _PartWriter(Writer[PartSpec, PartManifest]):
     def merge(self, sidecars: Sequence[Mapping[str, Any]], broken: list[int]) -> PartManifest:
         noted = ("crc32", "items", "rows", "lengths")
         return PartManifest(self.plan, broken, [{name: sidecar[name] for name in noted} for sidecar in sidecars])
-
-
-# ---- reading ---------------------------------------------------------------------------------------------------
-
-
-class PartReader:
-    """Reads a finished part, by the item numbers of its source. A shard is checked when it is first touched.
-
-    Args:
-        folder: of the part.
-        expected: the plan that the caller would build; None: accept any part.
-
-    Raises:
-        DataError: not finished, truncated, damaged, or not what is expected; names file, key and fix.
-    """
-
-    def __init__(self, folder: Path, expected: PartSpec | None = None) -> None:
-        self.folder = Path(folder)
-        self.manifest = PartManifest.read(self.folder)
-        self.plan = self.manifest.plan
-        if expected is not None:
-            expected.require(self.folder, self.plan)
-        for shard in range(self.plan.num_shards):
-            check_size(self.folder, self.manifest, shard)
-        self.parts = self.plan.rows()
-        self._shards: dict[int, Shard] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_shards": {}}  # a pickled memory map would be a copy of the file
-
-    @property
-    def broken(self) -> Sequence[int]:
-        """Items of which there is nothing."""
-        return self.manifest.broken
-
-    def counts(self, items: np.ndarray) -> np.ndarray:
-        """The number of rows of (N,) items: (N,) int64; 0 for a broken one."""
-        counts = np.zeros(len(items), np.int64)
-        for shard, among, places in self._by_shard(items):
-            counts[among] = shard.counts(places)
-        return counts
-
-    def texts(self, items: np.ndarray, which: np.ndarray) -> list[str]:
-        """The `which`-th caption of (N,) items; of a part with captions."""
-        found = [""] * len(items)
-        for shard, among, places in self._by_shard(items):
-            raw = shard.ragged(TEXT, shard.row(places, which[among]))
-            for place, text in zip(among.tolist(), raw, strict=True):
-                found[place] = text.tobytes().decode("utf-8", "surrogatepass")
-        return found
-
-    def gather(self, name: str, items: np.ndarray, which: np.ndarray) -> dict[str, Tensor]:
-        """The `which`-th rows of (N,) items as columns of a batch, as `features.stacked` lays them out.
-
-        Args:
-            name: of the feature, with which the columns' names begin.
-            items, which: (N,) int64.
-        """
-        columns: dict[str, np.ndarray] = {}
-        masks: dict[str, np.ndarray] = {}
-        for part_name, part in self.parts.items():
-            # Zeros, which pad the rows of ragged parts.
-            columns[part_name] = np.zeros((len(items), *part.shape), f"i{part.dtype.itemsize}")
-            if part.ragged:
-                masks[part_name] = np.zeros((len(items), part.shape[0]), bool)
-        for shard, among, places in self._by_shard(items):
-            rows = shard.row(places, which[among])
-            for part_name, part in self.parts.items():
-                if not part.ragged:
-                    columns[part_name][among] = shard.fixed(part_name, rows)
-                    continue
-                for place, row in zip(among.tolist(), shard.ragged(part_name, rows), strict=True):
-                    columns[part_name][place, : len(row)] = row
-                    masks[part_name][place, : len(row)] = True
-        found = {}
-        for part_name, part in self.parts.items():
-            found[f"{name}.{part_name}"] = from_raw(columns[part_name], part.dtype)
-            if part.ragged:
-                found[f"{name}.{part_name}_mask"] = torch.from_numpy(masks[part_name])
-        return found
-
-    def _by_shard(self, items: np.ndarray) -> list[tuple[Shard, np.ndarray, np.ndarray]]:
-        """(shard, which of the items lie in it, their places in it) for each shard that holds some of them."""
-        numbers, places = np.divmod(np.asarray(items, np.int64), self.plan.shard_items)
-        touched = np.unique(numbers).tolist()
-        self._open([shard for shard in touched if shard not in self._shards])
-        found = []
-        for shard in touched:
-            among = np.flatnonzero(numbers == shard)
-            found.append((self._shards[shard], among, places[among]))
-        return found
-
-    def _open(self, new: Sequence[int]) -> None:
-        if new:
-            with ThreadPoolExecutor(min(8, os.cpu_count() or 1, len(new))) as pool:  # crc32 releases the lock
-                list(pool.map(lambda shard: check_bytes(self.folder, self.manifest, shard), new))
-        for shard in new:
-            layout = self.plan.layout(shard, self.manifest.shards[shard])
-            self._shards[shard] = Shard(shard_path(self.folder, shard), self.parts, layout)

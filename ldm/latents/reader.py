@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from ldm.latents.claims import read_sealed
 from ldm.latents.conditions import Conditions
 from ldm.latents.manifest import CacheSpec, Manifest
-from ldm.latents.shards import check_bytes, check_size, shard_path
+from ldm.latents.shards import check_bytes, check_size, shard_path, size_on_disk
 from ldm.randomness import Draws
 from ldm.ranges import Seed
 
@@ -46,6 +46,11 @@ class LatentCache:
 
     def __len__(self) -> int:
         return self.manifest.num_items
+
+    def __str__(self) -> str:
+        """The folder, what it holds, and its size."""
+        counted = f"{len(self)} items of {self.plan.shape}, {len(self.broken)} broken"
+        return f"{self.folder}: {counted}, {size_on_disk(self.folder)}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}  # a pickled memory map would be a copy of the file

@@ -229,3 +229,8 @@ def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any], skipped: tuple
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def size_on_disk(folder: Path) -> str:
+    """What a folder's files take, in MB."""
+    return f"{sum(file.stat().st_size for file in folder.iterdir()) / 1e6:,.1f} MB"

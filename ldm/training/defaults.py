@@ -27,6 +27,7 @@ from ldm.errors import ConfigError
 from ldm.run_folder import RunFolder
 from ldm.training.callbacks.checkpoints import Checkpoints
 from ldm.training.callbacks.health import Health
+from ldm.training.callbacks.model_files import ModelFiles, readers
 from ldm.training.callbacks.monitors import Monitors, monitored
 from ldm.training.callbacks.previews import ImageLogger, SampleLogger
 from ldm.training.callbacks.progress import Progress, Throughput
@@ -94,6 +95,7 @@ def make_callbacks(
     trainer = section["trainer"]
     callbacks: dict[str, pl.Callback | None] = {
         "provenance": Provenance(tree, facts),
+        "files": ModelFiles(folder) if readers(model) else None,
         "finite": SkipNonFinite(folder.checkpoints),
         "stop": StopOnSignal(folder.checkpoints),
         "images": _pictures(model, validation_interval(trainer), facts, trust),

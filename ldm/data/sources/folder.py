@@ -161,8 +161,8 @@ class ImageFolder:
             of_texts, samples = np.full_like(sizes, -1), samples[: len(self)]
         described = [self.class_names, captions, *([self.value_range] if self.value_range else [])]
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
-        for row in zip(self.files, sizes.tolist(), of_texts.tolist(), strict=True):
-            digest.update(json.dumps(row).encode())
+        for name, size, of_text in zip(self.files, sizes.tolist(), of_texts.tolist(), strict=True):
+            digest.update(f"[{json.dumps(name)}, {size}, {of_text}]".encode())
         return fingerprint.join(digest.hexdigest(), fingerprint.digest(samples))
 
     def captions_fingerprint(self) -> str:
