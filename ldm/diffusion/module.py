@@ -128,7 +128,7 @@ class LatentDiffusion(LightningModule):
             limits.recompile_limit = max(limits.recompile_limit, 4 * len(blocks) * sizes)
             for block in blocks:
                 # Made for each size: what serves them all would depend on which came first, as after a resume.
-                block.compile(dynamic=False if sizes > 1 else None)
+                block.compile(dynamic=False) if sizes > 1 else block.compile()
         plugin = self.trainer.precision_plugin
         scaled = isinstance(plugin, MixedPrecision) and plugin.scaler is not None
         groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
