@@ -39,10 +39,11 @@ FENCED = {
     "wandb": {"ldm.training.loggers"},
     "timm": {"ldm.evaluation.features"},
     "torch_fidelity": {"ldm.evaluation.features"},
-    "transformers": {"ldm.evaluation.features", "ldm.diffusion.conditioners.text_models", "ldm.interop"},
+    "transformers": {"ldm.evaluation.features", "ldm.diffusion.conditioners", "ldm.interop"},
     "tokenizers": {"ldm.diffusion.conditioners.tokenizer"},
     "peft": {"ldm.interop"},
     "gradio": {"ldm.cli.demo", "ldm.cli.demo_page", "ldm.cli.demo_controls", "ldm.cli.demo_style"},
+    "fsspec": {"ldm.data.sources"},
     "huggingface_hub": {"ldm.interop", "ldm.weights"},
 }
 
