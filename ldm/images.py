@@ -5,14 +5,22 @@ between them. (Of four, too: nothing says that the fourth is opacity.)
 """
 
 from collections.abc import Sequence
+from importlib.util import find_spec
+from itertools import zip_longest
+from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 LEGIBLE = 64
 """Pixels: the side below which a picture on a screen is hard to make out."""
+
+FONT_SIZE = 13
+"""Pixels, of the titles of a grid's rows."""
+
+_LINES = 4  # of a title
 
 FILED = (1, 3, 4)
 """The numbers of channels that a PNG holds."""
@@ -27,11 +35,20 @@ def visible(image: np.ndarray) -> np.ndarray:
     return planes.transpose(0, 2, 1).reshape(height, channels * (width + 1), 1)[:, :-1]
 
 
-def grid(images: Sequence[np.ndarray], columns: int, gap: int = 2) -> np.ndarray:
+def grid(images: Sequence[np.ndarray], columns: int, gap: int = 2, titles: Sequence[str] = ()) -> np.ndarray:
     """Pictures (H,W,C) uint8 of one size, row by row on white, `gap` pixels apart: one picture (H',W',1 or 3).
 
     Small ones are enlarged by whole pixels, to about `LEGIBLE`.
+
+    Args:
+        titles: a text above each of the first rows, such as their captions, broken into lines of the sheet's width.
     """
+    if titles:
+        sheets = [grid(images[start : start + columns], columns, gap) for start in range(0, len(images), columns)]
+        strips = [_written(title, sheets[0].shape[1], gap) for title in titles]
+        blank = np.full((0, sheets[0].shape[1]), 255, dtype=np.uint8)
+        parts = zip_longest(strips, sheets, fillvalue=blank)
+        return np.concatenate([np.concatenate([_like(strip, sheet), sheet]) for strip, sheet in parts])
     times = max(1, LEGIBLE // max(images[0].shape[:2]))
     images = [visible(image.repeat(times, axis=0).repeat(times, axis=1)) for image in images]
     height, width, channels = images[0].shape
@@ -43,6 +60,38 @@ def grid(images: Sequence[np.ndarray], columns: int, gap: int = 2) -> np.ndarray
         top, left = gap + row * (height + gap), gap + column * (width + gap)
         sheet[top : top + height, left : left + width] = image
     return sheet
+
+
+def _written(text: str, width: int, gap: int) -> np.ndarray:
+    """Black on white, in lines of up to `width` pixels: (H, width) uint8. What is too long ends in an ellipsis."""
+    found = find_spec("matplotlib")
+    assert found is not None, "matplotlib is a requirement"
+    assert found.origin is not None, "a package with files"
+    # A font that packages carry and that has most alphabets; Pillow's own has Latin alone.
+    font = ImageFont.truetype(Path(found.origin).with_name("mpl-data") / "fonts" / "ttf" / "DejaVuSans.ttf", FONT_SIZE)
+    room = width - 2 * gap
+    lines = [""]
+    for word in " ".join(text.split()).split(" "):
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > room:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    if len(lines) > _LINES:
+        lines = [*lines[:_LINES], ""]
+        lines[_LINES - 1 :] = [lines[_LINES - 1] + " ..."]
+    height = FONT_SIZE * 5 // 4
+    strip = Image.new("L", (width, height * len(lines) + gap), 255)
+    for place, line in enumerate(lines):
+        while font.getlength(line) > room and len(line) > 1:
+            line = f"{line[:-2]}…"
+        ImageDraw.Draw(strip).text((gap, gap + place * height), line, fill=0, font=font)
+    return np.asarray(strip)
+
+
+def _like(strip: np.ndarray, sheet: np.ndarray) -> np.ndarray:
+    """(H, W) as (H, W, C) of a sheet."""
+    return strip[..., None].repeat(sheet.shape[2], axis=2)
 
 
 def picture(image: np.ndarray) -> Image.Image:

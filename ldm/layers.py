@@ -59,18 +59,25 @@ def zero_module(module: nn.Module) -> nn.Module:
     return module
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Scaled dot-product attention: (N, heads, L, D) over (N, heads, M, D) twice -> (N, heads, L, D)."""
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention: (N, heads, L, D) over (N, heads, M, D) twice -> (N, heads, L, D).
+
+    Args:
+        mask: (N, M) bool, false for keys that nothing attends to, one or more true in each row; None: all true. What
+            lies under a false one must be finite.
+    """
+    seen = None if mask is None else mask[:, None, None]  # (N, 1, 1, M)
     if query.device.type == "cpu" and not torch.compiler.is_exporting() and query.shape[-2] <= 128:
         # The CPU's fused kernel packs bf16 anew in its backward pass: on 8x8 pixels plain products take a quarter of
         # its time, in fp32 the same. From about 256 pixels on it wins, and keeps no L x M matrix.
         # (An exported program keeps one of the two for all sizes.)
-        return (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(-1) @ value
-    return F.scaled_dot_product_attention(query, key, value)
+        scores = query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)  # (N, heads, L, M)
+        return (scores if seen is None else scores.masked_fill(~seen, -math.inf)).softmax(-1) @ value
+    return F.scaled_dot_product_attention(query, key, value, seen)
 
 
 class Attention(nn.Module):
-    """Queries (N, L, C) attend to tokens (N, M, D); with themselves as tokens: self-attention."""
+    """Queries (N, L, C) attend to tokens (N, M, D) where `mask` (N, M) is true; with themselves: self-attention."""
 
     def __init__(self, channels: Count, token_channels: Count, heads: Count) -> None:
         super().__init__()
@@ -80,10 +87,10 @@ class Attention(nn.Module):
         self.value = nn.Linear(token_channels, channels, bias=False)
         self.out = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+    def forward(self, x: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         q, k, v = self.query(x), self.key(tokens), self.value(tokens)  # (N, L, C), twice (N, M, C)
         q, k, v = (rearrange(part, "n l (h d) -> n h l d", h=self.heads) for part in (q, k, v))
-        h = attend(q, k, v)  # (N, heads, L, C / heads)
+        h = attend(q, k, v, mask)  # (N, heads, L, C / heads)
         return self.out(rearrange(h, "n h l d -> n l (h d)"))  # (N, L, C)
 
 

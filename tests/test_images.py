@@ -48,3 +48,21 @@ def test_a_picture_of_any_number_of_channels(channels, mode):
     made = picture(np.zeros((8, 6, channels), np.uint8))
     assert made.mode == mode
     assert made.size == (6 if channels in (1, 3, 4) else channels * 7 - 1, 8)
+
+
+def test_titles_stand_above_their_rows():
+    images = [np.full((64, 64, 3), value, np.uint8) for value in (10, 20, 30, 40)]
+    plain, titled = grid(images, 2), grid(images, 2, titles=["red heart"])
+    assert titled.shape == (len(plain) + 18 + 2, plain.shape[1], 3)
+    assert (titled[:18] < 128).any()
+    assert np.array_equal(titled[18 : 18 + 68], plain[:68])
+    assert np.array_equal(titled[18 + 68 :], plain[66:])
+
+
+@pytest.mark.parametrize(
+    "text", ["many words " * 500, "unbroken" * 50, "قلب أحمر", "❤️ 赤", "\ud800", " ", "two\nlines"]
+)
+def test_any_text_can_be_a_title(text):
+    sheet = grid([np.zeros((64, 64, 3), np.uint8)], 1, titles=[text])
+    assert sheet.shape[1:] == (68, 3)
+    assert len(sheet) <= 68 + 4 * 16 + 2

@@ -21,6 +21,14 @@ def test_both_ways_of_attention_agree(pixels):
     torch.testing.assert_close(attend(q, k, v), F.scaled_dot_product_attention(q, k, v), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("pixels", [16, 129])
+def test_a_mask_hides_keys_in_both_ways_of_attention(pixels):
+    q, k, v = torch.randn(2, 4, pixels, 8), torch.randn(2, 4, 7, 8), torch.randn(2, 4, 7, 8)
+    found = attend(q, k, v, torch.arange(7) < torch.tensor([[3], [7]]))
+    torch.testing.assert_close(found[:1], attend(q[:1], k[:1, :, :3], v[:1, :, :3]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[1:], attend(q[1:], k[1:], v[1:]), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("channels", "groups"),
     [(512, 32), (224, 32), (192, 32), (128, 32), (64, 16), (48, 12), (36, 9), (32, 8), (8, 2), (3, 1)],

@@ -1,4 +1,4 @@
-"""Build the latent caches that a stage-2 configuration reads, or check caches byte by byte.
+"""Build the latent caches that a stage-2 configuration reads, with captions and features, or check them byte by byte.
 
 python scripts/cache_latents.py --base configs/diffusion/imagenet_f8_class.yaml [data.params.cache=FOLDER]
 torchrun --nproc-per-node 8 scripts/cache_latents.py --base configs/diffusion/imagenet_f8_class.yaml
@@ -42,18 +42,18 @@ def build(base: Sequence[Path], overrides: Sequence[str], trust: Sequence[str]) 
     loaded.check(facts)
     tree = loaded.resolved(facts)
     if isinstance(outline := dry_run.meta_model(tree, trust), LatentDiffusion):
-        dry_run.check_fit(outline, tree, facts, data.meta_batch(), loaded.origin)
+        for batch in data.meta_batches():
+            dry_run.check_fit(outline, tree, facts, batch, loaded.origin)
     data.prepare_data()
     data.setup()
     if distributed.is_main():
-        for cache in (data.train_cache, data.validation_cache):
-            if cache is not None:
-                print(f"{cache.folder}: {len(cache)} items of {cache.plan.shape}, {len(cache.manifest.broken)} broken")
+        for line in data.described():
+            print(line)
 
 
 def verify(folder: Path) -> None:
-    """Check every byte of a cache, and print that it is sound."""
-    from ldm.latents.manifest import verify
+    """Check every byte of a cache, or of a part of one, and print that it is sound."""
+    from ldm.latents.parts import verify
     from ldm.runtime.progress import shown
 
     with shown(str(folder)) as progress:

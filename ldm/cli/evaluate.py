@@ -113,7 +113,8 @@ def evaluate(options: Any) -> str | None:
     store.fill(subject.make, columns, options.batch_size, subject.title)
     if not distributed.is_main():
         return None
-    measured = measure(spaces, [store.table(key(space)) for space in spaces], reference, subject.metrics, held_out)
+    tables = [store.table(key(space)) for space in spaces]
+    measured = measure(spaces, tables, reference, subject.metrics, held_out, subject.asked)
     measured = subject.completed(measured, store)
     if classifier is not None and labels is not None:
         measured.values.append(agreement(classifier, store.table(key(classifier)), labels))

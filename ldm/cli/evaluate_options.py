@@ -7,8 +7,8 @@ from ldm.cli.options import Parser, at_home, called, path, seed, whole_number
 from ldm.cli.sample_options import add_guidance, add_sampler, check_guidance
 from ldm.errors import ConfigError
 from ldm.evaluation.fidelity import RECONSTRUCTION
-from ldm.evaluation.measure import METRICS
-from ldm.evaluation.pictures.labels import RULES
+from ldm.evaluation.measure import METRICS, OF_ITEMS
+from ldm.evaluation.pictures.labels import ITEMS, RULES
 
 PARTS = ("train", "validation")
 
@@ -32,7 +32,7 @@ def parse(argv: Sequence[str]) -> Any:
     add_guidance(parser.add_argument_group("guidance, of a stage-2 run").add_argument)
     _add_places(parser.add_argument_group("models and places").add_argument)
     options = parser.parse_strictly(argv)
-    options.image = options.mask = options.strength = None  # sample.py's, which has no meaning here
+    options.image = options.mask = options.strength = options.size = None  # sample.py's, which has no meaning here
     _check_together(options)
     return options
 
@@ -44,8 +44,9 @@ def _add_subject(add: Add) -> None:
     many = "how many (default: 10000 samples; of what there is, all)"
     add("-n", "--images", type=whole_number, metavar="N", help=many)
     add("--seed", type=seed, default=0, help="of the first sample, counted up from there (default: 0)")
-    drawn = "each in turn, drawn evenly, or drawn as often as they are in the training pictures (default: balanced)"
-    add("--labels", choices=RULES, default="balanced", help=f"classes of samples: {drawn}")
+    drawn = "each in turn, drawn evenly, or drawn as often as they are in the training pictures; or the classes and "
+    drawn += f"captions of the items of --part, in turn (default: balanced; of a model of captions {ITEMS})"
+    add("--labels", choices=(*RULES, ITEMS), help=f"classes of samples: {drawn}")
     add("--resolution", type=whole_number, nargs="+", metavar="PIXELS", help="resize and crop folders of pictures")
 
 
@@ -63,8 +64,9 @@ def _add_measures(add: Add) -> None:
     add("--reference-images", type=whole_number, metavar="N", help="how many pictures of it (default: all)")
     spaces = "inception, alexnet, vgg16, dinov2, clip, timm:MODEL, ... (default: inception if its weights are there, "
     add("--features", nargs="+", metavar="NAME", help=f"{spaces}else alexnet)")
-    every = [*dict.fromkeys([*METRICS, *RECONSTRUCTION])]
-    default = f"all of {', '.join(METRICS)}; of a stage-1 run {', '.join(RECONSTRUCTION)}"
+    every = [*dict.fromkeys([*OF_ITEMS, *RECONSTRUCTION])]
+    default = f"all of {', '.join(METRICS)}, with --labels {ITEMS} retrieval; of a stage-1 run "
+    default += ", ".join(RECONSTRUCTION)
     add("--metrics", nargs="+", choices=every, metavar="METRIC", help=f"(default: {default})")
     add("--classifier", type=path, metavar="FILE", help="how often it sees the class that a sample was made of")
     add("--save-reference", type=path, metavar="FILE.npz", help="write the reference's statistics as ADM's")

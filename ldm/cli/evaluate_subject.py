@@ -18,11 +18,12 @@ from ldm.cli.sample_options import chosen, described
 from ldm.config.tree import current_plain
 from ldm.errors import CheckpointError, ConfigError, LdmError
 from ldm.evaluation.fidelity import RECONSTRUCTION, Fidelity
-from ldm.evaluation.measure import METRICS, ONE_BY_ONE
+from ldm.evaluation.measure import METRICS, OF_ITEMS, ONE_BY_ONE
 from ldm.evaluation.pictures import configured
 from ldm.evaluation.pictures.base import Scattered
 from ldm.evaluation.pictures.configured import NoSuchPart
-from ldm.evaluation.pictures.labels import rule
+from ldm.evaluation.pictures.items import Items
+from ldm.evaluation.pictures.labels import ITEMS, Balanced, rule
 from ldm.evaluation.pictures.made import Generated, Recipe, Reconstructions
 from ldm.evaluation.pictures.stored import DatasetPictures, opened
 from ldm.evaluation.reference import PicturesReference, Reference, StatisticsReference, holds, holds_statistics
@@ -49,7 +50,7 @@ def subject_of(options: Any, device: str) -> Subject:
     if _kind(path) == "autoencoder":
         check_metrics(options.metrics, "reconstructions", OF_RECONSTRUCTIONS)
         return _reconstructions(options, path, device)
-    check_metrics(options.metrics, "samples", METRICS)
+    check_metrics(options.metrics, "samples", OF_ITEMS)
     return _samples(options, path, device)
 
 
@@ -142,10 +143,11 @@ def _training(file: Path, found: Mapping[str, Any]) -> dict[str, Any]:
     step = int(found.get("step", 0))
     images = found.get("images_seen") or (None if batch is None else step * batch)
     table = file.parent.parent / "metrics.csv"
-    return {"checkpoint": str(file), "step": step, "images_seen": images, "hours": hours(table, step, batch)}
+    each = images / step if images and step else batch  # of a step, on average: with buckets they may differ
+    return {"checkpoint": str(file), "step": step, "images_seen": images, "hours": hours(table, step, each)}
 
 
-def hours(table: Path, step: int, batch: int | None) -> float | None:
+def hours(table: Path, step: int, batch: float | None) -> float | None:
     """Of training up to a step, from the speeds that were logged; None: there are none."""
     if batch is None:
         return None
@@ -187,16 +189,16 @@ def _samples(options: Any, path: Path, device: str) -> Subject:
     pipeline = Pipeline.load(
         path, ema=not options.raw, autoencoder=options.autoencoder, device=device, trust=options.trust
     )
-    guidance, _ = steering(pipeline, options, device)
+    guidance, _, _ = steering(pipeline, options, device)
     settings = {
         "weights": pipeline.origin["weights"],
         "sampler": described(options.sampler[0], sampler),
         "schedule": described(options.schedule[0], schedule),
         **{key: getattr(options, key) for key in ("steps", "guidance")},
-        **steered(options, CommandLine(sampler, schedule, guidance, None)),
+        **steered(options, CommandLine(sampler, schedule, guidance, None, None)),
     }
     times = schedule(pipeline.objective, options.steps, pipeline.manifest.plan.shape)
-    guidance.check(pipeline, pipeline.num_classes is not None, times)
+    guidance.check(pipeline, bool(pipeline.conditioner.keys), times)
     file = Path(pipeline.origin["checkpoint"])
     found = store.record(file)
     config = current_plain(found["config"], str(file))
@@ -209,10 +211,13 @@ def _samples(options: Any, path: Path, device: str) -> Subject:
     def own(part: str, number: int | None) -> PicturesReference:
         return PicturesReference(pictures_of(part), f"its own data ({part})", number)
 
-    trained_on = pictures_of("train").labels() if options.labels == "proportional" else None
-    recipe = Recipe(sampler, options.steps, schedule, guidance, settings, rule(options.labels, trained_on))
+    chosen_by, reads = _labels(options, pipeline), pipeline.conditioner.keys
+    items = Items(pictures_of(options.part or "train").dataset, reads) if chosen_by == ITEMS else None
+    trained_on = pictures_of("train").labels() if chosen_by == "proportional" else None
+    labels_rule = Balanced() if items is not None else rule(chosen_by, trained_on)
+    recipe = Recipe(sampler, options.steps, schedule, guidance, settings, labels_rule, items)
     pictures = Generated(pipeline, recipe, options.images or SAMPLES, options.seed)
-    labels = None if pipeline.num_classes is None else recipe.labels.name
+    labels = recipe.asked if reads else None
     protocol = {
         "kind": "samples",
         "images": len(pictures),
@@ -223,7 +228,7 @@ def _samples(options: Any, path: Path, device: str) -> Subject:
     }
     words = [
         default_folder({**pipeline.origin, **settings}).name,
-        *([options.labels] if labels else []),
+        *([chosen_by] if labels else []),
         str(len(pictures)),
     ]
 
@@ -239,12 +244,29 @@ def _samples(options: Any, path: Path, device: str) -> Subject:
         home=_home(file),
         words=words,
         protocol=protocol,
-        metrics=options.metrics or METRICS,
+        metrics=options.metrics or (METRICS if items is None or options.against is not None else OF_ITEMS),
         own_reference=lambda: own(options.part or "train", options.reference_images),
         own_held_out=held_out,
         training=_training(file, found),
         title="samples",
+        asked=None if items is None else items.places(pictures.seeds),
     )
+
+
+def _labels(options: Any, pipeline: Pipeline) -> str:
+    """The rule of --labels, or the usual one of the model; ConfigError for one that it, or a metric, cannot have."""
+    reads = pipeline.conditioner.keys
+    found: str = options.labels or (ITEMS if {*reads} - {"class_label"} else "balanced")
+    if found == ITEMS and not reads:
+        raise ConfigError(f"--labels {ITEMS}: this model was trained without conditions; leave it out")
+    if "retrieval" in (options.metrics or ()):
+        if found != ITEMS:
+            raise ConfigError(f"--metrics retrieval: samples have to be asked for by items; add --labels {ITEMS}")
+        for flag in ("against", "reference_images"):
+            if getattr(options, flag) is not None:
+                name = flag.replace("_", "-")
+                raise ConfigError(f"--metrics retrieval: searches among all items themselves; leave out --{name}")
+    return found
 
 
 def _reconstructions(options: Any, path: Path, device: str) -> Subject:

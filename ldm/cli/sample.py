@@ -8,6 +8,8 @@
     python scripts/sample.py -r logs/<run> --sampler heun s_churn=40 --schedule karras rho=5
     python scripts/sample.py -r logs/<run with an adapter> --lora-scale 0.7 # 0: its base
     python scripts/sample.py -r logs/<run> --lora FOLDER                    # an adapter as peft saves it
+    python scripts/sample.py -r logs/<run> --prompt "red heart" "a cat" --guidance 4 --negative "a dog"
+    python scripts/sample.py -r logs/<run> --prompts-file prompts.txt --size 48 64   # one a line; height, width
     python scripts/sample.py -r logs/<run> --conditions wanted.json         # [{"class_label": 3}, ...]
     python scripts/sample.py -r logs/<run> --image photo.png --strength 0.5 # image to image
     python scripts/sample.py -r logs/<run> --image photo.png --mask m.png   # what is white in m.png is painted anew
@@ -21,7 +23,7 @@ with pictures of other settings is left alone.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from hashlib import sha256
@@ -30,7 +32,7 @@ from typing import Any
 
 from ldm.cli import program
 from ldm.cli.devices import usable
-from ldm.cli.sample_options import chosen, described, parse, read_conditions
+from ldm.cli.sample_options import chosen, described, parse, read_conditions, read_prompts
 from ldm.errors import ConfigError
 from ldm.files import published
 from ldm.images import picture
@@ -39,13 +41,14 @@ from ldm.run_folder import newest_run
 from ldm.runtime import signals
 from ldm.sampling import samplers, timesteps
 from ldm.sampling.conditions import Condition
-from ldm.sampling.generate import check, generate
+from ldm.sampling.generate import Sample, check, generate
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.img2img import InitImage
 from ldm.sampling.pipeline import Pipeline
 from ldm.sampling.sample_folder import Order, claim, default_folder, record, save, save_arrays, sheet
 from ldm.sampling.samplers import Sampler
 from ldm.sampling.timesteps import TimestepSchedule
+from ldm.sizes import Size
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Recipe:
     schedule: TimestepSchedule
     guidance: Guidance
     init_image: InitImage | None
+    size: Size | None
 
 
 def chosen_classes(words: Sequence[str] | None, number: int | None, names: Sequence[str] | None) -> list[int | None]:
@@ -91,17 +95,27 @@ def requested(pipeline: Pipeline, options: Any) -> list[Condition | None]:
     if options.conditions is not None:
         return [*read_conditions(options.conditions)]
     reads = pipeline.conditioner.keys
-    if others := [key for key in reads if key != "class_label"]:
+    prompts = options.prompt if options.prompts_file is None else read_prompts(options.prompts_file)
+    if prompts is not None and "caption" not in reads:
+        raise ConfigError("--prompt: this model reads no captions; leave it out")
+    if others := [key for key in reads if key not in ("class_label", "caption")]:
         raise ConfigError(f"this model reads {', '.join(others)}: list what to make in a file, --conditions FILE")
-    labels = chosen_classes(options.classes, pipeline.num_classes, pipeline.manifest.plan.class_names)
-    return [None if label is None else {"class_label": label} for label in labels]
+    if prompts is None and "caption" in reads:
+        raise ConfigError('this model reads captions: say what to make, --prompt "..." or --prompts-file FILE')
+    names = pipeline.manifest.plan.class_names
+    classes = [{"class_label": label} for label in chosen_classes(options.classes, pipeline.num_classes, names)]
+    found = [
+        {**({} if one["class_label"] is None else one), **({} if prompt is None else {"caption": prompt})}
+        for prompt in prompts or [None]
+        for one in classes
+    ]
+    return [condition or None for condition in found]
 
 
 def sample(options: Any) -> list[Path]:
     """Do what the command line asks for; returns the files to look at."""
     device = usable(options.device)
-    sampler = chosen("sampler", samplers, options.sampler, options.trust)
-    schedule = chosen("schedule", timesteps, options.schedule, options.trust)
+    sampler, schedule = named_functions(options)
     pipeline = Pipeline.load(
         _found(options.run), ema=not options.raw, autoencoder=options.autoencoder, device=device, trust=options.trust
     )
@@ -119,7 +133,7 @@ def sample(options: Any) -> list[Path]:
         **steered(options, recipe),
         **adapter,
     }
-    times = schedule(pipeline.objective, options.steps, pipeline.manifest.plan.shape)
+    times = schedule(pipeline.objective, options.steps, pipeline.latent_shape(recipe.size))
     # Both refuse what cannot be, before anything is written.
     check(pipeline, [order.seed for order in orders], asked(orders), times, recipe.guidance)
     folder: Path = options.out or default_folder(settings)
@@ -132,11 +146,17 @@ def sample(options: Any) -> list[Path]:
         record(folder, settings, names)
     written = [folder / "grid.png"]
     with published(written[0], durable=False) as file:
-        picture(sheet(folder, conditions, seeds)).save(file, format="png")
+        picture(sheet(folder, conditions, seeds, names)).save(file, format="png")
     if options.npz:
         written.append(save_arrays(folder, orders))
     print(f"{len(orders)} pictures in {folder}")
     return written
+
+
+def named_functions(options: Any) -> tuple[Sampler, TimestepSchedule]:
+    """The sampler and the schedule that the command line names."""
+    sampler = chosen("sampler", samplers, options.sampler, options.trust)
+    return sampler, chosen("schedule", timesteps, options.schedule, options.trust)
 
 
 def asked(orders: Sequence[Order]) -> list[Condition] | None:
@@ -148,8 +168,8 @@ def _found(run: str) -> Path | str:
     return newest_run(run) if "*" in run else run
 
 
-def steering(pipeline: Pipeline, options: Any, device: str) -> tuple[Guidance, InitImage | None]:
-    """What the command line says of guidance, and of a picture to begin with."""
+def steering(pipeline: Pipeline, options: Any, device: str) -> tuple[Guidance, InitImage | None, Size | None]:
+    """What the command line says of guidance, of a picture to begin with, and of the size."""
     guide = None
     if options.guide is not None:
         guide = Pipeline.load(
@@ -160,11 +180,15 @@ def steering(pipeline: Pipeline, options: Any, device: str) -> tuple[Guidance, I
             trust=options.trust,
         )
     low, high = options.interval
-    guidance = Guidance(options.guidance, options.rescale, (low, high), guide, channels=options.guidance_channels)
+    negative = None if options.negative is None else {"caption": options.negative}
+    guidance = Guidance(
+        options.guidance, options.rescale, (low, high), guide, channels=options.guidance_channels, negative=negative
+    )
+    size = None if options.size is None else (options.size[0], options.size[-1])
     if options.image is None:
-        return guidance, None
+        return guidance, None, size
     strength = options.strength if options.strength is not None else 0.6 if options.mask is None else 1.0
-    return guidance, InitImage.read(pipeline.manifest, options.image, strength, options.mask)
+    return guidance, InitImage.read(pipeline.manifest, options.image, strength, options.mask, size), size
 
 
 def steered(options: Any, recipe: Recipe) -> dict[str, Any]:
@@ -176,6 +200,10 @@ def steered(options: Any, recipe: Recipe) -> dict[str, Any]:
         settings["guidance_channels"] = options.guidance_channels
     if options.interval != [0.0, math.inf]:
         settings["interval"] = options.interval
+    if options.negative is not None:
+        settings["negative"] = options.negative
+    if recipe.size is not None:
+        settings["size"] = [*recipe.size]
     if recipe.guidance.guide is not None:
         settings["guide"] = "{checkpoint} step {step} {weights}".format_map(recipe.guidance.guide.origin)
     if recipe.init_image is not None:
@@ -205,21 +233,28 @@ def _known(file: Path) -> dict[str, str]:
 
 def make(pipeline: Pipeline, missing: Sequence[Order], folder: Path, options: Any, recipe: Recipe) -> None:
     """Make the missing pictures, each written as soon as its batch is done."""
-    samples = generate(
+    for made in samples(pipeline, missing, options, recipe, progress=True):
+        save(folder, made)
+        signals.stop_if_asked()
+
+
+def samples(
+    pipeline: Pipeline, orders: Sequence[Order], options: Any, recipe: Recipe, progress: bool = False
+) -> Iterator[Sample]:
+    """The pictures of these orders."""
+    return generate(
         pipeline,
-        [order.seed for order in missing],
-        asked(missing),
+        [order.seed for order in orders],
+        asked(orders),
         sampler=recipe.sampler,
         steps=options.steps,
         schedule=recipe.schedule,
         guidance=recipe.guidance,
         init_image=recipe.init_image,
+        size=recipe.size,
         batch_size=options.batch_size,
-        progress=True,
+        progress=progress,
     )
-    for made in samples:
-        save(folder, made)
-        signals.stop_if_asked()
 
 
 def main(argv: Sequence[str]) -> int:

@@ -39,10 +39,16 @@ Add = Callable[..., Any]
 
 def _add_pictures(add: Add) -> None:
     add("--classes", nargs="+", metavar="CLASS", help="numbers or names (default: all)")
+    add(
+        "--prompt", nargs="+", metavar="TEXT", help="captions, of a model that reads them; with --classes: each of both"
+    )
+    add("--prompts-file", type=path, metavar="FILE", help="captions, one a line")
     add("--conditions", type=path, metavar="FILE", help='any conditions: a JSON list such as [{"class_label": 3}]')
     add("-n", "--number", type=whole_number, default=8, help="pictures a condition (default: 8)")
     add("--seed", type=seed, default=0, help="of the first picture, counted up from there (default: 0)")
     add("--seeds", nargs="+", type=seed, metavar="SEED", help="these seeds instead of -n and --seed")
+    sides = "height and width, or one side, pixels (default: the size of the training pictures)"
+    add("--size", type=whole_number, nargs="+", metavar="SIDE", help=sides)
     add("--image", type=path, metavar="FILE", help="begin with this picture instead of noise alone")
     share_lost = "of --image, above 0 to 1: how much of it is lost (default: 0.6; with --mask 1)"
     add("--strength", type=some_share, help=share_lost)
@@ -66,6 +72,7 @@ def add_guidance(add: Add) -> None:
     between = "guide between these ratios sigma / alpha alone (default: everywhere)"
     add("--interval", type=ratio, nargs=2, default=[0.0, math.inf], metavar=("LOW", "HIGH"), help=between)
     add("--guidance-channels", type=whole_number, metavar="C", help="guide the first C of the latents (default: all)")
+    add("--negative", metavar="TEXT", help="guide away from this caption (default: from no caption)")
     add("--guide", metavar="RUN", help="guide away from this smaller or less trained model (autoguidance)")
 
 
@@ -91,8 +98,14 @@ def _add_places(add: Add) -> None:
 
 def _check_together(options: Any) -> None:
     """ConfigError for flags that contradict one another."""
-    if options.classes is not None and options.conditions is not None:
-        raise ConfigError("--classes and --conditions: both say what to make; leave one of them out.")
+    others = [flag for flag in ("classes", "prompt", "prompts_file") if getattr(options, flag) is not None]
+    if others and options.conditions is not None:
+        flag = others[0].replace("_", "-")
+        raise ConfigError(f"--{flag} and --conditions: both say what to make; leave one of them out.")
+    if options.prompt is not None and options.prompts_file is not None:
+        raise ConfigError("--prompt and --prompts-file: both say what to make; leave one of them out.")
+    if options.size is not None and len(options.size) > 2:
+        raise ConfigError(f"--size: expected one side, or height and width, found {len(options.size)} numbers.")
     for flag in ("mask", "strength"):
         if options.image is None and getattr(options, flag) is not None:
             raise ConfigError(f"--{flag} {getattr(options, flag)}: belongs to --image FILE, which is missing.")
@@ -101,7 +114,7 @@ def _check_together(options: Any) -> None:
 
 def check_guidance(options: Any) -> None:
     """ConfigError for flags of guidance that contradict one another."""
-    idle = {"rescale": 0.0, "interval": [0.0, math.inf], "guidance_channels": None, "guide": None}
+    idle = {"rescale": 0.0, "interval": [0.0, math.inf], "guidance_channels": None, "guide": None, "negative": None}
     for key, value in idle.items():
         if options.guidance == 1 and getattr(options, key) != value:
             flag = key.replace("_", "-")
@@ -162,6 +175,24 @@ def described(name: str, function: Any) -> str:
     return " ".join(
         [name, *(f"{key}={value:.12g}" if isinstance(value, float) else f"{key}={value}" for key, value in settings)]
     )
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The captions of --prompts-file FILE, one a line, each once; empty lines are left out.
+
+    Raises:
+        ConfigError: it cannot be read, or holds none.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConfigError(f"--prompts-file {file}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--prompts-file {file}: expected a text in UTF-8: {error}") from error
+    found = [*dict.fromkeys(line.strip() for line in lines if line.strip())]
+    if not found:
+        raise ConfigError(f"--prompts-file {file}: expected a caption on each line, found none")
+    return found
 
 
 def read_conditions(file: Path) -> list[Condition]:

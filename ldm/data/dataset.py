@@ -14,7 +14,8 @@ from PIL import Image
 
 from ldm.data import fingerprint
 from ldm.errors import ConfigError, DataError
-from ldm.randomness import keys
+from ldm.randomness import keys as random_keys
+from ldm.randomness import permutation
 from ldm.ranges import CountOrZero
 from ldm.runtime import distributed
 
@@ -100,7 +101,7 @@ def has_captions(dataset: ImageDataset) -> bool:
 
 @runtime_checkable
 class Texts(Protocol):
-    """Optional: a data set whose captions can be read, and change, without its pictures."""
+    """Optional: a data set whose captions, if it has some, can be read, and change, without its pictures."""
 
     def captions(self, index: int) -> Sequence[str]:
         """The captions of an item, one or more. Raises DataError naming the file if they cannot be read."""
@@ -112,12 +113,41 @@ class Texts(Protocol):
         """As `fingerprint`, without the captions."""
 
 
+def texts(dataset: ImageDataset) -> Texts | None:
+    """The data set as one whose captions can be read without its pictures; None if there are none, or they cannot."""
+    whole = dataset
+    while isinstance(whole, Subset):
+        whole = whole.dataset
+    found: object = dataset  # a data set and an optional protocol: two types of one object
+    return found if isinstance(whole, Texts) and has_captions(whole) and isinstance(found, Texts) else None
+
+
+@runtime_checkable
+class Uncaptioned(Protocol):
+    """Optional: a data set that reads items without their captions, whatever is wrong with these."""
+
+    def without_captions(self, index: int) -> Item:
+        """As `dataset[index]`; the caption may be left out, and is not read."""
+
+
+def without_captions(dataset: ImageDataset, index: int) -> Item:
+    """The item, if possible without reading its captions."""
+    if isinstance(dataset, Subset):
+        return without_captions(dataset.dataset, dataset.indices[index])
+    return dataset.without_captions(index) if isinstance(dataset, Uncaptioned) else dataset[index]
+
+
 @runtime_checkable
 class Sized(Protocol):
     """Optional: a data set that has the sizes of its pictures without decoding them."""
 
-    def sizes(self) -> np.ndarray:
-        """(N, 2) int64: height and width of every item, pixels; 0, 0 for one that cannot be read."""
+    def sizes(self) -> np.ndarray | None:
+        """(N, 2) int64: height and width of every item, pixels; 0, 0 for one that cannot be read; None: unknown."""
+
+
+def sizes(dataset: ImageDataset) -> np.ndarray | None:
+    """(N, 2) int64: height and width of every item, 0, 0 where it cannot be read; None: unknown without decoding."""
+    return dataset.sizes() if isinstance(dataset, Sized) else None
 
 
 @runtime_checkable
@@ -126,6 +156,31 @@ class Tabular(Protocol):
 
     def columns(self) -> Mapping[str, np.ndarray]:
         """By key of a batch: (N,) or (N, k) float32, a row for each item."""
+
+
+def conditions(dataset: ImageDataset, keys: Sequence[str], number: int) -> list[dict[str, Any]]:
+    """What that many items, scattered, always the same, would be asked for by: their class and first caption.
+
+    Args:
+        keys: to have; others than "class_label" and "caption" are no data set's, and then there are no conditions.
+    """
+    if not keys or not {*keys} <= {"class_label", "caption"}:
+        return []
+    found = []
+    for item in permutation(0, 0, len(dataset))[:number].tolist():
+        try:
+            row: dict[str, Any] = {**dataset[item]}
+        except DataError:
+            continue
+        caption = row.get("caption", "")
+        row["caption"] = caption if isinstance(caption, str) else caption[0]
+        found.append({key: row[key] for key in keys})
+    return found
+
+
+def columns(dataset: ImageDataset) -> Mapping[str, np.ndarray]:
+    """The numbers beside the pictures, by key of a batch; none where the data set has none."""
+    return dataset.columns() if isinstance(dataset, Tabular) else {}
 
 
 @runtime_checkable
@@ -216,9 +271,34 @@ class Subset:
     def channel_choices(self) -> Sequence[int] | None:
         return channel_choices(self.dataset)
 
+    def captions(self, index: int) -> Sequence[str]:
+        return self._texts().captions(self.indices[index])
+
+    def captions_fingerprint(self) -> str:
+        return self._chosen(self._texts().captions_fingerprint())
+
+    def pictures_fingerprint(self) -> str:
+        return self._chosen(self._texts().pictures_fingerprint())
+
+    def _texts(self) -> Texts:
+        found = texts(self.dataset)
+        if found is None:
+            raise DataError(f"{self.path(0)}: its data set has no captions that can be read without the pictures")
+        return found
+
+    def sizes(self) -> np.ndarray | None:
+        found = sizes(self.dataset)
+        return None if found is None else found[self.indices]
+
+    def columns(self) -> Mapping[str, np.ndarray]:
+        return {name: column[self.indices] for name, column in columns(self.dataset).items()}
+
     def fingerprint(self) -> str:
+        return self._chosen(self.dataset.fingerprint())
+
+    def _chosen(self, whole: str) -> str:
         chosen = np.asarray(self.indices, dtype=np.int64).tobytes()
-        names, contents = fingerprint.parts(self.dataset.fingerprint())
+        names, contents = fingerprint.parts(whole)
         return hashlib.sha256(names.encode() + chosen).hexdigest() + contents
 
     def prepare(self) -> None:
@@ -250,7 +330,7 @@ def hold_out(dataset: ImageDataset, number: int) -> tuple[Subset, Subset]:
             )
         else:
             logger.warning("%s would leave none to train on; a tenth, %d, is held out instead", found, tenth)
-    ranking = np.argsort(keys(0, "hold out", np.arange(total)), kind="stable")
+    ranking = np.argsort(random_keys(0, "hold out", np.arange(total)), kind="stable")
     rest, scattered = sorted(ranking[held_out:].tolist()), sorted(ranking[:held_out].tolist())
     emptied = emptied_classes(dataset, scattered) if distributed.is_main() else []
     if emptied:

@@ -1,8 +1,9 @@
 """How an image file becomes pixels: upright, 8 bits, gray, RGB or RGBA, within size limits."""
 
 import errno
+import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -10,8 +11,10 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, PngImagePlugin, TiffImagePlugin
 
+from ldm.data import fingerprint
 from ldm.data import value_range as ranges
 from ldm.errors import DataError
+from ldm.runtime.progress import shown
 
 MAX_PIXELS = 50_000_000
 PICTURE = "The picture was"
@@ -141,3 +144,29 @@ def over_white(image: Image.Image) -> Image.Image:
         return image
     colors = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", colors.size, "white"), colors).convert("RGB")
+
+
+def file_sizes(root: Path, names: Sequence[str], states: np.ndarray, max_pixels: int, silent: bool) -> np.ndarray:
+    """Height and width of image files, of their headers alone, (N,2) int64; 0, 0 for one that cannot be read.
+
+    Those of a large folder are kept beside the samples of its fingerprint.
+
+    Args:
+        root, names, states: as for `fingerprint.samples`.
+        max_pixels: a larger one cannot be read.
+        silent: show no progress.
+    """
+
+    def read(row: int) -> int:
+        try:
+            height, width = image_size(os.path.join(root, names[row]))
+        except DataError:
+            return 0
+        return height << 32 | width
+
+    with warnings.catch_warnings(), shown(f"{root}: sizes of its images", silent) as show:
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        packed = fingerprint.remembered(root, names, states, ".sizes", read, show)
+    sizes = np.stack([packed >> 32, packed & 0xFFFFFFFF], axis=1).astype(np.int64)
+    sizes[sizes.prod(1) > max_pixels] = 0
+    return sizes

@@ -13,20 +13,32 @@ from ldm.data.dataset import ImageDataset, Picture, class_labels, named
 from ldm.data.elastic_sampler import Address
 from ldm.data.transforms import Transform, transformed
 from ldm.errors import ConfigError, DataError
-from ldm.randomness import ambient
+from ldm.randomness import Draws, ambient
 from ldm.ranges import Count, CountOrZero, Fraction, Resolution, Seed
 from ldm.sizes import as_size
 
 logger = logging.getLogger(__name__)
 
 
+def chosen(seed: int, numbers: Sequence[int] | np.ndarray, counts: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Which of an item's captions each sample sees: (N,) int64, 0 .. count - 1.
+
+    Args:
+        seed: of the run; of validation `VALIDATION_SEED`.
+        numbers: (N,) sample numbers.
+        counts: (N,) captions of each one's item, 1 or more.
+    """
+    drawn = Draws(seed, numbers, 1).uniform("caption").numpy().astype(np.float64)
+    return np.floor(drawn * np.asarray(counts)).astype(np.int64)
+
+
 class TransformedDataset(Dataset[dict[str, Any]]):
     """A data set as rows of a batch, addressed by (sample number, item).
 
-    A row holds `image` (C,H,W), `class_label` and `caption` where the data set has them, `sample_number`, and
-    `broken` {item: message}: the unreadable items that were skipped before the one returned. An unreadable item is
-    replaced by the next readable one, which depends only on the data: it is the same on every rank, in every worker and
-    after a resume. `BrokenImages` reports and counts them in the main process.
+    A row holds `image` (C,H,W), `class_label` and `caption` (one of several) where the data set has them,
+    `sample_number`, and `broken` {item: message}: the unreadable items that were skipped before the one returned. An
+    unreadable item is replaced by the next readable one, which depends only on the data: it is the same on every rank,
+    in every worker and after a resume. `BrokenImages` reports and counts them in the main process.
 
     Args:
         dataset: the data set to read.
@@ -64,11 +76,19 @@ class TransformedDataset(Dataset[dict[str, Any]]):
             try:
                 item = self.dataset[candidate]
                 row: dict[str, Any] = {**item, "image": self._pixels(item["image"], number, candidate)}
+                if isinstance(captions := item.get("caption"), list):
+                    row["caption"] = self._caption(captions, number, candidate)
             except DataError as error:
                 broken[candidate] = str(error)
                 continue
             return {**row, "sample_number": number, "broken": broken}
         return {"sample_number": number, "broken": broken}
+
+    def _caption(self, captions: Sequence[str], number: int, index: int) -> str:
+        """That of several which the sample sees."""
+        if not captions:
+            raise DataError(f"{self.dataset.path(index)}: has no caption")
+        return captions[int(chosen(self.seed, [number], [len(captions)])[0])]
 
     def _pixels(self, image: Picture, number: int, index: int) -> Tensor:
         """The transformed image (C,H,W); refuses a transform that returns anything else."""

@@ -31,6 +31,9 @@ Files come as PIL images, gray, RGB or RGBA; arrays of another number of channel
 torchvision's v2 takes both.
 """
 
+TransformOfSize = Callable[[Resolution], Transform]
+"""Size of the crop -> transform: a class of this file, or, in a configuration, one with `partial: true`."""
+
 
 def _to_pixels() -> list[torch.nn.Module]:
     """uint8 [0,255] -> float32 [-1,1], for any number of channels."""
@@ -116,6 +119,22 @@ class EvalTransform:
             "interpolation": self.interpolation.value,
             "pixel_range": [-1.0, 1.0],
         }
+
+
+def center_crops(sizes: np.ndarray, crops: np.ndarray) -> np.ndarray:
+    """Where the crop of `EvalTransform` begins in a picture that is resized to cover it: top and left, (N, 2) int64.
+
+    Args:
+        sizes: (N, 2), height and width of the pictures, pixels.
+        crops: (2,) or (N, 2), height and width of the crop.
+    """
+    height, width = np.maximum(sizes, 1).T
+    rows, columns = np.broadcast_to(crops, sizes.shape).T
+    wide = width * rows > height * columns
+    # As `_Cover` resizes, and torchvision crops.
+    left = np.where(wide, np.floor(rows * width / height) - columns, 0)
+    top = np.where(wide, 0, np.floor(columns * height / width) - rows)
+    return np.rint(np.stack([top, left], 1) / 2).astype(np.int64)
 
 
 class TrainTransform:

@@ -15,6 +15,7 @@ from ldm.evaluation.distances.kernel import kid
 from ldm.evaluation.distances.manifold import Manifold, manifold
 from ldm.evaluation.distances.neighbors import Pair, closest_pairs, memorization, nearest
 from ldm.evaluation.distances.ratio import mean_ratio
+from ldm.evaluation.distances.retrieval import AT, retrieval, shuffled
 from ldm.evaluation.distances.spread import blocks, extrapolates, frechet_spread, jackknife, of_blocks
 from ldm.evaluation.feature_store import Table
 from ldm.evaluation.features.base import LOGITS, MAIN, SPATIAL, Features, size
@@ -24,6 +25,9 @@ from ldm.evaluation.values import Value, frechet_name, in_space
 MANIFOLD = ("precision", "recall", "density", "coverage")
 METRICS = ("fd", "sfd", "is", "kid", *MANIFOLD, "fdr", "nearest")
 """Of a set of pictures against a reference, by their names on the command line."""
+
+OF_ITEMS = (*METRICS, "retrieval")
+"""Of samples that were asked for by the items of the reference."""
 
 ONE_BY_ONE = ("kid", *MANIFOLD, "nearest")
 """Those that need the reference's features picture by picture."""
@@ -63,6 +67,7 @@ def measure(
     reference: Reference,
     metrics: Collection[str] = METRICS,
     held_out: Reference | None = None,
+    asked: np.ndarray | None = None,
 ) -> Measured:
     """All metrics of these names that can be computed.
 
@@ -70,8 +75,9 @@ def measure(
         spaces: the feature spaces.
         tables: the pictures' features in each.
         reference: prepared for these spaces.
-        metrics: names of `METRICS`; what cannot be computed is left out with a note.
+        metrics: names of `OF_ITEMS`; what cannot be computed is left out with a note.
         held_out: real pictures that are not in the reference, prepared as well; None: there are none.
+        asked: the picture of the reference that each sample was asked for by, (N,); None: by none.
 
     Raises:
         DataError: fewer than two pictures, or the held-out pictures are the reference itself.
@@ -86,6 +92,8 @@ def measure(
         _score(found, space, table, metrics)
         if wanted := [name for name in ("kid", *MANIFOLD) if name in metrics]:
             _neighborhoods(found, space, table, reference, wanted)
+        if "retrieval" in metrics and asked is not None:
+            found.values += _retrieval(space, table, reference, asked)
     if "fdr" in metrics:
         _ratio(found, spaces, len(tables[0]), distances, reference, held_out)
     if "nearest" in metrics:
@@ -272,6 +280,26 @@ def _nearest(found: Measured, space: Features, table: Table, reference: Referenc
     settings = {**settings, "held-out images": len(unseen.distances)}
     for name, value in (("relative to held-out", copied.ratio), ("nearer than held-out", copied.nearer)):
         found.values.append(Value(name, value, features=space.name, better="", settings=settings))
+
+
+def _retrieval(space: Features, table: Table, reference: Reference, asked: np.ndarray) -> list[Value]:
+    """Whether samples are found by what they were asked for, and how far they would be by chance."""
+    other = reference.table(space)
+    assert other is not None, "the items themselves, which are pictures"
+    columns = space.parts[MAIN]
+    ours, theirs = table.array(columns, LIMIT), other.array(columns, LIMIT)
+    own = asked[: len(ours)]
+    found, chance = retrieval(ours, theirs, own), retrieval(ours, theirs, shuffled(own))
+    settings = {"images": len(ours), "reference images": len(theirs)}
+    values = []
+    for name, better in (("first", "higher"), ("among", "higher"), ("median", "lower")):
+        value = float(getattr(found, name))
+        called = {"first": "Retrieval@1", "among": f"Retrieval@{AT}", "median": "Retrieval median rank"}[name]
+        error = None if name == "median" else float(np.sqrt(value * (1 - value) / len(ours)))
+        freedom = None if error is None else len(ours) - 1
+        by_chance = {**settings, "with shuffled captions": float(getattr(chance, name))}
+        values.append(Value(in_space(called, space.name), value, error, freedom, None, space.name, better, by_chance))
+    return values
 
 
 def agreement(classifier: Features, table: Table, labels: np.ndarray) -> Value:

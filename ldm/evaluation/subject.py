@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ldm.evaluation.feature_store import Column, FeatureStore, column
 from ldm.evaluation.features.base import Features
 from ldm.evaluation.fidelity import RECONSTRUCTION, Fidelity
@@ -30,6 +32,7 @@ class Subject:
         own_held_out: real pictures that are not in it; None: there are none.
         training: {"checkpoint", "step", "images_seen", "hours"} of the model behind them.
         title: of the progress bar.
+        asked: the picture of `own_reference` that each was asked for by, (N,); None: by none.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Subject:
     own_held_out: Callable[[], Reference | None] | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
     title: str = "features"
+    asked: np.ndarray | None = None
 
     @property
     def run(self) -> Path | None:

@@ -31,7 +31,7 @@ ADAPTER = "default"
 TARGETS: dict[type[nn.Module], tuple[str, ...]] = {
     # Self-attention and cross-attention.
     UNet: ("qkv", "query", "key", "value", "out"),
-    DiT: ("attention.qkv", "attention.out", "feed.fc1", "feed.fc2"),
+    DiT: ("attention.qkv", "attention.out", "cross.query", "cross.key_value", "cross.out", "feed.fc1", "feed.fc2"),
 }
 """{network: its layers that are adapted where nothing else is asked for}."""
 

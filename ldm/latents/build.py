@@ -1,18 +1,13 @@
 """Builds the latent cache: any number of processes, killed at any moment; always the same bytes.
 
-The format is described in manifest.py.
+The format is described in manifest.py, how the work is shared in writing.py.
 
-There is no collective and no leader. Every process claims a missing shard, writes it, and continues until all exist:
-first its own share (shard % world size == rank), then any that other processes have not taken or died writing. What is
-published is never written again, so a killed build resumes where it was. Images are encoded in batches whose members
-depend only on the item numbers; these, not the world size, determine the floating-point result. (Different devices, and
-different numbers of CPU threads, may still differ in the last bit before the rounding to fp16.)
+Images are encoded in batches whose members depend only on the item numbers; these, not the world size, determine the
+floating-point result. (Different devices, and different numbers of CPU threads, may still differ in the last bit before
+the rounding to fp16.)
 """
 
-import logging
 import math
-import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,16 +19,14 @@ import torch
 from torch import Tensor
 
 from ldm.errors import DataError
-from ldm.latents.claims import Claims, publish, read_sealed, seal
-from ldm.latents.manifest import MANIFEST, PLAN, CacheSpec, Manifest, check_size, shard_path
+from ldm.latents.manifest import CacheSpec, Manifest
+from ldm.latents.shards import Progress
+from ldm.latents.statistics import Statistics
+from ldm.latents.writing import Writer, complete
 from ldm.runtime.signals import stop_if_asked
 
 LARGEST = float(np.finfo(np.float16).max)
-_PLAN_CLAIM, _MANIFEST_CLAIM = 1 << 40, 1 << 41  # beyond any shard's number
 _SHARD_BYTES, _SHARDS = 1 << 28, 256
-_POLL_SECONDS = 0.5
-
-log = logging.getLogger(__name__)
 
 
 def shard_items(num_items: int, record_bytes: int, encode_batch: int) -> int:
@@ -84,7 +77,7 @@ def build(
     source: Source,
     rank: int = 0,
     world_size: int = 1,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> Manifest:
     """Complete the cache of `plan` in `folder`, doing whatever part of the work is left.
 
@@ -102,63 +95,13 @@ def build(
         Stopped: a signal requested a stop; the current shard is abandoned, earlier ones are kept.
     """
     folder = Path(folder)
-    finished = _finished(folder, plan)
-    if finished is not None:
-        return finished
-    claims = Claims(folder)
-    try:
-        plan = _agree(folder, plan, claims)
-        writer = _Writer(folder, plan, encode, source, progress)
-        order = sorted(range(plan.num_shards), key=lambda shard: (shard % world_size != rank, shard))
-        while missing := [shard for shard in order if not writer.published(shard)]:
-            stop_if_asked()
-            if not sum(_write_if_free(writer, claims, shard) for shard in missing):
-                time.sleep(_POLL_SECONDS)  # other processes are writing the rest
-            writer.report(0)
-        with claims.take(_MANIFEST_CLAIM, folder / MANIFEST, wait=True):
-            manifest = _merge(folder, plan, source)
-            publish(folder / MANIFEST, seal(manifest.to_dict()))
-    finally:
-        claims.close()
-    return manifest
+    return complete(
+        folder, plan, Manifest, lambda begun: _LatentWriter(folder, begun, encode, source, progress), rank, world_size
+    )
 
 
-def _finished(folder: Path, plan: CacheSpec) -> Manifest | None:
-    """The manifest, if nothing is left to do; a cache of another plan is refused."""
-    if not (folder / MANIFEST).is_file():
-        return None
-    manifest = Manifest.read(folder)
-    plan.require(folder, manifest.plan)
-    try:
-        for shard in range(manifest.plan.num_shards):
-            check_size(folder, manifest, shard)
-            read_sealed(shard_path(folder, shard, ".json"))
-    except DataError as error:
-        log.warning("%s", error)
-        return None
-    return manifest
-
-
-def _agree(folder: Path, plan: CacheSpec, claims: Claims) -> CacheSpec:
-    """The plan of this build: the one already in the folder (its layout applies), else ours, which is written first."""
-    with claims.take(_PLAN_CLAIM, folder / PLAN, wait=True):
-        if not (folder / PLAN).is_file():
-            publish(folder / PLAN, seal(plan.to_dict()))
-        begun = CacheSpec.from_dict(read_sealed(folder / PLAN))
-    plan.require(folder, begun)
-    return begun
-
-
-def _write_if_free(writer: "_Writer", claims: Claims, shard: int) -> bool:
-    with claims.take(shard, shard_path(writer.folder, shard)) as mine:
-        if not mine or writer.published(shard):
-            return False
-        writer.write(shard)
-    return True
-
-
-class _Writer:
-    """Encodes shards and publishes them: the records first, then the sidecar that vouches for them."""
+class _LatentWriter(Writer[CacheSpec, Manifest]):
+    """Encodes the records of shards."""
 
     def __init__(
         self,
@@ -166,29 +109,16 @@ class _Writer:
         plan: CacheSpec,
         encode: Callable[[Tensor], tuple[Tensor, Tensor]],
         source: Source,
-        progress: Callable[[int, int], None],
+        progress: Progress,
     ) -> None:
-        self.folder = folder
-        self.plan = plan
+        super().__init__(folder, plan, source.max_broken, progress)
         self.encode = encode
         self.source = source
-        self.progress = progress
-        self._known: set[int] = set()
 
-    def published(self, shard: int) -> bool:
-        """Whether the shard and its sidecar exist, whichever process wrote them."""
-        if shard not in self._known:
-            path = shard_path(self.folder, shard)
-            whole = len(self.plan.shard_range(shard)) * self.plan.record.itemsize
-            if path.is_file() and path.stat().st_size == whole and path.with_suffix(".json").is_file():
-                self._known.add(shard)
-        return shard in self._known
+    def shard_bytes(self, shard: int) -> int:
+        return len(self.plan.shard_range(shard)) * self.plan.record.itemsize
 
-    def report(self, under_way: int) -> None:
-        done = sum(len(self.plan.shard_range(shard)) for shard in self._known)
-        self.progress(done + under_way, self.plan.num_items)
-
-    def write(self, shard: int) -> None:
+    def make(self, shard: int) -> tuple[memoryview, dict[str, Any]]:
         items = self.plan.shard_range(shard)
         records = np.zeros(len(items), self.plan.record)
         records["label"] = -1
@@ -199,7 +129,7 @@ class _Writer:
             stop_if_asked()
             good = [(item, sample) for item, sample in batch if not isinstance(sample, DataError)]
             broken.update({str(item): str(sample) for item, sample in batch if isinstance(sample, DataError)})
-            _demand_few(self.folder, broken, self.source.max_broken)
+            self.demand_few(broken)
             if good:
                 places = np.array([item - items.start for item, _ in good])
                 moments = self._moments(good)
@@ -210,18 +140,23 @@ class _Writer:
                 for item, sample in good:
                     captions[item - items.start] = str(sample["caption"])
             self.report(batch[-1][0] + 1 - items.start)
-        data = records.view(np.uint8).data
-        sidecar = {
-            "plan": self.plan.fingerprint(),
-            "crc32": f"{zlib.crc32(data):08x}",
+        return records.view(np.uint8).data, {
             "items": len(items) - len(broken),
             "sums": sums.tolist(),
             "broken": broken,
             "captions": captions if self.plan.captions else None,
         }
-        publish(shard_path(self.folder, shard), data)
-        publish(shard_path(self.folder, shard, ".json"), seal(sidecar))
-        self._known.add(shard)
+
+    def merge(self, sidecars: Sequence[Mapping[str, Any]], broken: list[int]) -> Manifest:
+        items = sum(sidecar["items"] for sidecar in sidecars)
+        found = statistics(sidecars, items * 2 * self.plan.shape[1] * self.plan.shape[2])
+        return Manifest(
+            plan=self.plan,
+            mean=found.mean,
+            std=found.std,
+            broken=broken,
+            shards=[{"crc32": sidecar["crc32"], "items": sidecar["items"]} for sidecar in sidecars],
+        )
 
     def _moments(self, good: Sequence[tuple[int, Mapping[str, Any]]]) -> np.ndarray:
         """(n, [plain, mirrored], [mean, std], c, h, w) float16; the mirrored *pixels* are encoded."""
@@ -257,44 +192,16 @@ class _Writer:
         return int(label)
 
 
+def statistics(sidecars: Sequence[Mapping[str, Any]], values: int) -> Statistics:
+    """Of all latents of these shards, which have so many values a channel."""
+    mean, square, variance = np.sum([sidecar["sums"] for sidecar in sidecars], axis=0) / values
+    std = np.sqrt(np.maximum(square - mean**2, 0) + variance)
+    # A channel with zero variance stays unscaled instead of causing a division by zero.
+    return Statistics(mean.tolist(), np.where(std > 0, std, 1.0).tolist())
+
+
 def _sums(moments: np.ndarray) -> np.ndarray:
     """Per channel, in fp64: the sums of the stored mean, mean^2 and std^2: (3, c)."""
     mean, std = np.moveaxis(moments.astype(np.float64), 2, 0)
     squares = [np.einsum("nschw,nschw->c", values, values) for values in (mean, std)]
     return np.stack([mean.sum((0, 1, 3, 4)), *squares])
-
-
-def _demand_few(folder: Path, broken: Mapping[str, str], most: int) -> None:
-    if len(broken) > most:
-        listed = "\n  ".join(list(broken.values())[:5])
-        raise DataError(
-            f"{folder}: {len(broken)} items could not be read, {most} are allowed:\n  {listed}\n"
-            f"Fix or remove them, or allow more; what is already encoded is kept."
-        )
-
-
-def _merge(folder: Path, plan: CacheSpec, source: Source) -> Manifest:
-    """The manifest built from all sidecars: a function of their content, whichever process wrote them."""
-    sidecars = [read_sealed(shard_path(folder, shard, ".json")) for shard in range(plan.num_shards)]
-    for shard, sidecar in enumerate(sidecars):
-        if sidecar["plan"] != plan.fingerprint():
-            path = shard_path(folder, shard, ".json")
-            raise DataError(f"{path}: plan: expected {plan.fingerprint()}, found {sidecar['plan']}. Delete it.")
-    broken = {item: reason for sidecar in sidecars for item, reason in sidecar["broken"].items()}
-    _demand_few(folder, broken, source.max_broken)
-    items = sum(sidecar["items"] for sidecar in sidecars)
-    if not items:
-        raise DataError(f"{folder}: the data set holds {plan.num_items} items, {len(broken)} of them broken: 0 left.")
-    for reason in list(broken.values())[:5]:
-        log.warning("left out of the latent cache: %s", reason)
-    values = items * 2 * plan.shape[1] * plan.shape[2]
-    mean, square, variance = np.sum([sidecar["sums"] for sidecar in sidecars], axis=0) / values
-    std = np.sqrt(np.maximum(square - mean**2, 0) + variance)
-    return Manifest(
-        plan=plan,
-        mean=mean.tolist(),
-        # A channel with zero variance stays unscaled instead of causing a division by zero.
-        std=np.where(std > 0, std, 1.0).tolist(),
-        broken=sorted(map(int, broken)),
-        shards=[{"crc32": sidecar["crc32"], "items": sidecar["items"]} for sidecar in sidecars],
-    )

@@ -2,9 +2,12 @@
 
     plan.json          what is being encoded, by which autoencoder: everything that determines the bytes (CacheSpec)
     shard-00000.bin    records of fixed size, memory-mapped: the posterior's moments, plain and mirrored, and the label
-    shard-00000.json   the shard's checksum, its sums for the statistics, its broken items, its captions
+    shard-00000.json   the shard's checksum, its sums for the statistics, its broken items
     manifest.json      the plan, the statistics over all items and both orientations, every shard's checksum (Manifest)
     contents.json      only if the plan covers just names and sizes of its source: the fingerprint, recorded later
+
+What a model is conditioned on lies in folders of its own (parts.py); captions lay in the sidecars at first, and are
+read from those of such a cache. What both kinds of folders share is in shards.py.
 
 Vocabulary: an *item* is an index into the source dataset; *moments* are mean and standard deviation of the posterior
 N(mean, std^2), so that a fresh latent is drawn each time, z = mean + std * noise; *standardized* is a latent with zero
@@ -14,12 +17,10 @@ mean and unit variance per channel over the whole cache. The mirrored orientatio
 build.py writes what is described here, reader.py reads it.
 """
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,20 +28,18 @@ from torch import Tensor
 
 from ldm.config.tree import current_plain
 from ldm.data.fingerprint import comparable
-from ldm.errors import DataError
-from ldm.files import crc32
-from ldm.latents.claims import COMMAND, REBUILD, dump, read_sealed
+from ldm.latents.shards import Finished, Progress, Spec, as_json, differing, verify_all_bytes
 from ldm.latents.statistics import Statistics
 
 FORMAT = 1
-MANIFEST, PLAN, CONTENTS = "manifest.json", "plan.json", "contents.json"
+CONTENTS = "contents.json"
 
 # Facts that determine pictures of latents, but not the latents.
 _OF_DECODER = ("autoencoder.weights", "autoencoder.config.decoder", "autoencoder.config.quantizer")
 
 
 @dataclass(frozen=True)
-class CacheSpec:
+class CacheSpec(Spec):
     """Everything that determines what a cache holds, known before the first image is encoded; plain JSON types only.
 
     Args:
@@ -54,7 +53,7 @@ class CacheSpec:
             was "encoder" are compared by "weights", or completed: places.py.)
         num_classes: None if items carry no class label; the labels are 0 .. num_classes - 1.
         class_names: their names, if known.
-        captions: items carry a caption.
+        captions: the sidecars hold a caption of each item, as they did at first; `source` covers them.
         shard_items: items per shard. Not compared: it determines how the records are laid out, not what they hold.
         encode_batch: images encoded at once, in an order fixed by the item numbers; not compared.
     """
@@ -72,6 +71,9 @@ class CacheSpec:
     dtype: str = "float16"
     format: int = FORMAT
 
+    kind: ClassVar[str] = "latents"
+    what: ClassVar[str] = "latent cache"
+
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> "CacheSpec":
         return cls(**{**tree, "shape": tuple(tree["shape"])})
@@ -85,26 +87,13 @@ class CacheSpec:
         """One item: moments [plain or mirrored, mean or std, c, h, w] and the label (-1 for none)."""
         return np.dtype([("moments", "<f2", (2, 2, *self.shape)), ("label", "<i8")])
 
-    @property
-    def num_shards(self) -> int:
-        return -(-self.num_items // self.shard_items)
-
-    def shard_range(self, shard: int) -> range:
-        """The items of a shard: a function of the shard's number alone, whichever process writes it."""
-        return range(shard * self.shard_items, min(self.num_items, (shard + 1) * self.shard_items))
-
     def facts(self) -> dict[str, Any]:
         """The compared facts under dotted keys."""
         tree = {key: value for key, value in asdict(self).items() if key not in ("shard_items", "encode_batch")}
         # The encoder's hash is left out, so that a cache has the name that it always had.
         tree["autoencoder"] = {key: value for key, value in self.autoencoder.items() if key not in ("path", "encoder")}
         tree["pixels"] = {key: value for key, value in self.pixels.items() if key != "value_range"}
-        facts: dict[str, Any] = json.loads(json.dumps(dict(_flat(tree))))
-        return facts
-
-    def fingerprint(self) -> str:
-        """Names the cache's content: two caches of one fingerprint are interchangeable."""
-        return sha256(dump(self.facts())).hexdigest()[:16]
+        return as_json(tree)
 
     def differences(self, found: "CacheSpec") -> list[str]:
         """One line for each fact in which `found` differs from this plan."""
@@ -113,23 +102,11 @@ class CacheSpec:
         ours["source"], theirs["source"] = comparable(self.source, found.source)
         other_decoder = ours.get("autoencoder.weights") != theirs.get("autoencoder.weights")
         skipped = _OF_DECODER if other_decoder and same_encoder(self.autoencoder, found.autoencoder) else ()
-        return [
-            f"{key}: expected {_short(ours.get(key))}, found {_short(theirs.get(key))}"
-            for key in sorted(ours.keys() | theirs.keys())
-            if ours.get(key) != theirs.get(key) and not key.startswith(skipped)
-        ]
-
-    def require(self, folder: Path, found: "CacheSpec") -> None:
-        """Raise DataError, naming every difference, unless the (possibly unfinished) cache in `folder` is this one."""
-        if lines := self.differences(found):
-            raise DataError(
-                f"{folder}: this latent cache was made for something else:\n  " + "\n  ".join(lines) + "\n"
-                f"Remove the folder or name another in data.params.cache, then `{COMMAND}`."
-            )
+        return differing(ours, theirs, skipped)
 
 
 @dataclass(frozen=True)
-class Manifest:
+class Manifest(Finished[CacheSpec]):
     """A finished cache: its plan, its statistics, its shards. Also stored in every stage-2 checkpoint.
 
     Args:
@@ -138,6 +115,8 @@ class Manifest:
             the latents that training sees: the variance of the means plus the mean of the posterior variances.
         broken: items that could not be read and hold no record.
         shards: {"crc32": hex, "items": count} for each.
+        sizes: heights and widths of the images, pixels, where several caches of one each, in buckets, were joined
+            (bucketed.py); `plan` then has the size of most of them. None: all are of that of the plan.
     """
 
     plan: CacheSpec
@@ -145,25 +124,17 @@ class Manifest:
     std: list[float]
     broken: list[int]
     shards: list[dict[str, Any]]
+    sizes: list[list[int]] | None = None
     _placed: dict[torch.device, tuple[Tensor, Tensor]] = field(
         default_factory=dict, init=False, compare=False, repr=False
     )
 
+    SPEC: ClassVar[type[Spec]] = CacheSpec
+    FORMAT: ClassVar[int] = FORMAT
+
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> "Manifest":
         return cls(**{**tree, "plan": CacheSpec.from_dict(tree["plan"])})
-
-    @classmethod
-    def read(cls, folder: Path) -> "Manifest":
-        """The manifest of the finished cache in `folder`; DataError if there is none or it is damaged."""
-        path = Path(folder) / MANIFEST
-        if not path.is_file():
-            raise DataError(f"{path}: no such file, so this is not a finished latent cache. {REBUILD}.")
-        tree = read_sealed(path)
-        if tree.get("plan", {}).get("format") != FORMAT:
-            found = tree.get("plan", {}).get("format")
-            raise DataError(f"{path}: format: expected {FORMAT}, found {found}. Remove the folder, then `{COMMAND}`.")
-        return cls.from_dict(tree)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, as JSON and `torch.load(weights_only=True)` take them."""
@@ -173,6 +144,7 @@ class Manifest:
             "std": list(self.std),
             "broken": list(self.broken),
             "shards": [dict(shard) for shard in self.shards],
+            **({} if self.sizes is None else {"sizes": [list(size) for size in self.sizes]}),
         }
 
     @property
@@ -183,10 +155,8 @@ class Manifest:
         """The same latents on another scale."""
         return replace(self, mean=[*statistics.mean], std=[*statistics.std])
 
-    @property
-    def num_items(self) -> int:
-        """Items with a record."""
-        return self.plan.num_items - len(self.broken)
+    def shard_bytes(self, shard: int) -> int:
+        return len(self.plan.shard_range(shard)) * self.plan.record.itemsize
 
     def decoded_by(self, autoencoder: Mapping[str, Any]) -> "Manifest":
         """Of the same latents, whose decoder is another one with that encoder; itself if it names that one already."""
@@ -219,7 +189,7 @@ def same_encoder(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return one.get("weights") == other.get("weights") or (known is not None and known == other.get("encoder"))
 
 
-def verify(folder: Path | str, progress: Callable[[int, int], None] = lambda done, total: None) -> Manifest:
+def verify(folder: Path | str, progress: Progress = lambda done, total: None) -> Manifest:
     """Read every byte of the finished cache in `folder` and compare with its checksums.
 
     Args:
@@ -229,66 +199,6 @@ def verify(folder: Path | str, progress: Callable[[int, int], None] = lambda don
     Raises:
         DataError: names every damaged file.
     """
-    folder = Path(folder)
-    manifest = Manifest.read(folder)
-    plan, total = manifest.plan, manifest.plan.num_shards
-    damage: list[str] = []
-    try:
-        plan.require(folder, CacheSpec.from_dict(read_sealed(folder / PLAN)))
-    except DataError as error:
-        damage.append(str(error))
-    for shard in range(total):
-        for test in (check_size, check_bytes, _check_sidecar):
-            try:
-                test(folder, manifest, shard)
-            except DataError as error:
-                damage.append(str(error))
-                break
-        progress(shard + 1, total)
-    if damage:
-        raise DataError("\n".join(damage))
+    manifest = Manifest.read(Path(folder))
+    verify_all_bytes(Path(folder), manifest, progress)
     return manifest
-
-
-def shard_path(folder: Path, shard: int, suffix: str = ".bin") -> Path:
-    """The file of shard number `shard`, or its sidecar with ".json"."""
-    return folder / f"shard-{shard:05d}{suffix}"
-
-
-def check_size(folder: Path, manifest: Manifest, shard: int) -> None:
-    """DataError unless the shard's file has the size that its items take."""
-    path = shard_path(folder, shard)
-    expected = len(manifest.plan.shard_range(shard)) * manifest.plan.record.itemsize
-    found = path.stat().st_size if path.is_file() else None
-    if found != expected:
-        state = "missing" if found is None else "truncated"
-        raise DataError(f"{path}: {state}: bytes: expected {expected}, found {found}. Delete it; {REBUILD}.")
-
-
-def check_bytes(folder: Path, manifest: Manifest, shard: int) -> None:
-    """DataError unless the shard's bytes have the checksum in the manifest."""
-    path = shard_path(folder, shard)
-    expected, found = manifest.shards[shard]["crc32"], crc32(path)
-    if found != expected:
-        raise DataError(f"{path}: damaged: crc32: expected {expected}, found {found}. Delete it; {REBUILD}.")
-
-
-def _check_sidecar(folder: Path, manifest: Manifest, shard: int) -> None:
-    path = shard_path(folder, shard, ".json")
-    expected, found = manifest.shards[shard]["crc32"], read_sealed(path)["crc32"]
-    if expected != found:
-        raise DataError(f"{path}: foreign: crc32: expected {expected}, found {found}. Delete it; {REBUILD}.")
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves under dotted keys; lists are leaves."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"

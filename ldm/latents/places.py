@@ -9,28 +9,48 @@ from pathlib import Path
 from ldm.autoencoder.codec import with_encoder
 from ldm.errors import DataError, ResourceError
 from ldm.latents.claims import publish, read_sealed, seal
-from ldm.latents.manifest import CONTENTS, PLAN, CacheSpec
+from ldm.latents.manifest import CONTENTS, CacheSpec
+from ldm.latents.shards import PLAN
 
 log = logging.getLogger(__name__)
 
 
-def default_folder(plan: CacheSpec, trust: Sequence[str] = ()) -> Path:
-    """The folder of the cache if none is given.
+def place(
+    plan: CacheSpec, former: CacheSpec | None, folder: Path | None, trust: Sequence[str] = ()
+) -> tuple[Path, CacheSpec]:
+    """The folder of a cache, and the plan as it would be written there.
 
     A folder is named by the fingerprint of its plan. One with the same content may have another name, because its plan
-    was written under former names, or when a source's fingerprint did not yet cover its bytes, or for another decoder;
-    it is used all the same.
+    was written under former names, or when a source's fingerprint did not yet cover its bytes, or for another decoder,
+    or when captions lay in the cache itself; it is used all the same.
+
+    Args:
+        plan: what the cache is to hold.
+        former: the same with captions in it; None: there are none.
+        folder: the one that was named; None: the one in `cache/` that serves.
+        trust: packages that the configuration of an autoencoder may name.
     """
-    folder = Path("cache") / plan.fingerprint()
-    if folder.is_dir():
-        return folder
+    if folder is not None:
+        return folder, _as_found(plan, former, folder, trust)
+    for own in (plan, former):
+        if own is not None and (Path("cache") / own.fingerprint()).is_dir():
+            named = Path("cache") / own.fingerprint()
+            return named, _as_found(plan, former, named, trust)
     for other in sorted(Path("cache").glob(f"*/{PLAN}")):
-        with suppress(DataError):  # a damaged folder is of no use here, and not ours to report
-            found = CacheSpec.from_dict(read_sealed(other))
-            same = not adopted(plan, found, trust).differences(found)
-            if same and noted_source(other.parent) in (None, plan.source):
-                return other.parent
-    return folder
+        with suppress(DataError):  # of another kind; or damaged: of no use here, and not ours to report
+            meant = _as_found(plan, former, other.parent, trust)
+            same = not meant.differences(CacheSpec.read(other.parent))
+            if same and noted_source(other.parent) in (None, meant.source):
+                return other.parent, meant
+    return Path("cache") / plan.fingerprint(), plan
+
+
+def _as_found(plan: CacheSpec, former: CacheSpec | None, folder: Path, trust: Sequence[str]) -> CacheSpec:
+    """The plan as it would have been written when that in the folder was."""
+    if not (folder / PLAN).is_file():
+        return plan
+    found = CacheSpec.read(folder)
+    return adopted(former if found.captions and former is not None else plan, found, trust)
 
 
 def adopted(plan: CacheSpec, found: CacheSpec, trust: Sequence[str] = ()) -> CacheSpec:

@@ -1,4 +1,4 @@
-"""Reads the latent cache: a batch of moments at once, from memory maps (format: manifest.py)."""
+"""Reads the latent cache: a batch at once, from memory maps (format: manifest.py)."""
 
 import os
 from collections.abc import Sequence
@@ -11,7 +11,9 @@ import torch
 from torch.utils.data import Dataset
 
 from ldm.latents.claims import read_sealed
-from ldm.latents.manifest import CacheSpec, Manifest, check_bytes, check_size, shard_path
+from ldm.latents.conditions import Conditions
+from ldm.latents.manifest import CacheSpec, Manifest
+from ldm.latents.shards import check_bytes, check_size, shard_path, size_on_disk
 from ldm.randomness import Draws
 from ldm.ranges import Seed
 
@@ -45,6 +47,11 @@ class LatentCache:
     def __len__(self) -> int:
         return self.manifest.num_items
 
+    def __str__(self) -> str:
+        """The folder, what it holds, and its size."""
+        counted = f"{len(self)} items of {self.plan.shape}, {len(self.broken)} broken"
+        return f"{self.folder}: {counted}, {size_on_disk(self.folder)}"
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}  # a pickled memory map would be a copy of the file
 
@@ -71,13 +78,27 @@ class LatentCache:
             labels[index] = label[place]
         return moments, labels
 
-    def captions(self, rows: Sequence[int] | np.ndarray) -> list[str]:
-        """The captions of (N,) rows."""
-        shards, places = np.divmod(self.items(rows), self.plan.shard_items)
+    @property
+    def broken(self) -> Sequence[int]:
+        """Items of which there is no record."""
+        return self.manifest.broken
+
+    def counts(self, items: np.ndarray) -> np.ndarray:
+        """How many captions (N,) items have in a cache with captions: (N,) ones."""
+        return np.ones(len(items), np.int64)
+
+    def texts(self, items: np.ndarray, which: np.ndarray) -> list[str]:
+        """The captions of (N,) items, of a cache with captions; `which` are zeros."""
+        shards, places = np.divmod(items, self.plan.shard_items)
         for shard in np.unique(shards).tolist():
             if shard not in self._captions:
                 self._captions[shard] = read_sealed(shard_path(self.folder, shard, ".json"))["captions"]
         return [self._captions[shard][place] for shard, place in zip(shards.tolist(), places.tolist(), strict=True)]
+
+    def captions(self, rows: Sequence[int] | np.ndarray) -> list[str]:
+        """The captions of (N,) rows, of a cache with captions."""
+        items = self.items(rows)
+        return self.texts(items, np.zeros(len(items), np.int64))
 
     def items(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """The source's item numbers of the rows: (N,) int64."""
@@ -98,31 +119,58 @@ class LatentCache:
 class LatentDataset(Dataset[Any]):
     """What a DataLoader reads: whole batches of moments, addressed by (sample number, row).
 
-    Use with `batch_sampler` yielding lists of keys and `collate_fn=` the identity.
+    Use with `batch_sampler` yielding lists of keys and `collate_fn=` the identity. Rows are numbered 0 .. len - 1 over
+    the items of which there is all that a batch holds.
 
     Args:
         cache: the reader.
-        seed: of the run; together with the sample number it determines the orientation.
+        seed: of the run; together with the sample number it determines the orientation and the caption.
         flip: mirror half of the samples (training), or none (validation).
+        conditions: what batches hold beside latents and labels; None: the captions that an old cache has itself.
+        among: the numbers of the cache's items in the data set that the conditions are of; None: they are the same.
     """
 
-    def __init__(self, cache: LatentCache, seed: Seed, flip: bool) -> None:
+    def __init__(
+        self,
+        cache: LatentCache,
+        seed: Seed,
+        flip: bool,
+        conditions: Conditions | None = None,
+        among: np.ndarray | None = None,
+    ) -> None:
         self.cache = cache
         self.seed = seed
         self.flip = flip
+        self.conditions = conditions or Conditions(cache if cache.plan.captions else None)
+        self._among = among
+        self._rows: np.ndarray | None = None
+        whole = ~np.isin(self.items(range(len(cache))), self.conditions.broken)
+        self._rows = None if whole.all() else np.flatnonzero(whole)  # those of the cache
 
     def __len__(self) -> int:
-        return len(self.cache)
+        return len(self.cache) if self._rows is None else len(self._rows)
+
+    def items(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The item numbers of the rows in the whole data set: (N,) int64."""
+        items = self.cache.items(self._of_cache(rows))
+        return items if self._among is None else self._among[items]
+
+    @property
+    def lengths(self) -> int | list[int]:
+        """Of all rows, as a loader wants it; in buckets there are several (bucketed.py)."""
+        return len(self)
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> dict[str, Any]:
-        """Batch: `moments` (N,2,c,h,w) float16, `sample_number` (N,) int64 array, `class_label` (N,), `caption`."""
+        """Batch: `moments` (N,2,c,h,w) float16, `sample_number` (N,) int64 array, `class_label` (N,), conditions."""
         numbers, rows = np.asarray(keys, dtype=np.int64).reshape(-1, 2).T
         # The flip depends on the sample number, not the row: the next epoch may see the other orientation.
         mirrored = Draws(self.seed, numbers, 1).uniform("flip").numpy() < (0.5 if self.flip else 0.0)
-        moments, labels = self.cache.gather(rows, mirrored)
+        moments, labels = self.cache.gather(self._of_cache(rows), mirrored)
         batch: dict[str, Any] = {"moments": torch.from_numpy(moments), "sample_number": numbers}
         if self.cache.plan.num_classes is not None:
             batch["class_label"] = torch.from_numpy(labels)
-        if self.cache.plan.captions:
-            batch["caption"] = self.cache.captions(rows)
-        return batch
+        return batch | self.conditions.gather(self.items(rows), numbers, self.seed)
+
+    def _of_cache(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        index = np.asarray(rows, dtype=np.int64)
+        return index if self._rows is None else self._rows[index]

@@ -25,6 +25,7 @@ from ldm.sampling.img2img import InitImage, inpaint
 from ldm.sampling.samplers import Sampler, ddim
 from ldm.sampling.steps import start
 from ldm.sampling.timesteps import TimestepSchedule, default
+from ldm.sizes import Size
 
 if TYPE_CHECKING:  # its `generate` calls the one of this file
     from ldm.sampling.pipeline import Pipeline
@@ -53,6 +54,7 @@ def generate(
     schedule: TimestepSchedule = default,
     guidance: Guidance = UNGUIDED,
     init_image: InitImage | None = None,
+    size: Size | None = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> Iterator[Sample]:
@@ -66,23 +68,28 @@ def generate(
         steps: of the sampler, one network call each (heun: two).
         schedule: of timesteps.py, where the steps lie between noise and data.
         guidance: how strongly samples are guided toward their conditions.
-        init_image: an image to start from (image-to-image, inpainting); None: pure noise.
+        init_image: an image to start from (image-to-image, inpainting), of that `size`; None: pure noise.
+        size: (height, width) of the images, pixels; None: that of the training images, or of most of them.
         batch_size: images generated at once; affects only speed and memory.
         progress: show a progress bar.
 
     Raises:
         ConfigError: conditions that the model does not know, an invalid number of steps, guidance by a model of other
-            latents, or classifier-free guidance of a model that was never trained without its conditions.
+            latents, classifier-free guidance of a model that was never trained without its conditions, or a size that
+            the autoencoder or the network cannot divide.
         NumericError: the network's output is not finite.
     """
-    times = schedule(pipeline.objective, steps, pipeline.manifest.plan.shape)
+    shape = pipeline.latent_shape(size)
+    times = schedule(pipeline.objective, steps, shape)
     table = check(pipeline, seeds, conditions, times, guidance)
+    if init_image is not None:
+        init_image.require(pipeline.codec.down_factor, shape)
     with shown("sampling", silent=not progress) as show:
         for first in range(0, len(seeds), batch_size):
             show(first, len(seeds))
             few = slice(first, first + batch_size)
             batch = None if table is None else rows(table, few, pipeline.device)
-            images = _images(pipeline, seeds[few], batch, sampler, times, guidance, init_image)
+            images = _images(pipeline, seeds[few], batch, sampler, times, guidance, init_image, shape)
             yield from map(Sample, seeds[few], [None] * len(images) if conditions is None else conditions[few], images)
         show(len(seeds), len(seeds))
 
@@ -119,18 +126,19 @@ def _images(
     times: Tensor,
     guidance: Guidance,
     init_image: InitImage | None,
+    shape: tuple[int, int, int],
 ) -> np.ndarray:
     """(N,H,W,C) uint8."""
     number, device, manifest = len(seeds), pipeline.device, pipeline.manifest
     with _evaluating(pipeline.denoiser):
         draws = Draws(SEED, seeds, number, device)
         denoise = guidance.denoiser(pipeline, None if batch is None else {**batch, "draws": draws}, number)
-        noise = Draws(SEED, seeds, number).normal("noise", manifest.plan.shape).to(device)
+        noise = Draws(SEED, seeds, number).normal("noise", shape).to(device)
         known = None
         if init_image is not None:
             times = init_image.times(times)
             known = manifest.standardize(pipeline.codec.encode(init_image.image[None])[0])  # (1,c,h,w)
-            if (kept := init_image.latent_mask(manifest.plan.shape)) is not None:
+            if (kept := init_image.latent_mask(shape)) is not None:
                 denoise = inpaint(denoise, known, kept.to(device))
         x = start(pipeline.objective, noise, times[0], known)
         latents = sampler(denoise, pipeline.objective, x, times, draws=draws)

@@ -17,6 +17,7 @@ from ldm.diffusion.conditioners.base import Conditioning
 from ldm.diffusion.objectives import Objective
 from ldm.errors import ConfigError
 from ldm.latents.manifest import same_encoder
+from ldm.sampling.conditions import Condition, check_conditions, columns, rows
 
 if TYPE_CHECKING:  # generate.py builds on this file
     from ldm.sampling.pipeline import Pipeline
@@ -141,6 +142,8 @@ class Guidance:
         classifier: of noisy latents: (x (N,c,h,w), t (), labels (N,)) -> log p(label | x), (N,). Guides any model,
             including one that was trained without classes; None: no classifier.
         channels: number of leading latent channels that are guided, the others being left unguided; None: all.
+        negative: what samples are guided away from, such as {"caption": "blurred"}; keys that it lacks are each row's
+            own. None: from the unconditional prediction, which a model must then have learned.
 
     Raises:
         ConfigError: values that are out of range or contradict one another.
@@ -152,6 +155,7 @@ class Guidance:
     guide: "Pipeline | None" = None
     classifier: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     channels: int | None = None
+    negative: Condition | None = None
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale):
@@ -170,6 +174,9 @@ class Guidance:
             raise ConfigError(f"guidance rescale: only for classifier-free guidance; leave out it or {others[0]}")
         if len(others) == 2:
             raise ConfigError("guidance: found both another model and a classifier; leave one of them out")
+        if self.negative is not None and (others or self.scale == 1):
+            reason = f"leave out it or {others[0]}" if others else "name a scale other than 1, which is no guidance"
+            raise ConfigError(f"guidance negative: only for classifier-free guidance; {reason}")
 
     def check(self, pipeline: "Pipeline", conditional: bool, times: Tensor) -> None:
         """ConfigError if there is nothing to guide with, or the model never learned the unconditional prediction.
@@ -198,7 +205,12 @@ class Guidance:
             raise ConfigError(f"{found} this model was trained without conditions; expected 1, or a guiding model")
         if not conditional:
             raise ConfigError(f"{found} no conditions are requested; request some, or leave the scale at 1")
-        if not pipeline.knows_null:
+        if self.negative is not None:
+            reads = pipeline.conditioner.keys
+            if unknown := [key for key in self.negative if key not in reads]:
+                raise ConfigError(f"guidance negative: {unknown[0]}: the model reads {', '.join(reads)} alone")
+            check_conditions([self.negative], [*self.negative], pipeline.manifest.plan.num_classes)
+        elif not pipeline.knows_null:
             raise ConfigError(f"{found} {_ALWAYS_CONDITIONED}; expected 1, or a guiding model")
 
     def _check_guide(self, pipeline: "Pipeline", guide: "Pipeline", conditional: bool, times: Tensor) -> None:
@@ -237,9 +249,17 @@ class Guidance:
             sees, labels = self.classifier, batch["class_label"]
             guided = classifier(plain, pipeline.objective, lambda x, t: sees(x, t, labels), self.scale, self.channels)
         elif batch is not None:
-            guided = classifier_free(conditional, conditioning, null, self.scale, self.rescale, self.channels)
+            away = (
+                null if self.negative is None else pipeline.conditioner(self._negated(batch, number, pipeline.device))
+            )
+            guided = classifier_free(conditional, conditioning, away, self.scale, self.rescale, self.channels)
         else:
             guided = plain
         if self.interval == (0.0, math.inf):
             return guided
         return limited_interval(guided, plain, pipeline.objective, self.interval)
+
+    def _negated(self, batch: Mapping[str, Any], number: int, device: torch.device) -> dict[str, Any]:
+        """The rows' conditions, with those of `negative` in their place."""
+        assert self.negative is not None
+        return {**batch, **rows(columns([self.negative] * number), slice(None), device)}

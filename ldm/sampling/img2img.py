@@ -14,6 +14,7 @@ from ldm.data.value_range import checked
 from ldm.errors import ConfigError
 from ldm.latents.manifest import Manifest
 from ldm.sampling.guidance import Denoiser
+from ldm.sizes import Size
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,15 @@ class InitImage:
             raise ConfigError("mask: all of it is black, so there is nothing to inpaint; white is what may change")
 
     @classmethod
-    def read(cls, manifest: Manifest, image: Path, strength: float, mask: Path | None = None) -> "InitImage":
+    def read(
+        cls, manifest: Manifest, image: Path, strength: float, mask: Path | None = None, size: Size | None = None
+    ) -> "InitImage":
         """From files, decoded and resized as the model's training images were; white in the mask is what may change.
 
         The image is a picture file or, with any number of channels, a .npy file (H,W,C) of uint8.
+
+        Args:
+            size: (height, width) to resize and crop to, pixels; None: that of the training images.
 
         Raises:
             ConfigError: the mask and the image differ in size.
@@ -54,7 +60,7 @@ class InitImage:
         from ldm.data.transforms import EvalTransform, transformed
 
         pixels = manifest.plan.pixels
-        transform = EvalTransform(pixels["resolution"], pixels.get("interpolation", "bicubic"))
+        transform = EvalTransform(size or pixels["resolution"], pixels.get("interpolation", "bicubic"))
         value_range = checked(pixels.get("value_range"))
         picture: Picture
         if image.suffix == ".npy":
@@ -72,6 +78,14 @@ class InitImage:
                 )
             free = transformed(stencil, transform, 1, str(mask))[0] > 0
         return cls(transformed(picture, transform, pixels["channels"], str(image)), strength, free)
+
+    def require(self, factor: int, shape: tuple[int, int, int]) -> None:
+        """ConfigError unless the image is that of a latent (c, h, w), whose autoencoder divides by `factor`."""
+        found, wanted = tuple(self.image.shape[1:]), (shape[1] * factor, shape[2] * factor)
+        if found != wanted:
+            raise ConfigError(
+                f"image to start from: expected {wanted[0]} x {wanted[1]} pixels, found {found[0]} x {found[1]}"
+            )
 
     def times(self, times: Tensor) -> Tensor:
         """The part of a sampler's (steps + 1,) times that is left, at least one step."""

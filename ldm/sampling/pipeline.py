@@ -20,7 +20,7 @@ from ldm.config.tree import current_plain
 from ldm.diffusion.conditioners.base import Conditioner, require_conditioner
 from ldm.diffusion.conditioners.joint import Joint
 from ldm.diffusion.objectives import Objective
-from ldm.errors import CheckpointError
+from ldm.errors import CheckpointError, ConfigError
 from ldm.images import picture
 from ldm.latents.manifest import Manifest, same_encoder
 from ldm.sampling.conditions import Condition
@@ -29,6 +29,7 @@ from ldm.sampling.guidance import Guidance
 from ldm.sampling.img2img import InitImage
 from ldm.sampling.samplers import Sampler, ddim
 from ldm.sampling.timesteps import TimestepSchedule, default
+from ldm.sizes import Size, SizeError, spell
 
 if TYPE_CHECKING:  # sampling from a checkpoint needs none of the training code
     from ldm.diffusion.module import LatentDiffusion
@@ -123,6 +124,37 @@ class Pipeline:
         """Whether the model was also trained without its conditions."""
         return self.label_dropout > 0 or (isinstance(self.conditioner, Joint) and self.conditioner.drops_all())
 
+    def latent_shape(self, size: Size | None = None) -> tuple[int, int, int]:
+        """(c, h, w) of the latent of an image of `size` (height, width), pixels; None: of most training images.
+
+        Raises:
+            ConfigError: the autoencoder or the network cannot divide it.
+        """
+        trained = self.manifest.plan.shape
+        if size is None:
+            return trained
+        try:
+            shape = self.codec.latent_shape(size)
+            if shape != trained:
+                self._require(shape)
+        except SizeError as error:
+            sizes = ", ".join(spell((height, width)) for height, width in self.manifest.sizes or ())
+            known = f" It was trained on {sizes}." if sizes else ""
+            raise ConfigError(f"size {spell(size)}: {error}{known}") from error
+        return shape
+
+    @torch.no_grad()
+    def _require(self, shape: tuple[int, int, int]) -> None:
+        """SizeError unless the network takes such a latent: one call of one row, since only the network knows."""
+        training = self.denoiser.training
+        self.denoiser.eval()
+        try:
+            time = torch.tensor(self.objective.t_max)
+            x = torch.zeros(1, *shape, device=self.device)
+            self.objective.denoise(self.denoiser["network"], x, time, self.conditioner.null(1))
+        finally:
+            self.denoiser.train(training)
+
     def generate(
         self,
         seeds: Sequence[int],
@@ -133,6 +165,7 @@ class Pipeline:
         schedule: TimestepSchedule = default,
         guidance: Guidance = UNGUIDED,
         init_image: InitImage | None = None,
+        size: Size | None = None,
         batch_size: int = 64,
         progress: bool = False,
     ) -> list[Image.Image]:
@@ -146,6 +179,7 @@ class Pipeline:
             schedule=schedule,
             guidance=guidance,
             init_image=init_image,
+            size=size,
             batch_size=batch_size,
             progress=progress,
         )

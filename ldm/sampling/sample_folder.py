@@ -68,6 +68,17 @@ def prefix(condition: Condition) -> str:
     return f"{words or 'condition'}-{sha256(json.dumps(condition, sort_keys=True).encode()).hexdigest()[:8]}"
 
 
+def title(condition: Condition | None, names: Sequence[str] | None) -> str:
+    """A condition as people read it: its caption, the name of its class, other keys with their values; "" for none."""
+    words = []
+    for key, value in (condition or {}).items():
+        if key == "class_label":
+            words.append(f"class {value}" if names is None else names[value])
+        else:
+            words.append(str(value) if key == "caption" else f"{key} {value}")
+    return ", ".join(words)
+
+
 def claim(folder: Path, settings: Mapping[str, Any], names: Sequence[str] | None, orders: Sequence[Order]) -> None:
     """Create `folder`, or make sure that the images in it were made with these settings; starts its samples.json.
 
@@ -181,8 +192,14 @@ def save_arrays(folder: Path, orders: Sequence[Order]) -> Path:
     return folder / "samples.npz"
 
 
-def sheet(folder: Path, conditions: Sequence[Condition | None], seeds: Sequence[int]) -> np.ndarray:
-    """The sheet: one row per condition, or a square for a single one; the first SHOWN rows and columns."""
+def sheet(
+    folder: Path, conditions: Sequence[Condition | None], seeds: Sequence[int], names: Sequence[str] | None
+) -> np.ndarray:
+    """The sheet: one row per condition, under its title, or a square for a single one; the first SHOWN rows, columns.
+
+    Args:
+        names: of the classes.
+    """
     if len(conditions) == 1:
         columns = min(SHOWN, math.ceil(math.sqrt(len(seeds))))
         seeds = seeds[: SHOWN * columns]
@@ -190,7 +207,8 @@ def sheet(folder: Path, conditions: Sequence[Condition | None], seeds: Sequence[
         columns = min(SHOWN, len(seeds))
         seeds = seeds[:columns]
     shown = [Order(condition, seed).file for condition in conditions[:SHOWN] for seed in seeds]
-    return grid([_read(folder / file) for file in shown], columns)
+    titles = [title(condition, names) for condition in conditions[:SHOWN]]
+    return grid([_read(folder / file) for file in shown], columns, titles=titles if any(titles) else ())
 
 
 def _read(path: Path) -> np.ndarray:

@@ -27,6 +27,7 @@ from ldm.errors import ConfigError
 from ldm.run_folder import RunFolder
 from ldm.training.callbacks.checkpoints import Checkpoints
 from ldm.training.callbacks.health import Health
+from ldm.training.callbacks.model_files import ModelFiles, readers
 from ldm.training.callbacks.monitors import Monitors, monitored
 from ldm.training.callbacks.previews import ImageLogger, SampleLogger
 from ldm.training.callbacks.progress import Progress, Throughput
@@ -94,6 +95,7 @@ def make_callbacks(
     trainer = section["trainer"]
     callbacks: dict[str, pl.Callback | None] = {
         "provenance": Provenance(tree, facts),
+        "files": ModelFiles(folder) if readers(model) else None,
         "finite": SkipNonFinite(folder.checkpoints),
         "stop": StopOnSignal(folder.checkpoints),
         "images": _pictures(model, validation_interval(trainer), facts, trust),
@@ -116,8 +118,11 @@ def _pictures(model: Any, interval: int, facts: Mapping[str, Any], trust: Sequen
     if not isinstance(model, LatentDiffusion):
         return None
     # The data may have classes that the model does not read.
-    count = facts.get("num_classes") if "class_label" in parts(model.denoiser)[1].keys else None
+    keys = parts(model.denoiser)[1].keys
+    count = facts.get("num_classes") if "class_label" in keys else None
     # Up to 32 images of 50 network calls each.
+    if "caption" in keys:
+        return SampleLogger(interval, held_out=4, trust=trust)
     return SampleLogger(interval, None if count is None else range(min(count, 4)), trust=trust)
 
 

@@ -91,9 +91,11 @@ class Match:
         # An adapter that the file does not have begins as none.
         self._begun = [name for name in others if lora.is_adapters(name) and name not in theirs]
         others = [name for name in others if name not in self._begun]
-        self.kept = [name for name in others if theirs.get(name) == ours[name]]
+        # Of what a part compares itself, a tokenizer, the outline has no size.
+        compared = {name for name in others if name.endswith("._extra_state") and name in theirs}
+        self.kept = [name for name in others if name in compared or theirs.get(name) == ours[name]]
         self._missing = [name for name in others if name not in theirs]
-        self._misfits = [name for name in others if name in theirs and theirs[name] != ours[name]]
+        self._misfits = [name for name in others if name in theirs and name not in self.kept]
         self._left = [name for name in theirs if name not in ours]
 
     def _asked(self, name: str) -> bool:

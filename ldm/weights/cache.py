@@ -62,12 +62,17 @@ def find_any(names: Sequence[str]) -> Path:
 
 
 def verify(entry: WeightFile, path: Path) -> None:
-    """Raises CheckpointError if the file is not the one that the catalog knows; what has no hash is taken as it is."""
-    if entry.sha256 and not (found := sha256(path)).startswith(entry.sha256):
-        raise CheckpointError(
-            f"{path}: not {entry.name} from {entry.source}: expected sha256 {entry.sha256}, found {found}. Remove it, "
-            f"and get the right one: {entry.source.command(entry.name, folder() / entry.file)}"
-        )
+    """Raises CheckpointError if it, or a file beside it, is not the one that the catalog knows.
+
+    What has no hash there is taken as it is.
+    """
+    beside = [(path.parent / other.name, other.sha256) for other in entry.beside]
+    for file, expected in [(path, entry.sha256), *beside]:
+        if expected and not (found := sha256(file)).startswith(expected):
+            raise CheckpointError(
+                f"{file}: not {entry.name} from {entry.source}: expected sha256 {expected}, found {found}. Remove it, "
+                f"and get the right one: {entry.source.command(entry.name, folder() / entry.file)}"
+            )
 
 
 def sha256(path: Path) -> str:
@@ -113,14 +118,14 @@ def _located(entry: WeightFile, given: Path | str | None) -> Path | None:
         path = Path(expanded(str(given)))
         candidates = [path / Path(entry.file).name if path.is_dir() else path]
     for path in candidates:
-        if path.is_file() and all((path.parent / other).is_file() for other in entry.beside):
+        if path.is_file() and all((path.parent / other.name).is_file() for other in entry.beside):
             return path
     return None
 
 
 def _missing(entry: WeightFile, given: Path | str | None) -> str:
     place, *others = [Path(expanded(str(given)))] if given is not None else places(entry)
-    files = " and ".join((Path(entry.file).name, *entry.beside))
+    files = " and ".join((Path(entry.file).name, *(other.name for other in entry.beside)))
     also = "".join(f" (nor {other})" for other in others)
     return (
         f"{place}: no such file{also}. Expected {files} of {entry.name} ({entry.use}), {entry.size / 1e6:,.0f} MB, "

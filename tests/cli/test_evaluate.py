@@ -122,6 +122,25 @@ def test_a_stage_2_run_is_compared_with_what_it_was_trained_on(trained, capsys):
     assert record.protocol["average"]["target"].endswith("FixedDecay")
 
 
+def test_samples_that_items_ask_for_are_looked_for_among_them(trained, pictures, capsys):
+    words = ["-r", trained[1], "--steps", "2", "--features", FID, "--labels", "items"]
+    record = run(*words, "-n", "24", "--metrics", "retrieval", "fd")
+    found = {value.metric: value for value in record.values}
+    assert {*found} == {"FID", "Retrieval@1", "Retrieval@10", "Retrieval median rank"}
+    assert 0 <= found["Retrieval@1"].value <= found["Retrieval@10"].value <= 1
+    assert 0 <= found["Retrieval@10"].settings["with shuffled captions"] <= 1
+    assert record.protocol["labels"].startswith("items ")
+    assert "retrieval" not in (again := run(*words, "-n", "24", "--against", pictures)).protocol
+    assert "Retrieval@1" not in numbers(again)
+    for refused, message in {
+        ("--labels", "balanced"): "add --labels items",
+        ("--against", str(pictures)): "leave out --against",
+        ("--reference-images", "9"): "leave out --reference-images",
+    }.items():
+        assert evaluate.main([*map(str, words), "--metrics", "retrieval", *refused]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_a_stage_1_run(trained):
     found = numbers(run("-r", trained[0], "--features", FID))
     assert {"rFID", "PSNR", "SSIM", "latent std", "KL, nats an element", "dead latent channels"} <= {*found}
@@ -468,10 +487,11 @@ def test_mistakes_are_one_message(pictures, capsys, words, code, message):
     assert message in refused(capsys, *words, code=code)
 
 
-def test_captions_are_for_folders(runs, pictures, capsys, monkeypatch):
-    monkeypatch.setattr(ClassVector, "keys", property(lambda self: ("caption",)))
-    message = refused(capsys, "-r", runs.diffusion, *QUICK, "--against", pictures, code=2)
-    assert "this model reads caption" in message
+def test_what_no_item_says_is_for_folders(trained, pictures, capsys, monkeypatch):
+    monkeypatch.setattr(ClassVector, "keys", property(lambda self: ("layout",)))
+    message = refused(capsys, "-r", trained[1], *QUICK, "--against", pictures, code=2)
+    assert "this model reads layout, which no item says" in message
+    assert "sample.py --conditions FILE, and evaluate their folder" in message
 
 
 # ---- training behind a checkpoint ----

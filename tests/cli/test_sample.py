@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from ldm.cli import sample
-from ldm.cli.sample_options import named
+from ldm.cli.sample_options import named, read_prompts
+from ldm.errors import ConfigError
 from ldm.sampling import samplers, timesteps
 from ldm.sampling.generate import generate
 from ldm.sampling.guidance import Guidance
@@ -47,7 +48,7 @@ def test_pictures_grid_record_and_arrays(runs, run, capsys):
     # A batch of another size moves a pixel by one level at most.
     assert np.abs(arrays[:3].astype(int) - np.stack(expected)).max() <= 1
     assert all(np.array_equal(pixels(out / file), image) for file, image in zip(files, arrays, strict=True))
-    assert np.array_equal(pixels(out / "grid.png")[2:66:4, 68:132:4], arrays[1])
+    assert np.array_equal(pixels(out / "grid.png")[20:84:4, 68:132:4], arrays[1])  # below the class
     record = json.loads((out / "samples.json").read_text())
     assert record["settings"]["guidance"] == 2
     assert record["settings"]["weights"] == "ema"
@@ -85,7 +86,7 @@ def test_a_second_call_keeps_the_firsts_pictures_in_the_record(run):
     code, out = run("--classes", "0", "--seed", "7", "-n", "1", "--npz")
     assert code == 0
     assert listed(out) == ["000-000007.png", "002-000000.png", "002-000001.png"]
-    assert pixels(out / "grid.png").shape == (68, 68, 3)  # of this call
+    assert pixels(out / "grid.png").shape == (86, 68, 3)  # of this call
     assert np.load(out / "samples.npz")["names"].tolist() == ["000-000007.png"]
 
 
@@ -276,6 +277,15 @@ def test_grey_pictures_of_an_unconditional_model_in_a_square(make_runs, run):
         (["--sampler", "plms"], 2, "ancestral"),
         (["--guidence", "2"], 2, "--guidance"),
         (["--seeds", "-1"], 2, "--seeds"),
+        (["--prompt", "a cat"], 2, "--prompt: this model reads no captions; leave it out"),
+        (["--prompts-file", "missing.txt"], 2, "--prompts-file missing.txt: cannot be read: No such file"),
+        (["--prompt", "a", "--prompts-file", "b"], 2, "--prompt and --prompts-file: both say what to make"),
+        (["--prompt", "a", "--conditions", "b"], 2, "--prompt and --conditions: both say what to make"),
+        (["--guidance", "2", "--negative", "a dog"], 2, "negative: caption: the model reads class_label alone"),
+        (["--guidance", "1", "--negative", "a dog"], 2, "--negative: does nothing at --guidance 1"),
+        (["--size", "1", "2", "3"], 2, "--size: expected one side, or height and width, found 3 numbers"),
+        (["--size", "18"], 2, "size 18: "),
+        (["--size", "0"], 2, "--size: expected a whole number of 1 or more"),
     ],
 )
 def test_mistakes_are_one_message(run, capsys, arguments, code, message):
@@ -285,6 +295,31 @@ def test_mistakes_are_one_message(run, capsys, arguments, code, message):
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_another_size_is_made_recorded_and_named(run):
+    code, out = run("--classes", "1", "-n", "2", "--size", "16", "24")
+    assert code == 0
+    assert pixels(out / "001-000000.png").shape == (16, 24, 3)
+    assert json.loads((out / "samples.json").read_text())["settings"]["size"] == [16, 24]
+    assert run("--classes", "1", "-n", "2")[0] == 2  # the folder holds pictures of that size
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "expected a caption on each line, found none"), (b" \n\n", "found none"), (b"\xff\xfe", "text in UTF-8")],
+)
+def test_a_file_of_prompts_that_cannot_be_is_one_message(tmp_path, content, message):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        read_prompts(file)
+
+
+def test_a_prompt_a_line_each_once(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("red heart\n\n قلب \nred heart\n🐱\n", encoding="utf-8")
+    assert read_prompts(file) == ["red heart", "قلب", "🐱"]
 
 
 def test_wrong_checkpoints_are_one_message(runs, run, other_autoencoder, tmp_path, capsys):

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from ldm.errors import DataError, ResourceError
 from ldm.latents.build import Source, build, shard_items
 from ldm.latents.claims import Claims, publish, read_sealed, seal
-from ldm.latents.manifest import MANIFEST, PLAN, CacheSpec, Manifest, verify
+from ldm.latents.manifest import CacheSpec, Manifest, verify
 from ldm.latents.reader import LatentCache, LatentDataset
+from ldm.latents.shards import MANIFEST, PLAN
 from ldm.latents.statistics import Statistics
 from ldm.randomness import Draws
 from ldm.runtime import signals

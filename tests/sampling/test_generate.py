@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -13,6 +14,7 @@ from ldm.latents.manifest import Manifest
 from ldm.randomness import Draws
 from ldm.sampling.generate import generate
 from ldm.sampling.guidance import Guidance
+from ldm.sampling.img2img import InitImage
 from ldm.sampling.pipeline import Pipeline
 from ldm.sampling.samplers import ancestral, ddim
 
@@ -196,3 +198,42 @@ def test_sampling_imports_neither_the_training_machinery_nor_torchs_compiler(run
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1:] == ["imported: []"], done.stdout + done.stderr
+
+
+def test_a_negative_condition_takes_the_place_of_the_null(pipeline):
+    guided = partial(pictures, pipeline, seeds=[1], labels=[0])
+    against = guided(guidance=Guidance(3.0, negative={"class_label": 1}))
+    assert not np.array_equal(against, guided(guidance=Guidance(3.0)))
+    # Away from itself is nowhere: the conditional sample, at any scale.
+    assert (
+        np.abs(
+            guided(guidance=Guidance(3.0, negative={"class_label": 0})).astype(int) - guided(guidance=Guidance())
+        ).max()
+        <= 1
+    )
+    untaught = replace(pipeline, label_dropout=0.0)
+    assert np.array_equal(pictures(untaught, [1], [0], guidance=Guidance(3.0, negative={"class_label": 1})), against)
+    with pytest.raises(ConfigError, match="guidance negative: caption: the model reads class_label alone"):
+        guided(guidance=Guidance(3.0, negative={"caption": "a dog"}))
+    with pytest.raises(ConfigError, match="class 9: expected"):
+        guided(guidance=Guidance(3.0, negative={"class_label": 9}))
+    with pytest.raises(ConfigError, match="only for classifier-free guidance; name a scale"):
+        Guidance(1.0, negative={"class_label": 1})
+    with pytest.raises(ConfigError, match="only for classifier-free guidance; leave out it or guide"):
+        Guidance(2.0, negative={"class_label": 1}, guide=pipeline)
+
+
+def test_any_size_that_divides(pipeline):
+    (made,) = pipeline.generate([1], of_classes([0]), steps=2, size=(16, 32))
+    assert made.size == (32, 16)
+    (usual,) = pipeline.generate([1], of_classes([0]), steps=2)
+    (named,) = pipeline.generate([1], of_classes([0]), steps=2, size=usual.size[::-1])
+    assert [*named.getdata()] == [*usual.getdata()]
+    with pytest.raises(ConfigError, match="size 18: "):
+        pipeline.generate([1], of_classes([0]), steps=2, size=(18, 18))
+    in_buckets = replace(pipeline, manifest=replace(pipeline.manifest, sizes=[[8, 16], [16, 16]]))
+    with pytest.raises(ConfigError, match=r"size 18: .* It was trained on 8 x 16, 16\."):
+        in_buckets.generate([1], of_classes([0]), steps=2, size=(18, 18))
+    kept = InitImage(torch.zeros(3, 16, 16), 0.5)
+    with pytest.raises(ConfigError, match="image to start from: expected 16 x 32 pixels, found 16 x 16"):
+        pipeline.generate([1], of_classes([0]), steps=2, size=(16, 32), init_image=kept)

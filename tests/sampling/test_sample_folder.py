@@ -10,7 +10,7 @@ from ldm.files import published
 from ldm.images import grid
 from ldm.sampling import sample_folder
 from ldm.sampling.generate import Sample
-from ldm.sampling.sample_folder import SHOWN, Order, claim, default_folder, record, save, save_arrays, sheet
+from ldm.sampling.sample_folder import SHOWN, Order, claim, default_folder, record, save, save_arrays, sheet, title
 
 SETTINGS = {
     "checkpoint": "logs/run/checkpoints/step=7.ckpt",
@@ -196,7 +196,7 @@ def test_no_channel_is_lost(tmp_path, channels):
         save(tmp_path, Sample(one.seed, one.condition, image))
     with np.load(save_arrays(tmp_path, orders)) as arrays:
         assert np.array_equal(arrays["arr_0"], images)
-    shown = sheet(tmp_path, [orders[0].condition], range(2))
+    shown = sheet(tmp_path, [orders[0].condition], range(2), NAMES)[18:]
     assert np.array_equal(shown, grid([*images], 2))
     assert shown.shape == (4 + 4, 2 * (70 * channels + channels - 1) + 6, 1)
     assert (tmp_path / "002-000000.npy").is_file() == (channels != 4)
@@ -213,11 +213,8 @@ def test_a_sheet_has_a_row_for_each_class_or_is_a_square(tmp_path, labels, seeds
     for one in orders:
         save(tmp_path, Sample(one.seed, one.condition, np.zeros((64, 64, 3), np.uint8)))
     conditions = [order(label, 0).condition for label in labels]
-    assert sheet(tmp_path, conditions, range(seeds)).shape == (
-        rows * 66 + 2,
-        columns * 66 + 2,
-        3,
-    )
+    titled = 0 if labels == [None] else len(labels[:SHOWN]) * 18 + (rows - 1) * 2
+    assert sheet(tmp_path, conditions, range(seeds), None).shape == (rows * 66 + 2 + titled, columns * 66 + 2, 3)
 
 
 CAPTIONS = [
@@ -243,7 +240,17 @@ def test_any_condition_names_its_files_and_is_listed(tmp_path):
     by_file = {image["file"]: image for image in images}
     assert by_file[files[1]]["condition"] == CAPTIONS[0]
     assert by_file[files[4]]["name"] == "Ankle boot"
-    assert sheet(tmp_path, CAPTIONS[:2], range(2)).shape == (2 * 66 + 2, 2 * 66 + 2, 3)
+    assert sheet(tmp_path, CAPTIONS[:2], range(2), NAMES).shape == (2 * (66 + 2 + 18), 2 * 66 + 2, 3)
+
+
+def test_a_title_says_all_of_a_condition():
+    assert title(None, NAMES) == ""
+    assert title({"class_label": 2}, NAMES) == "Ankle boot"
+    assert title({"class_label": 2}, None) == "class 2"
+    assert (
+        title({"caption": "red heart", "class_label": 0, "aesthetic": 5.5}, NAMES)
+        == f"red heart, {NAMES[0]}, aesthetic 5.5"
+    )
 
 
 def test_a_condition_has_one_name_whatever_the_order_of_its_keys():

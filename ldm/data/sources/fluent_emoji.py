@@ -62,6 +62,7 @@ class FluentEmoji(EmojiPictures):
         skin_tones: include every skin tone of hands and people (45% of all images); False: only the neutral form.
         keep_alpha: RGBA as in the package; False: RGB, over white.
         package: the tarball of the package, or the package unpacked; None: fetched by npm.
+        all_names: several captions each, such as "red heart" and "heart"; False: Unicode's name alone.
 
     Raises:
         DataError: the package with the names is missing, or the part is empty. From `prepare`: npm is needed and
@@ -77,13 +78,16 @@ class FluentEmoji(EmojiPictures):
         skin_tones: bool = True,
         keep_alpha: bool = False,
         package: str | Path | None = None,
+        all_names: bool = False,
     ) -> None:
         self.size = size
         self.root = Path(folder)
         self.package = None if package is None else Path(package)
         pixels = self.root / f"3d-{PACKAGE.version}-{size}px{'-rgba' if keep_alpha else ''}"
         drawn = [emoji for emoji in every_emoji("FluentEmoji") if _is_drawn(emoji)]
-        super().__init__("FluentEmoji", pixels, drawn, validation, validation_fraction, skin_tones, keep_alpha)
+        super().__init__(
+            "FluentEmoji", pixels, drawn, validation, validation_fraction, skin_tones, keep_alpha, all_names
+        )
 
     def make(self, missing: Collection[Emoji]) -> None:
         package = self.package or PACKAGE.fetched(self.root, "package")

@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -36,6 +36,7 @@ _UNREADABLE = frozenset(
         *(".dcm", ".dicom", ".fits", ".nii"),
     }
 )
+_NUMBER = re.compile(r"([0-9]+)")
 _SYSTEM = frozenset({"lost+found"})  # at the root of a disk, readable only by its owner
 
 
@@ -78,24 +79,41 @@ def find(root: Path) -> Listing:
         DataError: a folder that cannot be read, or a dangling link in `root` that looks like one to a folder.
     """
     listing = Listing()
-    names: list[str] = []
+    inside: dict[str, tuple[list[str], list[str]]] = {}  # by "" or "folder/": the names of its folders and files
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_unreadable):
-        inside = Path(folder).relative_to(root).as_posix()
-        prefix = "" if inside == "." else f"{inside}/"
+        place = Path(folder).relative_to(root).as_posix()
+        prefix = "" if place == "." else f"{place}/"
         subfolders[:] = _followed(folder, subfolders, prefix, listing)
         if not prefix:
             listing.folders = sorted(subfolders, key=natural)
-        for name in files:
-            (listing.hidden if name.startswith(".") else names).append(prefix + name)
-    names.sort(key=natural)
-    for name in names:
-        extension = _extension(name)
-        if extension in EXTENSIONS:
-            listing.pictures.append(name)
-        else:
-            (listing.texts if extension == ".txt" else listing.others).append(name)
+        listing.hidden += [prefix + name for name in files if name.startswith(".")]
+        inside[prefix] = subfolders, [name for name in files if not name.startswith(".")]
+    kinds = dict.fromkeys(EXTENSIONS, listing.pictures) | {".txt": listing.texts}
+    for name in _in_order("", inside):
+        kinds.get(_extension(name), listing.others).append(name)
     _demand_no_lost_folder(root, listing)
     return listing
+
+
+def _in_order(prefix: str, inside: Mapping[str, tuple[list[str], list[str]]]) -> Iterator[str]:
+    """The files in a folder, at any depth, in `natural` order, which is that of each folder's own names in turn."""
+    folders, files = inside[prefix]
+    keys = {name: _parts(name) for name in files}
+    if not folders:
+        yield from (prefix + name for name in sorted(files, key=lambda name: (keys[name], name)))
+        return
+    keys |= {name: _parts(name) for name in folders}
+    alike = Counter(map(repr, keys.values()))
+    if len(alike) < len(keys):  # such as A/ and a/, whose files mix
+        below = [name for folder in folders for name in _in_order(f"{prefix}{folder}/", inside)]
+        yield from sorted([*below, *(prefix + name for name in files)], key=natural)
+        return
+    apart = set(folders)
+    for name in sorted(keys, key=keys.__getitem__):
+        if name in apart:
+            yield from _in_order(f"{prefix}{name}/", inside)
+        else:
+            yield prefix + name
 
 
 def _unreadable(error: OSError) -> NoReturn:
@@ -166,5 +184,9 @@ def _extension(name: str) -> str:
 
 def natural(name: str) -> tuple[list[list[str | int]], str]:
     """Natural sort key: 2 before 10; folder by folder; case only breaks ties."""
-    folders = [re.split(r"([0-9]+)", part.casefold()) for part in name.split("/")]
-    return [[int(p) if i % 2 else p for i, p in enumerate(parts)] for parts in folders], name
+    return [_parts(part) for part in name.split("/")], name
+
+
+def _parts(name: str) -> list[str | int]:
+    """Texts and the numbers between them, in turn."""
+    return [int(part) if place % 2 else part for place, part in enumerate(_NUMBER.split(name.casefold()))]

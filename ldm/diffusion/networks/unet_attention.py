@@ -18,7 +18,7 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero_module(nn.Conv2d(channels, channels, 1))
 
-    def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None, mask: Tensor | None = None) -> Tensor:
         qkv = self.qkv(self.norm(x)).flatten(2)  # (N, 3C, HW)
         qkv = qkv.unflatten(1, (3, self.heads, -1)).transpose(-1, -2)  # (N, 3, heads, HW, C / heads)
         q, k, v = qkv.contiguous().unbind(1)  # fused kernels need a pixel's channels contiguous
@@ -35,8 +35,8 @@ class TransformerBlock(nn.Module):
         self.norm_cross, self.attend_cross = nn.LayerNorm(channels), Attention(channels, token_channels, heads)
         self.norm_feed, self.feed = nn.LayerNorm(channels), GatedFeedForward(channels)
 
-    def forward(self, h: Tensor, tokens: Tensor) -> Tensor:
-        return _transformed(self, h, tokens)
+    def forward(self, h: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        return _transformed(self, h, tokens, mask)
 
 
 class SpatialTransformer(nn.Module):
@@ -63,17 +63,19 @@ class SpatialTransformer(nn.Module):
         self.further = nn.ModuleList(TransformerBlock(channels, token_channels, heads) for _ in range(depth - 1))
         self.conv_out = zero_module(nn.Conv2d(channels, channels, 1))
 
-    def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         h = self.conv_in(self.norm(x)).flatten(2).transpose(1, 2)  # (N, HW, C)
-        h = _transformed(self, h, tokens)  # (N, HW, C)
+        h = _transformed(self, h, tokens, mask)  # (N, HW, C)
         for block in self.further:
-            h = block(h, tokens)  # (N, HW, C)
+            h = block(h, tokens, mask)  # (N, HW, C)
         return x + self.conv_out(h.transpose(1, 2).reshape_as(x))  # (N, C, H, W)
 
 
-def _transformed(layers: TransformerBlock | SpatialTransformer, h: Tensor, tokens: Tensor) -> Tensor:
-    """One block's layers on pixels (N, HW, C) and tokens (N, L, D): (N, HW, C)."""
+def _transformed(
+    layers: TransformerBlock | SpatialTransformer, h: Tensor, tokens: Tensor, mask: Tensor | None
+) -> Tensor:
+    """One block's layers on pixels (N, HW, C) and tokens (N, L, D) with their mask (N, L): (N, HW, C)."""
     inside = layers.norm_self(h)  # (N, HW, C)
     h = h + layers.attend_self(inside, inside)  # (N, HW, C)
-    h = h + layers.attend_cross(layers.norm_cross(h), tokens)  # (N, HW, C)
+    h = h + layers.attend_cross(layers.norm_cross(h), tokens, mask)  # (N, HW, C)
     return h + layers.feed(layers.norm_feed(h))  # (N, HW, C)

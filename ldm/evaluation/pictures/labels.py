@@ -80,6 +80,9 @@ def _drawn(seeds: np.ndarray) -> np.ndarray:
 RULES = ("balanced", "random", "proportional")
 """By their names on the command line and in configurations."""
 
+ITEMS = "items"
+"""Instead of a rule for classes: samples are asked for as the items of the data set would be (items.py)."""
+
 
 def rule(name: str, labels: np.ndarray | None) -> Labels:
     """The rule of a name in `RULES`.

@@ -11,6 +11,7 @@ from torch import Tensor
 from ldm.autoencoder.codec import Codec
 from ldm.errors import ConfigError, NumericError
 from ldm.evaluation.pictures.base import Description
+from ldm.evaluation.pictures.items import Items
 from ldm.evaluation.pictures.labels import Balanced, Labels
 from ldm.evaluation.pictures.stored import DatasetPictures
 from ldm.images import to_uint8
@@ -34,6 +35,7 @@ class Recipe:
         sampler, steps, schedule, guidance: as in ldm/sampling/generate.py.
         settings: the same in plain values, as samples.json and records have them.
         labels: which classes samples are made of.
+        items: by which items samples are asked for instead; None: by `labels`, which a model of captions cannot be.
     """
 
     sampler: Sampler
@@ -42,6 +44,12 @@ class Recipe:
     guidance: Guidance
     settings: Mapping[str, Any]
     labels: Labels = field(default_factory=Balanced)
+    items: Items | None = None
+
+    @property
+    def asked(self) -> str:
+        """The name of the rule by which samples are asked for."""
+        return self.labels.name if self.items is None else self.items.name
 
 
 def _computing(device: str) -> dict[str, Any]:
@@ -68,10 +76,11 @@ class Generated:
     """
 
     def __init__(self, pipeline: Pipeline, recipe: Recipe, number: Count, first: CountOrZero = 0) -> None:
-        if others := [key for key in pipeline.conditioner.keys if key != "class_label"]:
+        others = [key for key in pipeline.conditioner.keys if key != "class_label"]
+        if others and recipe.items is None:
             raise ConfigError(
-                f"this model reads {', '.join(others)}, and only classes can be drawn: make its samples with "
-                "sample.py --conditions FILE, and evaluate their folder"
+                f"this model reads {', '.join(others)}, and only classes can be drawn: ask for its samples by items of "
+                "its data (labels: items), or make them with sample.py --conditions FILE and evaluate their folder"
             )
         if first + number > 2**63:
             raise ConfigError(f"the first seed {first}: {number} samples would need seeds beyond 2^63 - 1; take less")
@@ -85,26 +94,32 @@ class Generated:
         return len(self.seeds)
 
     def images(self, indices: Sequence[int]) -> Tensor:
-        chosen = np.asarray(indices, dtype=np.int64)
-        labels = self.labels()
-        conditions: list[Condition] | None = None
-        if labels is not None:
-            conditions = [{"class_label": label} for label in labels[chosen].tolist()]
+        seeds = self.seeds[np.asarray(indices, dtype=np.int64)]
         made = generate(
             self.pipeline,
-            self.seeds[chosen].tolist(),
-            conditions,
+            seeds.tolist(),
+            self._conditions(seeds),
             sampler=self.recipe.sampler,
             steps=self.recipe.steps,
             schedule=self.recipe.schedule,
             guidance=self.recipe.guidance,
-            batch_size=max(1, len(chosen)),
+            batch_size=max(1, len(seeds)),
         )
         return torch.from_numpy(np.stack([sample.image for sample in made])).permute(0, 3, 1, 2).contiguous()
 
     def labels(self) -> np.ndarray | None:
+        if self.recipe.items is not None:
+            return self.recipe.items.labels(self.seeds)
         classes = self.pipeline.num_classes
         return None if classes is None else self.recipe.labels(self.seeds, classes)
+
+    def _conditions(self, seeds: np.ndarray) -> list[Condition] | None:
+        if self.recipe.items is not None:
+            return self.recipe.items.conditions(seeds)
+        classes = self.pipeline.num_classes
+        if classes is None:
+            return None
+        return [{"class_label": label} for label in self.recipe.labels(seeds, classes).tolist()]
 
     def description(self) -> Description:
         """Reads all weights, which must be whole: of a model that is sharded over ranks there is none."""
@@ -114,12 +129,14 @@ class Generated:
         return {
             "kind": "samples",
             **described,
-            "labels": None if pipeline.num_classes is None else self.recipe.labels.name,
+            "labels": self.recipe.asked if pipeline.conditioner.keys else None,
             "first_seed": int(self.seeds[0]),
             "network": [weight_hash(module.state_dict()) for module in (pipeline.denoiser, pipeline.objective)],
             "guide": None if guide is None else weight_hash(guide.denoiser.state_dict()),
             "autoencoder": manifest.plan.autoencoder["weights"],
             "latents": {"mean": [*manifest.mean], "std": [*manifest.std]},
+            # A model of several sizes is measured at the one that most of its pictures have.
+            **({} if manifest.sizes is None else {"size": [*self.shape[1:]], "trained_sizes": manifest.sizes}),
             **_computing(pipeline.device.type),
         }
 

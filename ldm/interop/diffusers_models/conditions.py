@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ldm.diffusion.conditioners.base import Unconditional
 from ldm.diffusion.conditioners.classes import ClassToken, ClassVector
 from ldm.diffusion.conditioners.joint import Joint
-from ldm.diffusion.conditioners.text import FrozenText, opened
+from ldm.diffusion.conditioners.text import FrozenText
+from ldm.diffusion.conditioners.text_models import opened
 from ldm.diffusion.networks.dit import DiT
 from ldm.diffusion.networks.unet import UNet
 from ldm.errors import ConfigError

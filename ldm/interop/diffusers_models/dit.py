@@ -106,6 +106,8 @@ def to_config(
         problems.append(f"mlp_ratio={sizes['mlp_ratio']}: 4 in diffusers")
     if sizes["absolute_positions"] is False:
         problems.append("absolute_positions=False: True in diffusers")
+    if sizes["context_dim"] is not None:
+        problems.append(f"context_dim={sizes['context_dim']}: diffusers' has no tokens")
     sides = [sample_size] if sample_size is None or isinstance(sample_size, int) else [*sample_size]
     if len({*sides}) > 1:
         problems.append(f"latents of {sides[0]}x{sides[1]}: squares alone in diffusers")

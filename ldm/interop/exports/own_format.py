@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ldm.config.load import build
 from ldm.config.tree import current_plain
-from ldm.diffusion.conditioners.text import FrozenText
+from ldm.diffusion.conditioners.text import FrozenText, TextEncoder
 from ldm.errors import CheckpointError, ConfigError
 from ldm.interop.models import Converted, Denoiser, Family, FirstStage, Origin, Request, node, part_shapes
 from ldm.interop.sources import Source
@@ -17,7 +17,7 @@ from ldm.interop.tables import Entry, to_ours
 AUTOENCODER, DIFFUSION = "ldm.AutoencoderKL", "ldm.LatentDiffusion"
 """`_class_name` of the folder's config.json."""
 FORMAT = 1
-_TEXT = f"{FrozenText.__module__}.{FrozenText.__qualname__}"
+_TEXT = [f"{kind.__module__}.{kind.__qualname__}" for kind in (FrozenText, TextEncoder)]
 
 
 def convert(source: Source, request: Request) -> Sequence[Converted]:
@@ -63,9 +63,9 @@ def _facts(source: Source) -> dict[str, Any]:
 
 
 def text_encoders(tree: Any) -> Iterator[dict[str, Any]]:
-    """The parameters of each FrozenText among nodes; their `encoder` is a folder, which is not exported."""
+    """The parameters of each FrozenText and TextEncoder among nodes; the folder `encoder` is not exported."""
     if isinstance(tree, dict):
-        if tree.get("target") == _TEXT:
+        if tree.get("target") in _TEXT:
             yield tree["params"]
         tree = [*tree.values()]
     for one in tree if isinstance(tree, list) else ():

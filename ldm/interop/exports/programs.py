@@ -27,7 +27,7 @@ STEPS = 50
 """Of the table of a sampler's steps."""
 _ROWS = 2  # of the example that is traced: of one, torch takes the number for a constant
 _AXES = {0: "batch", 2: "height", 3: "width"}
-_SLOTS = ("vector", "tokens", "spatial")
+_SLOTS = ("vector", "tokens", "spatial", "token_mask")
 
 Run = Callable[[Mapping[str, Tensor]], Tensor]
 """Inputs by name -> output."""
@@ -45,8 +45,9 @@ class _Denoising(nn.Module):
         vector: Tensor | None = None,
         tokens: Tensor | None = None,
         spatial: Tensor | None = None,
+        token_mask: Tensor | None = None,
     ) -> Tensor:
-        return self.network(x, noise_level, Conditioning(vector, tokens, spatial)).float()
+        return self.network(x, noise_level, Conditioning(vector, tokens, spatial, token_mask)).float()
 
 
 class _Decoding(nn.Module):
@@ -65,7 +66,7 @@ class Program:
     Attributes:
         name: of its file.
         module: takes the inputs by name.
-        example: inputs of the right shape, float32.
+        example: inputs of the right shape, float32; masks bool.
         ranges: what each input holds, in words.
         output: the output's name.
     """
@@ -126,7 +127,7 @@ class Program:
         inputs = {}
         for name, one in self.example.items():
             shape = [self.axes(name).get(axis, size) for axis, size in enumerate(one.shape)]
-            inputs[name] = {"shape": shape, "dtype": "float32", "holds": self.ranges[name]}
+            inputs[name] = {"shape": shape, "dtype": str(one.dtype).removeprefix("torch."), "holds": self.ranges[name]}
         found = {
             "file": file,
             "inputs": inputs,

@@ -23,7 +23,7 @@ import pytorch_lightning as pl
 from torch import Tensor
 
 from ldm.autoencoder.codec import Codec
-from ldm.data.dataset import class_labels
+from ldm.data.dataset import ImageDataset, class_labels
 from ldm.diffusion.module import LatentDiffusion
 from ldm.errors import ConfigError
 from ldm.evaluation.distances.frechet import frechet_distance
@@ -31,7 +31,8 @@ from ldm.evaluation.features.base import MAIN, Features
 from ldm.evaluation.features.choose import choose
 from ldm.evaluation.moments import Moments
 from ldm.evaluation.pictures.configured import scattered
-from ldm.evaluation.pictures.labels import rule
+from ldm.evaluation.pictures.items import Items
+from ldm.evaluation.pictures.labels import ITEMS, rule
 from ldm.evaluation.pictures.made import Generated, Recipe
 from ldm.evaluation.pictures.stored import DatasetPictures
 from ldm.evaluation.reference import PicturesReference
@@ -66,7 +67,8 @@ class FrechetDistance(pl.Callback):
         weights: file of the features' weights; None: where they usually lie.
         reference_images: so many training pictures, scattered over the data set; None: all.
         labels: `balanced`, `random` or `proportional`: the classes of a class-conditional model's samples, as in
-            ldm/evaluation/pictures/labels.py.
+            ldm/evaluation/pictures/labels.py; `items`: the classes and captions of the training items, in turn; None:
+            `items` for a model that reads captions, else `balanced`.
         steps: of the sampler.
         sampler: of ldm/sampling/samplers.py, such as {target: ldm.sampling.samplers.heun, partial: true}.
         schedule: of ldm/sampling/timesteps.py, where the steps lie.
@@ -87,7 +89,7 @@ class FrechetDistance(pl.Callback):
         features: str = "alexnet",
         weights: Path | str | None = None,
         reference_images: Count | None = 50_000,
-        labels: str = "balanced",
+        labels: str | None = None,
         steps: Count = 50,
         sampler: Callable[..., Tensor] = ddim,
         schedule: Callable[..., Tensor] = default,
@@ -162,10 +164,10 @@ class FrechetDistance(pl.Callback):
         device = module.device
         pipeline = self._pipeline(trainer, module)
         try:
-            self._recipe = replace(self._recipe, labels=rule(self._labels, class_labels(data.train_dataset)))
+            self._recipe = replace(self._recipe, **self._asked(pipeline, data.train_dataset))
             generated = Generated(pipeline, self._recipe, self._images)
             times = self._recipe.schedule(pipeline.objective, self._recipe.steps, pipeline.manifest.plan.shape)
-            self._recipe.guidance.check(pipeline, generated.labels() is not None, times)
+            self._recipe.guidance.check(pipeline, bool(pipeline.conditioner.keys), times)
         except ConfigError as error:
             raise ConfigError(f"lightning.callbacks.fd (FrechetDistance): {error}") from error
         self._features = self._choose(device=device)
@@ -181,6 +183,14 @@ class FrechetDistance(pl.Callback):
                 "distance is far too large; it orders checkpoints, and says little by itself",
                 *(self._images, reference.number, self._reference.size),
             )
+
+    def _asked(self, pipeline: Pipeline, dataset: ImageDataset) -> dict[str, Any]:
+        """The part of the recipe that says what samples are asked for by."""
+        reads = pipeline.conditioner.keys
+        name = self._labels or (ITEMS if {*reads} - {"class_label"} else "balanced")
+        if name == ITEMS:
+            return {"items": Items(scattered(dataset), reads)}
+        return {"labels": rule(name, class_labels(dataset))}
 
     def _pipeline(self, trainer: pl.Trainer, module: pl.LightningModule) -> Pipeline:
         if not isinstance(module, LatentDiffusion):
@@ -245,7 +255,7 @@ class FrechetDistance(pl.Callback):
             "features": self._features.name,
             "weights": self._features.weights,
             "reference_images": self._reference.count,
-            "labels": self._recipe.labels.name,
+            "labels": self._recipe.asked,
             "steps": self._recipe.steps,
             "sampler": _spelled(self._recipe.sampler),
             "schedule": _spelled(self._recipe.schedule),

@@ -16,15 +16,16 @@ from pytorch_lightning.loggers import WandbLogger
 from torch import Tensor
 
 from ldm.autoencoder.codec import Codec
+from ldm.data.dataset import conditions as conditions_of
 from ldm.diffusion.module import LatentDiffusion
 from ldm.errors import ConfigError
 from ldm.images import grid, picture, to_arrays
-from ldm.randomness import Draws
 from ldm.ranges import Count, CountOrZero, Finite
 from ldm.runtime import distributed
 from ldm.sampling.generate import check, generate
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.pipeline import Pipeline, load_codec
+from ldm.sampling.sample_folder import title
 from ldm.sampling.samplers import ddim
 from ldm.sampling.timesteps import default
 from ldm.training.callbacks.step_callback import StepCallback
@@ -88,7 +89,10 @@ class SampleLogger(StepCallback):
     Args:
         every_n_steps: between two sheets.
         classes: labels, a row each; short for conditions of `class_label`.
-        conditions: a row each, with the keys that the model reads. With neither, one row of unconditional samples.
+        prompts: captions, a row each; short for conditions of `caption`.
+        conditions: a row each, with the keys that the model reads. With none of these, a row of unconditional samples.
+        held_out: that many further rows, of the classes and captions of validation items (without any, of training
+            items), always the same.
         seeds: of the columns; the same picture is drawn each time.
         steps: of the sampler.
         sampler: of ldm/sampling/samplers.py, such as {target: ldm.sampling.samplers.heun, partial: true}.
@@ -102,7 +106,9 @@ class SampleLogger(StepCallback):
         self,
         every_n_steps: Count = 5000,
         classes: Sequence[CountOrZero] | None = None,
+        prompts: Sequence[str] | None = None,
         conditions: Sequence[Mapping[str, Any]] | None = None,
+        held_out: CountOrZero = 0,
         seeds: Sequence[CountOrZero] = tuple(range(8)),
         steps: Count = PREVIEW_STEPS,
         sampler: Callable[..., Tensor] = ddim,
@@ -113,12 +119,17 @@ class SampleLogger(StepCallback):
     ) -> None:
         super().__init__()
         self._every_n_steps = every_n_steps
-        self._columns = len(seeds)
-        if classes and conditions:
-            raise ConfigError("SampleLogger: found classes and conditions, which say the same; leave one of them out")
-        rows = [*(conditions or ()), *({"class_label": label} for label in classes or ())]
-        self._conditions = [row for row in rows for _ in seeds] or None
-        self._seeds = list(seeds) * max(1, len(rows))
+        self._columns = [*seeds]
+        given = {"classes": classes, "prompts": prompts, "conditions": conditions}
+        if len(twice := [name for name, rows in given.items() if rows]) > 1:
+            raise ConfigError(f"SampleLogger: found {' and '.join(twice)}, which say the same; leave one of them out")
+        self._asked: list[Mapping[str, Any]] = [
+            *(conditions or ()),
+            *({"class_label": label} for label in classes or ()),
+            *({"caption": prompt} for prompt in prompts or ()),
+        ]
+        self._held_out = held_out
+        self._rows = self._asked
         self._steps = steps
         self._sampler = sampler
         self._schedule = schedule
@@ -130,6 +141,10 @@ class SampleLogger(StepCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """What cannot be shown is refused before the first step."""
         pipeline = self._pipeline(trainer, pl_module)
+        if self._held_out:
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]  # Lightning's own, set by fit
+            items = data.train_dataset if data.validation_dataset is None else data.validation_dataset
+            self._rows = [*self._asked, *conditions_of(items, pipeline.conditioner.keys, self._held_out)]
         try:
             times = self._schedule(pipeline.objective, self._steps, pipeline.manifest.plan.shape)
             check(pipeline, self._seeds, self._conditions, times, self._guidance)
@@ -139,6 +154,16 @@ class SampleLogger(StepCallback):
     def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         if trainer.global_step % self._every_n_steps == 0:
             self.show(trainer, pl_module)
+
+    @property
+    def _seeds(self) -> list[int]:
+        """Of the pictures of the sheet, row by row."""
+        return self._columns * max(1, len(self._rows))
+
+    @property
+    def _conditions(self) -> list[Mapping[str, Any]] | None:
+        """Of the pictures of the sheet, row by row; None: unconditional."""
+        return [row for row in self._rows for _ in self._columns] or None
 
     def _pipeline(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Pipeline:
         if not isinstance(pl_module, LatentDiffusion):
@@ -157,11 +182,12 @@ class SampleLogger(StepCallback):
     def show(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make a sheet now; every rank must call it."""
         pipeline = self._pipeline(trainer, pl_module)
-        world, number = distributed.world_size(), len(self._seeds)
+        all_seeds, all_conditions = self._seeds, self._conditions
+        world, number = distributed.world_size(), len(all_seeds)
         # As many on each rank, some twice: where the weights are sharded, all ranks call the network together.
         mine = [place % number for place in range(distributed.rank(), -(-number // world) * world, world)]
-        seeds = [self._seeds[place] for place in mine]
-        conditions = None if self._conditions is None else [self._conditions[place] for place in mine]
+        seeds = [all_seeds[place] for place in mine]
+        conditions = None if all_conditions is None else [all_conditions[place] for place in mine]
         with trainer.precision_plugin.forward_context():
             made = generate(
                 pipeline,
@@ -175,12 +201,17 @@ class SampleLogger(StepCallback):
             samples = list(made)
         shares = distributed.gather([sample.image for sample in samples])
         if trainer.is_global_zero:
-            images = [shares[place % len(shares)][place // len(shares)] for place in range(len(self._seeds))]
-            publish(trainer, "val", "samples", grid(images, self._columns))
+            images = [shares[place % len(shares)][place // len(shares)] for place in range(number)]
+            titles = [title(row, pipeline.manifest.plan.class_names) for row in self._rows]
+            publish(trainer, "val", "samples", grid(images, len(self._columns), titles=titles), titles)
 
 
-def publish(trainer: pl.Trainer, split: str, name: str, sheet: np.ndarray) -> None:
-    """Write (H, W, C) uint8 to `images/<split>/<name>_<step>.png` and send it to wandb; never ends the run."""
+def publish(trainer: pl.Trainer, split: str, name: str, sheet: np.ndarray, titles: Sequence[str] = ()) -> None:
+    """Write (H, W, C) uint8 to `images/<split>/<name>_<step>.png` and send it to wandb; never ends the run.
+
+    Args:
+        titles: of the sheet's rows, wandb's caption.
+    """
     path = Path(trainer.default_root_dir) / "images" / split / f"{name}_{trainer.global_step:08d}.png"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -190,14 +221,10 @@ def publish(trainer: pl.Trainer, split: str, name: str, sheet: np.ndarray) -> No
         return
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
-            logger.log_image(f"{split}/{name}", [str(path)], step=trainer.global_step)
+            captions = {"caption": ["; ".join(titles)]} if titles else {}
+            logger.log_image(f"{split}/{name}", [str(path)], step=trainer.global_step, **captions)
 
 
 def _first(batch: Mapping[str, Any], number: int) -> dict[str, Any]:
     """The first rows of a batch, with their own draws."""
-    return {
-        key: Draws(value.seed, value.numbers[:number], value.batch_size, value.device)
-        if isinstance(value, Draws)
-        else value[:number]
-        for key, value in batch.items()
-    }
+    return {key: value[:number] for key, value in batch.items()}

@@ -1,6 +1,7 @@
 """Decoding image files of every kind, and the image folder."""
 
 import hashlib
+import io
 import json
 import os
 import struct
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.data.dataset import Subset, class_labels, hold_out
-from ldm.data.decoding import read_image
+from ldm.data import decoding, fingerprint
+from ldm.data.dataset import Subset, class_labels, columns, hold_out, sizes, texts
+from ldm.data.decoding import image_size, read_image
 from ldm.data.fingerprint import comparable
+from ldm.data.sources.arrays import ArrayImages
 from ldm.data.sources.folder import ImageFolder
 from ldm.errors import ConfigError, DataError
 
@@ -399,6 +402,157 @@ class TestImageFolder:
         (tmp_path / "a.heic").write_bytes(b"x")
         with pytest.raises(DataError, match=r"0 images found \(1 \.heic; looked for .*\.jfif"):
             ImageFolder(tmp_path)
+
+
+CAPTIONED = ("beside", "jsonl")
+
+
+@pytest.fixture(params=CAPTIONED)
+def captioned(request, tmp_path):
+    """A function that makes a folder of three pictures, whose captions lie beside them or in a file."""
+    for name in "abc":
+        write(tmp_path / "pictures" / f"{name}.png", Image.new("RGB", (4, 6)))
+
+    def make(*captions: str) -> ImageFolder:
+        if request.param == "beside":
+            for name, caption in zip("abc", captions, strict=True):
+                (tmp_path / "pictures" / f"{name}.txt").write_text(caption)
+            return ImageFolder(tmp_path / "pictures")
+        lines = [
+            json.dumps({"file_name": f"{name}.png", "caption": caption})
+            for name, caption in zip("abc", captions, strict=True)
+        ]
+        (tmp_path / "c.jsonl").write_text("\n".join(lines))
+        return ImageFolder(tmp_path / "pictures", captions=tmp_path / "c.jsonl")
+
+    return make
+
+
+def fingerprints(dataset) -> tuple[str, str, str]:
+    """Of all, of the captions, of the pictures."""
+    return dataset.fingerprint(), dataset.captions_fingerprint(), dataset.pictures_fingerprint()
+
+
+class TestTexts:
+    def test_captions_without_pictures(self, captioned):
+        folder = captioned("one", "two", "three")
+        assert [list(folder.captions(index)) for index in range(3)] == [["one"], ["two"], ["three"]]
+        part = Subset(Subset(folder, [0, 2]), [1])
+        assert texts(part) is part
+        assert list(part.captions(0)) == ["three"]
+
+    def test_three_fingerprints(self, captioned, tmp_path):
+        """Each changes with what it covers and with nothing else."""
+        whole, texts, pictures = fingerprints(captioned("one", "two", "three"))
+        assert pictures == ImageFolder(tmp_path / "pictures", captions=False).fingerprint() != whole
+        assert fingerprints(captioned("one", "two", "three")) == (whole, texts, pictures)
+        other = fingerprints(captioned("one", "2", "three"))
+        assert other[2] == pictures
+        assert not {whole, texts} & set(other)
+        write(tmp_path / "pictures" / "b.png", Image.new("RGB", (4, 7)))
+        repainted = fingerprints(captioned("one", "2", "three"))
+        assert repainted[1] == other[1]
+        assert not {other[0], pictures} & set(repainted)
+
+    def test_parts_have_three_fingerprints_too(self, captioned):
+        whole, texts, pictures = fingerprints(Subset(captioned("one", "two", "three"), [2, 1]))
+        assert fingerprints(Subset(captioned("one", "two", "three"), [2, 1])) == (whole, texts, pictures)
+        assert not {whole, texts, pictures} & set(fingerprints(Subset(captioned("one", "two", "three"), [1, 2])))
+        other = fingerprints(Subset(captioned("one", "2", "three"), [2, 1]))
+        assert other[2] == pictures
+        assert not {whole, texts} & set(other)
+
+    def test_the_source_of_captions_does_not_matter(self, tmp_path):
+        write(tmp_path / "a.png")
+        (tmp_path / "a.txt").write_text("a long story\n" * 10_000)
+        beside = ImageFolder(tmp_path)
+        (tmp_path / "c.jsonl").write_text(json.dumps({"file_name": "a.png", "caption": beside[0]["caption"]}))
+        table = ImageFolder(tmp_path, captions=tmp_path / "c.jsonl")
+        assert table.captions_fingerprint() == beside.captions_fingerprint()
+
+    def test_a_word_of_a_long_caption_matters(self, tmp_path):
+        write(tmp_path / "a.png")
+        words = ["word"] * 50_000
+        (tmp_path / "a.txt").write_text(" ".join(words))
+        first = ImageFolder(tmp_path).captions_fingerprint()
+        words[4_321] = "WORD"
+        (tmp_path / "a.txt").write_text(" ".join(words))
+        assert ImageFolder(tmp_path).captions_fingerprint() != first
+
+    def test_data_without_captions_has_no_texts(self, image_folder):
+        folder = ImageFolder(image_folder)
+        assert texts(folder) is None
+        assert texts(Subset(folder, [0])) is None
+        with pytest.raises(DataError, match="no captions"):
+            Subset(folder, [0]).captions(0)
+
+    def test_the_fingerprint_of_a_folder_is_what_it_was(self, tmp_path):
+        """As computed by the first version that looked into files; caches are named by it."""
+        for name in ("x/a.pgm", "y/b.pgm"):
+            (tmp_path / name).parent.mkdir()
+            (tmp_path / name).write_bytes(b"P5 1 1 255\n" + name.encode()[:1])
+            (tmp_path / name).with_suffix(".txt").write_text(f"caption of {name}")
+        (tmp_path / "c.jsonl").write_text(
+            "\n".join(json.dumps({"file_name": name, "text": "é"}) for name in ("y/b.pgm", "x/a.pgm", "gone.pgm"))
+        )
+        beside, table = ImageFolder(tmp_path), ImageFolder(tmp_path, captions=tmp_path / "c.jsonl")
+        assert hashlib.sha256(beside.fingerprint().encode()).hexdigest()[:16] == "2600f2679743ea07"
+        assert hashlib.sha256(table.fingerprint().encode()).hexdigest()[:16] == "6577863101771a52"
+        assert hashlib.sha256(table.pictures_fingerprint().encode()).hexdigest()[:16] == "dc5b5b087023a90c"
+
+
+class TestSizes:
+    @pytest.mark.parametrize("kind", ["png", "jpg", "webp", "tif", "gif", "bmp"])
+    @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+    def test_as_decoded(self, tmp_path, kind, orientation):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        options = {} if kind in ("gif", "bmp") else {"exif": exif}
+        path = write(tmp_path / f"a.{kind}", Image.new("RGB", (4, 6)), **options)
+        width, height = read_image(path).size
+        assert ImageFolder(tmp_path).sizes().tolist() == [[height, width]]
+        assert image_size(path) == (height, width)
+        assert image_size("within", io.BytesIO(path.read_bytes())) == (height, width)
+
+    def test_an_orientation_after_the_pixels_of_a_png(self, tmp_path):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        path = write(tmp_path / "a.png", Image.new("RGB", (4, 6)), exif=exif)
+        content = path.read_bytes()
+        place = content.index(b"eXIf") - 4
+        length = int.from_bytes(content[place : place + 4], "big") + 12
+        chunk, rest = content[place : place + length], content[:place] + content[place + length :]
+        end = rest.index(b"IEND") - 4
+        path.write_bytes(rest[:end] + chunk + rest[end:])
+        assert read_image(path).size == (6, 4)
+        assert image_size(path) == (4, 6)
+
+    def test_headers_alone_are_read(self, tmp_path):
+        path = write(tmp_path / "a.png", Image.new("L", (300, 200)))
+        path.write_bytes(path.read_bytes()[:60])
+        assert ImageFolder(tmp_path).sizes().tolist() == [[200, 300]]
+
+    def test_what_cannot_be_read_has_none(self, tmp_path):
+        write(tmp_path / "a.png")
+        (tmp_path / "b.png").write_text("no picture")
+        write(tmp_path / "c.png", Image.new("L", (300, 300)))
+        folder = ImageFolder(tmp_path, max_pixels=89_999)
+        assert folder.sizes().tolist() == [[4, 4], [0, 0], [0, 0]]
+        assert sizes(Subset(folder, [1, 0])).tolist() == [[0, 0], [4, 4]]
+
+    def test_they_are_remembered(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(fingerprint, "INDEX_FROM", 1)
+        monkeypatch.setattr(fingerprint, "_SETTLED", -(10**9))
+        write(tmp_path / "pictures" / "a.png")
+        first = ImageFolder(tmp_path / "pictures").sizes()
+        monkeypatch.setattr(decoding, "image_size", None)
+        assert np.array_equal(ImageFolder(tmp_path / "pictures").sizes(), first)
+
+    def test_a_data_set_may_not_know_them(self):
+        pixels = ArrayImages("ours", np.zeros((2, 4, 4), np.uint8))
+        assert sizes(pixels) is sizes(Subset(pixels, [0])) is None
+        assert columns(Subset(pixels, [0])) == {}
 
 
 class TestSubset:

@@ -6,7 +6,7 @@ import os
 import pytest
 from PIL import Image, features
 
-from ldm.data.sources.listing import EXTENSIONS, describe, find
+from ldm.data.sources.listing import EXTENSIONS, describe, find, natural
 from ldm.errors import DataError
 
 OLD = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
@@ -66,3 +66,18 @@ def test_what_is_left_out_is_counted_by_kind(tmp_path):
     expected = "2 .json, 1 .md, 1 .txt, 1 hidden, 1 without extension"
     assert left_out == f"{expected}, 1 links to a folder that contains them (sub/up)"
     assert describe([]) == ""
+
+
+def test_the_order_is_that_of_the_whole_names(tmp_path):
+    """Though each folder is sorted on its own: also where folders differ in case or zeros alone, beside files."""
+    names = ["a2", "a10", "A2", "a02", "b", "B.x", "b.x.y", "1", "01", "c d"]
+    for number, outer in enumerate(names):
+        for inner in names[: number + 1]:
+            (tmp_path / outer / inner).mkdir(parents=True)
+            for end in ("x10.png", "x9.png", "X9.png", "x09.png"):
+                (tmp_path / outer / inner / end).write_bytes(b"")
+        (tmp_path / outer / f"{names[-number]}.png").write_bytes(b"")
+        (tmp_path / f"{outer}.png").write_bytes(b"")
+    found = find(tmp_path).pictures
+    there = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png")]
+    assert found == sorted(there, key=natural)

@@ -43,7 +43,7 @@ def test_null_is_zeros_and_replaces_rows_of_any_length():
     conditioner = given()
     null = conditioner.null(N)
     assert [slot.shape for slot in vars(null).values() if slot is not None] == [(N, 4), (N, 1, 6), (N, 2, 8, 8)]
-    assert not any(slot.any() for slot in vars(null).values())
+    assert not any(slot.any() for slot in vars(null).values() if slot is not None)
     kept = torch.tensor([True, False, True])
     mixed = conditioner(rows := batch(7)).where(kept, null)
     torch.testing.assert_close(mixed.tokens[0], rows["tokens"][0].float())
@@ -63,6 +63,19 @@ def test_only_a_null_of_size_one_is_as_long_as_its_conditions():
 def test_what_is_missing_or_of_another_shape_is_refused(wrong):
     with pytest.raises(ConfigError, match=r"condition tokens: expected a tensor \(any, 6\).*found"):
         Given(tokens=Field("tokens", [None, 6]))(wrong)
+
+
+def test_tokens_come_with_a_mask_of_bools_or_numbers():
+    conditioner = Given(tokens=Field("tokens", [None, 6]), token_mask=Field("mask", [None]))
+    rows = batch(5) | {"mask": torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])}
+    found = conditioner(rows)
+    assert torch.equal(found.token_mask, rows["mask"].bool())
+    assert torch.equal(conditioner(rows | {"mask": rows["mask"].bool()}).token_mask, found.token_mask)
+    both = found.cat(conditioner.null(N))
+    assert both.token_mask[N:].tolist() == [[True, False, False, False, False]] * N
+    for shape, tokens in (([5], Field("tokens", [None, 6])), ([None], None)):
+        with pytest.raises(ConfigError, match=r"token_mask: .* is no mask of the tokens"):
+            Given(tokens=tokens, token_mask=Field("mask", shape), vector=Field("vector", [4]))
 
 
 def test_a_field_has_the_sides_of_its_slot():

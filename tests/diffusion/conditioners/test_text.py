@@ -13,7 +13,7 @@ from ldm.diffusion.conditioners import text
 from ldm.diffusion.conditioners.text import FrozenText, opened
 from ldm.errors import CheckpointError, ConfigError
 from ldm.optim.ema import EMA, FixedDecay
-from tests.tiny_text import LAYERS, LONGEST, WIDTH, WORDS, clip_config, save_text_encoder, save_tokenizer
+from tests.tiny_text import LAYERS, LONGEST, WIDTH, WORDS, clip_config, forget, save_text_encoder, save_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -49,10 +49,8 @@ NETWORKS = {
 
 @pytest.fixture(autouse=True)
 def nothing_kept():
-    """Tests put other encoders into folders of one name."""
     yield
-    for kept in (text.opened, text._config, text._of_empty):
-        kept.cache_clear()
+    forget()
 
 
 @pytest.fixture
@@ -222,5 +220,5 @@ def test_without_values_only_shapes_are_known(folder):
 
 def test_without_transformers_the_extra_is_named(folder, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
-    with pytest.raises(ConfigError, match=r"needs the package transformers: pip install -e .\[interop\]"):
+    with pytest.raises(ConfigError, match=r"need the package transformers: pip install -e '\.\[text\]'"):
         FrozenText(folder, WIDTH)

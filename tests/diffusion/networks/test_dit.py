@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 
 from ldm.diffusion.conditioners.base import Conditioning
 from ldm.diffusion.conditioners.classes import ClassVector
-from ldm.diffusion.networks.dit import Block, DiT, positions, rotate, rotations
+from ldm.diffusion.networks.dit import DiT, positions, rotations
+from ldm.diffusion.networks.dit_blocks import Block, rotate
 from ldm.errors import ConfigError
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
@@ -93,6 +94,96 @@ def test_equals_diffusers():
     expected = reference(x, t, labels).sample
     vector = Conditioning(vector=table.table(labels))
     torch.testing.assert_close(ours(x, t, vector), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_attention_to_tokens_equals_pixart_in_diffusers():
+    """Up to the last layer, which has no linear layer for its shift and scale there.
+
+    All blocks there have one modulation and a table each: weights that are alike, and biases that are not, here.
+    """
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 4, "attention_head_dim": 16, "cross_attention_dim": 64, "caption_channels": 12}
+    theirs = PixArtTransformer2DModel(
+        **sizes,
+        num_layers=3,
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=8,
+        use_additional_conditions=False,
+    )
+    net = DiT(4, 2, 64, 3, 4, context_dim=12)
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    given = theirs.eval().state_dict()
+    names = {"embed.0": "adaln_single.emb.timestep_embedder.linear_1"}
+    names |= {"embed.2": "adaln_single.emb.timestep_embedder.linear_2"}
+    names |= {f"embed_tokens.{layer}": f"caption_projection.linear_{number}" for layer, number in ((0, 1), (2, 2))}
+    ours = {f"{name}.{kind}": given[f"{other}.{kind}"] for name, other in names.items() for kind in ("weight", "bias")}
+    ours |= {"patches.weight": given["pos_embed.proj.weight"].flatten(1), "patches.bias": given["pos_embed.proj.bias"]}
+    for i in range(3):
+        here, there = f"layers.{i}", f"transformer_blocks.{i}"
+        for kind in ("weight", "bias"):
+            q, k, v = (given[f"{there}.attn1.to_{part}.{kind}"] for part in "qkv")
+            ours[f"{here}.attention.qkv.{kind}"] = torch.cat([q, k, v])
+            ours[f"{here}.cross.query.{kind}"] = given[f"{there}.attn2.to_q.{kind}"]
+            pair = [given[f"{there}.attn2.to_{part}.{kind}"] for part in "kv"]
+            ours[f"{here}.cross.key_value.{kind}"] = torch.cat(pair)
+            copies = {"attention.out": "attn1.to_out.0", "cross.out": "attn2.to_out.0", "feed.fc1": "ff.net.0.proj"}
+            for name, other in (copies | {"feed.fc2": "ff.net.2"}).items():
+                ours[f"{here}.{name}.{kind}"] = given[f"{there}.{other}.{kind}"]
+        ours[f"{here}.modulation.weight"] = given["adaln_single.linear.weight"]
+        table = given[f"{there}.scale_shift_table"].flatten()
+        ours[f"{here}.modulation.bias"] = given["adaln_single.linear.bias"] + table
+    missing, unknown = net.eval().load_state_dict(ours, strict=False)
+    assert not unknown
+    assert {name.split(".")[0] for name in missing} == {"modulation_out", "out"}
+    found = []
+    for network in (net, theirs):
+        network.norm_out.register_forward_pre_hook(lambda _, given: found.append(given[0]))
+    x, t, tokens = torch.randn(3, 4, 8, 8), torch.tensor([0.0, 500.0, 999.0]), torch.randn(3, 5, 12)
+    mask = torch.arange(5) < torch.tensor([[2], [5], [1]])
+    net(x, t, Conditioning(tokens=tokens, token_mask=mask))
+    theirs(x, tokens, t, {"resolution": None, "aspect_ratio": None}, encoder_attention_mask=mask)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rope", [False, True])
+def test_tokens_in_sequence_are_patches_without_a_place(rope):
+    torch.manual_seed(0)
+    net = randomise(DiT(4, 2, 64, 1, 4, rope=rope, context_dim=12, tokens_in_sequence=True))
+    x, t, tokens = torch.randn(2, 4, 8, 4), torch.tensor([3.0, 700.0]), torch.randn(2, 3, 12)
+    seen = []
+    net.layers[0].attention.register_forward_hook(lambda _, given, out: seen.append((*given, out)))
+    out = net(x, t, Conditioning(tokens=tokens))
+    assert out.shape == x.shape
+    ((h, rotation, mask, attended),) = seen
+    assert h.shape == attended.shape == (2, 3 + 8, 64)
+    assert mask is None
+    if rope:
+        assert torch.equal(rotation[:, 3:], rotations(4, 2, 16, x.device))
+        assert rotation[0, :3].eq(1).all()
+        assert rotation[1, :3].eq(0).all()
+    # The order of tokens is their encoder's affair.
+    torch.testing.assert_close(net(x, t, Conditioning(tokens=tokens.flip(1))), out, rtol=1e-4, atol=1e-4)
+    assert (net(x, t, Conditioning(tokens=2 * tokens)) - out).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("in_sequence", [False, True])
+def test_a_transformer_with_tokens_starts_as_one_without(in_sequence):
+    """The published names, their order and initial values stay; a new network's output is zero."""
+    torch.manual_seed(0)
+    plain = DiT(4, 2, 64, 2, 4)
+    torch.manual_seed(0)
+    net = DiT(4, 2, 64, 2, 4, context_dim=12, tokens_in_sequence=in_sequence)
+    parts = {"layers.0.cross", "layers.1.cross", "embed_tokens"} if not in_sequence else {"embed_tokens"}
+    added = [name for name in net.state_dict() if name.startswith(tuple(parts))]
+    assert [name for name in net.state_dict() if name not in added] == list(plain.state_dict())
+    assert len(added) == (4 if in_sequence else 4 + 2 * 6)
+    assert not net(torch.randn(2, 4, 8, 8), torch.zeros(2), Conditioning(tokens=torch.randn(2, 3, 12))).any()
+    for block in net.layers:
+        assert in_sequence or not any(parameter.any() for parameter in block.cross.out.parameters())
 
 
 HEADS, DEPTH, PATCH = 4, 3, 2
@@ -308,6 +399,15 @@ def test_inputs_that_do_not_fit():
             net(x, t, conditioning)
     with pytest.raises(ConfigError, match="divisible by 4 x num_heads"):
         DiT(4, 2, 66, 1, 4)
+
+
+def test_tokens_that_do_not_fit():
+    with pytest.raises(ConfigError, match="tokens_in_sequence=True, context_dim=None"):
+        DiT(4, 2, 64, 1, 4, tokens_in_sequence=True)
+    net, x = DiT(4, 2, 64, 1, 4, context_dim=12), torch.zeros(1, 4, 8, 8)
+    for found, given in ((None, Conditioning()), (13, Conditioning(tokens=torch.zeros(1, 2, 13)))):
+        with pytest.raises(ConfigError, match=f"context_dim=12, but the conditioner's tokens slot has width {found}"):
+            net(x, torch.zeros(1), given)
 
 
 def test_a_picture_as_condition():

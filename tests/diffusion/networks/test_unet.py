@@ -114,8 +114,9 @@ def test_self_attention_equals_diffusers():
         torch.testing.assert_close(ours(x, torch.empty(0), None), reference(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("mask", [None, torch.arange(3) < torch.tensor([[1], [3]])], ids=["all", "masked"])
 @pytest.mark.parametrize("depth", [1, 3])
-def test_transformer_blocks_equal_diffusers(depth):
+def test_transformer_blocks_equal_diffusers(depth, mask):
     torch.manual_seed(0)
     ours = randomise(SpatialTransformer(128, 48, 4, depth))
     names = {"norm_self": "norm1", "norm_cross": "norm2", "norm_feed": "norm3"}
@@ -132,9 +133,14 @@ def test_transformer_blocks_equal_diffusers(depth):
             reference = BasicTransformerBlock(128, 4, 32, cross_attention_dim=48).eval()
             holder = type("Holder", (), {"state_dict": lambda self, state=state: state})()
             copy_into(reference, holder, names)
-            inside = reference(inside, encoder_hidden_states=tokens)
+            inside = reference(inside, encoder_hidden_states=tokens, encoder_attention_mask=_bias(mask))
         expected = x + ours.conv_out(inside.transpose(1, 2).reshape_as(x))
-        torch.testing.assert_close(ours(x, torch.empty(0), tokens), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours(x, torch.empty(0), tokens, mask), expected, rtol=1e-4, atol=1e-4)
+
+
+def _bias(mask):
+    """As diffusers' networks hand a mask (N, M) on to their blocks: (N, 1, M), added to the scores."""
+    return None if mask is None else (~mask * -10_000.0)[:, None]
 
 
 def test_a_single_transformer_block_keeps_its_names_and_their_order():

@@ -304,6 +304,7 @@ def test_settings_that_ours_cannot_express(name, changes, words):
         (dit(**DITS["S"], rope=True), "rope=True"),
         (dit(**DITS["S"], swiglu=True, qk_norm=True), "qk_norm=True"),
         (dit(**DITS["S"], mlp_ratio=2.0), "mlp_ratio=2.0: 4 in diffusers"),
+        (dit(**DITS["S"], context_dim=8), "context_dim=8: diffusers' has no tokens"),
     ],
 )
 def test_parameters_that_theirs_cannot_express(made, words):

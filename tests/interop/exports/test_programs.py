@@ -140,6 +140,10 @@ NETWORKS = {
         partial(UNet, 4, 16, [1, 2], 1, [0, 1], num_heads=2, context_dim=8),
         {"tokens": torch.randn(2, 3, 8)},
     ),
+    "unet with a mask": (
+        partial(UNet, 4, 16, [1, 2], 1, [0, 1], num_heads=2, context_dim=8),
+        {"tokens": torch.randn(2, 3, 8), "token_mask": torch.tensor([[True, False, False], [True, True, False]])},
+    ),
     "unet with a picture": (
         partial(
             UNet, 4, 16, [1, 2], 1, [1], num_heads=2, spatial_channels=2, scale_shift=True, resample_in_blocks=True
@@ -150,6 +154,14 @@ NETWORKS = {
     "lightningdit": (
         partial(DiT, 4, 2, 32, 2, 2, rope=True, swiglu=True, rms_norm=True, qk_norm=True),
         {"vector": torch.randn(2, 32)},
+    ),
+    "dit across to tokens": (
+        partial(DiT, 4, 2, 32, 2, 2, context_dim=8),
+        {"tokens": torch.randn(2, 3, 8), "token_mask": torch.tensor([[True, False, False], [True, True, False]])},
+    ),
+    "dit with tokens in sequence": (
+        partial(DiT, 4, 2, 32, 2, 2, rope=True, context_dim=8, tokens_in_sequence=True),
+        {"tokens": torch.randn(2, 3, 8), "token_mask": torch.tensor([[True, False, False], [True, True, False]])},
     ),
     "edm2": (
         partial(MagnitudePreservingUNet, 4, 16, (1, 2), 1, (1,), vector_channels=6),

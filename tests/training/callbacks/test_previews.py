@@ -9,17 +9,20 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import create_autospec
 
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
 from PIL import Image
+from pytorch_lightning.loggers import WandbLogger
 from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ldm.errors import ConfigError
+from ldm.data.dataset import conditions as conditions_of
+from ldm.errors import ConfigError, DataError
 from ldm.images import grid, to_arrays
 from ldm.latents.manifest import Manifest
 from ldm.randomness import Draws
@@ -171,7 +174,8 @@ def test_samples_are_those_of_the_averaged_weights(
     sheet = picture(tmp_path / "images" / "val" / "samples_00000006.png")
     conditions = None if classes is None else [{"class_label": label} for label in (2, 2, 2, 0, 0, 0)]
     samples = generate(saved, [7, 8, 9] * len(classes or [0]), conditions, steps=2, guidance=Guidance(scale))
-    wanted = grid([sample.image for sample in samples], columns=3)
+    titles = [] if classes is None else [saved.manifest.plan.class_names[label] for label in classes]
+    wanted = grid([sample.image for sample in samples], columns=3, titles=titles)
     assert sheet.shape == wanted.shape
     assert np.abs(sheet.astype(int) - wanted).max() <= 1
     assert isinstance(saved.manifest, Manifest)
@@ -184,7 +188,7 @@ def test_samples_are_made_by_the_sampler_and_the_schedule_that_were_named(tmp_pa
     callback.on_step_end(a_sampling_trainer(tmp_path, saved.manifest), runs.module, None)
     sheet = picture(tmp_path / "images" / "val" / "samples_00000006.png")
     samples = generate(saved, [7, 8], [{"class_label": 2}] * 2, steps=3, **chosen)
-    wanted = grid([sample.image for sample in samples], columns=2)
+    wanted = grid([sample.image for sample in samples], columns=2, titles=[saved.manifest.plan.class_names[2]])
     assert np.abs(sheet.astype(int) - wanted).max() <= 1
 
 
@@ -210,6 +214,37 @@ def test_samples_that_cannot_be_are_refused_before_the_first_step(
 def test_classes_and_conditions_say_the_same() -> None:
     with pytest.raises(ConfigError, match="leave one of them out"):
         SampleLogger(classes=[0], conditions=[{"class_label": 1}])
+    with pytest.raises(ConfigError, match="found classes and prompts, which say the same"):
+        SampleLogger(classes=[0], prompts=["a cat"])
+
+
+class Items:
+    """Three items, the second of which cannot be read."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, item: int) -> dict[str, Any]:
+        if item == 1:
+            raise DataError("unreadable")
+        return {"image": None, "class_label": item, "caption": ["a cat", "a kitten"]}
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_rows_of_items_that_are_not_trained_on(tmp_path: Path, runs: Any, held_out: bool) -> None:
+    trainer = a_sampling_trainer(tmp_path, Pipeline.load(runs.diffusion).manifest)
+    trainer.datamodule.train_dataset = trainer.datamodule.validation_dataset = Items()
+    if not held_out:
+        trainer.datamodule.validation_dataset = None
+    callback = SampleLogger(classes=[1], held_out=3, seeds=[7, 8], steps=2)
+    for _ in range(2):
+        callback.on_fit_start(trainer, runs.module)
+        labels = [condition["class_label"] for condition in callback._conditions]
+        assert labels[:2] == [1, 1]
+        assert sorted(labels[2:]) == [0, 0, 2, 2]
+    assert len(callback._seeds) == 6
+    assert conditions_of(Items(), ["caption"], 3) == [{"caption": "a cat"}] * 2
+    assert conditions_of(Items(), ["layout"], 3) == conditions_of(Items(), [], 3) == []
 
 
 @pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf])
@@ -370,3 +405,12 @@ def test_a_rank_that_is_not_the_first_is_silent(tmp_path: Path) -> None:
     progress.disable()
     fit(tmp_path, Shows(), [progress], max_steps=4)
     assert text.getvalue() == ""
+
+
+def test_wandb_gets_the_captions_of_the_rows(tmp_path: Path, runs: Any) -> None:
+    trainer = a_sampling_trainer(tmp_path, Pipeline.load(runs.diffusion).manifest)
+    trainer.loggers = [logger] = [create_autospec(WandbLogger, instance=True)]
+    SampleLogger(classes=[2, 0], seeds=[7], steps=1).show(trainer, runs.module)
+    (call,) = logger.log_image.call_args_list
+    assert call.args == ("val/samples", [str(tmp_path / "images" / "val" / "samples_00000006.png")])
+    assert call.kwargs == {"step": 6, "caption": ["Ankle boot; cat"]}

@@ -1,0 +1,260 @@
+"""Builds the parts of a cache (parts.py) from a data set: its captions, and what features make of them or of its items.
+
+A value is encoded on its own, so that its bits depend neither on its neighbors nor on who encodes it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.data.dataset import ImageDataset, texts, without_captions
+from ldm.diffusion.conditioners.features import Cutting, Feature, Part
+from ldm.errors import ConfigError, DataError
+from ldm.latents.build import Source, shard_items
+from ldm.latents.conditions import CAPTION, Captions, Conditions
+from ldm.latents.numbers import gathered
+from ldm.latents.part_reader import PartReader
+from ldm.latents.parts import CAPTIONS, TEXT, Found, PartSpec, Rows, build_part, described
+from ldm.latents.ragged import Row, to_raw
+from ldm.runtime import distributed
+from ldm.runtime.progress import shown
+from ldm.runtime.signals import stop_if_asked
+
+CAPTIONS_NAME = "captions"
+_CAPTIONS_A_SHARD = 1 << 14  # nothing is lost with one, and a million captions take seconds
+_CHUNK = 256
+_FEWEST = 64  # values of a shard
+
+
+@dataclass(frozen=True)
+class DatasetParts:
+    """The parts of one data set.
+
+    Args:
+        name: of the data set in messages and folders, such as "train".
+        dataset: the items.
+        cache: folder that holds the parts, each under its name; None: `cache/`, each under its fingerprint.
+        max_broken: how many items may be unreadable.
+        threads: number of threads that read.
+    """
+
+    name: str
+    dataset: ImageDataset
+    cache: Path | None = None
+    max_broken: int = 0
+    threads: int = 1
+
+    def captions(self) -> PartReader:
+        """The captions of all items, written if they are not there.
+
+        Raises:
+            DataError: an item has none, or they are damaged, of other captions, or unreadable for too many items.
+        """
+        plan = PartSpec(
+            name=CAPTIONS_NAME,
+            reads=CAPTION,
+            source=self._source(CAPTION),
+            num_items=len(self.dataset),
+            parts=described(CAPTIONS),
+            shard_items=_CAPTIONS_A_SHARD,
+        )
+        return self._built(plan, self._caption_rows)
+
+    def feature(self, name: str, feature: Feature, captions: Captions | None, device: torch.device) -> PartReader:
+        """What a feature makes of all captions or items; computed on `device` if it is not there.
+
+        Raises:
+            ConfigError: the data set has no captions, and the feature reads them.
+            DataError: as `captions`; or the feature makes something else than it says.
+        """
+        if feature.reads == CAPTION and captions is None:
+            raise ConfigError(
+                f"data.params.features.{name}: reads captions, and the data set ({self.dataset.path(0)}, ...) has none"
+            )
+        row_bytes = sum(prod(part.shape) * part.dtype.itemsize for part in feature.parts.values())
+        several = 1
+        if feature.reads == CAPTION and captions is not None:
+            several = int(captions.counts(np.arange(min(len(self.dataset), _CHUNK))).max(initial=1))
+        plan = PartSpec(
+            name=name,
+            reads=feature.reads,
+            source=self._source(feature.reads),
+            num_items=len(self.dataset),
+            parts=described(feature.parts),
+            feature=feature.describe(),
+            shard_items=shard_items(len(self.dataset), row_bytes * several, _FEWEST),
+        )
+        encoder = _Encoder(name, feature, device)
+
+        def rows(items: range) -> Iterator[tuple[int, Found | DataError]]:
+            for item, values in self._values(items, feature.reads, captions):
+                stop_if_asked()
+                try:
+                    yield item, values if isinstance(values, DataError) else encoder.all_of(values)
+                except DataError as error:
+                    yield item, DataError(f"{self.dataset.path(item)}: {error}")
+
+        return self._built(plan, rows)
+
+    def _source(self, reads: str) -> str:
+        """The fingerprint of what is read."""
+        alone = texts(self.dataset) if reads in (CAPTION, "image") else None
+        if alone is None:
+            return self.dataset.fingerprint()
+        return alone.captions_fingerprint() if reads == CAPTION else alone.pictures_fingerprint()
+
+    def _built(self, plan: PartSpec, rows: Rows) -> PartReader:
+        folder = Path("cache") / plan.fingerprint() if self.cache is None else self.cache / f"{self.name}-{plan.name}"
+        with shown(f"{self.name} {plan.name}", silent=not distributed.is_main()) as progress:
+            build_part(folder, plan, rows, self.max_broken, distributed.rank(), distributed.world_size(), progress)
+        return PartReader(folder, plan)
+
+    def _caption_rows(self, items: range) -> Iterator[tuple[int, Found | DataError]]:
+        alone = texts(self.dataset)
+
+        def read(item: int) -> Found | DataError:
+            try:
+                found: Any = self.dataset[item].get(CAPTION) if alone is None else alone.captions(item)
+            except DataError as error:
+                return error
+            several = [found] if isinstance(found, str) else [*(found or [])]
+            if not several:
+                raise DataError(
+                    f"{self.dataset.path(item)}: has no caption, as others have; give it one, which may be empty"
+                )
+            return Found([{TEXT: self._bytes(item, str(caption))} for caption in several])
+
+        chunks = [items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK)]
+        with ThreadPoolExecutor(self.threads) as pool:  # captions may be files each
+            for chunk, found in zip(chunks, pool.map(lambda chunk: [*map(read, chunk)], chunks), strict=True):
+                stop_if_asked()
+                yield from zip(chunk, found, strict=True)
+
+    def _bytes(self, item: int, caption: str) -> np.ndarray:
+        raw, (most,) = caption.encode("utf-8", "surrogatepass"), CAPTIONS[TEXT].shape
+        if len(raw) > most:
+            raise DataError(f"{self.dataset.path(item)}: a caption of {len(raw)} bytes; expected {most} at most")
+        return np.frombuffer(raw, np.uint8)
+
+    def _values(
+        self, items: range, reads: str, captions: Captions | None
+    ) -> Iterator[tuple[int, Sequence[Any] | DataError]]:
+        """What is encoded of each item: each caption, or the value under the key; or why there is none."""
+        if reads == CAPTION and captions is not None:
+            broken, counts = {*captions.broken}, captions.counts(np.arange(items.start, items.stop))
+            for item, count in zip(items, counts.tolist(), strict=True):
+                if item in broken:
+                    yield item, DataError(f"{self.dataset.path(item)}: its captions could not be read")
+                else:
+                    yield item, captions.texts(np.full(count, item), np.arange(count))
+            return
+        source = Source(read=lambda item: dict(without_captions(self.dataset, item)), threads=self.threads)
+        for batch in source.batches(items, _FEWEST):
+            for item, sample in batch:
+                if isinstance(sample, DataError):
+                    yield item, sample
+                elif reads in sample:
+                    yield item, [sample[reads]]
+                else:
+                    raise DataError(f"{self.dataset.path(item)}: has no {reads}, which a feature reads")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a configuration wants of each item beside its latent.
+
+    Args:
+        features: by name.
+        numbers: names of ldm/latents/numbers.py.
+        targets: (2,) or (items, 2), height and width that the pictures of each data set are cropped to.
+    """
+
+    features: Mapping[str, Feature]
+    numbers: Sequence[str]
+    targets: Mapping[str, np.ndarray]
+
+    def conditions(
+        self, parts: Mapping[str, DatasetParts], captions: Mapping[str, Captions | None], device: torch.device
+    ) -> dict[str, Conditions]:
+        """Of each data set, by its name; the features are computed on `device` where they are not there.
+
+        One after the other, so that one network at a time is in memory, and none afterwards.
+        """
+        found: dict[str, dict[str, PartReader]] = {name: {} for name in parts}
+        for key, feature in self.features.items():
+            try:
+                for name, readers in found.items():
+                    readers[key] = parts[name].feature(key, feature, captions.get(name), device)
+            finally:
+                feature.release()
+        return {
+            name: Conditions(captions.get(name), found[name], gathered(part.dataset, self.numbers, self.targets[name]))
+            for name, part in parts.items()
+        }
+
+
+def named(features: Mapping[str, Feature]) -> dict[str, Feature]:
+    """The features; ConfigError unless each has a name that can begin a column's and be a folder's."""
+    for name, feature in features.items():
+        if not name.isidentifier() or name == CAPTIONS_NAME:
+            raise ConfigError(f"data.params.features.{name}: expected a name of letters, digits and _, such as text")
+        if not isinstance(feature, Feature):
+            raise ConfigError(
+                f"data.params.features.{name}: expected a feature (ldm/diffusion/conditioners/features.py), found "
+                f"{type(feature).__name__}"
+            )
+    return dict(features)
+
+
+class _Encoder:
+    """Encodes values one by one; equal captions that follow each other once."""
+
+    def __init__(self, name: str, feature: Feature, device: torch.device) -> None:
+        self.name = name
+        self.feature = feature
+        self.parts = feature.parts
+        self.device = device
+        self._last: tuple[Any, Row, bool] | None = None
+
+    def all_of(self, values: Sequence[Any]) -> Found:
+        """The raw parts of an item's values.
+
+        Raises:
+            DataError: one that cannot be encoded.
+            ConfigError: what is made of it is not what the feature says.
+        """
+        rows, cut = zip(*map(self._one, values), strict=True)
+        return Found(rows, sum(cut))
+
+    def _one(self, value: Any) -> tuple[Row, bool]:
+        if self._last is not None and isinstance(value, str) and value == self._last[0]:
+            return self._last[1:]
+        with torch.no_grad():
+            made = self.feature.encode(value, self.device)
+        row = {name: to_raw(self._checked(name, part, made)) for name, part in self.parts.items()}
+        self._last = (value, row, isinstance(self.feature, Cutting) and self.feature.is_cut(value))
+        return self._last[1:]
+
+    def _checked(self, name: str, part: Part, made: Mapping[str, Tensor]) -> Tensor:
+        tensor, where = made.get(name), f"data.params.features.{self.name}: {name}"
+        if tensor is None:
+            raise ConfigError(f"{where}: is not among what it makes: {', '.join(made)}")
+        shape = (*tensor.shape,)
+        fits = (
+            shape == part.shape
+            if not part.ragged
+            else (len(shape) == len(part.shape) and shape[1:] == part.shape[1:] and 1 <= shape[0] <= part.shape[0])
+        )
+        if not fits or tensor.dtype != part.dtype:
+            most = "up to " if part.ragged else ""
+            raise ConfigError(f"{where}: expected {most}{part.shape} {part.dtype}, found {shape} {tensor.dtype}")
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ConfigError(f"{where}: not finite as {part.dtype}; store it in another type, such as float32")
+        return tensor.cpu()
