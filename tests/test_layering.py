@@ -39,9 +39,10 @@ FENCED = {
     "wandb": {"ldm.training.loggers"},
     "timm": {"ldm.evaluation.features"},
     "torch_fidelity": {"ldm.evaluation.features"},
-    "transformers": {"ldm.evaluation.features", "ldm.diffusion.conditioners.text_models", "ldm.interop"},
+    "transformers": {"ldm.evaluation.features", "ldm.diffusion.conditioners", "ldm.interop"},
     "tokenizers": {"ldm.diffusion.conditioners.tokenizer"},
     "peft": {"ldm.interop"},
+    "fsspec": {"ldm.data.sources"},
     "huggingface_hub": {"ldm.interop", "ldm.weights"},
 }
 

@@ -60,3 +60,9 @@ def save_vocabulary(file: Path) -> Path:
     """The vocab.txt of a BERT of a few words."""
     file.write_text("\n".join(BERT_WORDS) + "\n")
     return file
+
+
+def save_bert_vocabulary(file: Path) -> Path:
+    """A vocab.txt with as many words as that of bert-base-uncased."""
+    file.write_text("\n".join([*BERT_WORDS, *(f"[unused{n}]" for n in range(30522 - len(BERT_WORDS)))]) + "\n")
+    return file

@@ -25,7 +25,8 @@ class Request:
         autoencoder: first stage of a denoiser that comes without one: run folder, checkpoint or folder of diffusers.
         resolution: of the images, pixels; None: what the file or its family says.
         statistics: file with the latents' mean and standard deviation per channel; None: the family's own.
-        text_encoder: folder of the text encoder and its tokenizer that a model of captions was trained with.
+        text_encoder: folder of the text encoder and its tokenizer that a model of captions was trained with; of one
+            that holds its encoder, its tokenizer, which may be a file.
         family: which of the kinds of `Family.kinds`, where a file does not tell.
     """
 

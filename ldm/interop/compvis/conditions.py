@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ldm.errors import CheckpointError, ConfigError
 from ldm.interop.compvis import text as compvis_text
+from ldm.interop.compvis import text_transformer
 from ldm.interop.compvis.description import Description, part
 from ldm.interop.models import RUN, Request, node
 from ldm.interop.sources import Source
@@ -33,9 +34,11 @@ class Conditioned:
         label_dropout: 0 where the null conditioning is not known.
         table: of its weights in a checkpoint; theirs without `cond_stage_model.`.
         shapes: of its weights.
+        state: what else a checkpoint has of it, such as a tokenizer.
         dropped: {reason: number of tensors}.
         notes: a sentence each.
         text: goes into the run folder, with the tokenizer of the folder `tokenizer`.
+        files: {name: content}: go into the run folder as well.
         kept: tensors that go into the run folder under their own names.
     """
 
@@ -43,11 +46,22 @@ class Conditioned:
     label_dropout: float = 0.0
     table: Sequence[Entry] = ()
     shapes: Mapping[str, torch.Size] = field(default_factory=dict)
+    state: Mapping[str, Tensor] = field(default_factory=dict)
     dropped: Mapping[str, int] = field(default_factory=dict)
     notes: Sequence[str] = ()
     text: compvis_text.TextEncoder | None = None
     tokenizer: Path | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
     kept: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def within(self, prefix: str) -> "Conditioned":
+        """As a part of another conditioner: our names begin with this prefix, which ends with a dot."""
+        return replace(
+            self,
+            table=under(self.table, prefix),
+            shapes={f"{prefix}{name}": one for name, one in self.shapes.items()},
+            state={f"{prefix}{name}": one for name, one in self.state.items()},
+        )
 
     def write(self, folder: Path) -> None:
         """What belongs into the run folder besides the checkpoint.
@@ -57,6 +71,8 @@ class Conditioned:
         """
         if self.text is not None and self.tokenizer is not None:
             self.text.write(folder / TEXT_FOLDER, self.tokenizer)
+        for name, content in self.files.items():
+            (folder / name).write_bytes(content)
         if self.kept:
             save_file({name: one.contiguous() for name, one in self.kept.items()}, folder / KEPT_FILE)
 
@@ -84,7 +100,7 @@ def conditioned(
     else:
         both = node("diffusion.conditioners.joint.Joint", conditioners={"tokens": tokens.node, "picture": picture})
         # Guidance would have to leave the picture as it is, and drops all conditions.
-        found = replace(tokens, node=both, label_dropout=0.0, table=under(tokens.table, "conditioners.tokens."))
+        found = replace(tokens.within("conditioners.tokens."), node=both, label_dropout=0.0)
     used = bool(found.table) or found.text is not None
     kept = {} if used else {f"{ENCODER}{name}": one for name, one in encoder.items()}
     kept |= {name: one for name, one in source.tensors.items() if name.startswith(OTHER_ENCODERS)}
@@ -117,7 +133,10 @@ def _tokens(
     """Of what the UNet reads by cross-attention."""
     if [*encoder] == ["embedding.weight"]:
         return _classes(encoder["embedding.weight"], description, str(source.path))
-    last_layer = part(description.params, "cond_stage_config").get("layer") == "last"
+    settings = part(description.params, "cond_stage_config")
+    if text_transformer.reads_texts(encoder, settings, request.text_encoder):
+        return _transformer(text_transformer.found_in(encoder, request.text_encoder, str(source.path)), description)
+    last_layer = settings.get("layer") == "last"
     text = compvis_text.found_in(encoder, str(source.path), last_layer=last_layer)
     if text is not None and request.text_encoder is None:
         raise ConfigError(
@@ -137,6 +156,18 @@ def _tokens(
     given = _given("tokens", [None if places is None else places.shape[0], width])
     zeros = any(one.zero_null for one in description.alike)
     return Conditioned(given, description.label_dropout(lambda one: one.zero_null) if zeros else 0.0)
+
+
+def _transformer(found: text_transformer.Found, description: Description) -> Conditioned:
+    """A text transformer, whose null is the empty text."""
+    return Conditioned(
+        found.node,
+        description.label_dropout(lambda _: True),
+        text_transformer.table(found.sizes["depth"]),
+        found.shapes,
+        found.state,
+        files={found.words.file_name: found.words.content},
+    )
 
 
 def _classes(table: Tensor, description: Description, path: str) -> Conditioned:

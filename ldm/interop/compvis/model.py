@@ -2,8 +2,9 @@
 
 A file holds the UNet (`model.diffusion_model.`), its moving average (`model_ema.`, where it was kept), mostly the first
 stage (`first_stage_model.`) and the encoder of conditions (`cond_stage_model.`), and the tables of the noise schedule.
-It becomes a first stage's run and a model's. Encoders of conditions that ldm does not have are kept as they are, in
-`conditioner.safetensors` of the run folder; what they put out is then handed in ready-made (conditioners/given.py).
+It becomes a first stage's run and a model's, of which a text transformer is a part; CLIP lies in a folder of the run's.
+Encoders of conditions that ldm does not have are kept as they are, in `conditioner.safetensors` of the run folder; what
+they put out is then handed in ready-made (conditioners/given.py).
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ldm.errors import ConfigError
 from ldm.interop.compvis import first_stage as compvis_first_stage
+from ldm.interop.compvis import text_transformer
 from ldm.interop.compvis import unet as compvis_unet
 from ldm.interop.compvis.conditions import ENCODER, FIRST_STAGE, OTHER_ENCODERS, Conditioned, conditioned
 from ldm.interop.compvis.description import Description, check_schedule, described, part
@@ -31,6 +33,7 @@ DROPPED = (
     ),
     Dropped("scale_factor", "the scale of latents, which is in the manifest"),
     Dropped("logvar", "the training loss"),
+    Dropped(f"{ENCODER}{text_transformer.UNUSED}", "the text transformer's prediction of words"),
     Dropped(f"{AVERAGE}decay", "the moving average's settings"),
     Dropped(f"{AVERAGE}num_updates", "the moving average's settings"),
 )
@@ -57,14 +60,15 @@ def convert(source: Source, request: Request) -> Sequence[Denoiser]:
     by_head = not part(description.params, "unet_config").get("use_new_attention_order", False)
     table = under(compvis_unet.table(unet, linear=linear, by_head=by_head), "network.")
     raw, average = _weights(source, table, made, reads)
+    state = {f"conditioner.{name}": one for name, one in reads.state.items()}
     params = {"network": made, "conditioner": reads.node, "objective": objective, "label_dropout": reads.label_dropout}
     names = [f"It has the shapes of {one.name}." for one in description.alike]
     return [
         Denoiser(
             name=source.name,
             params=params,
-            weights=raw.weights,
-            average=average,
+            weights=raw.weights | state,
+            average=None if average is None else average | state,
             mean=[0.0] * unet["in_channels"],
             std=[1 / scale] * unet["in_channels"],
             size=(size, size),
@@ -108,7 +112,7 @@ def _weights(
     elsewhere = (FIRST_STAGE, ENCODER, AVERAGE, *OTHER_ENCODERS)
     tensors = {name: one for name, one in source.tensors.items() if not name.startswith(elsewhere)}
     of_reads = under(reads.table, "conditioner.", ENCODER)
-    tensors |= {name: source.tensors[name] for entry in of_reads for name in entry.theirs}
+    tensors |= {name: one for name, one in source.tensors.items() if of_reads and name.startswith(ENCODER)}
     network = part_shapes({"network": made})
     wanted = network | {f"conditioner.{name}": shape for name, shape in reads.shapes.items()}
     raw = to_ours([*under(table, "", NETWORK), *of_reads], tensors, wanted, origin, DROPPED)
