@@ -15,7 +15,7 @@ from ldm.checkpoints import store
 from ldm.cli import sample
 from ldm.config.load import to_yaml
 from ldm.diffusion.module import LatentDiffusion
-from ldm.latents import build
+from ldm.latents import writing
 from ldm.latents.manifest import Manifest
 from ldm.sampling.pipeline import Pipeline
 from tests.training.test_resume import as_killed_after, assert_same, final, metrics, only, saves
@@ -291,7 +291,7 @@ def test_a_fine_tuned_decoder_needs_no_new_cache_and_samples_decode_with_both(
     assert old.describe()["encoder"] == new.describe()["encoder"]
     assert old.weight_hash() != new.weight_hash()
 
-    monkeypatch.setattr(build, "_write_if_free", lambda *_: pytest.fail("nothing is encoded again"))
+    monkeypatch.setattr(writing, "_write_if_free", lambda *_: pytest.fail("nothing is encoded again"))
     diffusion_tree["data"]["params"]["autoencoder"] = str(tuned)
     assert run(diffusion_tree, *SHORT, "--logdir", "second") == 0
     second = only(Path("second"))
@@ -324,7 +324,7 @@ def test_caches_and_models_from_before_plans_had_the_encoder_s_hash_serve_as_wel
     assert run(tree, "lightning.trainer.max_steps=6", "--logdir", "tuned") == 0
     tuned = only(Path("tuned"))
 
-    monkeypatch.setattr(build, "_write_if_free", lambda *_: pytest.fail("nothing is encoded again"))
+    monkeypatch.setattr(writing, "_write_if_free", lambda *_: pytest.fail("nothing is encoded again"))
     params["autoencoder"] = str(tuned)
     assert run(other_seed(diffusion_tree, first), *SHORT, "--logdir", "second") == 0
     plan = Manifest.from_dict(store.record(store.verify(only(Path("second"))).path)["latents"]).plan
