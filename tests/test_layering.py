@@ -37,6 +37,8 @@ FENCED = {
     "torch.distributed": {"ldm.runtime", "ldm.checkpoints", "scripts.faults.interpreter"},
     "diffusers": {"ldm.interop", "scripts.bench", "scripts.roundtrip"},
     "wandb": {"ldm.training.loggers"},
+    "pyarrow": {"ldm.data.sources"},
+    "datasets": {"ldm.data.sources.arrow_rows"},
     "timm": {"ldm.evaluation.features"},
     "torch_fidelity": {"ldm.evaluation.features"},
     "transformers": {"ldm.evaluation.features", "ldm.diffusion.conditioners", "ldm.interop"},

@@ -54,7 +54,11 @@ CSS = """
 #status .said { margin: 0 0 0.35rem; font-variant-numeric: tabular-nums; }
 #status .wrong { color: #b91c1c; white-space: pre-line; overflow-wrap: anywhere; }
 .dark #status .wrong { color: #fca5a5; }
-#status progress { display: block; width: 100%; height: 0.5rem; accent-color: var(--color-accent); }
+#status progress { display: block; width: 100%; height: 0.5rem; border: 0; border-radius: 999px; overflow: hidden;
+  appearance: none; background: var(--border-color-primary); }
+#status progress::-webkit-progress-bar { background: var(--border-color-primary); }
+#status progress::-webkit-progress-value { background: var(--color-accent); }
+#status progress::-moz-progress-bar { background: var(--color-accent); }
 #controls input[role=listbox], #controls input[role=combobox] { text-overflow: ellipsis; padding-right: 2rem; }
 #gallery, #gallery .gallery-container, #gallery .grid-wrap { height: auto !important; min-height: 0 !important;
   max-height: none !important; }

@@ -6,6 +6,7 @@ They are read from there, never downloaded, and known by a hash, which a checkpo
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from ldm.errors import CheckpointError
 from ldm.weights.digest import weight_hash
+from ldm.weights.remembered import remembered
 
 _HASH = "_extra_state"
 """The key under which torch puts a module's extra state."""
@@ -77,10 +79,14 @@ class FrozenModel:
     def weights(self) -> str:
         """sha256 (hex) of the weights, as float32; without names, which differ between versions of transformers."""
         if self._weights is None:
-            with self.lent():
-                pass
-        assert self._weights is not None
+            kind = f"{self._what} {self.kind.__name__}"
+            self._weights = remembered(Path(self.folder), kind, self._hashed)
         return self._weights
+
+    def _hashed(self) -> str:
+        with self.lent():
+            assert self._weights is not None, "set as it was loaded"
+            return self._weights
 
 
 def read(kind: Any, folder: str, what: str) -> Any:
