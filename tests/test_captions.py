@@ -156,6 +156,52 @@ def test_captions_from_a_folder_to_samples(tree, encoder, here, capsys):
 
 
 @pytest.mark.slow
+def test_what_a_cache_keeps_is_what_the_encoder_makes_and_then_it_is_not_in_memory(tree, encoder, pictures, capsys):
+    pool = node("ldm.diffusion.conditioners.pooling.Mean", normalize=True)
+    feature = node(
+        "ldm.diffusion.conditioners.text.TextEncoder", encoder=str(encoder), channels=WIDTH, max_length=12, pooling=pool
+    )
+    model, data = tree["model"]["params"], tree["data"]["params"]
+    model["network"]["params"] |= {"vector_channels": WIDTH, "context_dim": WIDTH}
+    model["conditioner"] = node("ldm.diffusion.conditioners.text.FeatureText", feature=feature)
+    assert train(tree, "-n", "fresh") == 0
+    assert text.opened(str(encoder)).is_loaded
+    forget()
+    data["features"] = {"words": feature}
+    model["conditioner"] = node(
+        "ldm.diffusion.conditioners.text.FeatureText", feature="${data.params.features.words}", name="words"
+    )
+    assert train(tree, "-n", "kept") == 0
+    assert not text.opened(str(encoder)).is_loaded
+    fresh, kept = weights("fresh"), weights("kept")
+    assert fresh.keys() == kept.keys()
+    assert all(torch.equal(fresh[name], kept[name]) for name in fresh if isinstance(fresh[name], torch.Tensor))
+    rows = {name: read_metrics(run(name) / "metrics.csv") for name in ("fresh", "kept")}
+    losses = [[{key: row[key] for key in row if "loss" in key} for row in found] for found in rows.values()]
+    assert len(losses[0]) >= 4
+    assert losses[0] == losses[1]
+
+    Path("wanted.json").write_text(json.dumps(WANTED))
+    (made,) = Pipeline.load(run("kept")).generate([1], WANTED[1:], steps=2)
+    (same,) = Pipeline.load(run("fresh")).generate([1], WANTED[1:], steps=2)
+    assert [*made.getdata()] == [*same.getdata()]
+    capsys.readouterr()
+    hashes = [text.opened(str(encoder)).weights]
+    shutil.rmtree(encoder)
+    save_text_encoder(encoder, seed=1)
+    forget()
+    hashes += [text.opened(str(encoder)).weights]
+    assert main.main(["-r", str(run("kept")), "lightning.trainer.max_steps=6"]) == 2
+    said = capsys.readouterr().err
+    assert "features.words.weights" in said
+    assert all(one[:16] in said for one in hashes)
+    assert sample.main(["-r", str(run("kept")), "-n", "1", "--steps", "2", "--conditions", "wanted.json"]) == 4
+    said = capsys.readouterr().err
+    assert "not the text encoder that this model was trained with" in said
+    assert all(one[:16] in said for one in hashes)
+
+
+@pytest.mark.slow
 def test_captions_beside_classes_and_several_averages(tree, pictures, capsys):
     for number in range(12):
         folder = pictures / ("even", "odd")[number % 2]
@@ -206,9 +252,17 @@ def test_data_without_captions_is_refused_before_anything_is_made(tree, image_fo
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("shards", [", sharded_checkpoints: true", None])
-def test_two_ranks_train_as_one(tree, shards, forked):
-    """FSDP2 with a file a rank, and DDP: the encoder is whole on each."""
+def test_two_ranks_train_as_one(tree, shards, kept, forked):
+    """FSDP2 with a file a rank, and DDP: the encoder is whole on each; so with features that a cache keeps."""
+    if kept:
+        params = tree["model"]["params"]["conditioner"]["params"]
+        tree["data"]["params"]["features"] = {"text": node("ldm.diffusion.conditioners.text.TextEncoder", **params)}
+        tree["model"]["params"]["network"]["params"]["context_dim"] = WIDTH
+        tree["model"]["params"]["conditioner"] = node(
+            "ldm.diffusion.conditioners.text.FeatureText", feature="${data.params.features.text}"
+        )
     tree["model"]["params"]["network"]["params"]["dropout"] = 0.0  # whose draws are a rank's own
     strategy = "DDP, params: {timeout: 60" if shards is None else f"FSDP2, params: {{timeout: 60{shards}"
     assert forked(1, lambda rank: train(tree, "-n", "alone")) == [0]

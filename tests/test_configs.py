@@ -28,8 +28,9 @@ FILES = {str(path.relative_to(ROOT / "configs")): path for path in sorted((ROOT 
 # To merge after a whole configuration: any of stage 2, the one of FashionMNIST, or either of the quickstart.
 FRAGMENTS = [name for name in FILES if name.startswith("cluster/")]
 VARIANTS = [name for name in FILES if name.startswith("fashion_mnist/variants/")]
-OWN_PICTURES, LORA = "quickstart/own_pictures.yaml", "quickstart/lora.yaml"
-CONFIGS = {name: path for name, path in FILES.items() if name not in (*FRAGMENTS, *VARIANTS, OWN_PICTURES, LORA)}
+OWN_PICTURES, LORA, BUCKETS = (f"quickstart/{name}.yaml" for name in ("own_pictures", "lora", "buckets"))
+TO_MERGE = (*FRAGMENTS, *VARIANTS, OWN_PICTURES, LORA, BUCKETS)
+CONFIGS = {name: path for name, path in FILES.items() if name not in TO_MERGE}
 STAGE_1 = [name for name in CONFIGS if "autoencoder" in name]
 STAGE_2 = [name for name in CONFIGS if "autoencoder" not in name]
 
@@ -129,6 +130,22 @@ def test_an_adapter_fits_every_network_of_torch_s_layers(name):
     trained = {key for key, weight in model.denoiser.named_parameters() if weight.requires_grad}
     assert trained
     assert all(".lora_" in key for key in trained)
+
+
+@pytest.mark.slow
+def test_both_stages_train_two_steps_in_buckets(many_sizes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    short = ["max_steps=2", "val_check_interval=2", "accelerator=cpu", "devices=1"]
+    words = [f"data.params.train.params.root={many_sizes}", "data.params.num_validation=6", "data.params.batch_size=4"]
+    words += [*(f"lightning.trainer.{word}" for word in short), "lightning.logger=null"]
+    merged = [str(FILES[OWN_PICTURES]), str(FILES[BUCKETS])]
+    for stage, more in (("autoencoder", ["model.params.loss.params.perceptual=null"]), ("diffusion", [])):
+        base = ["--base", str(CONFIGS[f"quickstart/{stage}.yaml"]), *merged, "--logdir", f"logs/{stage}"]
+        if stage == "diffusion":
+            more = [f"data.params.autoencoder={next((tmp_path / 'logs' / 'autoencoder').iterdir())}"]
+        assert main.main([*base, *words, *more]) == 0
+        state = json.loads(next((tmp_path / "logs" / stage).glob("*/run_state.json")).read_text())
+        assert (state["status"], state["step"]) == ("finished", 2)
 
 
 @pytest.mark.slow

@@ -134,6 +134,9 @@ class Words:
         tokens = torch.stack(found)
         return {"tokens": tokens.to(self.dtype), "vector": tokens.sum(0)}
 
+    def is_cut(self, value):
+        return len(value.split()) > LONGEST - 1
+
     def release(self):
         self.in_memory = False
 

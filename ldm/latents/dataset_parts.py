@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from ldm.data.dataset import ImageDataset, texts, without_captions
-from ldm.diffusion.conditioners.features import Feature, Part
+from ldm.diffusion.conditioners.features import Cutting, Feature, Part
 from ldm.errors import ConfigError, DataError
 from ldm.latents.build import Source, shard_items
 from ldm.latents.conditions import CAPTION, Captions, Conditions
 from ldm.latents.numbers import gathered
 from ldm.latents.part_reader import PartReader
-from ldm.latents.parts import CAPTIONS, TEXT, PartSpec, Rows, build_part, described
+from ldm.latents.parts import CAPTIONS, TEXT, Found, PartSpec, Rows, build_part, described
 from ldm.latents.ragged import Row, to_raw
 from ldm.runtime import distributed
 from ldm.runtime.progress import shown
@@ -93,11 +93,11 @@ class DatasetParts:
         )
         encoder = _Encoder(name, feature, device)
 
-        def rows(items: range) -> Iterator[tuple[int, Sequence[Row] | DataError]]:
+        def rows(items: range) -> Iterator[tuple[int, Found | DataError]]:
             for item, values in self._values(items, feature.reads, captions):
                 stop_if_asked()
                 try:
-                    yield item, values if isinstance(values, DataError) else [encoder(value) for value in values]
+                    yield item, values if isinstance(values, DataError) else encoder.all_of(values)
                 except DataError as error:
                     yield item, DataError(f"{self.dataset.path(item)}: {error}")
 
@@ -116,10 +116,10 @@ class DatasetParts:
             build_part(folder, plan, rows, self.max_broken, distributed.rank(), distributed.world_size(), progress)
         return PartReader(folder, plan)
 
-    def _caption_rows(self, items: range) -> Iterator[tuple[int, Sequence[Row] | DataError]]:
+    def _caption_rows(self, items: range) -> Iterator[tuple[int, Found | DataError]]:
         alone = texts(self.dataset)
 
-        def read(item: int) -> Sequence[Row] | DataError:
+        def read(item: int) -> Found | DataError:
             try:
                 found: Any = self.dataset[item].get(CAPTION) if alone is None else alone.captions(item)
             except DataError as error:
@@ -129,7 +129,7 @@ class DatasetParts:
                 raise DataError(
                     f"{self.dataset.path(item)}: has no caption, as others have; give it one, which may be empty"
                 )
-            return [{TEXT: self._bytes(item, str(caption))} for caption in several]
+            return Found([{TEXT: self._bytes(item, str(caption))} for caption in several])
 
         chunks = [items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK)]
         with ThreadPoolExecutor(self.threads) as pool:  # captions may be files each
@@ -173,12 +173,12 @@ class Wanted:
     Args:
         features: by name.
         numbers: names of ldm/latents/numbers.py.
-        targets: (2,) or (items, 2), height and width that pictures are cropped to.
+        targets: (2,) or (items, 2), height and width that the pictures of each data set are cropped to.
     """
 
     features: Mapping[str, Feature]
     numbers: Sequence[str]
-    targets: np.ndarray
+    targets: Mapping[str, np.ndarray]
 
     def conditions(
         self, parts: Mapping[str, DatasetParts], captions: Mapping[str, Captions | None], device: torch.device
@@ -195,7 +195,7 @@ class Wanted:
             finally:
                 feature.release()
         return {
-            name: Conditions(captions.get(name), found[name], gathered(part.dataset, self.numbers, self.targets))
+            name: Conditions(captions.get(name), found[name], gathered(part.dataset, self.numbers, self.targets[name]))
             for name, part in parts.items()
         }
 
@@ -221,17 +221,26 @@ class _Encoder:
         self.feature = feature
         self.parts = feature.parts
         self.device = device
-        self._last: tuple[Any, Row] | None = None
+        self._last: tuple[Any, Row, bool] | None = None
 
-    def __call__(self, value: Any) -> Row:
-        """The raw parts of a value; DataError if it cannot be encoded, or they are not what the feature says."""
+    def all_of(self, values: Sequence[Any]) -> Found:
+        """The raw parts of an item's values.
+
+        Raises:
+            DataError: one that cannot be encoded.
+            ConfigError: what is made of it is not what the feature says.
+        """
+        rows, cut = zip(*map(self._one, values), strict=True)
+        return Found(rows, sum(cut))
+
+    def _one(self, value: Any) -> tuple[Row, bool]:
         if self._last is not None and isinstance(value, str) and value == self._last[0]:
-            return self._last[1]
+            return self._last[1:]
         with torch.no_grad():
             made = self.feature.encode(value, self.device)
         row = {name: to_raw(self._checked(name, part, made)) for name, part in self.parts.items()}
-        self._last = (value, row)
-        return row
+        self._last = (value, row, isinstance(self.feature, Cutting) and self.feature.is_cut(value))
+        return self._last[1:]
 
     def _checked(self, name: str, part: Part, made: Mapping[str, Tensor]) -> Tensor:
         tensor, where = made.get(name), f"data.params.features.{self.name}: {name}"

@@ -43,8 +43,9 @@ class PartReader:
     def __str__(self) -> str:
         """The folder, what it holds, and its size."""
         of_each = f" of {self.manifest.num_rows} captions" if self.plan.reads == "caption" else ""
+        cut = f", {self.manifest.num_cut} of them too long" if self.manifest.num_cut else ""
         counted = f"{self.manifest.num_items} items, {len(self.broken)} broken"
-        return f"{self.folder}: {self.plan.name}{of_each}, {counted}, {size_on_disk(self.folder)}"
+        return f"{self.folder}: {self.plan.name}{of_each}{cut}, {counted}, {size_on_disk(self.folder)}"
 
     @property
     def broken(self) -> Sequence[int]:

@@ -8,6 +8,7 @@ holds and by all that determines the feature, not by the autoencoder: other auto
 make other parts and leave the latents as they are.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -40,6 +41,8 @@ TEXT = "text"
 """The only part of a row of captions."""
 CAPTIONS: Mapping[str, Part] = {TEXT: Part((1 << 20,), torch.uint8, ragged=True)}
 """A caption: its bytes in UTF-8, 1 MiB at most."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ class PartManifest(Finished[PartSpec]):
     Args:
         plan: what it holds.
         broken: items of which there is no row, since they could not be read.
-        shards: {"crc32", "items", "rows", "lengths"} for each.
+        shards: {"crc32", "items", "rows", "lengths" of ragged parts, "cut" (values that were too long)} for each.
     """
 
     plan: PartSpec
@@ -135,6 +138,11 @@ class PartManifest(Finished[PartSpec]):
         """Captions, or what there is for each of them or each item."""
         return sum(shard["rows"] for shard in self.shards)
 
+    @property
+    def num_cut(self) -> int:
+        """Values that were too long to be read as a whole."""
+        return sum(shard["cut"] for shard in self.shards)
+
 
 def verify(folder: Path, progress: Progress = lambda done, total: None) -> Finished[Any]:
     """Read every byte of the finished cache, or part of one, in `folder`; see `manifest.verify`."""
@@ -148,8 +156,17 @@ def verify(folder: Path, progress: Progress = lambda done, total: None) -> Finis
 
 # ---- building --------------------------------------------------------------------------------------------------
 
-Rows = Callable[[range], Iterable[tuple[int, Sequence[Row] | DataError]]]
-"""Items -> each with its rows, one or more, or why it has none; in their order."""
+
+@dataclass(frozen=True)
+class Found:
+    """The rows of an item, one or more; and how many of the values that they were made of were too long to be read."""
+
+    rows: Sequence[Row]
+    cut: int = 0
+
+
+Rows = Callable[[range], Iterable[tuple[int, Found | DataError]]]
+"""Items -> each with its rows, or why it has none; in their order."""
 
 
 def build_part(
@@ -192,17 +209,27 @@ class _PartWriter(Writer[PartSpec, PartManifest]):
         items = self.plan.shard_range(shard)
         rows_of: list[Sequence[Row]] = []
         broken: dict[str, str] = {}
+        cut = 0
         for item, found in self.rows(items):
             if isinstance(found, DataError):
                 broken[str(item)] = str(found)
                 self.demand_few(broken)
-            rows_of.append([] if isinstance(found, DataError) else found)
+                rows_of.append([])
+            else:
+                rows_of.append(found.rows)
+                cut += found.cut
             if len(rows_of) % 64 == 0:
                 self.report(len(rows_of))
         data, rows, lengths = pack(self.plan.rows(), rows_of)
-        noted = {"items": len(items) - len(broken), "broken": broken, "rows": rows, "lengths": lengths}
+        noted = {"items": len(items) - len(broken), "broken": broken, "rows": rows, "lengths": lengths, "cut": cut}
         return data.data, noted
 
     def merge(self, sidecars: Sequence[Mapping[str, Any]], broken: list[int]) -> PartManifest:
-        noted = ("crc32", "items", "rows", "lengths")
-        return PartManifest(self.plan, broken, [{name: sidecar[name] for name in noted} for sidecar in sidecars])
+        noted = ("crc32", "items", "rows", "lengths", "cut")
+        found = PartManifest(self.plan, broken, [{name: sidecar[name] for name in noted} for sidecar in sidecars])
+        if found.num_cut:
+            log.warning(
+                "data.params.features.%s: %d of %d %ss are longer than what it reads, and their ends have no effect",
+                *(self.plan.name, found.num_cut, found.num_rows, self.plan.reads),
+            )
+        return found

@@ -91,11 +91,6 @@ def _add(lab: Path) -> None:
     shutil.copy(lab / "pictures" / "cats" / "0.png", lab / "pictures" / "cats" / "new.png")
 
 
-def _caption(lab: Path) -> None:
-    for path in (lab / "pictures").rglob("*.png"):
-        path.with_suffix(".txt").write_text("a picture")
-
-
 STALE: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "autoencoder.weights": (_retrain, ()),
     "autoencoder.config": (
@@ -116,7 +111,7 @@ STALE: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "num_items": (_add, ()),
     "source": (lambda lab: (lab / "pictures" / "cats" / "0.png").rename(lab / "pictures" / "cats" / "00.png"), ()),
     "class_names": (lambda lab: (lab / "pictures" / "cats").rename(lab / "pictures" / "kittens"), ()),
-    "captions": (_caption, ()),
+    "captions": (_edit_plan(lambda plan: plan.update(captions=True)), ()),
     "shape": (_edit_plan(lambda plan: plan.update(shape=[4, 8, 8])), ()),
 }
 

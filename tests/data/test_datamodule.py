@@ -1,5 +1,6 @@
 """The data module of stage 1: batches, draws, the clock in a trainer, workers that ignore signals."""
 
+import itertools
 import logging
 import multiprocessing
 import os
@@ -14,11 +15,14 @@ from pytorch_lightning import LightningModule, Trainer
 
 from ldm.data.datamodule import VALIDATION_SEED, ImageDataModule
 from ldm.data.dataset import Subset, hold_out
+from ldm.data.elastic_sampler import items
+from ldm.data.loading import TransformedDataset, chosen
 from ldm.data.sources.folder import ImageFolder
 from ldm.data.transforms import EvalTransform
 from ldm.errors import ConfigError, DataError
 from ldm.randomness import Draws
 from ldm.runtime.signals import ignore_in_worker
+from tests.tiny_features import CaptionedPictures
 
 CPU_TRAINER = {
     "accelerator": "cpu",
@@ -327,3 +331,24 @@ def test_meta_batch_has_the_keys_and_the_shapes_of_a_real_one(captions, classes,
             assert value.is_meta
             assert (value.shape, value.dtype) == (real[name].shape, real[name].dtype)
     assert len(meta["draws"]) == len(real["draws"])
+
+
+def test_of_several_captions_the_sample_number_chooses_one():
+    """As a latent cache's batches do, and in validation the same in every run."""
+    pictures = CaptionedPictures(12)
+    seen = {}
+    for seed in (3, 3, 4):
+        data = ImageDataModule(pictures, batch_size=4, resolution=16, seed=seed, num_validation=3)
+        seen.setdefault(seed, []).append([batch["caption"] for batch in data.val_dataloader()])
+        for batch in itertools.islice(data.train_dataloader(), 9):
+            for number, caption in zip(batch["sample_number"].tolist(), batch["caption"], strict=True):
+                several = data.train_dataset.captions(items([number], seed, 9)[0])
+                assert caption == several[int(chosen(seed, [number], [len(several)])[0])]
+    assert seen[3][0] == seen[3][1] == seen[4][0]
+
+
+def test_an_item_of_several_captions_without_any_is_broken():
+    dataset = TransformedDataset(CaptionedPictures(4, captions=[[]] + [["a"]] * 3), EvalTransform(8), 3, 8, 0)
+    row = dataset[0, 0]
+    assert row["caption"] == "a"
+    assert row["broken"] == {0: "memory/0.png: has no caption"}

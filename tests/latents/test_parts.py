@@ -19,7 +19,7 @@ from ldm.errors import ConfigError, DataError, ResourceError
 from ldm.latents.dataset_parts import DatasetParts
 from ldm.latents.manifest import CacheSpec, Manifest
 from ldm.latents.part_reader import PartReader
-from ldm.latents.parts import CAPTIONS, PartManifest, PartSpec, build_part, described, verify
+from ldm.latents.parts import CAPTIONS, Found, PartManifest, PartSpec, build_part, described, verify
 from ldm.latents.ragged import from_raw, pack, to_raw
 from ldm.latents.shards import MANIFEST, PLAN
 from ldm.runtime import signals
@@ -134,6 +134,15 @@ def test_equal_captions_in_a_row_are_encoded_once(here):
     pictures = CaptionedPictures(8, captions=[["a cat"]] * 8)
     built(DatasetParts("train", pictures), Words(diary="diary"))
     assert Path("diary").read_text() == "a cat\n"
+
+
+def test_captions_that_are_cut_are_counted(caplog):
+    texts = [["one two", "one two three four five six"]] * 3 + [["x " * 10_000]] + [["one"]] * 96
+    captions, reader = built(DatasetParts("train", CaptionedPictures(100, captions=texts)))
+    assert reader.manifest.num_cut == 4
+    assert "features.text: 4 of 103 captions are longer than what it reads, and their ends have no" in caplog.text
+    assert "text of 103 captions, 4 of them too long, 100 items, 0 broken, 0.0 MB" in str(reader)
+    assert "too long" not in str(captions)
 
 
 # ---- broken, missing, wrong --------------------------------------------------------------------------------------
@@ -361,7 +370,7 @@ def test_a_stale_part_is_refused_by_key(here, key, change):
     rows = [{name: to_raw(made) for name, made in Words().encode("a b", CPU).items()}]
 
     def build_it(plan, folder=here / "part"):
-        return build_part(folder, plan, lambda items: ((item, rows) for item in items))
+        return build_part(folder, plan, lambda items: ((item, Found(rows)) for item in items))
 
     build_it(SPEC)
     wanted = dataclasses.replace(SPEC, **change)

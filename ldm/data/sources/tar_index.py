@@ -8,7 +8,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 
@@ -36,7 +36,6 @@ class TarIndex:
         members: (M,) `MEMBER`.
         left_out: how many files of which ending are neither pictures nor texts.
         repeated: how many files come again further down; the last one counts, as it does for tar.
-        ended: whether the tar has the zeros that end one.
         texts_at: where in the index the contents of text files begin, at which the offsets of texts count.
     """
 
@@ -46,9 +45,12 @@ class TarIndex:
     members: np.ndarray
     left_out: dict[str, int]
     repeated: int
-    ended: bool
     texts_at: int
     _names: int
+
+    def closed(self) -> "TarIndex":
+        """Without the members, for the items have been chosen."""
+        return replace(self, members=np.zeros(0, MEMBER))
 
     def name(self, item: int) -> str:
         """The stem of an item, with its folder in the tar; of messages, so it never fails."""
@@ -85,7 +87,7 @@ def load(place: Path, shard: Shard) -> TarIndex | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     names = start + len(arrays)
-    known = {name: head[name] for name in ("num_items", "endings", "left_out", "repeated", "ended")}
+    known = {name: head[name] for name in ("num_items", "endings", "left_out", "repeated")}
     members = np.frombuffer(arrays, MEMBER)
     return TarIndex(place, members=members, _names=names, texts_at=names + head["names"], **known)
 
@@ -112,7 +114,6 @@ def build(place: Path, shard: Shard, tar: Path, show: Callable[[int], None]) -> 
         "endings": list(found.endings),
         "left_out": dict(found.left_out),
         "repeated": found.repeated,
-        "ended": found.ended,
         "members": len(members),
         "names": len(names),
         "checksum": zlib.crc32(members.data),

@@ -246,6 +246,3 @@ def _oddities(shards: Sequence[Shard], indexes: Sequence[TarIndex]) -> Iterator[
     if repeated:
         total = sum(index.repeated for index in indexes)
         yield f"{total} files come again further down in the same tar, where the last one counts ({repeated[0]})"
-    endless = [shard.location for shard, index in zip(shards, indexes, strict=True) if not index.ended]
-    if endless:
-        yield f"{len(endless)} shards end without the zeros that end a tar, so they may have been cut ({endless[0]})"

@@ -52,7 +52,6 @@ class TarReader:
         left_out: how many files of which kind are neither.
         texts: the contents of the text files, one after the other.
         repeated: how many files come again further down; the last one counts, as it does for tar.
-        ended: whether the tar has the zeros that end one.
     """
 
     shard: Shard
@@ -60,7 +59,6 @@ class TarReader:
     endings: dict[str, int] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
     texts: bytearray = field(default_factory=bytearray)
-    ended: bool = False
     repeated: int = 0
     _rows: bytearray = field(default_factory=bytearray)
 
@@ -121,7 +119,9 @@ class TarReader:
         with tar.open("rb") as file:
             file.seek(offset)
             rest = file.read(_BLOCK)
-            self.ended = len(rest) == _BLOCK
+            if not rest:
+                fix = f"if it is whole, head -c 1024 /dev/zero >> {self.shard.location}"
+                self._refuse(offset, f"is cut, or was never closed: there are no zeros that end a tar ({fix})")
             while rest:
                 if rest.count(0) < len(rest):
                     place = file.tell() - len(rest.lstrip(b"\0"))

@@ -79,9 +79,10 @@ class WebDataset:
         self._reader = _reader(patterns, store)
         self._shards = self._reader.find(patterns)
         demand_distinct(self._shards)
-        self._indexes = indexes(self._shards, self._reader, Path(index))
+        read = indexes(self._shards, self._reader, Path(index))
         wanted = Wanted(image, captions, classes, tuple(columns))
-        self._items, notes = chosen(self._shards, self._indexes, wanted)
+        self._items, notes = chosen(self._shards, read, wanted)
+        self._indexes = [one.closed() for one in read]
         self._labels, self.class_names, self._num_classes = self._labeled(class_names)
         self._handles = Handles()
         self._pictures_fingerprint: str | None = None
@@ -97,12 +98,16 @@ class WebDataset:
         return len(self._items)
 
     def __getitem__(self, index: int) -> Item:
-        item: Item = {"image": self._image(index)}
-        if self._labels is not None:
-            item["class_label"] = int(self._labels[index])
+        item = self.without_captions(index)
         if self.has_captions():
             several = self.captions(index)
             item["caption"] = several[0] if len(several) == 1 else list(several)
+        return item
+
+    def without_captions(self, index: int) -> Item:
+        item: Item = {"image": self._image(index)}
+        if self._labels is not None:
+            item["class_label"] = int(self._labels[index])
         return item
 
     def _image(self, index: int) -> Any:

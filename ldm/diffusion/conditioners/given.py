@@ -60,14 +60,21 @@ class Given(nn.Module):
         vector: (channels,); None: the slot is not used, as for the others.
         tokens: (L, channels).
         spatial: (channels, height, width), of the latent's height and width.
+        token_mask: (L,), as many as of `tokens`; 0 is padding, all else a token. None: all are tokens.
 
     Raises:
-        ConfigError: no slot, or a shape of another number of sides.
+        ConfigError: no slot, or a shape of another number of sides, or a mask of no tokens.
     """
 
-    def __init__(self, vector: Field | None = None, tokens: Field | None = None, spatial: Field | None = None) -> None:
+    def __init__(
+        self,
+        vector: Field | None = None,
+        tokens: Field | None = None,
+        spatial: Field | None = None,
+        token_mask: Field | None = None,
+    ) -> None:
         super().__init__()
-        slots = {"vector": (vector, 1), "tokens": (tokens, 2), "spatial": (spatial, 3)}
+        slots = {"vector": (vector, 1), "tokens": (tokens, 2), "spatial": (spatial, 3), "token_mask": (token_mask, 1)}
         self.fields = {slot: field for slot, (field, _) in slots.items() if field is not None}
         if not self.fields:
             raise ConfigError(
@@ -76,6 +83,9 @@ class Given(nn.Module):
         for slot, (field, sides) in slots.items():
             if field is not None and len(field.shape) != sides:
                 raise ConfigError(f"Given: {slot}: expected a shape of {sides} sides, found {[*field.shape]}")
+        if token_mask is not None and (tokens is None or token_mask.shape != tokens.shape[:1]):
+            there_is = "none" if tokens is None else [*tokens.shape]
+            raise ConfigError(f"Given: token_mask: {[*token_mask.shape]} is no mask of the tokens, {there_is}")
         self.register_buffer("_place", torch.zeros(()), persistent=False)
 
     @property
@@ -83,10 +93,12 @@ class Given(nn.Module):
         return tuple(field.key for field in self.fields.values())
 
     def forward(self, batch: Mapping[str, Any]) -> Conditioning:
-        return Conditioning(**{slot: field.read(batch, self._like) for slot, field in self.fields.items()})
+        found = {slot: field.read(batch, self._like) for slot, field in self.fields.items()}
+        return Conditioning(**{slot: one != 0 if slot == "token_mask" else one for slot, one in found.items()})
 
     def null(self, n: int) -> Conditioning:
-        return Conditioning(**{slot: field.zeros(n, self._like) for slot, field in self.fields.items()})
+        zeros = {slot: field.zeros(n, self._like) for slot, field in self.fields.items()}
+        return Conditioning(**{slot: one == 0 if slot == "token_mask" else one for slot, one in zeros.items()})
 
     @property
     def _like(self) -> Tensor:

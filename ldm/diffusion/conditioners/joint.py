@@ -1,7 +1,6 @@
 """Several conditioners as one, each with its own dropout rate."""
 
 from collections.abc import Mapping, Sequence
-from functools import reduce
 from typing import Any, cast
 
 import torch
@@ -13,7 +12,7 @@ from ldm.ranges import Fraction
 
 
 class Joint(nn.Module):
-    """Fills the slots with those of its parts: vectors and images side by side, tokens one after another.
+    """Fills the slots with those of its parts: vectors and images side by side, tokens one after another with masks.
 
     In training mode each part is replaced by its null conditioning in a fraction of the rows, drawn for each part on
     its own (as the embedders of Podell et al. 2023, "SDXL"). `label_dropout` of LatentDiffusion drops all of a row's
@@ -46,15 +45,15 @@ class Joint(nn.Module):
         return tuple(dict.fromkeys(key for _, part in self._parts() for key in part.keys))
 
     def forward(self, batch: Mapping[str, Any]) -> Conditioning:
-        found = []
+        found = {}
         for name, part in self._parts():
             conditioning = part(batch)
             if self.training and (rate := self.dropout[name]) > 0:
                 draws = batch["draws"]
                 dropped = draws.uniform(f"dropout/{name}") < rate  # (N,)
                 conditioning = part.null(len(draws)).where(dropped, conditioning)
-            found.append(conditioning)
-        return reduce(_beside, found)
+            found[name] = conditioning
+        return _beside(found)
 
     def drops_all(self) -> bool:
         """Whether it happens in training that all of a row's conditions are dropped."""
@@ -65,28 +64,32 @@ class Joint(nn.Module):
         )
 
     def null(self, n: int) -> Conditioning:
-        return reduce(_beside, [part.null(n) for _, part in self._parts()])
+        return _beside({name: part.null(n) for name, part in self._parts()})
 
     def _parts(self) -> list[tuple[str, Conditioner]]:
         return [(name, cast(Conditioner, part)) for name, part in self.conditioners.items()]
 
 
-def _beside(first: Conditioning, second: Conditioning) -> Conditioning:
-    """Both conditionings (N rows each) as one."""
+def _beside(found: Mapping[str, Conditioning]) -> Conditioning:
+    """The conditionings of the parts (N rows each) as one."""
+    vectors = {name: part.vector for name, part in found.items() if part.vector is not None}
+    tokens = {name: part.tokens for name, part in found.items() if part.tokens is not None}
+    spatial = {name: part.spatial for name, part in found.items() if part.spatial is not None}
+    masks = [part.masked() for part in found.values() if part.tokens is not None]
+    masked = any(part.token_mask is not None for part in found.values())
     return Conditioning(
-        vector=_joined(first.vector, second.vector),  # (N, D1 + D2)
-        tokens=_joined(first.tokens, second.tokens),  # (N, L1 + L2, D)
-        spatial=_joined(first.spatial, second.spatial),  # (N, C1 + C2, H, W)
+        vector=_joined("vector", vectors),  # (N, D1 + D2)
+        tokens=_joined("tokens", tokens),  # (N, L1 + L2, D)
+        spatial=_joined("spatial", spatial),  # (N, C1 + C2, H, W)
+        token_mask=torch.cat(masks, dim=1) if masked else None,  # (N, L1 + L2)
     )
 
 
-def _joined(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    if first is None or second is None:
-        return second if first is None else first
-    if first.shape[2:] != second.shape[2:]:
-        slot = "tokens" if first.ndim == 3 else "spatial"
-        raise ConfigError(
-            f"Joint: the {slot} of its conditioners do not fit together: (N, {', '.join(map(str, first.shape[1:]))}) "
-            f"and (N, {', '.join(map(str, second.shape[1:]))})"
-        )
-    return torch.cat([first, second], dim=1)
+def _joined(slot: str, parts: Mapping[str, Tensor]) -> Tensor | None:
+    if len(parts) < 2:
+        return next(iter(parts.values()), None)
+    if len({part.shape[2:] for part in parts.values()}) > 1:
+        shapes = ", ".join(f"{name} (N, {', '.join(map(str, part.shape[1:]))})" for name, part in parts.items())
+        fix = "; bring one to the width of the other by Projected" if slot == "tokens" else ""
+        raise ConfigError(f"Joint: the {slot} of its conditioners do not fit together: {shapes}{fix}")
+    return torch.cat([*parts.values()], dim=1)

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from ldm.diffusion.conditioners.base import Conditioning
 from ldm.diffusion.conditioners.features import Part, columns, held, meta_columns
+from ldm.diffusion.conditioners.frozen import as_state, may_lack_hash, require_same
 from ldm.diffusion.conditioners.pooling import Pooling
 from ldm.diffusion.conditioners.text_models import TextModel, check_sizes, opened
-from ldm.errors import CheckpointError, ConfigError, DataError
+from ldm.errors import ConfigError, DataError
 from ldm.ranges import Count
 
-_HASH = "_extra_state"
-"""The key under which torch puts a module's extra state."""
+_WHAT = "text encoder"
 _TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _COMPUTE: dict[str, tuple[torch.dtype, ...]] = {"float32": (), "bfloat16": (torch.bfloat16,)}
 """What `opened` is called with besides the folder: as everybody calls it, so that all have the same one."""
@@ -172,7 +172,7 @@ class FeatureText(nn.Module):
         self.feature = feature
         self.name = name
         self.register_buffer("_place", torch.zeros(()), persistent=False)  # where the model is; nothing else is held
-        self.register_load_state_dict_pre_hook(_may_lack_hash)
+        self.register_load_state_dict_pre_hook(may_lack_hash)
 
     def forward(self, batch: Mapping[str, Any]) -> Conditioning:
         if held(self.feature, self.name, batch):
@@ -192,13 +192,13 @@ class FeatureText(nn.Module):
         """The hashes of the encoder's weights and tokenizer, (64,) uint8; of a model without values zeros."""
         if self._device.type == "meta":
             return torch.zeros(64, dtype=torch.uint8, device="meta")
-        return _as_state(self.feature.model.weights + self.feature.model.vocabulary)
+        return as_state(self.feature.model.weights + self.feature.model.vocabulary)
 
     def set_extra_state(self, state: Tensor | None) -> None:
         """CheckpointError if the encoder in the folder is another one than that of a checkpoint; None: not known."""
         if state is not None and not state.is_meta and self._device.type != "meta":
             model = self.feature.model
-            _require_same(model.folder, {"weights": model.weights, "tokenizer": model.vocabulary}, state)
+            require_same(model.folder, _WHAT, {"weights": model.weights, "tokenizer": model.vocabulary}, state)
 
     @property
     def _device(self) -> torch.device:
@@ -253,7 +253,7 @@ class FrozenText(nn.Module):
         self.layer = layer
         self.final_norm = final_norm
         self.register_buffer("_place", torch.zeros(()), persistent=False)  # where the model is; nothing else is held
-        self.register_load_state_dict_pre_hook(_may_lack_hash)
+        self.register_load_state_dict_pre_hook(may_lack_hash)
         check_sizes("FrozenText", self.encoder, channels, max_length, layer)
 
     def forward(self, batch: Mapping[str, Any]) -> Conditioning:
@@ -269,12 +269,12 @@ class FrozenText(nn.Module):
         """The hash of the encoder's weights, (32,) uint8; of a model without values zeros."""
         if self._device.type == "meta":
             return torch.zeros(32, dtype=torch.uint8, device="meta")
-        return _as_state(self._weights)
+        return as_state(self._weights)
 
     def set_extra_state(self, state: Tensor | None) -> None:
         """CheckpointError if the encoder in the folder is another one than that of a checkpoint; None: not known."""
         if state is not None and not state.is_meta and self._device.type != "meta":
-            _require_same(self.encoder, {"weights": self._weights}, state)
+            require_same(self.encoder, _WHAT, {"weights": self._weights}, state)
 
     @property
     def _device(self) -> torch.device:
@@ -328,23 +328,3 @@ def _require_captions(conditioner: nn.Module, batch: Mapping[str, Any]) -> None:
             f"{type(conditioner).__name__}: the data set has no captions: write each picture's into a .txt of its "
             f"name, or use another conditioner"
         )
-
-
-def _as_state(hashes: str) -> Tensor:
-    return torch.tensor([*bytes.fromhex(hashes)], dtype=torch.uint8, device="cpu")
-
-
-def _require_same(folder: str, found: Mapping[str, str], state: Tensor) -> None:
-    """CheckpointError unless a checkpoint's state has these hashes, 32 bytes each."""
-    hashes = bytes(state.tolist()).hex()
-    for place, (what, mine) in enumerate(found.items()):
-        if mine != (expected := hashes[64 * place : 64 * (place + 1)]):
-            raise CheckpointError(
-                f"{folder}: not the text encoder that this model was trained with: {what} {mine[:16]}..., "
-                f"expected {expected[:16]}.... Put that encoder into the folder."
-            )
-
-
-def _may_lack_hash(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Weights of others name no encoder: then there is nothing to compare."""
-    state_dict.setdefault(f"{prefix}{_HASH}", None)

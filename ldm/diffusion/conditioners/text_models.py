@@ -6,8 +6,7 @@ or for the hash of its weights. When it is released its memory is free, and what
 
 import functools
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.diffusion.conditioners.frozen import FrozenModel, quiet, read, reading
 from ldm.errors import CheckpointError, ConfigError
 from ldm.runtime.full_precision import full_precision
 from ldm.weights import cache
 from ldm.weights.catalog import FILES
-from ldm.weights.digest import weight_hash
 
+_WHAT = "text encoder"
 _PROBES = ("", "A photo of two Red cats, and a café.", "3 boats\n by night 🌙!  漢字 קוד")
 """Texts by which tokenizers are told apart, besides their vocabularies: case, accents, spaces, what begins and ends."""
 
 
-class TextModel:
+class TextModel(FrozenModel):
     """The text encoder in a folder.
 
     Args:
@@ -33,7 +33,6 @@ class TextModel:
         compute: the type of its weights in memory, and so of most of its sums.
 
     Attributes:
-        folder: where it lies.
         config: its description; of a whole CLIP that of its text half.
 
     Raises:
@@ -42,57 +41,8 @@ class TextModel:
     """
 
     def __init__(self, encoder: str, compute: torch.dtype = torch.float32) -> None:
-        self.folder = located(encoder)
         self.config = description(encoder)
-        self.compute = compute
-        self._network: nn.Module | None = None
-        self._weights: str | None = None
-
-    @property
-    def network(self) -> nn.Module:
-        """Frozen, in eval mode, on the CPU or where it ran last; loaded unless it is there.
-
-        Raises:
-            CheckpointError: it cannot be read, or lacks weights.
-        """
-        if self._network is None:
-            network = _loaded(self.folder, self.config)
-            self._weights = self._weights or _hash(network)
-            for parameter in network.parameters():  # not the buffers, such as the frequencies of rotary embeddings
-                parameter.data = parameter.data.to(self.compute)
-            self._network = network
-        return self._network
-
-    @property
-    def is_loaded(self) -> bool:
-        return self._network is not None
-
-    def release(self) -> None:
-        """Give the network's memory back."""
-        if self._network is not None:
-            on_gpu = any(parameter.is_cuda for parameter in self._network.parameters())
-            self._network = None
-            if on_gpu:
-                torch.cuda.empty_cache()
-
-    @contextmanager
-    def lent(self) -> Iterator[nn.Module]:
-        """Within the block the network is there; after it only if it was there before."""
-        stays = self.is_loaded
-        try:
-            yield self.network
-        finally:
-            if not stays:
-                self.release()
-
-    @property
-    def weights(self) -> str:
-        """sha256 (hex) of the weights, as float32; without names, which differ between versions of transformers."""
-        if self._weights is None:
-            with self.lent():
-                pass
-        assert self._weights is not None
-        return self._weights
+        super().__init__(located(encoder), _kind(self.config), _WHAT, compute)
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -105,7 +55,7 @@ class TextModel:
 
         folder = _tokenizer_folder(Path(self.folder))
         _require_tokenizer(folder, ("*tokenizer*", "*vocab*", "*.model"))
-        with _reading(self.folder), _quiet():
+        with reading(self.folder, _WHAT), quiet():
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         if files := sorted(set(tokenizer.vocab_files_names.values())):  # where it finds none, it has no words
             _require_tokenizer(folder, files)
@@ -118,7 +68,7 @@ class TextModel:
         Texts that it cuts and pads are among them.
         """
         words = sorted(self.tokenizer.get_vocab().items(), key=lambda word: (word[1], word[0]))
-        with _quiet():  # that this is longer than what the encoder reads
+        with quiet():  # that this is longer than what the encoder reads
             all_words = self.tokenizer.convert_tokens_to_string([word for word, _ in words])
             acts = [words, *(self.tokenizer(text)["input_ids"] for text in (all_words, *_PROBES))]
             acts += [self.words(text, 8, padding=self.pads)["input_ids"].tolist() for text in _PROBES]
@@ -211,7 +161,7 @@ def description(encoder: str) -> Any:
             f"{folder}: no text encoder: expected a folder with config.json, its weights and its tokenizer. "
             f"Put the one there that this configuration means, or name another."
         )
-    with _reading(folder):
+    with reading(folder, _WHAT):
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         return config.get_text_config()
 
@@ -249,30 +199,7 @@ def projection(folder: str) -> Tensor:
     """
     import transformers
 
-    return _read(transformers.CLIPTextModelWithProjection, folder).text_projection.weight.detach().clone()
-
-
-def _loaded(folder: str, config: Any) -> nn.Module:
-    network: nn.Module = _read(_kind(config), folder)
-    return network.requires_grad_(False).eval()
-
-
-def _read(kind: Any, folder: str) -> Any:
-    """A network of transformers in float32, on the CPU."""
-    with _reading(folder), torch.device("cpu"), _quiet():
-        network, info = kind.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
-        )
-    # A pooler, which sentence encoders may come without, has no part in the tokens.
-    lacking = sorted(str(name) for name in [*info["missing_keys"], *info["mismatched_keys"]])
-    if lacking := [name for name in lacking if "pooler." not in name]:
-        raise CheckpointError(f"{folder}: {len(lacking)} weights are missing or of another shape, such as {lacking[0]}")
-    return network
-
-
-def _hash(network: nn.Module) -> str:
-    tensors = [tensor for name, tensor in network.named_parameters() if "pooler." not in name]
-    return sha256("".join(sorted(weight_hash({"": tensor}) for tensor in tensors)).encode()).hexdigest()
+    return read(transformers.CLIPTextModelWithProjection, folder, _WHAT).text_projection.weight.detach().clone()
 
 
 def _final_norm(network: nn.Module) -> nn.Module | None:
@@ -304,28 +231,3 @@ def _require_tokenizer(folder: Path, files: Sequence[str]) -> None:
             f"{folder}: no tokenizer: expected {' or '.join(files)}. Put the one there that the text encoder was "
             f"trained with."
         )
-
-
-@contextmanager
-def _reading(folder: str) -> Iterator[None]:
-    """Within the block, whatever transformers raises is a CheckpointError of the folder."""
-    try:
-        yield
-    except Exception as error:  # transformers, tokenizers and safetensors have classes of their own
-        raise CheckpointError(f"{folder}: cannot be read as a text encoder: {' '.join(str(error).split())}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Within the block transformers does not list what in a file is of no use here, such as CLIP's pictures."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

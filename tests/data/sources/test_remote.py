@@ -100,7 +100,7 @@ def test_a_fault_that_stays_is_one_message_and_what_came_is_kept(server, here, f
     assert part.stat().st_size == 4096
     server.log.clear()
     assert len(WebDataset(url, store())) == 4
-    assert [asked for method, _, asked in server.log if method == "GET"][0].startswith("bytes=4096-")
+    assert next(asked for method, _, asked in server.log if method == "GET").startswith("bytes=4096-")
     assert not list((here / "store").glob("*.part"))
 
 
@@ -258,7 +258,7 @@ def test_a_full_disk_keeps_what_has_come(server, here, monkeypatch):
 def test_a_store_where_nothing_can_be_written(server, here):
     url = filled(server, here)
     (here / "store").write_text("")
-    with pytest.raises(ResourceError, match="/store: cannot keep .*name another `folder`"):
+    with pytest.raises(ResourceError, match=r"/store: cannot keep .*name another `folder`"):
         WebDataset(url, store())
 
 

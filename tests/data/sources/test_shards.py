@@ -18,7 +18,7 @@ from ldm.errors import ConfigError
 )
 def test_braces(pattern, expected):
     if expected is None:
-        with pytest.raises(ConfigError, match="found {x}"):
+        with pytest.raises(ConfigError, match=r"found \{x\}"):
             braces(pattern)
     else:
         assert braces(pattern) == expected

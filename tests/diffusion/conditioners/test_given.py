@@ -65,6 +65,19 @@ def test_what_is_missing_or_of_another_shape_is_refused(wrong):
         Given(tokens=Field("tokens", [None, 6]))(wrong)
 
 
+def test_tokens_come_with_a_mask_of_bools_or_numbers():
+    conditioner = Given(tokens=Field("tokens", [None, 6]), token_mask=Field("mask", [None]))
+    rows = batch(5) | {"mask": torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])}
+    found = conditioner(rows)
+    assert torch.equal(found.token_mask, rows["mask"].bool())
+    assert torch.equal(conditioner(rows | {"mask": rows["mask"].bool()}).token_mask, found.token_mask)
+    both = found.cat(conditioner.null(N))
+    assert both.token_mask[N:].tolist() == [[True, False, False, False, False]] * N
+    for shape, tokens in (([5], Field("tokens", [None, 6])), ([None], None)):
+        with pytest.raises(ConfigError, match=r"token_mask: .* is no mask of the tokens"):
+            Given(tokens=tokens, token_mask=Field("mask", shape), vector=Field("vector", [4]))
+
+
 def test_a_field_has_the_sides_of_its_slot():
     with pytest.raises(ConfigError, match="one or more"):
         Given()

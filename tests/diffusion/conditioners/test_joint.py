@@ -49,6 +49,46 @@ def test_slots_are_those_of_the_parts():
     assert two.tokens.shape == (6, 2, 5)
 
 
+class Words(nn.Module):
+    """One to three tokens of ones a row, padded with garbage; null: one of zeros."""
+
+    keys = ("class_label",)
+
+    def forward(self, batch):
+        mask = torch.arange(3) <= batch["class_label"][:, None]
+        return Conditioning(tokens=torch.where(mask[..., None], torch.ones(5), float("nan")), token_mask=mask)
+
+    def null(self, n):
+        return Conditioning(tokens=torch.zeros(n, 1, 5))
+
+
+def test_masks_lie_beside_one_another_as_the_tokens_do():
+    rows = batch()
+    found = Joint({"words": Words(), "class": ClassToken(3, 5), "more": Words()})(rows)
+    assert found.tokens.shape == (6, 3 + 1 + 3, 5)
+    words = torch.arange(3) <= rows["class_label"][:, None]
+    assert torch.equal(found.token_mask, torch.cat([words, torch.ones(6, 1, dtype=torch.bool), words], dim=1))
+    assert torch.equal(found.tokens.isfinite().all(2), found.token_mask)
+    assert Joint({"a": ClassToken(3, 5), "b": ClassToken(3, 5)})(rows).token_mask is None
+
+
+def test_tokens_with_masks_are_dropped_at_their_own_rate_and_become_their_null():
+    conditioner = Joint({"words": Words(), "class": ClassToken(3, 5)}, {"words": 0.1, "class": 0.3}).train()
+    found = conditioner(batch(N))
+    no_words = found.tokens[:, 0].eq(0).all(1)
+    no_class = found.tokens[:, 3].eq(conditioner.conditioners["class"].null(1).tokens[0]).all(1)
+    assert no_words.float().mean().item() == pytest.approx(0.1, abs=0.01)
+    assert no_class.float().mean().item() == pytest.approx(0.3, abs=0.015)
+    assert (no_words & no_class).float().mean().item() == pytest.approx(0.03, abs=0.006)
+    # Of the null's one token the mask shows one, of all others as many as they have.
+    assert found.token_mask[no_words, :3].sum(1).eq(1).all()
+    assert torch.equal(found.token_mask[~no_words, :3].sum(1), batch(N)["class_label"][~no_words] + 1)
+    assert found.token_mask.any(1).all()
+    null = conditioner.null(2)
+    both = found.cat(null)  # as guidance does
+    assert both.token_mask[-2:].tolist() == [[True, True, False, False]] * 2
+
+
 def test_each_part_is_dropped_at_its_own_rate_and_on_its_own():
     conditioner, rows = joint(hot=0.1, picture=0.4).train(), batch(N)
     found = conditioner(rows)
@@ -95,7 +135,7 @@ def test_what_does_not_fit_is_refused():
         Joint({})
     with pytest.raises(ConfigError, match="dropout names clas, but the conditioners are class"):
         Joint({"class": ClassVector(3, 4)}, {"clas": 0.1})
-    with pytest.raises(ConfigError, match="tokens of its conditioners do not fit together"):
+    with pytest.raises(ConfigError, match=r"tokens of its .* fit together: a \(N, 1, 5\), b \(N, 1, 6\); .*Projected"):
         Joint({"a": ClassToken(3, 5), "b": ClassToken(3, 6)})(batch())
 
 

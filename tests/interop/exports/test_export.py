@@ -202,10 +202,15 @@ def test_a_first_stage_of_others_stays_where_it_is(tmp_path, capsys):
     assert samples[0] == samples[1]
 
 
-def test_a_model_of_captions_goes_out_without_its_text_encoder(runs, tmp_path, capsys):
+@pytest.mark.parametrize("as_feature", [False, True])
+def test_a_model_of_captions_goes_out_without_its_text_encoder(as_feature, runs, tmp_path, capsys):
     """Which is named again where the model comes in; no path of this machine is in the folder."""
     encoder = save_text_encoder(tmp_path / "encoder")
-    text = node("diffusion.conditioners.text.FrozenText", encoder=str(encoder), channels=WIDTH, max_length=LONGEST)
+    params = {"encoder": str(encoder), "channels": WIDTH, "max_length": LONGEST}
+    text = node("diffusion.conditioners.text.FrozenText", **params)
+    if as_feature:
+        feature = node("diffusion.conditioners.text.TextEncoder", **params)
+        text = node("diffusion.conditioners.text.FeatureText", feature=feature)
     run = save_denoiser(
         tmp_path / "run", Codec.load(runs.autoencoder), node("diffusion.objectives.Flow"), 4, 4, text, WIDTH
     )
