@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 import main
 from ldm.checkpoints import store
-from ldm.cli import cache, convert, ema, evaluate, export, plot, sample, weights
+from ldm.cli import cache, convert, ema, evaluate, export, plot, sample, tokenizer, weights
 from ldm.config.load import to_yaml
 from ldm.interop import lora, lora_files
 from ldm.optim.ema import power_exponent
@@ -29,7 +29,8 @@ from scripts.bench import __main__ as bench
 from scripts.faults import __main__ as faults
 from tests.evaluation.spaces import Projection
 from tests.interop import foreign
-from tests.tiny_runs import save_adapted
+from tests.tiny_runs import save_adapted, save_diffusion
+from tests.tiny_text import save_models, save_vocabulary
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -110,6 +111,8 @@ def workshop(make_runs, tmp_path_factory):
         file = place / PICTURES / CLASSES[number % 10] / f"{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(file)
+        file.with_suffix(".txt").write_text(f"picture {number}")
+    save_models(place)
     for name in ("images", "imagenet/train"):  # where the configurations look if nothing is said
         (place / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         (place / "data" / name).symlink_to(place / PICTURES)
@@ -118,9 +121,12 @@ def workshop(make_runs, tmp_path_factory):
     rgb, grey = make_runs(classes=CLASSES), make_runs(channels=1)
     text = "\n".join([*COMMANDS, *(path.read_text() for path in HEADERS)])
     (place / "logs").mkdir()
+    save_diffusion(place / "captioned", rgb.autoencoder, None, vocabulary=save_vocabulary(place / "vocab.txt"))
+    captioned = re.findall(r"logs/\*_(\w+)' --prompt", text)
     for name in sorted({"tiny_autoencoder", *re.findall(r"logs/\*_(\w+)", text)}):
         runs = grey if "fashion" in name else rgb
         folder = runs.autoencoder if re.search(r"autoencoder|^(kl|vq)_f\d+$", name) else runs.diffusion
+        folder = place / "captioned" if name in captioned else folder
         (place / "logs" / f"2026-01-01T00-00-00_{name}").symlink_to(folder)
     (rgb.diffusion / "metrics.csv").write_text("step,train/loss\n1,0.5\n2,0.25\n")
     averages = [rgb.module.ema.average.state_dict()] * 2
@@ -148,6 +154,8 @@ def run(workshop, tmp_path, monkeypatch, autoencoder_tree, diffusion_tree, tried
             words.append(
                 f"data.params.train={{target: ldm.data.sources.folder.ImageFolder, params: {{root: {PICTURES}}}}}"
             )
+        if "configs/diffusion/text2img256.yaml" in words:
+            words.append("data.params.statistics=null")  # of three channels, where the stand-in has four
         if any(re.search(r"(quickstart|fluent_emoji|fashion_mnist)/diffusion", word) for word in words):
             words.append("data.params.resolution=32")  # the stand-ins do not say theirs
         if "configs/quickstart/lora.yaml" in words:  # on a base of the same architecture
@@ -213,6 +221,10 @@ def run(workshop, tmp_path, monkeypatch, autoencoder_tree, diffusion_tree, tried
             return 0
         return export.main([str(tmp_path / "out") if word == "FOLDER" else word for word in words])
 
+    def tokenized(words: list[str]) -> int:
+        words = [re.sub(r"/path/to/\w+", PICTURES, word) for word in words]
+        return tokenizer.main([str(tmp_path / word) if word.endswith(".json") else word for word in words])
+
     def parsed(parse):
         return lambda words: 0 if parse(words) else 1
 
@@ -222,6 +234,7 @@ def run(workshop, tmp_path, monkeypatch, autoencoder_tree, diffusion_tree, tried
         "scripts/sample.py": lambda words: sample.main([*words, "--steps", "2", "-n", "1", "--out", str(tmp_path)]),
         "scripts/reconstruct_ema.py": ema.main,
         "scripts/plot_run.py": plot.main,
+        "scripts/tokenizer.py": tokenized,
         "scripts/weights.py": weights.main,
         "scripts/convert.py": converted,
         "scripts/evaluate.py": measured,

@@ -53,13 +53,24 @@ def save_autoencoder(folder: Path, channels: int = 3, seed: int = 0) -> Path:
     return save_run(folder, module, {"kind": "autoencoder", "config": {"model": {"params": params}}, "latents": None})
 
 
-def save_diffusion(folder: Path, autoencoder: Path, classes: list[str] | None, seed: int = 1) -> LatentDiffusion:
-    """A UNet of random weights, whose average is another network than its last step."""
+def save_diffusion(
+    folder: Path, autoencoder: Path, classes: list[str] | None, seed: int = 1, vocabulary: Path | None = None
+) -> LatentDiffusion:
+    """A UNet of random weights, whose average is another network than its last step.
+
+    Args:
+        vocabulary: of a BERT, whose words it reads captions in; None: it reads none.
+    """
     torch.manual_seed(seed)
-    sizes = {"model_channels": 16, "channel_mult": [1, 2], "num_res_blocks": 1, "attention_levels": [1], "num_heads": 2}
+    sizes: dict[str, Any] = {"model_channels": 16, "channel_mult": [1, 2], "num_res_blocks": 1}
+    sizes |= {"attention_levels": [1], "num_heads": 2}
     conditioner = node("diffusion.conditioners.base.Unconditional")
     if classes:
         conditioner = node("diffusion.conditioners.classes.ClassVector", num_classes=len(classes), channels=16)
+    if vocabulary is not None:
+        words: dict[str, Any] = {"channels": 16, "depth": 1, "vocab_size": 100, "tokenizer": str(vocabulary)}
+        conditioner = node("diffusion.conditioners.text_transformer.TextTransformer", **words)
+        sizes["context_dim"] = 16
     vector = 16 if classes else None
     params = {
         "network": node("diffusion.networks.unet.UNet", in_channels=4, vector_channels=vector, dropout=0.5, **sizes),
