@@ -271,7 +271,7 @@ def read_text(path: Path) -> str:
 
 def hash_of(captions: Sequence[str]) -> int:
     """A hash of an item's captions, 64 bits, never 0."""
-    digest = blake2b(json.dumps(list(captions)).encode(), digest_size=8).digest()
+    digest = blake2b(", ".join(map(json.dumps, captions)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") or 1
 
 

@@ -19,7 +19,7 @@ from ldm.data.dataset import CONVERTIBLE, Item
 from ldm.data.decoding import MAX_PIXELS, image_size, read_image
 from ldm.data.sources import arrow_rows, table_files
 from ldm.data.sources.captions import CAPTIONS, hash_of, texts_of
-from ldm.data.sources.classes import labeled
+from ldm.data.sources.classes import in_range, labeled
 from ldm.errors import DataError
 from ldm.ranges import Count, Finite
 from ldm.runtime import distributed
@@ -236,8 +236,10 @@ class HuggingFaceImages:
         if wanted is False or (wanted is None and not typed):
             return None, None, None
         column = self._typed("ClassLabel", wanted if isinstance(wanted, str) else None, "classes")
-        names = self._rows.features[column].names if column in typed else class_names
-        return labeled(self._column(column, "classes"), names, self.path)
+        values = self._column(column, "classes")
+        if column in typed:
+            return in_range(values, list(self._rows.features[column].names), self.path)
+        return labeled(values, class_names, self.path)
 
     def _texts_of(self, values: Iterable[Any], index: int) -> list[str]:
         """The captions in the columns of a row."""

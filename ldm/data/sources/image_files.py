@@ -158,7 +158,8 @@ class ImageFiles:
             return fingerprint.digest(
                 fingerprint.remembered(self.root, self._captions.files, states, kind, self._caption_hash)
             )
-        return fingerprint.digest(np.fromiter(map(self._caption_hash, range(len(self))), np.uint64, len(self)))
+        found = map(self._caption_hash, range(len(self) if self._captions is not None else 0))
+        return fingerprint.digest(np.fromiter(found, np.uint64))
 
     def _caption_hash(self, index: int) -> int:
         try:

@@ -165,6 +165,11 @@ def test_columns_of_other_names_and_types():
     assert (texts(bare), bare.num_classes) == (None, None)
 
 
+def test_names_of_classes_may_be_numbers_of_others():
+    data = made().cast_column("label", datasets.ClassLabel(names=["2", "0", "1"]))
+    assert HuggingFaceImages(saved(data)).class_labels().tolist() == [0, 1, 2] * 2
+
+
 def test_classes_and_captions_can_be_left(caplog):
     saved(made())
     assert set(HuggingFaceImages("data", captions=False, classes=False)[0]) == {"image"}
@@ -205,7 +210,7 @@ def test_loader_workers_see_the_same(context):
         ({"caption": [["a"]] * 5 + [None]}, {}, r"data\[5\]: has no caption"),
         ({"caption": [["a"]] * 5 + [[]]}, {}, r"data\[5\]: has no caption"),
         ({"label": [0, 1, -1, 0, 1, 2]}, {}, r"data\[2\]: class -1; expected 0 to 2"),
-        ({"label": [0, 1, None, 0, 1, 2]}, {}, r"data\[2\]: expected a class"),
+        ({"label": [0, 1, None, 0, 1, 2]}, {}, r"data\[2\]: class None; expected 0 to 2"),
         ({"score": [0, 1, None, 0, 1, 2]}, {"columns": ["score"]}, r"data\[2\]: score: expected a finite number"),
         ({"image": [{"bytes": None, "path": __file__}] * 6}, {}, r"data\[0\]: holds no picture in 'image'"),
     ],
