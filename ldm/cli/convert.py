@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--resolution", type=options.whole_number, metavar="PIXELS", help="of the images")
     parser.add_argument("--statistics", type=options.path, metavar="FILE", help="the latents' mean and deviation")
-    parser.add_argument("--text-encoder", type=options.path, metavar="DIR", help="of captions, with its tokenizer")
+    parser.add_argument("--text-encoder", type=options.path, metavar="DIR", help="of captions, or its tokenizer")
     parser.add_argument("--family", metavar="WORD", help="dit or sit, whose files are alike; lightningdit")
     parser.add_argument("--license", metavar="TEXT", help="of the weights, for the note on where they come from")
     parser.add_argument("--name", help="of the run (default: the file's)")

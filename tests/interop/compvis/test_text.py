@@ -10,6 +10,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
+from ldm.cli import sample
 from ldm.diffusion.conditioners.text import FrozenText
 from ldm.errors import CheckpointError, ConfigError
 from ldm.interop.compvis import text as compvis_text
@@ -161,6 +162,9 @@ def test_stable_diffusion_samples_from_captions_and_is_guided(network, tokenizer
     run = Path(lines[1].split("  ")[0])
     assert (run / "text_encoder" / "config.json").is_file()
     assert not (run / "conditioner.safetensors").exists()
+    command = ["-r", str(run), "-n", "1", "--steps", "2", "--guidance", "4", "--negative", "a dog"]
+    assert sample.main([*command, "--prompt", *CAPTIONS]) == 0
+    assert len([*run.glob("samples/*/*-000000.png")]) == len(CAPTIONS)
     pipeline = Pipeline.load(run)
     conditions = [{"caption": caption} for caption in CAPTIONS]
     plain, guided = (pipeline.generate([0, 0], conditions, steps=2, guidance=Guidance(scale)) for scale in (1.0, 4.0))

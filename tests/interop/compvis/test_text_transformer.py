@@ -192,6 +192,8 @@ def test_a_converted_run_samples_from_captions_wherever_it_lies(vocabulary, tmp_
     command = ["-r", str(run), "-n", "1", "--steps", "2", "--guidance", "3", "--conditions", "wanted.json"]
     assert sample.main(command) == 0, capsys.readouterr().err
     assert len([*run.glob("samples/*/*-000000.png")]) == len(CAPTIONS)
+    prompts = ["-r", str(run), "-n", "1", "--steps", "2", "--prompt", "a blue boat", "--negative", "a dog"]
+    assert sample.main([*prompts, "--guidance", "3"]) == 0, capsys.readouterr().err
     pipeline = Pipeline.load(run)
     (run / "vocab.txt").unlink()
     alone = Pipeline.load(run)
