@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.conditioners.features import Part
+from ldm.ranges import Count, CountOrZero
 
 Parts = Mapping[str, Part]
 Row = Mapping[str, np.ndarray]
@@ -51,7 +52,7 @@ class Layout:
         lengths: of all rows together, for each ragged part.
     """
 
-    def __init__(self, parts: Parts, items: int, rows: int, lengths: Mapping[str, int]) -> None:
+    def __init__(self, parts: Parts, items: Count, rows: CountOrZero, lengths: Mapping[str, CountOrZero]) -> None:
         self.arrays: dict[str, tuple[int, np.dtype, tuple[int, ...]]] = {}
         """Where each begins, its type and its shape."""
         self.size = 0

@@ -16,6 +16,7 @@ from typing import Any, Generic
 from ldm.errors import DataError
 from ldm.latents.claims import Claims, publish, read_sealed, seal
 from ldm.latents.shards import MANIFEST, PLAN, FinishedT, Progress, SpecT, check_size, shard_path
+from ldm.ranges import CountOrZero
 from ldm.runtime.signals import stop_if_asked
 
 _PLAN_CLAIM, _MANIFEST_CLAIM = 1 << 40, 1 << 41  # beyond any shard's number
@@ -34,7 +35,7 @@ class Writer(ABC, Generic[SpecT, FinishedT]):
         progress: called with (items that all processes have done, items of the plan).
     """
 
-    def __init__(self, folder: Path, plan: SpecT, max_broken: int, progress: Progress) -> None:
+    def __init__(self, folder: Path, plan: SpecT, max_broken: CountOrZero, progress: Progress) -> None:
         self.folder = folder
         self.plan = plan
         self.max_broken = max_broken

@@ -9,13 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ldm.ranges import Count, CountOrZero
+
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 
 
 class Handle:
     """An open file, closed when nobody refers to it any more; reading moves no position, so a fork may share it."""
 
-    def __init__(self, path: Path, flags: int = os.O_RDONLY) -> None:
+    def __init__(self, path: Path, flags: CountOrZero = os.O_RDONLY) -> None:
         self.number = -1
         self.number = os.open(path, flags | os.O_CLOEXEC, 0o666)
 
@@ -53,7 +55,7 @@ class Handles:
         limit: how many are open at most.
     """
 
-    def __init__(self, limit: int = 32) -> None:
+    def __init__(self, limit: Count = 32) -> None:
         self._limit = limit
         self._open: OrderedDict[Path, Handle] = OrderedDict()
 

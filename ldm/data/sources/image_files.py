@@ -17,7 +17,7 @@ from ldm.data.dataset import CONVERTIBLE, Item
 from ldm.data.decoding import file_sizes, read_image
 from ldm.data.sources.captions import Beside, InTable, hash_of
 from ldm.errors import DataError
-from ldm.ranges import Count
+from ldm.ranges import Count, Finite
 from ldm.runtime import distributed
 
 logger = logging.getLogger(__name__)
@@ -43,12 +43,12 @@ class ImageFiles:
         root: Path,
         files: list[str],
         labels: np.ndarray | None,
-        num_classes: int | None,
+        num_classes: Count | None,
         class_names: list[str] | None,
         captions: InTable | Beside | None,
         numbers: Mapping[str, np.ndarray],
         max_pixels: Count,
-        value_range: tuple[float, float] | None,
+        value_range: tuple[Finite, Finite] | None,
     ) -> None:
         self.root = root
         self.files = files

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from ldm.data.sources.listing import natural
 from ldm.data.sources.shards import Shard, changed
 from ldm.errors import ConfigError, DataError, ResourceError
+from ldm.ranges import CountOrZero, Positive
 
 CHUNK = 8 << 20
 """Bytes that one request asks for at most."""
@@ -54,7 +55,7 @@ class Transfers:
         options: of fsspec's file system, such as {anon: true} of s3://.
     """
 
-    def __init__(self, timeout: float, retries: int, options: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, timeout: Positive, retries: CountOrZero, options: Mapping[str, Any] | None = None) -> None:
         self.timeout = timeout
         self.retries = retries
         self.options = dict(options or {})
