@@ -70,6 +70,7 @@ class Draws:
         numbers: (N,) sample numbers of the rows, kept on the host: reading them never waits for the device.
         batch_size: the *global* batch size, the block over which `stratified` spreads.
         device: where the draws are made.
+        first: the first sample number of the global batch; None: a multiple of `batch_size`.
     """
 
     def __init__(
@@ -78,11 +79,17 @@ class Draws:
         numbers: np.ndarray | Sequence[CountOrZero],
         batch_size: Count,
         device: torch.device | str = "cpu",
+        first: CountOrZero | None = None,
     ) -> None:
         self.seed = seed
         self.numbers = np.atleast_1d(np.asarray(numbers, dtype=np.int64))
         self.batch_size = batch_size
         self.device = torch.device(device)
+        self.first = first
+
+    def __getitem__(self, rows: slice) -> "Draws":
+        """Those of some rows of the batch."""
+        return Draws(self.seed, self.numbers[rows], self.batch_size, self.device, self.first)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -108,6 +115,8 @@ class Draws:
         a common shift (the low-discrepancy sampler of Kingma et al. 2021, "Variational Diffusion Models", app. I.1).
         """
         block, place = np.divmod(self.numbers, self.batch_size)
+        if self.first is not None:
+            block, place = np.full(len(self), self.first), self.numbers - self.first
         shift = _unit(keys(self.seed, purpose, block))
         return self._to_device((shift + place / self.batch_size) % 1.0)
 

@@ -22,7 +22,7 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
 
-pytest_plugins = ["tests.tiny_runs", "tests.forked", "tests.once"]
+pytest_plugins = ["tests.tiny_runs", "tests.many_sizes", "tests.forked", "tests.once"]
 
 Tree = dict[str, Any]
 

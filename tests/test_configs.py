@@ -12,14 +12,25 @@ from pytorch_lightning.strategies import Strategy
 import main
 from ldm.cli import sample
 from ldm.config.load import Config, build, load
+from ldm.interop.compvis.published import PUBLISHED as PUBLISHED_MODELS
+from tests.tiny_text import (
+    BERT_WORDS,
+    CLIPS,
+    LONGEST,
+    WIDTH,
+    save_models,
+    save_text_encoder,
+    save_vocabulary,
+)
 
 ROOT = Path(__file__).parents[1]
 FILES = {str(path.relative_to(ROOT / "configs")): path for path in sorted((ROOT / "configs").rglob("*.yaml"))}
 # To merge after a whole configuration: any of stage 2, the one of FashionMNIST, or either of the quickstart.
 FRAGMENTS = [name for name in FILES if name.startswith("cluster/")]
 VARIANTS = [name for name in FILES if name.startswith("fashion_mnist/variants/")]
-OWN_PICTURES, LORA = "quickstart/own_pictures.yaml", "quickstart/lora.yaml"
-CONFIGS = {name: path for name, path in FILES.items() if name not in (*FRAGMENTS, *VARIANTS, OWN_PICTURES, LORA)}
+OWN_PICTURES, LORA, BUCKETS = (f"quickstart/{name}.yaml" for name in ("own_pictures", "lora", "buckets"))
+TO_MERGE = (*FRAGMENTS, *VARIANTS, OWN_PICTURES, LORA, BUCKETS)
+CONFIGS = {name: path for name, path in FILES.items() if name not in TO_MERGE}
 STAGE_1 = [name for name in CONFIGS if "autoencoder" in name]
 STAGE_2 = [name for name in CONFIGS if "autoencoder" not in name]
 
@@ -39,6 +50,11 @@ PUBLISHED = {
     "diffusion/ldm_ffhq_f4.yaml": {"denoiser.network": 274},
     "diffusion/ldm_lsun_bedrooms_f4.yaml": {"denoiser.network": 274},
     "diffusion/ldm_imagenet_f4.yaml": {"denoiser.network": 400},
+    "diffusion/text2img256.yaml": {"denoiser.network": 403.6, "denoiser.conditioner": 166.6},
+    # 1.45 billion with the prediction of words, which nothing reads.
+    "diffusion/txt2img_1p4b_f8.yaml": {"denoiser.network": 872.3, "denoiser.conditioner": 542.9},
+    "diffusion/stable_diffusion_v1.yaml": {"denoiser.network": 859.5},
+    "diffusion/stable_diffusion_v2.yaml": {"denoiser.network": 865.9},
 }
 # The latents of each stage-2 configuration's own stage 1: channels, side.
 LATENTS = {
@@ -52,10 +68,27 @@ LATENTS = {
     "diffusion/lightningdit_xl1_f16.yaml": (16, 16),
     "diffusion/sit_xl2_imagenet256.yaml": (4, 32),
     "diffusion/lsun_churches_f8.yaml": (4, 32),
+    "diffusion/stable_diffusion_v1.yaml": (4, 64),
+    "diffusion/stable_diffusion_v2.yaml": (4, 96),
+    "diffusion/text2img256.yaml": (3, 64),
+    "diffusion/txt2img_1p4b_f8.yaml": (4, 32),
     "fashion_mnist/diffusion.yaml": (4, 8),
     "fluent_emoji/diffusion.yaml": (8, 8),
     "quickstart/diffusion.yaml": (4, 8),
 }
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """Where there are the text encoders that configurations name."""
+    root = tmp_path_factory.mktemp("text")
+    save_models(root)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def beside_models(models, monkeypatch):
+    monkeypatch.chdir(models)
 
 
 def shipped(name: str) -> Config:
@@ -100,6 +133,22 @@ def test_an_adapter_fits_every_network_of_torch_s_layers(name):
 
 
 @pytest.mark.slow
+def test_both_stages_train_two_steps_in_buckets(many_sizes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    short = ["max_steps=2", "val_check_interval=2", "accelerator=cpu", "devices=1"]
+    words = [f"data.params.train.params.root={many_sizes}", "data.params.num_validation=6", "data.params.batch_size=4"]
+    words += [*(f"lightning.trainer.{word}" for word in short), "lightning.logger=null"]
+    merged = [str(FILES[OWN_PICTURES]), str(FILES[BUCKETS])]
+    for stage, more in (("autoencoder", ["model.params.loss.params.perceptual=null"]), ("diffusion", [])):
+        base = ["--base", str(CONFIGS[f"quickstart/{stage}.yaml"]), *merged, "--logdir", f"logs/{stage}"]
+        if stage == "diffusion":
+            more = [f"data.params.autoencoder={next((tmp_path / 'logs' / 'autoencoder').iterdir())}"]
+        assert main.main([*base, *words, *more]) == 0
+        state = json.loads(next((tmp_path / "logs" / stage).glob("*/run_state.json")).read_text())
+        assert (state["status"], state["step"]) == ("finished", 2)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_variant_trains_two_steps(variant, image_folder, runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -121,6 +170,50 @@ def test_builds_at_full_size_with_the_published_number_of_parameters(name):
         count = sum(parameter.numel() for parameter in model.get_submodule(part).parameters()) / 1e6
         # As many digits as the source gives; the lineage rounds 394.98 up and 294.97 down.
         assert count == pytest.approx(millions, abs=0.06 if millions < 100 else 1.0), (part, count)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "millions"),
+    [("stable_diffusion_v1", 12, 123.06), ("stable_diffusion_v2", 23, 340.39)],
+)
+def test_stable_diffusion_reads_the_tokens_of_an_encoder_of_the_published_size(name, layers, millions):
+    transformers = pytest.importorskip("transformers")
+    text = shipped(f"diffusion/{name}.yaml").resolved()["data"]["params"]["features"]["text"]["params"]
+    width = text["channels"]
+    assert CLIPS[text["encoder"]] == width
+    assert text["padding"]
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
+    with torch.device("meta"):
+        config = transformers.CLIPTextConfig(vocab_size=49408, num_attention_heads=width // 64, **sizes)
+        encoder = transformers.CLIPTextModel(config)
+    assert sum(weight.numel() for weight in encoder.parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("text2img256", "text2img256 (vq-f4)"),
+        ("txt2img_1p4b_f8", "txt2img-1p4B (kl-f8)"),
+        ("stable_diffusion_v1", "Stable Diffusion 1"),
+        ("stable_diffusion_v2", "Stable Diffusion 2"),
+    ],
+)
+def test_models_of_captions_are_those_that_can_be_converted(name, published):
+    tree = shipped(f"diffusion/{name}.yaml").resolved(facts(f"diffusion/{name}.yaml"))
+    (known,) = [one for one in PUBLISHED_MODELS if one.name == published]
+    network, objective = (tree["model"]["params"][part]["params"] for part in ("network", "objective"))
+    assert {"num_res_blocks": 2, "spatial_channels": 0, **network} == {
+        "num_res_blocks": 2,
+        "spatial_channels": 0,
+        **known.unet,
+        **known.heads,
+    }
+    ends = {"start": known.params["linear_start"], "end": known.params["linear_end"]}
+    assert objective["schedule"]["params"] == ends
+    assert ("prediction" in objective) == (known.params["parameterization"] == "v")
+    scales = tree["data"]["params"]["statistics"]["std"]
+    assert scales == [pytest.approx(1 / known.params["scale_factor"])] * network["in_channels"]
+    assert tree["model"]["params"]["label_dropout"] == 0.1
 
 
 def test_lightningdit_is_as_published():
@@ -164,7 +257,27 @@ def overrides(name: str, image_folder: Path) -> list[str]:
     trainer = {"max_steps": 2, "val_check_interval": 2, "limit_val_batches": 1, "accelerator": "cpu", "devices": 1}
     words = [f"data.params.{key}={json.dumps(value)}" for key, value in data.items()]
     words += [f"lightning.trainer.{key}={json.dumps(value)}" for key, value in trainer.items()]
-    return [*words, "lightning.logger=null"]
+    return [*words, *of_captions(name, image_folder), "lightning.logger=null"]
+
+
+def of_captions(name: str, image_folder: Path) -> list[str]:
+    """The same of what reads them, and a caption beside each picture."""
+    text = CONFIGS[name].read_text()
+    if "conditioners.text" not in text:
+        return []
+    few = "lightning.callbacks={images: null}"  # up to 32 pictures of 50 steps
+    for picture in image_folder.rglob("*.png"):
+        picture.with_suffix(".txt").write_text("a red cat")
+    if "text_transformer" in text:
+        sizes = {"channels": 32, "depth": 1, "vocab_size": len(BERT_WORDS)}
+        return [
+            few,
+            f"model.params.conditioner.params.tokenizer={save_vocabulary(image_folder / 'words.txt')}",
+            *(f"model.params.conditioner.params.{key}={value}" for key, value in sizes.items()),
+        ]
+    encoder = save_text_encoder(image_folder.parent / "encoder")
+    sizes = {"encoder": encoder, "channels": WIDTH, "max_length": LONGEST}
+    return [few, *(f"data.params.features.text.params.{key}={value}" for key, value in sizes.items())]
 
 
 @pytest.mark.slow
@@ -186,11 +299,13 @@ def test_stage_2_trains_two_steps(name, image_folder, runs, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     edm2 = "ldm.diffusion.networks.edm2" in CONFIGS[name].read_text()
     width = "hidden_size" if "ldm.diffusion.networks.dit" in CONFIGS[name].read_text() else "model_channels"
-    words = [f"model.params.network.params.{width}={64 if edm2 else 32}", *overrides(name, image_folder)]
+    wide = edm2 or "num_head_channels: 64" in CONFIGS[name].read_text()
+    words = [f"model.params.network.params.{width}={64 if wide else 32}", *overrides(name, image_folder)]
     words += ["model.params.network.params.num_res_blocks=1", "data.params.resolution=32"] if edm2 else []
     if "ldm.diffusion.networks.dit.DiT" in CONFIGS[name].read_text():
         words += ["model.params.network.params.depth=2", "model.params.network.params.num_heads=4"]
     words.append(f"data.params.autoencoder={runs.autoencoder}")
+    words += ["data.params.statistics=null"] if "statistics:" in CONFIGS[name].read_text() else []
     assert main.main(["--base", str(CONFIGS[name]), *words]) == 0
     check_run(tmp_path)
 

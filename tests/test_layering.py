@@ -37,12 +37,15 @@ FENCED = {
     "torch.distributed": {"ldm.runtime", "ldm.checkpoints", "scripts.faults.interpreter"},
     "diffusers": {"ldm.interop", "scripts.bench", "scripts.roundtrip"},
     "wandb": {"ldm.training.loggers"},
+    "pyarrow": {"ldm.data.sources"},
+    "datasets": {"ldm.data.sources.arrow_rows"},
     "timm": {"ldm.evaluation.features"},
     "torch_fidelity": {"ldm.evaluation.features"},
     "transformers": {"ldm.evaluation.features", "ldm.diffusion.conditioners", "ldm.interop"},
     "tokenizers": {"ldm.diffusion.conditioners.tokenizer"},
     "peft": {"ldm.interop"},
     "fsspec": {"ldm.data.sources"},
+    "gradio": {"ldm.cli.demo", "ldm.cli.demo_page", "ldm.cli.demo_controls", "ldm.cli.demo_style"},
     "huggingface_hub": {"ldm.interop", "ldm.weights"},
 }
 

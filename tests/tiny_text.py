@@ -66,3 +66,24 @@ def save_bert_vocabulary(file: Path) -> Path:
     """A vocab.txt with as many words as that of bert-base-uncased."""
     file.write_text("\n".join([*BERT_WORDS, *(f"[unused{n}]" for n in range(30522 - len(BERT_WORDS)))]) + "\n")
     return file
+
+
+def save_wide_clip(folder: Path, width: int) -> Path:
+    """A CLIP of that width, and of one thin layer."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    sizes = {"hidden_size": width, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
+    more = {"max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "projection_dim": 8}
+    return save_text_encoder(folder, network=CLIPTextModel(CLIPTextConfig(vocab_size=len(WORDS), **sizes, **more)))
+
+
+CLIPS = {"models/clip-vit-large-patch14": 768, "models/stable-diffusion-2/text_encoder": 1024}
+BERT = "models/bert-base-uncased/vocab.txt"
+
+
+def save_models(root: Path) -> None:
+    """Stand-ins for the text encoders and words that configurations name: {folder: width of its tokens}."""
+    for name, width in CLIPS.items():
+        save_wide_clip(root / name, width)
+    (root / BERT).parent.mkdir(parents=True)
+    save_bert_vocabulary(root / BERT)

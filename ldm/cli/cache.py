@@ -42,7 +42,8 @@ def build(base: Sequence[Path], overrides: Sequence[str], trust: Sequence[str]) 
     loaded.check(facts)
     tree = loaded.resolved(facts)
     if isinstance(outline := dry_run.meta_model(tree, trust), LatentDiffusion):
-        dry_run.check_fit(outline, tree, facts, data.meta_batch(), loaded.origin)
+        for batch in data.meta_batches():
+            dry_run.check_fit(outline, tree, facts, batch, loaded.origin)
     data.prepare_data()
     data.setup()
     if distributed.is_main():

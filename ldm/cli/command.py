@@ -20,6 +20,7 @@ COMMANDS = {
     ),
     "cache": ("build or check latent caches", "ldm cache --base configs/quickstart/diffusion.yaml"),
     "sample": ("sample images from a trained model", "ldm sample -r 'logs/*_emoji_diffusion' --guidance 2"),
+    "demo": ("make images on a page in the browser", "ldm demo -r 'logs/*_emoji_diffusion'"),
     "evaluate": ("measure samples, reconstructions or pictures", "ldm evaluate -r 'logs/*_emoji_diffusion' -n 5000"),
     "ema": ("reconstruct running averages of other widths", "ldm ema -r logs/<run> --std 0.075"),
     "weights": ("list the trained weights that ldm can use, or bring them", "ldm weights --fetch lpips-alexnet"),

@@ -143,10 +143,11 @@ def _training(file: Path, found: Mapping[str, Any]) -> dict[str, Any]:
     step = int(found.get("step", 0))
     images = found.get("images_seen") or (None if batch is None else step * batch)
     table = file.parent.parent / "metrics.csv"
-    return {"checkpoint": str(file), "step": step, "images_seen": images, "hours": hours(table, step, batch)}
+    each = images / step if images and step else batch  # of a step, on average: with buckets they may differ
+    return {"checkpoint": str(file), "step": step, "images_seen": images, "hours": hours(table, step, each)}
 
 
-def hours(table: Path, step: int, batch: int | None) -> float | None:
+def hours(table: Path, step: int, batch: float | None) -> float | None:
     """Of training up to a step, from the speeds that were logged; None: there are none."""
     if batch is None:
         return None

@@ -56,6 +56,7 @@ def _numbers(kind: Callable[[str], Number], expected: str, fits: Callable[[Numbe
 
 whole_number = _numbers(int, "a whole number of 1 or more", lambda number: number >= 1)
 seed = _numbers(int, "a whole number from 0 to 2^63 - 1", lambda number: 0 <= number < 2**63)
+port = _numbers(int, "a port, 0 to 65535", lambda number: 0 <= number < 2**16)
 finite = _numbers(float, "a finite number", math.isfinite)
 positive = _numbers(float, "a finite number above 0", lambda number: 0 < number < math.inf)
 share = _numbers(float, "a number from 0 to 1", lambda number: 0 <= number <= 1)

@@ -23,7 +23,7 @@ with pictures of other settings is left alone.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from hashlib import sha256
@@ -41,7 +41,7 @@ from ldm.run_folder import newest_run
 from ldm.runtime import signals
 from ldm.sampling import samplers, timesteps
 from ldm.sampling.conditions import Condition
-from ldm.sampling.generate import check, generate
+from ldm.sampling.generate import Sample, check, generate
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.img2img import InitImage
 from ldm.sampling.pipeline import Pipeline
@@ -115,8 +115,7 @@ def requested(pipeline: Pipeline, options: Any) -> list[Condition | None]:
 def sample(options: Any) -> list[Path]:
     """Do what the command line asks for; returns the files to look at."""
     device = usable(options.device)
-    sampler = chosen("sampler", samplers, options.sampler, options.trust)
-    schedule = chosen("schedule", timesteps, options.schedule, options.trust)
+    sampler, schedule = named_functions(options)
     pipeline = Pipeline.load(
         _found(options.run), ema=not options.raw, autoencoder=options.autoencoder, device=device, trust=options.trust
     )
@@ -152,6 +151,12 @@ def sample(options: Any) -> list[Path]:
         written.append(save_arrays(folder, orders))
     print(f"{len(orders)} pictures in {folder}")
     return written
+
+
+def named_functions(options: Any) -> tuple[Sampler, TimestepSchedule]:
+    """The sampler and the schedule that the command line names."""
+    sampler = chosen("sampler", samplers, options.sampler, options.trust)
+    return sampler, chosen("schedule", timesteps, options.schedule, options.trust)
 
 
 def asked(orders: Sequence[Order]) -> list[Condition] | None:
@@ -228,10 +233,19 @@ def _known(file: Path) -> dict[str, str]:
 
 def make(pipeline: Pipeline, missing: Sequence[Order], folder: Path, options: Any, recipe: Recipe) -> None:
     """Make the missing pictures, each written as soon as its batch is done."""
-    samples = generate(
+    for made in samples(pipeline, missing, options, recipe, progress=True):
+        save(folder, made)
+        signals.stop_if_asked()
+
+
+def samples(
+    pipeline: Pipeline, orders: Sequence[Order], options: Any, recipe: Recipe, progress: bool = False
+) -> Iterator[Sample]:
+    """The pictures of these orders."""
+    return generate(
         pipeline,
-        [order.seed for order in missing],
-        asked(missing),
+        [order.seed for order in orders],
+        asked(orders),
         sampler=recipe.sampler,
         steps=options.steps,
         schedule=recipe.schedule,
@@ -239,11 +253,8 @@ def make(pipeline: Pipeline, missing: Sequence[Order], folder: Path, options: An
         init_image=recipe.init_image,
         size=recipe.size,
         batch_size=options.batch_size,
-        progress=True,
+        progress=progress,
     )
-    for made in samples:
-        save(folder, made)
-        signals.stop_if_asked()
 
 
 def main(argv: Sequence[str]) -> int:

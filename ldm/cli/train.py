@@ -74,15 +74,16 @@ def work(options: Options) -> int:
     from ldm.training import dry_run, init_from, rehearsal, trainer
     from ldm.training.callbacks.model_files import model_files
 
-    outline, batch = dry_run.meta_model(tree, options.trust), data.meta_batch()
-    dry_run.check_fit(outline, tree, facts, batch, start.config.origin)
-    rehearsal.check(outline, tree, facts, batch, start.config.origin, start.config.trust)
+    outline, batches = dry_run.meta_model(tree, options.trust), data.meta_batches()
+    for batch in batches:
+        dry_run.check_fit(outline, tree, facts, batch, start.config.origin)
+    rehearsal.check(outline, tree, facts, batches[0], start.config.origin, start.config.trust)
     trainer.make_trainer(tree, data, outline, trust=options.trust)
     weights = init_from.prepare(tree, outline, data, facts) if start.has_no_checkpoint() else None
     if weights is None and start.has_no_checkpoint():
         model_files(outline)  # nothing else will bring them
     if options.dry_run:
-        print(dry_run.report(outline, tree, facts, batch))
+        print(dry_run.report(outline, tree, facts, *batches))
         return 0
     return train(options, start, tree, data, facts, weights)
 

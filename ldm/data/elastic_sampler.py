@@ -60,11 +60,15 @@ def accumulation(batch_size: int, micro_batch_size: int | None, world_size: int)
 
 def items(numbers: Sequence[int], seed: int, length: int) -> list[int]:
     """The items of a data set of `length` that the sample numbers refer to."""
-    order = _order(seed, length)
+    return visited(numbers, order(seed, length), length)
+
+
+def visited(numbers: Sequence[int], order: Callable[[int], np.ndarray], length: int) -> list[int]:
+    """The items at these places of epochs that follow on one another, each of `length` items, in this `order`."""
     return [int(order(number // length)[number % length]) for number in numbers]
 
 
-def _order(seed: int, length: int) -> Callable[[int], np.ndarray]:
+def order(seed: int, length: int) -> Callable[[int], np.ndarray]:
     """Epoch -> permutation; the last two are cached, since both are in use where they meet (1M items: 10 ms, 8 MB)."""
     return lru_cache(maxsize=2)(lambda epoch: permutation(seed, epoch, length))
 
@@ -118,13 +122,13 @@ class ElasticBatchSampler(Sampler[list[Address]]):
         return self.batch_size // (self.world_size * self.accumulation)
 
     def __iter__(self) -> Iterator[list[Address]]:
-        order = _order(self.seed, self.length)
+        orders = order(self.seed, self.length)
         micro = self.micro_batch_size
         for step in count(self.position(), self.batch_size):
             for piece in range(self.accumulation):
                 first = step + (piece * self.world_size + self.rank) * micro
                 numbers = range(first, first + micro)
-                yield [(p, int(order(p // self.length)[p % self.length])) for p in numbers]
+                yield list(zip(numbers, visited(numbers, orders, self.length), strict=True))
 
 
 def validation_batches(length: int, micro_batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[Address]]:

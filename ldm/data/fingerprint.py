@@ -23,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm import files
 from ldm.errors import DataError
+from ldm.files import DAMAGED_NPZ, published
 
 INDEX = Path("cache") / ".contents"  # hidden, so that `cache/*` are latent caches
 INDEX_FROM = 10_000
@@ -63,11 +63,11 @@ def comparable(one: str, other: str) -> tuple[str, str]:
 
 def stats(root: Path, names: Sequence[str]) -> np.ndarray:
     """Size, modification and change time (ns) and inode of files in `root`: (N,4) int64; -1 for missing files."""
-    prefix = os.path.join(root, "")
+    folder = os.fspath(root)
     found = np.empty((len(names), 4), dtype=np.int64)
 
     def fill(start: int) -> None:
-        found[start : start + _CHUNK] = [_stats(prefix + name) for name in names[start : start + _CHUNK]]
+        found[start : start + _CHUNK] = [_stats(os.path.join(folder, name)) for name in names[start : start + _CHUNK]]
 
     with ThreadPoolExecutor(_THREADS) as pool:  # many wait in parallel on a slow disk or network
         list(pool.map(fill, range(0, len(names), _CHUNK)))
@@ -150,6 +150,31 @@ def remembered(
     return numbers
 
 
+def remembered_array(files: Sequence[str], kind: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """What `make` makes of the content of some files, from the index where all of them are unchanged.
+
+    Args:
+        files: their paths.
+        kind: what it is, as the end of the index's name.
+        make: called once if need be; its array holds no objects.
+    """
+    begun = time.time_ns()
+    paths = [os.path.realpath(file) for file in files]
+    states = stats(Path(), paths)
+    index = INDEX / f"{blake2b(os.fsencode(os.pathsep.join(paths)), digest_size=16).hexdigest()}{kind}.npz"
+    try:
+        with np.load(index) as archive:
+            if np.array_equal(archive["states"], states):
+                kept: np.ndarray = archive["array"]
+                return kept
+    except (*DAMAGED_NPZ, KeyError):
+        pass
+    array = make()
+    if (states[:, 1:3] < begun - _SETTLED).all():
+        _write(index, states=states, array=array)
+    return array
+
+
 def _sample(root: str, name: str, size: int) -> int:
     """Hash of some of a file's bytes; 0 if they cannot be read."""
     if size < 0:
@@ -167,7 +192,7 @@ def _sample(root: str, name: str, size: int) -> int:
         return 0
 
 
-def sample(size: int, read: Callable[[int, int], bytes]) -> int:
+def sample(size: int, read: Callable[[int, int], bytes | memoryview]) -> int:
     """Hash of some of `size` bytes: all of up to 32 KB, otherwise at eight positions from the first to the last.
 
     Args:
@@ -179,7 +204,7 @@ def sample(size: int, read: Callable[[int, int], bytes]) -> int:
     return _short_hash(b"".join([read(place * (size - _BLOCK) // (_BLOCKS - 1), _BLOCK) for place in range(_BLOCKS)]))
 
 
-def _short_hash(data: bytes) -> int:
+def _short_hash(data: bytes | memoryview) -> int:
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
 
 
@@ -206,7 +231,11 @@ def _write_index(file: Path, keys: np.ndarray, states: np.ndarray, samples: np.n
     entries = np.empty(len(keys), dtype=_ENTRY)
     entries["key"], entries["stats"], entries["sample"] = keys, states, samples
     entries.sort(order="key")
+    _write(file, entries=entries)
+
+
+def _write(index: Path, **arrays: np.ndarray) -> None:
     with suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with files.published(file, durable=False) as aside, aside.open("wb") as handle:
-            np.savez(handle, entries=entries)
+        index.parent.mkdir(parents=True, exist_ok=True)
+        with published(index, durable=False) as aside, aside.open("wb") as handle:
+            np.savez(handle, allow_pickle=False, **arrays)

@@ -31,6 +31,9 @@ Files come as PIL images, gray, RGB or RGBA; arrays of another number of channel
 torchvision's v2 takes both.
 """
 
+TransformOfSize = Callable[[Resolution], Transform]
+"""Size of the crop -> transform: a class of this file, or, in a configuration, one with `partial: true`."""
+
 
 def _to_pixels() -> list[torch.nn.Module]:
     """uint8 [0,255] -> float32 [-1,1], for any number of channels."""

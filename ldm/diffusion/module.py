@@ -12,6 +12,7 @@ from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
+from ldm.data.datamodule import ElasticDataModule
 from ldm.diffusion.conditioners.base import Conditioner, require_conditioner
 from ldm.diffusion.conditioners.text_transformer import TextTransformer
 from ldm.diffusion.metrics import Output, standard
@@ -61,7 +62,8 @@ class LatentDiffusion(LightningModule):
         label_dropout: fraction of rows trained without their conditioning, for classifier-free guidance.
         gradient_clip: maximum gradient norm; None: no clipping.
         compile_blocks: compile the network's blocks with torch.compile for training; their names stay the same. The
-            first step then takes a minute or more, and every later step is faster, especially on GPUs.
+            first step then takes a minute or more, and every later step is faster, especially on GPUs. With buckets
+            this is done for each size.
         metrics: validation metrics by name, beside the standard ones of ldm/diffusion/metrics.py (loss, loss_ema,
             latent_std) or in place of the one of that name; null: without it.
         adapter: trained instead of the denoiser (ldm/interop/lora.py); None: all of the denoiser is trained.
@@ -120,9 +122,13 @@ class LatentDiffusion(LightningModule):
             blocks = _blocks(network, "model.params.compile_blocks: torch.compile translates", "leave it out")
             # Blocks of one class share one recompilation limit, beyond which they would run uncompiled.
             limits: Any = torch._dynamo.config
-            limits.recompile_limit = max(limits.recompile_limit, 4 * len(blocks))
+            data = self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning's own, set by fit
+            bucketing = data.bucketing if isinstance(data, ElasticDataModule) else None
+            sizes = 1 if bucketing is None else len(bucketing.sizes())
+            limits.recompile_limit = max(limits.recompile_limit, 4 * len(blocks) * sizes)
             for block in blocks:
-                block.compile()
+                # Made for each size: what serves them all would depend on which came first, as after a resume.
+                block.compile(dynamic=False) if sizes > 1 else block.compile()
         plugin = self.trainer.precision_plugin
         scaled = isinstance(plugin, MixedPrecision) and plugin.scaler is not None
         groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]

@@ -21,6 +21,7 @@ from torch import Tensor
 from ldm.errors import DataError
 from ldm.latents.manifest import CacheSpec, Manifest
 from ldm.latents.shards import Progress
+from ldm.latents.statistics import Statistics
 from ldm.latents.writing import Writer, complete
 from ldm.runtime.signals import stop_if_asked
 
@@ -148,14 +149,11 @@ class _LatentWriter(Writer[CacheSpec, Manifest]):
 
     def merge(self, sidecars: Sequence[Mapping[str, Any]], broken: list[int]) -> Manifest:
         items = sum(sidecar["items"] for sidecar in sidecars)
-        values = items * 2 * self.plan.shape[1] * self.plan.shape[2]
-        mean, square, variance = np.sum([sidecar["sums"] for sidecar in sidecars], axis=0) / values
-        std = np.sqrt(np.maximum(square - mean**2, 0) + variance)
+        found = statistics(sidecars, items * 2 * self.plan.shape[1] * self.plan.shape[2])
         return Manifest(
             plan=self.plan,
-            mean=mean.tolist(),
-            # A channel with zero variance stays unscaled instead of causing a division by zero.
-            std=np.where(std > 0, std, 1.0).tolist(),
+            mean=found.mean,
+            std=found.std,
             broken=broken,
             shards=[{"crc32": sidecar["crc32"], "items": sidecar["items"]} for sidecar in sidecars],
         )
@@ -192,6 +190,14 @@ class _LatentWriter(Writer[CacheSpec, Manifest]):
                 f"Fix the labels of the data set."
             )
         return int(label)
+
+
+def statistics(sidecars: Sequence[Mapping[str, Any]], values: int) -> Statistics:
+    """Of all latents of these shards, which have so many values a channel."""
+    mean, square, variance = np.sum([sidecar["sums"] for sidecar in sidecars], axis=0) / values
+    std = np.sqrt(np.maximum(square - mean**2, 0) + variance)
+    # A channel with zero variance stays unscaled instead of causing a division by zero.
+    return Statistics(mean.tolist(), np.where(std > 0, std, 1.0).tolist())
 
 
 def _sums(moments: np.ndarray) -> np.ndarray:

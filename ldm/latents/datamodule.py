@@ -1,9 +1,8 @@
 """The data module of stage 2: latents from a cache, which it builds first if there is none."""
 
-import logging
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +11,24 @@ import torch
 from torch.utils.data import DataLoader
 
 from ldm.autoencoder.codec import Codec
-from ldm.data.datamodule import VALIDATION_SEED, ElasticDataModule, dataset_facts, split
-from ldm.data.dataset import (
-    ImageDataset,
-    decoding,
-    emptied_classes,
-    has_captions,
-    require_channels,
-    texts,
-    without_captions,
-)
-from ldm.data.transforms import EvalTransform, transformed
+from ldm.data.bucketed import Bucketing
+from ldm.data.buckets import Buckets
+from ldm.data.datamodule import VALIDATION_SEED, ElasticDataModule, dataset_facts, of_size, split
+from ldm.data.dataset import ImageDataset, has_captions, require_channels
+from ldm.data.transforms import EvalTransform
 from ldm.diffusion.conditioners.features import Feature, meta_columns
 from ldm.errors import ConfigError, DataError
-from ldm.latents.build import Source, build, shard_items
-from ldm.latents.conditions import Captions
+from ldm.latents.bucketed import BucketedLatents, joined, whole
+from ldm.latents.conditions import Captions, Conditions
 from ldm.latents.dataset_parts import DatasetParts, Wanted, named
+from ldm.latents.encoding import Encoding, SizedPart, check_broken
 from ldm.latents.manifest import CacheSpec, Manifest
 from ldm.latents.numbers import meta as number_columns
-from ldm.latents.places import note_source, noted_source, place
 from ldm.latents.reader import LatentCache, LatentDataset
 from ldm.latents.shards import MANIFEST
 from ldm.latents.statistics import Statistics
 from ldm.ranges import Count, CountOrZero, Finite, Fraction, Resolution, Seed
-from ldm.runtime import distributed
-from ldm.runtime.progress import shown
 from ldm.sizes import Size, as_resolution, as_size
-
-log = logging.getLogger(__name__)
 
 
 class LatentDataModule(ElasticDataModule):
@@ -63,7 +52,8 @@ class LatentDataModule(ElasticDataModule):
             there are no more than that.
         micro_batch_size: maximum number of latents on one device at a time, a divisor of `batch_size`; None: no limit.
         num_workers: loader processes per rank; 0 is fastest, since gathering a batch costs less than transferring it.
-        transform: picture -> (C,H,W) in [-1,1], deterministic; None: `EvalTransform(resolution)`.
+        transform: picture -> (C,H,W) in [-1,1], deterministic; None: `EvalTransform(resolution)`. With buckets: a
+            function from a size to its transform (in a configuration `partial: true`).
         flip: mirror half of the samples in training.
         cache: folder of this cache (with `train/`, `train-captions/`, ... in it), refused if it holds another; None:
             `cache/<fingerprint>`, so that caches of different content exist side by side.
@@ -76,6 +66,7 @@ class LatentDataModule(ElasticDataModule):
             (`text.tokens`). Their networks are in memory only while they are computed.
         numbers: what batches hold beside that: `original_size`, `crop_top_left`, `target_size`, or columns of the data
             set (ldm/data/numbers.py).
+        buckets: instead of `resolution`: several sizes, each batch of one of them, with a cache of latents for each.
     """
 
     def __init__(
@@ -90,7 +81,7 @@ class LatentDataModule(ElasticDataModule):
         num_validation: CountOrZero = 0,
         micro_batch_size: Count | None = None,
         num_workers: CountOrZero = 0,
-        transform: EvalTransform | None = None,
+        transform: EvalTransform | Callable[[Resolution], EvalTransform] | None = None,
         flip: bool = True,
         cache: str | Path | None = None,
         max_broken: Fraction = 0.01,
@@ -99,9 +90,14 @@ class LatentDataModule(ElasticDataModule):
         statistics: Mapping[str, Sequence[Finite]] | None = None,
         features: Mapping[str, Feature] | None = None,
         numbers: Sequence[str] = (),
+        buckets: Buckets | None = None,
     ) -> None:
         super().__init__(batch_size, seed, micro_batch_size, num_workers)
         self.train_dataset, self.validation_dataset = split(train, validation, num_validation)
+        if buckets is not None:
+            if resolution is not None:
+                raise ConfigError("data.params.resolution: leave it out where there are `buckets`, which have sizes")
+            self.bucketing = Bucketing(buckets, self.train_dataset, self.validation_dataset, batch_size)
         self._own_validation = validation
         # The one that is given whole is freed with the others, and made again if it is asked for.
         self._given = autoencoder if isinstance(autoencoder, Codec) else None
@@ -116,9 +112,9 @@ class LatentDataModule(ElasticDataModule):
         self.read_threads = read_threads
         self.features = named(features or {})
         self.numbers = tuple(numbers)
-        self._rows: dict[str, LatentDataset] = {}
-        self.train_cache: LatentCache | None = None
-        self.validation_cache: LatentCache | None = None
+        self._rows: dict[str, LatentDataset | BucketedLatents] = {}
+        self.caches: dict[str, list[LatentCache]] = {}
+        """Of the data sets `train` and `validation`, one for each size of the pictures."""
         self._statistics = None if statistics is None else Statistics.written(statistics)
         self._manifest: Manifest | None = None
         self._size = None if resolution is None else as_size(resolution)
@@ -132,6 +128,8 @@ class LatentDataModule(ElasticDataModule):
         """
         codec = self._load()
         channels, height, width = codec.latent_shape(self.image_size)
+        if self.bucketing is not None:
+            self.bucketing.check(codec.latent_shape)
         if self._statistics is not None:
             self._statistics.require(channels)
         return {
@@ -146,21 +144,31 @@ class LatentDataModule(ElasticDataModule):
             "autoencoder": None if self.autoencoder is None else codec.weight_hash(),
             **({} if self._statistics is None else {"statistics": asdict(self._statistics)}),
             **({"features": {name: one.describe() for name, one in self.features.items()}} if self.features else {}),
+            **({} if self.bucketing is None else self.bucketing.facts()),
         }
 
     def meta_batch(self, rows: int = 2) -> dict[str, Any]:
         """Needs the autoencoder's checkpoint, but no cache."""
-        shape = self._load().latent_shape(self.image_size)
-        latent = torch.empty(rows, *shape, device="meta")
-        batch = {"latent": latent, **self.meta_conditions(self.train_dataset, rows)}
+        return self._meta_batch(self.image_size, rows)
+
+    def meta_batches(self, rows: int = 2) -> list[dict[str, Any]]:
+        sizes = [self.image_size] if self.bucketing is None else self.bucketing.sizes()
+        return [self._meta_batch(size, rows) for size in sizes]
+
+    def _meta_batch(self, size: Size, rows: int) -> dict[str, Any]:
+        latent = torch.empty(rows, *self._load().latent_shape(size), device="meta")
+        batch = {"latent": latent, **self.meta_conditions(self.train_dataset, rows, size)}
         for name, feature in self.features.items():
             batch |= meta_columns(feature, name, rows)
         return batch | number_columns(self.train_dataset, self.numbers, rows)
 
     @property
     def image_size(self) -> Size:
-        """Of the images that are encoded, pixels."""
-        known = self._size or (self._transform.size if self._transform else self._load().size)
+        """Of the images that are encoded, pixels; with buckets, that of most."""
+        if self.bucketing is not None:
+            return self.bucketing.default
+        given = self._transform.size if isinstance(self._transform, EvalTransform) else None
+        known = self._size or given or self._load().size
         if known is None:
             source = "an image" if self.autoencoder is None else self.autoencoder[1] or "the autoencoder"
             raise ConfigError(f"data.params.resolution: {source} does not state its resolution: set it here")
@@ -172,7 +180,12 @@ class LatentDataModule(ElasticDataModule):
 
     @property
     def transform(self) -> EvalTransform:
-        return self._transform or EvalTransform(self.image_size)
+        """Of images of this `image_size`."""
+        return self._transform_of(self.image_size)
+
+    def _transform_of(self, size: Size) -> EvalTransform:
+        made: EvalTransform = of_size(self._transform, EvalTransform, self.bucketing)(size)
+        return made
 
     @property
     def manifest(self) -> Manifest:
@@ -195,50 +208,93 @@ class LatentDataModule(ElasticDataModule):
         Raises:
             DataError: a cache is damaged, or was made from another autoencoder or other images.
         """
-        if self.train_cache is not None:
+        if self._rows:
             return
-        codec = self._load().to(self._device())
-        weights = codec.weight_hash()
+        self.caches = {}
+        encoding, device = self._encoding(self._device()), self._device()
         captions: dict[str, Captions | None] = {}
-        caches: dict[str, LatentCache] = {}
-        for name, dataset in self._datasets().items():
-            folder, plan = self._place(name, dataset, codec, weights)
-            if has_captions(dataset) and not plan.captions:  # first, since what is wrong with them is seen in seconds
+        sized = {name: self._sized(name) for name in self._datasets()}
+        for name, parts in sized.items():
+            dataset = self._datasets()[name]
+            placed = [encoding.place(part) for part in parts]
+            inside = placed[0][1].captions
+            if has_captions(dataset) and not inside:  # first, since what is wrong with them is seen in seconds
                 captions[name] = self._parts(name).captions()
-            caches[name] = self._open(name, dataset, folder, plan, codec)
-            if plan.captions:
-                captions[name] = caches[name]
-        self.train_cache, self.validation_cache = caches["train"], caches.get("validation")
-        manifest = self.train_cache.manifest.decoded_by(codec.describe(weights))
+            self.caches[name] = [encoding.open(part, *where) for part, where in zip(parts, placed, strict=True)]
+            if inside:
+                captions[name] = self.caches[name][0]
+            check_broken(dataset, parts, self.caches[name])
+        manifest = self._joined(self.caches["train"]).decoded_by(encoding.codec.describe(encoding.weights))
         self._manifest = manifest if self._statistics is None else manifest.standardized_by(self._statistics)
-        wanted, device = Wanted(self.features, self.numbers, np.array(self.transform.size)), self._device()
+        wanted = Wanted(self.features, self.numbers, {name: self._targets(name) for name in self.caches})
         self._codec = self._given = None  # its memory belongs to training now
-        del codec
-        conditions = wanted.conditions({name: self._parts(name) for name in caches}, captions, device)
-        self._rows = {"train": LatentDataset(self.train_cache, self.seed, self.flip, conditions["train"])}
-        if self.validation_cache is not None:
-            rows = LatentDataset(self.validation_cache, VALIDATION_SEED, False, conditions["validation"])
-            self._rows["validation"] = rows
+        del encoding
+        conditions = wanted.conditions({name: self._parts(name) for name in self.caches}, captions, device)
+        self._rows = {name: self._gathering(name, parts, conditions[name]) for name, parts in sized.items()}
+
+    def _encoding(self, device: torch.device | str = "cpu") -> Encoding:
+        """How the caches are made, with the autoencoder on a device."""
+        codec = self._load().to(device)
+        return Encoding(
+            codec=codec,
+            weights=codec.weight_hash(),
+            transform_of=self._transform_of,
+            cache=self.cache,
+            encode_batch_size=self.encode_batch_size,
+            read_threads=self.read_threads,
+            trust=self.trust,
+        )
+
+    def _gathering(
+        self, name: str, parts: Sequence[SizedPart], conditions: Conditions
+    ) -> LatentDataset | BucketedLatents:
+        """What a loader reads of a data set whose caches are open."""
+        seed, flip = (self.seed, self.flip) if name == "train" else (VALIDATION_SEED, False)
+        pairs = zip(parts, self.caches[name], strict=True)
+        rows = [LatentDataset(cache, seed, flip, conditions, part.items) for part, cache in pairs]
+        return rows[0] if self.bucketing is None else BucketedLatents(rows)
+
+    def _joined(self, caches: Sequence[LatentCache]) -> Manifest:
+        """Of the training data."""
+        if self.bucketing is None:
+            return caches[0].manifest
+        return joined(caches, self.bucketing.train, self.train_dataset)
+
+    def _sized(self, name: str) -> list[SizedPart]:
+        """The parts of a data set whose pictures are cropped to one size."""
+        most = self._most_broken(name)
+        if self.bucketing is None:
+            return [SizedPart(name, self._datasets()[name], self.image_size, most)]
+        parts = zip(self.bucketing.parts(name), self.bucketing.of(name).items, strict=True)
+        return [SizedPart(f"{name}-{size[0]}x{size[1]}", part, size, most, items) for (size, part), items in parts]
+
+    def _most_broken(self, name: str) -> int:
+        """How many items of a data set may be unreadable."""
+        return int(self.max_broken * len(self._datasets()[name]))
+
+    def _targets(self, name: str) -> np.ndarray:
+        """The size that each picture of a data set is cropped to: (2,), or (items, 2) with buckets."""
+        return np.array(self.image_size) if self.bucketing is None else self.bucketing.of(name).targets()
 
     def _parts(self, name: str) -> DatasetParts:
-        dataset = self._datasets()[name]
-        return DatasetParts(name, dataset, self.cache, int(self.max_broken * len(dataset)), self.read_threads)
+        return DatasetParts(name, self._datasets()[name], self.cache, self._most_broken(name), self.read_threads)
 
     def described(self) -> list[str]:
         """A line for each folder of the open cache: what it holds, and its size."""
-        return [str(part) for rows in self._rows.values() for part in (rows.cache, *rows.conditions.parts())]
+        parts = [part for name, rows in self._rows.items() for part in (*self.caches[name], *rows.conditions.parts())]
+        return [str(part) for part in parts]
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         rows = self._opened("train")
-        return self.training_loader(rows, len(rows), _as_gathered)
+        return self.training_loader(rows, rows.lengths, _as_gathered)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[Any]:
         if self.validation_dataset is None:
             return []
         rows = self._opened("validation")
-        return self.validation_loader(rows, len(rows), _as_gathered)
+        return self.validation_loader(rows, rows.lengths, _as_gathered)
 
-    def _opened(self, name: str) -> LatentDataset:
+    def _opened(self, name: str) -> LatentDataset | BucketedLatents:
         if name not in self._rows:
             raise DataError("the latent cache is not open yet: call setup() of the data module first")
         return self._rows[name]
@@ -254,62 +310,16 @@ class LatentDataModule(ElasticDataModule):
         batch["latent"] = self.manifest.standardize(mean + std * draws.normal("posterior", mean.shape[1:]))
         return batch
 
-    def plan(self, dataset: ImageDataset, codec: Codec, weights: str) -> CacheSpec:
-        """The specification of the cache of `dataset`; `weights` is the codec's hash."""
-        alone = texts(dataset)
-        plan = CacheSpec(
-            shape=codec.latent_shape(self.image_size),
-            num_items=len(dataset),
-            source=dataset.fingerprint() if alone is None else alone.pictures_fingerprint(),
-            pixels={**self.transform.describe(), "channels": codec.in_channels, **decoding(dataset)},
-            autoencoder=codec.describe(weights),
-            num_classes=dataset.num_classes,
-            class_names=dataset.class_names,
-            encode_batch=self.encode_batch_size,
-        )
-        items = shard_items(plan.num_items, plan.record.itemsize, plan.encode_batch)
-        return replace(plan, shard_items=items)
-
     def expected(self) -> tuple[CacheSpec, Statistics | None]:
         """The plan of the training cache, and what will standardize it; None: the statistics of a cache to be built."""
-        codec = self._load()
-        folder, plan = self._place("train", self.train_dataset, codec, codec.weight_hash())
-        if self._statistics is None and (folder / MANIFEST).is_file():
-            return plan, Manifest.read(folder).statistics
+        encoding = self._encoding()
+        placed = [encoding.place(part) for part in self._sized("train")]
+        plan = placed[0][1]
+        if self.bucketing is not None:
+            plan = whole(placed[self.bucketing.train.default][1], self.train_dataset)
+        if self._statistics is None and all((folder / MANIFEST).is_file() for folder, _ in placed):
+            return plan, self._joined([LatentCache(folder) for folder, _ in placed]).statistics
         return plan, self._statistics
-
-    def _place(self, name: str, dataset: ImageDataset, codec: Codec, weights: str) -> tuple[Path, CacheSpec]:
-        """The cache's folder, and the plan as it would be written there."""
-        plan = self.plan(dataset, codec, weights)
-        former = replace(plan, source=dataset.fingerprint(), captions=True) if has_captions(dataset) else None
-        return place(plan, former, None if self.cache is None else self.cache / name, self.trust)
-
-    def _open(self, name: str, dataset: ImageDataset, folder: Path, plan: CacheSpec, codec: Codec) -> LatentCache:
-        source = Source(
-            read=lambda item: self._read(dataset, item, codec.in_channels, plan.captions),
-            name=dataset.path,
-            max_broken=int(self.max_broken * len(dataset)),
-            threads=self.read_threads,
-        )
-        with shown(f"{name} latents", silent=not distributed.is_main()) as progress:
-            build(folder, plan, codec.encode, source, distributed.rank(), distributed.world_size(), progress)
-        cache = LatentCache(folder, plan)
-        if distributed.is_main() and (emptied := emptied_classes(dataset, cache.manifest.broken)):
-            log.warning(
-                "%s: none of the images of these classes could be read, so they are missing from training: %s; fix "
-                "them, remove the folder, and run the same command again",
-                *(folder, ", ".join(emptied)),
-            )
-        if cache.plan.source != plan.source:
-            known = noted_source(folder)
-            plan.require(folder, replace(plan, source=known or plan.source))
-            if known is None and distributed.is_main():
-                note_source(folder, plan)
-        return cache
-
-    def _read(self, dataset: ImageDataset, item: int, channels: int, captions: bool = False) -> Mapping[str, Any]:
-        row = dataset[item] if captions else without_captions(dataset, item)
-        return {**row, "image": transformed(row["image"], self.transform, channels, dataset.path(item))}
 
     def _load(self) -> Codec:
         if self._codec is None:

@@ -173,12 +173,12 @@ class Wanted:
     Args:
         features: by name.
         numbers: names of ldm/latents/numbers.py.
-        targets: (2,) or (items, 2), height and width that pictures are cropped to.
+        targets: (2,) or (items, 2), height and width that the pictures of each data set are cropped to.
     """
 
     features: Mapping[str, Feature]
     numbers: Sequence[str]
-    targets: np.ndarray
+    targets: Mapping[str, np.ndarray]
 
     def conditions(
         self, parts: Mapping[str, DatasetParts], captions: Mapping[str, Captions | None], device: torch.device
@@ -195,7 +195,7 @@ class Wanted:
             finally:
                 feature.release()
         return {
-            name: Conditions(captions.get(name), found[name], gathered(part.dataset, self.numbers, self.targets))
+            name: Conditions(captions.get(name), found[name], gathered(part.dataset, self.numbers, self.targets[name]))
             for name, part in parts.items()
         }
 

@@ -115,6 +115,8 @@ class Manifest(Finished[CacheSpec]):
             the latents that training sees: the variance of the means plus the mean of the posterior variances.
         broken: items that could not be read and hold no record.
         shards: {"crc32": hex, "items": count} for each.
+        sizes: heights and widths of the images, pixels, where several caches of one each, in buckets, were joined
+            (bucketed.py); `plan` then has the size of most of them. None: all are of that of the plan.
     """
 
     plan: CacheSpec
@@ -122,6 +124,7 @@ class Manifest(Finished[CacheSpec]):
     std: list[float]
     broken: list[int]
     shards: list[dict[str, Any]]
+    sizes: list[list[int]] | None = None
     _placed: dict[torch.device, tuple[Tensor, Tensor]] = field(
         default_factory=dict, init=False, compare=False, repr=False
     )
@@ -141,6 +144,7 @@ class Manifest(Finished[CacheSpec]):
             "std": list(self.std),
             "broken": list(self.broken),
             "shards": [dict(shard) for shard in self.shards],
+            **({} if self.sizes is None else {"sizes": [list(size) for size in self.sizes]}),
         }
 
     @property

@@ -127,22 +127,38 @@ class LatentDataset(Dataset[Any]):
         seed: of the run; together with the sample number it determines the orientation and the caption.
         flip: mirror half of the samples (training), or none (validation).
         conditions: what batches hold beside latents and labels; None: the captions that an old cache has itself.
+        among: the numbers of the cache's items in the data set that the conditions are of; None: they are the same.
     """
 
-    def __init__(self, cache: LatentCache, seed: Seed, flip: bool, conditions: Conditions | None = None) -> None:
+    def __init__(
+        self,
+        cache: LatentCache,
+        seed: Seed,
+        flip: bool,
+        conditions: Conditions | None = None,
+        among: np.ndarray | None = None,
+    ) -> None:
         self.cache = cache
         self.seed = seed
         self.flip = flip
         self.conditions = conditions or Conditions(cache if cache.plan.captions else None)
-        whole = ~np.isin(cache.items(range(len(cache))), self.conditions.broken)
+        self._among = among
+        self._rows: np.ndarray | None = None
+        whole = ~np.isin(self.items(range(len(cache))), self.conditions.broken)
         self._rows = None if whole.all() else np.flatnonzero(whole)  # those of the cache
 
     def __len__(self) -> int:
         return len(self.cache) if self._rows is None else len(self._rows)
 
     def items(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The source's item numbers of the rows: (N,) int64."""
-        return self.cache.items(self._of_cache(rows))
+        """The item numbers of the rows in the whole data set: (N,) int64."""
+        items = self.cache.items(self._of_cache(rows))
+        return items if self._among is None else self._among[items]
+
+    @property
+    def lengths(self) -> int | list[int]:
+        """Of all rows, as a loader wants it; in buckets there are several (bucketed.py)."""
+        return len(self)
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> dict[str, Any]:
         """Batch: `moments` (N,2,c,h,w) float16, `sample_number` (N,) int64 array, `class_label` (N,), conditions."""

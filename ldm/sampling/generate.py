@@ -69,7 +69,7 @@ def generate(
         schedule: of timesteps.py, where the steps lie between noise and data.
         guidance: how strongly samples are guided toward their conditions.
         init_image: an image to start from (image-to-image, inpainting), of that `size`; None: pure noise.
-        size: (height, width) of the images, pixels; None: that of the training images.
+        size: (height, width) of the images, pixels; None: that of the training images, or of most of them.
         batch_size: images generated at once; affects only speed and memory.
         progress: show a progress bar.
 

@@ -125,7 +125,7 @@ class Pipeline:
         return self.label_dropout > 0 or (isinstance(self.conditioner, Joint) and self.conditioner.drops_all())
 
     def latent_shape(self, size: Size | None = None) -> tuple[int, int, int]:
-        """(c, h, w) of the latent of an image of `size` (height, width), pixels; None: of the training images.
+        """(c, h, w) of the latent of an image of `size` (height, width), pixels; None: of most training images.
 
         Raises:
             ConfigError: the autoencoder or the network cannot divide it.
@@ -138,7 +138,9 @@ class Pipeline:
             if shape != trained:
                 self._require(shape)
         except SizeError as error:
-            raise ConfigError(f"size {spell(size)}: {error}") from error
+            sizes = ", ".join(spell((height, width)) for height, width in self.manifest.sizes or ())
+            known = f" It was trained on {sizes}." if sizes else ""
+            raise ConfigError(f"size {spell(size)}: {error}{known}") from error
         return shape
 
     @torch.no_grad()

@@ -52,7 +52,7 @@ def check_fit(
             raise ValueError("labels out of range")
         model.total_loss(batch)
     except (LdmError, RuntimeError, ValueError, IndexError, KeyError) as error:
-        shapes = ", ".join(f"{name} {shape}" for name, shape, _ in _shapes(batch, facts))
+        shapes = ", ".join(f"{name} {shape}" for name, shape, _ in _shapes(batch))
         lines = [f"model: a global batch of {shapes} does not pass through it: {str(error).splitlines()[0]}."]
         lines += [
             f"  {key} ({origin(key)}) is {value}, the data has {facts[fact]}: write ${{data:{fact}}}"
@@ -89,22 +89,24 @@ def _tied(node: Any, key: str) -> Iterator[tuple[str, int, str]]:
             yield from _tied(value, f"{key}.{name}")
 
 
-def report(model: Any, tree: Mapping[str, Any], facts: Mapping[str, Any], batch: Mapping[str, Any]) -> str:
+def report(model: Any, tree: Mapping[str, Any], facts: Mapping[str, Any], *batches: Mapping[str, Any]) -> str:
     """The resolved configuration, then parameter counts, the batch's shapes and the FLOPs of one optimizer step.
 
     Args:
         model: of `meta_model`.
         tree: the configuration with every reference filled in.
         facts: of the data module (`data.facts()`).
-        batch: of the data, without values.
+        batches: of the data, without values, one of each shape.
     """
-    # FLOPs are linear in the number of rows.
-    flops = step_flops(model, batch) * facts["batch_size"] / len(batch["draws"])
     lines = [to_yaml(dict(tree)), "parameters"]
     lines += [f"  {name:<34}{count / 1e6:>10.2f} M" for name, count in parameter_counts(model).items()]
-    lines += ["", f"global batch, of {facts['num_items']} items"]
-    lines += [f"  {name:<34}{shape!s:>20} {kind}" for name, shape, kind in _shapes(batch, facts)]
-    lines += ["", f"first optimizer step: {flops / 1e9:,.1f} GFLOPs, forward and backward (a multiply-add counts as 2)"]
+    for batch in batches:
+        # FLOPs are linear in the number of rows.
+        flops = step_flops(model, batch) * batch["draws"].batch_size / len(batch["draws"])
+        which = "first optimizer step" if len(batches) == 1 else "an optimizer step of this size"
+        lines += ["", f"global batch, of {facts['num_items']} items"]
+        lines += [f"  {name:<34}{shape!s:>20} {kind}" for name, shape, kind in _shapes(batch)]
+        lines += ["", f"{which}: {flops / 1e9:,.1f} GFLOPs, forward and backward (a multiply-add counts as 2)"]
     return "\n".join(lines)
 
 
@@ -125,11 +127,11 @@ def parameter_counts(model: nn.Module, depth: int = 2) -> dict[str, int]:
     return counts
 
 
-def _shapes(batch: Mapping[str, Any], facts: Mapping[str, Any]) -> list[tuple[str, tuple[int, ...], str]]:
+def _shapes(batch: Mapping[str, Any]) -> list[tuple[str, tuple[int, ...], str]]:
     """(name, shape of the global batch, type) of each tensor."""
     tensors = [(name, value) for name, value in batch.items() if isinstance(value, Tensor)]
     return [
-        (name, (facts["batch_size"], *value.shape[1:]), str(value.dtype).removeprefix("torch."))
+        (name, (batch["draws"].batch_size, *value.shape[1:]), str(value.dtype).removeprefix("torch."))
         for name, value in tensors
     ]
 

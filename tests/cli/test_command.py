@@ -90,6 +90,7 @@ def test_every_file_beside_main_that_has_a_command_starts_it():
     doors = {"main.py": "train", "cache_latents.py": "cache", "sample.py": "sample", "evaluate.py": "evaluate"}
     doors |= {"reconstruct_ema.py": "ema", "plot_run.py": "plot", "weights.py": "weights"}
     doors |= {"convert.py": "convert", "export.py": "export", "tokenizer.py": "tokenizer"}
+    doors["demo.py"] = "demo"
     assert {*doors.values()} == {*COMMANDS}
     for file, name in doors.items():
         path = ROOT / file if file == "main.py" else ROOT / "scripts" / file

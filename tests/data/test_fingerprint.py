@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ldm.data import fingerprint
-from ldm.data.fingerprint import comparable, contents, join, parts, stats
+from ldm.data.fingerprint import comparable, contents, join, parts, remembered_array, stats
 from ldm.errors import DataError
 
 
@@ -145,6 +145,33 @@ def test_what_cannot_be_read_has_a_fingerprint_too(files):
     names += ["dangling", "pipe", name]
     assert of(folder, names) == of(folder, names)
     assert stats(folder, names)[6].tolist() == [-1] * 4
+
+
+def test_names_may_be_absolute(files):
+    folder, names = files
+    absolute = [str(folder / name) for name in names]
+    assert np.array_equal(stats(folder, absolute), stats(folder, names))
+    assert contents(folder, absolute, stats(folder, names)) == of(folder, names)
+
+
+def test_an_array_is_made_again_only_if_a_file_changes(files):
+    folder, names = files
+    made = []
+
+    def array() -> np.ndarray:
+        made.append(1)
+        return np.arange(3) + len(made)
+
+    paths = [str(folder / name) for name in names]
+    assert remembered_array(paths, ".kind", array).tolist() == remembered_array(paths, ".kind", array).tolist()
+    assert len(made) == 1
+    remembered_array(paths, ".other", array)
+    (index,) = fingerprint.INDEX.glob("*.kind.npz")
+    index.write_bytes(b"damaged")
+    remembered_array(paths, ".kind", array)
+    (folder / "b").write_bytes(b"changed")
+    remembered_array(paths, ".kind", array)
+    assert len(made) == 4
 
 
 def test_a_file_out_of_reach_for_a_moment_is_read_again(files, monkeypatch):

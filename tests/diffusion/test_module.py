@@ -1,6 +1,7 @@
 """Stage 2 under Lightning, on latents made up here: the clock, accumulation, dropped labels, the average, resuming."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -8,6 +9,7 @@ import torch
 from pytorch_lightning.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
+from ldm.data.datamodule import ElasticDataModule
 from ldm.diffusion.conditioners.base import Unconditional
 from ldm.diffusion.conditioners.classes import ClassOneHot, ClassVector
 from ldm.diffusion.module import LatentDiffusion
@@ -247,6 +249,20 @@ def test_compiled_blocks_train_alike_under_the_same_names(tmp_path, monkeypatch)
         fit(module, Latents(BATCH), 2, tmp_path)
     assert len(translated) > 8  # of 12 blocks, some alike; the usual limit is 8
     assert_same_state(plain, other, rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_are_compiled_for_each_size_of_the_buckets(monkeypatch):
+    """What torch makes for any size would depend on which came first, and a resumed run would compute otherwise."""
+    data, compiled = ElasticDataModule(2, 0), []
+    data.bucketing = SimpleNamespace(sizes=lambda: [(8, 8)] * 30)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **how: compiled.append(how))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    module = make_module(compile_blocks=True)
+    module._trainer = SimpleNamespace(datamodule=data, precision_plugin=None, optimizers=[])
+    module.on_fit_start()
+    assert compiled
+    assert all(how == {"dynamic": False} for how in compiled)
+    assert torch._dynamo.config.recompile_limit == 4 * 30 * len(compiled)
 
 
 def test_a_network_without_blocks_is_not_compiled(tmp_path):

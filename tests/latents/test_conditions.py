@@ -283,17 +283,15 @@ def test_captions_that_are_mended_find_their_pictures_in_the_cache(make, monkeyp
 
 def old_cache(module: LatentDataModule, folder: Path | None = None, shards: int | None = None) -> Path:
     """The module's cache as it was written when captions lay in the latents' own sidecars."""
-    codec = module._load()
-    dataset = module.train_dataset
-    plan = module.plan(dataset, codec, codec.weight_hash())
-    plan = dataclasses.replace(plan, source=dataset.fingerprint(), captions=True)
+    encoding, (part,) = module._encoding(), module._sized("train")
+    plan = dataclasses.replace(encoding.plan(part), source=part.dataset.fingerprint(), captions=True)
     folder = folder or Path("cache") / plan.fingerprint()
-    source = Source(lambda item: module._read(dataset, item, codec.in_channels, captions=True))
+    source = Source(lambda item: encoding.read(part, item, captions=True))
 
     def encode(images):
         if shards is not None and len([*folder.glob("shard*.json")]) == shards:
             raise KeyboardInterrupt
-        return codec.encode(images)
+        return encoding.codec.encode(images)
 
     build(folder, plan, encode, source)
     return folder
@@ -329,7 +327,7 @@ def test_an_old_cache_goes_on_with_its_captions(make, single, cache, monkeypatch
     monkeypatch.setattr(Codec, "encode", lambda *args: pytest.fail("encoded again"))
     module = make(single(), cache=cache, features={"text": Words()})
     module.setup()
-    assert module.train_cache.folder == folder
+    assert module.caches["train"][0].folder == folder
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     assert {path.name for path in folder.parent.iterdir()} >= {folder.name}
     assert len([*folder.parent.iterdir()]) == 2, "the feature alone is new"
@@ -365,7 +363,7 @@ def test_a_data_set_without_captions_has_the_cache_that_it_always_had(make, imag
     from ldm.data.sources.folder import ImageFolder
 
     module = make(ImageFolder(image_folder))
-    plan = module.plan(module.train_dataset, module._load(), "weights")
+    plan = module._encoding().plan(*module._sized("train"))
     assert plan.captions is False
     assert plan.source == module.train_dataset.fingerprint()
     module.setup()

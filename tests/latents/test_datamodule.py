@@ -156,7 +156,7 @@ def test_the_mirrored_half_of_a_cache_is_the_encoding_of_the_mirrored_picture(ma
     transform = EvalTransform([12, 20])
     pixels = torch.stack([transform(module.train_dataset[item]["image"]) for item in range(10)])
     for side, images in enumerate((pixels, pixels.flip(-1))):
-        stored, _ = module.train_cache.gather(range(10), np.full(10, bool(side)))
+        stored, _ = module.caches["train"][0].gather(range(10), np.full(10, bool(side)))
         expected = torch.stack(codec.encode(images), 1)
         torch.testing.assert_close(torch.from_numpy(stored).float(), expected, atol=2e-3, rtol=2e-3)
     facts = module.facts()
@@ -294,7 +294,7 @@ def test_a_cache_from_before_contents_were_noted_goes_on(make, here, image_folde
             now.setattr(Codec, "encode", lambda *args: pytest.fail("encoded again"))
             module = make(ImageFolder(folder), num_validation=4, cache=cache)
             module.setup()
-        assert len(module.train_cache) == 16
+        assert len(module.caches["train"][0]) == 16
         new = files_of(here) - before
         assert [Path(file).name for file in new] == ["contents.json"] * 2
         # Said when it is found, and not again.
@@ -341,9 +341,9 @@ def test_a_manifest_says_how_its_pictures_were_decoded(make, image_folder, monke
     assert "value_range" not in before.manifest.plan.pixels
     after = make(folder, num_validation=num_validation, cache="mine")
     after.setup()  # it goes on
-    plan = after.plan(after.train_dataset, after._load(), "weights")
+    plan, former = (module._encoding().plan(*module._sized("train")) for module in (after, before))
     assert plan.pixels["value_range"] == [0, 4095]
-    assert plan.fingerprint() == before.plan(before.train_dataset, before._load(), "weights").fingerprint()
+    assert plan.fingerprint() == former.fingerprint()
 
 
 def test_names_that_are_not_utf_8_from_the_folder_to_the_checkpoint(make, here):

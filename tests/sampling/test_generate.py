@@ -231,6 +231,9 @@ def test_any_size_that_divides(pipeline):
     assert [*named.getdata()] == [*usual.getdata()]
     with pytest.raises(ConfigError, match="size 18: "):
         pipeline.generate([1], of_classes([0]), steps=2, size=(18, 18))
+    in_buckets = replace(pipeline, manifest=replace(pipeline.manifest, sizes=[[8, 16], [16, 16]]))
+    with pytest.raises(ConfigError, match=r"size 18: .* It was trained on 8 x 16, 16\."):
+        in_buckets.generate([1], of_classes([0]), steps=2, size=(18, 18))
     kept = InitImage(torch.zeros(3, 16, 16), 0.5)
     with pytest.raises(ConfigError, match="image to start from: expected 16 x 32 pixels, found 16 x 16"):
         pipeline.generate([1], of_classes([0]), steps=2, size=(16, 32), init_image=kept)

@@ -59,7 +59,8 @@ class Store:
         self.max_bytes = int(max_bytes)
         self.transfers = Transfers(timeout, retries, options)
         self._handles = Handles()
-        self._holds_all = False
+        self._wanted: set[Shard] = set()
+        self._total = 0  # bytes of these
         self._ahead: tuple[Shard, int, bytes] | None = None  # what was read last: shard, offset, bytes
 
     def __getstate__(self) -> dict[str, Any]:
@@ -80,14 +81,17 @@ class Store:
                 f"{largest.location}: has {largest.size} bytes, and the store {self.folder} may hold {self.max_bytes}; "
                 f"set its `max_bytes` to {largest.size} or more, or make smaller shards"
             )
-        total = sum(shard.size for shard in shards)
-        self._holds_all = total <= self.max_bytes
-        if not self._holds_all:
-            self._announce(shards, total)
+        self._wanted |= set(shards)
+        self._total = sum(shard.size for shard in self._wanted)
+        if self._total > self.max_bytes:
+            self._announce(shards)
         return shards
 
-    def _announce(self, shards: Sequence[Shard], total: int) -> None:
-        numbers = f"{len(shards)} shards of {total} bytes together, and the store {self.folder} holds {self.max_bytes}"
+    def _announce(self, shards: Sequence[Shard]) -> None:
+        total = self._total
+        numbers = (
+            f"{len(self._wanted)} shards of {total} bytes together, and the store {self.folder} holds {self.max_bytes}"
+        )
         try:
             self.transfers.read(shards[-1], shards[-1].size // 2, 1)
         except NoRanges as error:
@@ -104,7 +108,7 @@ class Store:
 
     def prepare(self, shards: Sequence[Shard]) -> None:
         """Fetch all shards, if the store can hold them."""
-        if not self._holds_all:
+        if self._total > self.max_bytes:
             return
         with shown("fetching shards", silent=not distributed.is_main()) as show:
             for done, shard in enumerate(shards):
@@ -125,7 +129,7 @@ class Store:
             handle = self._handles.get(path) or self._opened(path)
         except OSError as error:
             refuse(str(path), error)
-        if handle is None and self._holds_all:
+        if handle is None and self._total <= self.max_bytes:
             handle = self._copy(shard, spare=_RECENT, wait=0.0)
         if handle is None:
             return self._piece(shard, offset, length)

@@ -138,7 +138,7 @@ class LocalShards:
         try:
             found = self._state(shard.location)
         except (OSError, DataError):
-            found = shard._replace(version="gone")
+            found = Shard(shard.location, -1, "")
         if found != shard:
             changed(shard.location)
 

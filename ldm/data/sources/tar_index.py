@@ -8,7 +8,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 
@@ -47,6 +47,10 @@ class TarIndex:
     repeated: int
     texts_at: int
     _names: int
+
+    def closed(self) -> "TarIndex":
+        """Without the members, for the items have been chosen."""
+        return replace(self, members=np.zeros(0, MEMBER))
 
     def name(self, item: int) -> str:
         """The stem of an item, with its folder in the tar; of messages, so it never fails."""

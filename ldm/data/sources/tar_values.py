@@ -9,6 +9,8 @@ import numpy as np
 from ldm.data.sources.listing import natural
 from ldm.errors import DataError
 
+_LARGEST = 3e38  # a float32 holds no more; NaN is not less either
+
 
 def entry_of(raw: bytes) -> Mapping[str, Any] | None:
     """What a .json holds; None: it cannot be read."""
@@ -25,8 +27,8 @@ def value_of(entry: Mapping[str, Any] | None, key: str, name: str) -> Any:
     if name == "classes":
         return value if (isinstance(value, int | str) and not isinstance(value, bool)) and value != "" else None
     numbers = value if isinstance(value, list) and value else [value]
-    usable = all(isinstance(one, int | float) and not isinstance(one, bool) for one in numbers)
-    return value if usable and np.isfinite(np.array(numbers, np.float64)).all() else None
+    usable = all(isinstance(one, int | float) and not isinstance(one, bool) and abs(one) < _LARGEST for one in numbers)
+    return value if usable else None
 
 
 def captions_of(entry: Mapping[str, Any] | None, key: str) -> list[str]:

@@ -79,9 +79,10 @@ class WebDataset:
         self._reader = _reader(patterns, store)
         self._shards = self._reader.find(patterns)
         demand_distinct(self._shards)
-        self._indexes = indexes(self._shards, self._reader, Path(index))
+        read = indexes(self._shards, self._reader, Path(index))
         wanted = Wanted(image, captions, classes, tuple(columns))
-        self._items, notes = chosen(self._shards, self._indexes, wanted)
+        self._items, notes = chosen(self._shards, read, wanted)
+        self._indexes = [one.closed() for one in read]
         self._labels, self.class_names, self._num_classes = self._labeled(class_names)
         self._handles = Handles()
         self._pictures_fingerprint: str | None = None

@@ -135,6 +135,8 @@ class Generated:
             "guide": None if guide is None else weight_hash(guide.denoiser.state_dict()),
             "autoencoder": manifest.plan.autoencoder["weights"],
             "latents": {"mean": [*manifest.mean], "std": [*manifest.std]},
+            # A model of several sizes is measured at the one that most of its pictures have.
+            **({} if manifest.sizes is None else {"size": [*self.shape[1:]], "trained_sizes": manifest.sizes}),
             **_computing(pipeline.device.type),
         }
 

@@ -20,7 +20,6 @@ from ldm.data.dataset import conditions as conditions_of
 from ldm.diffusion.module import LatentDiffusion
 from ldm.errors import ConfigError
 from ldm.images import grid, picture, to_arrays
-from ldm.randomness import Draws
 from ldm.ranges import Count, CountOrZero, Finite
 from ldm.runtime import distributed
 from ldm.sampling.generate import check, generate
@@ -228,9 +227,4 @@ def publish(trainer: pl.Trainer, split: str, name: str, sheet: np.ndarray, title
 
 def _first(batch: Mapping[str, Any], number: int) -> dict[str, Any]:
     """The first rows of a batch, with their own draws."""
-    return {
-        key: Draws(value.seed, value.numbers[:number], value.batch_size, value.device)
-        if isinstance(value, Draws)
-        else value[:number]
-        for key, value in batch.items()
-    }
+    return {key: value[:number] for key, value in batch.items()}

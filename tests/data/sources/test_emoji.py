@@ -3,9 +3,11 @@
 import hashlib
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 
+from ldm.data.dataset import Subset, texts
 from ldm.data.sources.emoji import every_emoji, names_of, plain
 from ldm.data.sources.fluent_emoji import FluentEmoji
 from ldm.data.sources.openmoji import OpenMoji
@@ -67,3 +69,18 @@ def test_the_package_with_other_names_is_missing(tmp_path, monkeypatch):
     OpenMoji(16, tmp_path)
     with pytest.raises(DataError, match="OpenMoji: all_names: needs the package emoji: pip install"):
         OpenMoji(16, tmp_path, all_names=True)
+
+
+@pytest.mark.parametrize("source", [OpenMoji, FluentEmoji])
+def test_names_are_captions_that_need_no_picture(source, tmp_path, monkeypatch):
+    data, smaller = source(folder=tmp_path, validation=True), source(folder=tmp_path, validation=True, size=32)
+    part = Subset(data, [3, 1])
+    assert texts(part) is part
+    assert list(part.captions(1)) == [data.emoji[1].name]
+    assert not list(tmp_path.iterdir()), "nothing was drawn"
+    assert data.captions_fingerprint() == smaller.captions_fingerprint()
+    assert data.pictures_fingerprint() != smaller.pictures_fingerprint()
+    found = data.fingerprint(), data.captions_fingerprint(), data.pictures_fingerprint()
+    monkeypatch.setattr(data, "emoji", [replace(data.emoji[0], name="renamed"), *data.emoji[1:]])
+    assert data.pictures_fingerprint() == found[2]
+    assert not {data.fingerprint(), data.captions_fingerprint()} & set(found)

@@ -58,6 +58,18 @@ def test_the_description_has_what_decides_and_no_more(runs):
     assert len({*same, *other}) == 5
 
 
+def test_a_model_of_several_sizes_says_at_which_it_is_measured(runs):
+    pipeline = Pipeline.load(runs.diffusion)
+    one = Generated(pipeline, RECIPE, 2).description()
+    assert not {"size", "trained_sizes"} & one.keys()
+    several = replace(pipeline, manifest=replace(pipeline.manifest, sizes=[[8, 16], [16, 16]]))
+    assert Generated(several, RECIPE, 2).description() == {
+        **one,
+        "size": [16, 16],
+        "trained_sizes": [[8, 16], [16, 16]],
+    }
+
+
 def test_reconstructions_are_of_the_mean(runs, image_folder):
     codec = Codec.load(runs.autoencoder)
     originals = DatasetPictures(ImageFolder(image_folder), EvalTransform(16), 3)

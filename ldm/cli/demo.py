@@ -1,0 +1,142 @@
+"""A page in the browser that makes pictures with trained diffusion models.
+
+    python scripts/demo.py -r logs/<run>
+    python scripts/demo.py -r 'logs/*_my_diffusion' logs/<another run>      # to choose from on the page
+    python scripts/demo.py -r logs/<run> --port 8000 --host 0.0.0.0         # for everybody who reaches this machine
+
+The page has the settings of sample.py, and gives with every picture the command line that makes the same one, pixel for
+pixel. It is served to this machine alone, until --host says otherwise, and loads nothing from anywhere else. A model is
+loaded when it is first asked for, and the one before it is let go. Requests wait for one another; Ctrl+C ends it.
+"""
+
+import errno
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ldm.cli import program
+from ldm.cli.options import Parser, at_home, called, port
+from ldm.errors import CheckpointError, ConfigError
+from ldm.run_folder import newest_run
+from ldm.runtime import signals
+
+PORT = 7860
+PORTS = 100
+"""So many are tried."""
+
+
+def parse(argv: Sequence[str]) -> Any:
+    """The command line; ConfigError for a wrong one."""
+    parser = Parser(
+        prog=called("demo.py", "demo"),
+        description="Serve a page that makes pictures with trained diffusion models.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    place = "run folders, checkpoints, or quoted globs (the newest run of each)"
+    add("-r", "--run", nargs="+", action="extend", required=True, type=at_home, metavar="RUN", help=place)
+    add("--raw", action="store_true", help="the weights of the last step instead of their running average")
+    add("--device", help="such as cuda or cpu (default: cuda where there is one)")
+    trusted = "let the checkpoints use objects of it"
+    add("--trust", action="append", default=[], metavar="PACKAGE", help=trusted)
+    here = "address to listen at (default: 127.0.0.1, this machine alone; 0.0.0.0: everybody who reaches it)"
+    add("--host", default="127.0.0.1", help=here)
+    add("--port", type=port, default=PORT, help=f"the next free one if it is taken; 0: any (default: {PORT})")
+    return parser.parse_strictly(argv)
+
+
+def demo(options: Any) -> None:
+    """Serve the page until this process is asked to stop.
+
+    Raises:
+        ConfigError: there is no such run, address or device, or the package of the page is not installed.
+        CheckpointError: there is no such run.
+        Stopped: it was asked to stop.
+    """
+    runs = [found(run) for run in options.run]
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    for name in ("no_proxy", "NO_PROXY"):  # the server's look at itself
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), options.host, "localhost", "127.0.0.1"]))
+    from ldm.cli.devices import usable
+    from ldm.interop.exports.usage import optional_packages
+
+    with optional_packages("ldm demo", "demo"):
+        import gradio  # noqa: F401
+    from ldm.cli.demo_line import Line
+    from ldm.cli.demo_models import Models, named
+    from ldm.cli.demo_page import Page, served
+    from ldm.cli.demo_request import Constants
+    from ldm.sampling.pipeline import Pipeline
+
+    load = partial(Pipeline.load, ema=not options.raw, device=usable(options.device), trust=options.trust)
+    constants = Constants(options.device, options.raw, tuple(options.trust))
+    number = free_port(options.host, options.port)
+    with places() as folder:
+        page = Page(Models(named(runs), load), Line(), constants, folder)
+        with served(page, options.host, number) as url:
+            print(f"ldm demo: {url} (Ctrl+C ends it)", flush=True)
+            while True:
+                signals.stop_if_asked()
+                time.sleep(0.1)
+
+
+def found(run: str) -> str:
+    """The run folder or checkpoint that is meant, not opened yet.
+
+    Raises:
+        ConfigError: no run matches.
+        CheckpointError: there is no such file or folder.
+    """
+    path = newest_run(run) if "*" in run else run
+    if not Path(path).exists():
+        raise CheckpointError(f"{path}: no such file or folder; expected a checkpoint or a run folder.")
+    return path
+
+
+def free_port(host: str, port: int) -> int:
+    """That port, or the next one that is free; 0: any. Says which where it is another one.
+
+    Raises:
+        ConfigError: this machine has no such address, or none of the ports is free.
+    """
+    for number in range(port, min(port + PORTS, 2**16)):
+        try:
+            with socket.create_server((host, number), family=socket.getaddrinfo(host, None)[0][0]) as bound:
+                chosen: int = bound.getsockname()[1]
+        except OSError as error:
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                continue
+            raise ConfigError(f"--host {host}: cannot be listened at: {error.strerror}") from error
+        if chosen != port and port:
+            print(f"port {port} is taken; {chosen} is free", flush=True)
+        return chosen
+    raise ConfigError(f"--port {port}: none of the {PORTS} ports from there on is free; name another, or 0 for any.")
+
+
+@contextmanager
+def places() -> Iterator[Path]:
+    """A new folder for the pictures of visitors.
+
+    Those that they began with stay in it, because copied command lines name them; all others are removed in the end.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="ldm_demo_"))
+    os.environ["GRADIO_TEMP_DIR"] = str(folder / "served")
+    try:
+        yield folder
+    finally:
+        for name in ("served", "made"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        with suppress(OSError):  # not empty
+            folder.rmdir()
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code (ldm/errors.py)."""
+    return program.answer(lambda: demo(parse(argv)))

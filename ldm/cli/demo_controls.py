@@ -1,0 +1,132 @@
+"""The controls of the page: one for each setting of a `Wish`, shown where the chosen model can do something with it."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import gradio as gr
+
+from ldm.cli.demo_models import Abilities
+from ldm.cli.demo_request import Wish
+from ldm.cli.sample_options import named
+from ldm.sampling import samplers, timesteps
+from ldm.sizes import spell
+
+EXAMPLES = 12
+"""Classes or prompts to click on, at most."""
+
+PAINT = "#e0457b"
+
+
+class Controls:
+    """Everything on the left of the page; built inside of a `gr.Blocks`.
+
+    Attributes:
+        of_wish: the controls by the name of their setting in `Wish`.
+        of_model: those that differ between models.
+        start: the picture to begin with, and what is painted in it.
+    """
+
+    def __init__(self, models: Sequence[str]) -> None:
+        self.model = gr.Dropdown([*models], value=models[0], label="Model", visible=len(models) > 1)
+        self.facts = gr.HTML("Loading the model", elem_id="facts")
+        self.of_wish: dict[str, Any] = {}
+        self._conditions()
+        self._numbers()
+        with gr.Row():
+            self.generate = gr.Button("Generate", variant="primary", elem_id="generate", scale=3, min_width=120)
+            self.stop = gr.Button("Stop", variant="stop", elem_id="stop", interactive=False, min_width=80)
+        self.status = gr.HTML(elem_id="status")
+        self._more()
+        self._start()
+        of_wish = [self.of_wish[name] for name in ("prompt", "negative", "label", "guidance", "width", "height")]
+        self.of_model = [self.facts, *of_wish, self.prompts, self.labels, self.guiding, self.starting, self.generate]
+
+    def _conditions(self) -> None:
+        of = self.of_wish
+        of["prompt"] = gr.Textbox(label="Prompt", placeholder="What the picture shows", max_lines=4, visible=False)
+        of["label"] = gr.Dropdown([], label="Class", filterable=True, visible=False)
+        self.prompts, self.labels = _tries("values"), _tries("index")
+        of["negative"] = gr.Textbox(
+            label="Negative prompt", placeholder="What it should not show", lines=1, visible=False
+        )
+
+    def _numbers(self) -> None:
+        of = self.of_wish
+        of["guidance"] = gr.Slider(
+            1, 12, value=2, step=0.1, label="Guidance", info="Higher: closer to what is asked for", visible=False
+        )
+        with gr.Row():
+            of["number"] = gr.Number(Wish.number, label="Pictures", precision=0, min_width=100)
+            of["steps"] = gr.Number(Wish.steps, label="Steps", precision=0, min_width=100)
+        with gr.Row():
+            of["seed"] = gr.Number(Wish.seed, label="Seed", precision=0, min_width=100)
+            self.new_seed = gr.Button("New seed", elem_id="new-seed", size="md", min_width=100)
+
+    def _more(self) -> None:
+        of = self.of_wish
+        with gr.Accordion("More settings", open=False):
+            with gr.Row():
+                of["sampler"] = gr.Dropdown(named(samplers), value=Wish.sampler, label="Sampler", min_width=130)
+                of["schedule"] = gr.Dropdown(named(timesteps), value=Wish.schedule, label="Schedule", min_width=130)
+            with gr.Row():
+                of["width"] = gr.Number(label="Width", precision=0, min_width=100)
+                of["height"] = gr.Number(label="Height", precision=0, min_width=100)
+            self.guiding = gr.Column(visible=False)
+            with self.guiding:
+                of["rescale"] = gr.Slider(
+                    0, 1, value=0, step=0.05, label="Rescale", info="Keeps high guidance from burning pictures out"
+                )
+                with gr.Row():
+                    of["low"] = gr.Number(Wish.low, label="Guide above", info="noise / signal", min_width=110)
+                    of["high"] = gr.Textbox(Wish.high, label="and up to", info="empty: no end", min_width=110)
+
+    def _start(self) -> None:
+        self.starting = gr.Accordion("Begin with a picture", open=False, visible=False)
+        with self.starting:
+            gr.HTML("<p>What you paint over is made anew; the rest of the picture stays.</p>", elem_id="advice")
+            self.start = gr.ImageEditor(
+                label="Picture to begin with",
+                show_label=False,
+                type="pil",
+                format="png",
+                sources=["upload", "clipboard"],
+                brush=gr.Brush(colors=[PAINT], default_color=PAINT, color_mode="fixed"),
+                layers=False,
+                transforms=(),
+                elem_id="start",
+            )
+            self.of_wish["strength"] = gr.Slider(
+                0.05, 1, value=Wish.strength, step=0.05, label="Strength", info="1: nothing of the picture is left"
+            )
+
+    def updates(self, abilities: Abilities) -> dict[Any, Any]:
+        """What each control becomes when this model is chosen; a setting that it knows as well is kept."""
+        of, classes, prompts = self.of_wish, abilities.classes or [], abilities.prompts[:EXAMPLES]
+        choices = [(label, number) for number, label in enumerate(classes)]
+        return {
+            self.facts: f"{spell(abilities.size)} pixels, {abilities.step:,} steps of training",
+            of["prompt"]: gr.update(visible=abilities.captions),
+            of["negative"]: gr.update(visible=abilities.captions and abilities.guided),
+            of["label"]: gr.update(choices=choices, value=0 if choices else None, visible=bool(choices)),
+            self.prompts: gr.update(samples=[[prompt] for prompt in prompts], visible=bool(prompts)),
+            self.labels: gr.update(samples=[[label] for label in classes[:EXAMPLES]], visible=len(classes) > 1),
+            of["guidance"]: gr.update(visible=abilities.guided),
+            of["width"]: abilities.size[1],
+            of["height"]: abilities.size[0],
+            self.guiding: gr.update(visible=abilities.guided),
+            self.starting: gr.update(visible=abilities.begins),
+            self.generate: gr.update(interactive=True),
+        }
+
+
+def _tries(gives: Literal["values", "index"]) -> gr.Dataset:
+    """A row of examples to click on."""
+    return gr.Dataset(
+        components=[gr.Textbox(visible=False)],
+        samples=[],
+        samples_per_page=EXAMPLES,
+        type=gives,
+        show_label=False,
+        visible=False,
+        elem_classes="tries",
+    )

@@ -1,0 +1,115 @@
+"""The models of the page: which controls each has, and the one that is in memory."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ldm.checkpoints import store
+from ldm.errors import ConfigError
+from ldm.images import FILED
+from ldm.sampling.pipeline import Pipeline
+from ldm.sizes import as_size
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """What can be asked of a model.
+
+    Args:
+        checkpoint: the file that it was loaded from.
+        step: of training.
+        size: (height, width) of its pictures, pixels.
+        captions: it reads a prompt.
+        classes: the names of the classes that it reads, numbers where they have none; None: it reads none.
+        guided: it can be guided: it was also trained without its conditions.
+        begins: it can begin with a picture of the visitor's.
+        prompts: examples, those of its previews in training.
+    """
+
+    checkpoint: str
+    step: int
+    size: tuple[int, int]
+    captions: bool
+    classes: Sequence[str] | None
+    guided: bool
+    begins: bool
+    prompts: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, pipeline: Pipeline) -> "Abilities":
+        """
+        Raises:
+            ConfigError: the model reads what the page has no control for.
+        """
+        plan, reads = pipeline.manifest.plan, pipeline.conditioner.keys
+        checkpoint = pipeline.origin["checkpoint"]
+        if others := [key for key in reads if key not in ("class_label", "caption")]:
+            raise ConfigError(
+                f"{checkpoint}: the model reads {', '.join(others)}, which the page cannot ask for; expected captions, "
+                f"classes, both or nothing. Sample with --conditions FILE (python scripts/sample.py --help)."
+            )
+        number = pipeline.num_classes
+        names = plan.class_names or [f"class {label}" for label in range(number or 0)]
+        return cls(
+            checkpoint=checkpoint,
+            step=pipeline.origin["step"],
+            size=as_size(plan.pixels["resolution"]),
+            captions="caption" in reads,
+            classes=None if number is None else names,
+            guided=bool(reads) and pipeline.knows_null,
+            begins=plan.pixels["channels"] in FILED,
+        )
+
+
+class Models:
+    """The runs by the names that visitors choose from; at most one is in memory.
+
+    Only the worker thread loads (demo_line.py).
+
+    Args:
+        runs: the runs by name.
+        load: a run to its pipeline.
+    """
+
+    def __init__(self, runs: Mapping[str, str], load: Callable[[str], Pipeline]) -> None:
+        self.runs = runs
+        self.known: dict[str, Abilities] = {}
+        self._load = load
+        self._loaded: tuple[str, Pipeline] | None = None
+
+    def pipeline(self, name: str, say: Callable[[str], None]) -> Pipeline:
+        """Load a run, unless it is in memory; the one that was there is let go first.
+
+        Args:
+            say: called with what takes long.
+
+        Raises:
+            ConfigError: there is no such run, or the page cannot ask for what its model reads.
+            CheckpointError: it cannot be loaded.
+        """
+        if name not in self.runs:
+            raise ConfigError(f"model {name}: there is none of this name; there are: {', '.join(self.runs)}")
+        if self._loaded is not None and self._loaded[0] == name:
+            return self._loaded[1]
+        self._loaded = None
+        say(f"Loading {name}")
+        pipeline = self._load(self.runs[name])
+        self.known[name] = replace(Abilities.of(pipeline), prompts=prompts(pipeline.origin["checkpoint"]))
+        self._loaded = name, pipeline
+        return pipeline
+
+
+def prompts(checkpoint: str) -> list[str]:
+    """The captions of the previews in a run's training."""
+    found = store.record(Path(checkpoint)).get("config", {})
+    for key in ("lightning", "callbacks", "images", "params", "conditions"):
+        found = found.get(key) or {}
+    return [row["caption"] for row in found if isinstance(row.get("caption"), str)]
+
+
+def named(runs: Sequence[Any]) -> dict[str, str]:
+    """Runs by the name of their folder; by their whole path where two folders have one name."""
+    paths = [*dict.fromkeys(map(str, runs))]
+    names = [path.rstrip("/").rpartition("/")[2] for path in paths]
+    return {path if names.count(name) > 1 else name: path for path, name in zip(paths, names, strict=True)}

@@ -1,0 +1,173 @@
+"""What a visitor asks for, as a command line of sample.py: read, checked and carried out as if it had been typed.
+
+So a picture of the page is that of the command, and a setting that cannot be gets the command's own message.
+"""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ldm.cli.demo_line import Ticket, watched
+from ldm.cli.demo_models import Abilities
+from ldm.cli.options import called
+from ldm.cli.sample import Recipe, chosen_classes, named_functions, requested, samples, steering
+from ldm.cli.sample_options import parse
+from ldm.errors import ConfigError
+from ldm.sampling.generate import Sample
+from ldm.sampling.pipeline import Pipeline
+from ldm.sampling.sample_folder import Order
+
+MOST = 64
+"""Pictures of one request: one batch, so that a stop waits for few."""
+
+Number = int | float | None
+"""A control's number; None where the visitor has emptied it."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """The controls of the page. Those that the chosen model does not have are ignored.
+
+    Args:
+        label: the class.
+        width, height: of the pictures, pixels; both None: of the training pictures.
+        low, high: the interval of guidance; `high` empty: without end.
+        image, mask: files of the picture to begin with, and of what is painted anew in it.
+    """
+
+    prompt: str = ""
+    negative: str = ""
+    label: int | None = None
+    sampler: str = "ddim"
+    schedule: str = "default"
+    steps: Number = 50
+    guidance: Number = 1.0
+    rescale: Number = 0.0
+    low: Number = 0.0
+    high: str = ""
+    seed: Number = 0
+    number: Number = 4
+    width: Number = None
+    height: Number = None
+    image: Path | None = None
+    mask: Path | None = None
+    strength: Number = 0.6
+
+
+@dataclass(frozen=True)
+class Constants:
+    """The flags of `ldm demo` that every command line has as well."""
+
+    device: str | None = None
+    raw: bool = False
+    trust: tuple[str, ...] = ()
+
+    def words(self) -> list[str]:
+        words = ["--raw"] if self.raw else []
+        if self.device is not None:
+            words += _flag("device", self.device)
+        return words + [word for package in self.trust for word in _flag("trust", package)]
+
+
+def words(wish: Wish, abilities: Abilities, constants: Constants) -> list[str]:
+    """The arguments of sample.py that make what the wish says, with the checkpoint itself as the run.
+
+    Raises:
+        ConfigError: no class is chosen of a model that reads them.
+    """
+    found = _flag("run", abilities.checkpoint, short="-r")
+    if abilities.captions:
+        found += _flag("prompt", wish.prompt)
+    if abilities.classes is not None:
+        found += _flag("classes", _class(wish.label, abilities.classes))
+    found += _flag("seed", _text(wish.seed)) + _flag("number", _text(wish.number), short="-n")
+    found += _flag("steps", _text(wish.steps))
+    if wish.sampler != Wish.sampler:
+        found += _flag("sampler", wish.sampler)
+    if wish.schedule != Wish.schedule:
+        found += _flag("schedule", wish.schedule)
+    size = wish.height, wish.width
+    if size not in ((None, None), abilities.size):
+        found += ["--size", _text(wish.height), _text(wish.width)]
+    if abilities.guided:
+        found += _guidance(wish, abilities)
+    if wish.image is not None and abilities.begins:
+        found += _flag("image", str(wish.image))
+        found += [] if wish.mask is None else _flag("mask", str(wish.mask))
+        found += _flag("strength", _text(wish.strength))
+    return found + constants.words()
+
+
+def _guidance(wish: Wish, abilities: Abilities) -> list[str]:
+    found = _flag("guidance", _text(wish.guidance))
+    if wish.rescale != Wish.rescale:
+        found += _flag("rescale", _text(wish.rescale))
+    if (wish.low, wish.high) != (Wish.low, Wish.high):
+        found += ["--interval", _text(wish.low), wish.high.strip() or "inf"]
+    if abilities.captions and wish.negative.strip():
+        found += _flag("negative", wish.negative)
+    return found
+
+
+def _class(label: int | None, names: Sequence[str]) -> str:
+    """A class by its name, where the command line reads that as this class, else by its number."""
+    if label is None:
+        raise ConfigError("class: expected one of the list, found none; choose one")
+    if not 0 <= label < len(names):
+        raise ConfigError(f"class {label}: expected 0 to {len(names) - 1}, the {len(names)} classes of this model")
+    try:
+        plain = chosen_classes([names[label]], len(names), names) == [label]
+    except ConfigError:
+        plain = False
+    return names[label] if plain and not names[label].startswith("-") else str(label)
+
+
+def _flag(name: str, value: str, short: str | None = None) -> list[str]:
+    """A flag and its value, as one word where the value looks like a flag."""
+    return [f"--{name}={value}"] if value.startswith("-") else [short or f"--{name}", value]
+
+
+def _text(number: Number) -> str:
+    if number is None:
+        return ""
+    return str(int(number)) if float(number).is_integer() else repr(number)
+
+
+def command(arguments: Sequence[str]) -> str:
+    """The line to type into a shell."""
+    program = called("scripts/sample.py", "sample")
+    return shlex.join([*(["python", program] if program.endswith(".py") else program.split()), *arguments])
+
+
+def checked(arguments: Sequence[str]) -> Any:
+    """The options of sample.py.
+
+    Raises:
+        ConfigError: with what a visitor can do something about.
+    """
+    try:
+        options = parse(arguments)
+    except ConfigError as error:
+        raise ConfigError(str(error).partition("\nSee `")[0]) from error
+    if options.number > MOST:
+        raise ConfigError(f"pictures: expected 1 to {MOST} at once, found {options.number}")
+    return options
+
+
+def carried_out(pipeline: Pipeline, options: Any, ticket: Ticket) -> list[Sample]:
+    """The pictures that the command line asks for.
+
+    Raises:
+        ConfigError: settings that cannot be for this model.
+        Halted: the request was stopped.
+    """
+    if options.image is not None:
+        ticket.say("Reading the picture")  # torchvision takes seconds to be imported
+    sampler, schedule = named_functions(options)
+    recipe = Recipe(watched(sampler, ticket), schedule, *steering(pipeline, options, str(pipeline.device)))
+    seeds = range(options.seed, options.seed + options.number)
+    orders = [Order(condition, seed) for condition in requested(pipeline, options) for seed in seeds]
+    ticket.say("Sampling")
+    return [*samples(pipeline, orders, options, recipe)]

@@ -1,0 +1,149 @@
+"""ldm.cli.demo_request: what a visitor asks for as a command line, and its pictures as those of the command."""
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm.cli import sample
+from ldm.cli.demo_line import Ticket
+from ldm.cli.demo_models import Abilities
+from ldm.cli.demo_pictures import begun, shown
+from ldm.cli.demo_request import Constants, Wish, carried_out, checked, command, words
+from ldm.errors import ConfigError
+from ldm.sampling.pipeline import Pipeline
+
+PLAIN = Abilities("run.ckpt", 7, (16, 16), captions=False, classes=None, guided=False, begins=True)
+CLASSES = replace(PLAIN, classes=["cat", "2", "-v", "it's a boot", "Cat"], guided=True)
+CAPTIONS = replace(PLAIN, captions=True, guided=True)
+NONE = Constants()
+SHORT = Wish(steps=3, number=2, seed=5)
+
+
+def asked(wish: Wish, abilities: Abilities, constants: Constants = NONE) -> str:
+    return shlex.join(words(wish, abilities, constants))
+
+
+def test_a_model_without_conditions_is_asked_for_nothing_that_it_has_no_use_for():
+    wish = Wish(prompt="a cat", negative="a dog", label=2, guidance=3.0, rescale=0.5, width=16, height=16)
+    assert asked(wish, PLAIN) == "-r run.ckpt --seed 0 -n 4 --steps 50"
+
+
+def test_settings_are_flags_where_they_are_not_the_default():
+    wish = replace(SHORT, sampler="heun", schedule="karras", label=3, guidance=2.5, rescale=0.7, low=0.2, high="3")
+    line = asked(replace(wish, width=32, height=16), CLASSES, Constants("cpu", True, ("house",)))
+    assert line == (
+        "-r run.ckpt --classes 'it'\"'\"'s a boot' --seed 5 -n 2 --steps 3 --sampler heun --schedule karras "
+        "--size 16 32 --guidance 2.5 --rescale 0.7 --interval 0.2 3 --raw --device cpu --trust house"
+    )
+    assert "--interval 0.2 inf" in asked(replace(wish, high=""), CLASSES)
+
+
+@pytest.mark.parametrize(("label", "word"), [(0, "0"), (1, "1"), (2, "2"), (3, "it's a boot"), (4, "Cat")])
+def test_a_class_is_named_where_its_name_means_it(label: int, word: str):
+    found = checked(words(replace(SHORT, label=label), CLASSES, NONE))
+    assert found.classes == [word]
+    assert sample.chosen_classes(found.classes, 5, CLASSES.classes) == [label]
+
+
+@pytest.mark.parametrize("text", ["a red heart", "--prompt", "-1", 'it\'s "so"\n$HOME `x` \\', "قلب ❤️", "", "=x"])
+def test_prompts_survive_the_command_line(text: str):
+    wish = Wish(prompt=text, negative=text, guidance=2)
+    line = command(words(wish, CAPTIONS, NONE))
+    program, *arguments = shlex.split(line)
+    assert (program, arguments.pop(0)) == ("python", "scripts/sample.py")
+    found = checked(arguments)
+    assert found.prompt == [text]
+    assert found.negative == (text if text.strip() else None)
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ({"steps": 0}, "--steps: expected a whole number of 1 or more, found '0'"),
+        ({"steps": 2.5}, "found '2.5'"),
+        ({"number": None}, "found ''"),
+        ({"number": 65}, "pictures: expected 1 to 64 at once, found 65"),
+        ({"seed": -1}, "--seed: expected a whole number from 0 to 2^63 - 1, found '-1'"),
+        ({"rescale": 0.5, "guidance": 1}, "--rescale: does nothing at --guidance 1"),
+        ({"low": 3, "high": "2"}, "expected LOW < HIGH"),
+        ({"high": "much"}, "expected a number of 0 or more, or inf, found 'much'"),
+        ({"label": None}, "class: expected one of the list, found none"),
+        ({"label": 9}, "class 9: expected 0 to 4"),
+        ({"image": Path("x.png"), "strength": 0}, "--strength: expected a number above 0"),
+    ],
+)
+def test_what_cannot_be_is_said_in_the_commands_words(wish: dict, message: str):
+    with pytest.raises(ConfigError) as caught:
+        checked(words(replace(Wish(label=0, guidance=2), **wish), CLASSES, NONE))
+    assert message in str(caught.value)
+    assert "--help" not in str(caught.value), "a visitor has no shell"
+
+
+@pytest.fixture(scope="module")
+def pipeline(runs):
+    return Pipeline.load(runs.diffusion)
+
+
+def painted(folder: Path) -> tuple[Path | None, Path | None]:
+    """A photo with something painted over."""
+    random = np.random.default_rng(3)
+    photo = Image.fromarray(random.integers(0, 256, (24, 20, 3), dtype=np.uint8))
+    layer = Image.new("RGBA", (20, 24))
+    layer.paste((224, 69, 123, 200), (4, 4, 12, 20))
+    return begun({"background": photo, "layers": [layer]}, folder)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"label": 2},
+        {"label": 1, "sampler": "heun", "guidance": 1},
+        {"label": 0, "sampler": "ancestral", "schedule": "quadratic", "rescale": 0.5, "low": 0.1, "high": "5"},
+        {"label": 2, "width": 32, "height": 16},
+        {"label": 0, "image": True, "strength": 0.5},
+        {"label": 0, "image": True, "mask": True, "strength": 1},
+    ],
+)
+def test_the_copied_command_makes_the_same_pixels(pipeline, tmp_path, settings):
+    image, mask = painted(tmp_path / "begun")
+    files = {"image": image if settings.get("image") else None, "mask": mask if settings.get("mask") else None}
+    wish, abilities = replace(SHORT, guidance=2.0), Abilities.of(pipeline)
+    wish = replace(wish, **{**settings, **files})
+    arguments = words(wish, abilities, NONE)
+    ticket: Ticket = Ticket()
+    pictures = shown(
+        carried_out(pipeline, checked(arguments), ticket), tmp_path / "made", wish, abilities, "run", command(arguments)
+    )
+    assert (ticket.step, ticket.steps) == ((2, 2) if wish.strength == 0.5 else (3, 3))
+    assert sample.main([*shlex.split(pictures[0].command)[2:], "--out", str(tmp_path / "out")]) == 0
+    assert len(pictures) == 2
+    for one in pictures:
+        there = np.asarray(Image.open(tmp_path / "out" / one.file.name))
+        assert np.array_equal(np.asarray(Image.open(one.file)), there)
+    assert pictures[1].caption == f"{['cat', 'dog', 'Ankle boot'][wish.label]} · seed 6"
+    assert pictures[1].settings["Seed"] == "6"
+
+
+def test_paint_becomes_a_mask_of_the_pictures_size(tmp_path):
+    image, mask = painted(tmp_path)
+    assert image is not None
+    assert mask is not None
+    white = np.asarray(Image.open(mask))
+    assert white.shape == (24, 20)
+    assert (white[4:20, 4:12] == 255).all()
+    assert (white > 0).sum() == 16 * 8
+    assert painted(tmp_path) == (image, mask), "the same picture is the same file"
+
+
+def test_nothing_painted_is_no_mask_and_paint_alone_is_refused(tmp_path):
+    photo, layer = Image.new("RGB", (8, 8)), Image.new("RGBA", (8, 8))
+    assert begun(None, tmp_path) == (None, None)
+    assert begun({"background": None, "layers": [layer]}, tmp_path) == (None, None)
+    assert begun({"background": photo, "layers": [layer]}, tmp_path)[1] is None
+    layer.paste((1, 2, 3, 255), (0, 0, 4, 4))
+    with pytest.raises(ConfigError, match="found paint and no picture below it"):
+        begun({"background": None, "layers": [layer]}, tmp_path)
