@@ -75,6 +75,7 @@ LATENTS = {
     "fashion_mnist/diffusion.yaml": (4, 8),
     "fluent_emoji/diffusion.yaml": (8, 8),
     "quickstart/diffusion.yaml": (4, 8),
+    "text_to_emoji/diffusion.yaml": (4, 8),
 }
 
 
