@@ -10,6 +10,10 @@ Size = tuple[int, int]
 """(height, width)."""
 
 
+SIZES = ("original_size", "crop_top_left", "target_size")
+"""What a batch may say of a picture's size (ldm/latents/numbers.py), two numbers each."""
+
+
 class SizeError(ConfigError):
     """A picture or latent whose size a network cannot take.
 
@@ -54,3 +58,9 @@ def nearest(size: Size, factor: int) -> str:
 def _multiples(side: int, factor: int) -> str:
     lower = side // factor * factor
     return " or ".join(str(multiple) for multiple in (lower, lower + factor) if multiple)
+
+
+def uncropped(size: Size) -> dict[str, list[float]]:
+    """The `SIZES` of a picture of which nothing was cropped, as samples are to look."""
+    whole = [float(side) for side in size]
+    return dict(zip(SIZES, (whole, [0.0, 0.0], whole), strict=True))

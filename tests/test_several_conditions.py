@@ -101,6 +101,10 @@ def test_from_a_folder_to_samples(tree, in_sequence):
     (alone,) = pipeline.generate([1], [wanted(1)], **guided)
     difference = np.abs(np.asarray(alone, dtype=int) - np.asarray(second, dtype=int)).max()
     assert difference <= 1, "a picture depends on its own condition alone, whatever the lengths beside it"
+    unsaid = {key: value for key, value in wanted(1).items() if key not in SIZES}
+    (same,) = pipeline.generate([1], [unsaid], **guided)
+    assert np.array_equal(np.asarray(same), np.asarray(alone)), "sizes that nobody says are those of the picture"
+    assert pipeline.generate([1], [unsaid], size=(16, 24), **guided)[0].size == (24, 16)
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ from ldm.sampling.pipeline import Pipeline
 from ldm.sampling.sample_folder import Order, claim, default_folder, record, save, save_arrays, sheet
 from ldm.sampling.samplers import Sampler
 from ldm.sampling.timesteps import TimestepSchedule
-from ldm.sizes import Size
+from ldm.sizes import SIZES, Size
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def requested(pipeline: Pipeline, options: Any) -> list[Condition | None]:
     prompts = options.prompt if options.prompts_file is None else read_prompts(options.prompts_file)
     if prompts is not None and "caption" not in reads:
         raise ConfigError("--prompt: this model reads no captions; leave it out")
-    if others := [key for key in reads if key not in ("class_label", "caption")]:
+    if others := [key for key in reads if key not in ("class_label", "caption", *SIZES)]:
         raise ConfigError(f"this model reads {', '.join(others)}: list what to make in a file, --conditions FILE")
     if prompts is None and "caption" in reads:
         raise ConfigError('this model reads captions: say what to make, --prompt "..." or --prompts-file FILE')
@@ -135,7 +135,7 @@ def sample(options: Any) -> list[Path]:
     }
     times = schedule(pipeline.objective, options.steps, pipeline.latent_shape(recipe.size))
     # Both refuse what cannot be, before anything is written.
-    check(pipeline, [order.seed for order in orders], asked(orders), times, recipe.guidance)
+    check(pipeline, [order.seed for order in orders], asked(orders), times, recipe.guidance, recipe.size)
     folder: Path = options.out or default_folder(settings)
     claim(folder, settings, names, orders)
     missing = [order for order in orders if not (folder / order.file).is_file()]

@@ -20,8 +20,8 @@ from ldm.config.tree import nearest
 from ldm.data.dataset import ImageDataset, Sized, Subset, columns, sizes
 from ldm.data.transforms import center_crops
 from ldm.errors import ConfigError
+from ldm.sizes import SIZES
 
-SIZES = ("original_size", "crop_top_left", "target_size")
 _KEY = "data.params.numbers"
 
 

@@ -25,7 +25,7 @@ from ldm.sampling.img2img import InitImage, inpaint
 from ldm.sampling.samplers import Sampler, ddim
 from ldm.sampling.steps import start
 from ldm.sampling.timesteps import TimestepSchedule, default
-from ldm.sizes import Size
+from ldm.sizes import Size, uncropped
 
 if TYPE_CHECKING:  # its `generate` calls the one of this file
     from ldm.sampling.pipeline import Pipeline
@@ -63,7 +63,7 @@ def generate(
     Args:
         seeds: any integers of 64 bits; the same seed gives the same starting noise, whatever the condition.
         conditions: one for each seed, such as {"class_label": 3}; None: unconditional samples, even from a conditional
-            model.
+            model. Of sizes that a model reads (ldm/latents/numbers.py) none need be said.
         sampler: of samplers.py, such as `ddim` or `partial(ddim, eta=0.5)`.
         steps: of the sampler, one network call each (heun: two).
         schedule: of timesteps.py, where the steps lie between noise and data.
@@ -81,7 +81,7 @@ def generate(
     """
     shape = pipeline.latent_shape(size)
     times = schedule(pipeline.objective, steps, shape)
-    table = check(pipeline, seeds, conditions, times, guidance)
+    table = check(pipeline, seeds, conditions, times, guidance, size)
     if init_image is not None:
         init_image.require(pipeline.codec.down_factor, shape)
     with shown("sampling", silent=not progress) as show:
@@ -100,10 +100,12 @@ def check(
     conditions: Sequence[Condition] | None,
     times: Tensor,
     guidance: Guidance,
+    size: Size | None = None,
 ) -> Columns | None:
     """Everything `generate` checks before it starts; its arguments and errors, `times` (steps + 1,) of the schedule.
 
-    Returns the columns of the conditions, if there are any.
+    Returns the columns of the conditions, if there are any. Sizes that a model reads, and no condition says, are those
+    of a picture that has the `size` that is made, and of which nothing was cropped.
     """
     guidance.check(pipeline, conditions is not None, times)
     if conditions is None:
@@ -113,7 +115,9 @@ def check(
     # A classifier reads the class, whether or not the model does.
     own = () if guidance.classifier is None else ("class_label",)
     reads = tuple(dict.fromkeys([*pipeline.conditioner.keys, *own]))
-    return check_conditions(conditions, reads, pipeline.manifest.plan.num_classes)
+    whole = {name: value for name, value in uncropped(pipeline.image_size(size)).items() if name in reads}
+    said = [{**whole, **condition} for condition in conditions] if whole else conditions
+    return check_conditions(said, reads, pipeline.manifest.plan.num_classes)
 
 
 # Not inference_mode: training could then not use the tables that objective and manifest cache on a device.

@@ -143,6 +143,11 @@ class Pipeline:
             raise ConfigError(f"size {spell(size)}: {error}{known}") from error
         return shape
 
+    def image_size(self, size: Size | None = None) -> Size:
+        """(height, width) of the images that are made, pixels; `size`, or that of the training images."""
+        _, height, width = self.manifest.plan.shape
+        return size or (height * self.codec.down_factor, width * self.codec.down_factor)
+
     @torch.no_grad()
     def _require(self, shape: tuple[int, int, int]) -> None:
         """SizeError unless the network takes such a latent: one call of one row, since only the network knows."""

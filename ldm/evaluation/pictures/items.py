@@ -9,6 +9,7 @@ import numpy as np
 from ldm.data.dataset import ImageDataset, class_labels
 from ldm.errors import ConfigError, DataError
 from ldm.sampling.conditions import Condition
+from ldm.sizes import SIZES
 
 READ = ("class_label", "caption")
 """The keys of a condition that an item of a data set can say."""
@@ -19,20 +20,20 @@ class Items:
 
     Args:
         dataset: of the items, in the order of their turns.
-        keys: of the conditions: some of `READ`.
+        keys: that the model reads: some of `READ`, and sizes, which samples have of themselves.
 
     Raises:
         ConfigError: other keys, or the data set has no such values.
     """
 
     def __init__(self, dataset: ImageDataset, keys: Sequence[str]) -> None:
-        if others := [key for key in keys if key not in READ]:
+        if others := [key for key in keys if key not in (*READ, *SIZES)]:
             raise ConfigError(
                 f"this model reads {', '.join(others)}, which no item says: make its samples with "
                 "sample.py --conditions FILE, and evaluate their folder"
             )
         self.dataset = dataset
-        self.keys = tuple(keys)
+        self.keys = tuple(key for key in keys if key in READ)
         self._labels = class_labels(dataset)
         self._said = lru_cache(maxsize=100_000)(self._say)
 

@@ -28,6 +28,7 @@ from ldm.sampling.pipeline import Pipeline, load_codec
 from ldm.sampling.sample_folder import title
 from ldm.sampling.samplers import ddim
 from ldm.sampling.timesteps import default
+from ldm.sizes import SIZES
 from ldm.training.callbacks.step_callback import StepCallback
 
 PREVIEW_STEPS = 50
@@ -144,7 +145,8 @@ class SampleLogger(StepCallback):
         if self._held_out:
             data: Any = trainer.datamodule  # type: ignore[attr-defined]  # Lightning's own, set by fit
             items = data.train_dataset if data.validation_dataset is None else data.validation_dataset
-            self._rows = [*self._asked, *conditions_of(items, pipeline.conditioner.keys, self._held_out)]
+            reads = [key for key in pipeline.conditioner.keys if key not in SIZES]
+            self._rows = [*self._asked, *conditions_of(items, reads, self._held_out)]
         try:
             times = self._schedule(pipeline.objective, self._steps, pipeline.manifest.plan.shape)
             check(pipeline, self._seeds, self._conditions, times, self._guidance)
