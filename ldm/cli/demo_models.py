@@ -103,9 +103,11 @@ class Models:
 def prompts(checkpoint: str) -> list[str]:
     """The captions of the previews in a run's training."""
     found = store.record(Path(checkpoint)).get("config", {})
-    for key in ("lightning", "callbacks", "images", "params", "conditions"):
+    for key in ("lightning", "callbacks", "images", "params"):
         found = found.get(key) or {}
-    return [row["caption"] for row in found if isinstance(row.get("caption"), str)]
+    asked = [{"caption": prompt} for prompt in found.get("prompts") or ()]
+    asked += found.get("conditions") or []
+    return [row["caption"] for row in asked if isinstance(row.get("caption"), str)]
 
 
 def named(runs: Sequence[Any]) -> dict[str, str]:
