@@ -1,10 +1,12 @@
 """Shards behind URLs against a loopback server that fails, stalls, cuts, changes files and refuses ranges."""
 
 import errno
+import io
 import logging
 import os
 import threading
-from concurrent.futures import ProcessPoolExecutor
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ from torch.utils.data import DataLoader
 
 from ldm.data.sources import remote
 from ldm.data.sources.remote import Store
+from ldm.data.sources.shards import Shard
+from ldm.data.sources.transfers import Transfers
 from ldm.data.sources.webdataset import WebDataset
 from ldm.errors import ConfigError, DataError, ResourceError
 from tests.tars import png, served, until, write_tar
@@ -149,6 +153,25 @@ def test_items_in_order_are_read_ahead(server, here):
     for row in range(40):  # the first shard made way for the others
         dataset[row]
     assert server.gets("0.tar") < 15
+
+
+def test_threads_that_read_at_once_do_not_move_each_others_place(monkeypatch):
+    class Slow(io.BytesIO):
+        def seek(self, place: int, whence: int = 0) -> int:
+            found = super().seek(place, whence)
+            time.sleep(0.05)
+            return found
+
+    class System:
+        def open(self, *args, **options) -> Slow:
+            return Slow(bytes(range(8)))
+
+    transfers = Transfers(timeout=10.0, retries=0)
+    monkeypatch.setattr(transfers, "_system", lambda url: System())
+    shard = Shard("x://a", 8, "")
+    transfers.read(shard, 0, 1)
+    with ThreadPoolExecutor(4) as pool:
+        assert b"".join(pool.map(lambda place: transfers.read(shard, place, 1), range(8))) == bytes(range(8))
 
 
 def test_workers_share_the_store(server, here):
