@@ -80,8 +80,13 @@ class Transfers:
         return _shard(url, self._info(url))
 
     def _info(self, url: str) -> Mapping[str, Any]:
-        info: Mapping[str, Any] = self._tried(url, lambda: self._system(url).info(url))
-        return info
+        def ask() -> Mapping[str, Any]:
+            system = self._system(url)
+            system.invalidate_cache()  # a listing that a glob has left there would hide a change
+            info: Mapping[str, Any] = system.info(url)
+            return info
+
+        return self._tried(url, ask)
 
     def demand_arrived(self, shard: Shard, copy: Path) -> None:
         """Compare a copy with what the server says of the file now.

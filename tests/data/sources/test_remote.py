@@ -208,6 +208,29 @@ def test_a_file_that_changes_while_it_is_fetched_is_not_taken(server, here, monk
     assert pixels(WebDataset(url, store())) == pixels(WebDataset("other.tar", index="local"))
 
 
+def test_a_listing_that_is_kept_does_not_hide_a_change(monkeypatch):
+    import fsspec
+
+    kept = {}
+
+    class Listed(type(fsspec.filesystem("memory"))):
+        def info(self, path, **options):
+            return kept.setdefault(path, {**super().info(path, **options), "ETag": hash(self.cat(path))})
+
+        def invalidate_cache(self, path=None):
+            kept.clear()
+
+    transfers = Transfers(timeout=10.0, retries=0)
+    system = Listed()
+    monkeypatch.setattr(transfers, "_system", lambda url: system)
+    states = []
+    for content in (b"one", b"two"):
+        system.pipe("/a.tar", content)
+        states.append(transfers.state("memory://a.tar"))
+    system.rm("/a.tar")
+    assert states[0] != states[1]
+
+
 def test_a_shard_that_changes_later_stops_the_run(server, here):
     url = filled(server, here)
     dataset = WebDataset(url, store(20_480))
