@@ -41,10 +41,10 @@ def published(path: Path, *, durable: bool = True) -> Iterator[Path]:
     try:
         yield aside
         if durable:
-            _sync(aside)
+            sync(aside)
         aside.replace(path)
         if durable:
-            _sync(path.parent)
+            sync(path.parent)
     finally:
         with suppress(OSError):  # after the rename there is none
             aside.unlink()
@@ -103,7 +103,7 @@ def expanded(value: Any) -> Any:
     return os.path.expanduser(value) if isinstance(value, str) else value
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Make a file's bytes, or the names in a folder, durable."""
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -155,13 +155,13 @@ def remembered_array(files: Sequence[str], kind: str, make: Callable[[], np.ndar
 
     Args:
         files: their paths.
-        kind: what it is, as the end of the index's name.
+        kind: what it is; another array of the same files is of another kind.
         make: called once if need be; its array holds no objects.
     """
     begun = time.time_ns()
     paths = [os.path.realpath(file) for file in files]
     states = stats(Path(), paths)
-    index = INDEX / f"{blake2b(os.fsencode(os.pathsep.join(paths)), digest_size=16).hexdigest()}{kind}.npz"
+    index = INDEX / f"{blake2b(os.fsencode(os.pathsep.join([kind, *paths])), digest_size=16).hexdigest()}.npz"
     try:
         with np.load(index) as archive:
             if np.array_equal(archive["states"], states):

@@ -214,6 +214,9 @@ class LatentDataModule(ElasticDataModule):
         encoding, device = self._encoding(self._device()), self._device()
         captions: dict[str, Captions | None] = {}
         sized = {name: self._sized(name) for name in self._datasets()}
+        wanted = Wanted(self.features, self.numbers, {name: self._targets(name) for name in sized})
+        for dataset in self._datasets().values():
+            wanted.demand(dataset)
         for name, parts in sized.items():
             dataset = self._datasets()[name]
             placed = [encoding.place(part) for part in parts]
@@ -226,7 +229,6 @@ class LatentDataModule(ElasticDataModule):
             check_broken(dataset, parts, self.caches[name])
         manifest = self._joined(self.caches["train"]).decoded_by(encoding.codec.describe(encoding.weights))
         self._manifest = manifest if self._statistics is None else manifest.standardized_by(self._statistics)
-        wanted = Wanted(self.features, self.numbers, {name: self._targets(name) for name in self.caches})
         self._codec = self._given = None  # its memory belongs to training now
         del encoding
         conditions = wanted.conditions({name: self._parts(name) for name in self.caches}, captions, device)

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.data.dataset import ImageDataset, texts, without_captions
+from ldm.data.dataset import ImageDataset, has_captions, texts, without_captions
 from ldm.diffusion.conditioners.features import Cutting, Feature, Part
 from ldm.errors import ConfigError, DataError
 from ldm.latents.build import Source, shard_items
 from ldm.latents.conditions import CAPTION, Captions, Conditions
-from ldm.latents.numbers import gathered
+from ldm.latents.numbers import check, gathered
 from ldm.latents.part_reader import PartReader
 from ldm.latents.parts import CAPTIONS, TEXT, Found, PartSpec, Rows, build_part, described
 from ldm.latents.ragged import Row, to_raw
@@ -75,9 +75,7 @@ class DatasetParts:
             DataError: as `captions`; or the feature makes something else than it says.
         """
         if feature.reads == CAPTION and captions is None:
-            raise ConfigError(
-                f"data.params.features.{name}: reads captions, and the data set ({self.dataset.path(0)}, ...) has none"
-            )
+            raise _no_captions(name, self.dataset)
         row_bytes = sum(prod(part.shape) * part.dtype.itemsize for part in feature.parts.values())
         several = 1
         if feature.reads == CAPTION and captions is not None:
@@ -180,6 +178,13 @@ class Wanted:
     numbers: Sequence[str]
     targets: Mapping[str, np.ndarray]
 
+    def demand(self, dataset: ImageDataset) -> None:
+        """ConfigError if a data set lacks any of it, as far as can be seen before hours of encoding."""
+        check(dataset, self.numbers)
+        for name, feature in self.features.items():
+            if feature.reads == CAPTION and not has_captions(dataset):
+                raise _no_captions(name, dataset)
+
     def conditions(
         self, parts: Mapping[str, DatasetParts], captions: Mapping[str, Captions | None], device: torch.device
     ) -> dict[str, Conditions]:
@@ -198,6 +203,13 @@ class Wanted:
             name: Conditions(captions.get(name), found[name], gathered(part.dataset, self.numbers, self.targets[name]))
             for name, part in parts.items()
         }
+
+
+def _no_captions(name: str, dataset: ImageDataset) -> ConfigError:
+    return ConfigError(
+        f"data.params.features.{name}: reads captions, and the data set ({dataset.path(0)}, ...) has none: give it "
+        "some, or leave the feature out"
+    )
 
 
 def named(features: Mapping[str, Feature]) -> dict[str, Feature]:

@@ -420,6 +420,15 @@ def test_numbers_that_the_data_set_has_not(make, names, dataset, said):
         make(dataset(10), numbers=names).meta_batch()
 
 
+def test_what_a_validation_set_lacks_is_said_before_anything_is_encoded(make):
+    for lacking, params in (("has_captions", {"features": {"text": Words()}}), ("columns", {"numbers": ["score"]})):
+        bare = CaptionedPictures(4)
+        setattr(bare, lacking, dict)  # no captions, or no columns
+        with pytest.raises(ConfigError, match=r"data\.params\.(features\.text: reads captions|numbers: score)"):
+            make(validation=bare, **params).setup()
+        assert not Path("cache").exists()
+
+
 @pytest.mark.parametrize("name", ["captions", "a.b", "../x", ""])
 def test_names_of_features_are_names(make, name):
     with pytest.raises(ConfigError, match=r"expected a name of letters, digits and _"):

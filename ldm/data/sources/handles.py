@@ -5,7 +5,7 @@ import fcntl
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,8 @@ class Handles:
     def get(self, path: Path) -> Handle | None:
         """The handle that is open for `path`, if there is one."""
         if (handle := self._open.get(path)) is not None:
-            self._open.move_to_end(path)
+            with suppress(KeyError):  # another thread may just have dropped it
+                self._open.move_to_end(path)
         return handle
 
     def put(self, path: Path, handle: Handle) -> Handle:

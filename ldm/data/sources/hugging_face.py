@@ -133,7 +133,7 @@ class HuggingFaceImages:
         """Nothing to do: it is open."""
 
     def sizes(self) -> np.ndarray:
-        sizes = fingerprint.remembered_array(self._files, ".sizes", self._read_sizes)
+        sizes = fingerprint.remembered_array(self._files, f"sizes of {self._image}", self._read_sizes)
         return np.where(sizes.prod(1, keepdims=True) > self.max_pixels, 0, sizes)
 
     def fingerprint(self) -> str:
@@ -155,7 +155,7 @@ class HuggingFaceImages:
     @cached_property
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(json.dumps([self.class_names, self._num_classes, self.value_range]).encode())
-        lengths, samples = fingerprint.remembered_array(self._files, "", self._read_samples)
+        lengths, samples = fingerprint.remembered_array(self._files, f"samples of {self._image}", self._read_samples)
         for name, column in {"length": lengths, "label": self._labels, **self._numbers}.items():
             if column is not None:
                 digest.update(f"{name} {column.shape}".encode() + np.ascontiguousarray(column).tobytes())

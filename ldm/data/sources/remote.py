@@ -14,6 +14,7 @@ from ldm.data.sources.handles import Handle, Handles, locked
 from ldm.data.sources.shards import Shard, changed, refuse
 from ldm.data.sources.transfers import CHUNK, NO_ROOM, NoRanges, Transfers
 from ldm.errors import ConfigError, DataError, ResourceError
+from ldm.files import sync
 from ldm.ranges import Count, CountOrZero, Positive
 from ldm.runtime import distributed, signals
 from ldm.runtime.progress import shown
@@ -289,6 +290,7 @@ class Store:
         except (DataError, ResourceError):
             part.unlink(missing_ok=True)
             raise
+        sync(part)  # after a power cut, a copy has all its bytes or is not there
         os.replace(part, path)
 
 

@@ -3,7 +3,6 @@
 import csv
 import difflib
 import json
-import math
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from ldm.errors import ConfigError, DataError
+
+_LARGEST = float(np.finfo(np.float32).max)  # NaN is not less either
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def numbers(values: Sequence[Any], name: str, place: Callable[[int], str]) -> np
 def _is_number(value: Any) -> bool:
     several = value if isinstance(value, list) else [value]
     try:
-        return bool(several) and all(not isinstance(one, bool) and math.isfinite(float(one)) for one in several)
+        return bool(several) and all(not isinstance(one, bool) and abs(float(one)) <= _LARGEST for one in several)
     except (ValueError, TypeError, OverflowError):
         return False
 

@@ -13,7 +13,7 @@ from ldm.data.sources.listing import EXTENSIONS
 from ldm.data.sources.shards import Shard
 from ldm.data.sources.tar_index import TarIndex
 from ldm.data.sources.tar_reader import MEMBER
-from ldm.data.sources.tar_values import captions_of, classes_of, column_of, entry_of, value_of
+from ldm.data.sources.tar_values import captions_of, column_of, entry_of, value_of
 from ldm.errors import DataError
 
 
@@ -35,7 +35,6 @@ class TarItems:
         pictures: (N,) `MEMBER`.
         captions: (N,) `MEMBER` of their texts; None: there are no captions.
         caption_key: of `.json`; None: captions are the texts themselves.
-        classes: (N,) int64, or str if they are not all numbers; None: there are no classes.
         columns: (N,) or (N,k) float32 each.
     """
 
@@ -43,7 +42,6 @@ class TarItems:
     pictures: np.ndarray
     captions: np.ndarray | None
     caption_key: str | None
-    classes: np.ndarray | None
     columns: dict[str, np.ndarray]
 
     def __len__(self) -> int:
@@ -78,8 +76,10 @@ class _Part:
         self.texts = {ending: rows[chosen] for ending, rows in self.texts.items()}
 
 
-def chosen(shards: Sequence[Shard], indexes: Sequence[TarIndex], wanted: Wanted) -> tuple[TarItems, list[str]]:
-    """The items that have what is wanted, and notes on what has not.
+def chosen(
+    shards: Sequence[Shard], indexes: Sequence[TarIndex], wanted: Wanted
+) -> tuple[TarItems, list[int | str] | None, list[str]]:
+    """The items that have what is wanted, the class of each if there are some, and notes on what has not.
 
     Raises:
         DataError: none are left.
@@ -105,10 +105,9 @@ def chosen(shards: Sequence[Shard], indexes: Sequence[TarIndex], wanted: Wanted)
         pictures=np.concatenate([part.pictures for part in parts]),
         captions=_caption_rows(captions, parts),
         caption_key=captions if isinstance(captions, str) else None,
-        classes=classes_of([part.values["classes"] for part in parts]) if classes else None,
         columns={key: column_of(key, [part.values[f"column {key}"] for part in parts]) for key in wanted.columns},
     )
-    return items, notes
+    return items, [one for part in parts for one in part.values["classes"]] if classes else None, notes
 
 
 def _part(index: TarIndex, image: str | None, left_out: "_LeftOut") -> _Part:

@@ -1,4 +1,4 @@
-"""What the text files of an item say: captions, a class, numbers; and classes as labels."""
+"""What the text files of an item say: captions, a class, numbers."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from ldm.data.sources.listing import natural
 from ldm.errors import DataError
 
 _LARGEST = 3e38  # a float32 holds no more; NaN is not less either
@@ -48,44 +47,9 @@ def read_caption(raw: bytes, key: str | None) -> list[str]:
     raise ValueError(f"no caption under {key!r}")
 
 
-def classes_of(found: Sequence[list[Any]]) -> np.ndarray:
-    """(N,) int64 if all are whole numbers, otherwise str."""
-    try:
-        return np.concatenate([np.array([int(value) for value in part], np.int64) for part in found])
-    except (ValueError, OverflowError):
-        return np.concatenate([np.array([str(value) for value in part], np.str_) for part in found if part])
-
-
 def column_of(key: str, found: Sequence[list[Any]]) -> np.ndarray:
     """(N,) or (N,k) float32. Raises DataError where items have different numbers of them."""
     try:
         return np.concatenate([np.array(part, np.float32) for part in found if part])
     except ValueError as error:
         raise DataError(f"columns: {key!r} of .json is not as many numbers in each item ({error})") from error
-
-
-def labels(
-    classes: np.ndarray | None, class_names: Sequence[str] | None
-) -> tuple[np.ndarray | None, list[str] | None, int | None]:
-    """Labels (N,) int64, their names and their number, from what stands in the tars.
-
-    Raises:
-        DataError: a class that is not among the names, or a negative number.
-    """
-    names = None if class_names is None else [str(name) for name in class_names]
-    if classes is None:
-        return None, None, None
-    if classes.dtype.kind == "i":
-        count = len(names) if names is not None else int(classes.max()) + 1
-        wrong = np.flatnonzero((classes < 0) | (classes >= count))
-        if len(wrong):
-            found = f"item {wrong[0]} has class {classes[wrong[0]]}"
-            raise DataError(f"{found}, expected 0 to {count - 1}; see `class_names`")
-        return classes, names, count
-    distinct, inverse = np.unique(classes, return_inverse=True)
-    names = sorted(distinct.tolist(), key=natural) if names is None else names
-    number = {name: label for label, name in enumerate(names)}
-    unknown = [name for name in distinct.tolist() if name not in number]
-    if unknown:
-        raise DataError(f"class {unknown[0]!r} is not among `class_names` ({', '.join(names[:10])}, ...); add it")
-    return np.array([number[name] for name in distinct.tolist()], np.int64)[inverse], names, len(names)

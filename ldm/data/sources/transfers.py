@@ -59,7 +59,7 @@ class Transfers:
         self.timeout = timeout
         self.retries = retries
         self.options = dict(options or {})
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, list[Any]] = {}  # open ones that no thread reads at the moment
         self._process = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -80,8 +80,13 @@ class Transfers:
         return _shard(url, self._info(url))
 
     def _info(self, url: str) -> Mapping[str, Any]:
-        info: Mapping[str, Any] = self._tried(url, lambda: self._system(url).info(url))
-        return info
+        def ask() -> Mapping[str, Any]:
+            system = self._system(url)
+            system.invalidate_cache()  # a listing that a glob has left there would hide a change
+            info: Mapping[str, Any] = system.info(url)
+            return info
+
+        return self._tried(url, ask)
 
     def demand_arrived(self, shard: Shard, copy: Path) -> None:
         """Compare a copy with what the server says of the file now.
@@ -119,12 +124,15 @@ class Transfers:
         if self._process != os.getpid():  # a file system's thread does not come along with a fork
             self._files, self._process = {}, os.getpid()
         url = shard.location
-        if (file := self._files.get(url)) is None:
-            file = self._files[url] = self._system(url).open(url, "rb", cache_type="none")
+        try:
+            file = self._files[url].pop()  # taken out, for it has one position and several threads may read
+        except LookupError:
+            file = self._system(url).open(url, "rb", cache_type="none")
         file.seek(offset)
         found: bytes = file.read(length)
         if len(found) != length:
             raise OSError(f"{len(found)} of {length} bytes came from byte {offset} on")
+        self._files.setdefault(url, []).append(file)
         return found
 
     def _whole(self, shard: Shard, place: Path) -> None:

@@ -18,13 +18,14 @@ from ldm.data import fingerprint
 from ldm.data import value_range as ranges
 from ldm.data.dataset import CONVERTIBLE, Item
 from ldm.data.decoding import MAX_PIXELS, read_image
+from ldm.data.sources.classes import labeled
 from ldm.data.sources.handles import Handle, Handles
 from ldm.data.sources.remote import Store
 from ldm.data.sources.shards import LocalShards, Shard, changed, demand_distinct, expanded, is_url, refuse
 from ldm.data.sources.tar_index import indexes
 from ldm.data.sources.tar_items import Wanted, chosen, text_of
 from ldm.data.sources.tar_reader import text_sample
-from ldm.data.sources.tar_values import labels, read_caption
+from ldm.data.sources.tar_values import read_caption
 from ldm.errors import ConfigError, DataError
 from ldm.ranges import Count, Finite
 from ldm.runtime import distributed
@@ -81,9 +82,11 @@ class WebDataset:
         demand_distinct(self._shards)
         read = indexes(self._shards, self._reader, Path(index))
         wanted = Wanted(image, captions, classes, tuple(columns))
-        self._items, notes = chosen(self._shards, read, wanted)
+        self._items, classes, notes = chosen(self._shards, read, wanted)
         self._indexes = [one.closed() for one in read]
-        self._labels, self.class_names, self._num_classes = self._labeled(class_names)
+        self._labels, self.class_names, self._num_classes = (
+            (None, None, None) if classes is None else labeled(classes, class_names, self.path)
+        )
         self._handles = Handles()
         self._pictures_fingerprint: str | None = None
         self._captions_fingerprint: str | None = None
@@ -119,12 +122,6 @@ class WebDataset:
             self._reader.demand_unchanged(shard)
             raise DataError(f"{self.path(index)}: its bytes are not those that were there when the tar was indexed")
         return read_image(self.path(index), self.max_pixels, self.value_range, keep_alpha=True, file=io.BytesIO(data))
-
-    def _labeled(self, class_names: Sequence[str] | None) -> tuple[np.ndarray | None, list[str] | None, int | None]:
-        try:
-            return labels(self._items.classes, class_names)
-        except DataError as error:
-            raise DataError(f"{_many(self._shards)}: {error}") from error
 
     def captions(self, index: int) -> Sequence[str]:
         """The captions of an item; none if the data set has none."""

@@ -242,7 +242,7 @@ def test_without_pyarrow(pictures, tmp_path, monkeypatch):
         ImageFolder(pictures, captions=tmp_path / "c.parquet")
 
 
-@pytest.mark.parametrize("value", ["high", "", None, "nan", [1, "x"], [], True])
+@pytest.mark.parametrize("value", ["high", "", None, "nan", 1e39, [1, "x"], [], True])
 def test_a_column_that_is_no_number(pictures, tmp_path, value):
     rows = [{**row, "score": 1.0} for row in rows_of("abcdef")]
     rows[2]["score"] = value

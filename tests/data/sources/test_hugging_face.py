@@ -125,6 +125,15 @@ def test_files_are_read_again_only_if_they_change(kind, monkeypatch):
     assert other.sizes()[0].tolist() == [5, 4]
 
 
+def test_two_columns_of_pictures_are_not_mistaken_for_one_another(monkeypatch):
+    monkeypatch.setattr(fingerprint, "_SETTLED", -(10**9))
+    data = made(edges=made().to_dict()["image"][::-1])
+    saved(data.cast_column("edges", datasets.Image()))
+    first, second = (HuggingFaceImages("data", image=column) for column in ("image", "edges"))
+    assert first.sizes().tolist() == second.sizes().tolist()[::-1]
+    assert first.pictures_fingerprint() != second.pictures_fingerprint()
+
+
 def test_pictures_are_decoded_as_files_are():
     wide = Image.fromarray(np.full((4, 4), 4095, dtype=np.uint16))
     exif = Image.Exif()

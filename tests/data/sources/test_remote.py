@@ -1,10 +1,12 @@
 """Shards behind URLs against a loopback server that fails, stalls, cuts, changes files and refuses ranges."""
 
 import errno
+import io
 import logging
 import os
 import threading
-from concurrent.futures import ProcessPoolExecutor
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ from torch.utils.data import DataLoader
 
 from ldm.data.sources import remote
 from ldm.data.sources.remote import Store
+from ldm.data.sources.shards import Shard
+from ldm.data.sources.transfers import Transfers
 from ldm.data.sources.webdataset import WebDataset
 from ldm.errors import ConfigError, DataError, ResourceError
 from tests.tars import png, served, until, write_tar
@@ -151,6 +155,25 @@ def test_items_in_order_are_read_ahead(server, here):
     assert server.gets("0.tar") < 15
 
 
+def test_threads_that_read_at_once_do_not_move_each_others_place(monkeypatch):
+    class Slow(io.BytesIO):
+        def seek(self, place: int, whence: int = 0) -> int:
+            found = super().seek(place, whence)
+            time.sleep(0.05)
+            return found
+
+    class System:
+        def open(self, *args, **options) -> Slow:
+            return Slow(bytes(range(8)))
+
+    transfers = Transfers(timeout=10.0, retries=0)
+    monkeypatch.setattr(transfers, "_system", lambda url: System())
+    shard = Shard("x://a", 8, "")
+    transfers.read(shard, 0, 1)
+    with ThreadPoolExecutor(4) as pool:
+        assert b"".join(pool.map(lambda place: transfers.read(shard, place, 1), range(8))) == bytes(range(8))
+
+
 def test_workers_share_the_store(server, here):
     url = filled(server, here)
     dataset = WebDataset(url, store(20_480))
@@ -183,6 +206,29 @@ def test_a_file_that_changes_while_it_is_fetched_is_not_taken(server, here, monk
     monkeypatch.undo()
     os.chdir(here)
     assert pixels(WebDataset(url, store())) == pixels(WebDataset("other.tar", index="local"))
+
+
+def test_a_listing_that_is_kept_does_not_hide_a_change(monkeypatch):
+    import fsspec
+
+    kept = {}
+
+    class Listed(type(fsspec.filesystem("memory"))):
+        def info(self, path, **options):
+            return kept.setdefault(path, {**super().info(path, **options), "ETag": hash(self.cat(path))})
+
+        def invalidate_cache(self, path=None):
+            kept.clear()
+
+    transfers = Transfers(timeout=10.0, retries=0)
+    system = Listed()
+    monkeypatch.setattr(transfers, "_system", lambda url: system)
+    states = []
+    for content in (b"one", b"two"):
+        system.pipe("/a.tar", content)
+        states.append(transfers.state("memory://a.tar"))
+    system.rm("/a.tar")
+    assert states[0] != states[1]
 
 
 def test_a_shard_that_changes_later_stops_the_run(server, here):

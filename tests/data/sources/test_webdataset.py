@@ -323,7 +323,7 @@ def test_a_flipped_bit_breaks_its_item_alone(here):
             r"0 items in 1 shards.*4 items without a picture.*expected pictures \(\.jpg\)",
         ),
         ({"shards": "a.tar", "classes": "kind"}, r"0 items.*4 pictures without a \.json"),
-        ({"shards": "a.tar", "class_names": ["x"]}, r"item 1 has class 1, expected 0 to 0"),
+        ({"shards": "a.tar", "class_names": ["x"]}, r"a\.tar:0001: class 1; expected 0 to 0"),
         ({"shards": "a.tar", "value_range": [2, 1]}, "value_range"),
     ],
 )
