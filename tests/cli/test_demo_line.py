@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from ldm.cli.demo_line import Halted, Line, Ticket, watched
-from ldm.cli.demo_models import Abilities, Models, named
+from ldm.cli.demo_models import Abilities, Models, named, prompts
+from ldm.diffusion.conditioners.text import FeatureText, TextEncoder
 from ldm.errors import ConfigError
 from ldm.sampling import samplers
 from ldm.sampling.generate import generate
 from ldm.sampling.pipeline import Pipeline
 from tests.tiny_runs import CLASSES
+from tests.tiny_text import LONGEST, WIDTH, save_text_encoder
 
 
 @pytest.fixture
@@ -109,6 +111,7 @@ def test_one_model_is_in_memory_and_is_let_go_before_the_next_is_loaded():
     class Loaded:
         def __init__(self, run: str) -> None:
             self.origin, self.run = {"checkpoint": run, "step": 1}, run
+            self.denoiser = {"conditioner": torch.nn.Module()}
             log.append(f"load {run}")
 
         def __del__(self) -> None:
@@ -131,6 +134,36 @@ def test_one_model_is_in_memory_and_is_let_go_before_the_next_is_loaded():
         models.pipeline("c", said.append)
 
 
+def test_its_text_encoder_goes_with_it(runs, tmp_path, monkeypatch):
+    feature = TextEncoder(save_text_encoder(tmp_path / "encoder"), WIDTH, LONGEST)
+
+    def load(run: str) -> Pipeline:
+        pipeline = Pipeline.load(runs.diffusion)
+        pipeline.denoiser["conditioner"] = FeatureText(feature)
+        return pipeline
+
+    models = Models({"a": "a", "b": "b"}, load)
+    models.pipeline("a", print).conditioner.null(1)
+    feature.encode("a red cat", torch.device("cpu"))
+    assert feature.model.is_loaded
+    models.pipeline("b", print)
+    assert not feature.model.is_loaded
+
+
+def test_prompts_are_those_of_previews(monkeypatch):
+    def config(**params):
+        images = {"params": params}
+        record = {"config": {"lightning": {"callbacks": {"images": images}}}}
+        monkeypatch.setattr("ldm.cli.demo_models.store.record", lambda path: record)
+
+    config(prompts=["red heart", "a cat"], held_out=4)
+    assert prompts("any") == ["red heart", "a cat"]
+    config(conditions=[{"caption": "a dog"}, {"class_label": 1}])
+    assert prompts("any") == ["a dog"]
+    config(classes=[0])
+    assert prompts("any") == []
+
+
 def test_what_can_be_asked_of_a_model(runs, make_runs):
     found = Abilities.of(Pipeline.load(runs.diffusion))
     assert (found.size, found.classes, found.captions) == ((16, 16), CLASSES, False)
@@ -143,11 +176,13 @@ def test_a_model_that_reads_something_else_is_refused(runs):
     pipeline = Pipeline.load(runs.diffusion)
 
     class Other(torch.nn.Module):
-        keys = ("depth",)
+        keys = ("depth", "original_size")
 
     pipeline.denoiser["conditioner"] = Other()
     with pytest.raises(ConfigError, match="reads depth, which the page cannot ask for"):
         Abilities.of(pipeline)
+    pipeline.denoiser["conditioner"].keys = ("original_size",)
+    assert not Abilities.of(pipeline).captions, "samples have sizes of themselves"
 
 
 def test_runs_are_named_by_their_folders_or_by_their_paths():
