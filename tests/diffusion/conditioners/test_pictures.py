@@ -134,7 +134,7 @@ def test_a_picture_comes_as_pil_as_whole_numbers_or_in_minus_one_to_one(folder):
     wide = np.full((4, 4, 3), 256, np.uint16)
     for wrong in (
         "a cat",
-        np.full((4, 4, 3), 256, np.uint16),
+        wide,
         np.zeros((4, 4, 2), np.uint8),
         torch.zeros(4, 4),
         Image.new("I;16", (4, 4)),
