@@ -116,8 +116,9 @@ def prompts(checkpoint: str) -> list[str]:
     found = store.record(Path(checkpoint)).get("config", {})
     for key in ("lightning", "callbacks", "images", "params"):
         found = found.get(key) or {}
-    captions = [row.get("caption") for row in found.get("conditions") or ()]
-    return [caption for caption in [*captions, *(found.get("prompts") or ())] if isinstance(caption, str)]
+    asked = [{"caption": prompt} for prompt in found.get("prompts") or ()]
+    asked += found.get("conditions") or []
+    return [row["caption"] for row in asked if isinstance(row.get("caption"), str)]
 
 
 def named(runs: Sequence[Any]) -> dict[str, str]:

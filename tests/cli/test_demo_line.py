@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ldm.cli.demo_line import Halted, Line, Ticket, watched
-from ldm.cli.demo_models import Abilities, Models, named, prompts
+from ldm.cli.demo_models import Abilities, Models, named
 from ldm.diffusion.conditioners.text import FeatureText, TextEncoder
 from ldm.errors import ConfigError
 from ldm.sampling import samplers
@@ -148,20 +148,6 @@ def test_its_text_encoder_goes_with_it(runs, tmp_path, monkeypatch):
     assert feature.model.is_loaded
     models.pipeline("b", print)
     assert not feature.model.is_loaded
-
-
-def test_prompts_are_those_of_previews(monkeypatch):
-    def config(**params):
-        images = {"params": params}
-        record = {"config": {"lightning": {"callbacks": {"images": images}}}}
-        monkeypatch.setattr("ldm.cli.demo_models.store.record", lambda path: record)
-
-    config(prompts=["red heart", "a cat"], held_out=4)
-    assert prompts("any") == ["red heart", "a cat"]
-    config(conditions=[{"caption": "a dog"}, {"class_label": 1}])
-    assert prompts("any") == ["a dog"]
-    config(classes=[0])
-    assert prompts("any") == []
 
 
 def test_what_can_be_asked_of_a_model(runs, make_runs):

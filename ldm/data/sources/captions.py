@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -14,6 +15,7 @@ from ldm.data.sources import table_files
 from ldm.data.sources.table_files import Table, Wanted
 from ldm.errors import DataError
 
+_NOT_PLAIN = re.compile(r"^[/.]|/[/.]|/$")
 NAMES = ("file_name", "path", "file")
 CAPTIONS = ("caption", "text")
 """What columns are called by default, the first that there is."""
@@ -224,7 +226,7 @@ def inside(name: Any, root: Path, table: Table, row: int) -> str:
     """A name in a table: relative to the root, where it lies in it, and in its plain form."""
     if not isinstance(name, str) or not name:
         raise DataError(f"{table.place(row)}: expected the name of an image, found {name!r}")
-    if not name.startswith(("/", ".")) and "//" not in name and "/." not in name and not name.endswith("/"):
+    if not _NOT_PLAIN.search(name):
         return name
     path = PurePosixPath(name)
     return (path.relative_to(root.absolute()) if path.is_relative_to(root.absolute()) else path).as_posix()

@@ -132,9 +132,14 @@ def _read_json_lines(path: Path, wanted: Mapping[str, Wanted]) -> Table:
                 continue
             entry = _entry(path, number, raw, wanted)
             for key, one in wanted.items():
-                columns[key].append(next((entry[name] for name in one.names if name in entry), None))
-                if columns[key][-1] is None and not one.optional and not any(name in entry for name in one.names):
-                    lacking(f"{path}:{number}", one.names, entry, one.parameter)
+                for name in one.names:
+                    if name in entry:
+                        columns[key].append(entry[name])
+                        break
+                else:
+                    if not one.optional:
+                        lacking(f"{path}:{number}", one.names, entry, one.parameter)
+                    columns[key].append(None)
             lines.append(number)
     absent = [key for key, one in wanted.items() if one.optional and all(value is None for value in columns[key])]
     return Table(path, {key: column for key, column in columns.items() if key not in absent}, lines)

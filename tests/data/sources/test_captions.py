@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import main
+from ldm.config.load import to_yaml
 from ldm.data.dataset import Subset, columns
 from ldm.data.sources.captions import CaptionTable, TextFiles
 from ldm.data.sources.folder import ImageFolder
 from ldm.errors import ConfigError, DataError
+from tests.conftest import node
 
 KINDS = ("jsonl", "csv", "tsv", "parquet")
 ALIEN = [
@@ -255,3 +258,34 @@ def test_columns_of_lists(pictures, tmp_path):
     write(table.file, rows)
     with pytest.raises(DataError, match=r"box: expected equally many numbers in each row"):
         ImageFolder(pictures, captions=table)
+
+
+SOURCES = {
+    "captions.CaptionTable": {"file": "t.csv", "image": "n", "captions": ["short"], "columns": ["score"]},
+    "captions.TextFiles": {"lines": True},
+    "table.ImageTable": {"file": "t.csv", "root": "pictures", "image": "n", "captions": "short", "classes": "kind"},
+    "hugging_face.HuggingFaceImages": {"root": "hub", "image": "jpg", "captions": "short", "columns": ["score"]},
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_each_is_named_in_a_configuration(name, autoencoder_tree, pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [{**row, "score": 1.5, "kind": "x"} for row in rows_of("abcdef", "short", "n")]
+    write(tmp_path / "t.csv", rows)
+    if name.startswith("hugging"):
+        pytest.importorskip("datasets")
+        (tmp_path / "hub").mkdir()
+        found = [{**row, "jpg": (pictures / row["n"]).read_bytes()} for row in rows]
+        write(tmp_path / "hub" / "train-0.parquet", found)
+    for letter in "abcdef":
+        (pictures / f"{letter}.txt").write_text(letter)
+    source = node(f"ldm.data.sources.{name}", **SOURCES[name])
+    if name.startswith("captions"):
+        source = node("ldm.data.sources.folder.ImageFolder", root="pictures", captions=source)
+    autoencoder_tree["data"]["params"] |= {"train": source, "num_validation": 2}
+    (tmp_path / "c.yaml").write_text(to_yaml(autoencoder_tree))
+    assert main.main(["--base", "c.yaml", "--dry-run"]) == 0, capsys.readouterr().err
+    key = "data.params.train.params" + (".captions.params" if name.startswith("captions") else "")
+    assert main.main(["--base", "c.yaml", "--dry-run", f"{key}.colums=3"]) == 2
+    assert "colums" in capsys.readouterr().err

@@ -63,7 +63,9 @@ def test_joined_tars(tar):
         WebDataset("a.tar")
 
 
-@pytest.mark.parametrize(("content", "kind"), [(gzip.compress(b"x" * 10), "gzip"), (b"BZh9" + b"x" * 10, "bzip2")])
+@pytest.mark.parametrize(
+    ("content", "kind"), [(gzip.compress(b"x" * 10), "gzip"), (b"BZh9" + b"x" * 10, "bzip2")], ids=["gzip", "bzip2"]
+)
 def test_a_compressed_tar(here, content, kind):
     (here / "a.tar.gz").write_bytes(content)
     with pytest.raises(DataError, match=rf"a\.tar\.gz: is compressed \({kind}\).*decompress it"):
