@@ -99,6 +99,17 @@ def test_a_dry_run_makes_nothing(tree, capsys):
     assert not Path("cache").exists()
 
 
+def test_what_the_cache_keeps_is_what_the_conditioner_would_make(tree, capsys):
+    own = {**tree["data"]["params"]["features"]["text"]}
+    own["params"] = {**own["params"], "layer": -2}
+    tree["model"]["params"]["conditioner"]["params"]["feature"] = own
+    assert train(tree, "--dry-run") == 2
+    assert "of which layer is -2, and here -1; write feature: ${data.params.features.text}" in capsys.readouterr().err
+    tree["model"]["params"]["conditioner"]["params"] |= {"feature": f"${{{FEATURES}.text}}", "name": "texts"}
+    assert train(tree, "--dry-run") == 2
+    assert "name: texts: the cache keeps this feature as text; write name: text" in capsys.readouterr().err
+
+
 def test_a_second_start_does_not_load_the_encoder(tree, monkeypatch):
     monkeypatch.setattr("ldm.weights.remembered._SETTLED", -(10**12))  # files of this moment are old enough
     Path("config.yaml").write_text(to_yaml(tree))

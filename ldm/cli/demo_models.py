@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from ldm.checkpoints import store
+from ldm.diffusion.conditioners.pictures import FeaturePicture
+from ldm.diffusion.conditioners.text import FeatureText
 from ldm.errors import ConfigError
 from ldm.images import FILED
 from ldm.sampling.pipeline import Pipeline
-from ldm.sizes import as_size
+from ldm.sizes import SIZES
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Abilities:
         """
         plan, reads = pipeline.manifest.plan, pipeline.conditioner.keys
         checkpoint = pipeline.origin["checkpoint"]
-        if others := [key for key in reads if key not in ("class_label", "caption")]:
+        if others := [key for key in reads if key not in ("class_label", "caption", *SIZES)]:
             raise ConfigError(
                 f"{checkpoint}: the model reads {', '.join(others)}, which the page cannot ask for; expected captions, "
                 f"classes, both or nothing. Sample with --conditions FILE (python scripts/sample.py --help)."
@@ -54,7 +56,7 @@ class Abilities:
         return cls(
             checkpoint=checkpoint,
             step=pipeline.origin["step"],
-            size=as_size(plan.pixels["resolution"]),
+            size=pipeline.image_size(),
             captions="caption" in reads,
             classes=None if number is None else names,
             guided=bool(reads) and pipeline.knows_null,
@@ -92,12 +94,21 @@ class Models:
             raise ConfigError(f"model {name}: there is none of this name; there are: {', '.join(self.runs)}")
         if self._loaded is not None and self._loaded[0] == name:
             return self._loaded[1]
+        if self._loaded is not None:
+            _forget_encoders(self._loaded[1])
         self._loaded = None
         say(f"Loading {name}")
         pipeline = self._load(self.runs[name])
         self.known[name] = replace(Abilities.of(pipeline), prompts=prompts(pipeline.origin["checkpoint"]))
         self._loaded = name, pipeline
         return pipeline
+
+
+def _forget_encoders(pipeline: Pipeline) -> None:
+    """Give back the memory of frozen encoders, which are no part of a model and would outlive it."""
+    for part in pipeline.denoiser["conditioner"].modules():
+        if isinstance(part, FeatureText | FeaturePicture):
+            part.feature.release()
 
 
 def prompts(checkpoint: str) -> list[str]:

@@ -154,6 +154,7 @@ class Page:
         visit, controls = self._visit(request), self.controls
         idle = {controls.generate: gr.update(interactive=True), controls.stop: gr.update(interactive=False)}
         began = time.monotonic()
+        ticket: Ticket[list[Shown]] | None = None
         try:
             abilities = await self._abilities(model)
             image, mask = begun(editor, self.folder / "begun")
@@ -173,7 +174,8 @@ class Page:
             text = f"{len(made)} picture{'s' * (len(made) > 1)} in {time.monotonic() - began:.1f} s"
             yield idle | {controls.status: ended(text)} | self._with(made, history)
         finally:
-            visit.stop()
+            if ticket is not None:  # not visit.stop(): the visitor may have asked for something else by now
+                ticket.stop()
 
     def _ask(self, visit: Visit, model: str, wish: Wish) -> Ticket[list[Shown]]:
         visit.stop()

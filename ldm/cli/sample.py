@@ -95,9 +95,11 @@ def requested(pipeline: Pipeline, options: Any) -> list[Condition | None]:
     if options.conditions is not None:
         return [*read_conditions(options.conditions)]
     reads = pipeline.conditioner.keys
-    prompts = options.prompt if options.prompts_file is None else read_prompts(options.prompts_file)
+    flag, prompts = "--prompt", None if options.prompt is None else [*dict.fromkeys(options.prompt)]
+    if options.prompts_file is not None:
+        flag, prompts = "--prompts-file", read_prompts(options.prompts_file)
     if prompts is not None and "caption" not in reads:
-        raise ConfigError("--prompt: this model reads no captions; leave it out")
+        raise ConfigError(f"{flag}: this model reads no captions; leave it out")
     if others := [key for key in reads if key not in ("class_label", "caption", *SIZES)]:
         raise ConfigError(f"this model reads {', '.join(others)}: list what to make in a file, --conditions FILE")
     if prompts is None and "caption" in reads:

@@ -5,7 +5,7 @@ images = Pipeline.load("logs/<run>").generate(range(8), [{"class_label": 3}] * 8
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -156,7 +156,10 @@ class Pipeline:
         try:
             time = torch.tensor(self.objective.t_max)
             x = torch.zeros(1, *shape, device=self.device)
-            self.objective.denoise(self.denoiser["network"], x, time, self.conditioner.null(1))
+            null = self.conditioner.null(1)
+            if null.spatial is not None:  # its sides are 1 where any are accepted
+                null = replace(null, spatial=null.spatial.expand(1, -1, *shape[1:]))
+            self.objective.denoise(self.denoiser["network"], x, time, null)
         finally:
             self.denoiser.train(training)
 

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.config.load import build, to_yaml
+from ldm.diffusion.conditioners.pictures import FeaturePicture
+from ldm.diffusion.conditioners.text import FeatureText
+from ldm.diffusion.module import LatentDiffusion
 from ldm.errors import ConfigError, LdmError
 from ldm.sizes import SizeError, as_size, nearest, spell
 
@@ -45,6 +48,8 @@ def check_fit(
     Raises:
         ConfigError: it does not pass, or labels are out of range; names the keys that disagree with the data.
     """
+    if isinstance(model, LatentDiffusion):
+        _require_features(model.denoiser["conditioner"], facts.get("features", {}))
     tied = [(key, value, fact) for key, value, fact in _tied(tree["model"], "model") if facts.get(fact) is not None]
     try:
         # Without values an index out of range goes unnoticed. (More classes than the data has do no harm.)
@@ -62,6 +67,30 @@ def check_fit(
         if isinstance(error, SizeError):
             lines += _fitting_sizes(error, facts, origin)
         raise ConfigError("\n".join(lines)) from error
+
+
+def _require_features(conditioner: nn.Module, kept: Mapping[str, Any]) -> None:
+    """ConfigError unless what a conditioner reads of the cache is what it makes itself, for samples and its null.
+
+    Args:
+        kept: what features of the cache say of themselves, by name.
+    """
+    for part in conditioner.modules():
+        if not isinstance(part, FeatureText | FeaturePicture) or not kept:
+            continue
+        own, key = part.feature.describe(), f"data.params.features.{part.name}"
+        if part.name not in kept:
+            same = [name for name, one in kept.items() if one == own]
+            if same:
+                raise ConfigError(
+                    f"model.params.conditioner: name: {part.name}: the cache keeps this feature as {same[0]}; write "
+                    f"name: {same[0]}"
+                )
+        elif differing := [name for name, one in own.items() if kept[part.name].get(name) != one]:
+            raise ConfigError(
+                f"{key}: not the feature of model.params.conditioner, of which {differing[0]} is {own[differing[0]]}, "
+                f"and here {kept[part.name].get(differing[0])}; write feature: ${{{key}}} there"
+            )
 
 
 def _fitting_sizes(error: SizeError, facts: Mapping[str, Any], origin: Callable[[str], str]) -> list[str]:

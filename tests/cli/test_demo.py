@@ -143,6 +143,19 @@ def test_a_request_is_stopped_or_left_and_the_next_is_done(page, leaves):
     assert "2 pictures" in status(page, asyncio.run(all_of(asks(page, "b"))))
 
 
+def test_an_older_request_that_ends_late_does_not_stop_the_newer_one(page):
+    async def both() -> list[Any]:
+        older = asks(page, steps=900)
+        while "Step " not in (await anext(older)).get(page.controls.status, ""):
+            pass
+        newer = asks(page)
+        answers = [await anext(newer)]
+        await older.aclose()
+        return answers + await all_of(newer)
+
+    assert "2 pictures" in status(page, asyncio.run(both()))
+
+
 def test_one_visitor_cannot_stop_another(page):
     async def others() -> list[Any]:
         answers = []

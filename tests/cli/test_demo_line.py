@@ -8,11 +8,13 @@ import torch
 
 from ldm.cli.demo_line import Halted, Line, Ticket, watched
 from ldm.cli.demo_models import Abilities, Models, named
+from ldm.diffusion.conditioners.text import FeatureText, TextEncoder
 from ldm.errors import ConfigError
 from ldm.sampling import samplers
 from ldm.sampling.generate import generate
 from ldm.sampling.pipeline import Pipeline
 from tests.tiny_runs import CLASSES
+from tests.tiny_text import LONGEST, WIDTH, save_text_encoder
 
 
 @pytest.fixture
@@ -109,6 +111,7 @@ def test_one_model_is_in_memory_and_is_let_go_before_the_next_is_loaded():
     class Loaded:
         def __init__(self, run: str) -> None:
             self.origin, self.run = {"checkpoint": run, "step": 1}, run
+            self.denoiser = {"conditioner": torch.nn.Module()}
             log.append(f"load {run}")
 
         def __del__(self) -> None:
@@ -131,6 +134,22 @@ def test_one_model_is_in_memory_and_is_let_go_before_the_next_is_loaded():
         models.pipeline("c", said.append)
 
 
+def test_its_text_encoder_goes_with_it(runs, tmp_path, monkeypatch):
+    feature = TextEncoder(save_text_encoder(tmp_path / "encoder"), WIDTH, LONGEST)
+
+    def load(run: str) -> Pipeline:
+        pipeline = Pipeline.load(runs.diffusion)
+        pipeline.denoiser["conditioner"] = FeatureText(feature)
+        return pipeline
+
+    models = Models({"a": "a", "b": "b"}, load)
+    models.pipeline("a", print).conditioner.null(1)
+    feature.encode("a red cat", torch.device("cpu"))
+    assert feature.model.is_loaded
+    models.pipeline("b", print)
+    assert not feature.model.is_loaded
+
+
 def test_what_can_be_asked_of_a_model(runs, make_runs):
     found = Abilities.of(Pipeline.load(runs.diffusion))
     assert (found.size, found.classes, found.captions) == ((16, 16), CLASSES, False)
@@ -143,11 +162,13 @@ def test_a_model_that_reads_something_else_is_refused(runs):
     pipeline = Pipeline.load(runs.diffusion)
 
     class Other(torch.nn.Module):
-        keys = ("depth",)
+        keys = ("depth", "original_size")
 
     pipeline.denoiser["conditioner"] = Other()
     with pytest.raises(ConfigError, match="reads depth, which the page cannot ask for"):
         Abilities.of(pipeline)
+    pipeline.denoiser["conditioner"].keys = ("original_size",)
+    assert not Abilities.of(pipeline).captions, "samples have sizes of themselves"
 
 
 def test_runs_are_named_by_their_folders_or_by_their_paths():

@@ -1,13 +1,15 @@
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from ldm.cli import sample
-from ldm.cli.sample_options import named, read_prompts
+from ldm.cli.sample import requested
+from ldm.cli.sample_options import named, parse, read_prompts
 from ldm.errors import ConfigError
 from ldm.sampling import samplers, timesteps
 from ldm.sampling.generate import generate
@@ -314,6 +316,13 @@ def test_a_file_of_prompts_that_cannot_be_is_one_message(tmp_path, content, mess
     file.write_bytes(content)
     with pytest.raises(ConfigError, match=message):
         read_prompts(file)
+
+
+def test_a_prompt_that_is_said_twice_is_one():
+    manifest = SimpleNamespace(plan=SimpleNamespace(class_names=None))
+    reader = SimpleNamespace(conditioner=SimpleNamespace(keys=("caption",)), num_classes=None, manifest=manifest)
+    asked = parse(["-r", "run", "--prompt", "a cat", "a dog", "a cat"])
+    assert requested(reader, asked) == [{"caption": "a cat"}, {"caption": "a dog"}]
 
 
 def test_a_prompt_a_line_each_once(tmp_path):

@@ -9,6 +9,7 @@ import torch
 
 from ldm.autoencoder.codec import Codec
 from ldm.checkpoints import store
+from ldm.diffusion.conditioners.given import Field, Given
 from ldm.errors import CheckpointError, ConfigError, NumericError
 from ldm.latents.manifest import Manifest
 from ldm.randomness import Draws
@@ -221,6 +222,14 @@ def test_a_negative_condition_takes_the_place_of_the_null(pipeline):
         Guidance(1.0, negative={"class_label": 1})
     with pytest.raises(ConfigError, match="only for classifier-free guidance; leave out it or guide"):
         Guidance(2.0, negative={"class_label": 1}, guide=pipeline)
+
+
+def test_a_condition_of_any_size_leaves_the_size_of_samples_free(pipeline, monkeypatch):
+    conditioner, seen = Given(spatial=Field("picture", [3, None, None])), []
+    drawn = replace(pipeline, denoiser=torch.nn.ModuleDict({**pipeline.denoiser, "conditioner": conditioner}))
+    monkeypatch.setattr(type(drawn.objective), "denoise", lambda *inputs: seen.append(inputs[-1].spatial.shape))
+    drawn.latent_shape((16, 32))
+    assert seen == [(1, 3, *drawn.codec.latent_shape((16, 32))[1:])]
 
 
 def test_any_size_that_divides(pipeline):

@@ -102,6 +102,8 @@ def as_rgb(value: Any) -> Image.Image:
     pixels = np.asarray(value.cpu() if isinstance(value, Tensor) else value)
     if pixels.ndim != 3 or pixels.dtype.kind not in "iu" or pixels.shape[2] not in (1, 3, 4):
         raise DataError(f"image: expected a picture, gray or RGB, found {pixels.dtype} {pixels.shape}")
+    if pixels.size and not 0 <= pixels.min() <= pixels.max() <= 255:
+        raise DataError(f"image: expected pixels of 0 to 255, found {pixels.min()} to {pixels.max()}")
     return over_white(picture(pixels.astype(np.uint8))).convert("RGB")
 
 
@@ -142,16 +144,17 @@ class FeaturePicture(nn.Module):
         return self._conditioning({name: torch.zeros_like(one, device=self._device) for name, one in made.items()})
 
     def get_extra_state(self) -> Tensor:
-        """The hash of the model's weights, (32,) uint8; of a model without values zeros."""
+        """The hashes of the model's weights and processor, (64,) uint8; of a model without values zeros."""
         if self._device.type == "meta":
-            return torch.zeros(32, dtype=torch.uint8, device="meta")
-        return as_state(self.feature.model.weights)
+            return torch.zeros(64, dtype=torch.uint8, device="meta")
+        return as_state(self.feature.model.weights + self.feature.model.processed)
 
     def set_extra_state(self, state: Tensor | None) -> None:
         """CheckpointError if the model in the folder is another one than that of a checkpoint; None: not known."""
         if state is not None and not state.is_meta and self._device.type != "meta":
             model = self.feature.model
-            require_same(model.folder, "vision model", {"weights": model.weights}, state)
+            found = {"weights": model.weights, "processor": model.processed}
+            require_same(model.folder, "vision model", found, state)
 
     @property
     def _device(self) -> torch.device:

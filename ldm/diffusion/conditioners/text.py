@@ -208,7 +208,8 @@ class FeatureText(nn.Module):
 @functools.cache
 def _null(feature: TextEncoder, name: str, device: torch.device) -> Conditioning:
     """Of one row; the encoder is in memory afterwards only if it was before."""
-    with feature.model.lent():
+    # Not in inference mode, even where the caller is: training could not use what is kept.
+    with torch.inference_mode(False), feature.model.lent():
         return _conditioning(name, columns(feature, name, {feature.reads: [""]}, device))
 
 

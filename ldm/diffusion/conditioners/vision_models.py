@@ -5,7 +5,9 @@ released its memory is free, and what is known of it stays.
 """
 
 import functools
+import json
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,11 @@ class VisionModel(FrozenModel):
         """What is done to pictures first, in plain values."""
         settings = self.processor.to_dict()
         return {key: _plain(settings.get(key)) for key in _PROCESSING}
+
+    @property
+    def processed(self) -> str:
+        """sha256 (hex) of the same."""
+        return sha256(json.dumps(self.processing, sort_keys=True).encode()).hexdigest()
 
     @functools.cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:

@@ -131,7 +131,14 @@ def test_a_picture_comes_as_pil_as_whole_numbers_or_in_minus_one_to_one(folder):
     assert torch.equal(
         feature.encode(gray, CPU)["vector"], feature.encode(np.full((20, 20, 1), 99, np.uint8), CPU)["vector"]
     )
-    for wrong in ("a cat", np.zeros((4, 4, 2), np.uint8), torch.zeros(4, 4), Image.new("I;16", (4, 4))):
+    wide = np.full((4, 4, 3), 256, np.uint16)
+    for wrong in (
+        "a cat",
+        wide,
+        np.zeros((4, 4, 2), np.uint8),
+        torch.zeros(4, 4),
+        Image.new("I;16", (4, 4)),
+    ):
         with pytest.raises(DataError, match="image: expected"):
             feature.encode(wrong, CPU)
 
@@ -168,6 +175,10 @@ def test_a_checkpoint_knows_its_model(folder, tmp_path):
     with pytest.raises(CheckpointError, match="not the vision model that this model was trained with"):
         other.load_state_dict(state)
     other.load_state_dict({})
+    wider = saved(tmp_path / "wider", clip())
+    transformers.CLIPImageProcessor(size={"shortest_edge": 18}, crop_size=16).save_pretrained(wider)
+    with pytest.raises(CheckpointError, match="that this model was trained with: processor "):
+        FeaturePicture(PictureEncoder(wider)).load_state_dict(state)
 
 
 def test_what_is_missing_is_named(folder, tmp_path):

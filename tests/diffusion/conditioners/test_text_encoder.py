@@ -381,6 +381,15 @@ def test_another_encoder_or_tokenizer_is_refused_and_both_hashes_named(folder, t
 # ---- the conditioner --------------------------------------------------------------------------------------------
 
 
+def test_null_computed_in_inference_mode_serves_training(folder):
+    conditioner = FeatureText(TextEncoder(folder, WIDTH, LONGEST))
+    with torch.inference_mode():
+        conditioner.null(2)
+    layer = torch.nn.Linear(WIDTH, 1)
+    layer(conditioner.null(2).tokens).sum().backward()
+    assert layer.weight.grad is not None
+
+
 def test_cached_columns_give_the_same_bits_and_the_encoder_leaves(folder):
     encoder = TextEncoder(folder, WIDTH, 10, pooling=pooling.Mean())
     assert isinstance(encoder, Feature)
