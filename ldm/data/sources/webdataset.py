@@ -82,11 +82,13 @@ class WebDataset:
         demand_distinct(self._shards)
         read = indexes(self._shards, self._reader, Path(index))
         wanted = Wanted(image, captions, classes, tuple(columns))
-        self._items, classes, notes = chosen(self._shards, read, wanted)
+        self._items, said, notes = chosen(self._shards, read, wanted)
         self._indexes = [one.closed() for one in read]
-        self._labels, self.class_names, self._num_classes = (
-            (None, None, None) if classes is None else labeled(classes, class_names, self.path)
-        )
+        self._labels: np.ndarray | None = None
+        self.class_names: list[str] | None = None
+        self._num_classes: int | None = None
+        if said is not None:
+            self._labels, self.class_names, self._num_classes = labeled(said, class_names, self.path)
         self._handles = Handles()
         self._pictures_fingerprint: str | None = None
         self._captions_fingerprint: str | None = None
