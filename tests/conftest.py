@@ -4,6 +4,7 @@ Trained-looking run folders for sampling are in tiny_runs.py.
 """
 
 import os
+import shutil
 import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -52,6 +53,12 @@ def image_folder(tmp_path_factory) -> Path:
         pixels = random.integers(0, 256, (4, 4, 3), dtype=np.uint8).repeat(4, axis=0).repeat(4, axis=1)
         Image.fromarray(pixels).save(folder / f"{index}.png")
     return root
+
+
+@pytest.fixture
+def own_images(image_folder, tmp_path) -> Path:
+    """The same for a test that writes into the folder."""
+    return shutil.copytree(image_folder, tmp_path / "own_images")
 
 
 @pytest.fixture

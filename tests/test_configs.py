@@ -283,9 +283,9 @@ def of_captions(name: str, image_folder: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STAGE_1)
-def test_stage_1_trains_two_steps(name, image_folder, tmp_path, monkeypatch):
+def test_stage_1_trains_two_steps(name, own_images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = ["model.params.encoder.params.base_channels=16", *overrides(name, image_folder)]
+    words = ["model.params.encoder.params.base_channels=16", *overrides(name, own_images)]
     words.append("data.params.channels=3")
     text = CONFIGS[name].read_text()
     if "disc_start:" in text:
@@ -296,12 +296,12 @@ def test_stage_1_trains_two_steps(name, image_folder, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STAGE_2)
-def test_stage_2_trains_two_steps(name, image_folder, runs, tmp_path, monkeypatch):
+def test_stage_2_trains_two_steps(name, own_images, runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     edm2 = "ldm.diffusion.networks.edm2" in CONFIGS[name].read_text()
     width = "hidden_size" if "ldm.diffusion.networks.dit" in CONFIGS[name].read_text() else "model_channels"
     wide = edm2 or "num_head_channels: 64" in CONFIGS[name].read_text()
-    words = [f"model.params.network.params.{width}={64 if wide else 32}", *overrides(name, image_folder)]
+    words = [f"model.params.network.params.{width}={64 if wide else 32}", *overrides(name, own_images)]
     words += ["model.params.network.params.num_res_blocks=1", "data.params.resolution=32"] if edm2 else []
     if "ldm.diffusion.networks.dit.DiT" in CONFIGS[name].read_text():
         words += ["model.params.network.params.depth=2", "model.params.network.params.num_heads=4"]

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 import main
 from ldm.checkpoints import store
-from ldm.cli import cache, convert, ema, evaluate, export, plot, sample, tokenizer, weights
+from ldm.cli import cache, convert, demo, ema, evaluate, export, plot, sample, tokenizer, weights
 from ldm.config.load import to_yaml
 from ldm.interop import lora, lora_files
 from ldm.optim.ema import power_exponent
@@ -112,6 +112,7 @@ def workshop(make_runs, tmp_path_factory):
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(file)
         file.with_suffix(".txt").write_text(f"picture {number}")
+    (place / "prompts.txt").write_text("red heart\na cat\n")
     save_models(place)
     for name in ("images", "imagenet/train"):  # where the configurations look if nothing is said
         (place / "data" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +157,10 @@ def run(workshop, tmp_path, monkeypatch, autoencoder_tree, diffusion_tree, tried
             )
         if "configs/diffusion/text2img256.yaml" in words:
             words.append("data.params.statistics=null")  # of three channels, where the stand-in has four
-        if any(re.search(r"(quickstart|fluent_emoji|fashion_mnist)/diffusion", word) for word in words):
+        own_size = "configs/quickstart/buckets.yaml" not in words
+        if own_size and any(
+            re.search(r"(quickstart|fluent_emoji|fashion|text_to)\w*/diffusion", word) for word in words
+        ):
             words.append("data.params.resolution=32")  # the stand-ins do not say theirs
         if "configs/quickstart/lora.yaml" in words:  # on a base of the same architecture
             own = [word for word in words if not word.startswith(("configs/quickstart/lora", "init_from"))]
@@ -243,6 +247,7 @@ def run(workshop, tmp_path, monkeypatch, autoencoder_tree, diffusion_tree, tried
         "scripts/bench": parsed(bench.parse),
         "scripts/compare.py": parsed(compare.parse),
         "scripts/faults": parsed(faults.parse),
+        "scripts/demo.py": parsed(demo.parse),
         "-m": lambda words: 0 if words[0] == "pytest" and (ROOT / words[1]).is_dir() else 1,
         "same.py": lambda words: 0 if len(words) == 2 else 1,  # test_docs.py writes and runs it
     }

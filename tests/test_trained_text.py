@@ -31,8 +31,8 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def tree(diffusion_tree, runs, image_folder):
-    for number, picture in enumerate(sorted(image_folder.rglob("*.png"))):
+def tree(diffusion_tree, runs, own_images):
+    for number, picture in enumerate(sorted(own_images.rglob("*.png"))):
         picture.with_suffix(".txt").write_text(f"photo of a {('red', 'green', 'blue')[number % 3]} cat")
     model, data = diffusion_tree["model"]["params"], diffusion_tree["data"]["params"]
     model["network"]["params"] |= {
@@ -51,7 +51,7 @@ def tree(diffusion_tree, runs, image_folder):
     )
     model["label_dropout"] = 0.2
     data |= {"autoencoder": str(runs.autoencoder), "resolution": 16, "num_validation": 2}
-    data["train"] = node("ldm.data.sources.folder.ImageFolder", root=str(image_folder))
+    data["train"] = node("ldm.data.sources.folder.ImageFolder", root=str(own_images))
     diffusion_tree["lightning"]["trainer"] |= SHORT
     diffusion_tree["lightning"]["callbacks"] = {
         "images": node(

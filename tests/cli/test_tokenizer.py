@@ -12,24 +12,24 @@ pytest.importorskip("tokenizers")
 
 
 @pytest.fixture
-def config(image_folder, tmp_path):
-    for number, picture in enumerate(sorted(image_folder.rglob("*.png"))):
+def config(own_images, tmp_path):
+    for number, picture in enumerate(sorted(own_images.rglob("*.png"))):
         picture.with_suffix(".txt").write_text(f"photo number {number} of a red cat 🐱")
     train = {"target": "ldm.data.sources.folder.ImageFolder", "params": {"root": "${where}"}}
     data = {"target": "ldm.latents.datamodule.LatentDataModule"}
     data |= {"params": {"train": train, "autoencoder": "${newest:logs/*_none}", "num_validation": 2}}
     file = tmp_path / "captions.yaml"
-    file.write_text(yaml.safe_dump({"where": str(image_folder), "data": data}))
+    file.write_text(yaml.safe_dump({"where": str(own_images), "data": data}))
     return file
 
 
-def test_it_reads_the_captions_that_are_trained_on(config, image_folder, tmp_path, capsys):
+def test_it_reads_the_captions_that_are_trained_on(config, own_images, tmp_path, capsys):
     out = tmp_path / "tokenizer.json"
     command = ["--base", str(config), "--vocab", "270", "--out", str(out), "--max-length", "8"]
     assert tokenizer.main(command) == 0
     made = Tokenizer(out.read_bytes(), 77, "here")
     assert SMALLEST < made.size <= 270
-    total = len(hold_out(ImageFolder(image_folder), 2)[0])
+    total = len(hold_out(ImageFolder(own_images), 2)[0])
     said = capsys.readouterr().out
     assert f"{out}: {made.size} tokens, of {total} captions" in said
     assert f"{total} are longer than 8" in said
@@ -40,7 +40,7 @@ def test_it_reads_the_captions_that_are_trained_on(config, image_folder, tmp_pat
     assert Tokenizer(out.read_bytes(), 77, "here").digest == made.digest
 
 
-def test_without_captions_or_data_it_says_so(config, image_folder, tmp_path, capsys):
+def test_without_captions_or_data_it_says_so(config, own_images, tmp_path, capsys):
     command = ["--base", str(config), "--out", str(tmp_path / "out.json")]
     assert tokenizer.main([*command, "data.params.train.params.captions=false"]) == 2
     assert "data.params.train: the data set has no captions" in capsys.readouterr().err
