@@ -289,6 +289,8 @@ def _retrieval(space: Features, table: Table, reference: Reference, asked: np.nd
     columns = space.parts[MAIN]
     ours, theirs = table.array(columns, LIMIT), other.array(columns, LIMIT)
     own = asked[: len(ours)]
+    searched = own < len(theirs)  # of a larger reference the first ones alone are in memory
+    ours, own = ours[searched], own[searched]
     found, chance = retrieval(ours, theirs, own), retrieval(ours, theirs, shuffled(own))
     settings = {"images": len(ours), "reference images": len(theirs)}
     values = []
