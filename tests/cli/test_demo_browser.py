@@ -183,13 +183,17 @@ def test_progress_stop_and_the_next_request(visit):
 def test_two_visitors_get_their_own_and_the_second_sees_the_line(visit):
     one, other = visit(), visit()
     other.get_by_role("button", name="dog").click()
-    fill(one, Steps=LONG, Pictures="1", Seed="1")
+    fill(one, Steps="1000", Pictures="64")  # for as long as nobody stops it
     fill(other, Steps="3", Pictures="1", Seed="50")
     generate(one)
     expect(one.locator("#status")).to_contain_text("Step")
     generate(other)
     expect(other.locator("#status")).to_contain_text("Waiting: 1 request before yours")
+    one.get_by_role("button", name="Stop").click()
+    expect(one.locator("#status")).to_contain_text("Stopped")
     pictures(other, 1)
+    fill(one, Steps="3", Pictures="1", Seed="1")
+    generate(one)
     pictures(one, 1)
     for page, name in ((one, "cat · seed 1"), (other, "dog · seed 50")):
         expect(page.get_by_alt_text(name)).to_be_visible()
