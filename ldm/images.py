@@ -78,8 +78,7 @@ def _written(text: str, width: int, gap: int) -> np.ndarray:
         else:
             lines[-1] = longer
     if len(lines) > _LINES:
-        lines = [*lines[:_LINES], ""]
-        lines[_LINES - 1 :] = [lines[_LINES - 1] + " ..."]
+        lines = [*lines[: _LINES - 1], f"{lines[_LINES - 1]} ..."]
     height = FONT_SIZE * 5 // 4
     strip = Image.new("L", (width, height * len(lines) + gap), 255)
     for place, line in enumerate(lines):

@@ -108,12 +108,12 @@ def watched(sampler: Sampler, ticket: Ticket) -> Sampler:
     def sample(denoise: Denoiser, objective: Objective, x: Tensor, times: Tensor, *, draws: Draws) -> Tensor:
         ticket.step, ticket.steps = 0, len(times) - 1
 
-        def told(x: Tensor, t: Tensor) -> Tensor:
+        def reporting(x: Tensor, t: Tensor) -> Tensor:
             ticket.go_on()
             begun = int((times[:-1] >= t).sum())  # on the host, so this does not wait for the device
             ticket.step = max(1, ticket.step, begun)
             return denoise(x, t)
 
-        return sampler(told, objective, x, times, draws=draws)
+        return sampler(reporting, objective, x, times, draws=draws)
 
     return sample

@@ -23,7 +23,7 @@ from ldm.evaluation.pictures import configured
 from ldm.evaluation.pictures.base import Scattered
 from ldm.evaluation.pictures.configured import NoSuchPart
 from ldm.evaluation.pictures.items import Items
-from ldm.evaluation.pictures.labels import ITEMS, Balanced, rule
+from ldm.evaluation.pictures.labels import ITEMS, Balanced, rule, usual
 from ldm.evaluation.pictures.made import Generated, Recipe, Reconstructions
 from ldm.evaluation.pictures.stored import DatasetPictures, opened
 from ldm.evaluation.reference import PicturesReference, Reference, StatisticsReference, holds, holds_statistics
@@ -256,7 +256,7 @@ def _samples(options: Any, path: Path, device: str) -> Subject:
 def _labels(options: Any, pipeline: Pipeline) -> str:
     """The rule of --labels, or the usual one of the model; ConfigError for one that it, or a metric, cannot have."""
     reads = pipeline.conditioner.keys
-    found: str = options.labels or (ITEMS if {*reads} - {"class_label"} else "balanced")
+    found: str = options.labels or usual(reads)
     if found == ITEMS and not reads:
         raise ConfigError(f"--labels {ITEMS}: this model was trained without conditions; leave it out")
     if "retrieval" in (options.metrics or ()):

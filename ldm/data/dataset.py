@@ -172,10 +172,15 @@ def conditions(dataset: ImageDataset, keys: Sequence[str], number: int) -> list[
             row: dict[str, Any] = {**dataset[item]}
         except DataError:
             continue
-        caption = row.get("caption", "")
-        row["caption"] = caption if isinstance(caption, str) else caption[0]
-        found.append({key: row[key] for key in keys})
+        found.append(asked_for(row, keys))
     return found
+
+
+def asked_for(item: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """The keys of an item as a sample is asked for by them: of several captions the first."""
+    caption = item.get("caption", "")
+    said = {**item, "caption": caption if isinstance(caption, str) else caption[0]}
+    return {key: said[key] for key in keys}
 
 
 def columns(dataset: ImageDataset) -> Mapping[str, np.ndarray]:

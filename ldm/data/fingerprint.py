@@ -127,7 +127,7 @@ def remembered(
         kind: what it is, as the end of the index's name.
         read: row -> the number, below 2^64, that is made of the file's content alone; 0: it cannot be read. Called by
             several threads.
-        show: is told how many files of how many are done.
+        show: called with (files done, files).
     """
     begun = time.time_ns()
     numbers = np.zeros(len(names), dtype=np.uint64)

@@ -99,7 +99,7 @@ def build(place: Path, shard: Shard, tar: Path, show: Callable[[int], None]) -> 
         place: where to.
         shard: what the tar is; its location is for messages.
         tar: a local file of it.
-        show: is told how many bytes of the tar are done.
+        show: called with the bytes of the tar that are done.
 
     Raises:
         DataError: the tar is compressed, empty, cut or damaged, naming the place.

@@ -13,7 +13,7 @@ from ldm.ranges import Count
 
 
 class Numbers(nn.Module):
-    """Numbers as a vector: waves of each, side by side, as SDXL is told of sizes (Podell et al. 2023, section 2.2).
+    """Numbers as a vector: waves of each, side by side, as SDXL reads sizes (Podell et al. 2023, section 2.2).
 
     Such as original_size (height and width of the stored picture, pixels), crop_top_left (where the crop begins in the
     resized picture) and target_size (of the crop), which `data.params.numbers` puts into batches. Training on them

@@ -1,6 +1,6 @@
 """Pictures as conditions, read by a trained vision model of the package transformers that stays as it is.
 
-As in models that are told another picture's style or content (Ramesh et al. 2022, "unCLIP"; Ye et al. 2023,
+As in models that are conditioned on another picture's style or content (Ramesh et al. 2022, "unCLIP"; Ye et al. 2023,
 "IP-Adapter"), or learn from features of their own (Pernias et al. 2023, "Wuerstchen"). `PictureEncoder` is the vision
 model as a feature, which a cache may keep; `FeaturePicture` is the conditioner that reads it.
 """

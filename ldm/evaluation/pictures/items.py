@@ -6,7 +6,7 @@ from hashlib import sha256
 
 import numpy as np
 
-from ldm.data.dataset import ImageDataset, class_labels
+from ldm.data.dataset import ImageDataset, asked_for, class_labels
 from ldm.errors import ConfigError, DataError
 from ldm.sampling.conditions import Condition
 from ldm.sizes import SIZES
@@ -63,6 +63,4 @@ class Items:
         item = self.dataset[place]
         if missing := [key for key in self.keys if key not in item]:
             raise DataError(f"{self.dataset.path(place)}: has no {missing[0]}, which samples are to be asked for by")
-        caption = item.get("caption", "")
-        said = {**item, "caption": caption if isinstance(caption, str) else caption[0]}
-        return {key: said[key] for key in self.keys}
+        return asked_for(item, self.keys)

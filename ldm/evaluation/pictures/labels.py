@@ -5,6 +5,7 @@ have far more pictures than others, samples of all equally often are farther fro
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -82,6 +83,11 @@ RULES = ("balanced", "random", "proportional")
 
 ITEMS = "items"
 """Instead of a rule for classes: samples are asked for as the items of the data set would be (items.py)."""
+
+
+def usual(reads: Sequence[str]) -> str:
+    """What samples are asked for by where nothing is said: `ITEMS`, if the model reads more than the class."""
+    return ITEMS if {*reads} - {"class_label"} else Balanced().name
 
 
 def rule(name: str, labels: np.ndarray | None) -> Labels:

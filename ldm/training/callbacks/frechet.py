@@ -32,7 +32,7 @@ from ldm.evaluation.features.choose import choose
 from ldm.evaluation.moments import Moments
 from ldm.evaluation.pictures.configured import scattered
 from ldm.evaluation.pictures.items import Items
-from ldm.evaluation.pictures.labels import ITEMS, rule
+from ldm.evaluation.pictures.labels import ITEMS, rule, usual
 from ldm.evaluation.pictures.made import Generated, Recipe
 from ldm.evaluation.pictures.stored import DatasetPictures
 from ldm.evaluation.reference import PicturesReference
@@ -187,7 +187,7 @@ class FrechetDistance(pl.Callback):
     def _asked(self, pipeline: Pipeline, dataset: ImageDataset) -> dict[str, Any]:
         """The part of the recipe that says what samples are asked for by."""
         reads = pipeline.conditioner.keys
-        name = self._labels or (ITEMS if {*reads} - {"class_label"} else "balanced")
+        name = self._labels or usual(reads)
         if name == ITEMS:
             return {"items": Items(scattered(dataset), reads)}
         return {"labels": rule(name, class_labels(dataset))}
