@@ -11,10 +11,12 @@ import main
 from ldm.autoencoder.codec import Codec
 from ldm.cli import cache, sample
 from ldm.config.load import to_yaml
+from ldm.images import FONT_SIZE
 from ldm.sampling.pipeline import Pipeline
 from tests.conftest import node
 
 SIZE = [16, 24]
+TITLE = FONT_SIZE * 5 // 4 + 2  # above each row of a sheet of classes
 NETWORKS = {
     "unet": None,
     "dit": node(
@@ -97,7 +99,7 @@ def test_four_channels_from_an_array_to_samples(make):
         pipeline = Pipeline.load(run(name))
         assert pipeline.manifest.plan.shape == (2, 8, 12)
         assert pipeline.manifest.plan.pixels["resolution"] == SIZE
-        assert shape_of(run(name) / "images/val/samples_00000002.png") == (2 * 34 + 2, 3 * 197 + 2)
+        assert shape_of(run(name) / "images/val/samples_00000002.png") == (2 * (36 + TITLE), 3 * 197 + 2)
         words = ["-r", str(run(name)), "-n", "3", "--steps", "2", "--npz", "--out", f"samples{number}"]
         assert sample.main(words) == 0
         out = Path(f"samples{number}")
@@ -105,7 +107,7 @@ def test_four_channels_from_an_array_to_samples(make):
         with np.load(out / "samples.npz") as arrays:
             assert arrays["arr_0"].shape == (6, 16, 24, 4)
             assert np.array_equal(arrays["arr_0"][1], np.asarray(Image.open(out / "000-000001.png")))
-        assert shape_of(out / "grid.png") == (2 * 34 + 2, 3 * 197 + 2)
+        assert shape_of(out / "grid.png") == (2 * (36 + TITLE), 3 * 197 + 2)
     words = ["--image", "samples0/000-000001.png", "--strength", "0.5", "-n", "1", "--steps", "2", "--out", "again"]
     assert sample.main(["-r", str(run("unet")), *words]) == 0
     assert main.main(["-r", str(run("dit")), "lightning.trainer.max_steps=3"]) == 0

@@ -141,6 +141,8 @@ def test_a_picture_to_begin_with_and_paint_on_it(visit, tmp_path):
     page = visit()
     fill(page, Pictures="1", Steps="4")
     page.get_by_role("button", name="Begin with a picture").click()
+    # The editor takes nothing before its canvas is there, which says how far it is enlarged.
+    expect(page.get_by_role("button", name=re.compile(r"^\d+%$"))).to_be_visible()
     page.locator("#start input[type=file]").first.set_input_files(tmp_path / "photo.png")
     enlarged = re.compile(r"^\d{3,}%$")  # as soon as the small picture is on the canvas
     expect(page.get_by_role("button", name=enlarged)).to_be_visible()

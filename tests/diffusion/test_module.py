@@ -2,6 +2,7 @@
 
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import pytorch_lightning as pl
@@ -256,13 +257,14 @@ def test_blocks_are_compiled_for_each_size_of_the_buckets(monkeypatch):
     data, compiled = ElasticDataModule(2, 0), []
     data.bucketing = SimpleNamespace(sizes=lambda: [(8, 8)] * 30)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **how: compiled.append(how))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     module = make_module(compile_blocks=True)
     module._trainer = SimpleNamespace(datamodule=data, precision_plugin=None, optimizers=[])
-    module.on_fit_start()
+    limits: Any = torch._dynamo.config
+    with limits.patch(recompile_limit=8):  # pytest's own patch would leave it deleted
+        module.on_fit_start()
+        assert limits.recompile_limit == 4 * 30 * len(compiled)
     assert compiled
     assert all(how == {"dynamic": False} for how in compiled)
-    assert torch._dynamo.config.recompile_limit == 4 * 30 * len(compiled)
 
 
 def test_a_network_without_blocks_is_not_compiled(tmp_path):

@@ -226,7 +226,7 @@ BROKEN = {
     9: ("ldm.checkpoints.sealed_file.fault", lambda path: None),
     17: ("ldm.runtime.signals.listen", lambda: False),
     26: ("ldm.training.callbacks.skip_nonfinite.SkipNonFinite.on_before_optimizer_step", lambda *_: None),
-    33: ("ldm.latents.manifest.check_bytes", lambda *_: None),
+    33: ("ldm.latents.reader.check_bytes", lambda *_: None),
     34: ("ldm.latents.manifest.CacheSpec.require", lambda *_: None),
     39: ("fcntl.lockf", lambda *_: None),
 }

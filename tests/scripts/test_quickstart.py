@@ -63,6 +63,7 @@ def test_own_pictures_and_the_commands_to_try_next(place, capsys, classes):
         ["make", "-n", "quickstart", f"PICTURES={pictures}", "VENV=venv"], capture_output=True, text=True
     )
     lines = [line for line in recipe.stdout.splitlines() if re.match(r"venv/bin/python (main.py|scripts)", line)]
+    assert "scripts/weights.py" in lines.pop(0)
     assert len(lines) == 4
     for line in lines:
         assert do(line) == 0, capsys.readouterr().err

@@ -114,8 +114,8 @@ def test_numbers_are_those_of_the_records_of_this_checkpoint_and_these_weights(m
     (run / "evaluation" / "other_program.json").write_text("[1]")
     text, data = card(run)
     assert "| FID | 12.35 | 0.25 | inception-2015/tf1-299 | reference.npz | 5000 |" in text
-    assert "777" not in text
-    assert "888" not in text
+    assert "| 777 |" not in text
+    assert "| 888 |" not in text
     assert "/home/somebody" not in text
     (entry,) = data["model-index"]
     (result,) = entry["results"]
