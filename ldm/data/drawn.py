@@ -65,8 +65,8 @@ def draw_rows(
         made = drawn.draw({key: rows[key][place] for key in drawn.reads}, random)
         if made.shape != expected.shape[1:] or made.dtype != expected.dtype:
             raise ConfigError(
-                f"data.params.drawn.{name}: {type(drawn).__name__} drew {_spell(made)} for sample {numbers[place]}, expected "
-                f"{_spell(expected[0])} as its columns() say: mend one of the two"
+                f"data.params.drawn.{name}: {type(drawn).__name__} drew {_spell(made)} for sample {numbers[place]}, "
+                f"expected {_spell(expected[0])} as its columns() say: mend one of the two"
             )
         out[place] = made
     return out

@@ -42,7 +42,7 @@ class Bounds:
     def admit(self, mask: np.ndarray) -> bool:
         """Whether the share of the hole of a mask (H,W) lies within."""
         hole = np.count_nonzero(mask)
-        return hole > 0 and self.least * mask.size <= hole <= self.most * mask.size
+        return bool(hole > 0 and self.least * mask.size <= hole <= self.most * mask.size)
 
     def __str__(self) -> str:
         return f"{self.least} to {self.most}"
@@ -95,8 +95,10 @@ class Strokes(MaskKind):
     """Free-form strokes of a brush (Yu et al. 2019, "Free-Form Image Inpainting with Gated Convolution").
 
     A stroke is a zigzag: it begins anywhere and goes along segments whose directions lie alternately to the left and
-    to the right of its own. At 16 pixels narrow strokes look like noise. The ranges are those of LaMa's wide masks (Suvorov et al. 2022, "Resolution-robust Large Mask Inpainting
-    with Fourier Convolutions"; its `random_thick_256`).
+    to the right of its own. At 16 pixels narrow strokes look like noise.
+
+    The ranges are those of LaMa's wide masks (Suvorov et al. 2022, "Resolution-robust Large Mask Inpainting with
+    Fourier Convolutions"; its `random_thick_256`).
 
     Args:
         strokes: how many, from low to high, inclusive.

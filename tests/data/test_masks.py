@@ -61,8 +61,8 @@ def test_a_share_out_of_bounds_is_drawn_again(kind):
 def test_the_kinds_come_as_their_weights_say():
     # Told apart by their share of hole, of 10,000 masks.
     masks = Masks([Square(side=(0.25, 0.25)), Halves(), Whole()], weights=[1, 2, 1], most=0.5)
-    row = {"image": torch.zeros(3, 8, 8)}
-    holes = [masks.draw(row, generator(5, "mask", number)).numpy().astype(bool).sum() for number in range(10_000)]
+    made = draw_rows("mask", masks, rows(8, 8, number=10_000), 5, range(10_000))
+    holes = made.eq(255).flatten(1).sum(1).numpy()
     counts = np.unique(holes, return_counts=True)
     assert counts[0].tolist() == [4, 32, 64]
     for count, share in zip(counts[1], [0.25, 0.5, 0.25], strict=True):
