@@ -142,18 +142,34 @@ def test_a_pair_of_half_the_size_lies_on_its_picture():
 @pytest.mark.parametrize(
     ("column", "change", "said"),
     [
-        (Map(), {"map": np.zeros((21, 26), np.uint8)}, r"map: expected \(21, 27\), the picture's height and width, found"),
+        (
+            Map(),
+            {"map": np.zeros((21, 26), np.uint8)},
+            r"map: expected \(21, 27\), the picture's height and width, found",
+        ),
         (Map(), {"map": np.zeros((21, 27), np.int64)}, r"map: expected uint8 or int16, found int64"),
         (Map(5), {"map": np.full((21, 27), 7, np.uint8)}, r"map: expected classes 0 .. 4, or 255 .* found 7"),
-        (Map(), {"map": np.full((21, 27), 300, np.int16)}, r"map: .* found 300; say how many there are: data.params.aligned.map"),
+        (
+            Map(),
+            {"map": np.full((21, 27), 300, np.int16)},
+            r"map: .* found 300; say how many there are: data.params.aligned.map",
+        ),
         (Map(300), {"map": np.full((21, 27), -2, np.int16)}, r"map: expected classes 0 .. 299.* found -2"),
         (Mask(), {"mask": np.zeros((27, 21), np.uint8)}, r"mask: expected \(21, 27\), .*, found \(27, 21\)"),
         (Boxes(), {"boxes": np.zeros((2, 4))}, r"boxes: expected \(K, 5\), .*, found \(2, 4\)"),
-        (Boxes(), {"boxes": [[30, 1, 40, 9, 0]]}, r"boxes: expected .* in the picture of 21 x 27 pixels.* found 30, 1, 40"),
+        (
+            Boxes(),
+            {"boxes": [[30, 1, 40, 9, 0]]},
+            r"boxes: expected .* in the picture of 21 x 27 pixels.* found 30, 1, 40",
+        ),
         (Boxes(), {"boxes": [[9, 1, 4, 9, 0]]}, r"boxes: expected left < right"),
         (Boxes(), {"boxes": [[1, 1, np.nan, 9, 0]]}, r"boxes: expected left < right"),
         (Boxes(), {"boxes": [[1, 1, 4, 9, -1]]}, r"boxes: .* a class from 0 up, found 1, 1, 4, 9, -1"),
-        (Pair(), {"pair": Image.new("RGB", (27, 42))}, r"pair: expected the proportions of its picture, 21 x 27 pixels"),
+        (
+            Pair(),
+            {"pair": Image.new("RGB", (27, 42))},
+            r"pair: expected the proportions of its picture, 21 x 27 pixels",
+        ),
     ],
 )
 def test_what_does_not_fit_is_one_message_with_the_file(column, change, said):
@@ -271,5 +287,3 @@ def test_a_build_killed_at_any_moment_goes_on_to_the_same_bytes(here, world):
     built(Boxes(), Scenes(150), "killed")
     assert kills
     assert content(here / "killed") == content(here / "whole")
-
-
