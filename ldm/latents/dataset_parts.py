@@ -3,7 +3,8 @@
 A value is encoded on its own, so that its bits depend neither on its neighbors nor on who encodes it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
@@ -15,17 +16,20 @@ import torch
 from torch import Tensor
 
 from ldm.data.dataset import ImageDataset, has_captions, texts, without_captions
-from ldm.diffusion.conditioners.features import Cutting, Feature, Part
+from ldm.diffusion.conditioners.features import Cutting, Feature, Part, WithNull
 from ldm.errors import ConfigError, DataError
 from ldm.latents.build import Source, shard_items
 from ldm.latents.conditions import CAPTION, Captions, Conditions
 from ldm.latents.numbers import check, gathered
 from ldm.latents.part_reader import PartReader
-from ldm.latents.parts import CAPTIONS, TEXT, Found, PartSpec, Rows, build_part, described
+from ldm.latents.parts import CAPTIONS, TEXT, Found, PartSpec, Rows, build_part, described, made_of
 from ldm.latents.ragged import Row, to_raw
+from ldm.latents.shards import MANIFEST
 from ldm.runtime import distributed
 from ldm.runtime.progress import shown
 from ldm.runtime.signals import stop_if_asked
+
+log = logging.getLogger(__name__)
 
 CAPTIONS_NAME = "captions"
 _CAPTIONS_A_SHARD = 1 << 14  # nothing is lost with one, and a million captions take seconds
@@ -99,7 +103,21 @@ class DatasetParts:
                 except DataError as error:
                     yield item, DataError(f"{self.dataset.path(item)}: {error}")
 
-        return self._built(plan, rows)
+        def null() -> Row | None:
+            return encoder.all_of([feature.null_value]).rows[0] if isinstance(feature, WithNull) else None
+
+        reader = self._built(plan, rows, null)
+        if isinstance(feature, WithNull):
+            if (kept := reader.manifest.null) is not None:
+                feature.keep_null(made_of(reader.parts, kept))
+            else:
+                log.warning(
+                    "%s: was made before caches kept what an encoder makes of %r, so that it is loaded once more when "
+                    "training drops conditions. To keep it, delete %s there: the next start writes that anew, and "
+                    "nothing else",
+                    *(reader.folder, feature.null_value, MANIFEST),
+                )
+        return reader
 
     def _source(self, reads: str) -> str:
         """The fingerprint of what is read."""
@@ -108,10 +126,11 @@ class DatasetParts:
             return self.dataset.fingerprint()
         return alone.captions_fingerprint() if reads == CAPTION else alone.pictures_fingerprint()
 
-    def _built(self, plan: PartSpec, rows: Rows) -> PartReader:
+    def _built(self, plan: PartSpec, rows: Rows, null: Callable[[], Row | None] = lambda: None) -> PartReader:
         folder = Path("cache") / plan.fingerprint() if self.cache is None else self.cache / f"{self.name}-{plan.name}"
         with shown(f"{self.name} {plan.name}", silent=not distributed.is_main()) as progress:
-            build_part(folder, plan, rows, self.max_broken, distributed.rank(), distributed.world_size(), progress)
+            rank, world_size = distributed.rank(), distributed.world_size()
+            build_part(folder, plan, rows, self.max_broken, rank, world_size, progress, null)
         return PartReader(folder, plan)
 
     def _caption_rows(self, items: range) -> Iterator[tuple[int, Found | DataError]]:
