@@ -17,8 +17,7 @@ from ldm.autoencoder.codec import Codec, with_encoder
 from ldm.checkpoints import store
 from ldm.config.load import build
 from ldm.config.tree import current_plain
-from ldm.diffusion.conditioners.base import Conditioner, require_conditioner
-from ldm.diffusion.conditioners.joint import Joint
+from ldm.diffusion.conditioners.base import Conditioner, drops_all, require_conditioner
 from ldm.diffusion.objectives import Objective
 from ldm.errors import CheckpointError, ConfigError
 from ldm.images import picture
@@ -122,7 +121,7 @@ class Pipeline:
     @property
     def knows_null(self) -> bool:
         """Whether the model was also trained without its conditions."""
-        return self.label_dropout > 0 or (isinstance(self.conditioner, Joint) and self.conditioner.drops_all())
+        return self.label_dropout > 0 or drops_all(self.conditioner)
 
     def latent_shape(self, size: Size | None = None) -> tuple[int, int, int]:
         """(c, h, w) of the latent of an image of `size` (height, width), pixels; None: of most training images.

@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ldm.diffusion.conditioners.base import Conditioner, Conditioning, require_conditioner
+from ldm.diffusion.conditioners.base import Conditioner, Conditioning, drops_all, require_conditioner
 from ldm.errors import ConfigError
 from ldm.ranges import Fraction
 
@@ -58,9 +58,7 @@ class Joint(nn.Module):
     def drops_all(self) -> bool:
         """Whether it happens in training that all of a row's conditions are dropped."""
         return all(
-            self.dropout[name] > 0 or (isinstance(part, Joint) and part.drops_all())
-            for name, part in self._parts()
-            if part.keys
+            self.dropout[name] > 0 or drops_all(part) for name, part in self._parts() if part.keys
         )
 
     def null(self, n: int) -> Conditioning:

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from ldm.diffusion.conditioners.base import Conditioner, Conditioning, require_conditioner
+from ldm.diffusion.conditioners.base import Conditioner, Conditioning, drops_all, require_conditioner
 from ldm.errors import ConfigError
 from ldm.ranges import Count
 
@@ -56,6 +56,9 @@ class Projected(nn.Module):
 
     def null(self, n: int) -> Conditioning:
         return self._projected(self._inner.null(n))
+
+    def drops_all(self) -> bool:
+        return drops_all(self.conditioner)
 
     @property
     def _inner(self) -> Conditioner:
