@@ -57,9 +57,7 @@ class Joint(nn.Module):
 
     def drops_all(self) -> bool:
         """Whether it happens in training that all of a row's conditions are dropped."""
-        return all(
-            self.dropout[name] > 0 or drops_all(part) for name, part in self._parts() if part.keys
-        )
+        return all(self.dropout[name] > 0 or drops_all(part) for name, part in self._parts() if part.keys)
 
     def null(self, n: int) -> Conditioning:
         return _beside({name: part.null(n) for name, part in self._parts()})
