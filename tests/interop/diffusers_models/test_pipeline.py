@@ -251,9 +251,7 @@ def test_texts_that_a_cache_keeps(encoder, beside, tmp_path):
 def test_texts_that_are_read_in_another_way_are_refused(encoder, more, said, tmp_path):
     width = {"vector_channels": WIDTH} if "pooling" in more else {}
     with pytest.raises(ConfigError, match=f"TextEncoder: {said}"):
-        diffusers_pipeline.write(
-            trained(unet(context_dim=WIDTH, **width), feature(encoder, **more), DDPM), tmp_path, Choices()
-        )
+        written(trained(unet(context_dim=WIDTH, **width), feature(encoder, **more), DDPM), tmp_path)
 
 
 @pytest.mark.parametrize("objective", [EDM, FLOW], ids=["EDM", "flow"])
