@@ -38,7 +38,12 @@ class Drawn(Protocol):
 
 def generator(seed: int, name: str, number: int) -> np.random.Generator:
     """The random numbers of the column `name` for the sample `number`."""
-    return np.random.Generator(np.random.Philox(key=int(keys(seed, f"drawn/{name}", number)[0])))
+    return _generators(seed, name, [number])[0]
+
+
+def _generators(seed: int, name: str, numbers: Sequence[int] | np.ndarray) -> list[np.random.Generator]:
+    addresses = keys(seed, f"drawn/{name}", numbers).tolist()
+    return [np.random.Generator(np.random.Philox(key=address)) for address in addresses]
 
 
 def draw_rows(
@@ -56,13 +61,12 @@ def draw_rows(
     """
     expected = meta_column(name, drawn, rows)
     out = torch.empty_like(expected, device="cpu")
-    for place, number in enumerate(np.asarray(numbers, dtype=np.int64).tolist()):
-        row = {key: rows[key][place] for key in drawn.reads}
-        made = drawn.draw(row, generator(seed, name, number))
+    for place, random in enumerate(_generators(seed, name, numbers)):
+        made = drawn.draw({key: rows[key][place] for key in drawn.reads}, random)
         if made.shape != expected.shape[1:] or made.dtype != expected.dtype:
             raise ConfigError(
-                f"data.params.drawn.{name}: {type(drawn).__name__} drew {_spell(made)} for sample {number}, expected "
-                f"{_spell(expected[0])} as its columns() say: mend one of the two"
+                f"data.params.drawn.{name}: {type(drawn).__name__} drew {_spell(made)} for sample {numbers[place]}, "
+                f"expected {_spell(expected[0])} as its columns() say: mend one of the two"
             )
         out[place] = made
     return out
