@@ -47,12 +47,11 @@ class Dense:
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> "Dense":
         """From what a data module says of itself (`LatentDataModule.facts`), and a checkpoint with it."""
-        aligned, names = facts.get("aligned") or {}, facts.get("map_classes")
-        number = (aligned.get("map") or {}).get("num_classes")
+        aligned = facts.get("aligned") or {}
         return cls(
-            map_classes=names,
-            box_classes=facts.get("box_classes"),
-            num_map_classes=len(names) if number is None and names is not None else number,
+            map_classes=facts.get("map_class_names"),
+            box_classes=facts.get("box_class_names"),
+            num_map_classes=facts.get("map_classes") or (aligned.get("map") or {}).get("num_classes"),
             most_boxes=(aligned.get("boxes") or {}).get("most"),
             factor=((facts.get("drawn") or {}).get("low_resolution") or {}).get("factor"),
         )
