@@ -8,7 +8,7 @@ from ldm.errors import ConfigError
 from ldm.images import to_arrays
 from ldm.sampling.dense import Dense
 from ldm.sampling.generate import generate
-from tests.tiny_dense import load_dense, save_dense
+from tests.dense_models import load_dense, save_dense
 
 
 @pytest.fixture(scope="module")
