@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader, Dataset
 from ldm.data.bucket_order import BucketBatchSampler, BucketOrder, bucket_accumulation, bucket_validation_batches
 from ldm.data.bucketed import BucketedImages, Bucketing
 from ldm.data.buckets import Buckets
-from ldm.data.dataset import ImageDataset, box_classes, has_captions, hold_out, map_classes, require_channels
+from ldm.data.dataset import ImageDataset, box_classes, has_captions, map_classes, require_channels
 from ldm.data.elastic_sampler import ElasticBatchSampler, accumulation, items, validation_batches
+from ldm.data.held_out import hold_out
 from ldm.data.loading import BrokenImages, TransformedDataset, collate
 from ldm.data.transforms import EvalTransform, TrainTransform, Transform, TransformOfSize
 from ldm.errors import ConfigError, DataError

@@ -9,12 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
+from ldm.data.asked_for import asked_for
 from ldm.data.datamodule import VALIDATION_SEED
-from ldm.data.dataset import ImageDataset, asked_for
+from ldm.data.dataset import ImageDataset
 from ldm.data.drawn import draw_rows
 from ldm.data.transforms import EvalTransform
 from ldm.errors import DataError
-from ldm.latents.aligned import Crop, Mask, Pixels, hole, pixels
+from ldm.latents.aligned import Mask, Pixels, hole, pixels
+from ldm.latents.columns import Crop
 from ldm.latents.dense import Dense, placed
 from ldm.latents.manifest import Manifest
 from ldm.latents.masked import LATENT, MASK, NAME

@@ -10,7 +10,8 @@ from hashlib import sha256
 
 import numpy as np
 
-from ldm.data.dataset import ImageDataset, asked_for, class_labels
+from ldm.data.asked_for import asked_for
+from ldm.data.dataset import ImageDataset, class_labels
 from ldm.errors import ConfigError, DataError
 from ldm.latents.asked import DenseItems
 from ldm.sampling.conditions import Condition

@@ -16,8 +16,8 @@ from pytorch_lightning.loggers import WandbLogger
 from torch import Tensor
 
 from ldm.autoencoder.codec import Codec
+from ldm.data.asked_for import conditions as conditions_of
 from ldm.data.datamodule import class_facts
-from ldm.data.dataset import conditions as conditions_of
 from ldm.diffusion.module import LatentDiffusion
 from ldm.errors import ConfigError
 from ldm.images import grid, picture, to_arrays
