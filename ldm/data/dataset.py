@@ -1,7 +1,8 @@
-"""The contract of a data set of images, a part of one, and how images are held out for validation.
+"""The contract of a data set of images, and a part of one.
 
 Items are dicts of `image` (PIL, gray, RGB or RGBA; or an array (H,W,C) of uint8 with any number of channels),
-`class_label` (int, if the data set has classes) and `caption` (str, or a list of several, if it has captions).
+`class_label` (int, if the data set has classes), `caption` (str, or a list of several, if it has captions), and what
+lies on the picture and is cropped and mirrored with it (`ALIGNED`).
 """
 
 import hashlib
@@ -34,10 +35,28 @@ class _Pixels(TypedDict):
 
 
 class Item(_Pixels, total=False):
-    """One item of a data set."""
+    """One item of a data set.
+
+    Attributes:
+        image: the picture.
+        class_label: its class.
+        caption: what it shows, in words; or several such texts.
+        map: (H,W) uint8 or int16, the class of each of its pixels; 255 (uint8), -1 (int16): none.
+        mask: (H,W) uint8, 255 where the picture may be changed (the hole), 0 where it stays.
+        boxes: (K,5) float32: left, top, right and bottom in its pixels, and class; K may be 0.
+        pair: a second picture of the same proportions.
+    """
 
     class_label: int
     caption: str | list[str]
+    map: np.ndarray
+    mask: np.ndarray
+    boxes: np.ndarray
+    pair: Picture
+
+
+ALIGNED = ("map", "mask", "boxes", "pair")
+"""Keys of what lies on an item's picture."""
 
 
 class ImageDataset(Protocol):
@@ -60,7 +79,7 @@ class ImageDataset(Protocol):
         """Where the item comes from, for messages."""
 
     def fingerprint(self) -> str:
-        """Changes with the items, their order, labels or captions, but not their location (ldm/data/fingerprint.py)."""
+        """Changes with the items, all they hold and their order, but not their location (ldm/data/fingerprint.py)."""
 
     def prepare(self) -> None:
         """Prepare the files (download, draw); called once per machine before items are read; cheap to repeat."""
@@ -189,6 +208,35 @@ def columns(dataset: ImageDataset) -> Mapping[str, np.ndarray]:
 
 
 @runtime_checkable
+class Aligned(Protocol):
+    """Optional: a data set whose items hold what lies on their picture, such as boxes."""
+
+    def aligned_keys(self) -> Sequence[str]:
+        """Which of the keys `ALIGNED` each item has."""
+
+    def map_classes(self) -> list[str] | None:
+        """A name for each class of `map`; None: there are no maps."""
+
+    def box_classes(self) -> list[str] | None:
+        """A name for each class of `boxes`; None: there are no boxes."""
+
+
+def aligned_keys(dataset: ImageDataset) -> Sequence[str]:
+    """Which of the keys `ALIGNED` each item has."""
+    return dataset.aligned_keys() if isinstance(dataset, Aligned) else ()
+
+
+def map_classes(dataset: ImageDataset) -> list[str] | None:
+    """A name for each class of `map`; None: there are no maps."""
+    return dataset.map_classes() if isinstance(dataset, Aligned) else None
+
+
+def box_classes(dataset: ImageDataset) -> list[str] | None:
+    """A name for each class of `boxes`; None: there are no boxes."""
+    return dataset.box_classes() if isinstance(dataset, Aligned) else None
+
+
+@runtime_checkable
 class Channeled(Protocol):
     """Optional: a data set that can say without decoding how many channels its pictures can have."""
 
@@ -297,6 +345,15 @@ class Subset:
 
     def columns(self) -> Mapping[str, np.ndarray]:
         return {name: column[self.indices] for name, column in columns(self.dataset).items()}
+
+    def aligned_keys(self) -> Sequence[str]:
+        return aligned_keys(self.dataset)
+
+    def map_classes(self) -> list[str] | None:
+        return map_classes(self.dataset)
+
+    def box_classes(self) -> list[str] | None:
+        return box_classes(self.dataset)
 
     def fingerprint(self) -> str:
         return self._chosen(self.dataset.fingerprint())

@@ -19,6 +19,7 @@ from ldm.errors import NumericError
 from ldm.images import to_arrays
 from ldm.randomness import Draws
 from ldm.runtime.progress import shown
+from ldm.sampling import dense
 from ldm.sampling.conditions import Columns, Condition, check_conditions, rows
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.img2img import InitImage, inpaint
@@ -63,7 +64,8 @@ def generate(
     Args:
         seeds: any integers of 64 bits; the same seed gives the same starting noise, whatever the condition.
         conditions: one for each seed, such as {"class_label": 3}; None: unconditional samples, even from a conditional
-            model. Of sizes that a model reads (ldm/latents/numbers.py) none need be said.
+            model. Of sizes that a model reads (ldm/latents/numbers.py) none need be said. Pictures, masks, maps and
+            layouts: dense.py.
         sampler: of samplers.py, such as `ddim` or `partial(ddim, eta=0.5)`.
         steps: of the sampler, one network call each (heun: two).
         schedule: of timesteps.py, where the steps lie between noise and data.
@@ -117,7 +119,9 @@ def check(
     reads = tuple(dict.fromkeys([*pipeline.conditioner.keys, *own]))
     whole = {name: value for name, value in uncropped(pipeline.image_size(size)).items() if name in reads}
     said = [{**whole, **condition} for condition in conditions] if whole else conditions
-    return check_conditions(said, reads, pipeline.manifest.plan.num_classes)
+    table = check_conditions(said, dense.asked(reads, said[0] if said else {}), pipeline.manifest.plan.num_classes)
+    dense.check(pipeline, table, size)
+    return table
 
 
 # Not inference_mode: training could then not use the tables that objective and manifest cache on a device.
@@ -134,6 +138,7 @@ def _images(
 ) -> np.ndarray:
     """(N,H,W,C) uint8."""
     number, device, manifest = len(seeds), pipeline.device, pipeline.manifest
+    batch = None if batch is None else dense.completed(pipeline, batch)
     with _evaluating(pipeline.denoiser):
         draws = Draws(SEED, seeds, number, device)
         denoise = guidance.denoiser(pipeline, None if batch is None else {**batch, "draws": draws}, number)
@@ -149,6 +154,7 @@ def _images(
         images = pipeline.codec.decode(manifest.unstandardize(latents))
         if init_image is not None:
             images = init_image.composite(images)
+        images = dense.kept(pipeline, images, batch)
     if not bool(torch.isfinite(images).all()):
         steered = "" if guidance.scale == 1 else f", or guidance {guidance.scale:g} overflows"
         raise NumericError(

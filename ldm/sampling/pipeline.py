@@ -24,6 +24,7 @@ from ldm.errors import CheckpointError, ConfigError
 from ldm.images import picture
 from ldm.latents.manifest import Manifest, same_encoder
 from ldm.sampling.conditions import Condition
+from ldm.sampling.dense import Dense
 from ldm.sampling.generate import UNGUIDED, generate
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.img2img import InitImage
@@ -48,6 +49,7 @@ class Pipeline:
         manifest: of the latent cache: shape and scale of the latents, the classes.
         label_dropout: the fraction of images that it was trained on without their conditions.
         origin: where the weights come from, in plain values: {"checkpoint", "step", "weights"}.
+        dense: what is known of its pictures, maps and layouts as conditions.
     """
 
     denoiser: nn.ModuleDict
@@ -56,6 +58,7 @@ class Pipeline:
     manifest: Manifest
     label_dropout: float
     origin: Mapping[str, Any] = field(default_factory=dict)
+    dense: Dense = field(default_factory=Dense)
 
     @classmethod
     def load(
