@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ldm.diffusion.conditioners.base import defaults
 from ldm.errors import NumericError
 from ldm.images import to_arrays
 from ldm.randomness import Draws
@@ -107,7 +108,7 @@ def check(
     """Everything `generate` checks before it starts; its arguments and errors, `times` (steps + 1,) of the schedule.
 
     Returns the columns of the conditions, if there are any. Sizes that a model reads, and no condition says, are those
-    of a picture that has the `size` that is made, and of which nothing was cropped.
+    of a picture that has the `size` that is made, and of which nothing was cropped; likewise other defaults.
     """
     guidance.check(pipeline, conditions is not None, times)
     if conditions is None:
@@ -117,9 +118,12 @@ def check(
     # A classifier reads the class, whether or not the model does.
     own = () if guidance.classifier is None else ("class_label",)
     reads = tuple(dict.fromkeys([*pipeline.conditioner.keys, *own]))
-    whole = {name: value for name, value in uncropped(pipeline.image_size(size)).items() if name in reads}
+    left_out = defaults(pipeline.conditioner)
+    sizes = uncropped(pipeline.image_size(size))
+    whole = {**left_out, **{name: value for name, value in sizes.items() if name in reads}}
     said = [{**whole, **condition} for condition in conditions] if whole else conditions
-    table = check_conditions(said, dense.asked(reads, said[0] if said else {}), pipeline.manifest.plan.num_classes)
+    asked = dense.asked([*reads, *left_out], said[0] if said else {})
+    table = check_conditions(said, asked, pipeline.manifest.plan.num_classes)
     dense.check(pipeline, table, size)
     return table
 
@@ -141,7 +145,10 @@ def _images(
     batch = None if batch is None else dense.completed(pipeline, batch)
     with _evaluating(pipeline.denoiser):
         draws = Draws(SEED, seeds, number, device)
-        denoise = guidance.denoiser(pipeline, None if batch is None else {**batch, "draws": draws}, number)
+        if batch is not None:
+            size = torch.empty(number, *shape, device="meta")  # of which a conditioner may read the height and width
+            batch = {**batch, "draws": draws, "latent": size}
+        denoise = guidance.denoiser(pipeline, batch, number)
         noise = Draws(SEED, seeds, number).normal("noise", shape).to(device)
         known = None
         if init_image is not None:

@@ -17,7 +17,7 @@ from ldm.autoencoder.codec import Codec, with_encoder
 from ldm.checkpoints import store
 from ldm.config.load import build
 from ldm.config.tree import current_plain
-from ldm.diffusion.conditioners.base import Conditioner, require_conditioner
+from ldm.diffusion.conditioners.base import Conditioner, kept_keys, require_conditioner
 from ldm.diffusion.conditioners.joint import Joint
 from ldm.diffusion.objectives import Objective
 from ldm.errors import CheckpointError, ConfigError
@@ -124,7 +124,10 @@ class Pipeline:
 
     @property
     def knows_null(self) -> bool:
-        """Whether the model was also trained without its conditions."""
+        """Whether the model was also trained without its conditions, but for those that it keeps (Joint)."""
+        kept = kept_keys(self.conditioner)
+        if kept and {*kept} == {*self.conditioner.keys}:
+            return False
         return self.label_dropout > 0 or (isinstance(self.conditioner, Joint) and self.conditioner.drops_all())
 
     def latent_shape(self, size: Size | None = None) -> tuple[int, int, int]:
