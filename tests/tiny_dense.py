@@ -20,7 +20,7 @@ from tests.tiny_runs import ADAM, Runs, node, save_run
 
 
 class Spread(nn.Module):
-    """One spatial channel: the mean of all that it reads, at the latent's 4 x 4."""
+    """One spatial channel: the mean of all that it reads, at the latent's 4 x 4, or at a small picture's own size."""
 
     def __init__(self, keys: Sequence[str]) -> None:
         super().__init__()
@@ -33,7 +33,9 @@ class Spread(nn.Module):
         for key in self.keys:
             value = batch[key].float()
             image = value[:, None] if key == "map" else value
-            if image.ndim == 4:
+            if key == "low_resolution":
+                total = total.mean((2, 3), keepdim=True) + image.mean(1, keepdim=True)
+            elif image.ndim == 4:
                 total += F.adaptive_avg_pool2d(image.mean(1, keepdim=True), 4)
             else:
                 total += value.flatten(1).mean(1)[:, None, None, None]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import ConfigError
+from ldm.latents.masked import live
 from ldm.sampling.conditions import Columns, Condition
 from ldm.sizes import Size, spell
 
@@ -32,14 +33,29 @@ class Dense:
 
     Args:
         map_classes, box_classes: names of the classes; None: not known.
+        num_map_classes: None: not known.
         most_boxes: of a layout; None: no limit.
         factor: a picture's side to that of its `low_resolution`; None: that of the autoencoder, as in the lineage.
     """
 
     map_classes: Sequence[str] | None = None
     box_classes: Sequence[str] | None = None
+    num_map_classes: int | None = None
     most_boxes: int | None = None
     factor: int | None = None
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> "Dense":
+        """From what a data module says of itself (`LatentDataModule.facts`), and a checkpoint with it."""
+        aligned, names = facts.get("aligned") or {}, facts.get("map_classes")
+        number = (aligned.get("map") or {}).get("num_classes")
+        return cls(
+            map_classes=names,
+            box_classes=facts.get("box_classes"),
+            num_map_classes=len(names) if number is None and names is not None else number,
+            most_boxes=(aligned.get("boxes") or {}).get("most"),
+            factor=((facts.get("drawn") or {}).get("low_resolution") or {}).get("factor"),
+        )
 
 
 def asked(reads: Sequence[str], condition: Condition) -> tuple[str, ...]:
@@ -120,9 +136,8 @@ def completed(pipeline: "Pipeline", batch: Mapping[str, Any]) -> dict[str, Any]:
     if "mask" in found and "mask" in reads:
         found["mask"] = (found["mask"] > 0).float()
     if "masked_latent" in reads and "masked_latent" not in found:
-        left = torch.where(found["mask"] > 0, 0.0, found["image"])
-        mean = pipeline.codec.encode(left)[0].half().float()  # as a cache keeps it
-        found["masked_latent"] = pipeline.manifest.standardize(mean.to(pipeline.device))
+        latent = live(found["image"], found["mask"], pipeline.codec).to(pipeline.device)
+        found["masked_latent"] = pipeline.manifest.standardize(latent)
     return found
 
 

@@ -122,8 +122,8 @@ def check(
     sizes = uncropped(pipeline.image_size(size))
     whole = {**left_out, **{name: value for name, value in sizes.items() if name in reads}}
     said = [{**whole, **condition} for condition in conditions] if whole else conditions
-    asked = dense.asked([*reads, *left_out], said[0] if said else {})
-    table = check_conditions(said, asked, pipeline.manifest.plan.num_classes)
+    wanted = dense.asked([*reads, *left_out], said[0] if said else {})
+    table = check_conditions(said, wanted, pipeline.manifest.plan.num_classes)
     dense.check(pipeline, table, size)
     return table
 

@@ -100,14 +100,27 @@ class Pipeline:
         origin = {"checkpoint": str(file), "step": record["step"], "weights": "ema" if ema else "raw"}
         denoiser.requires_grad_(False).eval()
         dropout = params.get("label_dropout", 0.0)
-        return cls(denoiser.to(device), objective.to(device), codec.to(device), manifest, dropout, origin)
+        dense = Dense.of(record.get("data") or {})
+        return cls(denoiser.to(device), objective.to(device), codec.to(device), manifest, dropout, origin, dense)
 
     @classmethod
-    def from_module(cls, module: "LatentDiffusion", codec: Codec, manifest: Manifest, ema: bool = True) -> "Pipeline":
-        """From a model in training, whose weights it shares; `codec` should be on the module's device."""
+    def from_module(
+        cls,
+        module: "LatentDiffusion",
+        codec: Codec,
+        manifest: Manifest,
+        ema: bool = True,
+        facts: Mapping[str, Any] | None = None,
+    ) -> "Pipeline":
+        """From a model in training, whose weights it shares; `codec` should be on the module's device.
+
+        Args:
+            facts: of the data module.
+        """
         denoiser = module.ema.average if ema else module.denoiser
         assert isinstance(denoiser, nn.ModuleDict)
-        return cls(denoiser, module.objective, codec, manifest, module.label_dropout)
+        dense = Dense.of(facts or {})
+        return cls(denoiser, module.objective, codec, manifest, module.label_dropout, dense=dense)
 
     @property
     def device(self) -> torch.device:

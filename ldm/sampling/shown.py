@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ldm.images import font, visible
+from ldm.sampling.dense import Dense
 from ldm.sizes import Size
 
 UNLABELED = (0, 0, 0)
@@ -114,13 +115,13 @@ def colored(image: np.ndarray, size: Size) -> np.ndarray:
     return np.broadcast_to(enlarged(seen, size), (*size, 3)) if seen.shape[2] == 1 else enlarged(seen, size)
 
 
-def conditions(condition: Mapping[str, Any] | None, size: Size, box_names: Sequence[str] | None) -> list[np.ndarray]:
+def conditions(condition: Mapping[str, Any] | None, size: Size, dense: Dense) -> list[np.ndarray]:
     """What can be drawn of a condition to sample with, a picture each.
 
     Args:
         condition: with arrays or tensors, as `generate` takes them.
         size: (height, width) of the samples; drawn larger where boxes have names to be read.
-        box_names: of the classes of boxes.
+        dense: what is known of the model's conditions, such as the names of the classes of boxes.
 
     Returns:
         (H,W,3) uint8 each: the masked picture, the pair, the small picture, the map, the layout.
@@ -138,15 +139,16 @@ def conditions(condition: Mapping[str, Any] | None, size: Size, box_names: Seque
     if "boxes" in said:
         boxes = said["boxes"]
         there = (condition or {}).get("boxes_mask")
-        found.append(drawn_boxes(boxes if there is None else boxes[_array(there).astype(bool)], size, box_names))
+        found.append(
+            drawn_boxes(boxes if there is None else boxes[_array(there).astype(bool)], size, dense.box_classes)
+        )
     return found
 
 
-def beside(pictures: Sequence[np.ndarray], samples: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Condition, samples (and what else stands in a row) at one size, that of the largest, in color: (H,W,3) each."""
-    everything = [*pictures, *samples]
-    largest = max((image.shape[0], image.shape[1]) for image in everything)
-    return [colored(image, largest) for image in everything]
+def beside(pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """What stands in a row (conditions, samples, truth) at one size, that of the largest, in color: (H,W,3) each."""
+    largest = max((image.shape[0], image.shape[1]) for image in pictures)
+    return [colored(image, largest) for image in pictures]
 
 
 def _array(value: Any) -> np.ndarray:
