@@ -1,4 +1,4 @@
-"""The transformer over tokens in latent diffusion's own models (`BERTEmbedder`): `TextTransformer`, `LayoutTransformer`.
+"""The transformer over tokens in latent diffusion's own models (`BERTEmbedder`), of texts or layouts, as ours.
 
 It was trained with the model. That of texts reads the words of bert-base-uncased, whose list no file of this kind
 holds. It is the tokenizer of many other models as well, such as the sentence encoder MiniLM that `ldm weights` brings.
@@ -89,8 +89,8 @@ def found_in(tensors: Mapping[str, Tensor], named: Path | None, origin: str) -> 
     words = _words(named, sizes.get("max_length", 77), origin)
     if words.size != sizes["vocab_size"]:
         raise ConfigError(
-            f"--text-encoder: {named or _CACHED}: not the tokenizer of {origin}: expected {sizes['vocab_size']} tokens, "
-            f"found {words.size}"
+            f"--text-encoder: {named or _CACHED}: not the tokenizer of {origin}: expected {sizes['vocab_size']} "
+            f"tokens, found {words.size}"
         )
     return Found(sizes, words)
 
