@@ -98,6 +98,7 @@ class Denoiser:
         write_files: writes what else is kept in its run folder; None: nothing.
         latents: the manifest that the checkpoint held, of a model of ours; None: the rest of this describes them.
         objective: the weights of its objective, such as those of a learned weighting.
+        data: parameters of the data module, beside those that every run has: `aligned`, `drawn`, `masked`.
     """
 
     name: str
@@ -113,6 +114,7 @@ class Denoiser:
     write_files: Callable[[Path], None] | None = None
     latents: Mapping[str, Any] | None = None
     objective: Mapping[str, Tensor] = field(default_factory=dict)
+    data: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 Converted = FirstStage | Denoiser

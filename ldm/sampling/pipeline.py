@@ -24,6 +24,7 @@ from ldm.errors import CheckpointError, ConfigError
 from ldm.images import picture
 from ldm.latents.manifest import Manifest, same_encoder
 from ldm.sampling.conditions import Condition
+from ldm.sampling.dense import Dense
 from ldm.sampling.generate import UNGUIDED, generate
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.img2img import InitImage
@@ -48,6 +49,7 @@ class Pipeline:
         manifest: of the latent cache: shape and scale of the latents, the classes.
         label_dropout: the fraction of images that it was trained on without their conditions.
         origin: where the weights come from, in plain values: {"checkpoint", "step", "weights"}.
+        dense: what is known of its pictures, maps and layouts as conditions.
     """
 
     denoiser: nn.ModuleDict
@@ -56,6 +58,7 @@ class Pipeline:
     manifest: Manifest
     label_dropout: float
     origin: Mapping[str, Any] = field(default_factory=dict)
+    dense: Dense = field(default_factory=Dense)
 
     @classmethod
     def load(
@@ -97,14 +100,27 @@ class Pipeline:
         origin = {"checkpoint": str(file), "step": record["step"], "weights": "ema" if ema else "raw"}
         denoiser.requires_grad_(False).eval()
         dropout = params.get("label_dropout", 0.0)
-        return cls(denoiser.to(device), objective.to(device), codec.to(device), manifest, dropout, origin)
+        dense = Dense.of(record.get("data") or {})
+        return cls(denoiser.to(device), objective.to(device), codec.to(device), manifest, dropout, origin, dense)
 
     @classmethod
-    def from_module(cls, module: "LatentDiffusion", codec: Codec, manifest: Manifest, ema: bool = True) -> "Pipeline":
-        """From a model in training, whose weights it shares; `codec` should be on the module's device."""
+    def from_module(
+        cls,
+        module: "LatentDiffusion",
+        codec: Codec,
+        manifest: Manifest,
+        ema: bool = True,
+        facts: Mapping[str, Any] | None = None,
+    ) -> "Pipeline":
+        """From a model in training, whose weights it shares; `codec` should be on the module's device.
+
+        Args:
+            facts: of the data module.
+        """
         denoiser = module.ema.average if ema else module.denoiser
         assert isinstance(denoiser, nn.ModuleDict)
-        return cls(denoiser, module.objective, codec, manifest, module.label_dropout)
+        dense = Dense.of(facts or {})
+        return cls(denoiser, module.objective, codec, manifest, module.label_dropout, dense=dense)
 
     @property
     def device(self) -> torch.device:
