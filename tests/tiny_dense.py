@@ -1,72 +1,101 @@
-"""Tiny models that read dense conditions: their spatial slot is one tensor made of what they read."""
+"""A data set in memory whose items have all that can lie on a picture, and columns that are drawn of it."""
 
-import copy
-from collections.abc import Mapping, Sequence
-from functools import partial
-from pathlib import Path
-from typing import Any
-
+import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import nn
+from PIL import Image
 
-from ldm.checkpoints import store
-from ldm.config.load import build
-from ldm.diffusion.conditioners.base import Conditioning
-from ldm.diffusion.module import LatentDiffusion
-from ldm.optim.ema import EMA, FixedDecay
-from ldm.sampling.pipeline import Pipeline
-from tests.tiny_runs import ADAM, Runs, node, save_run
+from ldm.errors import DataError
+
+CLASSES = 40
 
 
-class Spread(nn.Module):
-    """One spatial channel: the mean of all that it reads, at the latent's 4 x 4, or at a small picture's own size."""
+class Scenes:
+    """`number` RGB pictures of odd sizes, each with a map, a mask, boxes and a pair.
 
-    def __init__(self, keys: Sequence[str]) -> None:
-        super().__init__()
-        self.keys = tuple(keys)
-        self.register_buffer("place", torch.zeros(()), persistent=False)
-
-    def forward(self, batch: Mapping[str, Any]) -> Conditioning:
-        rows = len(batch[self.keys[0]])
-        total = torch.zeros(rows, 1, 4, 4)
-        for key in self.keys:
-            value = batch[key].float()
-            image = value[:, None] if key == "map" else value
-            if key == "low_resolution":
-                total = total.mean((2, 3), keepdim=True) + image.mean(1, keepdim=True)
-            elif image.ndim == 4:
-                total += F.adaptive_avg_pool2d(image.mean(1, keepdim=True), 4)
-            else:
-                total += value.flatten(1).mean(1)[:, None, None, None]
-        return Conditioning(spatial=total)
-
-    def null(self, n: int) -> Conditioning:
-        return Conditioning(spatial=torch.zeros(n, 1, 1, 1))
-
-
-def save_dense(folder: Path, runs: Runs, keys: Sequence[str], data: Mapping[str, Any] | None = None) -> Path:
-    """The diffusion model of `runs`, 16 x 16 pixels, one that reads these keys instead of classes.
+    The map is the picture's red channel, so that what is done to both can be compared.
 
     Args:
-        data: parameters of the data module in its configuration, and `facts` of the checkpoint.
+        salt: of the noise.
+        broken: items that cannot be read.
+        changes: {item: {key: value}} in place of what it has.
+        captions: of all items; None: they have none. Then they can be read alone.
     """
-    torch.manual_seed(3)
-    record = copy.deepcopy(store.record(store.verify(runs.diffusion).path))
-    params = record["config"]["model"]["params"]
-    params["conditioner"] = {"target": "tests.tiny_dense.Spread", "params": {"keys": [*keys]}}
-    params["network"]["params"] |= {"vector_channels": None, "spatial_channels": 1}
-    given = dict(data or {})
-    record["data"] = given.pop("facts", {})
-    record["config"]["data"] = node("latents.datamodule.LatentDataModule", **given)
-    parts = [build(params[name], ["tests"]) for name in ("network", "conditioner", "objective")]
-    module = LatentDiffusion(*parts, optimizer=ADAM, ema=partial(EMA, profile=FixedDecay()), label_dropout=0.1)
-    for denoiser in (module.denoiser, module.ema.average):
-        for weight in denoiser.parameters():
-            if weight.ndim > 1 and not weight.any():
-                nn.init.normal_(weight.data, std=0.05)
-    return save_run(folder, module, record)
+
+    num_classes = 3
+    class_names = None
+
+    def __init__(self, number=10, salt=0, broken=(), changes=None, size=(21, 27)):
+        self.number, self.salt, self.broken, self.changes, self.size = number, salt, broken, changes or {}, size
+
+    def __len__(self):
+        return self.number
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            raise DataError(f"{self.path(index)}: cannot be read")
+        random = np.random.default_rng([self.salt, index])
+        height, width = self.size[0] + index % 3, self.size[1] - index % 4
+        noise = random.integers(0, CLASSES, (height, width, 3), dtype=np.uint8)
+        corners = np.sort(random.uniform(0, 1, (index % 4, 2, 2)), axis=1) * (width, height)  # none of every fourth
+        boxes = np.concatenate([corners.reshape(-1, 4), random.integers(0, 9, (index % 4, 1))], 1)
+        item = {
+            "image": Image.fromarray(noise),
+            "class_label": index % 3,
+            "map": noise[..., 0].copy(),
+            "mask": np.where(random.uniform(size=(height, width)) < 0.5, 255, 0).astype(np.uint8),
+            "boxes": boxes.astype(np.float32),
+            "pair": Image.fromarray(255 - noise).resize((width // 2, height // 2)),
+        }
+        return item | self.changes.get(index, {})
+
+    def sizes(self):
+        return np.array([(self.size[0] + index % 3, self.size[1] - index % 4) for index in range(self.number)])
+
+    def path(self, index):
+        return f"memory/{index}.png"
+
+    def fingerprint(self):
+        return f"{self.number} {self.salt} {sorted(self.changes)}"
+
+    def prepare(self):
+        pass
 
 
-def load_dense(folder: Path) -> Pipeline:
-    return Pipeline.load(folder, trust=["tests"])
+class Blocks:
+    """A mask: a rectangle, and in one of four samples nothing. (Helper of tests; ldm/data/masks.py has real ones.)"""
+
+    reads = ("image",)
+
+    def __init__(self, salt: int = 0) -> None:
+        self.salt = salt
+
+    def describe(self):
+        return {"what": "blocks", "salt": self.salt}
+
+    def columns(self, rows):
+        n, _, height, width = rows["image"].shape
+        return {"mask": torch.empty(n, 1, height, width, dtype=torch.uint8, device="meta")}
+
+    def draw(self, row, random):
+        _, height, width = row["image"].shape
+        mask = torch.zeros(1, height, width, dtype=torch.uint8)
+        left, top = random.integers(0, width // 2), random.integers(0, height // 2)
+        if random.uniform() < 0.75:
+            mask[:, top : top + height // 3, left : left + width // 2] = 255
+        return mask
+
+
+class Halved:
+    """A low-resolution picture: every second pixel, and noise."""
+
+    reads = ("image",)
+
+    def describe(self):
+        return {"what": "halved"}
+
+    def columns(self, rows):
+        return {"low_resolution": rows["image"][..., ::2, ::2]}
+
+    def draw(self, row, random):
+        small = row["image"][..., ::2, ::2].numpy()
+        return torch.from_numpy(small ^ random.integers(0, 4, small.shape, dtype=np.uint8))

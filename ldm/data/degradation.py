@@ -40,7 +40,9 @@ class Degradation:
     factor, noise of 2 to 25 levels, JPEG of quality 30 to 95, at the end always, and before with probability 0.9. Its
     kernels are Pillow's; noise is half Gaussian, half Poisson, as Real-ESRGAN's.
 
-    Milliseconds a picture of 3 channels, one core, 4x, median: TIMES.
+    These ranges are for pictures of 256 pixels and more. Of 64 pixels, 4x, hardly anything remains to be recognized,
+    since a blur after the downscale is as wide as one before: name milder steps there, or use the classes below. A
+    picture of 3 channels, 4x, takes 2 ms at 64 pixels and 14 ms at 256 (medians of processor time, one core).
 
     Args:
         factor: by which both sides are divided.
@@ -85,6 +87,7 @@ class Degradation:
             "resizes": plain(self.resizes),
             "last": plain(self.last),
             "kernels": list(self.downscale.kernels),
+            "key": self.key,
         }
 
     def columns(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -122,8 +125,8 @@ class Degradation:
 class LightDegradation(Degradation):
     """Milder: latent diffusion's `bsrgan_light`, of which its `bsr_sr` was trained.
 
-    One blur, of a quarter of the width; the resize; noise of 1 to 2 levels; JPEG of quality 80 to 95. Milliseconds a
-    picture as for `Degradation`: LIGHT.
+    One blur, of a quarter of the width; the resize; noise of 1 to 2 levels; JPEG of quality 80 to 95. A picture of 3
+    channels, 4x, takes 1.4 ms at 64 pixels and 8 ms at 256; at 64 pixels the resize alone may leave 8.
 
     Args:
         factor, key: as for `Degradation`.
@@ -136,7 +139,9 @@ class LightDegradation(Degradation):
 
 
 class BicubicDegradation(Degradation):
-    """Bicubic, antialiased, and nothing else: what is not blind super-resolution. Nothing is drawn.
+    """Bicubic downscale, antialiased, and nothing else, whatever the sample number is.
+
+    A picture takes 0.2 ms at 64 pixels and 1 ms at 256.
 
     Args:
         factor, key: as for `Degradation`.

@@ -7,7 +7,8 @@ and in return the arithmetic is that of whole numbers, which is equal on all mac
 - Pillow resizes with fixed-point numbers.
 - JPEG is that of Pillow's libjpeg-turbo: another version of the library may encode differently.
 - Noise and the weights of a blur are computed in double precision with exponentials and logarithms, whose last bit may
-  differ between processors or C libraries; it decides about one pixel in 10^10.
+  differ between processors or C libraries; it decides about one pixel in 10^10. Another version of numpy may draw other
+  numbers.
 """
 
 import io
@@ -134,7 +135,8 @@ class Resize(Step):
 
     Args:
         factor: by which the sides of the picture are divided, as they were before all steps.
-        kernels: names of Pillow's, each as likely as any other.
+        kernels: names of Pillow's, each as likely as any other. (Nearest by an even factor shifts by half a pixel of
+            the picture that it is given.)
     """
 
     factor: tuple[Positive, Positive]

@@ -114,8 +114,9 @@ class EvalTransform:
 
     def labels(self, values: np.ndarray) -> np.ndarray:
         """Values (H,W) uint8 or int16 that lie on a picture, cropped as it is: each that of the nearest pixel."""
-        raw = values if values.itemsize == 1 else values.view(np.uint16)  # Pillow's type of two bytes
-        cropped: np.ndarray = np.array(self._nearest(Image.fromarray(np.ascontiguousarray(raw)))).view(values.dtype)
+        # As int32, since Pillow finds another pixel in 16 bits where two are as near.
+        raw = np.ascontiguousarray(values if values.itemsize == 1 else values.astype(np.int32))
+        cropped: np.ndarray = np.array(self._nearest(Image.fromarray(raw))).astype(values.dtype)
         return cropped
 
     def corners(self, corners: np.ndarray, size: Size) -> np.ndarray:

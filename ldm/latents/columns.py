@@ -114,7 +114,7 @@ class AlignedRows:
 
 def pixels(rows: Tensor) -> Tensor:
     """uint8 -> float32 in [-1,1], with the bits of `EvalTransform`."""
-    return (rows.float() / 255 - 0.5) / 0.5
+    return (rows.float() * (1 / 255) - 0.5) / 0.5
 
 
 def hole(rows: Tensor) -> Tensor:

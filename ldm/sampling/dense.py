@@ -49,12 +49,11 @@ class Dense:
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> "Dense":
         """From what a data module says of itself (`LatentDataModule.facts`), and a checkpoint with it."""
-        aligned, names = facts.get("aligned") or {}, facts.get("map_classes")
-        number = (aligned.get("map") or {}).get("num_classes")
+        aligned = facts.get("aligned") or {}
         return cls(
-            map_classes=names,
-            box_classes=facts.get("box_classes"),
-            num_map_classes=len(names) if number is None and names is not None else number,
+            map_classes=facts.get("map_class_names"),
+            box_classes=facts.get("box_class_names"),
+            num_map_classes=facts.get("map_classes") or (aligned.get("map") or {}).get("num_classes"),
             most_boxes=(aligned.get("boxes") or {}).get("most"),
             factor=((facts.get("drawn") or {}).get("low_resolution") or {}).get("factor"),
             fill=(facts.get("masked") or {}).get("fill", 0.0),
@@ -71,38 +70,25 @@ def asked(reads: Sequence[str], condition: Condition) -> tuple[str, ...]:
 def check(pipeline: "Pipeline", table: Columns, size: Size | None) -> None:
     """ConfigError, naming the condition, unless the columns are those of samples of this size."""
     height, width = pipeline.image_size(size)
-    channels, factor = pipeline.codec.in_channels, low_factor(pipeline)
-    shapes: dict[str, tuple[int | None, ...]] = {
-        "mask": (1, height, width),
-        "map": (height, width),
-        "pair": (None, height, width),
-        "image": (channels, height, width),
-        "low_resolution": (channels, height // factor, width // factor),
-        "masked_latent": pipeline.latent_shape(size),
-        "boxes": (None, 5),
-    }
-    reads = {*pipeline.conditioner.keys} | ({"image"} if "masked_latent" in pipeline.conditioner.keys else set())
-    for key, column in table.items():
-        if key not in shapes or key not in reads or not isinstance(column, Tensor):
-            continue
-        wanted, found = shapes[key], tuple(column.shape[1:])
+    channels, reads, factor = pipeline.codec.in_channels, pipeline.conditioner.keys, pipeline.dense.factor
+    shapes: dict[str, tuple[int | None, ...]] = {"map": (height, width), "pair": (None, height, width)}
+    if factor is not None:
+        shapes["low_resolution"] = (channels, height // factor, width // factor)
+    if "masked_latent" in reads:
+        shapes["masked_latent"] = pipeline.latent_shape(size)
+        shapes |= {"mask": (1, height, width), "image": (channels, height, width)}
+    for key in shapes.keys() & table.keys():
+        wanted, column = shapes[key], table[key]
+        found = tuple(column.shape[1:]) if isinstance(column, Tensor) else ("a text",)
         if len(found) != len(wanted) or any(a not in (None, b) for a, b in zip(wanted, found, strict=True)):
             spelled = ", ".join("any" if side is None else str(side) for side in wanted)
             raise ConfigError(
                 f"conditions: {key}: expected ({spelled}) for samples of {spell((height, width))} pixels, found {found}"
             )
-        _check_values(pipeline, key, column, table)
-
-
-def _check_values(pipeline: "Pipeline", key: str, column: Tensor, table: Columns) -> None:
-    for number, row in enumerate(column):
-        if key == "mask" and not bool(row.any()):
-            raise ConfigError(
-                f"condition {number}: mask: all of it is black, so there is nothing to paint anew; white is what may "
-                "change"
-            )
-        if key == "boxes" and isinstance(mask := table.get("boxes_mask"), Tensor):
-            check_boxes(row[mask[number].bool()], f"condition {number}: boxes", pipeline.dense)
+    boxes, there = table.get("boxes"), table.get("boxes_mask")
+    if isinstance(boxes, Tensor) and isinstance(there, Tensor):
+        for number, (row, mask) in enumerate(zip(boxes, there, strict=True)):
+            check_boxes(row[mask.bool()], f"condition {number}: boxes", pipeline.dense)
 
 
 def check_boxes(boxes: Tensor, what: str, dense: Dense) -> None:

@@ -233,19 +233,27 @@ class Guidance:
             if not torch.allclose(mine, other):
                 raise ConfigError(f"{found}: uses another path from data to noise than the model to guide")
 
-    def denoiser(self, pipeline: "Pipeline", batch: Mapping[str, Any] | None, number: int) -> Denoiser:
+    def denoiser(
+        self,
+        pipeline: "Pipeline",
+        batch: Mapping[str, Any] | None,
+        number: int,
+        within: Callable[[ConditionalDenoiser], ConditionalDenoiser] = lambda denoise: denoise,
+    ) -> Denoiser:
         """The guided denoiser of `number` rows.
 
         Args:
             batch: the rows' conditions as columns of a batch, on the pipeline's device; None: unconditional.
+            within: how each network is called, such as window by window (tiled.py).
         """
-        conditional = partial(pipeline.objective.denoise, pipeline.denoiser["network"])
+        conditional = within(partial(pipeline.objective.denoise, pipeline.denoiser["network"]))
         conditioner = pipeline.conditioner
         null = conditioner.null(number) if batch is None else dropped(conditioner, batch, number)
         conditioning = null if batch is None or not conditioner.keys else conditioner(batch)
         plain = classifier_free(conditional, conditioning, null, 1.0)
         if self.guide is not None:
-            guided = autoguidance(plain, Guidance().denoiser(self.guide, batch, number), self.scale, self.channels)
+            guide = Guidance().denoiser(self.guide, batch, number, within)
+            guided = autoguidance(plain, guide, self.scale, self.channels)
         elif self.classifier is not None and batch is not None:
             sees, labels = self.classifier, batch["class_label"]
             guided = classifier(plain, pipeline.objective, lambda x, t: sees(x, t, labels), self.scale, self.channels)

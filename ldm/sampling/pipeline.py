@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from ldm.autoencoder.codec import Codec, with_encoder
+from ldm.autoencoder.tiling import Tiling
 from ldm.checkpoints import store
 from ldm.config.load import build
 from ldm.config.tree import current_plain
@@ -143,18 +144,24 @@ class Pipeline:
             return False
         return self.label_dropout > 0 or (isinstance(self.conditioner, Joint) and self.conditioner.drops_all())
 
-    def latent_shape(self, size: Size | None = None) -> tuple[int, int, int]:
+    def latent_shape(self, size: Size | None = None, tile: Tiling | None = None) -> tuple[int, int, int]:
         """(c, h, w) of the latent of an image of `size` (height, width), pixels; None: of most training images.
 
+        Args:
+            tile: the network meets its tiles alone, so that only they need to suit it.
+
         Raises:
-            ConfigError: the autoencoder or the network cannot divide it.
+            ConfigError: the autoencoder or the network cannot divide it, or the tiles do not fit it.
         """
         trained = self.manifest.plan.shape
+        if tile is not None:
+            tile.require(self.image_size(size), self.codec.down_factor)
+            self.latent_shape(tile.tile)
         if size is None:
             return trained
         try:
             shape = self.codec.latent_shape(size)
-            if shape != trained:
+            if shape != trained and tile is None:
                 self._require(shape)
         except SizeError as error:
             sizes = ", ".join(spell((height, width)) for height, width in self.manifest.sizes or ())
@@ -193,6 +200,7 @@ class Pipeline:
         guidance: Guidance = UNGUIDED,
         init_image: InitImage | None = None,
         size: Size | None = None,
+        tile: Tiling | None = None,
         batch_size: int = 64,
         progress: bool = False,
     ) -> list[Image.Image]:
@@ -207,6 +215,7 @@ class Pipeline:
             guidance=guidance,
             init_image=init_image,
             size=size,
+            tile=tile,
             batch_size=batch_size,
             progress=progress,
         )

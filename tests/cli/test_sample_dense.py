@@ -10,13 +10,13 @@ from ldm.cli import sample
 from ldm.data.transforms import EvalTransform
 from ldm.images import to_arrays
 from ldm.sampling.shown import drawn_map
-from tests.tiny_dense import save_dense
+from tests.dense_models import save_dense
 
 MASKED, SMALL, MAPS, BOXES = ("mask", "masked_latent"), ("low_resolution",), ("map",), ("boxes", "boxes_mask")
 FACTS = {
     "aligned": {"map": {"num_classes": 3}, "boxes": {"most": 30}},
-    "box_classes": ["red heart", "cat"],
-    "map_classes": ["sky", "sea", "land"],
+    "box_class_names": ["red heart", "cat"],
+    "map_class_names": ["sky", "sea", "land"],
 }
 
 
