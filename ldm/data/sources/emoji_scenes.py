@@ -179,8 +179,9 @@ class EmojiScenes:
             found = next(
                 (one for one in self._tries(label, random) if not any(_meet(one, old) for old in placed)), None
             )
-            if found is not None:
-                placed.append(found)
+            if found is None:
+                break
+            placed.append(found)
         return placed
 
     def _tries(self, label: int, random: np.random.Generator) -> Iterator[_Placed]:

@@ -91,7 +91,7 @@ def test_stage_1_takes_the_pictures_alone():
 
 
 def test_more_emoji_than_there_is_room_for():
-    scenes = EmojiScenes(length=3, size=32, most=1000)
+    scenes = EmojiScenes(length=3, size=32, most=1000, classes=["cat"])
     assert all(1 <= len(scenes[index]["boxes"]) < 20 for index in range(3))
 
 
