@@ -43,10 +43,12 @@ class MaskedLatents:
 
     Args:
         masks: draws them. None: the items' own (`mask`), of which there is one.
-        variants: masks that are drawn for each item when the cache is built, which keeps 2 latents in fp16 and 2 masks
-            in bits of each: 2 variants take what the latents themselves do. None: a mask is drawn anew for each sample,
-            of an `image` in `data.params.aligned`, and encoded in the loop, which costs an encoder's pass and its
-            memory in each step. (A kl-f8 encoder takes about as long for a picture as a UNet's step on its latent.)
+        variants: masks that are drawn for each item when the cache is built. Each takes two latents in fp16 and two
+            masks in bits: of pictures of 256 pixels and latents of 4 x 32 x 32 as much as the latents themselves.
+            None: a mask is drawn anew for each sample, from the column `image`, and the autoencoder stays in memory and
+            encodes each picture of each batch: 8 pictures of 64 pixels take an f8 encoder of 2.1 M parameters 0.17 s of
+            one core, where forward and backward of a UNet of 4 M take 0.11 s. Its last bits then depend on how many
+            are encoded at once.
     """
 
     def __init__(self, masks: Drawn | None = None, variants: Count | None = None) -> None:
