@@ -18,6 +18,7 @@ from torch import Tensor
 from ldm.autoencoder.codec import Codec
 from ldm.data.dataset import ImageDataset
 from ldm.data.drawn import Drawn, draw_rows, meta_column
+from ldm.data.transforms import EvalTransform
 from ldm.errors import ConfigError, DataError
 from ldm.latents.aligned import Pixels
 from ldm.latents.columns import VALUE, AlignedRows, Column, Crop, hole, pixels
@@ -144,6 +145,11 @@ class Dense:
         """
         if not (self.aligned or self.all_drawn or self.masked):
             return None
+        if not isinstance(crop.transform, EvalTransform):
+            raise ConfigError(
+                "data.params.transform: what lies on pictures is cropped as EvalTransform crops them, found "
+                f"{type(crop.transform).__name__}: leave it out, or data.params.aligned, .drawn and .masked"
+            )
         kept = {
             name: parts.of_items(name, AlignedRows(column, crop), f"data.params.aligned.{name}", _TOO_MANY)
             for name, column in self.aligned.items()

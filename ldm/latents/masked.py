@@ -138,24 +138,24 @@ class MaskedRows:
             "aligned": {name: self.columns[name].describe() for name in reads},
         }
 
-    def read(self, number: int, item: Mapping[str, Any], path: str) -> tuple[Tensor, Tensor]:
-        """The picture (C,H,W) and its masks (variants,1,H,W), both uint8."""
+    def read(self, number: int, item: Mapping[str, Any], path: str) -> tuple[Tensor, Tensor, str]:
+        """The picture (C,H,W) and its masks (variants,1,H,W), both uint8, and its path."""
         picture, _ = Pixels().row(item, self.crop, path)
         masks = self.masked.masks
         if masks is None:
-            return picture, Mask().row(item, self.crop, path)[0][None]
+            return picture, Mask().row(item, self.crop, path)[0][None], path
         rows = {name: self.columns[name].row(item, self.crop, path)[0] for name in masks.reads}
         alike = {name: row.expand(self._variants, *row.shape) for name, row in rows.items()}
         numbers = number * self._variants + np.arange(self._variants)
-        return picture, draw_rows(NAME, masks, alike, self.SEED, numbers)
+        return picture, draw_rows(NAME, masks, alike, self.SEED, numbers), path
 
-    def found(self, read: tuple[Tensor, Tensor]) -> Found:
-        picture, masks = read
+    def found(self, read: tuple[Tensor, Tensor, str]) -> Found:
+        picture, masks, path = read
         left = grayed(pixels(picture)[None], masks)
         both = torch.stack([left, left.flip(-1)], 1).flatten(0, 1)  # of each mask plain, mirrored
         means = torch.cat([self.codec.encode(some)[0].cpu() for some in both.split(_AT_ONCE)])
         if not bool((means.abs() <= LARGEST).all()):
-            raise DataError(f"latent of a masked picture: expected magnitudes up to {LARGEST:g} (fp16)")
+            raise DataError(f"{path}: latent of the masked picture: expected magnitudes up to {LARGEST:g} (fp16)")
         holes = torch.stack([masks, masks.flip(-1)], 1).flatten(0, 1).flatten(1).numpy()
         bits = np.packbits(holes > 0, axis=1)
         rows = zip(means.half(), bits, strict=True)

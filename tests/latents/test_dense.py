@@ -381,6 +381,21 @@ def test_a_wrong_configuration_is_one_message(make, params, said):
     assert not Path("cache").exists()
 
 
+def test_a_transform_of_another_kind_is_refused(make):
+    class Other:
+        size = (16, 16)
+        describe, __call__ = EvalTransform(16).describe, EvalTransform(16).__call__
+
+    with pytest.raises(ConfigError, match=r"data.params.transform: .* as EvalTransform crops them, found Other"):
+        make(transform=Other(), aligned={"map": Map()}).setup()
+
+
+def test_latents_beyond_fp16_name_their_picture(make, monkeypatch):
+    monkeypatch.setattr("ldm.latents.masked.LARGEST", 1e-6)
+    with pytest.raises(DataError, match=r"memory/0.png: latent of the masked picture: expected magnitudes up to"):
+        make(masked=MaskedLatents(Blocks(), 2)).setup()
+
+
 def test_a_mask_of_its_own_is_one():
     with pytest.raises(ConfigError, match=r"data.params.masked.variants: an item has one mask of its own, found 4"):
         MaskedLatents(variants=4)
