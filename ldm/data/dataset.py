@@ -6,7 +6,6 @@ lies on the picture and is cropped and mirrored with it (`ALIGNED`).
 """
 
 import hashlib
-import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol, TypedDict, runtime_checkable
 
@@ -15,13 +14,7 @@ from PIL import Image
 
 from ldm.data import fingerprint
 from ldm.errors import ConfigError, DataError
-from ldm.randomness import keys as random_keys
-from ldm.randomness import permutation
 from ldm.ranges import CountOrZero
-from ldm.runtime import distributed
-
-logger = logging.getLogger(__name__)
-
 
 Picture = Image.Image | np.ndarray
 """A PIL image, gray, RGB or RGBA; or (H,W,C) uint8."""
@@ -175,31 +168,6 @@ class Tabular(Protocol):
 
     def columns(self) -> Mapping[str, np.ndarray]:
         """By key of a batch: (N,) or (N, k) float32, a row for each item."""
-
-
-def conditions(dataset: ImageDataset, keys: Sequence[str], number: int) -> list[dict[str, Any]]:
-    """What that many items, scattered, always the same, would be asked for by: their class and first caption.
-
-    Args:
-        keys: to have; others than "class_label" and "caption" are no data set's, and then there are no conditions.
-    """
-    if not keys or not {*keys} <= {"class_label", "caption"}:
-        return []
-    found = []
-    for item in permutation(0, 0, len(dataset))[:number].tolist():
-        try:
-            row: dict[str, Any] = {**dataset[item]}
-        except DataError:
-            continue
-        found.append(asked_for(row, keys))
-    return found
-
-
-def asked_for(item: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    """The keys of an item as a sample is asked for by them: of several captions the first."""
-    caption = item.get("caption", "")
-    said = {**item, "caption": caption if isinstance(caption, str) else caption[0]}
-    return {key: said[key] for key in keys}
 
 
 def columns(dataset: ImageDataset) -> Mapping[str, np.ndarray]:
@@ -365,40 +333,3 @@ class Subset:
 
     def prepare(self) -> None:
         self.dataset.prepare()
-
-
-def hold_out(dataset: ImageDataset, number: int) -> tuple[Subset, Subset]:
-    """Split into (the rest, `number` scattered items): the same split in every run, whatever its seed.
-
-    If a data set has no more than `number` items, a tenth is held out instead, with a warning, so that a configuration
-    made for a large data set also works for a small one. Classes of which nothing is left to train on are named in
-    another warning.
-
-    Raises:
-        DataError: nothing would be left to train on.
-    """
-    total = len(dataset)
-    if number < 1 or total < 2:
-        raise DataError(
-            f"data.params.num_validation: cannot hold out {number} of {total} items; write 0 to train on all of them"
-        )
-    tenth = max(1, total // 10)
-    held_out = number if number < total else tenth
-    if 2 * number > total and distributed.is_main():
-        found = f"data.params.num_validation: {number} of {total} items"
-        if number < total:
-            logger.warning(
-                "%s are held out, %d are left to train on; a tenth would be %d", found, total - number, tenth
-            )
-        else:
-            logger.warning("%s would leave none to train on; a tenth, %d, is held out instead", found, tenth)
-    ranking = np.argsort(random_keys(0, "hold out", np.arange(total)), kind="stable")
-    rest, scattered = sorted(ranking[held_out:].tolist()), sorted(ranking[:held_out].tolist())
-    emptied = emptied_classes(dataset, scattered) if distributed.is_main() else []
-    if emptied:
-        logger.warning(
-            "data.params.num_validation: the %d items held out include all items of %d classes, so that none are left "
-            "to train on: %s; hold out fewer items, or add images to these classes",
-            *(held_out, len(emptied), ", ".join(emptied)),
-        )
-    return Subset(dataset, rest), Subset(dataset, scattered)

@@ -42,7 +42,7 @@ class Degradation:
 
     These ranges are for pictures of 256 pixels and more. Of 64 pixels, 4x, hardly anything remains to be recognized,
     since a blur after the downscale is as wide as one before: name milder steps there, or use the classes below. A
-    picture of 3 channels, 4x, takes 2.3 ms at 64 pixels and 16 ms at 256 (medians of processor time, one core).
+    picture of 3 channels, 4x, takes 2 ms at 64 pixels and 14 ms at 256 (medians of processor time, one core).
 
     Args:
         factor: by which both sides are divided.
@@ -126,7 +126,7 @@ class LightDegradation(Degradation):
     """Milder: latent diffusion's `bsrgan_light`, of which its `bsr_sr` was trained.
 
     One blur, of a quarter of the width; the resize; noise of 1 to 2 levels; JPEG of quality 80 to 95. A picture of 3
-    channels, 4x, takes 1.6 ms at 64 pixels and 10 ms at 256; at 64 pixels the resize alone may leave 8.
+    channels, 4x, takes 1.4 ms at 64 pixels and 8 ms at 256; at 64 pixels the resize alone may leave 8.
 
     Args:
         factor, key: as for `Degradation`.

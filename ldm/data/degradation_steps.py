@@ -135,7 +135,8 @@ class Resize(Step):
 
     Args:
         factor: by which the sides of the picture are divided, as they were before all steps.
-        kernels: names of Pillow's, each as likely as any other.
+        kernels: names of Pillow's, each as likely as any other. (Nearest by an even factor shifts by half a pixel of
+            the picture that it is given.)
     """
 
     factor: tuple[Positive, Positive]

@@ -18,7 +18,8 @@ class Masks:
 
     A mask never has an empty hole. One whose share of hole is out of bounds is drawn again, of the same kind, so that
     the weights are those of the masks that are seen. At 256 pixels a mask takes 0.4 ms (strokes),
-    0.9 ms (narrow strokes) or under 0.2 ms (others), at 1024 pixels 0.9, 2 and 0.3 ms (medians, one core).
+    0.9 ms (narrow strokes) or under 0.2 ms (others), at 1024 pixels 0.8, 1.4 and 0.3 ms (medians of processor
+    time, one core).
 
     Args:
         kinds: objects of `ldm/data/mask_kinds.py` and `ldm/data/given_masks.py`; None: LaMa's wide masks (Suvorov et

@@ -128,7 +128,7 @@ class Dense:
             if part.ragged:
                 batch[f"{name}_mask"] = torch.empty(rows, part.shape[0], dtype=torch.bool, device="meta")
         for name, drawn in self.all_drawn.items():
-            batch[name] = _placed(name, meta_column(name, drawn, raw))
+            batch[name] = placed(name, meta_column(name, drawn, raw))
         if self.masked is not None:
             batch[MASK] = torch.empty(rows, 1, *crop.size, device="meta")
             batch[LATENT] = torch.empty_like(latent)
@@ -170,12 +170,13 @@ class Dense:
         for name, column in self.aligned.items():
             batch[name] = column.placed(batch[name])
         for name in self.all_drawn:
-            batch[name] = _placed(name, batch[name])
+            batch[name] = placed(name, batch[name])
         if self.masked is None:
             return
         if self.live:
             assert codec is not None, "kept where it is needed"
-            batch[LATENT] = live(batch["image"], batch[MASK], codec)
+            assert self.masked is not None, "only then anything is live"
+            batch[LATENT] = live(batch["image"], batch[MASK], codec, self.masked.fill)
         else:
             batch[MASK] = hole(batch[MASK])
         batch[LATENT] = manifest.standardize(batch[LATENT].float())
@@ -232,6 +233,6 @@ class DenseRows:
         return batch
 
 
-def _placed(name: str, rows: Tensor) -> Tensor:
+def placed(name: str, rows: Tensor) -> Tensor:
     """A drawn column as a model reads it: a mask as 0 and 1, pixels in [-1,1]."""
     return hole(rows) if name == MASK else pixels(rows)

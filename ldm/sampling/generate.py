@@ -7,23 +7,28 @@ An image depends only on its seed and its condition, not on the batch it was mad
 The initial noise is drawn on the CPU, so that a seed gives the same image on every machine.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ldm.autoencoder.tiling import Tiling, decode, encode
+from ldm.diffusion.conditioners.base import defaults
 from ldm.errors import NumericError
 from ldm.images import to_arrays
 from ldm.randomness import Draws
 from ldm.runtime.progress import shown
+from ldm.sampling import dense
 from ldm.sampling.conditions import Columns, Condition, check_conditions, rows
-from ldm.sampling.guidance import Guidance
+from ldm.sampling.guidance import ConditionalDenoiser, Guidance
 from ldm.sampling.img2img import InitImage, inpaint
 from ldm.sampling.samplers import Sampler, ddim
 from ldm.sampling.steps import start
+from ldm.sampling.tiled import tiled
 from ldm.sampling.timesteps import TimestepSchedule, default
 from ldm.sizes import Size, uncropped
 
@@ -55,6 +60,7 @@ def generate(
     guidance: Guidance = UNGUIDED,
     init_image: InitImage | None = None,
     size: Size | None = None,
+    tile: Tiling | None = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> Iterator[Sample]:
@@ -63,23 +69,26 @@ def generate(
     Args:
         seeds: any integers of 64 bits; the same seed gives the same starting noise, whatever the condition.
         conditions: one for each seed, such as {"class_label": 3}; None: unconditional samples, even from a conditional
-            model. Of sizes that a model reads (ldm/latents/numbers.py) none need be said.
+            model. Of sizes that a model reads (ldm/latents/numbers.py) none need be said. Pictures, masks, maps and
+            layouts: dense.py.
         sampler: of samplers.py, such as `ddim` or `partial(ddim, eta=0.5)`.
         steps: of the sampler, one network call each (heun: two).
         schedule: of timesteps.py, where the steps lie between noise and data.
         guidance: how strongly samples are guided toward their conditions.
         init_image: an image to start from (image-to-image, inpainting), of that `size`; None: pure noise.
         size: (height, width) of the images, pixels; None: that of the training images, or of most of them.
+        tile: make them in tiles, as are larger than the training images; one image at a time. None: as a whole.
         batch_size: images generated at once; affects only speed and memory.
         progress: show a progress bar.
 
     Raises:
         ConfigError: conditions that the model does not know, an invalid number of steps, guidance by a model of other
-            latents, classifier-free guidance of a model that was never trained without its conditions, or a size that
-            the autoencoder or the network cannot divide.
+            latents, classifier-free guidance of a model that was never trained without its conditions, a size that
+            the autoencoder or the network cannot divide, or tiles that do not fit it.
         NumericError: the network's output is not finite.
     """
-    shape = pipeline.latent_shape(size)
+    shape = pipeline.latent_shape(size, tile)
+    batch_size = batch_size if tile is None else 1
     times = schedule(pipeline.objective, steps, shape)
     table = check(pipeline, seeds, conditions, times, guidance, size)
     if init_image is not None:
@@ -89,7 +98,7 @@ def generate(
             show(first, len(seeds))
             few = slice(first, first + batch_size)
             batch = None if table is None else rows(table, few, pipeline.device)
-            images = _images(pipeline, seeds[few], batch, sampler, times, guidance, init_image, shape)
+            images = _images(pipeline, seeds[few], batch, sampler, times, guidance, init_image, shape, tile)
             yield from map(Sample, seeds[few], [None] * len(images) if conditions is None else conditions[few], images)
         show(len(seeds), len(seeds))
 
@@ -105,7 +114,7 @@ def check(
     """Everything `generate` checks before it starts; its arguments and errors, `times` (steps + 1,) of the schedule.
 
     Returns the columns of the conditions, if there are any. Sizes that a model reads, and no condition says, are those
-    of a picture that has the `size` that is made, and of which nothing was cropped.
+    of a picture that has the `size` that is made, and of which nothing was cropped; likewise other defaults.
     """
     guidance.check(pipeline, conditions is not None, times)
     if conditions is None:
@@ -115,9 +124,14 @@ def check(
     # A classifier reads the class, whether or not the model does.
     own = () if guidance.classifier is None else ("class_label",)
     reads = tuple(dict.fromkeys([*pipeline.conditioner.keys, *own]))
-    whole = {name: value for name, value in uncropped(pipeline.image_size(size)).items() if name in reads}
+    left_out = defaults(pipeline.conditioner)
+    sizes = uncropped(pipeline.image_size(size))
+    whole = {**left_out, **{name: value for name, value in sizes.items() if name in reads}}
     said = [{**whole, **condition} for condition in conditions] if whole else conditions
-    return check_conditions(said, reads, pipeline.manifest.plan.num_classes)
+    wanted = dense.asked([*reads, *left_out], said[0] if said else {})
+    table = check_conditions(said, wanted, pipeline.manifest.plan.num_classes)
+    dense.check(pipeline, table, size)
+    return table
 
 
 # Not inference_mode: training could then not use the tables that objective and manifest cache on a device.
@@ -131,30 +145,47 @@ def _images(
     guidance: Guidance,
     init_image: InitImage | None,
     shape: tuple[int, int, int],
+    tile: Tiling | None,
 ) -> np.ndarray:
     """(N,H,W,C) uint8."""
     number, device, manifest = len(seeds), pipeline.device, pipeline.manifest
+    batch = None if batch is None else dense.completed(pipeline, batch)
     with _evaluating(pipeline.denoiser):
         draws = Draws(SEED, seeds, number, device)
-        denoise = guidance.denoiser(pipeline, None if batch is None else {**batch, "draws": draws}, number)
+        if batch is not None:
+            size = torch.empty(number, *shape, device="meta")  # of which a conditioner may read the height and width
+            batch = {**batch, "draws": draws, "latent": size}
+        denoise = guidance.denoiser(pipeline, batch, number, _within(pipeline, shape, tile))
         noise = Draws(SEED, seeds, number).normal("noise", shape).to(device)
         known = None
         if init_image is not None:
             times = init_image.times(times)
-            known = manifest.standardize(pipeline.codec.encode(init_image.image[None])[0])  # (1,c,h,w)
+            known = manifest.standardize(encode(pipeline.codec, init_image.image[None], tile)[0])  # (1,c,h,w)
             if (kept := init_image.latent_mask(shape)) is not None:
                 denoise = inpaint(denoise, known, kept.to(device))
         x = start(pipeline.objective, noise, times[0], known)
         latents = sampler(denoise, pipeline.objective, x, times, draws=draws)
-        images = pipeline.codec.decode(manifest.unstandardize(latents))
+        images = decode(pipeline.codec, manifest.unstandardize(latents), tile)
         if init_image is not None:
             images = init_image.composite(images)
+        images = dense.kept(pipeline, images, batch)
     if not bool(torch.isfinite(images).all()):
         steered = "" if guidance.scale == 1 else f", or guidance {guidance.scale:g} overflows"
         raise NumericError(
             f"a sample of the seeds {list(seeds)} is not finite: the weights are damaged or have diverged{steered}"
         )
     return to_arrays(images)
+
+
+def _within(
+    pipeline: "Pipeline", shape: tuple[int, int, int], tile: Tiling | None
+) -> Callable[[ConditionalDenoiser], ConditionalDenoiser]:
+    """How a network is called on a latent of this `shape`."""
+    if tile is None:
+        return lambda denoise: denoise
+    factor = pipeline.codec.down_factor
+    windows = tile.windows((shape[1] * factor, shape[2] * factor), factor, device=pipeline.device)
+    return partial(tiled, windows=windows, at_once=tile.at_once)
 
 
 @contextmanager

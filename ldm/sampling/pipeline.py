@@ -14,16 +14,17 @@ from PIL import Image
 from torch import nn
 
 from ldm.autoencoder.codec import Codec, with_encoder
+from ldm.autoencoder.tiling import Tiling
 from ldm.checkpoints import store
 from ldm.config.load import build
 from ldm.config.tree import current_plain
-from ldm.diffusion.conditioners.base import Conditioner, require_conditioner
-from ldm.diffusion.conditioners.joint import Joint
+from ldm.diffusion.conditioners.base import Conditioner, drops_all, kept_keys, require_conditioner
 from ldm.diffusion.objectives import Objective
 from ldm.errors import CheckpointError, ConfigError
 from ldm.images import picture
 from ldm.latents.manifest import Manifest, same_encoder
 from ldm.sampling.conditions import Condition
+from ldm.sampling.dense import Dense
 from ldm.sampling.generate import UNGUIDED, generate
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.img2img import InitImage
@@ -48,6 +49,7 @@ class Pipeline:
         manifest: of the latent cache: shape and scale of the latents, the classes.
         label_dropout: the fraction of images that it was trained on without their conditions.
         origin: where the weights come from, in plain values: {"checkpoint", "step", "weights"}.
+        dense: what is known of its pictures, maps and layouts as conditions.
     """
 
     denoiser: nn.ModuleDict
@@ -56,6 +58,7 @@ class Pipeline:
     manifest: Manifest
     label_dropout: float
     origin: Mapping[str, Any] = field(default_factory=dict)
+    dense: Dense = field(default_factory=Dense)
 
     @classmethod
     def load(
@@ -97,14 +100,27 @@ class Pipeline:
         origin = {"checkpoint": str(file), "step": record["step"], "weights": "ema" if ema else "raw"}
         denoiser.requires_grad_(False).eval()
         dropout = params.get("label_dropout", 0.0)
-        return cls(denoiser.to(device), objective.to(device), codec.to(device), manifest, dropout, origin)
+        dense = Dense.of(record.get("data") or {})
+        return cls(denoiser.to(device), objective.to(device), codec.to(device), manifest, dropout, origin, dense)
 
     @classmethod
-    def from_module(cls, module: "LatentDiffusion", codec: Codec, manifest: Manifest, ema: bool = True) -> "Pipeline":
-        """From a model in training, whose weights it shares; `codec` should be on the module's device."""
+    def from_module(
+        cls,
+        module: "LatentDiffusion",
+        codec: Codec,
+        manifest: Manifest,
+        ema: bool = True,
+        facts: Mapping[str, Any] | None = None,
+    ) -> "Pipeline":
+        """From a model in training, whose weights it shares; `codec` should be on the module's device.
+
+        Args:
+            facts: of the data module.
+        """
         denoiser = module.ema.average if ema else module.denoiser
         assert isinstance(denoiser, nn.ModuleDict)
-        return cls(denoiser, module.objective, codec, manifest, module.label_dropout)
+        dense = Dense.of(facts or {})
+        return cls(denoiser, module.objective, codec, manifest, module.label_dropout, dense=dense)
 
     @property
     def device(self) -> torch.device:
@@ -121,21 +137,30 @@ class Pipeline:
 
     @property
     def knows_null(self) -> bool:
-        """Whether the model was also trained without its conditions."""
-        return self.label_dropout > 0 or (isinstance(self.conditioner, Joint) and self.conditioner.drops_all())
+        """Whether the model was also trained without its conditions, but for those that it keeps (Joint)."""
+        kept = kept_keys(self.conditioner)
+        if kept and {*kept} == {*self.conditioner.keys}:
+            return False
+        return self.label_dropout > 0 or drops_all(self.conditioner)
 
-    def latent_shape(self, size: Size | None = None) -> tuple[int, int, int]:
+    def latent_shape(self, size: Size | None = None, tile: Tiling | None = None) -> tuple[int, int, int]:
         """(c, h, w) of the latent of an image of `size` (height, width), pixels; None: of most training images.
 
+        Args:
+            tile: the network meets its tiles alone, so that only they need to suit it.
+
         Raises:
-            ConfigError: the autoencoder or the network cannot divide it.
+            ConfigError: the autoencoder or the network cannot divide it, or the tiles do not fit it.
         """
         trained = self.manifest.plan.shape
+        if tile is not None:
+            tile.require(self.image_size(size), self.codec.down_factor)
+            self.latent_shape(tile.tile)
         if size is None:
             return trained
         try:
             shape = self.codec.latent_shape(size)
-            if shape != trained:
+            if shape != trained and tile is None:
                 self._require(shape)
         except SizeError as error:
             sizes = ", ".join(spell((height, width)) for height, width in self.manifest.sizes or ())
@@ -174,6 +199,7 @@ class Pipeline:
         guidance: Guidance = UNGUIDED,
         init_image: InitImage | None = None,
         size: Size | None = None,
+        tile: Tiling | None = None,
         batch_size: int = 64,
         progress: bool = False,
     ) -> list[Image.Image]:
@@ -188,6 +214,7 @@ class Pipeline:
             guidance=guidance,
             init_image=init_image,
             size=size,
+            tile=tile,
             batch_size=batch_size,
             progress=progress,
         )

@@ -238,7 +238,7 @@ def save(file, mask):
 def test_masks_of_a_folder_are_drawn_by_number_and_resized_by_nearest(tmp_path):
     left, top = [[255, 0], [255, 0]], [[200, 200], [0, 127]]
     save(tmp_path / "a.png", left)
-    save(tmp_path / "more" / "b.png", top)
+    save(tmp_path / "more" / "b.PNG", top)
     masks = Masks([MaskFolder(str(tmp_path))])
     made = draw_rows("mask", masks, rows(4, 6, number=200), 0, range(200))[:, 0]
     large = [torch.tensor(one).ge(128).repeat_interleave(2, 0).repeat_interleave(3, 1) for one in (left, top)]

@@ -19,6 +19,7 @@ _KEPT = frozenset(
     {"images", "annotations", "categories", "id", "file_name", "width", "height", "name"}
     | {"image_id", "category_id", "bbox", "iscrowd"}
 )
+_NOTHING = 1e-3  # pixels: the third decimal is rounding
 _SHAPE = '{"images": [...], "annotations": [...], "categories": [...]}'
 
 
@@ -124,8 +125,8 @@ def read(path: Path) -> CocoFile:
     images, boxes, crowds = _annotations(path, document["annotations"], image_of, class_of)
     limits = sizes[images][:, [1, 0, 1, 0]]
     clipped = np.concatenate([np.clip(boxes[:, :4], 0, limits), boxes[:, 4:]], axis=1)
-    whole = (clipped[:, 2] > clipped[:, 0]) & (clipped[:, 3] > clipped[:, 1])
-    cut = whole & (np.abs(clipped - boxes) > 1e-3).any(1)  # the third decimal is rounding
+    whole = (clipped[:, 2:4] - clipped[:, :2] > _NOTHING).all(1)
+    cut = whole & (np.abs(clipped - boxes) > _NOTHING).any(1)
     notes = [
         f"{crowds} crowds are left out" if crowds else "",
         _counted(~whole, "boxes have no area in their picture and are left out", images, names),

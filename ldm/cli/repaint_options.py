@@ -1,0 +1,34 @@
+"""The flags of sample.py for inpainting that goes back and forth."""
+
+from collections.abc import Callable
+from typing import Any
+
+from ldm.cli.options import whole_number
+from ldm.errors import ConfigError
+from ldm.sampling.repaint import RePaint
+from ldm.sampling.samplers import Sampler
+
+JUMP = 10
+"""Of the paper."""
+
+
+def add_repaint(add: Callable[..., Any]) -> None:
+    """--resamplings and --jump."""
+    often = "with --mask: take every few steps that often, so that what is new agrees with what stays (default: 1)"
+    add("--resamplings", type=whole_number, default=1, metavar="N", help=often)
+    add("--jump", type=whole_number, metavar="STEPS", help=f"how many steps are taken again (default: {JUMP})")
+
+
+def check_repaint(options: Any) -> None:
+    """ConfigError for flags that do nothing."""
+    if options.resamplings > 1 and options.mask is None:
+        raise ConfigError(f"--resamplings {options.resamplings}: belongs to --mask FILE, which is missing.")
+    if options.jump is not None and options.resamplings == 1:
+        raise ConfigError(f"--jump {options.jump}: belongs to --resamplings N, above 1, which is missing.")
+
+
+def resampled(sampler: Sampler, options: Any) -> Sampler:
+    """The sampler with what --resamplings and --jump say."""
+    if options.resamplings == 1:
+        return sampler
+    return RePaint(sampler, options.resamplings, JUMP if options.jump is None else options.jump)
