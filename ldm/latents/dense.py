@@ -18,6 +18,7 @@ from torch import Tensor
 from ldm.autoencoder.codec import Codec
 from ldm.data.dataset import ImageDataset
 from ldm.data.drawn import Drawn, draw_rows, meta_column
+from ldm.data.transforms import EvalTransform
 from ldm.errors import ConfigError, DataError
 from ldm.latents.aligned import Pixels
 from ldm.latents.columns import VALUE, AlignedRows, Column, Crop, hole, pixels
@@ -85,8 +86,8 @@ class Dense:
         return self.masked is not None and self.masked.variants is None
 
     @property
-    def _drawn(self) -> dict[str, Drawn]:
-        """With the masks of which nothing is cached."""
+    def all_drawn(self) -> dict[str, Drawn]:
+        """What is drawn for each sample, with the masks of which nothing is cached."""
         if self.masked is None or self.masked.masks is None or not self.live:
             return dict(self.drawn)
         return {**self.drawn, MASK: self.masked.masks}
@@ -126,7 +127,7 @@ class Dense:
             batch[name] = column.placed(raw[name])
             if part.ragged:
                 batch[f"{name}_mask"] = torch.empty(rows, part.shape[0], dtype=torch.bool, device="meta")
-        for name, drawn in self._drawn.items():
+        for name, drawn in self.all_drawn.items():
             batch[name] = placed(name, meta_column(name, drawn, raw))
         if self.masked is not None:
             batch[MASK] = torch.empty(rows, 1, *crop.size, device="meta")
@@ -142,8 +143,13 @@ class Dense:
             codec: the autoencoder.
             encoder: the hash of its encoder.
         """
-        if not (self.aligned or self._drawn or self.masked):
+        if not (self.aligned or self.all_drawn or self.masked):
             return None
+        if not isinstance(crop.transform, EvalTransform):
+            raise ConfigError(
+                "data.params.transform: what lies on pictures is cropped as EvalTransform crops them, found "
+                f"{type(crop.transform).__name__}: leave it out, or data.params.aligned, .drawn and .masked"
+            )
         kept = {
             name: parts.of_items(name, AlignedRows(column, crop), f"data.params.aligned.{name}", _TOO_MANY)
             for name, column in self.aligned.items()
@@ -152,26 +158,6 @@ class Dense:
         if self.masked is not None and not self.live:
             masked = parts.of_items(NAME, MaskedRows(self.masked, crop, codec, encoder, self._readable), KEY)
         return DenseRows(self, crop, kept, masked)
-
-    def gathered(
-        self, opened: "DenseRows", items: np.ndarray, numbers: np.ndarray, mirrored: np.ndarray, seed: int
-    ) -> dict[str, Tensor]:
-        """The columns of a batch on the host; see `DenseRows.gather`."""
-        batch: dict[str, Tensor] = {}
-        first, sides = np.zeros(len(items), np.int64), torch.from_numpy(mirrored)
-        for name, part in opened.kept.items():
-            found = part.gather(name, items, first)
-            rows = found[f"{name}.{VALUE}"]
-            rows[sides] = self.aligned[name].mirrored(rows[sides])
-            batch[name] = rows
-            if (mask := found.get(f"{name}.{VALUE}_mask")) is not None:
-                batch[f"{name}_mask"] = mask
-        kept = dict(batch)
-        for name, drawn in self._drawn.items():
-            batch[name] = draw_rows(name, drawn, kept, seed, numbers)
-        if opened.masked is not None and self.masked is not None:
-            batch |= self.masked.gathered(opened.masked, opened.crop.size, items, numbers, mirrored, seed)
-        return batch
 
     def place(self, batch: dict[str, Any], manifest: Manifest, codec: Codec | None) -> None:
         """Turn the columns of a batch, on the device, into what a model reads.
@@ -183,7 +169,7 @@ class Dense:
         """
         for name, column in self.aligned.items():
             batch[name] = column.placed(batch[name])
-        for name in self._drawn:
+        for name in self.all_drawn:
             batch[name] = placed(name, batch[name])
         if self.masked is None:
             return
@@ -230,7 +216,21 @@ class DenseRows:
             mirrored: (N,) bool: of these samples the mirror image is seen.
             seed: of the run; of validation `VALIDATION_SEED`.
         """
-        return self.dense.gathered(self, items, numbers, mirrored, seed)
+        batch: dict[str, Tensor] = {}
+        first, sides = np.zeros(len(items), np.int64), torch.from_numpy(mirrored)
+        for name, part in self.kept.items():
+            found = part.gather(name, items, first)
+            rows = found[f"{name}.{VALUE}"]
+            rows[sides] = self.dense.aligned[name].mirrored(rows[sides])
+            batch[name] = rows
+            if (mask := found.get(f"{name}.{VALUE}_mask")) is not None:
+                batch[f"{name}_mask"] = mask
+        kept = dict(batch)
+        for name, drawn in self.dense.all_drawn.items():
+            batch[name] = draw_rows(name, drawn, kept, seed, numbers)
+        if self.masked is not None and self.dense.masked is not None:
+            batch |= self.dense.masked.gathered(self.masked, self.crop.size, items, numbers, mirrored, seed)
+        return batch
 
 
 def placed(name: str, rows: Tensor) -> Tensor:

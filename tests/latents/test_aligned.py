@@ -11,17 +11,19 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm.autoencoder.codec import Codec
 from ldm.data.transforms import EvalTransform
 from ldm.errors import ConfigError, DataError
 from ldm.images import to_uint8
 from ldm.latents.aligned import Boxes, Map, Mask, Pair, Pixels
 from ldm.latents.columns import AlignedRows, Crop, pixels
 from ldm.latents.dataset_parts import DatasetParts
+from ldm.latents.masked import MaskedLatents, MaskedRows
 from ldm.latents.part_reader import PartReader
 from ldm.latents.parts import verify
 from ldm.latents.shards import MANIFEST
 from tests.latents.test_parts import content
-from tests.tiny_dense import CLASSES, Scenes
+from tests.tiny_dense import CLASSES, Blocks, Scenes
 
 SIZES = [(21, 27), (27, 21), (16, 16), (33, 16), (17, 40), (5, 101), (640, 9), (16, 17)]
 CROPS = [16, (12, 20), (7, 9), (31, 30)]
@@ -257,20 +259,31 @@ def test_a_stale_part_is_refused_by_key(change, key):
         built(**{"column": Map(CLASSES), **change})
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_a_build_killed_at_any_moment_goes_on_to_the_same_bytes(here, world):
-    class Slow(Scenes):
-        def __getitem__(self, index):
-            time.sleep(0.001)
-            return super().__getitem__(index)
+def build_boxes(dataset, cache):
+    built(Boxes(), dataset, cache)
 
+
+def build_masked(dataset, cache):
+    """Of pixels, which are encoded by no network."""
+    made = MaskedRows(MaskedLatents(Blocks(), 2), crop_of(), Codec.pixels(3), "none", {"image": Pixels()})
+    DatasetParts("train", dataset, Path(cache)).of_items("x", made, "data.params.masked")
+
+
+class Slow(Scenes):
+    def __getitem__(self, index):
+        time.sleep(0.001)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize(("build", "world"), [(build_boxes, 1), (build_masked, 2)])
+def test_a_build_killed_at_any_moment_goes_on_to_the_same_bytes(here, build, world):
     def work(rank):
         torch.set_num_threads(1)
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
-        built(Boxes(), Slow(150), "killed")
+        build(Slow(150), "killed")
         os._exit(0)
 
-    built(Boxes(), Scenes(150), "whole")
+    build(Scenes(150), "whole")
     draw, kills = np.random.default_rng(world), 0
     for attempt in range(20):
         builders = [get_context("fork").Process(target=work, args=(rank,)) for rank in range(world)]
@@ -283,6 +296,6 @@ def test_a_build_killed_at_any_moment_goes_on_to_the_same_bytes(here, world):
             kills += builder.exitcode == -signal.SIGKILL
         if (here / "killed" / "train-x" / MANIFEST).exists():
             break
-    built(Boxes(), Scenes(150), "killed")
+    build(Scenes(150), "killed")
     assert kills
     assert content(here / "killed") == content(here / "whole")

@@ -18,7 +18,7 @@ from ldm.images import to_uint8
 from ldm.latents.aligned import Boxes, Map, Mask, Pair, Pixels
 from ldm.latents.columns import Crop
 from ldm.latents.datamodule import LatentDataModule
-from ldm.latents.masked import MaskedLatents, grayed
+from ldm.latents.masked import MaskedLatents, filled
 from ldm.latents.parts import verify
 from ldm.randomness import Draws, permutation
 from tests.latents.test_datamodule import first
@@ -186,7 +186,7 @@ def test_masked_latents_are_those_of_the_picture_with_gray_in_the_hole(make, run
     for _, item, mirrored, batch, place in samples(module, 30):
         mask = batch["mask"][place : place + 1]
         assert (mask.shape, mask.dtype) == ((1, 1, 16, 16), torch.float32)
-        mean, _ = codec.encode(grayed(batch["image"][place : place + 1], mask))
+        mean, _ = codec.encode(filled(batch["image"][place : place + 1], mask, 0.0))
         expected = module.manifest.standardize(mean)
         torch.testing.assert_close(batch["masked_latent"][place : place + 1], expected, atol=5e-3, rtol=5e-3)
         found.setdefault(item, set()).add(side(mask, mirrored).numpy().tobytes())
@@ -202,7 +202,7 @@ def test_masks_of_the_items_are_read(make, runs):
         mask = side(Mask().placed(Mask().row(whole, crop, "x")[0]), mirrored)
         assert torch.equal(batch["mask"][place], mask)
         picture = side(module.transform(whole["image"]), mirrored)
-        expected = module.manifest.standardize(codec.encode(grayed(picture[None], mask[None]))[0])
+        expected = module.manifest.standardize(codec.encode(filled(picture[None], mask[None], 0.0))[0])
         torch.testing.assert_close(batch["masked_latent"][place : place + 1], expected, atol=5e-3, rtol=5e-3)
 
 
@@ -214,7 +214,7 @@ def test_in_the_loop_a_mask_is_drawn_for_each_sample(make, runs):
     for number, _, _, batch, place in samples(module, 8):
         mask = draw_rows("mask", Blocks(), {"image": to_uint8(batch["image"][place : place + 1])}, 3, [number])
         assert torch.equal(batch["mask"][place : place + 1], (mask > 0).float())
-        mean, _ = codec.encode(grayed(batch["image"][place : place + 1], mask))
+        mean, _ = codec.encode(filled(batch["image"][place : place + 1], mask, 0.0))
         torch.testing.assert_close(batch["masked_latent"][place : place + 1], module.manifest.standardize(mean))
         masks.add(mask.numpy().tobytes())
     assert len(masks) > 16
@@ -379,6 +379,21 @@ def test_a_wrong_configuration_is_one_message(make, params, said):
     with pytest.raises(ConfigError, match=said):
         make(**params).meta_batch()
     assert not Path("cache").exists()
+
+
+def test_a_transform_of_another_kind_is_refused(make):
+    class Other:
+        size = (16, 16)
+        describe, __call__ = EvalTransform(16).describe, EvalTransform(16).__call__
+
+    with pytest.raises(ConfigError, match=r"data.params.transform: .* as EvalTransform crops them, found Other"):
+        make(transform=Other(), aligned={"map": Map()}).setup()
+
+
+def test_latents_beyond_fp16_name_their_picture(make, monkeypatch):
+    monkeypatch.setattr("ldm.latents.masked.LARGEST", 1e-6)
+    with pytest.raises(DataError, match=r"memory/0.png: latent of the masked picture: expected magnitudes up to"):
+        make(masked=MaskedLatents(Blocks(), 2)).setup()
 
 
 def test_a_mask_of_its_own_is_one():
