@@ -128,6 +128,6 @@ def enlarged(random):
 @pytest.mark.slow
 def test_a_denoiser_reads_it():
     torch.manual_seed(0)
-    told, shuffled = errors(unet(3, spatial_channels=3, vector_channels=128), LowResolution(most=0.2), enlarged, 200)
-    assert told < 0.1
+    told, shuffled = errors(unet(3, spatial_channels=3, vector_channels=128), LowResolution(most=0.2), enlarged)
+    assert told < 0.15
     assert shuffled > 1

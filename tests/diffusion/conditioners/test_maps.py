@@ -119,7 +119,7 @@ def painted(random):
 @pytest.mark.parametrize("kind", ["unet", "dit"])
 def test_a_denoiser_reads_it(kind):
     torch.manual_seed(0)
-    network = unet(3, spatial_channels=3) if kind == "unet" else DiT(3, 2, 64, 2, 4, spatial_channels=3)
-    told, shuffled = errors(network, SemanticMap(CLASSES), painted, 150)
-    assert told < 0.1
+    network = unet(3, spatial_channels=3) if kind == "unet" else DiT(3, 2, 32, 2, 2, spatial_channels=3)
+    told, shuffled = errors(network, SemanticMap(CLASSES), painted)
+    assert told < 0.15
     assert shuffled > 1
