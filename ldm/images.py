@@ -62,18 +62,22 @@ def grid(images: Sequence[np.ndarray], columns: int, gap: int = 2, titles: Seque
     return sheet
 
 
-def _written(text: str, width: int, gap: int) -> np.ndarray:
-    """Black on white, in lines of up to `width` pixels: (H, width) uint8. What is too long ends in an ellipsis."""
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """Letters of that many pixels: a font that packages carry and that has most alphabets; Pillow's has Latin alone."""
     found = find_spec("matplotlib")
     assert found is not None, "matplotlib is a requirement"
     assert found.origin is not None, "a package with files"
-    # A font that packages carry and that has most alphabets; Pillow's own has Latin alone.
-    font = ImageFont.truetype(Path(found.origin).with_name("mpl-data") / "fonts" / "ttf" / "DejaVuSans.ttf", FONT_SIZE)
+    return ImageFont.truetype(Path(found.origin).with_name("mpl-data") / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+
+
+def _written(text: str, width: int, gap: int) -> np.ndarray:
+    """Black on white, in lines of up to `width` pixels: (H, width) uint8. What is too long ends in an ellipsis."""
+    letters = font(FONT_SIZE)
     room = width - 2 * gap
     lines = [""]
     for word in " ".join(text.split()).split(" "):
         longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > room:
+        if lines[-1] and letters.getlength(longer) > room:
             lines.append(word)
         else:
             lines[-1] = longer
@@ -82,9 +86,9 @@ def _written(text: str, width: int, gap: int) -> np.ndarray:
     height = FONT_SIZE * 5 // 4
     strip = Image.new("L", (width, height * len(lines) + gap), 255)
     for place, line in enumerate(lines):
-        while font.getlength(line) > room and len(line) > 1:
+        while letters.getlength(line) > room and len(line) > 1:
             line = f"{line[:-2]}…"
-        ImageDraw.Draw(strip).text((gap, gap + place * height), line, fill=0, font=font)
+        ImageDraw.Draw(strip).text((gap, gap + place * height), line, fill=0, font=letters)
     return np.asarray(strip)
 
 

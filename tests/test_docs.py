@@ -166,9 +166,9 @@ def test_the_tree_has_a_line_for_every_folder():
     assert loose == set(re.findall(r"^  (errors[\w ]*?)   ", tree, re.MULTILINE)[0].split())
 
 
-def test_nineteen_questions_are_answered_with_a_file():
+def test_twenty_questions_are_answered_with_a_file():
     answers = re.split(r"^\*\*", ARCHITECTURE.partition("## Where is ...?")[2], flags=re.MULTILINE)[1:]
-    assert len(answers) == 19
+    assert len(answers) == 20
     assert all("?** " in answer and re.search(r"`[\w./]+\.py", answer) for answer in answers)
 
 
@@ -249,6 +249,7 @@ def test_every_page_of_extending_is_listed_and_has_an_example():
         "A first stage",
         "A validation metric",
         "A data source",
+        "A mask or a degradation",
     ]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from ldm.cli.demo_line import Ticket, watched
 from ldm.cli.demo_models import Abilities
 from ldm.cli.options import called
-from ldm.cli.sample import Recipe, chosen_classes, named_functions, requested, samples, steering
+from ldm.cli.sample import Recipe, chosen_classes, named_functions, read_once, requested, samples, steering
 from ldm.cli.sample_options import parse
 from ldm.errors import ConfigError
 from ldm.sampling.generate import Sample
@@ -166,8 +166,9 @@ def carried_out(pipeline: Pipeline, options: Any, ticket: Ticket) -> list[Sample
     if options.image is not None:
         ticket.say("Reading the picture")  # torchvision takes seconds to be imported
     sampler, schedule = named_functions(options)
-    recipe = Recipe(watched(sampler, ticket), schedule, *steering(pipeline, options, str(pipeline.device)))
+    conditions = requested(pipeline, options)
+    recipe = Recipe(watched(sampler, ticket), schedule, *steering(pipeline, options, str(pipeline.device), conditions))
     seeds = range(options.seed, options.seed + options.number)
-    orders = [Order(condition, seed) for condition in requested(pipeline, options) for seed in seeds]
+    orders = [Order(condition, seed) for condition in conditions for seed in seeds]
     ticket.say("Sampling")
-    return [*samples(pipeline, orders, options, recipe)]
+    return [*samples(pipeline, orders, options, recipe, read_once(pipeline, conditions, recipe.size))]

@@ -28,6 +28,7 @@ from ldm.evaluation.pictures.made import Generated, Recipe, Reconstructions
 from ldm.evaluation.pictures.stored import DatasetPictures, opened
 from ldm.evaluation.reference import PicturesReference, Reference, StatisticsReference, holds, holds_statistics
 from ldm.evaluation.subject import Reconstructed, Subject
+from ldm.latents.asked import DenseItems
 from ldm.sampling import samplers, timesteps
 from ldm.sampling.pipeline import Pipeline
 from ldm.sampling.sample_folder import default_folder
@@ -204,15 +205,22 @@ def _samples(options: Any, path: Path, device: str) -> Subject:
     config = current_plain(found["config"], str(file))
 
     @cache  # to list a large folder takes a while
-    def pictures_of(part: str) -> DatasetPictures:
+    def data_of(part: str) -> configured.Configured:
         pixels = pipeline.manifest.plan.pixels
-        return configured.of_data(_data(config, file), options.trust, part, str(file), pixels).pictures
+        return configured.of_data(_data(config, file), options.trust, part, str(file), pixels)
+
+    def pictures_of(part: str) -> DatasetPictures:
+        return data_of(part).pictures
 
     def own(part: str, number: int | None) -> PicturesReference:
         return PicturesReference(pictures_of(part), f"its own data ({part})", number)
 
     chosen_by, reads = _labels(options, pipeline), pipeline.conditioner.keys
-    items = Items(pictures_of(options.part or "train").dataset, reads) if chosen_by == ITEMS else None
+    items = None
+    if chosen_by == ITEMS:
+        asking = data_of(options.part or "train")
+        dense = None if asking.dense is None else DenseItems.of(asking.dense, pipeline.manifest)
+        items = Items(asking.pictures.dataset, reads, dense)
     trained_on = pictures_of("train").labels() if chosen_by == "proportional" else None
     labels_rule = Balanced() if items is not None else rule(chosen_by, trained_on)
     recipe = Recipe(sampler, options.steps, schedule, guidance, settings, labels_rule, items)

@@ -13,6 +13,11 @@
     python scripts/sample.py -r logs/<run> --conditions wanted.json         # [{"class_label": 3}, ...]
     python scripts/sample.py -r logs/<run> --image photo.png --strength 0.5 # image to image
     python scripts/sample.py -r logs/<run> --image photo.png --mask m.png   # what is white in m.png is painted anew
+    python scripts/sample.py -r logs/<run> --image photo.png --mask m.png --resamplings 10  # agrees better
+    python scripts/sample.py -r logs/<run of small pictures> --image a.png b.png   # super-resolution, a row each
+    python scripts/sample.py -r logs/<run of small pictures> --image large.png --tile 256   # of any size, in tiles
+    python scripts/sample.py -r logs/<run of maps> --map map.png            # the class of each pixel
+    python scripts/sample.py -r logs/<run of layouts> --layout boxes.json   # [{"class": "cat", "box": [0, 0, 0.5, 1]}]
 
 Writes a PNG for each picture, and samples.json: what was used, and every picture in the folder. Of this call's pictures
 also grid.png (a row a condition) and, asked to, samples.npz (arr_0: (N,H,W,3) uint8, condition by condition; arr_1:
@@ -23,15 +28,18 @@ with pictures of other settings is left alone.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from ldm.autoencoder.tiling import Tiling
 from ldm.cli import program
 from ldm.cli.devices import usable
+from ldm.cli.large_options import tile_settings, tiling
+from ldm.cli.repaint_options import repaint_settings, resampled
+from ldm.cli.sample_dense import begun_with, dense_rows, only_by_file
 from ldm.cli.sample_options import chosen, described, parse, read_conditions, read_prompts
 from ldm.errors import ConfigError
 from ldm.files import published
@@ -39,13 +47,14 @@ from ldm.images import picture
 from ldm.interop import lora, lora_files
 from ldm.run_folder import newest_run
 from ldm.runtime import signals
-from ldm.sampling import samplers, timesteps
+from ldm.sampling import samplers, shown, timesteps
 from ldm.sampling.conditions import Condition
+from ldm.sampling.dense_files import known, natural_size, picture_key, read, recorded
 from ldm.sampling.generate import Sample, check, generate
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.img2img import InitImage
 from ldm.sampling.pipeline import Pipeline
-from ldm.sampling.sample_folder import Order, claim, default_folder, record, save, save_arrays, sheet
+from ldm.sampling.sample_folder import Order, claim, default_folder, prefix, record, save, save_arrays, sheet
 from ldm.sampling.samplers import Sampler
 from ldm.sampling.timesteps import TimestepSchedule
 from ldm.sizes import SIZES, Size
@@ -60,6 +69,7 @@ class Recipe:
     guidance: Guidance
     init_image: InitImage | None
     size: Size | None
+    tile: Tiling | None = None
 
 
 def chosen_classes(words: Sequence[str] | None, number: int | None, names: Sequence[str] | None) -> list[int | None]:
@@ -92,22 +102,26 @@ def requested(pipeline: Pipeline, options: Any) -> list[Condition | None]:
     Raises:
         ConfigError: the model reads others.
     """
-    if options.conditions is not None:
-        return [*read_conditions(options.conditions)]
     reads = pipeline.conditioner.keys
+    if options.conditions is not None:
+        if options.image is not None and picture_key(reads) is not None:
+            raise ConfigError("--image and --conditions: both say what to make; leave one of them out.")
+        return [recorded(condition) for condition in read_conditions(options.conditions)]
     flag, prompts = "--prompt", None if options.prompt is None else [*dict.fromkeys(options.prompt)]
     if options.prompts_file is not None:
         flag, prompts = "--prompts-file", read_prompts(options.prompts_file)
     if prompts is not None and "caption" not in reads:
         raise ConfigError(f"{flag}: this model reads no captions; leave it out")
-    if others := [key for key in reads if key not in ("class_label", "caption", *SIZES)]:
+    if others := [key for key in only_by_file(reads) if key not in ("class_label", "caption", *SIZES)]:
         raise ConfigError(f"this model reads {', '.join(others)}: list what to make in a file, --conditions FILE")
     if prompts is None and "caption" in reads:
         raise ConfigError('this model reads captions: say what to make, --prompt "..." or --prompts-file FILE')
+    dense = dense_rows(pipeline, options)
     names = pipeline.manifest.plan.class_names
     classes = [{"class_label": label} for label in chosen_classes(options.classes, pipeline.num_classes, names)]
     found = [
-        {**({} if one["class_label"] is None else one), **({} if prompt is None else {"caption": prompt})}
+        {**({} if one["class_label"] is None else one), **({} if prompt is None else {"caption": prompt}), **row}
+        for row in dense
         for prompt in prompts or [None]
         for one in classes
     ]
@@ -126,7 +140,9 @@ def sample(options: Any) -> list[Path]:
     conditions = requested(pipeline, options)
     seeds = [*dict.fromkeys(options.seeds or range(options.seed, options.seed + options.number))]
     orders = [Order(condition, seed) for condition in conditions for seed in seeds]
-    recipe = Recipe(sampler, schedule, *steering(pipeline, options, device))
+    guidance, init_image, size = steering(pipeline, options, device, conditions)
+    tile = tiling(options, pipeline.codec.down_factor)
+    recipe = Recipe(resampled(sampler, options, init_image), schedule, guidance, init_image, size, tile)
     settings = {
         **pipeline.origin,
         "sampler": described(options.sampler[0], sampler),
@@ -135,20 +151,25 @@ def sample(options: Any) -> list[Path]:
         **steered(options, recipe),
         **adapter,
     }
-    times = schedule(pipeline.objective, options.steps, pipeline.latent_shape(recipe.size))
+    times = schedule(pipeline.objective, options.steps, pipeline.latent_shape(recipe.size, recipe.tile))
     # Both refuse what cannot be, before anything is written.
-    check(pipeline, [order.seed for order in orders], asked(orders), times, recipe.guidance, recipe.size)
+    arrays = read_once(pipeline, conditions, recipe.size)
+    first = [Order(condition, 0) for condition in conditions]
+    check(pipeline, [0] * len(first), asked(first, arrays), times, recipe.guidance, recipe.size)
     folder: Path = options.out or default_folder(settings)
     claim(folder, settings, names, orders)
     missing = [order for order in orders if not (folder / order.file).is_file()]
     try:
         if missing:
-            make(pipeline, missing, folder, options, recipe)
+            make(pipeline, missing, folder, options, recipe, arrays)
     finally:  # also of an interrupted call: what it made is there
         record(folder, settings, names)
     written = [folder / "grid.png"]
     with published(written[0], durable=False) as file:
-        picture(sheet(folder, conditions, seeds, names)).save(file, format="png")
+        beside = [
+            shown.conditions(given, pipeline.image_size(recipe.size), pipeline.dense) for given in arrays.values()
+        ]
+        picture(sheet(folder, conditions, seeds, names, beside)).save(file, format="png")
     if options.npz:
         written.append(save_arrays(folder, orders))
     print(f"{len(orders)} pictures in {folder}")
@@ -161,17 +182,28 @@ def named_functions(options: Any) -> tuple[Sampler, TimestepSchedule]:
     return sampler, chosen("schedule", timesteps, options.schedule, options.trust)
 
 
-def asked(orders: Sequence[Order]) -> list[Condition] | None:
-    """The condition of each order; None for a model without."""
-    return [order.condition for order in orders if order.condition is not None] or None
+def read_once(pipeline: Pipeline, conditions: Sequence[Condition | None], size: Size | None) -> dict[str, Condition]:
+    """The conditions with arrays in place of the files that they name, by the prefix of their samples' files."""
+    return {prefix(one): read(pipeline, one, size) for one in conditions if one is not None}
+
+
+def asked(orders: Sequence[Order], arrays: Mapping[str, Condition]) -> list[Condition] | None:
+    """The condition of each order, with `arrays`; None for a model without."""
+    return [arrays[prefix(order.condition)] for order in orders if order.condition is not None] or None
 
 
 def _found(run: str) -> Path | str:
     return newest_run(run) if "*" in run else run
 
 
-def steering(pipeline: Pipeline, options: Any, device: str) -> tuple[Guidance, InitImage | None, Size | None]:
-    """What the command line says of guidance, of a picture to begin with, and of the size."""
+def steering(
+    pipeline: Pipeline, options: Any, device: str, conditions: Sequence[Condition | None] = ()
+) -> tuple[Guidance, InitImage | None, Size | None]:
+    """What the command line says of guidance, of a picture to begin with, and of the size.
+
+    Args:
+        conditions: of plain values; small pictures among them say the size, where the command line does not.
+    """
     guide = None
     if options.guide is not None:
         guide = Pipeline.load(
@@ -187,10 +219,15 @@ def steering(pipeline: Pipeline, options: Any, device: str) -> tuple[Guidance, I
         options.guidance, options.rescale, (low, high), guide, channels=options.guidance_channels, negative=negative
     )
     size = None if options.size is None else (options.size[0], options.size[-1])
-    if options.image is None:
+    if size is None:
+        natural = natural_size(pipeline, [condition for condition in conditions if condition is not None])
+        size = None if natural == pipeline.image_size() else natural
+    begun = begun_with(pipeline, options)
+    if begun is None:
         return guidance, None, size
-    strength = options.strength if options.strength is not None else 0.6 if options.mask is None else 1.0
-    return guidance, InitImage.read(pipeline.manifest, options.image, strength, options.mask, size), size
+    image, mask = begun
+    strength = options.strength if options.strength is not None else 0.6 if mask is None else 1.0
+    return guidance, InitImage.read(pipeline.manifest, image, strength, mask, size), size
 
 
 def steered(options: Any, recipe: Recipe) -> dict[str, Any]:
@@ -208,10 +245,11 @@ def steered(options: Any, recipe: Recipe) -> dict[str, Any]:
         settings["size"] = [*recipe.size]
     if recipe.guidance.guide is not None:
         settings["guide"] = "{checkpoint} step {step} {weights}".format_map(recipe.guidance.guide.origin)
+    settings |= tile_settings(recipe.tile) | repaint_settings(recipe.sampler)
     if recipe.init_image is not None:
-        settings |= {"image": _known(options.image), "strength": recipe.init_image.strength}
-    if options.mask is not None:
-        settings["mask"] = _known(options.mask)
+        settings |= {"image": known(options.image[0]), "strength": recipe.init_image.strength}
+        if recipe.init_image.mask is not None:
+            settings["mask"] = known(options.mask[0])
     return settings
 
 
@@ -229,34 +267,44 @@ def with_adapter(pipeline: Pipeline, options: Any) -> dict[str, Any]:
     return settings
 
 
-def _known(file: Path) -> dict[str, str]:
-    return {"file": str(file), "sha256": sha256(file.read_bytes()).hexdigest()}
-
-
-def make(pipeline: Pipeline, missing: Sequence[Order], folder: Path, options: Any, recipe: Recipe) -> None:
+def make(
+    pipeline: Pipeline,
+    missing: Sequence[Order],
+    folder: Path,
+    options: Any,
+    recipe: Recipe,
+    arrays: Mapping[str, Condition],
+) -> None:
     """Make the missing pictures, each written as soon as its batch is done."""
-    for made in samples(pipeline, missing, options, recipe, progress=True):
+    for made in samples(pipeline, missing, options, recipe, arrays, progress=True):
         save(folder, made)
         signals.stop_if_asked()
 
 
 def samples(
-    pipeline: Pipeline, orders: Sequence[Order], options: Any, recipe: Recipe, progress: bool = False
+    pipeline: Pipeline,
+    orders: Sequence[Order],
+    options: Any,
+    recipe: Recipe,
+    arrays: Mapping[str, Condition],
+    progress: bool = False,
 ) -> Iterator[Sample]:
-    """The pictures of these orders."""
-    return generate(
+    """The pictures of these orders, whose conditions are of plain values; `arrays` are these as `read_once` says."""
+    made = generate(
         pipeline,
         [order.seed for order in orders],
-        asked(orders),
+        asked(orders, arrays),
         sampler=recipe.sampler,
         steps=options.steps,
         schedule=recipe.schedule,
         guidance=recipe.guidance,
         init_image=recipe.init_image,
         size=recipe.size,
+        tile=recipe.tile,
         batch_size=options.batch_size,
         progress=progress,
     )
+    return (one._replace(condition=order.condition) for order, one in zip(orders, made, strict=True))
 
 
 def main(argv: Sequence[str]) -> int:

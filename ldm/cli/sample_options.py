@@ -8,7 +8,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ldm.cli.large_options import add_tiles, check_tiles
 from ldm.cli.options import Parser, called, finite, path, ratio, seed, share, some_share, whole_number
+from ldm.cli.repaint_options import add_repaint, check_repaint
 from ldm.config import check
 from ldm.config.merging import apply
 from ldm.config.targets import build
@@ -28,6 +30,8 @@ def parse(argv: Sequence[str]) -> Any:
     _add_pictures(parser.add_argument_group("which pictures").add_argument)
     add_sampler(parser.add_argument_group("the sampler").add_argument)
     add_guidance(parser.add_argument_group("guidance").add_argument)
+    add_tiles(parser.add_argument_group("pictures larger than the training pictures").add_argument)
+    add_repaint(parser.add_argument_group("inpainting by a model that reads no mask").add_argument)
     _add_places(parser.add_argument_group("models and places").add_argument)
     options = parser.parse_strictly(argv)
     _check_together(options)
@@ -49,10 +53,24 @@ def _add_pictures(add: Add) -> None:
     add("--seeds", nargs="+", type=seed, metavar="SEED", help="these seeds instead of -n and --seed")
     sides = "height and width, or one side, pixels (default: the size of the training pictures)"
     add("--size", type=whole_number, nargs="+", metavar="SIDE", help=sides)
-    add("--image", type=path, metavar="FILE", help="begin with this picture instead of noise alone")
-    share_lost = "of --image, above 0 to 1: how much of it is lost (default: 0.6; with --mask 1)"
-    add("--strength", type=some_share, help=share_lost)
-    add("--mask", type=path, metavar="FILE", help="with --image: paint anew what is white in this picture")
+    pictures = (
+        "what a model of masked or low-resolution pictures reads, a row each; others begin with it, not with noise"
+    )
+    add("--image", type=path, nargs="+", metavar="FILE", help=pictures)
+    share_lost = (
+        "begin with --image, of which so much is lost, above 0 to 1 (default: 0.6; with --mask 1; a model that "
+    )
+    add("--strength", type=some_share, help=f"{share_lost}reads pictures: with noise)")
+    add("--mask", type=path, nargs="+", metavar="FILE", help="with --image: paint anew what is white in this picture")
+    add(
+        "--map",
+        type=path,
+        nargs="+",
+        metavar="FILE",
+        help="a class for each pixel: PNG with a palette, or gray; a row each",
+    )
+    boxes = '[{"class": "cat", "box": [left, top, right, bottom]}, ...], in 0 ... 1 of the picture; or a list of such'
+    add("--layout", type=path, metavar="FILE", help=f"JSON: {boxes} lists, a row each")
 
 
 def add_sampler(add: Add) -> None:
@@ -98,7 +116,9 @@ def _add_places(add: Add) -> None:
 
 def _check_together(options: Any) -> None:
     """ConfigError for flags that contradict one another."""
-    others = [flag for flag in ("classes", "prompt", "prompts_file") if getattr(options, flag) is not None]
+    others = [
+        flag for flag in ("classes", "prompt", "prompts_file", "map", "layout") if getattr(options, flag) is not None
+    ]
     if others and options.conditions is not None:
         flag = others[0].replace("_", "-")
         raise ConfigError(f"--{flag} and --conditions: both say what to make; leave one of them out.")
@@ -106,10 +126,13 @@ def _check_together(options: Any) -> None:
         raise ConfigError("--prompt and --prompts-file: both say what to make; leave one of them out.")
     if options.size is not None and len(options.size) > 2:
         raise ConfigError(f"--size: expected one side, or height and width, found {len(options.size)} numbers.")
-    for flag in ("mask", "strength"):
-        if options.image is None and getattr(options, flag) is not None:
-            raise ConfigError(f"--{flag} {getattr(options, flag)}: belongs to --image FILE, which is missing.")
+    if options.image is None and options.mask is not None:
+        raise ConfigError(f"--mask {' '.join(map(str, options.mask))}: belongs to --image FILE, which is missing.")
+    if options.image is None and options.strength is not None:
+        raise ConfigError(f"--strength {options.strength}: belongs to --image FILE, which is missing.")
     check_guidance(options)
+    check_tiles(options)
+    check_repaint(options)
 
 
 def check_guidance(options: Any) -> None:

@@ -47,7 +47,7 @@ def make(options: Any, overrides: Sequence[str]) -> None:
 def _dataset(options: Any, overrides: Sequence[str]) -> "ImageDataset":
     """What the configuration trains on."""
     from ldm.config.load import build, load
-    from ldm.data.dataset import hold_out
+    from ldm.data.held_out import hold_out
 
     # No run of stage 1 has to exist yet.
     config = load(options.base, [*overrides, "data.params.autoencoder=null"], options.trust)

@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader, Dataset
 from ldm.data.bucket_order import BucketBatchSampler, BucketOrder, bucket_accumulation, bucket_validation_batches
 from ldm.data.bucketed import BucketedImages, Bucketing
 from ldm.data.buckets import Buckets
-from ldm.data.dataset import ImageDataset, has_captions, hold_out, require_channels
+from ldm.data.dataset import ImageDataset, box_classes, has_captions, map_classes, require_channels
 from ldm.data.elastic_sampler import ElasticBatchSampler, accumulation, items, validation_batches
+from ldm.data.held_out import hold_out
 from ldm.data.loading import BrokenImages, TransformedDataset, collate
 from ldm.data.transforms import EvalTransform, TrainTransform, Transform, TransformOfSize
 from ldm.errors import ConfigError, DataError
@@ -352,15 +353,27 @@ def of_size(given: Any, standard: Callable[..., Any], bucketing: Bucketing | Non
     return given if bucketing is not None else lambda size: given
 
 
-def dataset_facts(train: ImageDataset, validation: ImageDataset | None) -> dict[str, int | str | None]:
+def class_facts(train: ImageDataset) -> dict[str, Any]:
+    """How many classes the maps and boxes of a data set have, and their names; nothing where there are none."""
+    found: dict[str, Any] = {}
+    for kind, names in (("map", map_classes(train)), ("box", box_classes(train))):
+        if names is not None:
+            found |= {f"{kind}_classes": len(names), f"{kind}_class_names": names}
+    return found
+
+
+def dataset_facts(train: ImageDataset, validation: ImageDataset | None) -> dict[str, Any]:
     """The part of a data module's `facts` that describes its data sets.
+
+    Of maps and boxes how many classes they have, `map_classes` and `box_classes`, and their names.
 
     Args:
         train: the data set to train on.
         validation: a separate data set to validate on; None: there is none, or a part of `train` is held out, whose
             images `source` covers as well.
     """
-    facts = {"num_classes": train.num_classes, "num_items": len(train), "source": train.fingerprint()}
+    facts: dict[str, Any] = {"num_classes": train.num_classes, "num_items": len(train), "source": train.fingerprint()}
+    facts |= class_facts(train)
     return facts if validation is None else {**facts, "validation_source": validation.fingerprint()}
 
 

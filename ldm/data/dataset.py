@@ -1,11 +1,11 @@
-"""The contract of a data set of images, a part of one, and how images are held out for validation.
+"""The contract of a data set of images, and a part of one.
 
 Items are dicts of `image` (PIL, gray, RGB or RGBA; or an array (H,W,C) of uint8 with any number of channels),
-`class_label` (int, if the data set has classes) and `caption` (str, or a list of several, if it has captions).
+`class_label` (int, if the data set has classes), `caption` (str, or a list of several, if it has captions), and what
+lies on the picture and is cropped and mirrored with it (`ALIGNED`).
 """
 
 import hashlib
-import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol, TypedDict, runtime_checkable
 
@@ -14,13 +14,7 @@ from PIL import Image
 
 from ldm.data import fingerprint
 from ldm.errors import ConfigError, DataError
-from ldm.randomness import keys as random_keys
-from ldm.randomness import permutation
 from ldm.ranges import CountOrZero
-from ldm.runtime import distributed
-
-logger = logging.getLogger(__name__)
-
 
 Picture = Image.Image | np.ndarray
 """A PIL image, gray, RGB or RGBA; or (H,W,C) uint8."""
@@ -34,10 +28,28 @@ class _Pixels(TypedDict):
 
 
 class Item(_Pixels, total=False):
-    """One item of a data set."""
+    """One item of a data set.
+
+    Attributes:
+        image: the picture.
+        class_label: its class.
+        caption: what it shows, in words; or several such texts.
+        map: (H,W) uint8 or int16, the class of each of its pixels; 255 (uint8), -1 (int16): none.
+        mask: (H,W) uint8, 255 where the picture may be changed (the hole), 0 where it stays.
+        boxes: (K,5) float32: left, top, right and bottom in its pixels, and class; K may be 0.
+        pair: a second picture of the same proportions.
+    """
 
     class_label: int
     caption: str | list[str]
+    map: np.ndarray
+    mask: np.ndarray
+    boxes: np.ndarray
+    pair: Picture
+
+
+ALIGNED = ("map", "mask", "boxes", "pair")
+"""Keys of what lies on an item's picture."""
 
 
 class ImageDataset(Protocol):
@@ -60,7 +72,7 @@ class ImageDataset(Protocol):
         """Where the item comes from, for messages."""
 
     def fingerprint(self) -> str:
-        """Changes with the items, their order, labels or captions, but not their location (ldm/data/fingerprint.py)."""
+        """Changes with the items, all they hold and their order, but not their location (ldm/data/fingerprint.py)."""
 
     def prepare(self) -> None:
         """Prepare the files (download, draw); called once per machine before items are read; cheap to repeat."""
@@ -158,34 +170,38 @@ class Tabular(Protocol):
         """By key of a batch: (N,) or (N, k) float32, a row for each item."""
 
 
-def conditions(dataset: ImageDataset, keys: Sequence[str], number: int) -> list[dict[str, Any]]:
-    """What that many items, scattered, always the same, would be asked for by: their class and first caption.
-
-    Args:
-        keys: to have; others than "class_label" and "caption" are no data set's, and then there are no conditions.
-    """
-    if not keys or not {*keys} <= {"class_label", "caption"}:
-        return []
-    found = []
-    for item in permutation(0, 0, len(dataset))[:number].tolist():
-        try:
-            row: dict[str, Any] = {**dataset[item]}
-        except DataError:
-            continue
-        found.append(asked_for(row, keys))
-    return found
-
-
-def asked_for(item: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    """The keys of an item as a sample is asked for by them: of several captions the first."""
-    caption = item.get("caption", "")
-    said = {**item, "caption": caption if isinstance(caption, str) else caption[0]}
-    return {key: said[key] for key in keys}
-
-
 def columns(dataset: ImageDataset) -> Mapping[str, np.ndarray]:
     """The numbers beside the pictures, by key of a batch; none where the data set has none."""
     return dataset.columns() if isinstance(dataset, Tabular) else {}
+
+
+@runtime_checkable
+class Aligned(Protocol):
+    """Optional: a data set whose items hold what lies on their picture, such as boxes."""
+
+    def aligned_keys(self) -> Sequence[str]:
+        """Which of the keys `ALIGNED` each item has."""
+
+    def map_classes(self) -> list[str] | None:
+        """A name for each class of `map`; None: there are no maps."""
+
+    def box_classes(self) -> list[str] | None:
+        """A name for each class of `boxes`; None: there are no boxes."""
+
+
+def aligned_keys(dataset: ImageDataset) -> Sequence[str]:
+    """Which of the keys `ALIGNED` each item has."""
+    return dataset.aligned_keys() if isinstance(dataset, Aligned) else ()
+
+
+def map_classes(dataset: ImageDataset) -> list[str] | None:
+    """A name for each class of `map`; None: there are no maps."""
+    return dataset.map_classes() if isinstance(dataset, Aligned) else None
+
+
+def box_classes(dataset: ImageDataset) -> list[str] | None:
+    """A name for each class of `boxes`; None: there are no boxes."""
+    return dataset.box_classes() if isinstance(dataset, Aligned) else None
 
 
 @runtime_checkable
@@ -298,6 +314,15 @@ class Subset:
     def columns(self) -> Mapping[str, np.ndarray]:
         return {name: column[self.indices] for name, column in columns(self.dataset).items()}
 
+    def aligned_keys(self) -> Sequence[str]:
+        return aligned_keys(self.dataset)
+
+    def map_classes(self) -> list[str] | None:
+        return map_classes(self.dataset)
+
+    def box_classes(self) -> list[str] | None:
+        return box_classes(self.dataset)
+
     def fingerprint(self) -> str:
         return self._chosen(self.dataset.fingerprint())
 
@@ -308,40 +333,3 @@ class Subset:
 
     def prepare(self) -> None:
         self.dataset.prepare()
-
-
-def hold_out(dataset: ImageDataset, number: int) -> tuple[Subset, Subset]:
-    """Split into (the rest, `number` scattered items): the same split in every run, whatever its seed.
-
-    If a data set has no more than `number` items, a tenth is held out instead, with a warning, so that a configuration
-    made for a large data set also works for a small one. Classes of which nothing is left to train on are named in
-    another warning.
-
-    Raises:
-        DataError: nothing would be left to train on.
-    """
-    total = len(dataset)
-    if number < 1 or total < 2:
-        raise DataError(
-            f"data.params.num_validation: cannot hold out {number} of {total} items; write 0 to train on all of them"
-        )
-    tenth = max(1, total // 10)
-    held_out = number if number < total else tenth
-    if 2 * number > total and distributed.is_main():
-        found = f"data.params.num_validation: {number} of {total} items"
-        if number < total:
-            logger.warning(
-                "%s are held out, %d are left to train on; a tenth would be %d", found, total - number, tenth
-            )
-        else:
-            logger.warning("%s would leave none to train on; a tenth, %d, is held out instead", found, tenth)
-    ranking = np.argsort(random_keys(0, "hold out", np.arange(total)), kind="stable")
-    rest, scattered = sorted(ranking[held_out:].tolist()), sorted(ranking[:held_out].tolist())
-    emptied = emptied_classes(dataset, scattered) if distributed.is_main() else []
-    if emptied:
-        logger.warning(
-            "data.params.num_validation: the %d items held out include all items of %d classes, so that none are left "
-            "to train on: %s; hold out fewer items, or add images to these classes",
-            *(held_out, len(emptied), ", ".join(emptied)),
-        )
-    return Subset(dataset, rest), Subset(dataset, scattered)

@@ -20,6 +20,9 @@ MAX_PIXELS = 50_000_000
 PICTURE = "The picture was"
 """The start of the note that is attached to an error about one image."""
 
+_SPREAD = {"L;2": 85, "L;4": 17}
+"""What Pillow multiplies gray values of 2 and 4 bits by."""
+
 
 def read_image(
     path: str | Path,
@@ -48,6 +51,25 @@ def read_image(
         if value_range is not None and ranges.is_wide_color(image):
             raise DataError(f"{path}: value_range is for gray images, this is a color image; convert it to 8 bits")
         return _flatten(ImageOps.exif_transpose(image), value_range, keep_alpha)
+
+
+def read_indices(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """The numbers in a PNG file, (H,W) int64: indices into its palette, or gray values of 1 to 16 bits as they stand.
+
+    Raises:
+        DataError: the file is not an image, is damaged, is of colors, or has more than `max_pixels`.
+    """
+    with _readable(path), _opened(path) as image:
+        width, height = image.size
+        if width * height > max_pixels:
+            raise DataError(f"{path}: {width} x {height} pixels, more than the limit of {max_pixels}")
+        if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
+            raise DataError(
+                f"{path}: expected a PNG of numbers, with a palette or gray, found mode {image.mode!r}: save the index "
+                "of each pixel's class instead of a color"
+            )
+        stored = image.tile[0].args
+        return np.asarray(image).astype(np.int64) // _SPREAD.get(stored if isinstance(stored, str) else "", 1)
 
 
 def image_size(path: str | Path, file: BinaryIO | None = None) -> tuple[int, int]:

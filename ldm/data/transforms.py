@@ -105,11 +105,33 @@ class EvalTransform:
         self.interpolation = _interpolation(interpolation)
         cover = _Cover(self.size, False, self.interpolation)
         self._steps = v2.Compose([cover, v2.CenterCrop(self.size), *_to_pixels()])
+        self._nearest = v2.Compose([_Cover(self.size, False, InterpolationMode.NEAREST), v2.CenterCrop(self.size)])
 
     def __call__(self, image: Image.Image | Tensor) -> Tensor:
         """PIL image, or uint8 (C,H,W) -> (C,H,W) float32 in [-1,1]."""
         pixels: Tensor = self._steps(image)
         return pixels
+
+    def labels(self, values: np.ndarray) -> np.ndarray:
+        """Values (H,W) uint8 or int16 that lie on a picture, cropped as it is: each that of the nearest pixel."""
+        # As int32, since Pillow finds another pixel in 16 bits where two are as near.
+        raw = np.ascontiguousarray(values if values.itemsize == 1 else values.astype(np.int32))
+        cropped: np.ndarray = np.array(self._nearest(Image.fromarray(raw))).astype(values.dtype)
+        return cropped
+
+    def corners(self, corners: np.ndarray, size: Size) -> np.ndarray:
+        """Where points of a picture lie in its crop, of which [0,1] is inside, in fp64.
+
+        Args:
+            corners: (..., 2), x and y, pixels of the picture.
+            size: of the picture, height and width.
+        """
+        (height, width), (rows, columns) = size, self.size
+        wide = width * rows > height * columns
+        resized = (int(rows * width / height), rows) if wide else (columns, int(columns * height / width))
+        start = center_crops(np.array([size]), np.array(self.size))[0, ::-1]
+        found: np.ndarray = (corners * (np.array(resized) / (width, height)) - start) / (columns, rows)
+        return found
 
     def describe(self) -> dict[str, Any]:
         """The transform in plain values, for a latent cache's manifest."""

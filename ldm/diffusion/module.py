@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from ldm.data.datamodule import ElasticDataModule
-from ldm.diffusion.conditioners.base import Conditioner, require_conditioner
+from ldm.diffusion.conditioners.base import Conditioner, Keeping, dropped, require_conditioner
 from ldm.diffusion.conditioners.text_transformer import TextTransformer
 from ldm.diffusion.metrics import Output, standard
 from ldm.diffusion.objectives import Network, Objective
@@ -59,7 +59,8 @@ class LatentDiffusion(LightningModule):
         optimizer: parameters -> optimizer.
         schedule: optimizer step (from 0) -> multiplier of the learning rate; None: constant.
         ema: model -> its moving average.
-        label_dropout: fraction of rows trained without their conditioning, for classifier-free guidance.
+        label_dropout: fraction of rows trained without their conditioning, for classifier-free guidance; what a Joint
+            keeps stays.
         gradient_clip: maximum gradient norm; None: no clipping.
         compile_blocks: compile the network's blocks with torch.compile for training; their names stay the same. The
             first step then takes a minute or more, and every later step is faster, especially on GPUs. With buckets
@@ -113,7 +114,8 @@ class LatentDiffusion(LightningModule):
             # A constrained network normalizes its weights in float32 and casts them itself.
             fsdp.shard(network, mesh, blocks, None if isinstance(network, Constrained) else compute)
             deep = [part for part in conditioner.modules() if isinstance(part, TextTransformer)]
-            fsdp.shard(conditioner, mesh, [layer for part in deep for layer in part.layers], methods=["null"])
+            methods = ["null", "dropped"] if isinstance(conditioner, Keeping) else ["null"]
+            fsdp.shard(conditioner, mesh, [layer for part in deep for layer in part.layers], methods=methods)
         fsdp.shard(self.objective, mesh, methods=["loss"])
 
     def on_fit_start(self) -> None:
@@ -144,8 +146,8 @@ class LatentDiffusion(LightningModule):
         network, conditioner = parts(self.denoiser)
         conditioning = conditioner(batch)
         if self.label_dropout > 0:
-            dropped = draws.uniform("label_dropout") < self.label_dropout  # (N,)
-            conditioning = conditioner.null(len(latent)).where(dropped, conditioning)
+            chosen = draws.uniform("label_dropout") < self.label_dropout  # (N,)
+            conditioning = dropped(conditioner, batch, len(latent)).where(chosen, conditioning)
         return self.objective.loss(network, latent, conditioning, draws).mean()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -12,8 +12,8 @@ from ldm.data.buckets import Assigned
 from ldm.data.dataset import ImageDataset
 from ldm.latents.build import statistics
 from ldm.latents.claims import read_sealed
-from ldm.latents.conditions import Conditions
 from ldm.latents.manifest import CacheSpec, Manifest
+from ldm.latents.part_reader import PartReader
 from ldm.latents.reader import LatentCache, LatentDataset
 from ldm.latents.shards import shard_path
 
@@ -22,32 +22,32 @@ class BucketedLatents(Dataset[Any]):
     """Batches of one bucket each, addressed by (sample number, row): rows number what the buckets hold, one by one.
 
     Args:
-        parts: of the buckets.
+        buckets: what they hold.
     """
 
-    def __init__(self, parts: Sequence[LatentDataset]) -> None:
-        self.parts = parts
-        self.lengths = [len(part) for part in parts]
+    def __init__(self, buckets: Sequence[LatentDataset]) -> None:
+        self.buckets = buckets
+        self.lengths = [len(bucket) for bucket in buckets]
         self._rows = Rows(self.lengths)
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    @property
-    def conditions(self) -> Conditions:
-        """What batches hold beside latents and labels."""
-        return self.parts[0].conditions
+    def parts(self) -> list[PartReader]:
+        """Those of the cache beside the latents: of all buckets, and of each."""
+        dense = [part for rows in self.buckets if rows.dense is not None for part in rows.dense.parts()]
+        return [*self.buckets[0].conditions.parts(), *dense]
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> dict[str, Any]:
         """The batch of `LatentDataset`; all keys must be of one bucket."""
         bucket, _ = self._rows.place(keys[0][1])
         start = self._rows.starts[bucket]
-        return self.parts[bucket].__getitems__([(number, row - start) for number, row in keys])
+        return self.buckets[bucket].__getitems__([(number, row - start) for number, row in keys])
 
     def items(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """The item numbers of the rows in the whole data set: (N,) int64."""
         places = [self._rows.place(row) for row in np.asarray(rows).tolist()]
-        return np.array([self.parts[bucket].items([own])[0] for bucket, own in places], dtype=np.int64)
+        return np.array([self.buckets[bucket].items([own])[0] for bucket, own in places], dtype=np.int64)
 
 
 def whole(plan: CacheSpec, dataset: ImageDataset) -> CacheSpec:

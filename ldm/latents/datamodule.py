@@ -15,18 +15,23 @@ from ldm.data.bucketed import Bucketing
 from ldm.data.buckets import Buckets
 from ldm.data.datamodule import VALIDATION_SEED, ElasticDataModule, dataset_facts, of_size, split
 from ldm.data.dataset import ImageDataset, has_captions, require_channels
+from ldm.data.drawn import Drawn
 from ldm.data.transforms import EvalTransform
 from ldm.diffusion.conditioners.features import Feature, meta_columns
 from ldm.errors import ConfigError, DataError
 from ldm.latents.bucketed import BucketedLatents, joined, whole
+from ldm.latents.columns import Column, Crop
 from ldm.latents.conditions import Captions, Conditions
-from ldm.latents.dataset_parts import DatasetParts, Wanted, named
+from ldm.latents.dataset_parts import DatasetParts
+from ldm.latents.dense import Dense, DenseRows
 from ldm.latents.encoding import Encoding, SizedPart, check_broken
 from ldm.latents.manifest import CacheSpec, Manifest
+from ldm.latents.masked import MaskedLatents
 from ldm.latents.numbers import meta as number_columns
 from ldm.latents.reader import LatentCache, LatentDataset
 from ldm.latents.shards import MANIFEST
 from ldm.latents.statistics import Statistics
+from ldm.latents.wanted import Wanted, named
 from ldm.ranges import Count, CountOrZero, Finite, Fraction, Resolution, Seed
 from ldm.sizes import Size, as_resolution, as_size
 
@@ -67,6 +72,9 @@ class LatentDataModule(ElasticDataModule):
         numbers: what batches hold beside that: `original_size`, `crop_top_left`, `target_size`, or columns of the data
             set (ldm/data/numbers.py).
         buckets: instead of `resolution`: several sizes, each batch of one of them, with a cache of latents for each.
+        aligned: what the cache keeps of what lies on an item's picture (ldm/latents/aligned.py), by name of the column.
+        drawn: columns that are drawn anew for each sample, from aligned ones (ldm/data/drawn.py), by name.
+        masked: latents of the pictures with a hole in them.
     """
 
     def __init__(
@@ -91,6 +99,9 @@ class LatentDataModule(ElasticDataModule):
         features: Mapping[str, Feature] | None = None,
         numbers: Sequence[str] = (),
         buckets: Buckets | None = None,
+        aligned: Mapping[str, Column] | None = None,
+        drawn: Mapping[str, Drawn] | None = None,
+        masked: MaskedLatents | None = None,
     ) -> None:
         super().__init__(batch_size, seed, micro_batch_size, num_workers)
         self.train_dataset, self.validation_dataset = split(train, validation, num_validation)
@@ -112,6 +123,9 @@ class LatentDataModule(ElasticDataModule):
         self.read_threads = read_threads
         self.features = named(features or {})
         self.numbers = tuple(numbers)
+        self.dense = Dense(aligned or {}, drawn or {}, masked)
+        if both := {*self.features} & {*self.dense.aligned, *self.dense.drawn}:
+            raise ConfigError(f"data.params.features.{min(both)}: a column has that name, too: choose another one")
         self._rows: dict[str, LatentDataset | BucketedLatents] = {}
         self.caches: dict[str, list[LatentCache]] = {}
         """Of the data sets `train` and `validation`, one for each size of the pictures."""
@@ -120,6 +134,7 @@ class LatentDataModule(ElasticDataModule):
         self._size = None if resolution is None else as_size(resolution)
         self._transform = transform
         self._codec: Codec | None = None
+        self._live: Codec | None = None
 
     def facts(self) -> dict[str, Any]:
         """What configurations refer to as `${data:...}`, and what must not change when a run resumes.
@@ -145,6 +160,7 @@ class LatentDataModule(ElasticDataModule):
             **({} if self._statistics is None else {"statistics": asdict(self._statistics)}),
             **({"features": {name: one.describe() for name, one in self.features.items()}} if self.features else {}),
             **({} if self.bucketing is None else self.bucketing.facts()),
+            **self.dense.facts(),
         }
 
     def meta_batch(self, rows: int = 2) -> dict[str, Any]:
@@ -160,6 +176,7 @@ class LatentDataModule(ElasticDataModule):
         batch = {"latent": latent, **self.meta_conditions(self.train_dataset, rows, size)}
         for name, feature in self.features.items():
             batch |= meta_columns(feature, name, rows)
+        batch |= self.dense.meta(self._crop(size), latent)
         return batch | number_columns(self.train_dataset, self.numbers, rows)
 
     @property
@@ -213,26 +230,32 @@ class LatentDataModule(ElasticDataModule):
         self.caches = {}
         encoding, device = self._encoding(self._device()), self._device()
         captions: dict[str, Captions | None] = {}
+        dense: dict[str, list[DenseRows | None]] = {}
         sized = {name: self._sized(name) for name in self._datasets()}
         wanted = Wanted(self.features, self.numbers, {name: self._targets(name) for name in sized})
         for dataset in self._datasets().values():
             wanted.demand(dataset)
+            self.dense.demand(dataset)
         for name, parts in sized.items():
             dataset = self._datasets()[name]
             placed = [encoding.place(part) for part in parts]
             inside = placed[0][1].captions
             if has_captions(dataset) and not inside:  # first, since what is wrong with them is seen in seconds
                 captions[name] = self._parts(name).captions()
+            dense[name] = [self._dense(part, encoding) for part in parts]
             self.caches[name] = [encoding.open(part, *where) for part, where in zip(parts, placed, strict=True)]
             if inside:
                 captions[name] = self.caches[name][0]
             check_broken(dataset, parts, self.caches[name])
         manifest = self._joined(self.caches["train"]).decoded_by(encoding.codec.describe(encoding.weights))
         self._manifest = manifest if self._statistics is None else manifest.standardized_by(self._statistics)
+        self._live = encoding.codec if self.dense.live else None
         self._codec = self._given = None  # its memory belongs to training now
         del encoding
         conditions = wanted.conditions({name: self._parts(name) for name in self.caches}, captions, device)
-        self._rows = {name: self._gathering(name, parts, conditions[name]) for name, parts in sized.items()}
+        self._rows = {
+            name: self._gathering(name, parts, conditions[name], dense[name]) for name, parts in sized.items()
+        }
 
     def _encoding(self, device: torch.device | str = "cpu") -> Encoding:
         """How the caches are made, with the autoencoder on a device."""
@@ -248,13 +271,21 @@ class LatentDataModule(ElasticDataModule):
         )
 
     def _gathering(
-        self, name: str, parts: Sequence[SizedPart], conditions: Conditions
+        self, name: str, parts: Sequence[SizedPart], conditions: Conditions, dense: Sequence[DenseRows | None]
     ) -> LatentDataset | BucketedLatents:
         """What a loader reads of a data set whose caches are open."""
         seed, flip = (self.seed, self.flip) if name == "train" else (VALIDATION_SEED, False)
-        pairs = zip(parts, self.caches[name], strict=True)
-        rows = [LatentDataset(cache, seed, flip, conditions, part.items) for part, cache in pairs]
+        each = zip(parts, self.caches[name], dense, strict=True)
+        rows = [LatentDataset(cache, seed, flip, conditions, part.items, own) for part, cache, own in each]
         return rows[0] if self.bucketing is None else BucketedLatents(rows)
+
+    def _crop(self, size: Size) -> Crop:
+        return Crop(self._transform_of(size), self._load().in_channels)
+
+    def _dense(self, part: SizedPart, encoding: Encoding) -> DenseRows | None:
+        """What lies on the pictures of a part, computed where it is not there."""
+        parts = DatasetParts(part.name, part.dataset, self.cache, part.max_broken, self.read_threads)
+        return self.dense.opened(parts, self._crop(part.size), encoding.codec, encoding.encoder)
 
     def _joined(self, caches: Sequence[LatentCache]) -> Manifest:
         """Of the training data."""
@@ -283,7 +314,7 @@ class LatentDataModule(ElasticDataModule):
 
     def described(self) -> list[str]:
         """A line for each folder of the open cache: what it holds, and its size."""
-        parts = [part for name, rows in self._rows.items() for part in (*self.caches[name], *rows.conditions.parts())]
+        parts = [part for name, rows in self._rows.items() for part in (*self.caches[name], *rows.parts())]
         return [str(part) for part in parts]
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
@@ -310,6 +341,7 @@ class LatentDataModule(ElasticDataModule):
         mean, std = batch.pop("moments").float().unbind(1)  # each (N,c,h,w)
         draws = self.attach_draws(batch, mean.device)
         batch["latent"] = self.manifest.standardize(mean + std * draws.normal("posterior", mean.shape[1:]))
+        self.dense.place(batch, self.manifest, self._live)
         return batch
 
     def expected(self) -> tuple[CacheSpec, Statistics | None]:

@@ -1,4 +1,5 @@
-"""Builds the parts of a cache (parts.py) from a data set: its captions, and what features make of them or of its items.
+"""Builds the parts of a cache (parts.py) from a data set: its captions, what features make of them or of its items, and
+what lies on its pictures.
 
 A value is encoded on its own, so that its bits depend neither on its neighbors nor on who encodes it.
 """
@@ -8,20 +9,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.data.dataset import ImageDataset, has_captions, texts, without_captions
+from ldm.data.dataset import ImageDataset, texts, without_captions
 from ldm.diffusion.conditioners.features import Cutting, Feature, Part
 from ldm.errors import ConfigError, DataError
 from ldm.latents.build import Source, shard_items
-from ldm.latents.conditions import CAPTION, Captions, Conditions
-from ldm.latents.numbers import check, gathered
+from ldm.latents.conditions import CAPTION, Captions
 from ldm.latents.part_reader import PartReader
-from ldm.latents.parts import CAPTIONS, TEXT, Found, PartSpec, Rows, build_part, described
+from ldm.latents.parts import CAPTIONS, TEXT, TOO_LONG, Found, PartSpec, Rows, build_part, described
 from ldm.latents.ragged import Row, to_raw
 from ldm.runtime import distributed
 from ldm.runtime.progress import shown
@@ -31,6 +31,41 @@ CAPTIONS_NAME = "captions"
 _CAPTIONS_A_SHARD = 1 << 14  # nothing is lost with one, and a million captions take seconds
 _CHUNK = 256
 _FEWEST = 64  # values of a shard
+
+
+class ItemRows(Protocol):
+    """What a part holds of each item, made of the whole item."""
+
+    @property
+    def reads(self) -> str:
+        """The key of an item without which there is nothing."""
+        ...
+
+    @property
+    def parts(self) -> Mapping[str, Part]:
+        """Of a row."""
+        ...
+
+    @property
+    def several(self) -> int:
+        """Rows of an item."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """All that determines the rows beside the item, in plain values."""
+        ...
+
+    def read(self, number: int, item: Mapping[str, Any], path: str) -> Any:
+        """What is needed of item `number`, which comes from `path`, in one of several threads.
+
+        Raises:
+            DataError: a value that does not fit the others.
+        """
+        ...
+
+    def found(self, read: Any) -> Found:
+        """The rows made of it, one item after another."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -75,7 +110,7 @@ class DatasetParts:
             DataError: as `captions`; or the feature makes something else than it says.
         """
         if feature.reads == CAPTION and captions is None:
-            raise _no_captions(name, self.dataset)
+            raise no_captions(name, self.dataset)
         row_bytes = sum(prod(part.shape) * part.dtype.itemsize for part in feature.parts.values())
         several = 1
         if feature.reads == CAPTION and captions is not None:
@@ -101,6 +136,47 @@ class DatasetParts:
 
         return self._built(plan, rows)
 
+    def of_items(self, name: str, made: ItemRows, key: str, too_much: str = TOO_LONG) -> PartReader:
+        """What is made of each item, with its picture; computed if it is not there.
+
+        Args:
+            name: of the part.
+            made: makes it.
+            key: of the configuration, which messages name.
+            too_much: see `build_part`.
+
+        Raises:
+            DataError: as `captions`; or an item lacks what is read.
+        """
+        row_bytes = sum(prod(part.shape) * part.dtype.itemsize for part in made.parts.values())
+        plan = PartSpec(
+            name=name,
+            reads=made.reads,
+            source=self._source("image"),
+            num_items=len(self.dataset),
+            parts=described(made.parts),
+            feature=made.describe(),
+            shard_items=shard_items(len(self.dataset), row_bytes * made.several, _FEWEST),
+        )
+
+        def read(item: int) -> Mapping[str, Any]:
+            found = dict(without_captions(self.dataset, item))
+            if made.reads not in found:
+                raise ConfigError(f"{self.dataset.path(item)}: has no {made.reads}, which {key} reads")
+            path = self.dataset.path(item)
+            try:
+                return {"read": made.read(item, found, path)}
+            except DataError as error:
+                raise (error if str(error).startswith(path) else DataError(f"{path}: {error}")) from error
+
+        def rows(items: range) -> Iterator[tuple[int, Found | DataError]]:
+            for batch in Source(read=read, threads=self.threads).batches(items, _FEWEST):
+                stop_if_asked()
+                for item, sample in batch:
+                    yield item, sample if isinstance(sample, DataError) else made.found(sample["read"])
+
+        return self._built(plan, rows, too_much)
+
     def _source(self, reads: str) -> str:
         """The fingerprint of what is read."""
         alone = texts(self.dataset) if reads in (CAPTION, "image") else None
@@ -108,10 +184,11 @@ class DatasetParts:
             return self.dataset.fingerprint()
         return alone.captions_fingerprint() if reads == CAPTION else alone.pictures_fingerprint()
 
-    def _built(self, plan: PartSpec, rows: Rows) -> PartReader:
+    def _built(self, plan: PartSpec, rows: Rows, too_long: str = TOO_LONG) -> PartReader:
         folder = Path("cache") / plan.fingerprint() if self.cache is None else self.cache / f"{self.name}-{plan.name}"
+        ranks = distributed.rank(), distributed.world_size()
         with shown(f"{self.name} {plan.name}", silent=not distributed.is_main()) as progress:
-            build_part(folder, plan, rows, self.max_broken, distributed.rank(), distributed.world_size(), progress)
+            build_part(folder, plan, rows, self.max_broken, *ranks, progress, too_long)
         return PartReader(folder, plan)
 
     def _caption_rows(self, items: range) -> Iterator[tuple[int, Found | DataError]]:
@@ -164,65 +241,12 @@ class DatasetParts:
                     raise DataError(f"{self.dataset.path(item)}: has no {reads}, which a feature reads")
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What a configuration wants of each item beside its latent.
-
-    Args:
-        features: by name.
-        numbers: names of ldm/latents/numbers.py.
-        targets: (2,) or (items, 2), height and width that the pictures of each data set are cropped to.
-    """
-
-    features: Mapping[str, Feature]
-    numbers: Sequence[str]
-    targets: Mapping[str, np.ndarray]
-
-    def demand(self, dataset: ImageDataset) -> None:
-        """ConfigError if a data set lacks any of it, as far as can be seen before hours of encoding."""
-        check(dataset, self.numbers)
-        for name, feature in self.features.items():
-            if feature.reads == CAPTION and not has_captions(dataset):
-                raise _no_captions(name, dataset)
-
-    def conditions(
-        self, parts: Mapping[str, DatasetParts], captions: Mapping[str, Captions | None], device: torch.device
-    ) -> dict[str, Conditions]:
-        """Of each data set, by its name; the features are computed on `device` where they are not there.
-
-        One after the other, so that one network at a time is in memory, and none afterwards.
-        """
-        found: dict[str, dict[str, PartReader]] = {name: {} for name in parts}
-        for key, feature in self.features.items():
-            try:
-                for name, readers in found.items():
-                    readers[key] = parts[name].feature(key, feature, captions.get(name), device)
-            finally:
-                feature.release()
-        return {
-            name: Conditions(captions.get(name), found[name], gathered(part.dataset, self.numbers, self.targets[name]))
-            for name, part in parts.items()
-        }
-
-
-def _no_captions(name: str, dataset: ImageDataset) -> ConfigError:
+def no_captions(name: str, dataset: ImageDataset) -> ConfigError:
+    """That a feature reads captions where there are none."""
     return ConfigError(
         f"data.params.features.{name}: reads captions, and the data set ({dataset.path(0)}, ...) has none: give it "
         "some, or leave the feature out"
     )
-
-
-def named(features: Mapping[str, Feature]) -> dict[str, Feature]:
-    """The features; ConfigError unless each has a name that can begin a column's and be a folder's."""
-    for name, feature in features.items():
-        if not name.isidentifier() or name == CAPTIONS_NAME:
-            raise ConfigError(f"data.params.features.{name}: expected a name of letters, digits and _, such as text")
-        if not isinstance(feature, Feature):
-            raise ConfigError(
-                f"data.params.features.{name}: expected a feature (ldm/diffusion/conditioners/features.py), found "
-                f"{type(feature).__name__}"
-            )
-    return dict(features)
 
 
 class _Encoder:

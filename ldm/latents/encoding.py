@@ -63,6 +63,11 @@ class Encoding:
     read_threads: int = 4
     trust: Sequence[str] = ()
 
+    @property
+    def encoder(self) -> str:
+        """The hash of what determines latents; that of the whole autoencoder where it has no other."""
+        return str(self.codec.describe(self.weights).get("encoder", self.weights))
+
     def plan(self, part: SizedPart) -> CacheSpec:
         """What the cache of a part has to hold."""
         dataset, alone = part.dataset, texts(part.dataset)

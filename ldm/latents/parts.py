@@ -2,6 +2,8 @@
 
     captions    the captions of each item, one or more, as UTF-8
     a feature   what a feature (ldm/diffusion/conditioners/features.py) makes of each caption, or of each item
+    a column    what lies on each item's picture, cropped with it (aligned.py)
+    masked      latents of the picture with holes (masked.py)
 
 A part is a folder of shards (shards.py), whose rows are as long as they are (ragged.py). It is named by what its source
 holds and by all that determines the feature, not by the autoencoder: other autoencoders share it, and other captions
@@ -41,6 +43,9 @@ TEXT = "text"
 """The only part of a row of captions."""
 CAPTIONS: Mapping[str, Part] = {TEXT: Part((1 << 20,), torch.uint8, ragged=True)}
 """A caption: its bytes in UTF-8, 1 MiB at most."""
+TOO_LONG = (
+    "data.params.features.{name}: {cut} of {rows} {reads}s are longer than what it reads, and their ends have no effect"
+)
 
 log = logging.getLogger(__name__)
 
@@ -177,6 +182,7 @@ def build_part(
     rank: int = 0,
     world_size: int = 1,
     progress: Progress = lambda done, total: None,
+    too_long: str = TOO_LONG,
 ) -> PartManifest:
     """Complete the part of `plan` in `folder`, doing whatever part of the work is left; see `writing.complete`.
 
@@ -187,10 +193,11 @@ def build_part(
         max_broken: how many items may be unreadable.
         rank, world_size: which shards to take first.
         progress: called with (items that all processes have done, items of the plan).
+        too_long: what is said if some values were, with {name}, {cut} of {rows}, and what is read as {reads}.
     """
 
     def writer_of(begun: PartSpec) -> "_PartWriter":
-        return _PartWriter(folder, begun, rows, max_broken, progress)
+        return _PartWriter(folder, begun, rows, max_broken, progress, too_long)
 
     return complete(folder, plan, PartManifest, writer_of, rank, world_size)
 
@@ -198,9 +205,12 @@ def build_part(
 class _PartWriter(Writer[PartSpec, PartManifest]):
     """Computes the rows of shards."""
 
-    def __init__(self, folder: Path, plan: PartSpec, rows: Rows, max_broken: int, progress: Progress) -> None:
+    def __init__(
+        self, folder: Path, plan: PartSpec, rows: Rows, max_broken: int, progress: Progress, too_long: str
+    ) -> None:
         super().__init__(folder, plan, max_broken, progress)
         self.rows = rows
+        self.too_long = too_long
 
     def shard_bytes(self, shard: int) -> int:
         return self.plan.layout(shard, read_sealed(shard_path(self.folder, shard, ".json"))).size
@@ -228,8 +238,6 @@ class _PartWriter(Writer[PartSpec, PartManifest]):
         noted = ("crc32", "items", "rows", "lengths", "cut")
         found = PartManifest(self.plan, broken, [{name: sidecar[name] for name in noted} for sidecar in sidecars])
         if found.num_cut:
-            log.warning(
-                "data.params.features.%s: %d of %d %ss are longer than what it reads, and their ends have no effect",
-                *(self.plan.name, found.num_cut, found.num_rows, self.plan.reads),
-            )
+            about = {"name": self.plan.name, "reads": self.plan.reads}
+            log.warning("%s", self.too_long.format(cut=found.num_cut, rows=found.num_rows, **about))
         return found

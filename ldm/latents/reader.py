@@ -12,7 +12,9 @@ from torch.utils.data import Dataset
 
 from ldm.latents.claims import read_sealed
 from ldm.latents.conditions import Conditions
+from ldm.latents.dense import DenseRows
 from ldm.latents.manifest import CacheSpec, Manifest
+from ldm.latents.part_reader import PartReader
 from ldm.latents.shards import check_bytes, check_size, shard_path, size_on_disk
 from ldm.randomness import Draws
 from ldm.ranges import Seed
@@ -128,6 +130,7 @@ class LatentDataset(Dataset[Any]):
         flip: mirror half of the samples (training), or none (validation).
         conditions: what batches hold beside latents and labels; None: the captions that an old cache has itself.
         among: the numbers of the cache's items in the data set that the conditions are of; None: they are the same.
+        dense: what lies on the pictures of the cache's items; None: nothing.
     """
 
     def __init__(
@@ -137,14 +140,18 @@ class LatentDataset(Dataset[Any]):
         flip: bool,
         conditions: Conditions | None = None,
         among: np.ndarray | None = None,
+        dense: DenseRows | None = None,
     ) -> None:
         self.cache = cache
         self.seed = seed
         self.flip = flip
         self.conditions = conditions or Conditions(cache if cache.plan.captions else None)
+        self.dense = dense
         self._among = among
         self._rows: np.ndarray | None = None
         whole = ~np.isin(self.items(range(len(cache))), self.conditions.broken)
+        if dense is not None:
+            whole &= ~np.isin(cache.items(range(len(cache))), dense.broken)
         self._rows = None if whole.all() else np.flatnonzero(whole)  # those of the cache
 
     def __len__(self) -> int:
@@ -161,7 +168,10 @@ class LatentDataset(Dataset[Any]):
         return len(self)
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> dict[str, Any]:
-        """Batch: `moments` (N,2,c,h,w) float16, `sample_number` (N,) int64 array, `class_label` (N,), conditions."""
+        """Batch: `moments` (N,2,c,h,w) float16, `sample_number` (N,) int64 array, `class_label` (N,), conditions.
+
+        What lies on the pictures is in the orientation of the latents.
+        """
         numbers, rows = np.asarray(keys, dtype=np.int64).reshape(-1, 2).T
         # The flip depends on the sample number, not the row: the next epoch may see the other orientation.
         mirrored = Draws(self.seed, numbers, 1).uniform("flip").numpy() < (0.5 if self.flip else 0.0)
@@ -169,7 +179,14 @@ class LatentDataset(Dataset[Any]):
         batch: dict[str, Any] = {"moments": torch.from_numpy(moments), "sample_number": numbers}
         if self.cache.plan.num_classes is not None:
             batch["class_label"] = torch.from_numpy(labels)
-        return batch | self.conditions.gather(self.items(rows), numbers, self.seed)
+        batch |= self.conditions.gather(self.items(rows), numbers, self.seed)
+        if self.dense is not None:
+            batch |= self.dense.gather(self.cache.items(self._of_cache(rows)), numbers, mirrored, self.seed)
+        return batch
+
+    def parts(self) -> list[PartReader]:
+        """Those of the cache beside the latents."""
+        return [*self.conditions.parts(), *([] if self.dense is None else self.dense.parts())]
 
     def _of_cache(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         index = np.asarray(rows, dtype=np.int64)

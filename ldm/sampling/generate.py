@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from ldm.autoencoder.tiling import Tiling, decode, encode
+from ldm.diffusion.conditioners.base import defaults
 from ldm.errors import NumericError
 from ldm.images import to_arrays
 from ldm.randomness import Draws
 from ldm.runtime.progress import shown
+from ldm.sampling import dense
 from ldm.sampling.conditions import Columns, Condition, check_conditions, rows
 from ldm.sampling.guidance import ConditionalDenoiser, Guidance
 from ldm.sampling.img2img import InitImage, inpaint
@@ -67,7 +69,8 @@ def generate(
     Args:
         seeds: any integers of 64 bits; the same seed gives the same starting noise, whatever the condition.
         conditions: one for each seed, such as {"class_label": 3}; None: unconditional samples, even from a conditional
-            model. Of sizes that a model reads (ldm/latents/numbers.py) none need be said.
+            model. Of sizes that a model reads (ldm/latents/numbers.py) none need be said. Pictures, masks, maps and
+            layouts: dense.py.
         sampler: of samplers.py, such as `ddim` or `partial(ddim, eta=0.5)`.
         steps: of the sampler, one network call each (heun: two).
         schedule: of timesteps.py, where the steps lie between noise and data.
@@ -111,7 +114,7 @@ def check(
     """Everything `generate` checks before it starts; its arguments and errors, `times` (steps + 1,) of the schedule.
 
     Returns the columns of the conditions, if there are any. Sizes that a model reads, and no condition says, are those
-    of a picture that has the `size` that is made, and of which nothing was cropped.
+    of a picture that has the `size` that is made, and of which nothing was cropped; likewise other defaults.
     """
     guidance.check(pipeline, conditions is not None, times)
     if conditions is None:
@@ -121,9 +124,14 @@ def check(
     # A classifier reads the class, whether or not the model does.
     own = () if guidance.classifier is None else ("class_label",)
     reads = tuple(dict.fromkeys([*pipeline.conditioner.keys, *own]))
-    whole = {name: value for name, value in uncropped(pipeline.image_size(size)).items() if name in reads}
+    left_out = defaults(pipeline.conditioner)
+    sizes = uncropped(pipeline.image_size(size))
+    whole = {**left_out, **{name: value for name, value in sizes.items() if name in reads}}
     said = [{**whole, **condition} for condition in conditions] if whole else conditions
-    return check_conditions(said, reads, pipeline.manifest.plan.num_classes)
+    wanted = dense.asked([*reads, *left_out], said[0] if said else {})
+    table = check_conditions(said, wanted, pipeline.manifest.plan.num_classes)
+    dense.check(pipeline, table, size)
+    return table
 
 
 # Not inference_mode: training could then not use the tables that objective and manifest cache on a device.
@@ -141,10 +149,13 @@ def _images(
 ) -> np.ndarray:
     """(N,H,W,C) uint8."""
     number, device, manifest = len(seeds), pipeline.device, pipeline.manifest
+    batch = None if batch is None else dense.completed(pipeline, batch, tile)
     with _evaluating(pipeline.denoiser):
         draws = Draws(SEED, seeds, number, device)
-        told = None if batch is None else {**batch, "draws": draws}
-        denoise = guidance.denoiser(pipeline, told, number, _within(pipeline, shape, tile))
+        if batch is not None:
+            size = torch.empty(number, *shape, device="meta")  # of which a conditioner may read the height and width
+            batch = {**batch, "draws": draws, "latent": size}
+        denoise = guidance.denoiser(pipeline, batch, number, _within(pipeline, shape, tile))
         noise = Draws(SEED, seeds, number).normal("noise", shape).to(device)
         known = None
         if init_image is not None:
@@ -157,6 +168,7 @@ def _images(
         images = decode(pipeline.codec, manifest.unstandardize(latents), tile)
         if init_image is not None:
             images = init_image.composite(images)
+        images = dense.kept(pipeline, images, batch)
     if not bool(torch.isfinite(images).all()):
         steered = "" if guidance.scale == 1 else f", or guidance {guidance.scale:g} overflows"
         raise NumericError(

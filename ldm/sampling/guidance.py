@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ldm.diffusion.conditioners.base import Conditioning
+from ldm.diffusion.conditioners.base import Conditioning, dropped, kept_keys
 from ldm.diffusion.objectives import Objective
 from ldm.errors import ConfigError
 from ldm.latents.manifest import same_encoder
@@ -196,8 +196,8 @@ class Guidance:
             raise ConfigError("guidance by a classifier: no classes are requested; request some, or leave it out")
         elif self.classifier is None and self.scale != 1:
             self._check_conditions(pipeline, conditional)
-        if pipeline.conditioner.keys and not conditional and not pipeline.knows_null:
-            raise ConfigError(f"conditions: found none, but {_ALWAYS_CONDITIONED}; request some")
+        if not conditional:
+            _require_unconditional(pipeline, "conditions: found none, but")
 
     def _check_conditions(self, pipeline: "Pipeline", conditional: bool) -> None:
         found = f"guidance scale: found {self.scale:g}, but"
@@ -223,8 +223,8 @@ class Guidance:
         if not {*reads[1]} <= {*reads[0]}:
             wanted, given = (", ".join(keys) or "no conditions" for keys in (reads[1], reads[0]))
             raise ConfigError(f"{found}: reads {wanted}, the model to guide {given}")
-        if guide.conditioner.keys and not conditional and not guide.knows_null:
-            raise ConfigError(f"{found}: conditions: found none, but {_ALWAYS_CONDITIONED}; request some")
+        if not conditional:
+            _require_unconditional(guide, f"{found}: conditions: found none, but")
         classes = ours.plan.num_classes, theirs.plan.num_classes
         if "class_label" in reads[1] and classes[1] != classes[0]:
             raise ConfigError(f"{found}: was trained with {classes[1]} classes, the model to guide with {classes[0]}")
@@ -247,8 +247,9 @@ class Guidance:
             within: how each network is called, such as window by window (tiled.py).
         """
         conditional = within(partial(pipeline.objective.denoise, pipeline.denoiser["network"]))
-        null = pipeline.conditioner.null(number)
-        conditioning = null if batch is None or not pipeline.conditioner.keys else pipeline.conditioner(batch)
+        conditioner = pipeline.conditioner
+        null = conditioner.null(number) if batch is None else dropped(conditioner, batch, number)
+        conditioning = null if batch is None or not conditioner.keys else conditioner(batch)
         plain = classifier_free(conditional, conditioning, null, 1.0)
         if self.guide is not None:
             guide = Guidance().denoiser(self.guide, batch, number, within)
@@ -257,9 +258,7 @@ class Guidance:
             sees, labels = self.classifier, batch["class_label"]
             guided = classifier(plain, pipeline.objective, lambda x, t: sees(x, t, labels), self.scale, self.channels)
         elif batch is not None:
-            away = (
-                null if self.negative is None else pipeline.conditioner(self._negated(batch, number, pipeline.device))
-            )
+            away = null if self.negative is None else conditioner(self._negated(batch, number, pipeline.device))
             guided = classifier_free(conditional, conditioning, away, self.scale, self.rescale, self.channels)
         else:
             guided = plain
@@ -271,3 +270,11 @@ class Guidance:
         """The rows' conditions, with those of `negative` in their place."""
         assert self.negative is not None
         return {**batch, **rows(columns([self.negative] * number), slice(None), device)}
+
+
+def _require_unconditional(pipeline: "Pipeline", found: str) -> None:
+    """ConfigError, which begins with `found`, unless the model can do without conditions."""
+    if pipeline.conditioner.keys and not pipeline.knows_null:
+        raise ConfigError(f"{found} {_ALWAYS_CONDITIONED}; request some")
+    if kept := kept_keys(pipeline.conditioner):
+        raise ConfigError(f"{found} this model was never trained without {', '.join(kept)}; request some")

@@ -18,13 +18,14 @@ from ldm.autoencoder.tiling import Tiling
 from ldm.checkpoints import store
 from ldm.config.load import build
 from ldm.config.tree import current_plain
-from ldm.diffusion.conditioners.base import Conditioner, require_conditioner
+from ldm.diffusion.conditioners.base import Conditioner, kept_keys, require_conditioner
 from ldm.diffusion.conditioners.joint import Joint
 from ldm.diffusion.objectives import Objective
 from ldm.errors import CheckpointError, ConfigError
 from ldm.images import picture
 from ldm.latents.manifest import Manifest, same_encoder
 from ldm.sampling.conditions import Condition
+from ldm.sampling.dense import Dense
 from ldm.sampling.generate import UNGUIDED, generate
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.img2img import InitImage
@@ -49,6 +50,7 @@ class Pipeline:
         manifest: of the latent cache: shape and scale of the latents, the classes.
         label_dropout: the fraction of images that it was trained on without their conditions.
         origin: where the weights come from, in plain values: {"checkpoint", "step", "weights"}.
+        dense: what is known of its pictures, maps and layouts as conditions.
     """
 
     denoiser: nn.ModuleDict
@@ -57,6 +59,7 @@ class Pipeline:
     manifest: Manifest
     label_dropout: float
     origin: Mapping[str, Any] = field(default_factory=dict)
+    dense: Dense = field(default_factory=Dense)
 
     @classmethod
     def load(
@@ -98,14 +101,27 @@ class Pipeline:
         origin = {"checkpoint": str(file), "step": record["step"], "weights": "ema" if ema else "raw"}
         denoiser.requires_grad_(False).eval()
         dropout = params.get("label_dropout", 0.0)
-        return cls(denoiser.to(device), objective.to(device), codec.to(device), manifest, dropout, origin)
+        dense = Dense.of(record.get("data") or {})
+        return cls(denoiser.to(device), objective.to(device), codec.to(device), manifest, dropout, origin, dense)
 
     @classmethod
-    def from_module(cls, module: "LatentDiffusion", codec: Codec, manifest: Manifest, ema: bool = True) -> "Pipeline":
-        """From a model in training, whose weights it shares; `codec` should be on the module's device."""
+    def from_module(
+        cls,
+        module: "LatentDiffusion",
+        codec: Codec,
+        manifest: Manifest,
+        ema: bool = True,
+        facts: Mapping[str, Any] | None = None,
+    ) -> "Pipeline":
+        """From a model in training, whose weights it shares; `codec` should be on the module's device.
+
+        Args:
+            facts: of the data module.
+        """
         denoiser = module.ema.average if ema else module.denoiser
         assert isinstance(denoiser, nn.ModuleDict)
-        return cls(denoiser, module.objective, codec, manifest, module.label_dropout)
+        dense = Dense.of(facts or {})
+        return cls(denoiser, module.objective, codec, manifest, module.label_dropout, dense=dense)
 
     @property
     def device(self) -> torch.device:
@@ -122,7 +138,10 @@ class Pipeline:
 
     @property
     def knows_null(self) -> bool:
-        """Whether the model was also trained without its conditions."""
+        """Whether the model was also trained without its conditions, but for those that it keeps (Joint)."""
+        kept = kept_keys(self.conditioner)
+        if kept and {*kept} == {*self.conditioner.keys}:
+            return False
         return self.label_dropout > 0 or (isinstance(self.conditioner, Joint) and self.conditioner.drops_all())
 
     def latent_shape(self, size: Size | None = None, tile: Tiling | None = None) -> tuple[int, int, int]:

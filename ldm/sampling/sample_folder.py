@@ -17,13 +17,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from ldm.data.decoding import read_array
 from ldm.errors import ConfigError
 from ldm.files import published, write_text
 from ldm.images import FILED, grid, picture
 from ldm.sampling.conditions import Condition
+from ldm.sampling.dense_files import is_file
 from ldm.sampling.generate import Sample
+from ldm.sampling.shown import beside
 
 SHOWN = 16
 """The maximum number of rows and columns of the sheet."""
@@ -64,18 +67,31 @@ def prefix(condition: Condition) -> str:
     """How the names of a condition's files begin: its class, or else its words and a hash of it."""
     if condition.keys() == {"class_label"}:
         return f"{condition['class_label']:03d}"
-    words = re.sub(r"\W+", "-", "-".join(str(condition[key]) for key in sorted(condition))).strip("-").lower()[:40]
+    said = (_said(key, condition[key]) for key in sorted(condition))
+    words = re.sub(r"\W+", "-", "-".join(map(str, said))).strip("-").lower()[:40]
     return f"{words or 'condition'}-{sha256(json.dumps(condition, sort_keys=True).encode()).hexdigest()[:8]}"
 
 
+def _said(key: str, value: Any) -> Any:
+    """A value in a few words: of a file its name, of a layout how many boxes."""
+    if is_file(value):
+        return Path(value["file"]).stem
+    return f"{len(value)} boxes" if key == "boxes" else value
+
+
 def title(condition: Condition | None, names: Sequence[str] | None) -> str:
-    """A condition as people read it: its caption, the name of its class, other keys with their values; "" for none."""
+    """A condition as people read it: its caption, the name of its class, other keys with their values; "" for none.
+
+    Of arrays nothing is said.
+    """
     words = []
     for key, value in (condition or {}).items():
+        if isinstance(value, np.ndarray | Tensor) and value.ndim:
+            continue
         if key == "class_label":
             words.append(f"class {value}" if names is None else names[value])
         else:
-            words.append(str(value) if key == "caption" else f"{key} {value}")
+            words.append(str(value) if key == "caption" else f"{key} {_said(key, value)}")
     return ", ".join(words)
 
 
@@ -193,22 +209,31 @@ def save_arrays(folder: Path, orders: Sequence[Order]) -> Path:
 
 
 def sheet(
-    folder: Path, conditions: Sequence[Condition | None], seeds: Sequence[int], names: Sequence[str] | None
+    folder: Path,
+    conditions: Sequence[Condition | None],
+    seeds: Sequence[int],
+    names: Sequence[str] | None,
+    pictures: Sequence[Sequence[np.ndarray]] = (),
 ) -> np.ndarray:
     """The sheet: one row per condition, under its title, or a square for a single one; the first SHOWN rows, columns.
 
     Args:
         names: of the classes.
+        pictures: (H,W,3) uint8 of each condition, as many of each, which then stand in front of its row.
     """
-    if len(conditions) == 1:
+    drawn = any(pictures)
+    if len(conditions) == 1 and not drawn:
         columns = min(SHOWN, math.ceil(math.sqrt(len(seeds))))
         seeds = seeds[: SHOWN * columns]
     else:
         columns = min(SHOWN, len(seeds))
         seeds = seeds[:columns]
-    shown = [Order(condition, seed).file for condition in conditions[:SHOWN] for seed in seeds]
+    rows = [[_read(folder / Order(condition, seed).file) for seed in seeds] for condition in conditions[:SHOWN]]
     titles = [title(condition, names) for condition in conditions[:SHOWN]]
-    return grid([_read(folder / file) for file in shown], columns, titles=titles if any(titles) else ())
+    if drawn:
+        columns += len(pictures[0])
+        rows = [beside([*before, *row]) for before, row in zip(pictures, rows, strict=False)]
+    return grid([image for row in rows for image in row], columns, titles=titles if any(titles) else ())
 
 
 def _read(path: Path) -> np.ndarray:

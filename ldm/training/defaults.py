@@ -25,6 +25,7 @@ from ldm.config.targets import is_node, resolve
 from ldm.diffusion.module import LatentDiffusion, parts
 from ldm.errors import ConfigError
 from ldm.run_folder import RunFolder
+from ldm.sampling.shown import SHOWABLE
 from ldm.training.callbacks.checkpoints import Checkpoints
 from ldm.training.callbacks.health import Health
 from ldm.training.callbacks.model_files import ModelFiles, readers
@@ -121,6 +122,8 @@ def _pictures(model: Any, interval: int, facts: Mapping[str, Any], trust: Sequen
     keys = parts(model.denoiser)[1].keys
     count = facts.get("num_classes") if "class_label" in keys else None
     # Up to 32 images of 50 network calls each.
+    if {*keys} & {*SHOWABLE, "masked_latent"}:
+        return SampleLogger(interval, held_out=8, seeds=range(4), trust=trust)
     if "caption" in keys:
         return SampleLogger(interval, held_out=4, trust=trust)
     return SampleLogger(interval, None if count is None else range(min(count, 4)), trust=trust)

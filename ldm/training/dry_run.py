@@ -20,6 +20,8 @@ from ldm.sizes import SizeError, as_size, nearest, spell
 
 # Parameters of models that have to agree with a fact of the data, wherever they occur.
 _TIED = {"in_channels": "channels", "out_channels": "channels", "num_classes": "num_classes"}
+_CLASSES = ("num_classes", "map_classes", "box_classes")
+_TIED |= {name: name for name in _CLASSES}
 
 
 def meta_model(tree: Mapping[str, Any], trust: Sequence[str] = ()) -> Any:
@@ -53,7 +55,7 @@ def check_fit(
     tied = [(key, value, fact) for key, value, fact in _tied(tree["model"], "model") if facts.get(fact) is not None]
     try:
         # Without values an index out of range goes unnoticed. (More classes than the data has do no harm.)
-        if any(value < facts[fact] for _, value, fact in tied if fact == "num_classes"):
+        if any(value < facts[fact] for _, value, fact in tied if fact in _CLASSES):
             raise ValueError("labels out of range")
         model.total_loss(batch)
     except (LdmError, RuntimeError, ValueError, IndexError, KeyError) as error:

@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from ldm.autoencoder.module import AutoencoderKL
 from ldm.checkpoints import state_tree
 from ldm.config.targets import build
+from ldm.diffusion.conditioners.base import dropped
 from ldm.diffusion.module import LatentDiffusion, parts
 from ldm.errors import CheckpointError, ConfigError, LdmError
 from ldm.sampling.conditions import check_conditions
@@ -92,7 +93,7 @@ def _second_stage(
         model.objective.loss(network, latent, conditioner(batch), batch["draws"])
     with _named("model", origin, "for its samples, "), torch.no_grad():
         denoise = partial(model.objective.denoise, network)
-        guided = classifier_free(denoise, conditioner(batch), conditioner.null(rows), 2.0)
+        guided = classifier_free(denoise, conditioner(batch), dropped(conditioner, batch, rows), 2.0)
         guided(latent, torch.tensor(model.objective.t_max, device="cpu"))
     for profile in model.ema.profiles:
         for seen in (0, batch_size, batch_size * steps):

@@ -183,10 +183,10 @@ def _dit(shapes: Shapes) -> dict[str, _Axis]:
 
 
 def _edm2(shapes: Shapes) -> dict[str, _Axis]:
-    """The latent's channels, then one of ones."""
-    latent = shapes["network.conv_out.weight"][0]
+    """The latent's channels, those of the conditioning image, then one of ones."""
+    latent, all_three = shapes["network.conv_out.weight"][0], shapes["network.conv_in.weight"][1]
     return {
-        "network.conv_in.weight": _Axis(1, [latent, 1], True),
+        "network.conv_in.weight": _Axis(1, [latent, all_three - latent - 1, 1], True),
         "network.conv_out.weight": _Axis(0, [latent], False),
     }
 

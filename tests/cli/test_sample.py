@@ -449,7 +449,7 @@ def test_home_is_known_where_the_shell_left_it(runs, monkeypatch, tmp_path):
     home = f"~/{runs.diffusion.name}"
     for source in (home, "~/*_tiny_diffusion"):
         options = sample.parse(["-r", source, "--out=~/a", "--autoencoder=~/b", "--image=~/c", "--mask=~/d"])
-        pictures = [options.out, options.autoencoder, options.image, options.mask]
+        pictures = [options.out, options.autoencoder, *options.image, *options.mask]
         assert pictures == [runs.diffusion.parent / name for name in "abcd"]
     words = ["-r", "~/*_tiny_diffusion", "--guide", home, "--out", str(tmp_path / "out"), "--classes", "0", "-n", "1"]
     assert sample.main([*words, *QUICK]) == 0

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from ldm.cli import tokenizer
-from ldm.data.dataset import hold_out
+from ldm.data.held_out import hold_out
 from ldm.data.sources.folder import ImageFolder
 from ldm.diffusion.conditioners.tokenizer import SMALLEST, Tokenizer
 

@@ -14,8 +14,9 @@ from PIL import Image
 from pytorch_lightning import LightningModule, Trainer
 
 from ldm.data.datamodule import VALIDATION_SEED, ImageDataModule
-from ldm.data.dataset import Subset, hold_out
+from ldm.data.dataset import Subset
 from ldm.data.elastic_sampler import items
+from ldm.data.held_out import hold_out
 from ldm.data.loading import TransformedDataset, chosen
 from ldm.data.sources.folder import ImageFolder
 from ldm.data.transforms import EvalTransform

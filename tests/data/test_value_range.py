@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from ldm.data import value_range
-from ldm.data.dataset import hold_out
 from ldm.data.decoding import MAX_PIXELS
+from ldm.data.held_out import hold_out
 from ldm.data.sources.folder import ImageFolder
 from tests.data.sources.test_folder import wide_colors
 

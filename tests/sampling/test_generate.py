@@ -9,7 +9,10 @@ import torch
 
 from ldm.autoencoder.codec import Codec
 from ldm.checkpoints import store
+from ldm.diffusion.conditioners.base import Conditioning, latent_size
+from ldm.diffusion.conditioners.classes import ClassVector
 from ldm.diffusion.conditioners.given import Field, Given
+from ldm.diffusion.conditioners.joint import Joint
 from ldm.errors import CheckpointError, ConfigError, NumericError
 from ldm.latents.manifest import Manifest
 from ldm.randomness import Draws
@@ -246,3 +249,67 @@ def test_any_size_that_divides(pipeline):
     kept = InitImage(torch.zeros(3, 16, 16), 0.5)
     with pytest.raises(ConfigError, match="image to start from: expected 16 x 32 pixels, found 16 x 16"):
         pipeline.generate([1], of_classes([0]), steps=2, size=(16, 32), init_image=kept)
+
+
+class Shaped(torch.nn.Module):
+    """The picture, and how dark it is, on a latent of any size."""
+
+    keys = ("picture",)
+
+    def forward(self, batch):
+        sides = batch["picture"].new_zeros(len(batch["picture"]), 2, *latent_size(batch))
+        told = torch.stack([batch["picture"], batch["dark"]], dim=1)
+        return Conditioning(spatial=sides + told[:, :, None, None])
+
+    def null(self, n):
+        return Conditioning(spatial=torch.zeros(n, 2, 1, 1))
+
+    def defaults(self):
+        return {"dark": 0.25}
+
+
+@pytest.fixture
+def inpainting(pipeline, monkeypatch):
+    """A model of classes and a number that it keeps, and what its network is conditioned on."""
+    conditioner = Joint({"class": ClassVector(3, 8), "picture": Shaped()}, kept=["picture"])
+    seen = []
+
+    def denoise(objective, network, x, t, conditioning):
+        seen.append(conditioning)
+        return x
+
+    monkeypatch.setattr(type(pipeline.objective), "denoise", denoise)
+    denoiser = torch.nn.ModuleDict({**pipeline.denoiser, "conditioner": conditioner})
+    return replace(pipeline, denoiser=denoiser, label_dropout=0.1), seen
+
+
+def test_guidance_leads_away_from_the_same_picture_without_its_class(inpainting):
+    pipeline, seen = inpainting
+    asked = [{"class_label": 1, "picture": 0.5}, {"class_label": 2, "picture": 0.7, "dark": 0.75}]
+    list(generate(pipeline, [0, 1], [{"dark": 0.25, **asked[0]}, asked[1]], steps=1, guidance=Guidance(3.0)))
+    rows = seen[0]
+    table = pipeline.conditioner.conditioners["class"]
+    assert torch.equal(
+        rows.vector, torch.cat([table({"class_label": torch.tensor([1, 2])}).vector, table.null_rows(2)])
+    )
+    assert rows.spatial.shape == (4, 2, *pipeline.manifest.plan.shape[1:])
+    assert rows.spatial[:, :, 0, 0].tolist() == [[0.5, 0.25], [pytest.approx(0.7), 0.75]] * 2
+    pipeline.generate([0], [asked[0]], steps=1, size=(16, 32))
+    assert seen[-1].spatial.shape[2:] == pipeline.latent_shape((16, 32))[1:]
+    assert seen[-1].spatial[0, :, 0, 0].tolist() == [0.5, 0.25], "what the condition does not say is the default"
+
+
+def test_a_model_that_keeps_a_condition_is_always_asked_for_it(inpainting):
+    pipeline, _ = inpainting
+    assert pipeline.knows_null
+    with pytest.raises(ConfigError, match="never trained without picture; request some"):
+        pipeline.generate([0], None, steps=1)
+    with pytest.raises(ConfigError, match="expected the keys that the model reads, class_label, picture, dark"):
+        pipeline.generate([0], [{"class_label": 1}], steps=1)
+    never = replace(pipeline, label_dropout=0.0)
+    assert not never.knows_null
+    alone = Joint({"picture": Shaped()}, kept=["picture"])
+    alone = replace(pipeline, denoiser=torch.nn.ModuleDict({**pipeline.denoiser, "conditioner": alone}))
+    assert not alone.knows_null, "there is nothing to drop"
+    with pytest.raises(ConfigError, match="guidance scale: found 2, but this model was never trained without its"):
+        alone.generate([0], [{"picture": 0.5}], steps=1, guidance=Guidance(2.0))

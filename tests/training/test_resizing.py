@@ -76,7 +76,7 @@ def test_channels_that_are_gone_are_as_if_they_were_zero(kind):
         torch.testing.assert_close(output(new, x), output(old, whole)[:, :2], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["unet", "dit"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_conditioning_image_is_new_input(kind):
     """As for inpainting: the latent grows, and the picture beside it keeps its place behind the latent."""
     torch.manual_seed(0)

@@ -11,6 +11,7 @@ import numpy as np
 from ldm.data import value_range as ranges
 from ldm.data.decoding import MAX_PIXELS
 from ldm.data.sources import captions as caption_files
+from ldm.data.sources.aligned import Companion
 from ldm.data.sources.captions import Beside, CaptionTable, InTable, TextFiles
 from ldm.data.sources.image_files import ImageFiles
 from ldm.data.sources.listing import EXTENSIONS, Listing, demand_no_lost_class, find
@@ -36,11 +37,13 @@ class ImageFolder(ImageFiles):
         value_range: [black, white] of gray images with more than 8 bits, such as [0, 4095] for 12 bits in 16-bit files,
             or the window of a CT; values outside are clipped. None: 0 and 65535, with a warning if the images are so
             dark that this looks wrong; 32-bit and floating-point files are refused. 8-bit files are not affected.
+        aligned: by key of an item (`map`, `mask`, `boxes`, `pair`), where what lies on the pictures comes from:
+            `MapFiles`, `MaskFiles`, `CocoBoxes`, `PairFiles`.
 
     Raises:
-        ConfigError: an invalid `value_range`.
+        ConfigError: an invalid `value_range`, or a key in `aligned` that is none.
         DataError: no folder, no images, a subfolder that cannot be read or holds only images of unsupported formats,
-            images both in the folder and in subfolders, or captions that are missing.
+            images both in the folder and in subfolders, or captions or aligned values that are missing.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class ImageFolder(ImageFiles):
         captions: str | Path | bool | CaptionTable | TextFiles | None = None,
         max_pixels: Count = MAX_PIXELS,
         value_range: Sequence[Finite] | None = None,
+        aligned: Mapping[str, Companion] | None = None,
     ) -> None:
         root = Path(root)
         if not root.is_dir():
@@ -66,7 +70,7 @@ class ImageFolder(ImageFiles):
         texts, numbers, note = _captions(root, listing, captions)
         labels = None if names is None else _labels(listing.pictures, names)
         count = None if names is None else len(names)
-        super().__init__(root, listing.pictures, labels, count, names, texts, numbers, max_pixels, checked)
+        super().__init__(root, listing.pictures, labels, count, names, texts, numbers, max_pixels, checked, aligned)
         left_out = listing.left_out(used=set(texts.files) if texts else ())
         self.say(lost, note, f"left out: {left_out}" if left_out else "")
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from ldm.data import fingerprint
 from ldm.data import value_range as ranges
 from ldm.data.dataset import CONVERTIBLE, Item
 from ldm.data.decoding import file_sizes, read_image
+from ldm.data.sources import aligned as aligned_values
+from ldm.data.sources.aligned import Companion
 from ldm.data.sources.captions import Beside, InTable, hash_of
 from ldm.errors import DataError
 from ldm.ranges import Count, Finite
@@ -36,6 +38,7 @@ class ImageFiles:
         numbers: by key of a batch, of each (N,) or (N,k) float32.
         max_pixels: larger images count as broken.
         value_range: (black, white) of gray images with more than 8 bits; None: 0 and 65535.
+        aligned: by key of an item, where what lies on the pictures comes from.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class ImageFiles:
         numbers: Mapping[str, np.ndarray],
         max_pixels: Count,
         value_range: tuple[Finite, Finite] | None,
+        aligned: Mapping[str, Companion] | None = None,
     ) -> None:
         self.root = root
         self.files = files
@@ -59,6 +63,7 @@ class ImageFiles:
         self._num_classes = num_classes
         self._captions = captions
         self._numbers = numbers
+        self._aligned = aligned_values.values(aligned, root, files)
         self._prepared = False
 
     def say(self, *notes: str) -> None:
@@ -82,7 +87,9 @@ class ImageFiles:
         return item
 
     def without_captions(self, index: int) -> Item:
-        item: Item = {"image": read_image(self.path(index), self.max_pixels, self.value_range, keep_alpha=True)}
+        image = read_image(self.path(index), self.max_pixels, self.value_range, keep_alpha=True)
+        on_it = {key: one.of(index, (image.height, image.width)) for key, one in self._aligned.items()}
+        item = cast(Item, {"image": image, **on_it})
         if self._labels is not None:
             item["class_label"] = int(self._labels[index])
         return item
@@ -98,6 +105,15 @@ class ImageFiles:
 
     def columns(self) -> Mapping[str, np.ndarray]:
         return self._numbers
+
+    def aligned_keys(self) -> Sequence[str]:
+        return [*self._aligned]
+
+    def map_classes(self) -> list[str] | None:
+        return self._aligned["map"].classes if "map" in self._aligned else None
+
+    def box_classes(self) -> list[str] | None:
+        return self._aligned["boxes"].classes if "boxes" in self._aligned else None
 
     def sizes(self) -> np.ndarray | None:
         states = self._states[: len(self)]
@@ -117,7 +133,7 @@ class ImageFiles:
         if not self._prepared and distributed.is_main():
             if self.value_range is None:
                 self.say(ranges.warning([self.path(index) for index in range(len(self))], self.max_pixels))
-            self.say(self._empty_texts())
+            self.say(self._empty_texts(), *(one.note for one in self._aligned.values()))
         self._prepared = True
 
     def _empty_texts(self) -> str:
@@ -141,6 +157,8 @@ class ImageFiles:
         """What a fingerprint covers beside names, sizes, contents, captions and the names of classes."""
         for name, column in self._numbers.items():
             yield f"{name} {column.shape}".encode() + column.tobytes()
+        for key, one in self._aligned.items():
+            yield f"{key} {one.fingerprint()}".encode()
 
     @cached_property
     def _fingerprint(self) -> str:

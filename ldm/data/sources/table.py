@@ -1,6 +1,6 @@
 """Image files that a table names: JSONL, CSV, TSV or parquet, with captions, a class and numbers beside each."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -8,6 +8,7 @@ import numpy as np
 from ldm.data import value_range as ranges
 from ldm.data.decoding import MAX_PIXELS
 from ldm.data.sources import captions as caption_files
+from ldm.data.sources.aligned import Companion
 from ldm.data.sources.captions import InTable, empty_ones
 from ldm.data.sources.classes import labeled
 from ldm.data.sources.image_files import ImageFiles
@@ -31,7 +32,7 @@ class ImageTable(ImageFiles):
             names, in natural order.
         class_names: of all classes, in their order; None: as found.
         columns: columns of numbers to keep, such as `[aesthetic]`.
-        max_pixels, value_range: as for `ImageFolder`.
+        max_pixels, value_range, aligned: as for `ImageFolder`.
 
     Raises:
         ConfigError: an invalid `value_range`, or a parquet file without pyarrow.
@@ -50,6 +51,7 @@ class ImageTable(ImageFiles):
         columns: Sequence[str] = (),
         max_pixels: Count = MAX_PIXELS,
         value_range: Sequence[Finite] | None = None,
+        aligned: Mapping[str, Companion] | None = None,
     ) -> None:
         self.file = Path(file)
         folder = self.file.parent if root is None else Path(root)
@@ -70,7 +72,7 @@ class ImageTable(ImageFiles):
             labels, named, count = labeled(values, class_names, lambda item: read.table.place(firsts[item]))
         texts = InTable(list(read.texts.values())) if read.texts else None
         numbers = read.numbers(columns, names)
-        super().__init__(folder, names, labels, count, named, texts, numbers, max_pixels, checked)
+        super().__init__(folder, names, labels, count, named, texts, numbers, max_pixels, checked, aligned)
         repeated = f"left out: {len(read.repeated)} lines of images that have another one further down"
         self.say(
             f"{repeated} ({read.repeated[0]})" if read.repeated else "",

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.errors import ConfigError
+from ldm.sizes import Size, spell
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Conditioning:
     Attributes:
         vector: (N, D).
         tokens: (N, L, D).
-        spatial: (N, C, H, W), with the latent's height and width.
+        spatial: (N, C, H, W), with the latent's height and width; sides of 1 stand for any.
         token_mask: (N, L) bool, true for tokens, false for padding, which nothing may depend on; each row has a token.
             None: all are tokens.
 
@@ -70,6 +71,22 @@ class Conditioning:
             return self.tokens
         return self.tokens.masked_fill(~self.token_mask[..., None], 0)
 
+    def beside(self, x: Tensor) -> Tensor:
+        """`x` (N, c, H, W) with `spatial`, if there is one, as further channels: (N, c + C, H, W).
+
+        Raises:
+            ConfigError: the image has another height or width.
+        """
+        if self.spatial is None:
+            return x
+        (height, width), (rows, columns) = self.spatial.shape[2:], x.shape[2:]
+        if height not in (1, rows) or width not in (1, columns):
+            raise ConfigError(
+                f"the conditioner's spatial slot is {spell((height, width))}, expected {spell((rows, columns))}, the "
+                "latent's height and width"
+            )
+        return torch.cat([x, self.spatial.expand(-1, -1, rows, columns).to(x.dtype)], dim=1)
+
     def padded(self, length: int) -> "Conditioning":
         """With masked tokens, zeros at the end, up to `length` of them; itself if there are as many or no tokens."""
         if self.tokens is None or self.tokens.shape[1] >= length:
@@ -114,6 +131,64 @@ class Conditioner(Protocol):
         Not a view of a parameter: if parameters are sharded, their memory is freed after this call.
         """
         ...
+
+
+@runtime_checkable
+class Keeping(Protocol):
+    """Optional: a conditioner of which some stays where the rest is dropped, as the picture of inpainting by text."""
+
+    def kept_keys(self) -> Sequence[str]:
+        """The keys that are never dropped; none: `dropped` is `null`."""
+        ...
+
+    def dropped(self, batch: Mapping[str, Any], n: int) -> Conditioning:
+        """`null(n)`, in which what is kept is that of the batch's `n` rows; no view of a parameter either."""
+        ...
+
+
+def kept_keys(conditioner: Conditioner) -> Sequence[str]:
+    """The keys that are never dropped."""
+    return conditioner.kept_keys() if isinstance(conditioner, Keeping) else ()
+
+
+def dropped(conditioner: Conditioner, batch: Mapping[str, Any], n: int) -> Conditioning:
+    """What label dropout puts in place of the conditioning of a batch of `n` rows, and what guidance leads away from.
+
+    The null conditioning, but for what the conditioner keeps.
+    """
+    return conditioner.dropped(batch, n) if isinstance(conditioner, Keeping) else conditioner.null(n)
+
+
+@runtime_checkable
+class Defaulting(Protocol):
+    """Optional: a conditioner that reads more keys of a condition, if they are there."""
+
+    def defaults(self) -> Mapping[str, float]:
+        """By key, beside `keys`, what holds of a sample whose condition does not say it."""
+        ...
+
+
+def defaults(conditioner: Conditioner) -> Mapping[str, float]:
+    """By key that a condition may leave out, what holds then."""
+    return conditioner.defaults() if isinstance(conditioner, Defaulting) else {}
+
+
+def latent_size(batch: Mapping[str, Any]) -> Size:
+    """Height and width of the batch's `latent`, which a conditioning image is to have.
+
+    In training it is what is learned; to sample, a tensor of that shape without values.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = batch.get("latent")
+    if not isinstance(found, Tensor) or found.ndim != 4:
+        there = "none" if found is None else tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ConfigError(
+            f"a batch's latent: expected (N, c, h, w), whose height and width a map of conditions has, found {there}; "
+            "without one, hand in torch.empty(N, c, h, w, device='meta')"
+        )
+    return found.shape[2], found.shape[3]
 
 
 @runtime_checkable

@@ -24,7 +24,7 @@ class Part:
     Args:
         shape: of a row, such as (77, 768); the first side is the largest length if `ragged`.
         dtype: that it is stored in.
-        ragged: rows are (l, *shape[1:]) with 1 <= l <= shape[0], and are stored without padding.
+        ragged: rows are (l, *shape[1:]) with l <= shape[0], stored without padding; those of a feature have 1 <= l.
     """
 
     shape: tuple[int, ...]

@@ -7,7 +7,14 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from ldm.diffusion.conditioners.base import Conditioner, Conditioning, require_conditioner
+from ldm.diffusion.conditioners.base import (
+    Conditioner,
+    Conditioning,
+    defaults,
+    dropped,
+    kept_keys,
+    require_conditioner,
+)
 from ldm.errors import ConfigError
 from ldm.ranges import Count
 
@@ -56,6 +63,15 @@ class Projected(nn.Module):
 
     def null(self, n: int) -> Conditioning:
         return self._projected(self._inner.null(n))
+
+    def kept_keys(self) -> Sequence[str]:
+        return kept_keys(self._inner)
+
+    def dropped(self, batch: Mapping[str, Any], n: int) -> Conditioning:
+        return self._projected(dropped(self._inner, batch, n))
+
+    def defaults(self) -> Mapping[str, float]:
+        return defaults(self._inner)
 
     @property
     def _inner(self) -> Conditioner:

@@ -141,8 +141,7 @@ class DiT(nn.Module):
 
     def forward(self, x: Tensor, noise_level: Tensor, conditioning: Conditioning) -> Tensor:
         self._check(x, conditioning)
-        if conditioning.spatial is not None:
-            x = torch.cat([x, conditioning.spatial], dim=1)  # (N, in_channels + spatial_channels, H, W)
+        x = conditioning.beside(x)  # (N, in_channels + spatial_channels, H, W)
         p = self.patch_size
         rows, columns = x.shape[2] // p, x.shape[3] // p
         emb = self.embed(timestep_embedding(noise_level, _FREQUENCIES))  # (N, C)

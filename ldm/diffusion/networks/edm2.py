@@ -148,6 +148,7 @@ class MagnitudePreservingUNet(nn.Module):
         num_res_blocks: blocks per level on the way down (one more on the way up).
         attention_levels: levels with attention, 0 = full resolution. The middle always has it.
         vector_channels: width of the conditioning vector, such as `ClassOneHot` produces; None: none.
+        spatial_channels: channels of the conditioning image, concatenated to x; of about unit variance, as x.
         dropout: probability inside blocks.
         checkpointing: recompute activations in the backward pass instead of storing them.
 
@@ -165,6 +166,7 @@ class MagnitudePreservingUNet(nn.Module):
         vector_channels: Count | None = None,
         dropout: FractionBelowOne = 0.0,
         checkpointing: bool = False,
+        spatial_channels: CountOrZero = 0,
     ) -> None:
         super().__init__()
         widths = [model_channels * multiplier for multiplier in channel_mult]
@@ -176,6 +178,7 @@ class MagnitudePreservingUNet(nn.Module):
             )
         emb_channels, last = max(widths), len(widths) - 1
         self.in_channels, self.vector_channels = in_channels, vector_channels
+        self.spatial_channels = spatial_channels
         self.checkpointing, self.keep_random_state = checkpointing, dropout > 0
         self.shrink = 2**last
         # Random features of the noise level, never trained (eq. 75).
@@ -183,7 +186,7 @@ class MagnitudePreservingUNet(nn.Module):
         self.register_buffer("phases", 2 * math.pi * torch.rand(widths[0]))
         self.embed = MPConv(widths[0], emb_channels)
         self.embed_vector = None if vector_channels is None else MPConv(vector_channels, emb_channels)
-        self.conv_in = MPConv(in_channels + 1, widths[0], 3)
+        self.conv_in = MPConv(in_channels + spatial_channels + 1, widths[0], 3)
 
         c, skips = widths[0], [widths[0]]
         self.down = nn.ModuleList()
@@ -221,6 +224,7 @@ class MagnitudePreservingUNet(nn.Module):
         if self.embed_vector is not None and conditioning.vector is not None:
             embedding = mp_sum(embedding, self.embed_vector(conditioning.vector.to(x.dtype)), 0.5)  # (N, emb_channels)
         embedding = mp_silu(embedding)  # (N, emb_channels)
+        x = conditioning.beside(x)  # (N, in_channels + spatial_channels, H, W)
         # A channel of ones replaces the biases.
         x = self.conv_in(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))  # (N, model_channels, H, W)
         skips = [x]
@@ -255,8 +259,16 @@ class MagnitudePreservingUNet(nn.Module):
                 f"{1 + halvings(*x.shape[2:])} levels can: change the network or the data",
                 self.shrink,
             )
-        if conditioning.tokens is not None or conditioning.spatial is not None:
-            raise ConfigError("MagnitudePreservingUNet: reads only a vector (ClassOneHot); use a UNet for tokens")
+        if conditioning.tokens is not None:
+            raise ConfigError(
+                "MagnitudePreservingUNet: reads only a vector (ClassOneHot) and an image; use a UNet for tokens"
+            )
+        width = 0 if conditioning.spatial is None else conditioning.spatial.shape[1]
+        if width != self.spatial_channels:
+            raise ConfigError(
+                f"MagnitudePreservingUNet: spatial_channels={self.spatial_channels}, but the conditioner's spatial "
+                f"slot has width {width}"
+            )
         found = None if conditioning.vector is None else conditioning.vector.shape[-1]
         if found != self.vector_channels:
             raise ConfigError(

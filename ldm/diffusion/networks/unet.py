@@ -232,8 +232,7 @@ class UNet(nn.Module):
         if self.embed_vector is not None:
             embedding = embedding + self.embed_vector(conditioning.vector)  # (N, 4 model_channels)
         embedding = F.silu(embedding)  # (N, 4 model_channels), activated here once for all blocks
-        if conditioning.spatial is not None:
-            x = torch.cat([x, conditioning.spatial], dim=1)  # (N, in_channels + spatial_channels, H, W)
+        x = conditioning.beside(x)  # (N, in_channels + spatial_channels, H, W)
         inputs = (embedding, conditioning.clean_tokens(), conditioning.token_mask)
         h = self.conv_in(x)  # (N, model_channels, H, W)
         skips = [h]

@@ -11,6 +11,7 @@ from ldm.data.transforms import EvalTransform
 from ldm.errors import ConfigError
 from ldm.evaluation.pictures.stored import DatasetPictures
 from ldm.latents.datamodule import LatentDataModule
+from ldm.latents.dense import Dense
 from ldm.randomness import permutation
 
 
@@ -19,10 +20,14 @@ class NoSuchPart(ConfigError):
 
 
 class Configured(NamedTuple):
-    """Pictures of a data set, in an order that has nothing to do with their contents, and which part of it they are."""
+    """Pictures of a data set, in an order that has nothing to do with their contents, and which part of it they are.
+
+    `dense` is what the data module makes of what lies on them; None: it is one of stage 1.
+    """
 
     pictures: DatasetPictures
     part: str
+    dense: Dense | None = None
 
 
 def of_file(file: Path, overrides: Sequence[str], trust: Sequence[str], part: str | None = None) -> Configured:
@@ -71,7 +76,8 @@ def of_data(
         raise NoSuchPart(f"{origin}: has no validation part; take --part train, or set data.params.num_validation")
     dataset.prepare()
     transform, channels = _of_run(pixels) if pixels else _of_data(data)
-    return Configured(DatasetPictures(scattered(dataset), transform, channels), part)
+    dense = data.dense if isinstance(data, LatentDataModule) else None
+    return Configured(DatasetPictures(scattered(dataset), transform, channels), part, dense)
 
 
 def scattered(dataset: ImageDataset) -> Subset:

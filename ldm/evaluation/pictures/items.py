@@ -1,13 +1,19 @@
-"""Samples that are asked for as the items of a data set would be: by their classes and captions, item after item."""
+"""Samples that are asked for as the items of a data set would be, item after item.
 
+By their classes and captions, and by what lies on their pictures: masks, maps, boxes, small pictures.
+"""
+
+import json
 from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import sha256
 
 import numpy as np
 
-from ldm.data.dataset import ImageDataset, asked_for, class_labels
+from ldm.data.asked_for import asked_for
+from ldm.data.dataset import ImageDataset, class_labels
 from ldm.errors import ConfigError, DataError
+from ldm.latents.asked import DenseItems
 from ldm.sampling.conditions import Condition
 from ldm.sizes import SIZES
 
@@ -20,27 +26,35 @@ class Items:
 
     Args:
         dataset: of the items, in the order of their turns.
-        keys: that the model reads: some of `READ`, and sizes, which samples have of themselves.
+        keys: that the model reads: some of `READ`, sizes, which samples have of themselves, and what `dense` makes.
+        dense: what lies on the pictures, as the model reads it; None: nothing.
 
     Raises:
         ConfigError: other keys, or the data set has no such values.
     """
 
-    def __init__(self, dataset: ImageDataset, keys: Sequence[str]) -> None:
-        if others := [key for key in keys if key not in (*READ, *SIZES)]:
+    def __init__(self, dataset: ImageDataset, keys: Sequence[str], dense: DenseItems | None = None) -> None:
+        self.dense = dense
+        if others := [key for key in keys if key not in (*READ, *SIZES) and not self._makes(key)]:
             raise ConfigError(
                 f"this model reads {', '.join(others)}, which no item says: make its samples with "
                 "sample.py --conditions FILE, and evaluate their folder"
             )
         self.dataset = dataset
-        self.keys = tuple(key for key in keys if key in READ)
+        self.keys = tuple(key for key in keys if key not in SIZES)
         self._labels = class_labels(dataset)
-        self._said = lru_cache(maxsize=100_000)(self._say)
+        # Arrays would fill the memory.
+        self._said = self._say if {*self.keys} - {*READ} else lru_cache(maxsize=100_000)(self._say)
+
+    def _makes(self, key: str) -> bool:
+        return self.dense is not None and self.dense.says([key])
 
     @property
     def name(self) -> str:
         """Of the rule, and of all that it depends on."""
         described = f"{self.dataset.fingerprint()} {' '.join(self.keys)}"
+        if self.dense is not None and {*self.keys} - {*READ}:
+            described += json.dumps([self.dense.dense.facts(), self.dense.crop.describe()], sort_keys=True)
         return f"items {sha256(described.encode()).hexdigest()[:8]}"
 
     def places(self, seeds: np.ndarray) -> np.ndarray:
@@ -61,6 +75,9 @@ class Items:
 
     def _say(self, place: int) -> Condition:
         item = self.dataset[place]
-        if missing := [key for key in self.keys if key not in item]:
-            raise DataError(f"{self.dataset.path(place)}: has no {missing[0]}, which samples are to be asked for by")
-        return asked_for(item, self.keys)
+        path = self.dataset.path(place)
+        if missing := [key for key in self.keys if key in READ and key not in item]:
+            raise DataError(f"{path}: has no {missing[0]}, which samples are to be asked for by")
+        if self.dense is None:
+            return asked_for(item, self.keys)
+        return self.dense.condition({**item}, self.keys, place, path)

@@ -23,7 +23,7 @@ import pytorch_lightning as pl
 from torch import Tensor
 
 from ldm.autoencoder.codec import Codec
-from ldm.data.dataset import ImageDataset, class_labels
+from ldm.data.dataset import class_labels
 from ldm.diffusion.module import LatentDiffusion
 from ldm.errors import ConfigError
 from ldm.evaluation.distances.frechet import frechet_distance
@@ -36,6 +36,8 @@ from ldm.evaluation.pictures.labels import ITEMS, rule, usual
 from ldm.evaluation.pictures.made import Generated, Recipe
 from ldm.evaluation.pictures.stored import DatasetPictures
 from ldm.evaluation.reference import PicturesReference
+from ldm.latents.asked import DenseItems
+from ldm.latents.datamodule import LatentDataModule
 from ldm.ranges import Count, Finite
 from ldm.runtime import distributed
 from ldm.sampling.guidance import Guidance
@@ -164,7 +166,7 @@ class FrechetDistance(pl.Callback):
         device = module.device
         pipeline = self._pipeline(trainer, module)
         try:
-            self._recipe = replace(self._recipe, **self._asked(pipeline, data.train_dataset))
+            self._recipe = replace(self._recipe, **self._asked(pipeline, data))
             generated = Generated(pipeline, self._recipe, self._images)
             times = self._recipe.schedule(pipeline.objective, self._recipe.steps, pipeline.manifest.plan.shape)
             self._recipe.guidance.check(pipeline, bool(pipeline.conditioner.keys), times)
@@ -184,12 +186,14 @@ class FrechetDistance(pl.Callback):
                 *(self._images, reference.number, self._reference.size),
             )
 
-    def _asked(self, pipeline: Pipeline, dataset: ImageDataset) -> dict[str, Any]:
+    def _asked(self, pipeline: Pipeline, data: Any) -> dict[str, Any]:
         """The part of the recipe that says what samples are asked for by."""
+        dataset = data.train_dataset
         reads = pipeline.conditioner.keys
         name = self._labels or usual(reads)
         if name == ITEMS:
-            return {"items": Items(scattered(dataset), reads)}
+            dense = DenseItems.of(data.dense, pipeline.manifest) if isinstance(data, LatentDataModule) else None
+            return {"items": Items(scattered(dataset), reads, dense)}
         return {"labels": rule(name, class_labels(dataset))}
 
     def _pipeline(self, trainer: pl.Trainer, module: pl.LightningModule) -> Pipeline:

@@ -16,10 +16,13 @@ from pytorch_lightning.loggers import WandbLogger
 from torch import Tensor
 
 from ldm.autoencoder.codec import Codec
-from ldm.data.dataset import conditions as conditions_of
+from ldm.data.asked_for import conditions as conditions_of
+from ldm.data.datamodule import class_facts
 from ldm.diffusion.module import LatentDiffusion
 from ldm.errors import ConfigError
 from ldm.images import grid, picture, to_arrays
+from ldm.latents.asked import DenseItems
+from ldm.latents.datamodule import LatentDataModule
 from ldm.ranges import Count, CountOrZero, Finite
 from ldm.runtime import distributed
 from ldm.sampling.generate import check, generate
@@ -27,6 +30,8 @@ from ldm.sampling.guidance import Guidance
 from ldm.sampling.pipeline import Pipeline, load_codec
 from ldm.sampling.sample_folder import title
 from ldm.sampling.samplers import ddim
+from ldm.sampling.shown import beside
+from ldm.sampling.shown import conditions as conditions_shown
 from ldm.sampling.timesteps import default
 from ldm.sizes import SIZES
 from ldm.training.callbacks.step_callback import StepCallback
@@ -92,8 +97,9 @@ class SampleLogger(StepCallback):
         classes: labels, a row each; short for conditions of `class_label`.
         prompts: captions, a row each; short for conditions of `caption`.
         conditions: a row each, with the keys that the model reads. With none of these, a row of unconditional samples.
-        held_out: that many further rows, of the classes and captions of validation items (without any, of training
-            items), always the same.
+        held_out: that many further rows, of what validation items (without any, training items) say, always the same:
+            classes, captions, and what lies on their pictures, which is shown in front of a row, and the picture itself
+            at its end.
         seeds: of the columns; the same picture is drawn each time.
         steps: of the sampler.
         sampler: of ldm/sampling/samplers.py, such as {target: ldm.sampling.samplers.heun, partial: true}.
@@ -131,6 +137,7 @@ class SampleLogger(StepCallback):
         ]
         self._held_out = held_out
         self._rows = self._asked
+        self._truths: list[np.ndarray] = []  # of the last rows, (H,W,C) uint8
         self._steps = steps
         self._sampler = sampler
         self._schedule = schedule
@@ -146,7 +153,12 @@ class SampleLogger(StepCallback):
             data: Any = trainer.datamodule  # type: ignore[attr-defined]  # Lightning's own, set by fit
             items = data.train_dataset if data.validation_dataset is None else data.validation_dataset
             reads = [key for key in pipeline.conditioner.keys if key not in SIZES]
-            self._rows = [*self._asked, *conditions_of(items, reads, self._held_out)]
+            found = conditions_of(items, reads, self._held_out)
+            if not found and isinstance(data, LatentDataModule):
+                dense = DenseItems.of(data.dense, pipeline.manifest)
+                pairs = dense.some(items, reads, self._held_out)
+                found, self._truths = [row for row, _ in pairs], [_array(image) for _, image in pairs]
+            self._rows = [*self._asked, *found]
         try:
             times = self._schedule(pipeline.objective, self._steps, pipeline.manifest.plan.shape)
             check(pipeline, self._seeds, self._conditions, times, self._guidance)
@@ -179,7 +191,10 @@ class SampleLogger(StepCallback):
                 self._trust,
                 "in the parameter autoencoder of SampleLogger",
             )
-        return Pipeline.from_module(pl_module, self._codec.to(pl_module.device), manifest)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        dense = isinstance(data, LatentDataModule)
+        facts = {**class_facts(data.train_dataset), **data.dense.facts()} if dense else None
+        return Pipeline.from_module(pl_module, self._codec.to(pl_module.device), manifest, facts=facts)
 
     def show(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make a sheet now; every rank must call it."""
@@ -205,7 +220,23 @@ class SampleLogger(StepCallback):
         if trainer.is_global_zero:
             images = [shares[place % len(shares)][place // len(shares)] for place in range(number)]
             titles = [title(row, pipeline.manifest.plan.class_names) for row in self._rows]
-            publish(trainer, "val", "samples", grid(images, len(self._columns), titles=titles), titles)
+            publish(trainer, "val", "samples", self._sheet(pipeline, images, titles), titles)
+
+    def _sheet(self, pipeline: Pipeline, images: Sequence[np.ndarray], titles: Sequence[str]) -> np.ndarray:
+        """A row for each condition: what can be drawn of it, the samples, and the truth where it is known."""
+        number = len(self._columns)
+        drawn = [conditions_shown(row, pipeline.image_size(), pipeline.dense) for row in self._rows]
+        if not any(drawn):
+            return grid(images, number, titles=titles)
+        missing = len(drawn) - len(self._truths)
+        blank = np.full_like(images[0], 255)
+        truths = [*[blank] * missing, *self._truths]
+        rows = [
+            [*drawn[row], *images[row * number : (row + 1) * number], *([truths[row]] if self._truths else [])]
+            for row in range(len(drawn))
+        ]
+        cells = beside([image for row in rows for image in row])
+        return grid(cells, len(rows[0]), titles=titles if any(titles) else ())
 
 
 def publish(trainer: pl.Trainer, split: str, name: str, sheet: np.ndarray, titles: Sequence[str] = ()) -> None:
@@ -225,6 +256,12 @@ def publish(trainer: pl.Trainer, split: str, name: str, sheet: np.ndarray, title
         if isinstance(logger, WandbLogger):
             captions = {"caption": ["; ".join(titles)]} if titles else {}
             logger.log_image(f"{split}/{name}", [str(path)], step=trainer.global_step, **captions)
+
+
+def _array(image: Tensor) -> np.ndarray:
+    """(C,H,W) -> (H,W,C)."""
+    found: np.ndarray = image.permute(1, 2, 0).numpy()
+    return found
 
 
 def _first(batch: Mapping[str, Any], number: int) -> dict[str, Any]:

@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 from ldm.data import decoding, fingerprint
-from ldm.data.dataset import Subset, class_labels, columns, hold_out, sizes, texts
+from ldm.data.dataset import Subset, class_labels, columns, sizes, texts
 from ldm.data.decoding import image_size, read_image
 from ldm.data.fingerprint import comparable
+from ldm.data.held_out import hold_out
 from ldm.data.sources.arrays import ArrayImages
 from ldm.data.sources.folder import ImageFolder
 from ldm.errors import ConfigError, DataError

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.data.dataset import Subset, class_labels, columns, has_captions, hold_out, sizes, texts
+from ldm.data.dataset import Subset, class_labels, columns, has_captions, sizes, texts
+from ldm.data.held_out import hold_out
 from ldm.data.sources.table import ImageTable
 from ldm.errors import DataError
 from tests.data.sources.test_captions import KINDS, write

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from ldm.diffusion.conditioners.base import Conditioning, Unconditional
+from ldm.diffusion.conditioners.base import Conditioning, Unconditional, latent_size
 from ldm.diffusion.conditioners.classes import ClassOneHot, ClassToken, ClassVector
+from ldm.errors import ConfigError
 
 
 def test_where_chooses_whole_rows():
@@ -62,3 +63,22 @@ def test_data_without_classes_has_no_one_hot():
 def test_unconditional_fills_nothing():
     assert Unconditional()({"class_label": torch.zeros(2)}) == Unconditional().null(2) == Conditioning()
     assert not [*Unconditional().parameters()]
+
+
+def test_an_image_lies_beside_the_latent_and_sides_of_one_stand_for_any():
+    x = torch.randn(2, 3, 4, 6)
+    assert Conditioning().beside(x) is x
+    image = torch.randn(2, 1, 4, 6)
+    assert torch.equal(Conditioning(spatial=image).beside(x), torch.cat([x, image], 1))
+    found = Conditioning(spatial=torch.full((2, 1, 1, 1), 7.0)).beside(x.bfloat16())
+    assert (found.shape, found.dtype) == ((2, 4, 4, 6), torch.bfloat16)
+    assert (found[:, 3] == 7).all()
+    with pytest.raises(ConfigError, match="spatial slot is 6 x 4, expected 4 x 6, the latent's height and width"):
+        Conditioning(spatial=image.mT).beside(x)
+
+
+def test_the_size_of_the_latent_is_the_batch_s():
+    assert latent_size({"latent": torch.empty(2, 3, 4, 6, device="meta")}) == (4, 6)
+    for wrong, found in (({}, "none"), ({"latent": torch.zeros(2, 3)}, r"\(2, 3\)"), ({"latent": 3}, "int")):
+        with pytest.raises(ConfigError, match=rf"latent: expected \(N, c, h, w\), .* found {found}"):
+            latent_size(wrong)

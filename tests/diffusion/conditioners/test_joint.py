@@ -3,9 +3,10 @@ import torch
 from torch import nn
 
 from ldm.config.load import build
-from ldm.diffusion.conditioners.base import Conditioning, Unconditional
+from ldm.diffusion.conditioners.base import Conditioning, Unconditional, dropped, kept_keys
 from ldm.diffusion.conditioners.classes import ClassOneHot, ClassToken, ClassVector
 from ldm.diffusion.conditioners.joint import Joint
+from ldm.diffusion.conditioners.projected import Projected
 from ldm.errors import ConfigError
 from ldm.randomness import Draws
 
@@ -155,6 +156,59 @@ def test_whether_all_conditions_are_dropped_together_in_training():
 def test_unconditional_parts_read_nothing():
     assert Joint({"none": Unconditional(), "class": ClassVector(3, 4)}).keys == ("class_label",)
     assert Joint({"none": Unconditional()}).keys == ()
+
+
+def inpainting(**parameters):
+    return Joint({"token": ClassToken(3, 5), "picture": Picture()}, kept=["picture"], **parameters)
+
+
+def test_what_is_kept_stays_where_all_else_is_dropped():
+    conditioner, rows = inpainting(), batch()
+    assert conditioner.kept_keys() == kept_keys(conditioner) == ("small",)
+    found = dropped(conditioner, rows, 6)
+    assert torch.equal(found.spatial, rows["small"])
+    assert torch.equal(found.tokens, conditioner.conditioners["token"].null(6).tokens)
+    assert not conditioner.null(6).spatial.any()
+    within = Joint({"task": conditioner, "more": ClassVector(3, 4)})
+    assert within.kept_keys() == ("small",)
+    assert torch.equal(dropped(within, rows, 6).spatial, rows["small"])
+    assert torch.equal(dropped(Projected(conditioner, tokens=[5, 5]), rows, 6).spatial, rows["small"])
+    parts_of_a_drop = within.train()
+    parts_of_a_drop.dropout["task"] = 1.0
+    assert torch.equal(parts_of_a_drop(rows).spatial, rows["small"])
+    assert torch.equal(parts_of_a_drop(rows).tokens, found.tokens)
+
+
+def test_without_anything_kept_what_is_dropped_is_the_null():
+    for conditioner in (joint(), ClassToken(3, 5), Unconditional()):
+        assert kept_keys(conditioner) == ()
+        found, null = dropped(conditioner, batch(), 6), conditioner.null(6)
+        assert all(torch.equal(slot, getattr(null, name)) for name, slot in vars(found).items() if slot is not None)
+
+
+def test_whether_all_but_what_is_kept_is_dropped_in_training():
+    assert inpainting(dropout={"token": 0.1}).drops_all()
+    assert not inpainting().drops_all()
+
+
+def test_what_is_kept_exists_and_has_no_dropout():
+    with pytest.raises(ConfigError, match="kept names pict, but the conditioners are token, picture"):
+        Joint({"token": ClassToken(3, 5), "picture": Picture()}, kept=["pict"])
+    with pytest.raises(ConfigError, match="picture: is kept and has a dropout rate; leave one of them out"):
+        inpainting(dropout={"picture": 0.1})
+
+
+class Wide(Picture):
+    """Two channels of any height and width."""
+
+    def null(self, n):
+        return Conditioning(spatial=torch.zeros(n, 2, 1, 1))
+
+
+def test_images_of_any_size_take_that_of_the_others():
+    null = Joint({"picture": Picture(), "wide": Wide()}).null(3)
+    assert null.spatial.shape == (3, 3, 2, 2)
+    assert Joint({"wide": Wide(), "too": Wide()}).null(3).spatial.shape == (3, 4, 1, 1)
 
 
 def _shapes(conditioning):

@@ -136,3 +136,23 @@ def test_a_width_that_heads_cannot_share_is_refused():
         ConfigError, match="channels=96 makes a level with attention 96 wide; expected a multiple of 64"
     ):
         MagnitudePreservingUNet(4, 96, (1, 2), attention_levels=(0,))
+
+
+def test_an_image_beside_the_latent_is_read_and_none_changes_no_weight():
+    torch.manual_seed(0)
+    plain = MagnitudePreservingUNet(4, 16, [1, 2], 1, [1], vector_channels=10)
+    torch.manual_seed(0)
+    same = MagnitudePreservingUNet(4, 16, [1, 2], 1, [1], vector_channels=10, spatial_channels=0)
+    assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), same.state_dict().values(), strict=True))
+    net = MagnitudePreservingUNet(4, 16, [1, 2], 1, [1], vector_channels=10, spatial_channels=2)
+    with torch.no_grad():
+        net.gain_out.fill_(1.0)
+    x, level, told = inputs()
+    image = torch.randn(3, 2, *x.shape[2:])
+    one, other = (net(x, level, Conditioning(vector=told.vector, spatial=image + shift)) for shift in (0, 1))
+    assert one.shape == x.shape
+    assert not torch.allclose(one, other)
+    for wrong, width in ((plain, 2), (net, 0)):
+        found = Conditioning(vector=told.vector, spatial=image if width else None)
+        with pytest.raises(ConfigError, match=rf"spatial_channels={2 - width}, but .* width {width}"):
+            wrong(x, level, found)

@@ -110,7 +110,7 @@ def test_it_is_the_distance_of_the_runs_samples_to_the_pictures_it_was_trained_o
 
 
 def main_data(tree: dict[str, Any], image_folder: Path) -> Any:
-    from ldm.data.dataset import hold_out
+    from ldm.data.held_out import hold_out
 
     return hold_out(ImageFolder(image_folder), tree["data"]["params"]["num_validation"])[0]
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ldm.data.dataset import conditions as conditions_of
+from ldm.data.asked_for import conditions as conditions_of
 from ldm.errors import ConfigError, DataError
 from ldm.images import grid, to_arrays
 from ldm.latents.manifest import Manifest
