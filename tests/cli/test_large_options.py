@@ -9,6 +9,7 @@ from PIL import Image
 from ldm.cli import sample
 from ldm.cli.large_options import tiling
 from ldm.cli.sample_options import parse
+from ldm.errors import ConfigError
 
 QUICK = ["--steps", "4", "--classes", "0", "-n", "1"]
 
@@ -46,7 +47,9 @@ def test_a_picture_in_tiles(run):
     assert pixels(out).shape == (32, 48, 3)
     settings = json.loads((out / "samples.json").read_text())["settings"]
     assert (settings["size"], settings["tile"], settings["overlap"]) == ([32, 48], [16, 16], 8)
-    assert run("--size", "32", "48", "--tile", "16")[0] == 3  # that folder has pictures with another overlap
+    assert (
+        run("--size", "32", "48", "--tile", "16")[0] == ConfigError.exit_code
+    )  # that folder has pictures with another overlap
 
 
 def test_the_overlap_is_a_quarter_of_a_tile_if_nothing_is_said():
