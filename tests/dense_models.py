@@ -20,25 +20,26 @@ from tests.tiny_runs import ADAM, Runs, node, save_run
 
 
 class Spread(nn.Module):
-    """One spatial channel: the mean of all that it reads, at the latent's 4 x 4, or at a small picture's own size."""
+    """One spatial channel: the mean of all that it reads, of the latent's sides, or of a small picture's own."""
 
-    def __init__(self, keys: Sequence[str]) -> None:
+    def __init__(self, keys: Sequence[str], side: int = 4) -> None:
         super().__init__()
+        self.side = side
         self.keys = tuple(keys)
         self.register_buffer("place", torch.zeros(()), persistent=False)
 
     def forward(self, batch: Mapping[str, Any]) -> Conditioning:
         rows = len(batch[self.keys[0]])
-        total = torch.zeros(rows, 1, 4, 4)
+        total = torch.zeros(rows, 1, self.side, self.side)
         for key in self.keys:
             value = batch[key].float()
             image = value[:, None] if key == "map" else value
-            if key == "low_resolution":
+            if key == "low_resolution" and image.shape[-1] != self.side // 2:
                 total = total.mean((2, 3), keepdim=True) + image.mean(1, keepdim=True)
             elif image.ndim == 4:
-                total += F.adaptive_avg_pool2d(image.mean(1, keepdim=True), 4)
+                total = total + F.adaptive_avg_pool2d(image.mean(1, keepdim=True), self.side)
             else:
-                total += value.flatten(1).mean(1)[:, None, None, None]
+                total = total + value.reshape(rows, -1).mean(1)[:, None, None, None]
         return Conditioning(spatial=total)
 
     def null(self, n: int) -> Conditioning:

@@ -14,7 +14,7 @@ from torchmetrics import Metric
 
 from ldm.data.datamodule import ElasticDataModule
 from ldm.diffusion.conditioners.base import Conditioner, Keeping, dropped, require_conditioner
-from ldm.diffusion.conditioners.text_transformer import TextTransformer
+from ldm.diffusion.conditioners.token_transformer import TokenTransformer
 from ldm.diffusion.metrics import Output, standard
 from ldm.diffusion.objectives import Network, Objective
 from ldm.errors import ConfigError
@@ -113,7 +113,7 @@ class LatentDiffusion(LightningModule):
             blocks = _blocks(network, "lightning.strategy: FSDP2 gathers", "train it with ldm.training.strategies.DDP")
             # A constrained network normalizes its weights in float32 and casts them itself.
             fsdp.shard(network, mesh, blocks, None if isinstance(network, Constrained) else compute)
-            deep = [part for part in conditioner.modules() if isinstance(part, TextTransformer)]
+            deep = [part for part in conditioner.modules() if isinstance(part, TokenTransformer)]
             methods = ["null", "dropped"] if isinstance(conditioner, Keeping) else ["null"]
             fsdp.shard(conditioner, mesh, [layer for part in deep for layer in part.layers], methods=methods)
         fsdp.shard(self.objective, mesh, methods=["loss"])

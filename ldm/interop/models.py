@@ -27,6 +27,7 @@ class Request:
         statistics: file with the latents' mean and standard deviation per channel; None: the family's own.
         text_encoder: folder of the text encoder and its tokenizer that a model of captions was trained with; of one
             that holds its encoder, its tokenizer, which may be a file.
+        picture_encoder: folder of the vision model that a model of pictures' features was trained with.
         family: which of the kinds of `Family.kinds`, where a file does not tell.
     """
 
@@ -35,6 +36,7 @@ class Request:
     statistics: Path | None = None
     text_encoder: Path | None = None
     family: str | None = None
+    picture_encoder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class Denoiser:
         write_files: writes what else is kept in its run folder; None: nothing.
         latents: the manifest that the checkpoint held, of a model of ours; None: the rest of this describes them.
         objective: the weights of its objective, such as those of a learned weighting.
+        data: parameters of the data module, beside those that every run has: `aligned`, `drawn`, `masked`.
     """
 
     name: str
@@ -111,6 +114,7 @@ class Denoiser:
     write_files: Callable[[Path], None] | None = None
     latents: Mapping[str, Any] | None = None
     objective: Mapping[str, Tensor] = field(default_factory=dict)
+    data: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 Converted = FirstStage | Denoiser

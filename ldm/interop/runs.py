@@ -19,10 +19,11 @@ from torch import Tensor
 from ldm import files, run_folder
 from ldm.autoencoder.codec import Codec
 from ldm.checkpoints import store
-from ldm.config.load import to_yaml
+from ldm.config.load import build, to_yaml
 from ldm.errors import CheckpointError, ConfigError
 from ldm.interop.models import BATCH_SIZE, RUN, Converted, Denoiser, FirstStage, Origin, Request, node
 from ldm.interop.sources import Source
+from ldm.latents.dense import Dense
 from ldm.latents.manifest import CacheSpec, Manifest
 from ldm.run_folder import RunFolder, RunState
 from ldm.runtime.versions import versions
@@ -114,6 +115,7 @@ def _denoiser_run(
             seed=23,
             num_validation=100,
             statistics=asdict(manifest.statistics),
+            **converted.data,
         ),
         "lightning": {"trainer": dict(_TRAINER)},
     }
@@ -125,8 +127,14 @@ def _denoiser_run(
     facts: dict[str, Any] = {"kind": "diffusion", "latents": manifest.to_dict()}
     if autoencoder is not None:
         # A folder's newest checkpoint may be another one by the time that the run is gone on with.
-        facts["data"] = {"autoencoder": manifest.plan.autoencoder["weights"]}
+        facts["data"] = {"autoencoder": manifest.plan.autoencoder["weights"], **_dense_facts(converted.data)}
     return untrained(config, facts, weights, converted.origin, source)
+
+
+def _dense_facts(data: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What `aligned`, `drawn` and `masked` of a data module are, as it would say itself."""
+    aligned, drawn = ({key: build(made) for key, made in data.get(name, {}).items()} for name in ("aligned", "drawn"))
+    return Dense(aligned, drawn, build(data["masked"]) if "masked" in data else None).facts()
 
 
 def _manifest(converted: Denoiser, codec: Codec, autoencoder: Path | None, source: Source) -> Manifest:

@@ -1,4 +1,4 @@
-"""Latents of pictures with a hole, for inpainting: what lies in the hole is filled with gray before it is encoded.
+"""Latents of pictures with a hole, for inpainting: the hole is filled with one level before it is encoded.
 
 A cache keeps some masks of each item with the latents of the picture behind them, in both orientations, and the sample
 number chooses one: training needs no autoencoder, and an item is seen with as many holes as there are variants. Without
@@ -9,14 +9,14 @@ variants a mask is drawn anew each time, and the autoencoder encodes each pictur
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
 from ldm.autoencoder.codec import Codec
-from ldm.autoencoder.tiling import Tiling, encode
 from ldm.data.drawn import Drawn, draw_rows
 from ldm.diffusion.conditioners.features import Part
 from ldm.errors import ConfigError, DataError
@@ -35,6 +35,9 @@ MASK, LATENT = "mask", "masked_latent"
 """The columns of a batch."""
 KEY = "data.params.masked"
 
+Level = Annotated[float, Interval(ge=-1, le=1)]
+"""Of a pixel: black to white."""
+
 _MEAN, _HOLE = "mean", "hole"
 _AT_ONCE = 16  # pictures of one item
 
@@ -48,18 +51,22 @@ class MaskedLatents:
             in bits of each: 2 variants take what the latents themselves do. None: a mask is drawn anew for each sample,
             of an `image` in `data.params.aligned`, and encoded in the loop, which costs an encoder's pass and its
             memory in each step. (A kl-f8 encoder takes about as long for a picture as a UNet's step on its latent.)
+        fill: what is put into the hole before it is encoded: gray, as in Stable Diffusion; -1, black, in
+            inpainting_big.
     """
 
-    def __init__(self, masks: Drawn | None = None, variants: Count | None = None) -> None:
+    def __init__(self, masks: Drawn | None = None, variants: Count | None = None, fill: Level = 0.0) -> None:
         if masks is None:
             if variants not in (None, 1):
                 raise ConfigError(f"{KEY}.variants: an item has one mask of its own, found {variants}: leave it out")
             variants = 1
         self.masks = masks
         self.variants = variants
+        self.fill = fill
 
     def describe(self) -> dict[str, Any]:
-        return {"masks": "given" if self.masks is None else self.masks.describe(), "variants": self.variants}
+        found = {"masks": "given" if self.masks is None else self.masks.describe(), "variants": self.variants}
+        return found if self.fill == 0 else {**found, "fill": self.fill}
 
     def gathered(
         self, part: PartReader, size: Size, items: np.ndarray, numbers: np.ndarray, mirrored: np.ndarray, seed: int
@@ -82,9 +89,9 @@ class MaskedLatents:
         return {MASK: torch.from_numpy(bits).view(-1, 1, *size), LATENT: found[f"{NAME}.{_MEAN}"]}
 
 
-def grayed(images: Tensor, masks: Tensor) -> Tensor:
-    """Pictures (N,C,H,W) in [-1,1] with gray where the mask (N,1,H,W) is not 0."""
-    return torch.where(masks > 0, 0.0, images)
+def filled(images: Tensor, masks: Tensor, fill: Level) -> Tensor:
+    """Pictures (N,C,H,W) in [-1,1] with `fill` where the mask (N,1,H,W) is not 0."""
+    return torch.where(masks > 0, fill, images)
 
 
 @dataclass(frozen=True)
@@ -150,7 +157,7 @@ class MaskedRows:
 
     def found(self, read: tuple[Tensor, Tensor]) -> Found:
         picture, masks = read
-        left = grayed(pixels(picture)[None], masks)
+        left = filled(pixels(picture)[None], masks, self.masked.fill)
         both = torch.stack([left, left.flip(-1)], 1).flatten(0, 1)  # of each mask plain, mirrored
         means = torch.cat([self.codec.encode(some)[0].cpu() for some in both.split(_AT_ONCE)])
         if not bool((means.abs() <= LARGEST).all()):
@@ -161,9 +168,6 @@ class MaskedRows:
         return Found([{_MEAN: to_raw(mean), _HOLE: row} for mean, row in rows])
 
 
-def live(images: Tensor, masks: Tensor, codec: Codec, tile: Tiling | None = None) -> Tensor:
-    """What a cache would hold of these: pictures (N,C,H,W) in [-1,1] and masks (N,1,H,W) -> (N,c,h,w).
-
-    Rounded to fp16 as there, so that how many are encoded at once does not show.
-    """
-    return encode(codec, grayed(images, masks), tile)[0].half().float()
+def live(images: Tensor, masks: Tensor, codec: Codec, fill: Level) -> Tensor:
+    """What a cache would hold of these, unrounded: pictures (N,C,H,W) in [-1,1], masks (N,1,H,W) -> (N,c,h,w)."""
+    return codec.encode(filled(images, masks, fill))[0]

@@ -37,6 +37,7 @@ class Dense:
         num_map_classes: None: not known.
         most_boxes: of a layout; None: no limit.
         factor: a picture's side to that of its `low_resolution`; None: that of the autoencoder, as in the lineage.
+        fill: what is put into the hole before a picture is encoded, in [-1,1].
     """
 
     map_classes: Sequence[str] | None = None
@@ -44,6 +45,7 @@ class Dense:
     num_map_classes: int | None = None
     most_boxes: int | None = None
     factor: int | None = None
+    fill: float = 0.0
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> "Dense":
@@ -55,6 +57,7 @@ class Dense:
             num_map_classes=facts.get("map_classes") or (aligned.get("map") or {}).get("num_classes"),
             most_boxes=(aligned.get("boxes") or {}).get("most"),
             factor=((facts.get("drawn") or {}).get("low_resolution") or {}).get("factor"),
+            fill=(facts.get("masked") or {}).get("fill", 0.0),
         )
 
 
@@ -123,7 +126,7 @@ def completed(pipeline: "Pipeline", batch: Mapping[str, Any], tile: Tiling | Non
     if "mask" in found and "mask" in reads:
         found["mask"] = (found["mask"] > 0).float()
     if "masked_latent" in reads and "masked_latent" not in found:
-        latent = live(found["image"], found["mask"], pipeline.codec, tile).to(pipeline.device)
+        latent = live(found["image"], found["mask"], pipeline.codec, pipeline.dense.fill).to(pipeline.device)
         found["masked_latent"] = pipeline.manifest.standardize(latent)
     return found
 

@@ -1,8 +1,8 @@
 """Captions as conditions, read by a small transformer that is trained with the denoiser.
 
 The text encoder of latent diffusion's own models (Rombach et al. 2022, section 4.3.1; `BERTEmbedder` in
-CompVis/latent-diffusion): learned words and places, pre-norm transformer layers in which every word sees every other,
-and a last norm. Its words are those of a tokenizer, a file that every checkpoint carries.
+CompVis/latent-diffusion): token_transformer.py. Its words are those of a tokenizer, a file that every checkpoint
+carries.
 """
 
 import logging
@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.diffusion.conditioners.base import Conditioning
+from ldm.diffusion.conditioners.token_transformer import TokenTransformer
 from ldm.diffusion.conditioners.tokenizer import Tokenizer, read
-from ldm.errors import CheckpointError, ConfigError
+from ldm.errors import ConfigError
 from ldm.ranges import Count
 
 log = logging.getLogger(__name__)
@@ -26,11 +25,11 @@ EXTRA_STATE = "_extra_state"
 """The key under which torch puts a module's extra state."""
 
 
-class TextTransformer(nn.Module):
+class TextTransformer(TokenTransformer):
     """The caption as tokens (N, `max_length`, `channels`), masked where it is padded; null: of the text "".
 
-    The tokenizer is a part of the model's state, so that a checkpoint needs no other file to read captions. It is
-    read from its file where that is there, and compared with the one of a checkpoint that is loaded.
+    The tokenizer is a part of the model's state, so that a checkpoint needs no other file to read captions. A new
+    model has that of the file; whatever lies there later, weights are read with the one that they were trained with.
 
     Args:
         tokenizer: `tokenizer.json`, a BERT's `vocab.txt`, or a folder with one of them; `ldm tokenizer` makes one of a
@@ -61,17 +60,11 @@ class TextTransformer(nn.Module):
         num_head_channels: Count = 64,
         attend_padding: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(vocab_size, max_length, channels, depth, num_heads, num_head_channels)
         self.path = str(tokenizer)
         self.vocab_size = vocab_size
         self.max_length = max_length
         self.attend_padding = attend_padding
-        self.words = nn.Embedding(vocab_size, channels)
-        self.places = nn.Parameter(torch.empty(max_length, channels))
-        self.layers = nn.ModuleList(Layer(channels, num_heads, num_head_channels) for _ in range(depth))
-        self.norm = nn.LayerNorm(channels)
-        for table in (self.words.weight, self.places):
-            nn.init.normal_(table, std=0.02)
         self._tokenizer = read(Path(tokenizer), max_length)
         if self._tokenizer is not None:
             self._check(self._tokenizer, self.path)
@@ -84,10 +77,10 @@ class TextTransformer(nn.Module):
                 "TextTransformer: the data set has no captions: write each picture's into a .txt of its name, or use "
                 "another conditioner"
             )
-        return self._encoded(batch["caption"])
+        return self._conditioning(batch["caption"])
 
     def null(self, n: int) -> Conditioning:
-        one = self._encoded([""])
+        one = self._conditioning([""])
         assert one.tokens is not None
         mask = None if one.token_mask is None else one.token_mask.expand(n, -1)
         return Conditioning(tokens=one.tokens.expand(n, -1, -1), token_mask=mask)
@@ -113,19 +106,19 @@ class TextTransformer(nn.Module):
         return torch.frombuffer(bytearray(self._tokenizer.content), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor | None) -> None:
-        """The tokenizer of a checkpoint; None: it has none, as weights of others.
+        """The tokenizer of a checkpoint, in place of the file's; None: it has none, as weights of others.
 
         Raises:
-            CheckpointError: it is another one than that of the file.
+            ConfigError: it has more tokens than there are rows.
         """
         if state is None or state.is_meta or not state.numel() or self._device.type == "meta":
             return
         found = Tokenizer(state.cpu().numpy().tobytes(), self.max_length, "the tokenizer of the checkpoint")
         if self._tokenizer is not None and found.digest != self._tokenizer.digest:
-            raise CheckpointError(
-                f"{self.path}: not the tokenizer that this model was trained with: sha256 {self._tokenizer.digest}, "
-                f"expected {found.digest}. Put that one there, which lies in its run folder, or remove the file: a "
-                f"checkpoint has its own."
+            log.warning(
+                "%s: not the tokenizer that this model was trained with, and not used: sha256 %s, expected %s; "
+                "captions are read with the one in the checkpoint",
+                *(self.path, self._tokenizer.digest, found.digest),
             )
         self._check(found, "the tokenizer of the checkpoint")
         self._tokenizer = found
@@ -137,19 +130,16 @@ class TextTransformer(nn.Module):
     def _check(self, tokenizer: Tokenizer, where: str) -> None:
         if tokenizer.size > self.vocab_size:
             raise ConfigError(
-                f"TextTransformer: vocab_size: {where} has {tokenizer.size} tokens, found {self.vocab_size}; write "
-                f"{tokenizer.size}"
+                f"TextTransformer: vocab_size: {where} has {tokenizer.size} tokens, gaps in their numbers included, "
+                f"found {self.vocab_size}; write {tokenizer.size}"
             )
         if self.attend_padding and tokenizer.padding is None:
             raise ConfigError(f"TextTransformer: attend_padding: {where} has no token for padding; leave it out")
 
-    def _encoded(self, captions: Sequence[str]) -> Conditioning:
+    def _conditioning(self, captions: Sequence[str]) -> Conditioning:
         words, mask = self._read(captions)
         seen = None if self.attend_padding else mask
-        h = self.words(words) + self.places  # (N, L, D)
-        for layer in self.layers:
-            h = layer(h, seen)  # (N, L, D)
-        h = self.norm(h)  # (N, L, D)
+        h = self.encoded(words, seen)  # (N, L, D)
         if seen is None:
             return Conditioning(tokens=h)
         return Conditioning(tokens=h * seen[..., None], token_mask=seen)
@@ -180,30 +170,6 @@ class TextTransformer(nn.Module):
                 "captions cut to max_length %d so far: %d, the last one of %d tokens: %r",
                 *(self.max_length, self._cut, whole, f"{caption[:40]}..."),
             )
-
-
-class Layer(nn.Module):
-    """Attention of all words to all words, then a feed-forward, each pre-norm and residual: (N, L, D) -> (N, L, D)."""
-
-    def __init__(self, channels: Count, num_heads: Count, num_head_channels: Count) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        inner = num_heads * num_head_channels
-        self.norm_attend = nn.LayerNorm(channels)
-        self.qkv = nn.Linear(channels, 3 * inner, bias=False)
-        self.out = nn.Linear(inner, channels)
-        self.norm_feed = nn.LayerNorm(channels)
-        self.fc1 = nn.Linear(channels, 4 * channels)
-        self.fc2 = nn.Linear(4 * channels, channels)
-
-    def forward(self, h: Tensor, mask: Tensor | None) -> Tensor:
-        """mask (N, L) bool: the words that are seen; None: all."""
-        qkv = self.qkv(self.norm_attend(h))  # (N, L, 3 inner)
-        q, k, v = rearrange(qkv, "n l (three heads c) -> three n heads l c", three=3, heads=self.num_heads)
-        seen = None if mask is None else mask[:, None, None]  # (N, 1, 1, L)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)  # (N, heads, L, c)
-        h = h + self.out(rearrange(attended, "n heads l c -> n l (heads c)"))  # (N, L, D)
-        return h + self.fc2(F.gelu(self.fc1(self.norm_feed(h))))  # (N, L, D)
 
 
 def _may_lack_tokenizer(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -1,117 +1,75 @@
 """What CompVis' models are conditioned on, as our conditioners, and what becomes of the file's own encoder."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.errors import CheckpointError, ConfigError
+from ldm.interop.compvis import dense, text_transformer
 from ldm.interop.compvis import text as compvis_text
-from ldm.interop.compvis import text_transformer
+from ldm.interop.compvis.conditioned import KEPT_FILE, TEXT_FOLDER, Conditioned, given
 from ldm.interop.compvis.description import Description, part
-from ldm.interop.models import RUN, Request, node
+from ldm.interop.models import RUN, Request, node, shapes
 from ldm.interop.sources import Source
-from ldm.interop.tables import SAME, Entry, each, under
+from ldm.interop.tables import SAME, Entry, each
 
 FIRST_STAGE = "first_stage_model."
 ENCODER = "cond_stage_model."
 OTHER_ENCODERS = ("depth_model.",)
 """Of Stable Diffusion 2's model of depth."""
-KEPT_FILE = "conditioner.safetensors"
-TEXT_FOLDER = "text_encoder"
-
-
-@dataclass(frozen=True)
-class Conditioned:
-    """A conditioner and what becomes of the file's own.
-
-    Attributes:
-        node: of our conditioner.
-        label_dropout: 0 where the null conditioning is not known.
-        table: of its weights in a checkpoint; theirs without `cond_stage_model.`.
-        shapes: of its weights.
-        state: what else a checkpoint has of it, such as a tokenizer.
-        dropped: {reason: number of tensors}.
-        notes: a sentence each.
-        text: goes into the run folder, with the tokenizer of the folder `tokenizer`.
-        files: {name: content}: go into the run folder as well.
-        kept: tensors that go into the run folder under their own names.
-    """
-
-    node: Mapping[str, Any]
-    label_dropout: float = 0.0
-    table: Sequence[Entry] = ()
-    shapes: Mapping[str, torch.Size] = field(default_factory=dict)
-    state: Mapping[str, Tensor] = field(default_factory=dict)
-    dropped: Mapping[str, int] = field(default_factory=dict)
-    notes: Sequence[str] = ()
-    text: compvis_text.TextEncoder | None = None
-    tokenizer: Path | None = None
-    files: Mapping[str, bytes] = field(default_factory=dict)
-    kept: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def within(self, prefix: str) -> "Conditioned":
-        """As a part of another conditioner: our names begin with this prefix, which ends with a dot."""
-        return replace(
-            self,
-            table=under(self.table, prefix),
-            shapes={f"{prefix}{name}": one for name, one in self.shapes.items()},
-            state={f"{prefix}{name}": one for name, one in self.state.items()},
-        )
-
-    def write(self, folder: Path) -> None:
-        """What belongs into the run folder besides the checkpoint.
-
-        Raises:
-            ConfigError: there is no tokenizer in its folder.
-        """
-        if self.text is not None and self.tokenizer is not None:
-            self.text.write(folder / TEXT_FOLDER, self.tokenizer)
-        for name, content in self.files.items():
-            (folder / name).write_bytes(content)
-        if self.kept:
-            save_file({name: one.contiguous() for name, one in self.kept.items()}, folder / KEPT_FILE)
 
 
 def conditioned(
-    source: Source, request: Request, description: Description, unet: Mapping[str, Any], size: int
+    source: Source, request: Request, description: Description, unet: Mapping[str, Any], size: int, factor: int
 ) -> Conditioned:
     """The conditioner of what the UNet reads, out of what the file holds.
 
     Args:
         unet: the parameters of ours.
         size: the side of the latents.
+        factor: pixels to one of the latents.
 
     Raises:
         ConfigError: captions without a tokenizer.
         CheckpointError: the text encoder or the table of classes does not fit.
     """
     encoder, twice = _encoder(source)
-    tokens = None if unet["context_dim"] is None else _tokens(source, request, description, encoder, unet)
-    picture = None if not unet["spatial_channels"] else _given("spatial", [unet["spatial_channels"], size, size])
-    if tokens is None:
-        found = Conditioned(picture or node("diffusion.conditioners.base.Unconditional"))
-    elif picture is None:
-        found = tokens
-    else:
-        both = node("diffusion.conditioners.joint.Joint", conditioners={"tokens": tokens.node, "picture": picture})
-        # Guidance would have to leave the picture as it is, and drops all conditions.
-        found = replace(tokens.within("conditioners.tokens."), node=both, label_dropout=0.0)
+    parts = {}
+    if unet["context_dim"] is not None:
+        parts["tokens"] = _tokens(source, request, description, encoder, unet)
+    if unet["spatial_channels"]:
+        parts["picture"] = dense.picture(description, encoder, unet, size, factor)
+    found = _beside(parts)
     used = bool(found.table) or found.text is not None
     kept = {} if used else {f"{ENCODER}{name}": one for name, one in encoder.items()}
     kept |= {name: one for name, one in source.tensors.items() if name.startswith(OTHER_ENCODERS)}
     notes = [*found.notes]
-    if tokens is not None or picture is not None:
-        notes += sorted({one.condition for one in description.alike if one.condition})
-        if not found.label_dropout:
-            notes.append("Guidance is refused: what stood in place of a condition in its training is not known here.")
+    if parts and not found.label_dropout:
+        notes.append("Guidance is refused: what stood in place of a condition in its training is not known here.")
     if kept:
         notes.append(f"{KEPT_FILE} holds its own encoder of conditions, which ldm does not run.")
     return replace(found, dropped={**found.dropped, **twice}, notes=notes, kept=kept)
+
+
+def _beside(parts: Mapping[str, Conditioned]) -> Conditioned:
+    """One conditioner of them all."""
+    if len(parts) < 2:
+        return next(iter(parts.values()), Conditioned(node("diffusion.conditioners.base.Unconditional")))
+    tokens, picture = (parts[name].within(f"conditioners.{name}.") for name in ("tokens", "picture"))
+    both = {name: one.node for name, one in parts.items()}
+    return replace(
+        tokens,
+        node=node("diffusion.conditioners.joint.Joint", conditioners=both),
+        # Guidance would have to leave the picture as it is, and drops all conditions.
+        label_dropout=0.0,
+        table=[*tokens.table, *picture.table],
+        shapes={**tokens.shapes, **picture.shapes},
+        data={**tokens.data, **picture.data},
+        notes=[*tokens.notes, *picture.notes],
+    )
 
 
 def _encoder(source: Source) -> tuple[dict[str, Tensor], dict[str, int]]:
@@ -134,6 +92,9 @@ def _tokens(
     if [*encoder] == ["embedding.weight"]:
         return _classes(encoder["embedding.weight"], description, str(source.path))
     settings = part(description.params, "cond_stage_config")
+    key = description.condition_key()
+    if key == "coordinates_bbox" and (layouts := text_transformer.layouts(encoder)) is not None:
+        return _layouts(layouts, description)
     if text_transformer.reads_texts(encoder, settings, request.text_encoder):
         return _transformer(text_transformer.found_in(encoder, request.text_encoder, str(source.path)), description)
     last_layer = settings.get("layer") == "last"
@@ -153,9 +114,23 @@ def _tokens(
         captions = node("diffusion.conditioners.text.FrozenText", encoder=str(request.text_encoder), channels=width)
         return Conditioned(captions, description.label_dropout(lambda _: True))
     places = encoder.get("transformer.pos_emb.emb.weight")
-    given = _given("tokens", [None if places is None else places.shape[0], width])
-    zeros = any(one.zero_null for one in description.alike)
-    return Conditioned(given, description.label_dropout(lambda one: one.zero_null) if zeros else 0.0)
+    shape = [None if places is None else places.shape[0], width]
+    if not any(one.zero_null for one in description.alike):
+        return given("tokens", shape, description)
+    return given("tokens", shape, description, description.label_dropout(lambda one: one.zero_null))
+
+
+def _layouts(made: Mapping[str, Any], description: Description) -> Conditioned:
+    """A transformer of layouts, whose null is the layout without boxes, if it was trained with one."""
+    params = made["params"]
+    return Conditioned(
+        made,
+        description.label_dropout(lambda _: True),
+        text_transformer.table(params["depth"]),
+        shapes(made),
+        data={"aligned": {"boxes": node("latents.aligned.Boxes", most=params["most"])}},
+        notes=["The classes of its boxes are numbers of its own data, which no file of this kind names."],
+    )
 
 
 def _transformer(found: text_transformer.Found, description: Description) -> Conditioned:
@@ -192,8 +167,3 @@ def _without_null_row(table: Tensor, path: str) -> Tensor:
     if not table.is_meta and bool(table[-1].any()):
         raise CheckpointError(f"{path}: the row of no class has been trained, and the other format has no place for it")
     return table[:-1]
-
-
-def _given(slot: str, shape: Sequence[int | None]) -> dict[str, Any]:
-    read = node("diffusion.conditioners.given.Field", key=slot, shape=[*shape])
-    return node("diffusion.conditioners.given.Given", **{slot: read})

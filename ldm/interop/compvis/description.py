@@ -101,6 +101,13 @@ class Description:
             return None
         return int(self._only("model.params.image_size", [one.params["image_size"] for one in agreeing]))
 
+    def condition_key(self) -> str | None:
+        """What their code calls the condition; None: nothing says it."""
+        if (written := self.params.get("cond_stage_key")) is not None:
+            return str(written)
+        said = {one.params.get("cond_stage_key") for one in self._agreeing}
+        return said.pop() if len(said) == 1 else None
+
     def label_dropout(self, knows_null: Callable[[Published], bool]) -> float:
         """The share of images that it was trained on without their condition.
 

@@ -2,7 +2,8 @@
 
 A file holds the UNet (`model.diffusion_model.`), its moving average (`model_ema.`, where it was kept), mostly the first
 stage (`first_stage_model.`) and the encoder of conditions (`cond_stage_model.`), and the tables of the noise schedule.
-It becomes a first stage's run and a model's, of which a text transformer is a part; CLIP lies in a folder of the run's.
+It becomes a first stage's run and a model's, of which a transformer of texts or layouts and the projection of maps are
+parts; CLIP lies in a folder of the run's.
 Encoders of conditions that ldm does not have are kept as they are, in `conditioner.safetensors` of the run folder; what
 they put out is then handed in ready-made (conditioners/given.py).
 """
@@ -17,7 +18,8 @@ from ldm.errors import ConfigError
 from ldm.interop.compvis import first_stage as compvis_first_stage
 from ldm.interop.compvis import text_transformer
 from ldm.interop.compvis import unet as compvis_unet
-from ldm.interop.compvis.conditions import ENCODER, FIRST_STAGE, OTHER_ENCODERS, Conditioned, conditioned
+from ldm.interop.compvis.conditioned import Conditioned
+from ldm.interop.compvis.conditions import ENCODER, FIRST_STAGE, OTHER_ENCODERS, conditioned
 from ldm.interop.compvis.description import Description, check_schedule, described, part
 from ldm.interop.models import Denoiser, Family, FirstStage, Origin, Request, node, part_shapes
 from ldm.interop.sources import Source
@@ -26,6 +28,7 @@ from ldm.interop.tables import Dropped, Entry, Fitted, to_ours, under
 FAMILY_NAME = "CompVis latent diffusion"
 NETWORK = "model.diffusion_model."
 AVERAGE = "model_ema."
+_LINEAGE = 4  # pixels to one of the latents in the models of small pictures, where no first stage says it
 DROPPED = (
     *(
         Dropped(pattern, "the tables of the noise schedule, which are computed")
@@ -55,7 +58,8 @@ def convert(source: Source, request: Request) -> Sequence[Denoiser]:
     check_schedule(objective, source)
     scale = description.scale(source)
     first, size = _first_stage(source, request, description)
-    reads = conditioned(source, request, description, unet, size)
+    factor = _LINEAGE if first is None else first.resolution // size
+    reads = conditioned(source, request, description, unet, size, factor)
     made = node("diffusion.networks.unet.UNet", **{key: one for key, one in unet.items() if one is not None})
     by_head = not part(description.params, "unet_config").get("use_new_attention_order", False)
     table = under(compvis_unet.table(unet, linear=linear, by_head=by_head), "network.")
@@ -74,6 +78,7 @@ def convert(source: Source, request: Request) -> Sequence[Denoiser]:
             size=(size, size),
             origin=Origin(FAMILY_NAME, dropped={**raw.dropped, **reads.dropped}, notes=[*names, *reads.notes]),
             first_stage=first,
+            data=reads.data,
             write_files=reads.write,
         )
     ]

@@ -134,16 +134,14 @@ PUBLISHED = (
         "bsr_sr (vq-f4)",
         _unet(3, 160, [1, 2, 2, 4], [3], spatial_channels=3),
         {"num_head_channels": 32},
-        _params(0.0155, 64),
-        condition="spatial: the picture at a quarter of the resolution, in [-1, 1]",
+        _params(0.0155, 64, cond_stage_key="LR_image"),
     ),
     *(
         Published(
             f"semantic_synthesis{4 * size} (vq-f4)",
             _unet(3, 128, [1, 4, 8], [], spatial_channels=3),
             {"num_heads": 8},
-            _params(0.0205, size, loss_type="l1"),
-            condition="spatial: the output of its SpatialRescaler for the one-hot map of 182 classes",
+            _params(0.0205, size, loss_type="l1", cond_stage_key="segmentation"),
         )
         for size in (64, 128)
     ),
@@ -151,15 +149,13 @@ PUBLISHED = (
         "inpainting_big (vq-f4)",
         _unet(3, 256, [1, 2, 3, 4], [1, 2, 3], spatial_channels=4, resample_in_blocks=True),
         {"num_heads": 8},
-        _params(0.0205, 64, loss_type="l1"),
-        condition="spatial: the latent of the masked picture, then the mask at a quarter of the resolution, in [-1, 1]",
+        _params(0.0205, 64, loss_type="l1", cond_stage_key="masked_image"),
     ),
     Published(
         "layout2img (vq-f4)",
         _unet(3, 128, [1, 2, 3, 4], [1, 2, 3], context_dim=512, transformer_depth=3),
         {"num_head_channels": 32},
-        _params(0.0205, 64, loss_type="l1"),
-        condition="tokens: the output of its BERTEmbedder for a layout; its null is not known here",
+        _params(0.0205, 64, loss_type="l1", cond_stage_key="coordinates_bbox"),
     ),
     Published(
         "txt2img-1p4B (kl-f8)",

@@ -1,7 +1,7 @@
-"""The transformer over words in latent diffusion's own models of texts (`BERTEmbedder`), as our `TextTransformer`.
+"""The transformer over tokens in latent diffusion's own models (`BERTEmbedder`), of texts or layouts, as ours.
 
-It was trained with the model, on the words of bert-base-uncased, whose list no file of this kind holds. It is the
-tokenizer of many other models as well, such as the sentence encoder MiniLM that `ldm weights` brings.
+It was trained with the model. That of texts reads the words of bert-base-uncased, whose list no file of this kind
+holds. It is the tokenizer of many other models as well, such as the sentence encoder MiniLM that `ldm weights` brings.
 """
 
 import re
@@ -39,7 +39,7 @@ class Found:
         words: the tokenizer.
     """
 
-    sizes: Mapping[str, int]
+    sizes: Mapping[str, Any]
     words: tokenizer.Tokenizer
 
     @property
@@ -83,20 +83,42 @@ def found_in(tensors: Mapping[str, Tensor], named: Path | None, origin: str) -> 
     Raises:
         ConfigError: there is no tokenizer, or it has other words.
     """
-    layers = [found for name in tensors if (found := _LAYER.fullmatch(name))]
-    numbers, width = tensors["transformer.token_emb.weight"].shape
-    sizes = {"channels": width, "depth": len(layers), "vocab_size": numbers}
-    if (places := tensors.get("transformer.pos_emb.emb.weight")) is not None:
-        sizes["max_length"] = places.shape[0]  # otherwise it is missing, as the table will say
-    inner = tensors[layers[0].string].shape[0]
-    sizes |= {"num_heads": max(1, inner // _HEAD), "num_head_channels": min(inner, _HEAD)}
+    sizes, places = _sizes(tensors)
+    if places is not None:
+        sizes["max_length"] = places  # otherwise it is missing, as the table will say
     words = _words(named, sizes.get("max_length", 77), origin)
-    if words.size != numbers:
+    if words.size != sizes["vocab_size"]:
         raise ConfigError(
-            f"--text-encoder: {named or _CACHED}: not the tokenizer of {origin}: expected {numbers} tokens, found "
-            f"{words.size}"
+            f"--text-encoder: {named or _CACHED}: not the tokenizer of {origin}: expected {sizes['vocab_size']} "
+            f"tokens, found {words.size}"
         )
     return Found(sizes, words)
+
+
+def layouts(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """The node of our `LayoutTransformer`; None: it is no transformer, or does not read three tokens for each box.
+
+    Args:
+        tensors: `cond_stage_model.` of a model of layouts, without that prefix.
+    """
+    if "transformer.token_emb.weight" not in tensors or not any(map(_LAYER.fullmatch, tensors)):
+        return None
+    sizes, places = _sizes(tensors)
+    if places is None or places < 3 or places % 3 == 1:
+        return None
+    sizes |= {"most": places // 3, "crop": places % 3 == 2}
+    return node("diffusion.conditioners.layout_transformer.LayoutTransformer", **sizes)
+
+
+def _sizes(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], int | None]:
+    """Parameters of ours, and how many tokens it reads; None: nothing says."""
+    layers = [found for name in tensors if (found := _LAYER.fullmatch(name))]
+    numbers, width = tensors["transformer.token_emb.weight"].shape
+    inner = tensors[layers[0].string].shape[0]
+    heads = {"num_heads": max(1, inner // _HEAD), "num_head_channels": min(inner, _HEAD)}
+    places = tensors.get("transformer.pos_emb.emb.weight")
+    sizes = {"channels": width, "depth": len(layers), "vocab_size": numbers, **heads}
+    return sizes, None if places is None else places.shape[0]
 
 
 def table(depth: int) -> list[Entry]:
