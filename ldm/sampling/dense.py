@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ldm.autoencoder.tiling import Tiling, encode
 from ldm.errors import ConfigError
-from ldm.latents.masked import live
+from ldm.latents.masked import filled
 from ldm.sampling.conditions import Columns, Condition
 from ldm.sizes import Size, spell
 
@@ -115,7 +116,7 @@ def low_factor(pipeline: "Pipeline") -> int:
     return pipeline.dense.factor or pipeline.codec.down_factor
 
 
-def completed(pipeline: "Pipeline", batch: Mapping[str, Any]) -> dict[str, Any]:
+def completed(pipeline: "Pipeline", batch: Mapping[str, Any], tile: Tiling | None) -> dict[str, Any]:
     """A batch of conditions on the pipeline's device, with what the model reads beside: `masked_latent`.
 
     Encoded here, since that of all samples would not fit into memory; the mean of the posterior, standardized.
@@ -125,8 +126,9 @@ def completed(pipeline: "Pipeline", batch: Mapping[str, Any]) -> dict[str, Any]:
     if "mask" in found and "mask" in reads:
         found["mask"] = (found["mask"] > 0).float()
     if "masked_latent" in reads and "masked_latent" not in found:
-        latent = live(found["image"], found["mask"], pipeline.codec, pipeline.dense.fill).to(pipeline.device)
-        found["masked_latent"] = pipeline.manifest.standardize(latent)
+        left = filled(found["image"], found["mask"], pipeline.dense.fill)
+        mean = encode(pipeline.codec, left, tile)[0].half().float()  # rounded as a cache keeps it
+        found["masked_latent"] = pipeline.manifest.standardize(mean.to(pipeline.device))
     return found
 
 

@@ -149,7 +149,7 @@ def _images(
 ) -> np.ndarray:
     """(N,H,W,C) uint8."""
     number, device, manifest = len(seeds), pipeline.device, pipeline.manifest
-    batch = None if batch is None else dense.completed(pipeline, batch)
+    batch = None if batch is None else dense.completed(pipeline, batch, tile)
     with _evaluating(pipeline.denoiser):
         draws = Draws(SEED, seeds, number, device)
         if batch is not None:
