@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ldm.autoencoder.tiling import Tiling, encode
 from ldm.errors import ConfigError
-from ldm.latents.masked import filled
 from ldm.sampling.conditions import Columns, Condition
 from ldm.sizes import Size, spell
 
@@ -126,6 +125,9 @@ def completed(pipeline: "Pipeline", batch: Mapping[str, Any], tile: Tiling | Non
     if "mask" in found and "mask" in reads:
         found["mask"] = (found["mask"] > 0).float()
     if "masked_latent" in reads and "masked_latent" not in found:
+        # Imported here: torchvision loads torch's compiler, half of a sampler's start, and only pictures need it.
+        from ldm.latents.masked import filled
+
         left = filled(found["image"], found["mask"], pipeline.dense.fill)
         mean = encode(pipeline.codec, left, tile)[0].half().float()  # rounded as a cache keeps it
         found["masked_latent"] = pipeline.manifest.standardize(mean.to(pipeline.device))
