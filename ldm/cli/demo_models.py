@@ -32,6 +32,7 @@ class Abilities:
         picture: it reads a picture of the visitor's, whole or small, as what is asked for.
         hole: and what is painted over in it.
         map_classes, box_classes: the names of the classes of the maps and boxes that it reads; None: it reads none.
+        longest_side: of its training pictures, pixels, where they were of several sizes.
     """
 
     checkpoint: str
@@ -46,6 +47,7 @@ class Abilities:
     hole: bool = False
     map_classes: Sequence[str] | None = None
     box_classes: Sequence[str] | None = None
+    longest_side: int = 0
 
     @classmethod
     def of(cls, pipeline: Pipeline) -> "Abilities":
@@ -75,6 +77,7 @@ class Abilities:
             hole="masked_latent" in reads,
             map_classes=_classes(dense.map_classes, dense.num_map_classes) if "map" in reads else None,
             box_classes=_classes(dense.box_classes, None) if "boxes" in reads else None,
+            longest_side=max((max(height, width) for height, width in pipeline.manifest.sizes or ()), default=0),
         )
 
 
