@@ -4,6 +4,12 @@ Where two tiles overlap one fades into the other, smoothly and in the middle hal
 of it, where a tile lacks its surroundings, counts for nothing. So a network whose output depends on no more than a
 quarter of the overlap around gives exactly what it gives of the whole. Of others the norms are those of the whole
 picture, nearly (whole_norms.py), and attention stays within a tile.
+
+Measured, mean difference from the whole in levels of 255: the quickstart's autoencoder on 96 x 192 pixels in tiles of
+32 with an overlap of 16, 1.7 (3.8 with norms of each tile, 5.0 with an overlap of 4 as well), in tiles of 64 with 32,
+0.9; its reconstruction errs by 8.6 as a whole, and by 8.7 in either. Peak memory of decoding 2,048 x 2,048 pixels with
+configs/autoencoder/kl_f8.yaml in float32 on a CPU, of which 0.84 GiB are the interpreter and the weights: 1.2 GiB in
+tiles of 256, 1.9 GiB in tiles of 512. As a whole 512 x 512 pixels take 1.9 GiB, so that 2,048 would take about 17.
 """
 
 import math

@@ -34,3 +34,8 @@ def tiling(options: Any, factor: int) -> Tiling | None:
     tile = options.tile[0], options.tile[-1]
     quarter = max(1, min(tile) // 4 // factor) * factor
     return Tiling(tile, quarter if options.overlap is None else options.overlap, min(8, options.batch_size))
+
+
+def tile_settings(tile: Tiling | None) -> dict[str, Any]:
+    """What samples.json says of it."""
+    return {} if tile is None else {"tile": [*tile.tile], "overlap": tile.overlap}

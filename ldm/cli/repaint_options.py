@@ -5,6 +5,7 @@ from typing import Any
 
 from ldm.cli.options import whole_number
 from ldm.errors import ConfigError
+from ldm.sampling.img2img import InitImage
 from ldm.sampling.repaint import RePaint
 from ldm.sampling.samplers import Sampler
 
@@ -27,8 +28,23 @@ def check_repaint(options: Any) -> None:
         raise ConfigError(f"--jump {options.jump}: belongs to --resamplings N, above 1, which is missing.")
 
 
-def resampled(sampler: Sampler, options: Any) -> Sampler:
-    """The sampler with what --resamplings and --jump say."""
+def resampled(sampler: Sampler, options: Any, init_image: InitImage | None) -> Sampler:
+    """The sampler with what --resamplings and --jump say.
+
+    Raises:
+        ConfigError: the model reads the mask itself, or the steps are too few.
+    """
     if options.resamplings == 1:
         return sampler
-    return RePaint(sampler, options.resamplings, JUMP if options.jump is None else options.jump)
+    if init_image is None or init_image.mask is None:
+        raise ConfigError(f"--resamplings {options.resamplings}: this model reads the mask itself; leave it out.")
+    repaint = RePaint(sampler, options.resamplings, JUMP if options.jump is None else options.jump)
+    repaint.require(init_image.steps(options.steps))
+    return repaint
+
+
+def repaint_settings(sampler: Sampler) -> dict[str, int]:
+    """What samples.json says of it."""
+    if not isinstance(sampler, RePaint):
+        return {}
+    return {"resamplings": sampler.resamplings, "jump": sampler.jump}

@@ -13,7 +13,9 @@
     python scripts/sample.py -r logs/<run> --conditions wanted.json         # [{"class_label": 3}, ...]
     python scripts/sample.py -r logs/<run> --image photo.png --strength 0.5 # image to image
     python scripts/sample.py -r logs/<run> --image photo.png --mask m.png   # what is white in m.png is painted anew
+    python scripts/sample.py -r logs/<run> --image photo.png --mask m.png --resamplings 10  # agrees better
     python scripts/sample.py -r logs/<run of small pictures> --image a.png b.png   # super-resolution, a row each
+    python scripts/sample.py -r logs/<run of small pictures> --image large.png --tile 256   # of any size, in tiles
     python scripts/sample.py -r logs/<run of maps> --map map.png            # the class of each pixel
     python scripts/sample.py -r logs/<run of layouts> --layout boxes.json   # [{"class": "cat", "box": [0, 0, 0.5, 1]}]
 
@@ -32,8 +34,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from ldm.autoencoder.tiling import Tiling
 from ldm.cli import program
 from ldm.cli.devices import usable
+from ldm.cli.large_options import tile_settings, tiling
+from ldm.cli.repaint_options import repaint_settings, resampled
 from ldm.cli.sample_dense import begun_with, dense_rows, only_by_file
 from ldm.cli.sample_options import chosen, described, parse, read_conditions, read_prompts
 from ldm.errors import ConfigError
@@ -64,6 +69,7 @@ class Recipe:
     guidance: Guidance
     init_image: InitImage | None
     size: Size | None
+    tile: Tiling | None = None
 
 
 def chosen_classes(words: Sequence[str] | None, number: int | None, names: Sequence[str] | None) -> list[int | None]:
@@ -134,7 +140,9 @@ def sample(options: Any) -> list[Path]:
     conditions = requested(pipeline, options)
     seeds = [*dict.fromkeys(options.seeds or range(options.seed, options.seed + options.number))]
     orders = [Order(condition, seed) for condition in conditions for seed in seeds]
-    recipe = Recipe(sampler, schedule, *steering(pipeline, options, device, conditions))
+    guidance, init_image, size = steering(pipeline, options, device, conditions)
+    tile = tiling(options, pipeline.codec.down_factor)
+    recipe = Recipe(resampled(sampler, options, init_image), schedule, guidance, init_image, size, tile)
     settings = {
         **pipeline.origin,
         "sampler": described(options.sampler[0], sampler),
@@ -143,7 +151,7 @@ def sample(options: Any) -> list[Path]:
         **steered(options, recipe),
         **adapter,
     }
-    times = schedule(pipeline.objective, options.steps, pipeline.latent_shape(recipe.size))
+    times = schedule(pipeline.objective, options.steps, pipeline.latent_shape(recipe.size, recipe.tile))
     # Both refuse what cannot be, before anything is written.
     arrays = read_once(pipeline, conditions, recipe.size)
     first = [Order(condition, 0) for condition in conditions]
@@ -237,6 +245,7 @@ def steered(options: Any, recipe: Recipe) -> dict[str, Any]:
         settings["size"] = [*recipe.size]
     if recipe.guidance.guide is not None:
         settings["guide"] = "{checkpoint} step {step} {weights}".format_map(recipe.guidance.guide.origin)
+    settings |= tile_settings(recipe.tile) | repaint_settings(recipe.sampler)
     if recipe.init_image is not None:
         settings |= {"image": known(options.image[0]), "strength": recipe.init_image.strength}
         if recipe.init_image.mask is not None:
@@ -291,6 +300,7 @@ def samples(
         guidance=recipe.guidance,
         init_image=recipe.init_image,
         size=recipe.size,
+        tile=recipe.tile,
         batch_size=options.batch_size,
         progress=progress,
     )

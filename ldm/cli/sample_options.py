@@ -8,7 +8,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ldm.cli.large_options import add_tiles, check_tiles
 from ldm.cli.options import Parser, called, finite, path, ratio, seed, share, some_share, whole_number
+from ldm.cli.repaint_options import add_repaint, check_repaint
 from ldm.config import check
 from ldm.config.merging import apply
 from ldm.config.targets import build
@@ -28,6 +30,8 @@ def parse(argv: Sequence[str]) -> Any:
     _add_pictures(parser.add_argument_group("which pictures").add_argument)
     add_sampler(parser.add_argument_group("the sampler").add_argument)
     add_guidance(parser.add_argument_group("guidance").add_argument)
+    add_tiles(parser.add_argument_group("pictures larger than the training pictures").add_argument)
+    add_repaint(parser.add_argument_group("inpainting by a model that reads no mask").add_argument)
     _add_places(parser.add_argument_group("models and places").add_argument)
     options = parser.parse_strictly(argv)
     _check_together(options)
@@ -127,6 +131,8 @@ def _check_together(options: Any) -> None:
     if options.image is None and options.strength is not None:
         raise ConfigError(f"--strength {options.strength}: belongs to --image FILE, which is missing.")
     check_guidance(options)
+    check_tiles(options)
+    check_repaint(options)
 
 
 def check_guidance(options: Any) -> None:

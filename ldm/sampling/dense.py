@@ -75,7 +75,7 @@ def check(pipeline: "Pipeline", table: Columns, size: Size | None) -> None:
     if factor is not None:
         shapes["low_resolution"] = (channels, height // factor, width // factor)
     if "masked_latent" in reads:
-        shapes["masked_latent"] = pipeline.latent_shape(size)
+        shapes["masked_latent"] = pipeline.codec.latent_shape((height, width))
         shapes |= {"mask": (1, height, width), "image": (channels, height, width)}
     for key in shapes.keys() & table.keys():
         wanted, column = shapes[key], table[key]

@@ -89,8 +89,11 @@ class InitImage:
 
     def times(self, times: Tensor) -> Tensor:
         """The part of a sampler's (steps + 1,) times that is left, at least one step."""
-        steps = max(1, round(self.strength * (len(times) - 1)))
-        return times[-steps - 1 :]
+        return times[-self.steps(len(times) - 1) - 1 :]
+
+    def steps(self, steps: int) -> int:
+        """How many of a sampler's steps are left."""
+        return max(1, round(self.strength * steps))
 
     def latent_mask(self, shape: tuple[int, int, int]) -> Tensor | None:
         """Where a latent (c, h, w) is kept: (h, w) bool; a position with any pixel that may change may change."""

@@ -42,17 +42,20 @@ class RePaint:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected 1 or more, found {getattr(self, name)}")
 
+    def require(self, steps: int) -> None:
+        """ConfigError unless there are more steps than `jump`."""
+        if self.resamplings > 1 and self.jump >= steps:
+            raise ConfigError(
+                f"jump {self.jump}: expected fewer than the {steps} steps that are taken, since the first stretch of "
+                f"them, from noise alone, is taken once; use more steps, or a smaller jump"
+            )
+
     @torch.no_grad()
     def __call__(self, denoise: Denoiser, objective: Objective, x: Tensor, times: Tensor, *, draws: Draws) -> Tensor:
         if self.resamplings == 1:
             return self.sampler(denoise, objective, x, times, draws=draws)
-        steps = len(times) - 1
-        if self.jump >= steps:
-            raise ConfigError(
-                f"jump {self.jump}: expected fewer than the {steps} steps that are taken, since the first {self.jump} "
-                f"of them, from noise alone, are taken once; use more steps, or a smaller jump"
-            )
-        taken = 0
+        steps, taken = len(times) - 1, 0
+        self.require(steps)
         # The first stretch has what is left over, so that the last, to the data, is a whole one.
         for end in range(steps % self.jump or self.jump, steps + 1, self.jump):
             stretch = times[max(0, end - self.jump) : end + 1]
