@@ -1,20 +1,26 @@
 """The controls of the page: one for each setting of a `Wish`, shown where the chosen model can do something with it."""
 
+import html
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import gradio as gr
+from PIL import Image
 
 from ldm.cli.demo_models import Abilities
 from ldm.cli.demo_request import Wish
 from ldm.cli.sample_options import named
 from ldm.sampling import samplers, timesteps
-from ldm.sizes import spell
+from ldm.sampling.shown import color
+from ldm.sizes import Size, spell
 
 EXAMPLES = 12
 """Classes or prompts to click on, at most."""
 
 PAINT = "#e0457b"
+
+CANVAS = 512
+"""Pixels of the longer side of a map that is painted, about."""
 
 
 class Controls:
@@ -37,9 +43,11 @@ class Controls:
             self.stop = gr.Button("Stop", variant="stop", elem_id="stop", interactive=False, min_width=80)
         self.status = gr.HTML(elem_id="status")
         self._more()
+        self._dense()
         self._start()
         of_wish = [self.of_wish[name] for name in ("prompt", "negative", "label", "guidance", "width", "height")]
         self.of_model = [self.facts, *of_wish, self.prompts, self.labels, self.guiding, self.starting, self.generate]
+        self.of_model += [self.advice, self.of_wish["strength"], self.map, self.legend, self.boxes]
 
     def _conditions(self) -> None:
         of = self.of_wish
@@ -83,10 +91,35 @@ class Controls:
                     of["low"] = gr.Number(Wish.low, label="Guide above", info="noise / signal", min_width=110)
                     of["high"] = gr.Textbox(Wish.high, label="and up to", info="empty: no end", min_width=110)
 
+    def _dense(self) -> None:
+        self.legend = gr.HTML(visible=False, elem_id="legend")
+        self.map = gr.ImageEditor(
+            label="Map: paint each class in its color",
+            type="pil",
+            format="png",
+            sources=(),
+            layers=False,
+            transforms=(),
+            visible=False,
+            elem_id="map",
+        )
+        self.boxes = gr.Dataframe(
+            label="Boxes, from 0 to 1 of the picture",
+            headers=["Class", "Left", "Top", "Right", "Bottom"],
+            datatype=["str", "number", "number", "number", "number"],
+            column_count=(5, "fixed"),
+            type="array",
+            interactive=True,
+            visible=False,
+            elem_id="boxes",
+        )
+        self.drawn = gr.Image(label="Layout", visible=False, interactive=False, format="png", elem_id="drawn")
+
     def _start(self) -> None:
         self.starting = gr.Accordion("Begin with a picture", open=False, visible=False)
         with self.starting:
-            gr.HTML("<p>What you paint over is made anew; the rest of the picture stays.</p>", elem_id="advice")
+            advice = "<p>What you paint over is made anew; the rest of the picture stays.</p>"
+            self.advice = gr.HTML(advice, elem_id="advice")
             self.start = gr.ImageEditor(
                 label="Picture to begin with",
                 show_label=False,
@@ -117,9 +150,40 @@ class Controls:
             of["width"]: abilities.size[1],
             of["height"]: abilities.size[0],
             self.guiding: gr.update(visible=abilities.guided),
-            self.starting: gr.update(visible=abilities.begins),
+            self.starting: gr.update(
+                visible=abilities.begins or abilities.picture,
+                open=abilities.picture,
+                label="Picture" if abilities.picture else "Begin with a picture",
+            ),
+            self.advice: gr.update(visible=abilities.hole or not abilities.picture),
+            of["strength"]: gr.update(visible=not abilities.picture),
+            **self._maps(abilities.map_classes, abilities.size),
+            self.boxes: gr.update(visible=abilities.box_classes is not None, value=_boxes(abilities.box_classes)),
             self.generate: gr.update(interactive=True),
         }
+
+    def _maps(self, classes: Sequence[str] | None, size: Size) -> dict[Any, Any]:
+        """The brush of a model that reads maps: the colors of its classes, and their names."""
+        if classes is None:
+            return {self.map: gr.update(visible=False), self.legend: gr.update(visible=False)}
+        colors = ["#{:02x}{:02x}{:02x}".format(*color(label)) for label in range(min(len(classes), 255))]
+        named = "".join(
+            f'<span style="border-left: 1em solid {one}; padding: 0 .8em 0 .3em">{html.escape(name)}</span>'
+            for one, name in zip(colors, classes, strict=False)
+        )
+        side = CANVAS // max(size)
+        blank = Image.new("RGB", (size[1] * max(1, side), size[0] * max(1, side)))
+        brush = gr.Brush(colors=[*colors], default_color=colors[0], color_mode="fixed")
+        value = {"background": blank, "layers": [], "composite": None}
+        return {
+            self.map: gr.update(visible=True, brush=brush, value=value),
+            self.legend: gr.update(visible=True, value=f"<p>{named}</p>"),
+        }
+
+
+def _boxes(classes: Sequence[str] | None) -> list[list[Any]]:
+    """The first rows of the table: a box of the first class, and an empty one."""
+    return [[(classes or [""])[0], 0.25, 0.25, 0.75, 0.75], ["", None, None, None, None]]
 
 
 def _tries(gives: Literal["values", "index"]) -> gr.Dataset:

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from ldm.checkpoints import store
+from ldm.cli.sample_dense import only_by_file
 from ldm.diffusion.conditioners.pictures import FeaturePicture
 from ldm.diffusion.conditioners.text import FeatureText
 from ldm.errors import ConfigError
 from ldm.images import FILED
+from ldm.sampling.dense_files import picture_key
 from ldm.sampling.pipeline import Pipeline
 from ldm.sizes import SIZES
 
@@ -27,6 +29,9 @@ class Abilities:
         guided: it can be guided: it was also trained without its conditions.
         begins: it can begin with a picture of the visitor's.
         prompts: examples, those of its previews in training.
+        picture: it reads a picture of the visitor's, whole or small, as what is asked for.
+        hole: and what is painted over in it.
+        map_classes, box_classes: the names of the classes of the maps and boxes that it reads; None: it reads none.
         longest_side: of its training pictures, pixels, where they were of several sizes.
     """
 
@@ -38,6 +43,10 @@ class Abilities:
     guided: bool
     begins: bool
     prompts: Sequence[str] = ()
+    picture: bool = False
+    hole: bool = False
+    map_classes: Sequence[str] | None = None
+    box_classes: Sequence[str] | None = None
     longest_side: int = 0
 
     @classmethod
@@ -48,12 +57,13 @@ class Abilities:
         """
         plan, reads = pipeline.manifest.plan, pipeline.conditioner.keys
         checkpoint = pipeline.origin["checkpoint"]
-        if others := [key for key in reads if key not in ("class_label", "caption", *SIZES)]:
+        if others := [key for key in only_by_file(reads) if key not in ("class_label", "caption", *SIZES)]:
             raise ConfigError(
                 f"{checkpoint}: the model reads {', '.join(others)}, which the page cannot ask for; expected captions, "
-                f"classes, both or nothing. Sample with --conditions FILE (python scripts/sample.py --help)."
+                "classes, pictures, masks, maps or layouts. Sample with --conditions FILE (python scripts/sample.py "
+                "--help)."
             )
-        number = pipeline.num_classes
+        number, dense = pipeline.num_classes, pipeline.dense
         names = plan.class_names or [f"class {label}" for label in range(number or 0)]
         return cls(
             checkpoint=checkpoint,
@@ -63,8 +73,17 @@ class Abilities:
             classes=None if number is None else names,
             guided=bool(reads) and pipeline.knows_null,
             begins=plan.pixels["channels"] in FILED,
+            picture=picture_key(reads) is not None,
+            hole="masked_latent" in reads,
+            map_classes=_classes(dense.map_classes, dense.num_map_classes) if "map" in reads else None,
+            box_classes=_classes(dense.box_classes, None) if "boxes" in reads else None,
             longest_side=max((max(height, width) for height, width in pipeline.manifest.sizes or ()), default=0),
         )
+
+
+def _classes(names: Sequence[str] | None, number: int | None) -> Sequence[str]:
+    """Names, or numbers where there are none; as many as have a color on a map where nothing is known."""
+    return names or [str(label) for label in range(number or 255)]
 
 
 class Models:

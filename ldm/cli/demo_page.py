@@ -13,7 +13,7 @@ import traceback
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,16 @@ from ldm.cli import demo_request
 from ldm.cli.demo_controls import Controls
 from ldm.cli.demo_line import Halted, Line, Ticket
 from ldm.cli.demo_models import Abilities, Models
-from ldm.cli.demo_pictures import Shown, begun, command_html, settings_html, shown
+from ldm.cli.demo_pictures import (
+    Shown,
+    begun,
+    command_html,
+    drawn_layout,
+    layout_file,
+    painted_map,
+    settings_html,
+    shown,
+)
 from ldm.cli.demo_request import Constants, Limits, Wish
 from ldm.cli.demo_style import COPY, CSS, ON_LOAD, theme
 from ldm.errors import LdmError
@@ -118,10 +127,13 @@ class Page:
         gr.on(
             [controls.generate.click, of["prompt"].submit],
             self.make,
-            [controls.model, self.history, controls.start, *of.values()],
+            [controls.model, self.history, controls.start, controls.map, controls.boxes, *of.values()],
             results,
             show_progress="hidden",
             trigger_mode="once",
+        )
+        controls.boxes.change(
+            self.draw, [controls.model, controls.boxes], [controls.drawn], show_progress="hidden", queue=False
         )
         controls.stop.click(self.stop, None, None, queue=False, show_progress="hidden")
         self.gallery.select(self.show, [self.history], self._detail_parts(), show_progress="hidden")
@@ -150,7 +162,14 @@ class Page:
         return self.models.known[model]
 
     async def make(
-        self, request: gr.Request, model: str, history: list[Shown], editor: Any, *values: Any
+        self,
+        request: gr.Request,
+        model: str,
+        history: list[Shown],
+        editor: Any,
+        painted: Any,
+        boxes: Any,
+        *values: Any,
     ) -> AsyncIterator[Updates]:
         """Make what the controls say, and tell how far it is."""
         visit, controls = self._visit(request), self.controls
@@ -161,6 +180,7 @@ class Page:
             abilities = await self._abilities(model)
             image, mask = begun(editor, self.folder / "begun")
             wish = Wish(**dict(zip(controls.of_wish, values, strict=True)), image=image, mask=mask)
+            wish = self._dense(wish, abilities, painted, boxes)
             self._checked(demo_request.words(wish, abilities, self.constants), abilities)  # before waiting in the line
             ticket = self._ask(visit, model, wish)
             yield {controls.generate: gr.update(interactive=False), controls.stop: gr.update(interactive=True)}
@@ -178,6 +198,23 @@ class Page:
         finally:
             if ticket is not None:  # not visit.stop(): the visitor may have asked for something else by now
                 ticket.stop()
+
+    def _dense(self, wish: Wish, abilities: Abilities, painted: Any, boxes: Any) -> Wish:
+        """The wish with the map or the layout that the model reads."""
+        folder = self.folder / "begun"
+        if abilities.map_classes is not None:
+            wish = replace(wish, map=painted_map(painted, abilities.map_classes, abilities.size, folder))
+        if abilities.box_classes is not None:
+            wish = replace(wish, layout=layout_file(boxes or [], folder))
+        return wish
+
+    def draw(self, model: str, boxes: Any) -> Any:
+        """The table's layout as a picture, as far as it is one."""
+        abilities = self.models.known.get(model)
+        if abilities is None or abilities.box_classes is None:
+            return gr.update(visible=False)
+        drawn = drawn_layout(boxes or [], abilities.box_classes, abilities.size)
+        return gr.update() if drawn is None else gr.update(visible=True, value=drawn)
 
     def _ask(self, visit: Visit, model: str, wish: Wish) -> Ticket[list[Shown]]:
         visit.stop()

@@ -1,6 +1,7 @@
 """Pictures of the page on disk: those that visitors begin with, and those that were made for them."""
 
 import html
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,15 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from ldm.cli.demo_models import Abilities
 from ldm.cli.demo_request import Wish
 from ldm.errors import ConfigError
 from ldm.images import picture
+from ldm.sampling.dense import Dense, check_boxes
+from ldm.sampling.dense_files import class_number
 from ldm.sampling.generate import Sample
 from ldm.sampling.sample_folder import Order
-from ldm.sizes import spell
+from ldm.sampling.shown import drawn_boxes, palette
+from ldm.sizes import Size, spell
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,8 @@ def tuned(wish: Wish, abilities: Abilities) -> dict[str, str]:
         if abilities.captions and wish.negative.strip():
             found["Negative prompt"] = wish.negative
     if wish.image is not None:
-        found["Begun with"] = f"{wish.image.name}, strength {wish.strength:g}"
+        began = f"{wish.image.name}, strength {wish.strength:g}"
+        found |= {"Picture": wish.image.name} if abilities.picture else {"Begun with": began}
         if wish.mask is not None:
             found["Painted anew"] = f"what is white in {wish.mask.name}"
     return found
@@ -116,12 +122,73 @@ def begun(editor: Mapping[str, Any] | None, folder: Path) -> tuple[Path | None, 
     return file, _kept(mask.resize(background.size, Image.Resampling.NEAREST), folder)
 
 
+def painted_map(editor: Mapping[str, Any] | None, classes: Sequence[str], size: Size, folder: Path) -> Path | None:
+    """The editor's paint as a map of a model's classes, a file that the command line reads; None: nothing is painted.
+
+    What is not painted has no class; between two colors, as at the edges of strokes, the nearer one counts.
+
+    Args:
+        editor: {"layers"}, pictures of PIL in the colors of the classes (ldm/sampling/shown.py).
+        classes: of the model.
+        size: (height, width) of its pictures.
+        folder: where it is written, under the hash of its content.
+    """
+    found = np.full(size, 255, dtype=np.uint8)
+    colors = palette()[: len(classes)].astype(np.int64)
+    for layer in (editor or {}).get("layers", ()):
+        pixels = np.asarray(layer.convert("RGBA").resize(size[::-1], Image.Resampling.NEAREST)).astype(np.int64)
+        distances = np.stack([((pixels[..., :3] - color) ** 2).sum(-1) for color in colors])
+        found = np.where(pixels[..., 3] > 127, distances.argmin(0), found).astype(np.uint8)
+    return None if (found == 255).all() else _kept(Image.fromarray(found), folder)
+
+
+def layout_of(rows: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:
+    """The filled rows of the table (class, left, top, right, bottom) as a layout's file has them.
+
+    Raises:
+        ConfigError: a corner that is no number.
+    """
+    found = []
+    for label, *corners in rows:
+        if not str(label or "").strip():
+            continue
+        try:
+            found.append({"class": str(label).strip(), "box": [float(corner) for corner in corners]})
+        except (TypeError, ValueError):
+            raise ConfigError(f"box of {label}: expected four numbers from 0 to 1, found {corners}") from None
+    return found
+
+
+def layout_file(rows: Sequence[Sequence[Any]], folder: Path) -> Path | None:
+    """The table's layout as a file that the command line reads, under the hash of its content; None: no row is filled.
+
+    Raises:
+        ConfigError: a corner that is no number.
+    """
+    layout = layout_of(rows)
+    return _written(json.dumps(layout).encode(), ".json", folder) if layout else None
+
+
+def drawn_layout(rows: Sequence[Sequence[Any]], classes: Sequence[str], size: Size) -> np.ndarray | None:
+    """The table's layout as a picture (H,W,3) uint8, at least of this size; None while it is no layout yet."""
+    try:
+        boxes = [[*one["box"], class_number(one["class"], classes, "layout")] for one in layout_of(rows)]
+        check_boxes(torch.tensor(boxes).reshape(-1, 5), "layout", Dense(box_classes=classes))
+    except ConfigError:
+        return None
+    return drawn_boxes(boxes, size, classes)
+
+
 def _kept(image: Image.Image, folder: Path) -> Path:
     data = BytesIO()
     image.save(data, format="png")
-    path = folder / f"{sha256(data.getvalue()).hexdigest()[:16]}.png"
+    return _written(data.getvalue(), ".png", folder)
+
+
+def _written(data: bytes, ending: str, folder: Path) -> Path:
+    path = folder / f"{sha256(data).hexdigest()[:16]}{ending}"
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data.getvalue())
+    path.write_bytes(data)
     return path
 
 

@@ -36,7 +36,8 @@ class Wish:
         sampler_settings, schedule_settings: such as "eta=0.5", several with spaces between them.
         width, height: of the pictures, pixels; both None: of the training pictures.
         low, high: the interval of guidance; `high` empty: without end.
-        image, mask: files of the picture to begin with, and of what is painted anew in it.
+        image, mask: files of the picture to begin with, or that the model reads, and of what is painted anew in it.
+        map, layout: files of what a model of maps or layouts reads.
     """
 
     prompt: str = ""
@@ -58,6 +59,8 @@ class Wish:
     image: Path | None = None
     mask: Path | None = None
     strength: Number = 0.6
+    map: Path | None = None
+    layout: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -129,10 +132,14 @@ def words(wish: Wish, abilities: Abilities, constants: Constants) -> list[str]:
         found += ["--size", _text(wish.height), _text(wish.width)]
     if abilities.guided:
         found += _guidance(wish, abilities)
-    if wish.image is not None and abilities.begins:
+    if wish.image is not None and (abilities.begins or abilities.picture):
         found += _flag("image", str(wish.image))
         found += [] if wish.mask is None else _flag("mask", str(wish.mask))
-        found += _flag("strength", _text(wish.strength))
+        found += [] if abilities.picture else _flag("strength", _text(wish.strength))
+    if wish.map is not None and abilities.map_classes is not None:
+        found += _flag("map", str(wish.map))
+    if wish.layout is not None and abilities.box_classes is not None:
+        found += _flag("layout", str(wish.layout))
     return found + constants.words()
 
 
