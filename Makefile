@@ -42,11 +42,14 @@ quickstart: $(VENV)/installed weights  ## train both stages on emoji (or PICTURE
 roundtrip: $(VENV)/installed weights  ## an autoencoder of diffusers in, trained on emoji, a pipeline of diffusers out
 	$(PYTHON) scripts/roundtrip.py
 
+# One more than the least of cores: many tests wait for processes of their own.
+WORKERS ?= 3
+
 test: $(VENV)/installed lint weights  ## lint, types and every test
-	$(PYTHON) -m pytest -n 2 --dist worksteal
+	$(PYTHON) -m pytest -n $(WORKERS) --dist worksteal
 
 test-quick: $(VENV)/installed weights  ## the tests that take seconds
-	$(PYTHON) -m pytest -n 2 --dist worksteal -m "not slow"
+	$(PYTHON) -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
 
 lint: $(VENV)/installed  ## ruff (lint and format) and mypy
 	$(VENV)/bin/ruff check .

@@ -84,12 +84,13 @@ def observe() -> Diary:
 
         setattr(Draws, name, wrapped)
 
-    def wrap_step(module: Any, key: str) -> None:
+    def wrap_step(module: Any) -> None:
         step = module.training_step
 
         def wrapped(self: Any, batch: dict[str, Any], batch_idx: int) -> Any:
-            for name in (key, "class_label"):
-                note(batch["draws"], name, batch[name])
+            for name, column in batch.items():
+                if isinstance(column, Tensor):
+                    note(batch["draws"], name, column)
             result = step(self, batch, batch_idx)
             loss = result["loss"] if isinstance(result, dict) else result
             diary.losses.update(dict.fromkeys(batch["draws"].numbers.tolist(), float(loss)))
@@ -99,8 +100,8 @@ def observe() -> Diary:
 
     for name in ("normal", "uniform", "stratified"):
         wrap_draw(name)
-    wrap_step(LatentDiffusion, "latent")
-    wrap_step(AutoencoderKL, "image")
+    wrap_step(LatentDiffusion)
+    wrap_step(AutoencoderKL)
     return diary
 
 

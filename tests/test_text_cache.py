@@ -13,6 +13,7 @@ from ldm.checkpoints import store
 from ldm.cli import cache, sample
 from ldm.config.load import to_yaml
 from ldm.diffusion.conditioners.text_models import TextModel
+from ldm.latents.claims import read_sealed, seal
 from ldm.run_folder import RunFolder
 from tests.conftest import node
 from tests.tiny_text import LONGEST, WIDTH, forget, save_text_encoder
@@ -117,6 +118,36 @@ def test_a_second_start_does_not_load_the_encoder(tree, monkeypatch):
     forget()
     monkeypatch.setattr(TextModel, "network", property(lambda self: pytest.fail("loaded")))
     assert cache.main(["--base", "config.yaml"]) == 0
+
+
+def test_dropped_captions_need_no_encoder_while_training(tree, monkeypatch, caplog):
+    """Nor in a run that is resumed: the cache keeps the empty text as well."""
+    monkeypatch.setattr("ldm.weights.remembered._SETTLED", -(10**12))
+    tree["model"]["params"]["label_dropout"] = 0.9
+    tree["lightning"]["callbacks"] = {"images": None}
+    Path("config.yaml").write_text(to_yaml(tree))
+    assert cache.main(["--base", "config.yaml", "data.params.cache=here"]) == 0
+    forget()
+    with monkeypatch.context() as patched:
+        patched.setattr(TextModel, "network", property(lambda self: pytest.fail("loaded")))
+        assert train(tree, "data.params.cache=here", "lightning.trainer.max_steps=2") == 0
+    kept = weights()
+
+    # Caches of former versions go on, with a notice that says how to keep it.
+    for folder in ("here/train-text", "here/validation-text"):
+        manifest = Path(folder, "manifest.json")
+        found = read_sealed(manifest)
+        del found["null"]
+        manifest.write_bytes(seal(found))
+    forget()
+    shutil.rmtree("logs")
+    assert train(tree, "data.params.cache=here", "lightning.trainer.max_steps=2") == 0
+    assert "here/train-text: was made before caches kept what an encoder makes of ''" in caplog.text
+    assert equal(kept, weights())
+    manifest.unlink()
+    forget()
+    assert cache.main(["--base", "config.yaml", "data.params.cache=here"]) == 0
+    assert read_sealed(manifest)["null"]["tokens"]["length"] == 2
 
 
 @pytest.mark.slow

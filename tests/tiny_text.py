@@ -16,6 +16,7 @@ def forget() -> None:
     kept = (text_models.opened, text_models.description, text_models.projection, pooling._of_folder)
     for cached in (*kept, text._of_empty, text._null, text._made):
         cached.cache_clear()
+    text._kept_nulls.clear()
 
 
 def save_tokenizer(folder: Path) -> None:

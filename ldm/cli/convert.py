@@ -30,6 +30,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--resolution", type=options.whole_number, metavar="PIXELS", help="of the images")
     parser.add_argument("--statistics", type=options.path, metavar="FILE", help="the latents' mean and deviation")
     parser.add_argument("--text-encoder", type=options.path, metavar="DIR", help="of captions, or its tokenizer")
+    parser.add_argument(
+        "--picture-encoder", type=options.path, metavar="DIR", help="vision model of a model that reads pictures"
+    )
     parser.add_argument("--family", metavar="WORD", help="dit or sit, whose files are alike; lightningdit")
     parser.add_argument("--license", metavar="TEXT", help="of the weights, for the note on where they come from")
     parser.add_argument("--name", help="of the run (default: the file's)")
@@ -42,7 +45,8 @@ def main(argv: Sequence[str]) -> int:
         for line in convert.convert(
             chosen.source,
             convert.Request(
-                chosen.autoencoder, chosen.resolution, chosen.statistics, chosen.text_encoder, chosen.family
+                *(chosen.autoencoder, chosen.resolution, chosen.statistics, chosen.text_encoder, chosen.family),
+                picture_encoder=chosen.picture_encoder,
             ),
             config=chosen.config,
             license=chosen.license,

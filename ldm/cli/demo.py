@@ -4,6 +4,9 @@
     python scripts/demo.py -r 'logs/*_my_diffusion' logs/<another run>      # to choose from on the page
     python scripts/demo.py -r logs/<run> --port 8000 --host 0.0.0.0         # for everybody who reaches this machine
 
+    python scripts/demo.py -r logs/<run> --lora FOLDER                      # with an adapter
+    python scripts/demo.py -r logs/<run> --host 0.0.0.0 --max-steps 100 --max-pictures 8 --max-size 512
+
 The page has the settings of sample.py, and gives with every picture the command line that makes the same one, pixel for
 pixel. It is served to this machine alone, until --host says otherwise, and loads nothing from anywhere else. A model is
 loaded when it is first asked for, and the one before it is let go. Requests wait for one another; Ctrl+C ends it.
@@ -19,13 +22,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ldm.cli import program
-from ldm.cli.options import Parser, at_home, called, port
+from ldm.cli.options import Parser, at_home, called, finite, path, port, whole_number
 from ldm.errors import CheckpointError, ConfigError
 from ldm.run_folder import newest_run
 from ldm.runtime import signals
+
+if TYPE_CHECKING:  # importing it takes seconds, which a wrong flag need not wait for
+    from ldm.sampling.pipeline import Pipeline
 
 PORT = 7860
 PORTS = 100
@@ -47,6 +53,13 @@ def parse(argv: Sequence[str]) -> Any:
     trusted = "let the checkpoints use objects of it"
     add("--trust", action="append", default=[], metavar="PACKAGE", help=trusted)
     here = "address to listen at (default: 127.0.0.1, this machine alone; 0.0.0.0: everybody who reaches it)"
+    add("--lora", type=path, metavar="FOLDER", help="put this adapter, as peft saves it, on the network of each run")
+    add("--lora-scale", type=finite, metavar="S", help="of the adapter's update: 0 is the base (default: 1)")
+    most = "of a request, for which all others wait"
+    add("--max-steps", type=whole_number, default=1000, metavar="N", help=f"{most} (default: 1000)")
+    add("--max-pictures", type=whole_number, default=64, metavar="N", help=f"{most} (default: 64)")
+    twice = "twice the longest side that the model was trained on"
+    add("--max-size", type=whole_number, metavar="SIDE", help=f"{most}, pixels (default: {twice})")
     add("--host", default="127.0.0.1", help=here)
     add("--port", type=port, default=PORT, help=f"the next free one if it is taken; 0: any (default: {PORT})")
     return parser.parse_strictly(argv)
@@ -72,19 +85,29 @@ def demo(options: Any) -> None:
     from ldm.cli.demo_line import Line
     from ldm.cli.demo_models import Models, named
     from ldm.cli.demo_page import Page, served
-    from ldm.cli.demo_request import Constants
-    from ldm.sampling.pipeline import Pipeline
+    from ldm.cli.demo_request import Constants, Limits
 
-    load = partial(Pipeline.load, ema=not options.raw, device=usable(options.device), trust=options.trust)
-    constants = Constants(options.device, options.raw, tuple(options.trust))
+    load = partial(loaded, options=options, device=usable(options.device))
+    constants = Constants(options.device, options.raw, tuple(options.trust), options.lora, options.lora_scale)
+    limits = Limits(options.max_steps, options.max_pictures, options.max_size)
     number = free_port(options.host, options.port)
     with places() as folder:
-        page = Page(Models(named(runs), load), Line(), constants, folder)
+        page = Page(Models(named(runs), load), Line(), constants, folder, limits)
         with served(page, options.host, number) as url:
             print(f"ldm demo: {url} (Ctrl+C ends it)", flush=True)
             while True:
                 signals.stop_if_asked()
                 time.sleep(0.1)
+
+
+def loaded(run: str, options: Any, device: str) -> "Pipeline":
+    """The model of a run as the flags say, with the adapter that they name."""
+    from ldm.cli.sample import with_adapter
+    from ldm.sampling.pipeline import Pipeline
+
+    pipeline = Pipeline.load(run, ema=not options.raw, device=device, trust=options.trust)
+    with_adapter(pipeline, options)
+    return pipeline
 
 
 def found(run: str) -> str:

@@ -27,6 +27,7 @@ class Abilities:
         guided: it can be guided: it was also trained without its conditions.
         begins: it can begin with a picture of the visitor's.
         prompts: examples, those of its previews in training.
+        longest_side: of its training pictures, pixels, where they were of several sizes.
     """
 
     checkpoint: str
@@ -37,6 +38,7 @@ class Abilities:
     guided: bool
     begins: bool
     prompts: Sequence[str] = ()
+    longest_side: int = 0
 
     @classmethod
     def of(cls, pipeline: Pipeline) -> "Abilities":
@@ -61,6 +63,7 @@ class Abilities:
             classes=None if number is None else names,
             guided=bool(reads) and pipeline.knows_null,
             begins=plan.pixels["channels"] in FILED,
+            longest_side=max((max(height, width) for height, width in pipeline.manifest.sizes or ()), default=0),
         )
 
 

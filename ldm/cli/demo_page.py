@@ -10,7 +10,7 @@ import secrets
 import shutil
 import time
 import traceback
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ from ldm.cli.demo_controls import Controls
 from ldm.cli.demo_line import Halted, Line, Ticket
 from ldm.cli.demo_models import Abilities, Models
 from ldm.cli.demo_pictures import Shown, begun, command_html, settings_html, shown
-from ldm.cli.demo_request import Constants, Wish
+from ldm.cli.demo_request import Constants, Limits, Wish
 from ldm.cli.demo_style import COPY, CSS, ON_LOAD, theme
 from ldm.errors import LdmError
 
@@ -61,12 +61,14 @@ class Page:
         line: of the requests.
         constants: flags of all commands.
         folder: for the pictures of visitors; `made` in it is this page's to empty.
+        limits: of each request.
     """
 
     models: Models
     line: Line
     constants: Constants
     folder: Path
+    limits: Limits = field(default_factory=Limits)
     visits: dict[str, Visit] = field(default_factory=dict)
 
     def build(self) -> gr.Blocks:
@@ -159,7 +161,7 @@ class Page:
             abilities = await self._abilities(model)
             image, mask = begun(editor, self.folder / "begun")
             wish = Wish(**dict(zip(controls.of_wish, values, strict=True)), image=image, mask=mask)
-            demo_request.checked(demo_request.words(wish, abilities, self.constants))  # before waiting in the line
+            self._checked(demo_request.words(wish, abilities, self.constants), abilities)  # before waiting in the line
             ticket = self._ask(visit, model, wish)
             yield {controls.generate: gr.update(interactive=False), controls.stop: gr.update(interactive=True)}
             while not ticket.future.done():
@@ -185,11 +187,14 @@ class Page:
             pipeline = self.models.pipeline(model, ticket.say)
             abilities = self.models.known[model]
             arguments = demo_request.words(wish, abilities, self.constants)
-            made = demo_request.carried_out(pipeline, demo_request.checked(arguments), ticket)
+            made = demo_request.carried_out(pipeline, self._checked(arguments, abilities), ticket)
             return shown(made, folder, wish, abilities, model, demo_request.command(arguments))
 
         visit.ticket = self.line.ask(work)
         return visit.ticket
+
+    def _checked(self, arguments: Sequence[str], abilities: Abilities) -> Any:
+        return demo_request.checked(arguments, self.limits.of(abilities))
 
     def _with(self, made: list[Shown], history: list[Shown]) -> Updates:
         """The gallery with new pictures in front, and the details of the first."""

@@ -67,9 +67,13 @@ def described(wish: Wish, abilities: Abilities) -> dict[str, str]:
 
 def tuned(wish: Wish, abilities: Abilities) -> dict[str, str]:
     """How it was sampled; settings that change nothing are left out."""
-    found = {"Sampler": f"{wish.sampler}, {wish.steps} steps"}
-    if wish.schedule != Wish.schedule:
-        found["Schedule"] = wish.schedule
+    sampler, schedule = (
+        " ".join([name, *settings.split()])
+        for name, settings in ((wish.sampler, wish.sampler_settings), (wish.schedule, wish.schedule_settings))
+    )
+    found = {"Sampler": f"{sampler}, {wish.steps} steps"}
+    if schedule != Wish.schedule:
+        found["Schedule"] = schedule
     if abilities.guided:
         found["Guidance"] = f"{wish.guidance:g}"
         if wish.rescale:

@@ -3,9 +3,10 @@
 So a picture of the page is that of the command, and a setting that cannot be gets the command's own message.
 """
 
+import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from ldm.sampling.generate import Sample
 from ldm.sampling.pipeline import Pipeline
 from ldm.sampling.sample_folder import Order
 
-MOST = 64
-"""Pictures of one request: one batch, so that a stop waits for few."""
+_SETTING = re.compile(r"[A-Za-z_]\w*=[-+.\w]+")
+"""Of a sampler or a schedule, as a visitor may write it: never a flag, nor an object of a configuration."""
 
 Number = int | float | None
 """A control's number; None where the visitor has emptied it."""
@@ -32,6 +33,7 @@ class Wish:
 
     Args:
         label: the class.
+        sampler_settings, schedule_settings: such as "eta=0.5", several with spaces between them.
         width, height: of the pictures, pixels; both None: of the training pictures.
         low, high: the interval of guidance; `high` empty: without end.
         image, mask: files of the picture to begin with, and of what is painted anew in it.
@@ -41,7 +43,9 @@ class Wish:
     negative: str = ""
     label: int | None = None
     sampler: str = "ddim"
+    sampler_settings: str = ""
     schedule: str = "default"
+    schedule_settings: str = ""
     steps: Number = 50
     guidance: Number = 1.0
     rescale: Number = 0.0
@@ -63,19 +67,53 @@ class Constants:
     device: str | None = None
     raw: bool = False
     trust: tuple[str, ...] = ()
+    lora: Path | None = None
+    lora_scale: float | None = None
 
     def words(self) -> list[str]:
         words = ["--raw"] if self.raw else []
         if self.device is not None:
             words += _flag("device", self.device)
+        if self.lora is not None:
+            words += _flag("lora", str(self.lora))
+        if self.lora_scale is not None:
+            words += _flag("lora-scale", _text(self.lora_scale))
         return words + [word for package in self.trust for word in _flag("trust", package)]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that one request may ask for, since all others wait for it.
+
+    Args:
+        steps: of the sampler.
+        pictures: at once: one batch, so that a stop waits for few.
+        side: of the pictures, pixels; None: twice the longest side of what the model was trained on.
+    """
+
+    steps: int = 1000
+    pictures: int = 64
+    side: int | None = None
+
+    def of(self, abilities: Abilities) -> "Limits":
+        """For this model."""
+        return replace(self, side=self.side or 2 * max(abilities.longest_side, *abilities.size))
+
+    def require(self, options: Any) -> None:
+        """ConfigError, naming it, if a command line asks for more."""
+        asked = [("steps", options.steps, self.steps), ("pictures", options.number, self.pictures)]
+        if self.side is not None:
+            asked += [("width and height", side, self.side) for side in options.size or ()]
+        for what, found, most in asked:
+            if found > most:
+                raise ConfigError(f"{what}: expected {most} at most on this page, found {found}")
 
 
 def words(wish: Wish, abilities: Abilities, constants: Constants) -> list[str]:
     """The arguments of sample.py that make what the wish says, with the checkpoint itself as the run.
 
     Raises:
-        ConfigError: no class is chosen of a model that reads them.
+        ConfigError: no class is chosen of a model that reads them, or a sampler's settings are none.
     """
     found = _flag("run", abilities.checkpoint, short="-r")
     if abilities.captions:
@@ -84,10 +122,8 @@ def words(wish: Wish, abilities: Abilities, constants: Constants) -> list[str]:
         found += _flag("classes", _class(wish.label, abilities.classes))
     found += _flag("seed", _text(wish.seed)) + _flag("number", _text(wish.number), short="-n")
     found += _flag("steps", _text(wish.steps))
-    if wish.sampler != Wish.sampler:
-        found += _flag("sampler", wish.sampler)
-    if wish.schedule != Wish.schedule:
-        found += _flag("schedule", wish.schedule)
+    found += _function("sampler", wish.sampler, wish.sampler_settings, Wish.sampler)
+    found += _function("schedule", wish.schedule, wish.schedule_settings, Wish.schedule)
     size = wish.height, wish.width
     if size not in ((None, None), abilities.size):
         found += ["--size", _text(wish.height), _text(wish.width)]
@@ -98,6 +134,14 @@ def words(wish: Wish, abilities: Abilities, constants: Constants) -> list[str]:
         found += [] if wish.mask is None else _flag("mask", str(wish.mask))
         found += _flag("strength", _text(wish.strength))
     return found + constants.words()
+
+
+def _function(flag: str, name: str, settings: str, default: str) -> list[str]:
+    """A sampler or a schedule with its settings; nothing if it is the default."""
+    given = settings.split()
+    if wrong := [word for word in given if not _SETTING.fullmatch(word)]:
+        raise ConfigError(f"{flag} settings: expected name=number, such as eta=0.5, found {wrong[0]!r}")
+    return _flag(flag, name) + given if given or name != default else []
 
 
 def _guidance(wish: Wish, abilities: Abilities) -> list[str]:
@@ -141,8 +185,8 @@ def command(arguments: Sequence[str]) -> str:
     return shlex.join([*(["python", program] if program.endswith(".py") else program.split()), *arguments])
 
 
-def checked(arguments: Sequence[str]) -> Any:
-    """The options of sample.py.
+def checked(arguments: Sequence[str], limits: Limits = Limits()) -> Any:
+    """The options of sample.py, within the limits.
 
     Raises:
         ConfigError: with what a visitor can do something about.
@@ -151,8 +195,7 @@ def checked(arguments: Sequence[str]) -> Any:
         options = parse(arguments)
     except ConfigError as error:
         raise ConfigError(str(error).partition("\nSee `")[0]) from error
-    if options.number > MOST:
-        raise ConfigError(f"pictures: expected 1 to {MOST} at once, found {options.number}")
+    limits.require(options)
     return options
 
 

@@ -283,11 +283,11 @@ def _reconstructions(options: Any, path: Path, device: str) -> Subject:
     found = store.record(file)
     config = current_plain(found["config"], str(file))
     if options.against is None:
-        originals, part = configured.of_data(_data(config, file), options.trust, options.part, str(file))
+        originals, part, _ = configured.of_data(_data(config, file), options.trust, options.part, str(file))
         name = f"its originals ({part})"
     elif is_configuration(options.against[0]):
         word, *overrides = options.against
-        originals, part = configured.of_file(Path(word).expanduser(), overrides, options.trust, options.part)
+        originals, part, _ = configured.of_file(Path(word).expanduser(), overrides, options.trust, options.part)
         name = f"{word} ({part})"
     else:
         raise ConfigError("--against: reconstructions are compared with their originals: name a configuration")

@@ -27,6 +27,7 @@ class Request:
         statistics: file with the latents' mean and standard deviation per channel; None: the family's own.
         text_encoder: folder of the text encoder and its tokenizer that a model of captions was trained with; of one
             that holds its encoder, its tokenizer, which may be a file.
+        picture_encoder: folder of the vision model that a model of pictures' features was trained with.
         family: which of the kinds of `Family.kinds`, where a file does not tell.
     """
 
@@ -35,6 +36,7 @@ class Request:
     statistics: Path | None = None
     text_encoder: Path | None = None
     family: str | None = None
+    picture_encoder: Path | None = None
 
 
 @dataclass(frozen=True)

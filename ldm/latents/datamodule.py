@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -14,20 +13,19 @@ from ldm.autoencoder.codec import Codec
 from ldm.data.bucketed import Bucketing
 from ldm.data.buckets import Buckets
 from ldm.data.datamodule import VALIDATION_SEED, ElasticDataModule, dataset_facts, of_size, split
-from ldm.data.dataset import ImageDataset, has_captions, require_channels
+from ldm.data.dataset import ImageDataset, require_channels
 from ldm.data.drawn import Drawn
 from ldm.data.transforms import EvalTransform
 from ldm.diffusion.conditioners.features import Feature, meta_columns
 from ldm.errors import ConfigError, DataError
-from ldm.latents.bucketed import BucketedLatents, joined, whole
+from ldm.latents.bucketed import BucketedLatents, whole
 from ldm.latents.columns import Column, Crop
-from ldm.latents.conditions import Captions, Conditions
-from ldm.latents.dataset_parts import DatasetParts
-from ldm.latents.dense import Dense, DenseRows
-from ldm.latents.encoding import Encoding, SizedPart, check_broken
+from ldm.latents.dense import Dense
+from ldm.latents.encoding import Encoding
 from ldm.latents.manifest import CacheSpec, Manifest
 from ldm.latents.masked import MaskedLatents
 from ldm.latents.numbers import meta as number_columns
+from ldm.latents.opening import Sources, opened
 from ldm.latents.reader import LatentCache, LatentDataset
 from ldm.latents.shards import MANIFEST
 from ldm.latents.statistics import Statistics
@@ -127,7 +125,7 @@ class LatentDataModule(ElasticDataModule):
         if both := {*self.features} & {*self.dense.aligned, *self.dense.drawn}:
             raise ConfigError(f"data.params.features.{min(both)}: a column has that name, too: choose another one")
         self._rows: dict[str, LatentDataset | BucketedLatents] = {}
-        self.caches: dict[str, list[LatentCache]] = {}
+        self.caches: dict[str, Sequence[LatentCache]] = {}
         """Of the data sets `train` and `validation`, one for each size of the pictures."""
         self._statistics = None if statistics is None else Statistics.written(statistics)
         self._manifest: Manifest | None = None
@@ -176,7 +174,7 @@ class LatentDataModule(ElasticDataModule):
         batch = {"latent": latent, **self.meta_conditions(self.train_dataset, rows, size)}
         for name, feature in self.features.items():
             batch |= meta_columns(feature, name, rows)
-        batch |= self.dense.meta(self._crop(size), latent)
+        batch |= self.dense.meta(Crop(self._transform_of(size), self._load().in_channels), latent)
         return batch | number_columns(self.train_dataset, self.numbers, rows)
 
     @property
@@ -227,35 +225,22 @@ class LatentDataModule(ElasticDataModule):
         """
         if self._rows:
             return
-        self.caches = {}
-        encoding, device = self._encoding(self._device()), self._device()
-        captions: dict[str, Captions | None] = {}
-        dense: dict[str, list[DenseRows | None]] = {}
-        sized = {name: self._sized(name) for name in self._datasets()}
-        wanted = Wanted(self.features, self.numbers, {name: self._targets(name) for name in sized})
-        for dataset in self._datasets().values():
+        encoding, device, sources = self._encoding(self._device()), self._device(), self._sources()
+        wanted = Wanted(self.features, self.numbers, {name: sources.targets(name) for name in sources.datasets})
+        for dataset in sources.datasets.values():
             wanted.demand(dataset)
             self.dense.demand(dataset)
-        for name, parts in sized.items():
-            dataset = self._datasets()[name]
-            placed = [encoding.place(part) for part in parts]
-            inside = placed[0][1].captions
-            if has_captions(dataset) and not inside:  # first, since what is wrong with them is seen in seconds
-                captions[name] = self._parts(name).captions()
-            dense[name] = [self._dense(part, encoding) for part in parts]
-            self.caches[name] = [encoding.open(part, *where) for part, where in zip(parts, placed, strict=True)]
-            if inside:
-                captions[name] = self.caches[name][0]
-            check_broken(dataset, parts, self.caches[name])
-        manifest = self._joined(self.caches["train"]).decoded_by(encoding.codec.describe(encoding.weights))
+        found = {name: opened(name, sources, encoding, self.dense) for name in sources.datasets}
+        self.caches = {name: one.caches for name, one in found.items()}
+        manifest = sources.joined(self.caches["train"]).decoded_by(encoding.codec.describe(encoding.weights))
         self._manifest = manifest if self._statistics is None else manifest.standardized_by(self._statistics)
         self._live = encoding.codec if self.dense.live else None
         self._codec = self._given = None  # its memory belongs to training now
         del encoding
-        conditions = wanted.conditions({name: self._parts(name) for name in self.caches}, captions, device)
-        self._rows = {
-            name: self._gathering(name, parts, conditions[name], dense[name]) for name, parts in sized.items()
-        }
+        captions = {name: one.captions for name, one in found.items()}
+        conditions = wanted.conditions({name: sources.parts(name) for name in found}, captions, device)
+        drawn = {"train": (self.seed, self.flip), "validation": (VALIDATION_SEED, False)}
+        self._rows = {name: one.rows(*drawn[name], conditions[name]) for name, one in found.items()}
 
     def _encoding(self, device: torch.device | str = "cpu") -> Encoding:
         """How the caches are made, with the autoencoder on a device."""
@@ -270,47 +255,10 @@ class LatentDataModule(ElasticDataModule):
             trust=self.trust,
         )
 
-    def _gathering(
-        self, name: str, parts: Sequence[SizedPart], conditions: Conditions, dense: Sequence[DenseRows | None]
-    ) -> LatentDataset | BucketedLatents:
-        """What a loader reads of a data set whose caches are open."""
-        seed, flip = (self.seed, self.flip) if name == "train" else (VALIDATION_SEED, False)
-        each = zip(parts, self.caches[name], dense, strict=True)
-        rows = [LatentDataset(cache, seed, flip, conditions, part.items, own) for part, cache, own in each]
-        return rows[0] if self.bucketing is None else BucketedLatents(rows)
-
-    def _crop(self, size: Size) -> Crop:
-        return Crop(self._transform_of(size), self._load().in_channels)
-
-    def _dense(self, part: SizedPart, encoding: Encoding) -> DenseRows | None:
-        """What lies on the pictures of a part, computed where it is not there."""
-        parts = DatasetParts(part.name, part.dataset, self.cache, part.max_broken, self.read_threads)
-        return self.dense.opened(parts, self._crop(part.size), encoding.codec, encoding.encoder)
-
-    def _joined(self, caches: Sequence[LatentCache]) -> Manifest:
-        """Of the training data."""
-        if self.bucketing is None:
-            return caches[0].manifest
-        return joined(caches, self.bucketing.train, self.train_dataset)
-
-    def _sized(self, name: str) -> list[SizedPart]:
-        """The parts of a data set whose pictures are cropped to one size."""
-        most = self._most_broken(name)
-        if self.bucketing is None:
-            return [SizedPart(name, self._datasets()[name], self.image_size, most)]
-        parts = zip(self.bucketing.parts(name), self.bucketing.of(name).items, strict=True)
-        return [SizedPart(f"{name}-{size[0]}x{size[1]}", part, size, most, items) for (size, part), items in parts]
-
-    def _most_broken(self, name: str) -> int:
-        """How many items of a data set may be unreadable."""
-        return int(self.max_broken * len(self._datasets()[name]))
-
-    def _targets(self, name: str) -> np.ndarray:
-        """The size that each picture of a data set is cropped to: (2,), or (items, 2) with buckets."""
-        return np.array(self.image_size) if self.bucketing is None else self.bucketing.of(name).targets()
-
-    def _parts(self, name: str) -> DatasetParts:
-        return DatasetParts(name, self._datasets()[name], self.cache, self._most_broken(name), self.read_threads)
+    def _sources(self) -> Sources:
+        return Sources(
+            self._datasets(), self.image_size, self.bucketing, self.cache, self.max_broken, self.read_threads
+        )
 
     def described(self) -> list[str]:
         """A line for each folder of the open cache: what it holds, and its size."""
@@ -346,13 +294,13 @@ class LatentDataModule(ElasticDataModule):
 
     def expected(self) -> tuple[CacheSpec, Statistics | None]:
         """The plan of the training cache, and what will standardize it; None: the statistics of a cache to be built."""
-        encoding = self._encoding()
-        placed = [encoding.place(part) for part in self._sized("train")]
+        encoding, sources = self._encoding(), self._sources()
+        placed = [encoding.place(part) for part in sources.sized("train")]
         plan = placed[0][1]
         if self.bucketing is not None:
             plan = whole(placed[self.bucketing.train.default][1], self.train_dataset)
         if self._statistics is None and all((folder / MANIFEST).is_file() for folder, _ in placed):
-            return plan, self._joined([LatentCache(folder) for folder, _ in placed]).statistics
+            return plan, sources.joined([LatentCache(folder) for folder, _ in placed]).statistics
         return plan, self._statistics
 
     def _load(self) -> Codec:

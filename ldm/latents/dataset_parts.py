@@ -4,7 +4,8 @@ what lies on its pictures.
 A value is encoded on its own, so that its bits depend neither on its neighbors nor on who encodes it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
@@ -16,16 +17,19 @@ import torch
 from torch import Tensor
 
 from ldm.data.dataset import ImageDataset, texts, without_captions
-from ldm.diffusion.conditioners.features import Cutting, Feature, Part
+from ldm.diffusion.conditioners.features import Cutting, Feature, Part, WithNull
 from ldm.errors import ConfigError, DataError
 from ldm.latents.build import Source, shard_items
 from ldm.latents.conditions import CAPTION, Captions
 from ldm.latents.part_reader import PartReader
-from ldm.latents.parts import CAPTIONS, TEXT, TOO_LONG, Found, PartSpec, Rows, build_part, described
+from ldm.latents.parts import CAPTIONS, TEXT, TOO_LONG, Found, PartSpec, Rows, build_part, described, made_of
 from ldm.latents.ragged import Row, to_raw
+from ldm.latents.shards import MANIFEST
 from ldm.runtime import distributed
 from ldm.runtime.progress import shown
 from ldm.runtime.signals import stop_if_asked
+
+log = logging.getLogger(__name__)
 
 CAPTIONS_NAME = "captions"
 _CAPTIONS_A_SHARD = 1 << 14  # nothing is lost with one, and a million captions take seconds
@@ -134,7 +138,21 @@ class DatasetParts:
                 except DataError as error:
                     yield item, DataError(f"{self.dataset.path(item)}: {error}")
 
-        return self._built(plan, rows)
+        def null() -> Row | None:
+            return encoder.all_of([feature.null_value]).rows[0] if isinstance(feature, WithNull) else None
+
+        reader = self._built(plan, rows, null=null)
+        if isinstance(feature, WithNull):
+            if (kept := reader.manifest.null) is not None:
+                feature.keep_null(made_of(reader.parts, kept))
+            else:
+                log.warning(
+                    "%s: was made before caches kept what an encoder makes of %r, so that it is loaded once more when "
+                    "training drops conditions. To keep it, delete %s there: the next start writes that anew, and "
+                    "nothing else",
+                    *(reader.folder, feature.null_value, MANIFEST),
+                )
+        return reader
 
     def of_items(self, name: str, made: ItemRows, key: str, too_much: str = TOO_LONG) -> PartReader:
         """What is made of each item, with its picture; computed if it is not there.
@@ -184,11 +202,17 @@ class DatasetParts:
             return self.dataset.fingerprint()
         return alone.captions_fingerprint() if reads == CAPTION else alone.pictures_fingerprint()
 
-    def _built(self, plan: PartSpec, rows: Rows, too_long: str = TOO_LONG) -> PartReader:
+    def _built(
+        self,
+        plan: PartSpec,
+        rows: Rows,
+        too_long: str = TOO_LONG,
+        null: Callable[[], Row | None] = lambda: None,
+    ) -> PartReader:
         folder = Path("cache") / plan.fingerprint() if self.cache is None else self.cache / f"{self.name}-{plan.name}"
         ranks = distributed.rank(), distributed.world_size()
         with shown(f"{self.name} {plan.name}", silent=not distributed.is_main()) as progress:
-            build_part(folder, plan, rows, self.max_broken, *ranks, progress, too_long)
+            build_part(folder, plan, rows, self.max_broken, *ranks, progress, too_long, null)
         return PartReader(folder, plan)
 
     def _caption_rows(self, items: range) -> Iterator[tuple[int, Found | DataError]]:

@@ -169,8 +169,5 @@ class MaskedRows:
 
 
 def live(images: Tensor, masks: Tensor, codec: Codec, fill: Level) -> Tensor:
-    """What a cache would hold of these: pictures (N,C,H,W) in [-1,1] and masks (N,1,H,W) -> (N,c,h,w).
-
-    Rounded to fp16 as there, so that how many are encoded at once does not show.
-    """
-    return codec.encode(filled(images, masks, fill))[0].half().float()
+    """What a cache would hold of these, unrounded: pictures (N,C,H,W) in [-1,1], masks (N,1,H,W) -> (N,c,h,w)."""
+    return codec.encode(filled(images, masks, fill))[0]

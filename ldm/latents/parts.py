@@ -11,6 +11,7 @@ make other parts and leave the latents as they are.
 """
 
 import logging
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -118,22 +119,26 @@ class PartManifest(Finished[PartSpec]):
     Args:
         plan: what it holds.
         broken: items of which there is no row, since they could not be read.
+        null: the row of the feature's null value, as `written` gives it; None: it has none, or this is a part of
+            former versions, which did not keep it.
         shards: {"crc32", "items", "rows", "lengths" of ragged parts, "cut" (values that were too long)} for each.
     """
 
     plan: PartSpec
     broken: list[int]
     shards: list[dict[str, Any]]
+    null: Mapping[str, Any] | None = None
 
     SPEC: ClassVar[type[Spec]] = PartSpec
     FORMAT: ClassVar[int] = FORMAT
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> "PartManifest":
-        return cls(PartSpec.from_dict(tree["plan"]), tree["broken"], tree["shards"])
+        return cls(PartSpec.from_dict(tree["plan"]), tree["broken"], tree["shards"], tree.get("null"))
 
     def to_dict(self) -> dict[str, Any]:
-        return {"plan": self.plan.to_dict(), "broken": self.broken, "shards": self.shards}
+        tree = {"plan": self.plan.to_dict(), "broken": self.broken, "shards": self.shards}
+        return tree if self.null is None else {**tree, "null": self.null}
 
     def shard_bytes(self, shard: int) -> int:
         return self.plan.layout(shard, self.shards[shard]).size
@@ -170,6 +175,20 @@ class Found:
     cut: int = 0
 
 
+def written(row: Row) -> dict[str, Any]:
+    """A row in plain values."""
+    return {name: {"length": len(raw), "base64": b64encode(raw.tobytes()).decode()} for name, raw in row.items()}
+
+
+def made_of(parts: Mapping[str, Part], tree: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """What `written` was given, as tensors."""
+    found = {}
+    for name, part in parts.items():
+        flat = torch.frombuffer(bytearray(b64decode(tree[name]["base64"])), dtype=part.dtype)
+        found[name] = flat.reshape(tree[name]["length"], *part.shape[1:])
+    return found
+
+
 Rows = Callable[[range], Iterable[tuple[int, Found | DataError]]]
 """Items -> each with its rows, or why it has none; in their order."""
 
@@ -183,6 +202,7 @@ def build_part(
     world_size: int = 1,
     progress: Progress = lambda done, total: None,
     too_long: str = TOO_LONG,
+    null: Callable[[], Row | None] = lambda: None,
 ) -> PartManifest:
     """Complete the part of `plan` in `folder`, doing whatever part of the work is left; see `writing.complete`.
 
@@ -194,10 +214,11 @@ def build_part(
         rank, world_size: which shards to take first.
         progress: called with (items that all processes have done, items of the plan).
         too_long: what is said if some values were, with {name}, {cut} of {rows}, and what is read as {reads}.
+        null: computes the row of the feature's null value, if it has one.
     """
 
     def writer_of(begun: PartSpec) -> "_PartWriter":
-        return _PartWriter(folder, begun, rows, max_broken, progress, too_long)
+        return _PartWriter(folder, begun, rows, max_broken, progress, too_long, null)
 
     return complete(folder, plan, PartManifest, writer_of, rank, world_size)
 
@@ -206,11 +227,19 @@ class _PartWriter(Writer[PartSpec, PartManifest]):
     """Computes the rows of shards."""
 
     def __init__(
-        self, folder: Path, plan: PartSpec, rows: Rows, max_broken: int, progress: Progress, too_long: str
+        self,
+        folder: Path,
+        plan: PartSpec,
+        rows: Rows,
+        max_broken: int,
+        progress: Progress,
+        too_long: str,
+        null: Callable[[], Row | None],
     ) -> None:
         super().__init__(folder, plan, max_broken, progress)
         self.rows = rows
         self.too_long = too_long
+        self.null = null
 
     def shard_bytes(self, shard: int) -> int:
         return self.plan.layout(shard, read_sealed(shard_path(self.folder, shard, ".json"))).size
@@ -236,7 +265,13 @@ class _PartWriter(Writer[PartSpec, PartManifest]):
 
     def merge(self, sidecars: Sequence[Mapping[str, Any]], broken: list[int]) -> PartManifest:
         noted = ("crc32", "items", "rows", "lengths", "cut")
-        found = PartManifest(self.plan, broken, [{name: sidecar[name] for name in noted} for sidecar in sidecars])
+        null = self.null()
+        found = PartManifest(
+            self.plan,
+            broken,
+            [{name: sidecar[name] for name in noted} for sidecar in sidecars],
+            None if null is None else written(null),
+        )
         if found.num_cut:
             about = {"name": self.plan.name, "reads": self.plan.reads}
             log.warning("%s", self.too_long.format(cut=found.num_cut, rows=found.num_rows, **about))

@@ -18,8 +18,7 @@ from ldm.autoencoder.tiling import Tiling
 from ldm.checkpoints import store
 from ldm.config.load import build
 from ldm.config.tree import current_plain
-from ldm.diffusion.conditioners.base import Conditioner, kept_keys, require_conditioner
-from ldm.diffusion.conditioners.joint import Joint
+from ldm.diffusion.conditioners.base import Conditioner, drops_all, kept_keys, require_conditioner
 from ldm.diffusion.objectives import Objective
 from ldm.errors import CheckpointError, ConfigError
 from ldm.images import picture
@@ -142,7 +141,7 @@ class Pipeline:
         kept = kept_keys(self.conditioner)
         if kept and {*kept} == {*self.conditioner.keys}:
             return False
-        return self.label_dropout > 0 or (isinstance(self.conditioner, Joint) and self.conditioner.drops_all())
+        return self.label_dropout > 0 or drops_all(self.conditioner)
 
     def latent_shape(self, size: Size | None = None, tile: Tiling | None = None) -> tuple[int, int, int]:
         """(c, h, w) of the latent of an image of `size` (height, width), pixels; None: of most training images.

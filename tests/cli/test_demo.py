@@ -21,7 +21,7 @@ from ldm.cli.demo_line import Line
 from ldm.cli.demo_models import Models
 from ldm.cli.demo_page import Page
 from ldm.cli.demo_request import Constants, Wish
-from ldm.errors import ConfigError
+from ldm.errors import CheckpointError, ConfigError
 from ldm.sampling.generate import generate
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.pipeline import Pipeline
@@ -88,6 +88,7 @@ def test_errors_are_said_and_the_page_goes_on(page, monkeypatch):
         ({"schedule": "compvis", "steps": 7}, "expects a proper divisor of 1000; found 7"),
         ({"model": "none"}, "nowhere: no such file or folder"),
         ({"width": 13, "height": 16}, "size 16 x 13"),
+        ({"width": 33, "height": 16}, "width and height: expected 32 at most on this page, found 33"),
         ({"guidance": 1e38}, "not finite"),
     ]
     for settings, message in wrong:
@@ -254,6 +255,18 @@ def test_wrong_command_lines(words, code, message, capsys, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     assert demo.main(words) == code
     assert message in capsys.readouterr().err
+
+
+def test_an_adapter_is_put_on_each_model(runs, tmp_path):
+    options = demo.parse(["-r", "x", "--lora-scale", "0.5"])
+    with pytest.raises(ConfigError, match="--lora-scale: this model has no adapter"):
+        demo.loaded(str(runs.diffusion), options, "cpu")
+    options = demo.parse(["-r", "x", "--lora", str(tmp_path / "none")])
+    with pytest.raises(CheckpointError, match="none"):
+        demo.loaded(str(runs.diffusion), options, "cpu")
+    options = demo.parse(["-r", "x"])
+    assert (options.max_steps, options.max_pictures, options.max_size) == (1000, 64, None)
+    assert demo.loaded(str(runs.diffusion), options, "cpu").origin["weights"] == "ema"
 
 
 def test_without_its_package_the_extra_is_named(runs):

@@ -12,7 +12,7 @@ from ldm.cli import sample
 from ldm.cli.demo_line import Ticket
 from ldm.cli.demo_models import Abilities
 from ldm.cli.demo_pictures import begun, shown
-from ldm.cli.demo_request import Constants, Wish, carried_out, checked, command, words
+from ldm.cli.demo_request import Constants, Limits, Wish, carried_out, checked, command, words
 from ldm.errors import ConfigError
 from ldm.sampling.pipeline import Pipeline
 
@@ -40,6 +40,18 @@ def test_settings_are_flags_where_they_are_not_the_default():
         "--size 16 32 --guidance 2.5 --rescale 0.7 --interval 0.2 3 --raw --device cpu --trust house"
     )
     assert "--interval 0.2 inf" in asked(replace(wish, high=""), CLASSES)
+    wish = replace(SHORT, sampler_settings="eta=0.5", schedule="karras", schedule_settings="rho=5 sigma_max=80.0")
+    line = asked(wish, PLAIN, Constants(lora=Path("adapter"), lora_scale=0.5))
+    said = "--sampler ddim eta=0.5 --schedule karras rho=5 sigma_max=80.0 --lora adapter --lora-scale 0.5"
+    assert line.endswith(said)
+
+
+def test_limits_are_those_of_the_flags_or_of_the_model():
+    assert Limits().of(PLAIN).side == 32
+    assert Limits().of(replace(PLAIN, longest_side=24)).side == 48
+    assert Limits(side=20).of(PLAIN).side == 20
+    with pytest.raises(ConfigError, match="steps: expected 2 at most on this page, found 3"):
+        checked(words(SHORT, PLAIN, NONE), Limits(steps=2))
 
 
 @pytest.mark.parametrize(("label", "word"), [(0, "0"), (1, "1"), (2, "2"), (3, "it's a boot"), (4, "Cat")])
@@ -66,7 +78,12 @@ def test_prompts_survive_the_command_line(text: str):
         ({"steps": 0}, "--steps: expected a whole number of 1 or more, found '0'"),
         ({"steps": 2.5}, "found '2.5'"),
         ({"number": None}, "found ''"),
-        ({"number": 65}, "pictures: expected 1 to 64 at once, found 65"),
+        ({"number": 65}, "pictures: expected 64 at most on this page, found 65"),
+        ({"steps": 1001}, "steps: expected 1000 at most on this page, found 1001"),
+        ({"width": 16, "height": 33}, "width and height: expected 32 at most on this page, found 33"),
+        ({"sampler_settings": "eta"}, "sampler settings: expected name=number, such as eta=0.5, found 'eta'"),
+        ({"sampler_settings": "eta=1 --trust=os"}, "found '--trust=os'"),
+        ({"schedule_settings": "rho={target:ldm.x}"}, "schedule settings: expected name=number"),
         ({"seed": -1}, "--seed: expected a whole number from 0 to 2^63 - 1, found '-1'"),
         ({"rescale": 0.5, "guidance": 1}, "--rescale: does nothing at --guidance 1"),
         ({"low": 3, "high": "2"}, "expected LOW < HIGH"),
@@ -78,7 +95,7 @@ def test_prompts_survive_the_command_line(text: str):
 )
 def test_what_cannot_be_is_said_in_the_commands_words(wish: dict, message: str):
     with pytest.raises(ConfigError) as caught:
-        checked(words(replace(Wish(label=0, guidance=2), **wish), CLASSES, NONE))
+        checked(words(replace(Wish(label=0, guidance=2), **wish), CLASSES, NONE), Limits().of(CLASSES))
     assert message in str(caught.value)
     assert "--help" not in str(caught.value), "a visitor has no shell"
 
@@ -104,6 +121,7 @@ def painted(folder: Path) -> tuple[Path | None, Path | None]:
         {"label": 1, "sampler": "heun", "guidance": 1},
         {"label": 0, "sampler": "ancestral", "schedule": "quadratic", "rescale": 0.5, "low": 0.1, "high": "5"},
         {"label": 2, "width": 32, "height": 16},
+        {"label": 1, "sampler_settings": "eta=0.5", "schedule": "karras", "schedule_settings": " rho=5  "},
         {"label": 0, "image": True, "strength": 0.5},
         {"label": 0, "image": True, "mask": True, "strength": 1},
     ],

@@ -152,7 +152,7 @@ def test_a_pair_of_half_the_size_lies_on_its_picture():
         (
             Map(),
             {"map": np.full((21, 27), 300, np.int16)},
-            r"map: .* found 300; say how many there are: data.params.aligned.map",
+            r"map: .* found 300; say how many there are",
         ),
         (Map(300), {"map": np.full((21, 27), -2, np.int16)}, r"map: expected classes 0 .. 299.* found -2"),
         (Mask(), {"mask": np.zeros((27, 21), np.uint8)}, r"mask: expected \(21, 27\), .*, found \(27, 21\)"),
@@ -160,7 +160,7 @@ def test_a_pair_of_half_the_size_lies_on_its_picture():
         (
             Boxes(),
             {"boxes": [[30, 1, 40, 9, 0]]},
-            r"boxes: expected .* in the picture of 21 x 27 pixels.* found 30, 1, 40",
+            r"boxes: expected .* the picture of 21 x 27 pixels.* found 30, 1",
         ),
         (Boxes(), {"boxes": [[9, 1, 4, 9, 0]]}, r"boxes: expected left < right"),
         (Boxes(), {"boxes": [[1, 1, np.nan, 9, 0]]}, r"boxes: expected left < right"),
@@ -168,7 +168,7 @@ def test_a_pair_of_half_the_size_lies_on_its_picture():
         (
             Pair(),
             {"pair": Image.new("RGB", (27, 42))},
-            r"pair: expected the proportions of its picture, 21 x 27 pixels",
+            r"pair: expected the proportions of its picture, 21 x 27",
         ),
     ],
 )
@@ -197,11 +197,10 @@ def test_a_thousand_boxes_are_one_warning(caplog):
 
 
 def test_an_item_without_the_key_names_it():
+    class Depth(Mask):
+        reads = "depth"
+
     with pytest.raises(ConfigError, match=r"memory/0.png: has no depth, which data.params.aligned.x reads"):
-
-        class Depth(Mask):
-            reads = "depth"
-
         built(Depth(), Scenes(3))
 
 

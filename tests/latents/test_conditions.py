@@ -283,7 +283,7 @@ def test_captions_that_are_mended_find_their_pictures_in_the_cache(make, monkeyp
 
 def old_cache(module: LatentDataModule, folder: Path | None = None, shards: int | None = None) -> Path:
     """The module's cache as it was written when captions lay in the latents' own sidecars."""
-    encoding, (part,) = module._encoding(), module._sized("train")
+    encoding, (part,) = module._encoding(), module._sources().sized("train")
     plan = dataclasses.replace(encoding.plan(part), source=part.dataset.fingerprint(), captions=True)
     folder = folder or Path("cache") / plan.fingerprint()
     source = Source(lambda item: encoding.read(part, item, captions=True))
@@ -363,7 +363,7 @@ def test_a_data_set_without_captions_has_the_cache_that_it_always_had(make, imag
     from ldm.data.sources.folder import ImageFolder
 
     module = make(ImageFolder(image_folder))
-    plan = module._encoding().plan(*module._sized("train"))
+    plan = module._encoding().plan(*module._sources().sized("train"))
     assert plan.captions is False
     assert plan.source == module.train_dataset.fingerprint()
     module.setup()

@@ -341,7 +341,7 @@ def test_a_manifest_says_how_its_pictures_were_decoded(make, image_folder, monke
     assert "value_range" not in before.manifest.plan.pixels
     after = make(folder, num_validation=num_validation, cache="mine")
     after.setup()  # it goes on
-    plan, former = (module._encoding().plan(*module._sized("train")) for module in (after, before))
+    plan, former = (module._encoding().plan(*module._sources().sized("train")) for module in (after, before))
     assert plan.pixels["value_range"] == [0, 4095]
     assert plan.fingerprint() == former.fingerprint()
 

@@ -295,8 +295,9 @@ def test_guidance_leads_away_from_the_same_picture_without_its_class(inpainting)
     assert rows.spatial.shape == (4, 2, *pipeline.manifest.plan.shape[1:])
     assert rows.spatial[:, :, 0, 0].tolist() == [[0.5, 0.25], [pytest.approx(0.7), 0.75]] * 2
     pipeline.generate([0], [asked[0]], steps=1, size=(16, 32))
-    assert seen[-1].spatial.shape[2:] == pipeline.latent_shape((16, 32))[1:]
-    assert seen[-1].spatial[0, :, 0, 0].tolist() == [0.5, 0.25], "what the condition does not say is the default"
+    wide = seen[-1].spatial
+    assert wide.shape[2:] == pipeline.latent_shape((16, 32))[1:]
+    assert wide[0, :, 0, 0].tolist() == [0.5, 0.25], "what the condition does not say is the default"
 
 
 def test_a_model_that_keeps_a_condition_is_always_asked_for_it(inpainting):

@@ -114,7 +114,7 @@ class Store:
         with shown("fetching shards", silent=not distributed.is_main()) as show:
             for done, shard in enumerate(shards):
                 show(done, len(shards))
-                self._copy(shard, spare=0.0)
+                self._copy(shard, spare=0.0, wait=_PATIENCE)
             show(len(shards), len(shards))
 
     def read(self, shard: Shard, offset: int, length: int) -> bytes:
@@ -160,7 +160,7 @@ class Store:
     @contextmanager
     def whole(self, shard: Shard) -> Iterator[Path]:
         """The copy of a shard, fetched if it is not there; it stays at least as long as the block."""
-        handle = self._copy(shard, spare=0.0)
+        handle = self._copy(shard, spare=0.0, wait=_PATIENCE)
         assert handle is not None
         try:
             yield self._place(shard)
@@ -188,7 +188,7 @@ class Store:
         os.utime(path)
         return handle
 
-    def _copy(self, shard: Shard, spare: float, wait: float = _PATIENCE) -> Handle | None:
+    def _copy(self, shard: Shard, spare: float, wait: float) -> Handle | None:
         """The opened copy, which one process fetches; None: it found no room among copies used recently.
 
         Args:

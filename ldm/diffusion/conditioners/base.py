@@ -200,6 +200,20 @@ class Filed(Protocol):
         ...
 
 
+@runtime_checkable
+class Dropping(Protocol):
+    """Optional: a conditioner that drops conditions on its own, or one around such a conditioner."""
+
+    def drops_all(self) -> bool:
+        """Whether it happens in training that all of a row's conditions are dropped."""
+        ...
+
+
+def drops_all(conditioner: object) -> bool:
+    """Whether a conditioner says of itself that all of a row's conditions are dropped at times."""
+    return isinstance(conditioner, Dropping) and conditioner.drops_all()
+
+
 def require_conditioner(found: object, key: str = "model.params.conditioner") -> None:
     """ConfigError, naming the `key` of the configuration, unless `found` is a conditioner."""
     if not isinstance(found, Conditioner):

@@ -75,6 +75,20 @@ class Cutting(Protocol):
         ...
 
 
+@runtime_checkable
+class WithNull(Protocol):
+    """A feature whose null condition is what it makes of one value, such as the empty text; a cache keeps that, too."""
+
+    @property
+    def null_value(self) -> Any:
+        """The value."""
+        ...
+
+    def keep_null(self, made: Mapping[str, Tensor]) -> None:
+        """From now on `encode` gives this for the value, without the network."""
+        ...
+
+
 def stacked(feature: Feature, name: str, rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """What `encode` made of N values, as the columns of a batch, on the CPU.
 

@@ -66,11 +66,11 @@ class FrozenModel:
                 torch.cuda.empty_cache()
 
     @contextmanager
-    def lent(self) -> Iterator[nn.Module]:
-        """Within the block the network is there; after it only if it was there before."""
+    def lent(self) -> Iterator[None]:
+        """Within the block the network may be loaded; after it, it is there only if it was there before."""
         stays = self.is_loaded
         try:
-            yield self.network
+            yield
         finally:
             if not stays:
                 self.release()
@@ -85,8 +85,8 @@ class FrozenModel:
 
     def _hashed(self) -> str:
         with self.lent():
-            assert self._weights is not None, "set as it was loaded"
-            return self._weights
+            network = self.network  # which sets it
+            return self._weights or hash_of(network)
 
 
 def read(kind: Any, folder: str, what: str) -> Any:

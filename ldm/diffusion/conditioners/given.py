@@ -21,14 +21,20 @@ class Field:
     Args:
         key: in the batch and in a condition.
         shape: of a row; None where any size is accepted.
+        origin: where it comes from, for messages.
     """
 
-    def __init__(self, key: str, shape: Sequence[Count | None]) -> None:
+    def __init__(self, key: str, shape: Sequence[Count | None], origin: str = "it is made elsewhere") -> None:
         self.key = key
         self.shape = tuple(shape)
+        self.origin = origin
 
     def read(self, batch: Mapping[str, Any], like: Tensor) -> Tensor:
-        """(N, *shape), on the device of `like` and of its type.
+        """(N, *shape), on the device of `like` and of its type; errors of `find`."""
+        return self.find(batch).to(like)
+
+    def find(self, batch: Mapping[str, Any]) -> Tensor:
+        """(N, *shape) as it is in the batch.
 
         Raises:
             ConfigError: it is missing or of another shape.
@@ -40,11 +46,11 @@ class Field:
             expected = ", ".join("any" if side is None else str(side) for side in self.shape)
             there_is = "none" if found is None else shape or type(found).__name__
             raise ConfigError(
-                f"condition {self.key}: expected a tensor ({expected}) for each row, found {there_is}; it is made "
-                f"elsewhere and handed in with the batch, or as {{'{self.key}': tensor}} to sample"
+                f"condition {self.key}: expected a tensor ({expected}) for each row, found {there_is}; "
+                f"{self.origin} and handed in with the batch, or as {{'{self.key}': tensor}} to sample"
             )
         assert isinstance(found, Tensor)
-        return found.to(like)
+        return found
 
     def zeros(self, n: int, like: Tensor) -> Tensor:
         return like.new_zeros(n, *(side or 1 for side in self.shape))

@@ -11,6 +11,7 @@ from ldm.diffusion.conditioners.base import (
     Conditioning,
     defaults,
     dropped,
+    drops_all,
     kept_keys,
     require_conditioner,
 )
@@ -76,7 +77,7 @@ class Joint(nn.Module):
     def drops_all(self) -> bool:
         """Whether it happens in training that all of a row's conditions are dropped, but for what is kept."""
         droppable = [(name, part) for name, part in self._parts() if part.keys and name not in self.kept]
-        return all(self.dropout[name] > 0 or (isinstance(part, Joint) and part.drops_all()) for name, part in droppable)
+        return all(self.dropout[name] > 0 or drops_all(part) for name, part in droppable)
 
     def kept_keys(self) -> Sequence[str]:
         """The keys of what is kept, here and in its parts."""

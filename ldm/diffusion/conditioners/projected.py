@@ -12,6 +12,7 @@ from ldm.diffusion.conditioners.base import (
     Conditioning,
     defaults,
     dropped,
+    drops_all,
     kept_keys,
     require_conditioner,
 )
@@ -63,6 +64,9 @@ class Projected(nn.Module):
 
     def null(self, n: int) -> Conditioning:
         return self._projected(self._inner.null(n))
+
+    def drops_all(self) -> bool:
+        return drops_all(self.conditioner)
 
     def kept_keys(self) -> Sequence[str]:
         return kept_keys(self._inner)

@@ -101,8 +101,16 @@ class TextEncoder:
         settings["pooling"] = None if self.pooling is None else self.pooling.describe(self.model)
         return {"weights": self.model.weights, "tokenizer": self.model.vocabulary, **settings}
 
+    @property
+    def null_value(self) -> str:
+        return ""
+
+    def keep_null(self, made: Mapping[str, Tensor]) -> None:
+        _kept_nulls[self] = made
+
     def encode(self, value: Any, device: torch.device) -> dict[str, Tensor]:
-        return dict(_made(self, checked(value), device))
+        kept = _kept_nulls.get(self) if value == self.null_value else None
+        return dict(kept or _made(self, checked(value), device))
 
     def is_cut(self, value: Any) -> bool:
         """Whether a caption has more tokens than `max_length`."""
@@ -110,6 +118,10 @@ class TextEncoder:
 
     def release(self) -> None:
         self.model.release()
+
+
+_kept_nulls: dict[TextEncoder, Mapping[str, Tensor]] = {}
+"""What caches keep of the empty text: a configuration makes a feature for the cache, and an equal one for the model."""
 
 
 def checked(caption: Any) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ldm.diffusion.conditioners.base import Conditioning
 from ldm.diffusion.conditioners.token_transformer import TokenTransformer
 from ldm.diffusion.conditioners.tokenizer import Tokenizer, read
-from ldm.errors import CheckpointError, ConfigError
+from ldm.errors import ConfigError
 from ldm.ranges import Count
 
 log = logging.getLogger(__name__)
@@ -28,8 +28,8 @@ EXTRA_STATE = "_extra_state"
 class TextTransformer(TokenTransformer):
     """The caption as tokens (N, `max_length`, `channels`), masked where it is padded; null: of the text "".
 
-    The tokenizer is a part of the model's state, so that a checkpoint needs no other file to read captions. It is
-    read from its file where that is there, and compared with the one of a checkpoint that is loaded.
+    The tokenizer is a part of the model's state, so that a checkpoint needs no other file to read captions. A new
+    model has that of the file; whatever lies there later, weights are read with the one that they were trained with.
 
     Args:
         tokenizer: `tokenizer.json`, a BERT's `vocab.txt`, or a folder with one of them; `ldm tokenizer` makes one of a
@@ -106,19 +106,19 @@ class TextTransformer(TokenTransformer):
         return torch.frombuffer(bytearray(self._tokenizer.content), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor | None) -> None:
-        """The tokenizer of a checkpoint; None: it has none, as weights of others.
+        """The tokenizer of a checkpoint, in place of the file's; None: it has none, as weights of others.
 
         Raises:
-            CheckpointError: it is another one than that of the file.
+            ConfigError: it has more tokens than there are rows.
         """
         if state is None or state.is_meta or not state.numel() or self._device.type == "meta":
             return
         found = Tokenizer(state.cpu().numpy().tobytes(), self.max_length, "the tokenizer of the checkpoint")
         if self._tokenizer is not None and found.digest != self._tokenizer.digest:
-            raise CheckpointError(
-                f"{self.path}: not the tokenizer that this model was trained with: sha256 {self._tokenizer.digest}, "
-                f"expected {found.digest}. Put that one there, which lies in its run folder, or remove the file: a "
-                f"checkpoint has its own."
+            log.warning(
+                "%s: not the tokenizer that this model was trained with, and not used: sha256 %s, expected %s; "
+                "captions are read with the one in the checkpoint",
+                *(self.path, self._tokenizer.digest, found.digest),
             )
         self._check(found, "the tokenizer of the checkpoint")
         self._tokenizer = found
@@ -130,8 +130,8 @@ class TextTransformer(TokenTransformer):
     def _check(self, tokenizer: Tokenizer, where: str) -> None:
         if tokenizer.size > self.vocab_size:
             raise ConfigError(
-                f"TextTransformer: vocab_size: {where} has {tokenizer.size} tokens, found {self.vocab_size}; write "
-                f"{tokenizer.size}"
+                f"TextTransformer: vocab_size: {where} has {tokenizer.size} tokens, gaps in their numbers included, "
+                f"found {self.vocab_size}; write {tokenizer.size}"
             )
         if self.attend_padding and tokenizer.padding is None:
             raise ConfigError(f"TextTransformer: attend_padding: {where} has no token for padding; leave it out")

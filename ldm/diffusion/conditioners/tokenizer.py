@@ -35,7 +35,7 @@ class Tokenizer:
     Attributes:
         file_name: `tokenizer.json` or `vocab.txt`.
         digest: sha256 of the content, hex, as `sha256sum` has it.
-        size: tokens that it knows.
+        size: rows that a table of its tokens has: one more than their largest number, which may leave gaps.
         padding: the token that fills a text up; None: it has none.
 
     Raises:
@@ -64,7 +64,7 @@ class Tokenizer:
             )
         made.enable_truncation(max_length)
         self._made = made
-        self.size: int = made.get_vocab_size()
+        self.size: int = max(made.get_vocab().values(), default=-1) + 1
         named = (made.token_to_id(name) for name in _PADDING)
         self.padding: int | None = own if own is not None else next((one for one in named if one is not None), None)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ldm.diffusion.conditioners.base import Unconditional
 from ldm.diffusion.conditioners.classes import ClassToken, ClassVector
 from ldm.diffusion.conditioners.joint import Joint
-from ldm.diffusion.conditioners.text import FrozenText
+from ldm.diffusion.conditioners.text import FeatureText, FrozenText, TextEncoder
 from ldm.diffusion.conditioners.text_models import opened
 from ldm.diffusion.networks.dit import DiT
 from ldm.diffusion.networks.unet import UNet
@@ -81,6 +81,34 @@ def conditions(conditioner: nn.Module, network: nn.Module) -> Conditions:
         return Conditions(len(rows) - 1, vectors=rows, text=text)
     # The library's DiT is always given a label.
     return Conditions(0 if isinstance(network, DiT) else None, text=text)
+
+
+def texts_as_encoded(conditioner: nn.Module) -> nn.Module:
+    """The same, with each FeatureText as the FrozenText that makes its tokens, as the library's pipelines make them.
+
+    Those are the encoder's own, not rounded to the type in which a cache keeps them.
+
+    Raises:
+        ConfigError: a feature makes of captions what these pipelines do not.
+    """
+    if isinstance(conditioner, Joint):
+        parts = {name: texts_as_encoded(part) for name, part in conditioner.conditioners.items()}
+        return Joint(parts, conditioner.dropout).eval()
+    return _frozen(conditioner.feature) if isinstance(conditioner, FeatureText) else conditioner
+
+
+_READ: Mapping[str, Any] = {"padding": True, "tokens": True, "pooling": None, "prefix": "", "compute": "float32"}
+"""What a TextEncoder does whose tokens the library's pipelines make."""
+
+
+def _frozen(feature: TextEncoder) -> FrozenText:
+    for key, expected in _READ.items():
+        if (found := getattr(feature, key)) != expected:
+            raise ConfigError(
+                f"{WHERE}: TextEncoder: {key}: expected {expected!r}, as the library's pipelines read texts, found "
+                f"{found!r}. {OTHERWISE}"
+            )
+    return FrozenText(feature.encoder, feature.channels, feature.max_length, feature.layer, feature.final_norm)
 
 
 def _through(layer: nn.Linear, rows: Tensor) -> Tensor:

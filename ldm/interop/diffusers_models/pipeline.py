@@ -10,17 +10,23 @@ A first stage alone is one model of the library: config.json and its weights.
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm import files
 from ldm.autoencoder.codec import AutoencoderCodec, Codec
 from ldm.interop.diffusers_models.check import check_first_stage, check_pipeline
-from ldm.interop.diffusers_models.conditions import Conditions, as_layer, conditions, encoder_and_tokenizer
+from ldm.interop.diffusers_models.conditions import (
+    Conditions,
+    as_layer,
+    conditions,
+    encoder_and_tokenizer,
+    texts_as_encoded,
+)
 from ldm.interop.diffusers_models.config import Exported
 from ldm.interop.diffusers_models.first_stage import Stage, first_stage, library_scales
 from ldm.interop.diffusers_models.first_stage import exported as exported_first_stage
@@ -72,10 +78,13 @@ def write(model: Trained, out: Path, choices: Choices) -> Usage:
         if choices.check:
             check_first_stage(model.codec, made.class_name, out)
         return Usage("diffusers", "\n".join([_FIRST_STAGE.format(name=made.class_name), _compared(choices)]))
-    plan = planned(model.codec, model.diffusion, model.params)
+    denoiser = model.diffusion.denoiser
+    reading = {"network": denoiser["network"], "conditioner": texts_as_encoded(denoiser["conditioner"])}
+    diffusion = replace(model.diffusion, denoiser=nn.ModuleDict(reading))
+    plan = planned(model.codec, diffusion, model.params)
     _save(plan, out)
     if choices.check:
-        check_pipeline(model.codec, model.diffusion, out)
+        check_pipeline(model.codec, diffusion, out)
     return Usage("diffusers", "\n".join([*_notes(plan), _compared(choices)]))
 
 

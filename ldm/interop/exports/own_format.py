@@ -1,6 +1,7 @@
 """Folders of `ldm export --to safetensors` (safetensors_format.py): our own models come back bit for bit."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from ldm.config.load import build
 from ldm.config.tree import current_plain
+from ldm.diffusion.conditioners.pictures import PictureEncoder
 from ldm.diffusion.conditioners.text import FrozenText, TextEncoder
 from ldm.errors import CheckpointError, ConfigError
 from ldm.interop.models import Converted, Denoiser, Family, FirstStage, Origin, Request, node, part_shapes
@@ -17,7 +19,43 @@ from ldm.interop.tables import Entry, to_ours
 AUTOENCODER, DIFFUSION = "ldm.AutoencoderKL", "ldm.LatentDiffusion"
 """`_class_name` of the folder's config.json."""
 FORMAT = 1
-_TEXT = [f"{kind.__module__}.{kind.__qualname__}" for kind in (FrozenText, TextEncoder)]
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """Trained encoders that a model reads and that are not exported: where they lie is named where it comes in.
+
+    Attributes:
+        kinds: the classes whose parameter `encoder` is their folder.
+        request: what names the folder, as in Request.
+        reading: what they read, for messages.
+        what: they are, for messages.
+    """
+
+    kinds: tuple[type, ...]
+    request: str
+    reading: str
+    what: str
+
+    @property
+    def flag(self) -> str:
+        """Of `ldm convert`."""
+        return f"--{self.request.replace('_', '-')}"
+
+    def among(self, tree: Any) -> Iterator[dict[str, Any]]:
+        """The parameters of each of them among nodes."""
+        if isinstance(tree, dict):
+            if tree.get("target") in [f"{kind.__module__}.{kind.__qualname__}" for kind in self.kinds]:
+                yield tree["params"]
+            tree = [*tree.values()]
+        for one in tree if isinstance(tree, list) else ():
+            yield from self.among(one)
+
+
+ELSEWHERE = (
+    Elsewhere((FrozenText, TextEncoder), "text_encoder", "captions", "text encoder"),
+    Elsewhere((PictureEncoder,), "picture_encoder", "pictures", "vision model"),
+)
 
 
 def convert(source: Source, request: Request) -> Sequence[Converted]:
@@ -62,37 +100,28 @@ def _facts(source: Source) -> dict[str, Any]:
     return facts
 
 
-def text_encoders(tree: Any) -> Iterator[dict[str, Any]]:
-    """The parameters of each FrozenText and TextEncoder among nodes; the folder `encoder` is not exported."""
-    if isinstance(tree, dict):
-        if tree.get("target") in _TEXT:
-            yield tree["params"]
-        tree = [*tree.values()]
-    for one in tree if isinstance(tree, list) else ():
-        yield from text_encoders(one)
-
-
 def _check_request(source: Source, facts: Mapping[str, Any], request: Request) -> None:
     """ConfigError unless what lies outside of the folder is named, and nothing that lies in it; places the first."""
-    texts = [*text_encoders(facts.get("model"))]
-    if texts and request.text_encoder is None:
-        raise ConfigError(
-            f"{source.path}: its captions are read by a text encoder, which is not in it. Name the folder of the one "
-            f"that it was trained with: --text-encoder DIR"
-        )
-    if request.text_encoder is not None and not texts:
-        raise ConfigError(f"{source.path}: reads no captions; leave out --text-encoder")
+    for one in ELSEWHERE:
+        found, given = [*one.among(facts.get("model"))], getattr(request, one.request)
+        if found and given is None:
+            raise ConfigError(
+                f"{source.path}: its {one.reading} are read by a {one.what}, which is not in it. Name the folder of "
+                f"the one that it was trained with: {one.flag} DIR"
+            )
+        if given is not None and not found:
+            raise ConfigError(f"{source.path}: reads no {one.reading}; leave out {one.flag}")
+        for params in found:
+            params["encoder"] = str(given)
     if request.autoencoder is not None and (facts["autoencoder"] or {}).get("parts"):
         raise ConfigError(f"{source.path}: holds its first stage; leave out --autoencoder")
-    for params in texts:
-        params["encoder"] = str(request.text_encoder)
 
 
 def _parts(source: Source, facts: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Every tensor of the model, strictly, and the hash of its text encoder, if it has one.
+    """Every tensor of the model, strictly, and the hashes of encoders that lie elsewhere.
 
     Raises:
-        CheckpointError: they do not fit, or it is another text encoder.
+        CheckpointError: they do not fit, or one is another encoder.
     """
     wanted = _used(facts)
     hashes = {name: one for name, one in source.tensors.items() if name in wanted and _is_hash(name, one)}
@@ -100,14 +129,14 @@ def _parts(source: Source, facts: Mapping[str, Any]) -> dict[str, Tensor]:
     used = {name: shape for name, shape in wanted.items() if name not in hashes}
     origin = f"{source.path} (ldm {facts['_class_name']})"
     parts = {**to_ours([Entry(name, (name,)) for name in used], tensors, used, origin).weights, **hashes}
-    if hashes:  # compared with that of the encoder that is there
+    if hashes:  # compared with those of the encoders that are there
         conditioner: nn.Module = build(facts["model"]["conditioner"])
         conditioner.load_state_dict(_part(parts, "conditioner"))
     return parts
 
 
 def _is_hash(name: str, tensor: Tensor) -> bool:
-    """Of a text encoder (ldm/diffusion/conditioners/text.py), the only extra state of a part of a model."""
+    """Of an encoder that lies elsewhere (ldm/diffusion/conditioners/frozen.py)."""
     return name.startswith("conditioner.") and name.endswith("_extra_state") and tensor.dtype == torch.uint8
 
 
@@ -142,5 +171,5 @@ FAMILY = Family(
     name="ldm export",
     marks=((f"class {AUTOENCODER}",), (f"class {DIFFUSION}",)),
     convert=convert,
-    takes=("autoencoder", "resolution", "text_encoder"),
+    takes=("autoencoder", "resolution", *(one.request for one in ELSEWHERE)),
 )

@@ -30,8 +30,8 @@ def write(model: Trained, out: Path, choices: Choices) -> Usage:
 
     save_torch_state_dict(tensors(model), out)
     files.write_text(out / "config.json", json.dumps(description(model, choices), indent=2) + "\n")
-    texts = model.diffusion is not None and any(own_format.text_encoders(dict(model.params)))
-    more = " --text-encoder DIR" if texts else ""
+    params = {} if model.diffusion is None else dict(model.params)
+    more = "".join(f" {one.flag} DIR" for one in own_format.ELSEWHERE if any(one.among(params)))
     command = "evaluate -r 'logs/*_NAME'" if model.diffusion is None else "sample -r 'logs/*_NAME'"
     return Usage("ldm", _TEXT.format(command=command, more=more))
 
@@ -68,6 +68,7 @@ def description(model: Trained, choices: Choices) -> dict[str, Any]:
     latents = diffusion.manifest.to_dict()
     latents["plan"]["autoencoder"] |= {"path": "", "config": {}}
     parts = {name: copy.deepcopy(model.params[name]) for name in ("network", "conditioner", "objective")}
-    for params in own_format.text_encoders(parts):
-        params["encoder"] = ""
+    for one in own_format.ELSEWHERE:
+        for params in one.among(parts):
+            params["encoder"] = ""
     return facts | {"model": parts | {"label_dropout": model.params.get("label_dropout", 0.0)}, "latents": latents}

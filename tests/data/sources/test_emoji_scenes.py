@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from ldm.data.dataset import Subset, aligned_keys, box_classes, has_captions, map_classes, sizes, texts
+from ldm.data.loading import TransformedDataset, collate
 from ldm.data.sources.emoji_scenes import EMOJI, EmojiScenes
 from ldm.data.sources.openmoji import Drawings
+from ldm.data.transforms import EvalTransform
 from ldm.errors import ConfigError, DataError
 
 
@@ -79,6 +81,13 @@ def test_captions_name_what_is_there_and_where():
     assert len(seen) == 4
     assert "caption" not in EmojiScenes()[0]
     assert not has_captions(EmojiScenes())
+
+
+def test_stage_1_takes_the_pictures_alone():
+    rows = TransformedDataset(EmojiScenes(captions=True), EvalTransform(32), 3, 32, seed=0)
+    batch = collate([rows[number, number] for number in range(3)])
+    assert {*batch} == {"image", "caption", "sample_number", "broken"}
+    assert batch["image"].shape == (3, 3, 32, 32)
 
 
 def test_more_emoji_than_there_is_room_for():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.diffusion.conditioners.base import Conditioning
+from ldm.diffusion.conditioners.base import Conditioning, drops_all
 from ldm.diffusion.conditioners.classes import ClassToken, ClassVector
 from ldm.diffusion.conditioners.given import Field, Given
 from ldm.diffusion.conditioners.joint import Joint
@@ -68,3 +68,13 @@ def test_what_does_not_fit_is_named():
         Projected(ClassVector(3, 4), vector=[5, 6])(ROWS)
     with pytest.raises(ConfigError, match="tokens: expected width 5 from the conditioner, found None"):
         Projected(ClassVector(3, 4), tokens=[5, 6]).null(1)
+
+
+def test_around_a_conditioner_that_drops_it_says_so_too():
+    def several(rate):
+        return Joint({"a": ClassVector(3, 4), "b": ClassVector(3, 4)}, {"a": 0.1, "b": rate})
+
+    assert drops_all(Projected(several(0.1), vector=[8, 6]))
+    assert not drops_all(Projected(several(0.0), vector=[8, 6]))
+    assert drops_all(Joint({"both": Projected(Projected(several(0.1), vector=[8, 6]), vector=[6, 2])}))
+    assert not drops_all(Projected(ClassVector(3, 4), vector=[4, 6]))

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from ldm.diffusion.conditioners.text_transformer import TextTransformer
 from ldm.diffusion.conditioners.tokenizer import SMALLEST, Tokenizer, read, trained
 from ldm.errors import ConfigError
 from tests.tiny_text import BERT_WORDS, save_vocabulary
@@ -99,3 +100,24 @@ def test_without_the_package_the_extra_is_named(vocabulary, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ConfigError, match=r"needs the package tokenizers: pip install -e '\.\[text\]'"):
         read(vocabulary, 8)
+
+
+def test_a_table_has_rows_for_the_numbers_that_no_token_has(tmp_path):
+    from tokenizers import Tokenizer as Theirs
+    from tokenizers import models, pre_tokenizers
+
+    made = Theirs(models.WordLevel({"<pad>": 0, "red": 1, "cat": 900}, unk_token="<pad>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.save(str(tmp_path / "tokenizer.json"))
+    ours = read(tmp_path, 8)
+    assert ours.size == 901
+    assert ours.encode("red cat")[0] == [1, 900]
+    said = "has 901 tokens, gaps in their numbers included, found 3; write 901"
+    with pytest.raises(ConfigError, match=said):
+        TextTransformer(tmp_path, channels=8, depth=1, vocab_size=3, max_length=8)
+
+
+def test_a_vocabulary_may_name_a_word_twice(vocabulary):
+    vocabulary.write_text(vocabulary.read_text() + "red\nlast\n")
+    ours = read(vocabulary, 12)
+    assert ours.size == max(ours.encode("last red")[0]) + 1 == len(BERT_WORDS) + 2

@@ -220,6 +220,40 @@ def test_texts_of_stable_diffusion(encoder, layer, tmp_path):
     compared(model, tmp_path, [CAPTIONS], [1.0, 5.0])
 
 
+def feature(encoder: Path, **more: Any) -> dict[str, Any]:
+    params = {"encoder": str(encoder), "channels": WIDTH, "max_length": LONGEST, "padding": True} | more
+    made = node("diffusion.conditioners.text.TextEncoder", **params)
+    return node("diffusion.conditioners.text.FeatureText", feature=made)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_texts_that_a_cache_keeps(encoder, beside, tmp_path):
+    """Which are rounded there: the folder reads those of the encoder, as its tools do."""
+
+    def made(captions):
+        if not beside:
+            return trained(unet(context_dim=WIDTH), captions, DDPM)
+        return trained(unet(context_dim=WIDTH, vector_channels=16), joint(captions=captions, classes=VECTOR), DDPM)
+
+    diffusers_pipeline.write(made(feature(encoder, layer=-2)), tmp_path, Choices())
+    batch = CAPTIONS | ({"class_label": torch.tensor([2, 0])} if beside else {})
+    compared(made(text(encoder, layer=-2)), tmp_path, [batch], [1.0, 5.0])
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"padding": False}, "padding: expected True, as the library's pipelines read texts, found False"),
+        ({"prefix": "query: "}, "prefix: expected '', .* found 'query: '"),
+        ({"pooling": node("diffusion.conditioners.pooling.Mean")}, "pooling: expected None"),
+    ],
+)
+def test_texts_that_are_read_in_another_way_are_refused(encoder, more, said, tmp_path):
+    width = {"vector_channels": WIDTH} if "pooling" in more else {}
+    with pytest.raises(ConfigError, match=f"TextEncoder: {said}"):
+        written(trained(unet(context_dim=WIDTH, **width), feature(encoder, **more), DDPM), tmp_path)
+
+
 @pytest.mark.parametrize("objective", [EDM, FLOW], ids=["EDM", "flow"])
 def test_texts_of_other_objectives(encoder, objective, tmp_path):
     model = trained(unet(context_dim=WIDTH), text(encoder), objective)

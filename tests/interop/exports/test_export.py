@@ -25,6 +25,7 @@ from ldm.interop.exports.export import FORMATS
 from ldm.latents.manifest import CacheSpec, Manifest
 from ldm.optim.ema import EMA, FixedDecay
 from ldm.sampling.pipeline import Pipeline
+from tests.diffusion.conditioners.test_pictures import clip, painting, saved
 from tests.tiny_runs import ADAM, node, save_run
 from tests.tiny_text import LONGEST, WIDTH, save_text_encoder
 
@@ -231,7 +232,32 @@ def test_a_model_of_captions_goes_out_without_its_text_encoder(as_feature, runs,
     assert [image.tobytes() for image in Pipeline.load(again).generate([1, 2], captions, steps=2)] == own
 
 
-@pytest.mark.parametrize("word", ["--autoencoder", "--text-encoder"])
+def test_a_model_of_pictures_goes_out_without_its_vision_model(runs, tmp_path, capsys):
+    """As of captions: the folder may go to any machine."""
+    encoder = saved(tmp_path / "encoder", clip())
+    feature = node("diffusion.conditioners.pictures.PictureEncoder", encoder=str(encoder), vector=False, tokens=True)
+    picture = node("diffusion.conditioners.pictures.FeaturePicture", feature=feature)
+    run = save_denoiser(
+        tmp_path / "run", Codec.load(runs.autoencoder), node("diffusion.objectives.Flow"), 4, 4, picture, 32
+    )
+    folder = exported(run, tmp_path / "out")
+    assert str(tmp_path) not in (folder / "config.json").read_text()
+    assert "--name NAME --picture-encoder DIR" in (folder / "README.md").read_text()
+    conditions = [{"image": painting(seed)} for seed in (1, 2)]
+    own = [image.tobytes() for image in Pipeline.load(run).generate([1, 2], conditions, steps=2)]
+    elsewhere = encoder.rename(tmp_path / "elsewhere")
+    command = [str(folder), "--logdir", str(tmp_path / "logs")]
+    assert convert.main(command) == 2
+    assert "its pictures are read by a vision model, which is not in it" in capsys.readouterr().err
+    another = saved(tmp_path / "another", clip(), seed=1)
+    assert convert.main([*command, "--picture-encoder", str(another)]) == 4
+    assert "not the vision model that this model was trained with" in capsys.readouterr().err
+    assert convert.main([*command, "--picture-encoder", str(elsewhere)]) == 0
+    (again,) = (tmp_path / "logs").glob("*_run")
+    assert [image.tobytes() for image in Pipeline.load(again).generate([1, 2], conditions, steps=2)] == own
+
+
+@pytest.mark.parametrize("word", ["--autoencoder", "--text-encoder", "--picture-encoder"])
 def test_what_the_folder_holds_or_does_not_read_is_not_named(runs, tmp_path, capsys, word):
     folder = exported(runs.diffusion, tmp_path / "out")
     assert convert.main([str(folder), "--logdir", str(tmp_path / "logs"), word, str(runs.autoencoder)]) == 2
