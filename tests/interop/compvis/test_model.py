@@ -152,7 +152,7 @@ def test_what_was_published_is_known_without_a_yaml():
 def test_inpainting_keeps_its_first_stage_once():
     found = converted(inventory("inpainting_big"))
     assert found.origin.dropped["the first stage once more, as the encoder of pictures"] > 100
-    assert params(found.params["conditioner"])["spatial"]["params"] == {"key": "spatial", "shape": [4, 64, 64]}
+    assert params(found.params["conditioner"]) == {"channels": 3, "outside": -1.0}
     assert found.params["label_dropout"] == 0
 
 

@@ -145,12 +145,24 @@ def test_what_does_not_fit_is_refused(vocabulary, tmp_path):
         converted(file(encoder), Request(text_encoder=tmp_path / "none"))
 
 
-def test_layouts_are_given_ready_made_as_before(vocabulary):
+def test_numbers_that_are_not_known_to_be_layouts_are_given_ready_made_as_before(vocabulary):
     settings = {"target": "nowhere.BERTEmbedder", "params": {"use_tokenizer": False}}
     found = converted(file(bert()), Request(), cond_stage_config=settings)
     assert found.params["conditioner"]["target"].endswith("Given")
-    (layouts,) = compvis_model.convert(source(inventory("layout2img")), Request())
-    assert layouts.params["conditioner"]["params"]["tokens"]["params"]["shape"] == [92, 512]
+    odd = bert() | {"transformer.pos_emb.emb.weight": torch.zeros(LONGEST + 1, WIDTH)}  # no three tokens for each box
+    found = converted(file(odd), Request(), cond_stage_key="coordinates_bbox", cond_stage_config=settings)
+    assert found.params["conditioner"]["target"].endswith("Given")
+
+
+def test_the_published_layouts_are_read_by_their_transformer():
+    (found,) = compvis_model.convert(source(inventory("layout2img")), Request())
+    assert found.params["conditioner"]["target"].endswith("LayoutTransformer")
+    sizes = {"channels": 512, "depth": 16, "vocab_size": 8192, "num_heads": 8, "num_head_channels": 64}
+    assert found.params["conditioner"]["params"] == sizes | {"most": 30, "crop": True}
+    own = [one for key, one in found.weights.items() if key.startswith("conditioner.")]
+    assert sum(one.numel() for one in own) == 54_656_000
+    assert found.data == {"aligned": {"boxes": {"target": "ldm.latents.aligned.Boxes", "params": {"most": 30}}}}
+    assert found.params["label_dropout"] == 0
 
 
 @pytest.mark.parametrize(("name", "width", "millions"), [("text2img256", 640, 166.59), ("txt2img-1p4B", 1280, 542.90)])
