@@ -7,7 +7,7 @@ from hashlib import sha256
 import numpy as np
 
 from ldm.data.dataset import ImageDataset, asked_for, class_labels
-from ldm.errors import ConfigError, DataError
+from ldm.errors import ConfigError
 from ldm.sampling.conditions import Condition
 from ldm.sizes import SIZES
 
@@ -60,7 +60,4 @@ class Items:
         return None if self._labels is None else self._labels[self.places(seeds)]
 
     def _say(self, place: int) -> Condition:
-        item = self.dataset[place]
-        if missing := [key for key in self.keys if key not in item]:
-            raise DataError(f"{self.dataset.path(place)}: has no {missing[0]}, which samples are to be asked for by")
-        return asked_for(item, self.keys)
+        return asked_for(self.dataset[place], self.keys, self.dataset.path(place))
