@@ -22,12 +22,19 @@ def conditions(dataset: ImageDataset, keys: Sequence[str], number: int) -> list[
             row: dict[str, Any] = {**dataset[item]}
         except DataError:
             continue
-        found.append(asked_for(row, keys))
+        found.append(asked_for(row, keys, dataset.path(item)))
     return found
 
 
-def asked_for(item: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    """The keys of an item as a sample is asked for by them: of several captions the first."""
-    caption = item.get("caption", "")
-    said = {**item, "caption": caption if isinstance(caption, str) else caption[0]}
+def asked_for(item: Mapping[str, Any], keys: Sequence[str], where: str) -> dict[str, Any]:
+    """The keys of an item as a sample is asked for by them: of several captions the first.
+
+    Raises:
+        DataError: it lacks one; names `where` it comes from.
+    """
+    captions = item.get("caption")
+    several = [captions] if isinstance(captions, str) else [*(captions or [])]
+    said = {**item, "caption": several[0] if several else None}
+    if missing := [key for key in keys if said.get(key) is None]:
+        raise DataError(f"{where}: has no {missing[0]}, which samples are to be asked for by")
     return {key: said[key] for key in keys}

@@ -62,7 +62,7 @@ class DenseItems:
             DataError: the item lacks something, or it does not fit its picture.
         """
         rows = {name: column.row(item, self.crop, path)[0] for name, column in self.dense.aligned.items()}
-        found: dict[str, Any] = asked_for(item, [key for key in keys if key in _SAID])
+        found: dict[str, Any] = asked_for(item, [key for key in keys if key in _SAID], path)
         found |= {name: self.dense.aligned[name].placed(row[None])[0] for name, row in rows.items() if name in keys}
         for name, drawn in self.dense.drawn.items():
             if name in keys:

@@ -85,7 +85,8 @@ class Spec(ABC):
         if lines := self.differences(found):
             raise DataError(
                 f"{folder}: this {self.what} was made for something else:\n  " + "\n  ".join(lines) + "\n"
-                f"Remove the folder or name another in data.params.cache, then `{COMMAND}`."
+                f"Remove the folder (rm -r {folder}), from which nothing else in the cache is made, or name another in "
+                f"data.params.cache; then `{COMMAND}` makes it anew, and keeps what fits."
             )
 
 

@@ -50,8 +50,9 @@ def _of_parquet(root: Path, split: str | None, folder: Path) -> Any:
     if not files:
         raise DataError(f"{root}: holds neither {_STATE}, as save_to_disk writes it, nor parquet files")
     by_split: dict[str, list[str]] = {}
-    for file in files:  # train-00000-of-00002.parquet
-        by_split.setdefault(file.stem.partition("-")[0], []).append(str(file.absolute()))
+    for file in files:  # train-00000-of-00002.parquet, or train/0000.parquet of the hub's own conversions
+        split_name = file.absolute().parent.name if file.stem.isdecimal() else file.stem.partition("-")[0]
+        by_split.setdefault(split_name, []).append(str(file.absolute()))
     chosen = by_split[_chosen(root, split, list(by_split))]
     try:
         folder.mkdir(parents=True, exist_ok=True)

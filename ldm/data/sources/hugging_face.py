@@ -33,7 +33,8 @@ class HuggingFaceImages:
 
     Args:
         root: the folder; or one parquet file.
-        split: of several, such as "train"; the names of parquet files begin with it.
+        split: of several, such as "train"; the names of parquet files begin with it, or are numbers alone in a folder
+            of that name.
         image: the column with pictures; None: the only one of the type `Image`.
         captions: the column with captions, each a text or a list of several, or several columns; None: `caption` or
             `text`, if there is one; True: the same, but it must be there; False: there are none.

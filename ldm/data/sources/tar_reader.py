@@ -6,9 +6,9 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from io import BytesIO
+from io import BufferedReader, RawIOBase
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -187,11 +187,39 @@ def _picture(file: int, entry: tarfile.TarInfo) -> tuple[int, int, int]:
 
     hashed = sample(entry.size, read)
     try:
-        return hashed, *image_size(entry.name, BytesIO(head))
-    except DataError:
-        if len(head) == entry.size:
-            return hashed, 0, 0
-    try:
-        return hashed, *image_size(entry.name, BytesIO(os.pread(file, entry.size, entry.offset_data)))
+        # Buffered, since decoders read a few bytes at a time; what lies behind the head is read when it is asked for.
+        return hashed, *image_size(entry.name, BufferedReader(_Bytes(entry.size, read), 512))
     except DataError:
         return hashed, 0, 0
+
+
+class _Bytes(RawIOBase):
+    """The bytes of a file within a tar, as a file.
+
+    Args:
+        size: of it.
+        read: (position, length) -> those bytes, all of which there are.
+    """
+
+    def __init__(self, size: int, read: Callable[[int, int], bytes]) -> None:
+        super().__init__()
+        self._size, self._read, self._at = size, read, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        found = self._read(self._at, max(0, min(len(buffer), self._size - self._at)))
+        buffer[: len(found)] = found
+        self._at += len(found)
+        return len(found)

@@ -12,7 +12,7 @@ import numpy as np
 
 from ldm.data.asked_for import asked_for
 from ldm.data.dataset import ImageDataset, class_labels
-from ldm.errors import ConfigError, DataError
+from ldm.errors import ConfigError
 from ldm.latents.asked import DenseItems
 from ldm.sampling.conditions import Condition
 from ldm.sizes import SIZES
@@ -74,10 +74,7 @@ class Items:
         return None if self._labels is None else self._labels[self.places(seeds)]
 
     def _say(self, place: int) -> Condition:
-        item = self.dataset[place]
-        path = self.dataset.path(place)
-        if missing := [key for key in self.keys if key in READ and key not in item]:
-            raise DataError(f"{path}: has no {missing[0]}, which samples are to be asked for by")
+        item, path = self.dataset[place], self.dataset.path(place)
         if self.dense is None:
-            return asked_for(item, self.keys)
+            return asked_for(item, self.keys, path)
         return self.dense.condition({**item}, self.keys, place, path)

@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -252,6 +253,19 @@ def test_damaged_files(file, kept):
     with pytest.raises(DataError, match="data: cannot be read as a data set") as found:
         HuggingFaceImages("data")
     assert len(str(found.value)) < 400
+
+
+def test_parquet_files_of_the_hubs_own_conversions():
+    """Numbers in a folder of the split's name."""
+    for split, rows in (("train", 3), ("test", 2)):
+        folder = Path("hub/default") / split
+        folder.mkdir(parents=True)
+        for part in range(2):
+            made(rows).to_parquet(str(folder / f"{part:04}.parquet"))
+    assert len(HuggingFaceImages("hub", split="train")) == 6
+    assert len(HuggingFaceImages("hub/default/test")) == 4
+    with pytest.raises(DataError, match="has the splits test, train"):
+        HuggingFaceImages("hub")
 
 
 @pytest.mark.parametrize("kept", [0, 0.3, 0.9])

@@ -1,5 +1,6 @@
 """Pictures in tars: the same items as tarfile finds, addressed by number, and what is odd is named or counted."""
 
+import io
 import json
 import logging
 import os
@@ -127,6 +128,24 @@ def test_what_lacks_something_is_counted_in_one_line(here, caplog):
         "1 hidden",
     ]:
         assert part in message
+
+
+def test_an_orientation_far_behind_the_pixels_of_a_png(here):
+    """Beyond what the index reads of each picture."""
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    pixels = np.random.default_rng(0).integers(0, 256, (120, 160, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, "png", exif=exif)
+    content = buffer.getvalue()
+    place = content.index(b"eXIf") - 4
+    length = int.from_bytes(content[place : place + 4], "big") + 12
+    chunk, rest = content[place : place + length], content[:place] + content[place + length :]
+    late = rest[:-12] + chunk + rest[-12:]
+    assert len(late) > 1 << 15
+    write_tar(here / "0.tar", {"a.png": late, "b.png": png(0, 100, 120), "c.png": late[:40_000]})
+    dataset = WebDataset(f"{here}/0.tar")
+    assert dataset.sizes().tolist()[:2] == [[160, 120], [100, 120]]
+    assert dataset[0]["image"].size == (120, 160)
 
 
 def test_the_picture_of_an_item_is_chosen_by_its_ending(here):

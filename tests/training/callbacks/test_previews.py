@@ -229,6 +229,9 @@ class Items:
             raise DataError("unreadable")
         return {"image": None, "class_label": item, "caption": ["a cat", "a kitten"]}
 
+    def path(self, item: int) -> str:
+        return f"memory/{item}"
+
 
 @pytest.mark.parametrize("held_out", [True, False])
 def test_rows_of_items_that_are_not_trained_on(tmp_path: Path, runs: Any, held_out: bool) -> None:
