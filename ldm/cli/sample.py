@@ -304,7 +304,7 @@ def samples(
         batch_size=options.batch_size,
         progress=progress,
     )
-    return (one._replace(condition=order.condition) for order, one in zip(orders, made, strict=True))
+    return (Sample(order.seed, order.condition, one.image) for order, one in zip(orders, made, strict=True))
 
 
 def main(argv: Sequence[str]) -> int:
