@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ldm.errors import ConfigError
+from ldm.ranges import Count, NotNegative
 
 
 def require_spans(owner: Any, **spans: Sequence[float]) -> None:
@@ -41,7 +42,7 @@ class Choice:
         ConfigError: another number of weights, one that is negative, or all of them are 0.
     """
 
-    def __init__(self, number: int, weights: Sequence[float] | None, key: str) -> None:
+    def __init__(self, number: Count, weights: Sequence[NotNegative] | None, key: str) -> None:
         given = [1.0] * number if weights is None else [float(weight) for weight in weights]
         if len(given) != number or not given:
             raise ConfigError(f"{key}: expected one weight for each of {number}, found {len(given)}: write as many")

@@ -35,9 +35,6 @@ MASK, LATENT = "mask", "masked_latent"
 """The columns of a batch."""
 KEY = "data.params.masked"
 
-Level = Annotated[float, Interval(ge=-1, le=1)]
-"""Of a pixel: black to white."""
-
 _MEAN, _HOLE = "mean", "hole"
 _AT_ONCE = 16  # pictures of one item
 
@@ -57,7 +54,12 @@ class MaskedLatents:
             inpainting_big.
     """
 
-    def __init__(self, masks: Drawn | None = None, variants: Count | None = None, fill: Level = 0.0) -> None:
+    def __init__(
+        self,
+        masks: Drawn | None = None,
+        variants: Count | None = None,
+        fill: Annotated[float, Interval(ge=-1, le=1)] = 0.0,
+    ) -> None:
         if masks is None:
             if variants not in (None, 1):
                 raise ConfigError(f"{KEY}.variants: an item has one mask of its own, found {variants}: leave it out")
@@ -91,7 +93,7 @@ class MaskedLatents:
         return {MASK: torch.from_numpy(bits).view(-1, 1, *size), LATENT: found[f"{NAME}.{_MEAN}"]}
 
 
-def filled(images: Tensor, masks: Tensor, fill: Level) -> Tensor:
+def filled(images: Tensor, masks: Tensor, fill: float) -> Tensor:
     """Pictures (N,C,H,W) in [-1,1] with `fill` where the mask (N,1,H,W) is not 0."""
     return torch.where(masks > 0, fill, images)
 
@@ -170,6 +172,6 @@ class MaskedRows:
         return Found([{_MEAN: to_raw(mean), _HOLE: row} for mean, row in rows])
 
 
-def live(images: Tensor, masks: Tensor, codec: Codec, fill: Level) -> Tensor:
+def live(images: Tensor, masks: Tensor, codec: Codec, fill: float) -> Tensor:
     """What a cache would hold of these, unrounded: pictures (N,C,H,W) in [-1,1], masks (N,1,H,W) -> (N,c,h,w)."""
     return codec.encode(filled(images, masks, fill))[0]

@@ -65,8 +65,8 @@ class Order(NamedTuple):
 
 def prefix(condition: Condition) -> str:
     """How the names of a condition's files begin: its class, or else its words and a hash of it."""
-    if condition.keys() == {"class_label"}:
-        return f"{condition['class_label']:03d}"
+    if condition.keys() == {"class_label"} and isinstance(label := condition["class_label"], int):
+        return f"{label:03d}"
     said = (_said(key, condition[key]) for key in sorted(condition))
     words = re.sub(r"\W+", "-", "-".join(map(str, said))).strip("-").lower()[:40]
     return f"{words or 'condition'}-{sha256(json.dumps(condition, sort_keys=True).encode()).hexdigest()[:8]}"

@@ -10,6 +10,7 @@ import numpy as np
 from ldm.data.decoding import read_indices
 from ldm.data.sources.aligned import FilesBeside, demand_size
 from ldm.errors import ConfigError, DataError
+from ldm.ranges import CountOrZero
 from ldm.sizes import Size
 
 _UNLABELED, _UNKNOWN = -1, -2
@@ -41,8 +42,8 @@ class MapFiles:
         self,
         root: str | Path,
         classes: Sequence[str] | str | Path,
-        reduce: int = 0,
-        unlabeled: Sequence[int] | None = None,
+        reduce: CountOrZero = 0,
+        unlabeled: Sequence[CountOrZero] | None = None,
     ) -> None:
         self.root = Path(root)
         self.classes = class_names(classes)

@@ -20,11 +20,10 @@ from ldm.diffusion.conditioners.base import Conditioning
 from ldm.diffusion.conditioners.token_transformer import TokenTransformer
 from ldm.errors import ConfigError
 from ldm.ranges import Count
+from ldm.runtime.float64 import double
 
-Vocabulary = Annotated[int, Ge(2)]
 
-
-def layout_tokens(boxes: Tensor, there: Tensor, most: Count, vocab_size: Vocabulary, crop: bool = True) -> Tensor:
+def layout_tokens(boxes: Tensor, there: Tensor, most: Count, vocab_size: int, crop: bool = True) -> Tensor:
     """Token numbers (N, 3 most, and 2 with `crop`) int64.
 
     Args:
@@ -38,8 +37,9 @@ def layout_tokens(boxes: Tensor, there: Tensor, most: Count, vocab_size: Vocabul
     first = (~there).int().argsort(dim=1, stable=True)  # those that there are before the others
     boxes, there = boxes.take_along_dim(first[..., None], 1), there.take_along_dim(first, 1)
     # In float64, as a point between two of the grid would fall to another in float32.
-    x, y = ((boxes[..., axis : axis + 3 : 2].double() * (side - 1)).round() for axis in (0, 1))  # (N, K, 2) each
-    triples = torch.cat([boxes[..., 4:].long(), (y * side + x).long()], dim=-1)  # (N, K, 3)
+    x, y = ((double(boxes[..., axis : axis + 3 : 2]) * (side - 1)).round() for axis in (0, 1))  # (N, K, 2) each
+    points = (y * side + x).long().to(boxes.device)  # (N, K, 2)
+    triples = torch.cat([boxes[..., 4:].long(), points], dim=-1)  # (N, K, 3)
     tokens = triples.masked_fill(~there[..., None], none).flatten(1)  # (N, 3 K)
     tokens = F.pad(tokens, (0, 3 * most - tokens.shape[1]), value=none)  # (N, 3 most)
     return torch.cat([tokens, tokens.new_tensor([0, side**2 - 1]).expand(len(tokens), 2)], 1) if crop else tokens
@@ -67,7 +67,7 @@ class LayoutTransformer(TokenTransformer):
         self,
         channels: Count,
         depth: Count,
-        vocab_size: Vocabulary = 8192,
+        vocab_size: Annotated[int, Ge(2)] = 8192,
         most: Count = 30,
         crop: bool = True,
         num_heads: Count = 8,
