@@ -77,8 +77,8 @@ class Controls:
                 of["sampler"] = gr.Dropdown(named(samplers), value=Wish.sampler, label="Sampler", min_width=130)
                 of["schedule"] = gr.Dropdown(named(timesteps), value=Wish.schedule, label="Schedule", min_width=130)
             with gr.Row():
-                of["sampler_settings"] = gr.Textbox(label="Sampler settings", placeholder="eta=0.5", min_width=130)
-                of["schedule_settings"] = gr.Textbox(label="Schedule settings", placeholder="rho=5", min_width=130)
+                of["sampler_settings"] = gr.Textbox("", label="Sampler settings", placeholder="eta=0.5", min_width=130)
+                of["schedule_settings"] = gr.Textbox("", label="Schedule settings", placeholder="rho=5", min_width=130)
             with gr.Row():
                 of["width"] = gr.Number(label="Width", precision=0, min_width=100)
                 of["height"] = gr.Number(label="Height", precision=0, min_width=100)
@@ -108,7 +108,6 @@ class Controls:
             headers=["Class", "Left", "Top", "Right", "Bottom"],
             datatype=["str", "number", "number", "number", "number"],
             column_count=5,
-            column_limits=(5, 5),
             type="array",
             interactive=True,
             visible=False,

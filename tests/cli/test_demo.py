@@ -44,7 +44,7 @@ def asks(page: Page, visitor: str = "a", model: str = "tiny", history: Any = (),
     """What `make` answers to these settings, as an asynchronous iterator."""
     values = {**{name: getattr(Wish(), name) for name in page.controls.of_wish}, "steps": 3, "number": 2, "label": 0}
     request = SimpleNamespace(session_hash=visitor)
-    return page.make(request, model, [*history], editor, *({**values, **settings}.values()))
+    return page.make(request, model, [*history], editor, None, None, *({**values, **settings}.values()))
 
 
 async def all_of(answers: Any) -> list[Any]:
