@@ -4,6 +4,7 @@ What trains is run dry, on stand-ins for the runs that it names; what samples, p
 The commands of docs/extending.md need its examples: test_docs.py runs them.
 """
 
+import json
 import re
 import shlex
 import subprocess
@@ -27,6 +28,7 @@ from ldm.sampling.pipeline import Pipeline
 from scripts import compare
 from scripts.bench import __main__ as bench
 from scripts.faults import __main__ as faults
+from tests.dense_models import save_dense
 from tests.evaluation.spaces import Projection
 from tests.interop import foreign
 from tests.tiny_runs import save_adapted, save_diffusion
@@ -45,6 +47,13 @@ PICTURES = "pictures"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = [line for extra in PROJECT["optional-dependencies"].values() for line in extra]
 CLASSES = ["faces", "food", *"23456789"]
+DENSE = {
+    "--layout": ["boxes", "boxes_mask"],
+    "--map": ["map"],
+    "--image small": ["low_resolution"],
+    "--image picture.png --mask": ["mask", "masked_latent"],
+}
+"""What a model reads that is sampled with these words."""
 
 
 def whole_lines(text: str) -> list[str]:
@@ -119,15 +128,20 @@ def workshop(make_runs, tmp_path_factory):
         (place / "data" / name).symlink_to(place / PICTURES)
     for name in ("photo.png", "mask.png"):
         Image.fromarray(random.integers(0, 256, (16, 16), dtype=np.uint8)).save(place / name)
+    save_beside(place)
     rgb, grey = make_runs(classes=CLASSES), make_runs(channels=1)
     text = "\n".join([*COMMANDS, *(path.read_text() for path in HEADERS)])
     (place / "logs").mkdir()
     save_diffusion(place / "captioned", rgb.autoencoder, None, vocabulary=save_vocabulary(place / "vocab.txt"))
     captioned = re.findall(r"logs/\*_(\w+)' --prompt", text)
+    dense = {name: keys for words, keys in DENSE.items() for name in re.findall(rf"logs/\*_(\w+)' {words}", text)}
+    for name, keys in dense.items():
+        save_dense(place / f"dense_{name}", rgb, keys, {"facts": {"box_class_names": ["cat"]}})
     for name in sorted({"tiny_autoencoder", *re.findall(r"logs/\*_(\w+)", text)}):
         runs = grey if "fashion" in name else rgb
         folder = runs.autoencoder if re.search(r"autoencoder|^(kl|vq)_f\d+$", name) else runs.diffusion
         folder = place / "captioned" if name in captioned else folder
+        folder = place / f"dense_{name}" if name in dense else folder
         (place / "logs" / f"2026-01-01T00-00-00_{name}").symlink_to(folder)
     (rgb.diffusion / "metrics.csv").write_text("step,train/loss\n1,0.5\n2,0.25\n")
     averages = [rgb.module.ema.average.state_dict()] * 2
@@ -143,6 +157,26 @@ def workshop(make_runs, tmp_path_factory):
     return place
 
 
+def save_beside(place: Path) -> None:
+    """What lies on the pictures, and what samples are asked for by: pictures of 16 pixels, small ones of 4."""
+    pictures = sorted((place / PICTURES).rglob("*.png"))
+    images = [
+        {"id": number, "file_name": str(path.relative_to(place / PICTURES)), "width": 16, "height": 16}
+        for number, path in enumerate(pictures)
+    ]
+    boxes = [{"image_id": one["id"], "category_id": 5, "bbox": [0, 0, 8, 16]} for one in images]
+    whole = {"images": images, "annotations": boxes, "categories": [{"id": 5, "name": "cat"}]}
+    (place / f"{PICTURES}.json").write_text(json.dumps(whole))
+    (place / f"{PICTURES}.txt").write_text("sky\nsea\n")
+    for path in pictures:
+        file = place / "maps" / path.relative_to(place / PICTURES)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (16, 16), 1).save(file)
+    for name, side in {"picture": 16, "map": 16, "small": 4, "small_1": 4, "small_2": 4}.items():
+        Image.new("L" if name == "map" else "RGB", (side, side)).save(place / f"{name}.png")
+    (place / "boxes.json").write_text('[{"class": "cat", "box": [0.1, 0.2, 0.6, 0.9]}]')
+
+
 @pytest.fixture
 def run(workshop, tmp_path, monkeypatch, autoencoder_tree, diffusion_tree, tried_once):
     """run(command) -> exit code, within the workshop and this process; seven commands are of one large model."""
@@ -150,13 +184,15 @@ def run(workshop, tmp_path, monkeypatch, autoencoder_tree, diffusion_tree, tried
 
     def train(words: list[str]) -> int:
         (workshop / "FILE.yaml").write_text(to_yaml(autoencoder_tree))
-        words = [re.sub(r"/path/to/[\w/]+", PICTURES, word) for word in words]
+        words = [re.sub(r"/path/to/[\w/]+", "maps" if "map.params.root" in word else PICTURES, word) for word in words]
         if any("fashion_mnist" in word for word in words):  # which not every machine has
             words.append(
                 f"data.params.train={{target: ldm.data.sources.folder.ImageFolder, params: {{root: {PICTURES}}}}}"
             )
-        if "configs/diffusion/text2img256.yaml" in words:
+        if any("mean: [0, 0, 0]" in Path(word).read_text() for word in words if word.startswith("configs/diffusion")):
             words.append("data.params.statistics=null")  # of three channels, where the stand-in has four
+        if "configs/diffusion/inpainting_big.yaml" in words:
+            words.append("model.params.network.params.spatial_channels=5")
         own_size = "configs/quickstart/buckets.yaml" not in words
         if own_size and any(
             re.search(r"(quickstart|fluent_emoji|fashion|text_to)\w*/diffusion", word) for word in words
@@ -235,7 +271,9 @@ def run(workshop, tmp_path, monkeypatch, autoencoder_tree, diffusion_tree, tried
     programs = {
         "main.py": train,
         "scripts/cache_latents.py": build_cache,
-        "scripts/sample.py": lambda words: sample.main([*words, "--steps", "2", "-n", "1", "--out", str(tmp_path)]),
+        "scripts/sample.py": lambda words: sample.main(
+            [*words, "--steps", "2", "-n", "1", "--trust", "tests", "--out", str(tmp_path)]
+        ),
         "scripts/reconstruct_ema.py": ema.main,
         "scripts/plot_run.py": plot.main,
         "scripts/tokenizer.py": tokenized,
