@@ -166,7 +166,7 @@ def test_a_picture_to_begin_with_and_paint_on_it(visit, tmp_path):
 
 def test_progress_stop_and_the_next_request(visit):
     page = visit()
-    fill(page, Steps=LONG)
+    fill(page, Steps=LONG, Pictures="64")
     generate(page)
     expect(page.locator("#status")).to_contain_text(re.compile(rf"Step \d+ of {LONG}"))
     before = page.get_by_role("progressbar").get_attribute("value")
@@ -253,7 +253,7 @@ def test_nothing_is_wider_than_the_screen(visit, width):
 def test_every_control_has_a_name_and_the_keyboard_reaches_generate(visit):
     page = visit()
     page.get_by_role("button", name="More settings").click()
-    expect(page.get_by_label("Sampler")).to_be_visible()
+    expect(page.get_by_label("Sampler", exact=True)).to_be_visible()
     unnamed = [
         line
         for line in page.locator("#controls").aria_snapshot().splitlines()
