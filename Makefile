@@ -42,8 +42,8 @@ quickstart: $(VENV)/installed weights  ## train both stages on emoji (or PICTURE
 roundtrip: $(VENV)/installed weights  ## an autoencoder of diffusers in, trained on emoji, a pipeline of diffusers out
 	$(PYTHON) scripts/roundtrip.py
 
-# One more than the least of cores: many tests wait for processes of their own.
-WORKERS ?= 3
+# A browser's tests have too little of two cores with more.
+WORKERS ?= 2
 
 test: $(VENV)/installed lint weights  ## lint, types and every test
 	$(PYTHON) -m pytest -n $(WORKERS) --dist worksteal

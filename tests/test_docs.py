@@ -25,7 +25,8 @@ from tests.test_layering import ROWS
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 CHANGELOG = ROOT / "CHANGELOG.md"  # names what there was
-TOP = "|".join(re.escape(path.name) for path in ROOT.iterdir() if path.is_dir() and path.name not in (".git", "logs"))
+MADE = (".git", "logs", "cache", "data", "wandb")  # by git and by runs, none of it part of the repository
+TOP = "|".join(re.escape(path.name) for path in ROOT.iterdir() if path.is_dir() and path.name not in MADE)
 FILE = r"[A-Z]{4,}\.(?:md|cff)|main\.py|pyproject\.toml|environment\.yaml|requirements\.lock"
 PATH = re.compile(rf"(?<![\w/<.*-])((?:{TOP})/[\w./{{}},*-]*|{FILE})")
 PLACE = re.compile(r"`([\w./]+\.py)::([\w.]+)`")
