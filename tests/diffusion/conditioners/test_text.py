@@ -125,9 +125,9 @@ def test_the_encoder_is_no_part_of_the_model(folder):
     average = EMA(model, FixedDecay())
     average.update(model, 4)
     captions = {"caption": CAPTIONS}
-    before = opened.cache_info().misses
+    opened.cache_clear()  # others may have read it
     assert torch.equal(average.average["conditioner"](captions).tokens, conditioner(captions).tokens)
-    assert opened.cache_info().misses - before <= 1
+    assert opened.cache_info().misses == 1
     encoder = opened(str(folder)).network
     assert not any(module.training for module in encoder.modules())
     assert not any(parameter.requires_grad for parameter in encoder.parameters())

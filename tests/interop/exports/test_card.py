@@ -108,21 +108,21 @@ def measured(run: Path, step: int, weights: str, name: str, value: float) -> Non
 def test_numbers_are_those_of_the_records_of_this_checkpoint_and_these_weights(make_runs):
     run = make_runs().diffusion
     measured(run, 7, "ema", "right", 12.345)
-    measured(run, 6, "ema", "earlier", 777.0)
-    measured(run, 7, "raw", "other", 888.0)
+    measured(run, 6, "ema", "earlier", 777.4)
+    measured(run, 7, "raw", "other", 888.4)
     (run / "evaluation" / "broken.json").write_text("{")
     (run / "evaluation" / "other_program.json").write_text("[1]")
     text, data = card(run)
     assert "| FID | 12.35 | 0.25 | inception-2015/tf1-299 | reference.npz | 5000 |" in text
-    assert "| 777 |" not in text
-    assert "| 888 |" not in text
+    assert "777.4" not in text
+    assert "888.4" not in text
     assert "/home/somebody" not in text
     (entry,) = data["model-index"]
     (result,) = entry["results"]
     assert (result["metrics"][0]["type"], result["metrics"][0]["value"]) == ("fid", 12.345)
     assert result["dataset"]["name"] == "reference.npz"
     text, _ = card(run, "--raw")
-    assert "| FID | 888 |" in text
+    assert "| FID | 888.4 |" in text
 
 
 def test_sheets_are_copied_the_newest_of_each_kind_and_no_training_pictures(make_runs):
