@@ -291,8 +291,9 @@ def ended(text: str) -> str:
 def complaint(error: Exception) -> str:
     """What a visitor is told of an error: at the top of the page for a while, and as HTML to stay."""
     # Not raised as gr.Error: that writes "Error" over everything that the request would have changed.
-    gr.Warning(html.escape(said(error)))
-    return f"<p class='said wrong'>{html.escape(said(error))}</p>"
+    text = html.escape(said(error))
+    gr.Warning(text)
+    return f"<p class='said wrong'>{text}</p>"
 
 
 def said(error: Exception) -> str:
