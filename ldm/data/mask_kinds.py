@@ -192,6 +192,12 @@ def _place(size: Size, sides: list[int], margin: int, random: np.random.Generato
     return spans[0], spans[1]
 
 
+def _centered(size: Size, sides: list[int]) -> tuple[slice, slice]:
+    """Rows and columns of a box of these sides in the center."""
+    top, left = ((whole - side) // 2 for whole, side in zip(size, sides, strict=True))
+    return slice(top, top + sides[0]), slice(left, left + sides[1])
+
+
 @dataclass(frozen=True)
 class Halves(MaskKind):
     """One half of the picture: left, right, top or bottom; of an odd number of pixels the larger part may be it."""
@@ -221,12 +227,8 @@ class Square(MaskKind):
 
     def draw(self, row: Mapping[str, Tensor], size: Size, random: np.random.Generator) -> np.ndarray:
         mask = np.zeros(size, dtype=np.uint8)
-        side = max(1, round(uniform(self.side, random) * min(size)))
-        if self.centered:
-            top, left = ((whole - side) // 2 for whole in size)
-            mask[top : top + side, left : left + side] = HOLE
-        else:
-            mask[_place(size, [side, side], 0, random)] = HOLE
+        sides = [max(1, round(uniform(self.side, random) * min(size)))] * 2
+        mask[_centered(size, sides) if self.centered else _place(size, sides, 0, random)] = HOLE
         return mask
 
 
@@ -247,12 +249,8 @@ class Outside(MaskKind):
 
     def draw(self, row: Mapping[str, Tensor], size: Size, random: np.random.Generator) -> np.ndarray:
         mask = np.full(size, HOLE, dtype=np.uint8)
-        height, width = (max(1, round(uniform(self.side, random) * whole)) for whole in size)
-        if self.centered:
-            top, left = (size[0] - height) // 2, (size[1] - width) // 2
-            mask[top : top + height, left : left + width] = 0
-        else:
-            mask[_place(size, [height, width], 0, random)] = 0
+        sides = [max(1, round(uniform(self.side, random) * whole)) for whole in size]
+        mask[_centered(size, sides) if self.centered else _place(size, sides, 0, random)] = 0
         return mask
 
 
