@@ -37,6 +37,7 @@ STAGE_1 = [name for name in CONFIGS if "autoencoder" in name]
 STAGE_2 = [name for name in CONFIGS if "autoencoder" not in name]
 
 DENSE = ("semantic_synthesis256", "semantic_synthesis512", "inpainting_big", "bsr_sr")
+SCENES = ("inpainting", "super_resolution", "layout", "semantic_map")
 
 # Millions of parameters as published: encoder and decoder (Rombach et al. 2022 and its released models), the UNet.
 PUBLISHED = {
@@ -89,6 +90,7 @@ LATENTS = {
     "diffusion/stable_diffusion_v2.yaml": (4, 96),
     "diffusion/text2img256.yaml": (3, 64),
     "diffusion/txt2img_1p4b_f8.yaml": (4, 32),
+    **{f"emoji_scenes/{name}.yaml": (4, 16) for name in SCENES},
     "fashion_mnist/diffusion.yaml": (4, 8),
     "fluent_emoji/diffusion.yaml": (8, 8),
     "quickstart/diffusion.yaml": (4, 8),
@@ -294,11 +296,15 @@ def overrides(name: str, image_folder: Path) -> list[str]:
     folder = {"target": "ldm.data.sources.folder.ImageFolder", "params": {"root": str(image_folder)}}
     if aligned := on_pictures(name, image_folder):
         folder["params"]["aligned"] = aligned
-    data = {"train": folder, "num_validation": 4, "batch_size": 2, "resolution": 64, "num_workers": 0}
+    data = {"batch_size": 2, "resolution": 64, "num_workers": 0}
+    if "EmojiScenes" in CONFIGS[name].read_text():
+        data |= {"train.params.length": 8, "validation.params.length": 4}
+    else:
+        data |= {"train": folder, "num_validation": 4}
+        if "validation:" in CONFIGS[name].read_text().replace("num_validation:", ""):
+            data["validation"] = None
     if name in STAGE_1 and "transform:" in CONFIGS[name].read_text():
         data["transform"] = None
-    if "validation:" in CONFIGS[name].read_text().replace("num_validation:", ""):
-        data["validation"] = None
     trainer = {"max_steps": 2, "val_check_interval": 2, "limit_val_batches": 1, "accelerator": "cpu", "devices": 1}
     words = [f"data.params.{key}={json.dumps(value)}" for key, value in data.items()]
     words += [f"lightning.trainer.{key}={json.dumps(value)}" for key, value in trainer.items()]
@@ -332,7 +338,7 @@ def on_pictures(name: str, image_folder: Path) -> dict[str, Any]:
 
 def of_dense(name: str) -> list[str]:
     """Smaller conditioners, and no pictures of 50 steps in between."""
-    if name.removeprefix("diffusion/").removesuffix(".yaml") not in (*DENSE, "layout2img_openimages256"):
+    if Path(name).stem not in (*DENSE, *SCENES, "layout2img_openimages256"):
         return []
     found = ["lightning.callbacks={images: null}"]
     if "layout_transformer" in CONFIGS[name].read_text():

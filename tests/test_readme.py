@@ -22,6 +22,7 @@ import main
 from ldm.checkpoints import store
 from ldm.cli import cache, convert, demo, ema, evaluate, export, plot, sample, tokenizer, weights
 from ldm.config.load import to_yaml
+from ldm.data.sources.emoji_scenes import EMOJI
 from ldm.interop import lora, lora_files
 from ldm.optim.ema import power_exponent
 from ldm.sampling.pipeline import Pipeline
@@ -50,8 +51,8 @@ CLASSES = ["faces", "food", *"23456789"]
 DENSE = {
     "--layout": ["boxes", "boxes_mask"],
     "--map": ["map"],
-    "--image small": ["low_resolution"],
-    "--image picture.png --mask": ["mask", "masked_latent"],
+    r"--image \S*small": ["low_resolution"],
+    r"--image \S*picture.png --mask": ["mask", "masked_latent"],
 }
 """What a model reads that is sampled with these words."""
 
@@ -136,7 +137,7 @@ def workshop(make_runs, tmp_path_factory):
     captioned = re.findall(r"logs/\*_(\w+)' --prompt", text)
     dense = {name: keys for words, keys in DENSE.items() for name in re.findall(rf"logs/\*_(\w+)' {words}", text)}
     for name, keys in dense.items():
-        save_dense(place / f"dense_{name}", rgb, keys, {"facts": {"box_class_names": ["cat"]}})
+        save_dense(place / f"dense_{name}", rgb, keys, {"facts": {"box_class_names": [*EMOJI]}})
     for name in sorted({"tiny_autoencoder", *re.findall(r"logs/\*_(\w+)", text)}):
         runs = grey if "fashion" in name else rgb
         folder = runs.autoencoder if re.search(r"autoencoder|^(kl|vq)_f\d+$", name) else runs.diffusion
@@ -195,7 +196,8 @@ def run(workshop, tmp_path, monkeypatch, autoencoder_tree, diffusion_tree, tried
             words.append("model.params.network.params.spatial_channels=5")
         own_size = "configs/quickstart/buckets.yaml" not in words
         if own_size and any(
-            re.search(r"(quickstart|fluent_emoji|fashion|text_to)\w*/diffusion", word) for word in words
+            re.search(r"(quickstart|fluent_emoji|fashion|text_to)\w*/diffusion|emoji_scenes/(?!auto)", word)
+            for word in words
         ):
             words.append("data.params.resolution=32")  # the stand-ins do not say theirs
         if "configs/quickstart/lora.yaml" in words:  # on a base of the same architecture
