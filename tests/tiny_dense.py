@@ -89,13 +89,20 @@ class Halved:
     """A low-resolution picture: every second pixel, and noise."""
 
     reads = ("image",)
+    name, step = "halved", 2
 
     def describe(self):
-        return {"what": "halved"}
+        return {"what": self.name}
 
     def columns(self, rows):
-        return {"low_resolution": rows["image"][..., ::2, ::2]}
+        return {"low_resolution": rows["image"][..., :: self.step, :: self.step]}
 
     def draw(self, row, random):
-        small = row["image"][..., ::2, ::2].numpy()
+        small = row["image"][..., :: self.step, :: self.step].numpy()
         return torch.from_numpy(small ^ random.integers(0, 4, small.shape, dtype=np.uint8))
+
+
+class Quartered(Halved):
+    """The same with every fourth pixel."""
+
+    name, step = "quartered", 4
