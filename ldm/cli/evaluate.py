@@ -36,7 +36,7 @@ from ldm.evaluation.measure import Measured, agreement, check_held_out, measure
 from ldm.evaluation.pictures.base import Description, Pictures, digest
 from ldm.evaluation.record import Record
 from ldm.evaluation.reference import Reference, identity, save
-from ldm.evaluation.sheets import pairs_sheet, save_sheet, seeds_sheet
+from ldm.evaluation.sheets import pairs_sheet, save_sheet
 from ldm.evaluation.subject import Subject
 from ldm.evaluation.values import table, titles
 from ldm.runtime import distributed
@@ -109,13 +109,13 @@ def evaluate(options: Any) -> str | None:
     if options.save_reference is not None and distributed.is_main():
         save(reference, spaces[0], options.save_reference)
     store = FeatureStore(subject.pictures.description(), number)
-    columns = subject.columns([*spaces, *([classifier] if classifier else [])])
+    columns = [*subject.columns(spaces), *([] if classifier is None else [subject.column_of(classifier)])]
     store.fill(subject.make, columns, options.batch_size, subject.title)
     if not distributed.is_main():
         return None
     tables = [store.table(key(space)) for space in spaces]
     measured = measure(spaces, tables, reference, subject.metrics, held_out, subject.asked)
-    measured = subject.completed(measured, store)
+    measured = subject.completed(measured, store, spaces, reference)
     if classifier is not None and labels is not None:
         measured.values.append(agreement(classifier, store.table(key(classifier)), labels))
     measured.notes[:0] = [*notes, *looked_at(subject.pictures, reference, SHOWN)]
@@ -182,7 +182,7 @@ def written(
 
 def drawn(subject: Subject, reference: Reference, measured: Measured, file: Path) -> dict[str, str]:
     """Write the sheets beside the record; their names, by what they show."""
-    sheets = {"pictures": seeds_sheet(subject.pictures, SHOWN)}
+    sheets = {"pictures": subject.sheet(SHOWN)}
     if measured.pairs and reference.pictures is not None:
         sheets["nearest"] = pairs_sheet(measured.pairs, subject.pictures, reference.pictures)
     named = {name: f"{file.stem}.{name}.png" for name in sheets}

@@ -7,6 +7,7 @@ from ldm.cli.options import Parser, at_home, called, path, seed, whole_number
 from ldm.cli.sample_options import add_guidance, add_sampler, check_guidance
 from ldm.errors import ConfigError
 from ldm.evaluation.fidelity import RECONSTRUCTION
+from ldm.evaluation.followed import FOLLOWED
 from ldm.evaluation.measure import METRICS, OF_ITEMS
 from ldm.evaluation.pictures.labels import ITEMS, RULES
 
@@ -14,6 +15,9 @@ PARTS = ("train", "validation")
 
 OF_RECONSTRUCTIONS = (*RECONSTRUCTION, *(name for name in METRICS if name not in (*RECONSTRUCTION, "fdr")))
 """Metrics of a stage-1 run: there are no held-out pictures, which FDr divides by."""
+
+OF_SAMPLES = (*OF_ITEMS, *FOLLOWED)
+"""Metrics of a stage-2 run; which of `FOLLOWED` there are is decided by what the model reads."""
 
 Add = Callable[..., Any]
 
@@ -45,7 +49,8 @@ def _add_subject(add: Add) -> None:
     add("-n", "--images", type=whole_number, metavar="N", help=many)
     add("--seed", type=seed, default=0, help="of the first sample, counted up from there (default: 0)")
     drawn = "each in turn, drawn evenly, or drawn as often as they are in the training pictures; or the classes and "
-    drawn += f"captions of the items of --part, in turn (default: balanced; of a model of captions {ITEMS})"
+    drawn += "captions of the items of --part, and what lies on their pictures, in turn (default: balanced; of a model "
+    drawn += f"that reads more than classes {ITEMS})"
     add("--labels", choices=(*RULES, ITEMS), help=f"classes of samples: {drawn}")
     add("--resolution", type=whole_number, nargs="+", metavar="PIXELS", help="resize and crop folders of pictures")
 
@@ -59,14 +64,15 @@ def _add_measures(add: Add) -> None:
     add("--against", nargs="+", metavar=words, help=f"{kinds} (default: what the run was trained on)")
     unseen = "real pictures that are not in it, for fdr and nearest (default: the validation part)"
     add("--held-out", type=path, metavar="FOLDER_OR_NPZ", help=unseen)
-    whole = "of the data set (default: train; of a stage-1 run validation, if there is one)"
+    whole = "of the data set (default: train; of a stage-1 run validation, if there is one); of a model that reads "
+    whole += "pictures, masks, maps or boxes the items that ask for samples, which train is compared with all the same"
     add("--part", choices=PARTS, help=whole)
     add("--reference-images", type=whole_number, metavar="N", help="how many pictures of it (default: all)")
     spaces = "inception, alexnet, vgg16, dinov2, clip, timm:MODEL, ... (default: inception if its weights are there, "
     add("--features", nargs="+", metavar="NAME", help=f"{spaces}else alexnet)")
-    every = [*dict.fromkeys([*OF_ITEMS, *RECONSTRUCTION])]
-    default = f"all of {', '.join(METRICS)}, with --labels {ITEMS} retrieval; of a stage-1 run "
-    default += ", ".join(RECONSTRUCTION)
+    every = [*dict.fromkeys([*OF_SAMPLES, *RECONSTRUCTION])]
+    default = f"all of {', '.join(METRICS)}, with --labels {ITEMS} retrieval; of a model that reads pictures, masks, "
+    default += f"maps or boxes those of {', '.join(FOLLOWED)} that fit; of a stage-1 run {', '.join(RECONSTRUCTION)}"
     add("--metrics", nargs="+", choices=every, metavar="METRIC", help=f"(default: {default})")
     add("--classifier", type=path, metavar="FILE", help="how often it sees the class that a sample was made of")
     add("--save-reference", type=path, metavar="FILE.npz", help="write the reference's statistics as ADM's")

@@ -63,7 +63,7 @@ def opened(options: Any) -> "Trained":
     """The model that the command line names."""
     from ldm.autoencoder.codec import Codec
     from ldm.checkpoints import store
-    from ldm.cli.evaluate_subject import hours
+    from ldm.cli.evaluate_run import hours
     from ldm.config.tree import current_plain
     from ldm.interop.exports.trained import Diffusion, Trained
     from ldm.run_folder import newest_run

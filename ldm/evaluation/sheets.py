@@ -8,12 +8,18 @@ import torch
 from torch import Tensor
 
 from ldm.evaluation.distances.neighbors import Pair
+from ldm.evaluation.followed import Followed
 from ldm.evaluation.pictures.base import Pictures
 from ldm.evaluation.pictures.made import Reconstructions
 from ldm.files import published
 from ldm.images import grid, picture
+from ldm.sampling.dense import Dense
+from ldm.sampling.sample_folder import title
+from ldm.sampling.shown import beside, conditions
 
 COLUMNS = 12
+ROWS = 12
+"""Of the sheet that shows what samples were asked by."""
 
 
 def seeds_sheet(pictures: Pictures, number: int) -> np.ndarray:
@@ -23,6 +29,30 @@ def seeds_sheet(pictures: Pictures, number: int) -> np.ndarray:
     if isinstance(pictures, Reconstructions):
         return _one_above_another(pictures.originals.images(first), images)
     return grid(_arrays(images), min(COLUMNS, len(images)))
+
+
+def asked_sheet(
+    made: Followed, baseline: Tensor | None, dense: Dense, names: Sequence[str] | None = None
+) -> np.ndarray:
+    """A row each of the first samples: what it was asked by, itself, the baseline, and the true picture.
+
+    Args:
+        made: the samples.
+        baseline: its pictures, (n, C, H, W) uint8; None: there is none.
+        dense: what is known of the model's conditions.
+        names: of the classes.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    shown = [one for one in (made.images, baseline, made.truths) if one is not None]
+    height, width = made.images.shape[2:]
+    rows = [
+        [*conditions(condition, (height, width), dense), *row]
+        for condition, *row in zip(made.conditions[:ROWS], *map(_arrays, shown), strict=False)
+    ]
+    titles = [title(condition, names) for condition in made.conditions[:ROWS]]
+    return grid(beside([cell for row in rows for cell in row]), len(rows[0]), titles=titles if any(titles) else ())
 
 
 def pairs_sheet(pairs: Sequence[Pair], pictures: Pictures, reference: Pictures) -> np.ndarray:

@@ -15,7 +15,7 @@ import main
 from ldm.autoencoder.codec import Codec
 from ldm.checkpoints import store
 from ldm.cli import evaluate
-from ldm.cli.evaluate_subject import hours
+from ldm.cli.evaluate_run import hours
 from ldm.config.load import to_yaml
 from ldm.diffusion.conditioners.classes import ClassVector
 from ldm.evaluation import feature_store

@@ -9,10 +9,13 @@ from functools import lru_cache
 from hashlib import sha256
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ldm.data.asked_for import asked_for
 from ldm.data.dataset import ImageDataset, class_labels
 from ldm.errors import ConfigError
+from ldm.evaluation.pictures.stored import in_parallel
 from ldm.latents.asked import DenseItems
 from ldm.sampling.conditions import Condition
 from ldm.sizes import SIZES
@@ -57,9 +60,12 @@ class Items:
             described += json.dumps([self.dense.dense.facts(), self.dense.crop.describe()], sort_keys=True)
         return f"items {sha256(described.encode()).hexdigest()[:8]}"
 
+    def __len__(self) -> int:
+        return len(self.dataset)
+
     def places(self, seeds: np.ndarray) -> np.ndarray:
         """The item of each seed, (N,) int64."""
-        return seeds % len(self.dataset)
+        return seeds % len(self)
 
     def conditions(self, seeds: np.ndarray) -> list[Condition]:
         """What the sample of each seed is asked for by.
@@ -68,6 +74,17 @@ class Items:
             DataError: an item cannot be read, or lacks a key.
         """
         return [self._said(int(place)) for place in self.places(seeds)]
+
+    def truths(self, seeds: np.ndarray) -> Tensor:
+        """The picture of each seed's item as the autoencoder sees it, (n, C, H, W) uint8.
+
+        Raises:
+            DataError: an item cannot be read.
+        """
+        assert self.dense is not None, "which says how pictures are cropped"
+        dense, dataset = self.dense, self.dataset
+        places = self.places(seeds).tolist()
+        return torch.stack(in_parallel(lambda place: dense.picture({**dataset[place]}, dataset.path(place)), places))
 
     def labels(self, seeds: np.ndarray) -> np.ndarray | None:
         """The class of each seed's item, (N,) int64; None: there are no classes, or they are not known."""

@@ -95,10 +95,14 @@ class Generated:
 
     def images(self, indices: Sequence[int]) -> Tensor:
         seeds = self.seeds[np.asarray(indices, dtype=np.int64)]
+        return self.of(seeds, self._conditions(seeds))
+
+    def of(self, seeds: np.ndarray, conditions: Sequence[Condition] | None) -> Tensor:
+        """The samples of these seeds and conditions: (n, C, H, W) uint8 on the CPU."""
         made = generate(
             self.pipeline,
             seeds.tolist(),
-            self._conditions(seeds),
+            conditions,
             sampler=self.recipe.sampler,
             steps=self.recipe.steps,
             schedule=self.recipe.schedule,
