@@ -28,6 +28,16 @@ class Kind(NamedTuple):
     what: str
     flag: str
 
+    @property
+    def training(self) -> str:
+        """The command that trains one."""
+        return f"ldm evaluate classifier FILE.yaml --of {self.name}"
+
+    @property
+    def wanted(self) -> str:
+        """Why there is no measure without one."""
+        return f"it needs {self.what} ({self.flag} FILE), which `{self.training}` trains"
+
 
 CLASSES = Kind("classes", "a classifier", "--classifier")
 BOXES = Kind("boxes", "a classifier of boxes", "--boxes-classifier")
@@ -78,6 +88,6 @@ def read(path: Path, kind: Kind) -> Held:
     if found is not kind:
         raise CheckpointError(
             f"{path}: holds {found.what}, which {found.flag} takes; expected {kind.what}: train one with "
-            f"`ldm evaluate classifier FILE.yaml --of {kind.name}`"
+            f"`{kind.training}`"
         )
     return Held(tensors, size, classes)
