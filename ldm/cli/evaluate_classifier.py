@@ -142,7 +142,7 @@ def _of_items(asked: _Asked, learned: Any, train: Any, judging: Any) -> str:
 LESSONS = {
     "classes": _Lesson(of_classes, 4, "classifier.safetensors"),
     "boxes": _Lesson(of_boxes, 4, "boxes.safetensors"),
-    "map": _Lesson(of_map, 3, "map.safetensors"),
+    "map": _Lesson(of_map, 4, "map.safetensors"),
 }
 """By what is learned."""
 

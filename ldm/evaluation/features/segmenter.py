@@ -11,17 +11,17 @@ from ldm.evaluation.features.classifier import block, fit
 from ldm.randomness import keys
 from ldm.ranges import Count
 
+_PATCH = 4  # pixels a side that the finest level sees, and draws, as one: small networks learn sooner what they show
 _LEVELS = 3
-"""Resolutions: 1/2, 1/4 and 1/8 of the image's."""
 
 
 class Segmenter(nn.Module):
-    """A plain U-Net (Ronneberger et al. 2015, arXiv:1505.04597) of three levels, the finest at half the resolution.
+    """A plain U-Net (Ronneberger et al. 2015, arXiv:1505.04597) of three levels, the finest of patches of 4 x 4 pixels.
 
     Args:
         channels: of the images.
         num_classes: K.
-        width: channels at half the resolution; twice as many at each level below.
+        width: channels of the finest level; twice as many at each level below.
     """
 
     def __init__(self, channels: Count, num_classes: Count, width: Count = 32) -> None:
@@ -30,17 +30,18 @@ class Segmenter(nn.Module):
         self.num_classes = num_classes
         widths = [width * 2**level for level in range(_LEVELS)]
         pairs = [*pairwise(widths)]
-        self.stem = nn.Sequential(nn.PixelUnshuffle(2), block(4 * channels, width), block(width, width))
+        self.stem = nn.Sequential(nn.PixelUnshuffle(_PATCH), block(_PATCH**2 * channels, width), block(width, width))
         self.down = nn.ModuleList(
             nn.Sequential(block(fine, coarse, 2), block(coarse, coarse)) for fine, coarse in pairs
         )
-        self.up = nn.ModuleList(block(low + high, low) for low, high in reversed(pairs))
-        self.head = nn.Sequential(nn.Conv2d(width, 4 * num_classes, 1), nn.PixelShuffle(2))
+        self.up = nn.ModuleList(block(fine + coarse, fine) for fine, coarse in reversed(pairs))
+        self.head = nn.Sequential(nn.Conv2d(width, _PATCH**2 * num_classes, 1), nn.PixelShuffle(_PATCH))
 
     def forward(self, images: Tensor) -> Tensor:
         """Class logits (N, K, H, W) of images (N, C, H, W) in [-1, 1], of any size."""
         height, width = images.shape[2:]
-        x = self.stem(F.pad(images, (0, -width % 2**_LEVELS, 0, -height % 2**_LEVELS), "replicate"))
+        whole = _PATCH * 2 ** (_LEVELS - 1)
+        x = self.stem(F.pad(images, (0, -width % whole, 0, -height % whole), "replicate"))
         skips = []
         for down in self.down:
             skips.append(x)
@@ -56,7 +57,7 @@ def train_segmenter(
     num_classes: int,
     *,
     epochs: int = 4,
-    batch_size: int = 32,
+    batch_size: int = 16,
     learning_rate: float = 3e-3,
     width: int = 32,
     seed: int = 0,
@@ -76,6 +77,6 @@ def train_segmenter(
 def restored(tensors: Mapping[str, Tensor]) -> Segmenter:
     """The Segmenter of these tensors; RuntimeError or KeyError where they are of another network."""
     width, channels = tensors["stem.1.0.weight"].shape[:2]
-    network = Segmenter(channels // 4, len(tensors["head.0.weight"]) // 4, width)
+    network = Segmenter(channels // _PATCH**2, len(tensors["head.0.weight"]) // _PATCH**2, width)
     network.load_state_dict(tensors)
     return network
