@@ -86,16 +86,19 @@ class Blocks:
 
 
 class Halved:
-    """A low-resolution picture: every second pixel, and noise."""
+    """A low-resolution picture: every second pixel, or of another step, and noise."""
 
     reads = ("image",)
 
+    def __init__(self, step: int = 2) -> None:
+        self.step = step
+
     def describe(self):
-        return {"what": "halved"}
+        return {"what": "halved", "step": self.step}
 
     def columns(self, rows):
-        return {"low_resolution": rows["image"][..., ::2, ::2]}
+        return {"low_resolution": rows["image"][..., :: self.step, :: self.step]}
 
     def draw(self, row, random):
-        small = row["image"][..., ::2, ::2].numpy()
+        small = row["image"][..., :: self.step, :: self.step].numpy()
         return torch.from_numpy(small ^ random.integers(0, 4, small.shape, dtype=np.uint8))

@@ -3,6 +3,7 @@
     python scripts/evaluate.py -r logs/<run>                             # samples, against what it was trained on
     python scripts/evaluate.py -r logs/<run> -n 50000 --guidance 1.5 --features inception dinov2
     torchrun --nproc-per-node 8 scripts/evaluate.py -r logs/<run> -n 50000   # shared by all ranks
+    python scripts/evaluate.py -r logs/<run> --part validation           # inpainting, ...: asked by held-out items
     python scripts/evaluate.py -r logs/<stage-1 run>                     # reconstructions
     python scripts/evaluate.py samples.npz --against VIRTUAL_imagenet256_labeled.npz
     python scripts/evaluate.py folder/ --against configs/diffusion/imagenet_f8_class.yaml --part validation

@@ -4,7 +4,9 @@ import numpy as np
 import torch
 
 from ldm.evaluation.distances.neighbors import Pair
-from ldm.evaluation.sheets import COLUMNS, pairs_sheet, save_sheet, seeds_sheet
+from ldm.evaluation.followed import Followed
+from ldm.evaluation.sheets import COLUMNS, ROWS, asked_sheet, pairs_sheet, save_sheet, seeds_sheet
+from ldm.sampling.dense import Dense
 
 
 class Plain:
@@ -45,3 +47,15 @@ def test_the_first_pictures_row_by_row(tmp_path):
     assert shown(seeds_sheet(Plain(0), 99)).shape == (3, COLUMNS)
     save_sheet(sheet, tmp_path / "deep" / "sheet.png")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["sheet.png"]
+
+
+def test_conditions_samples_baseline_and_truth_in_a_row():
+    images, truths, baseline = Plain(0).images(range(20)), Plain(100).images(range(20)), Plain(50).images(range(20))
+    conditions = [{"low_resolution": torch.full((3, 16, 16), -1.0)}] * 20
+    made = Followed(images, truths, conditions, conditions)
+    rows = [[0, row, 50 + row, 100 + row] for row in range(ROWS)]
+    assert shown(asked_sheet(made, baseline, Dense())).tolist() == rows
+    without = [[condition, sample, truth] for condition, sample, _, truth in rows]
+    assert shown(asked_sheet(made, None, Dense())).tolist() == without
+    titled = [{**condition, "caption": "a cat"} for condition in conditions]
+    assert len(asked_sheet(made._replace(conditions=titled), None, Dense())) > ROWS * 66 + 2
