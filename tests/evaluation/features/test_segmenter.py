@@ -18,7 +18,7 @@ def squares(number, seed, side=16):
 
 
 def trained(**changes):
-    settings = {"epochs": 6, "batch_size": 16, "width": 16, "learning_rate": 1e-2} | changes
+    settings = {"epochs": 12, "batch_size": 16, "width": 16, "learning_rate": 1e-2} | changes
     return train_segmenter(*squares(160, seed=0), 3, **settings)
 
 
