@@ -190,7 +190,8 @@ def _measures(
                 raise ConfigError(f"--metrics {name}: {reasons[name]}")
             notes.append(f"{name}: left out: {reasons[name]}")
     taken = [name for name in metrics if name not in reasons and (name != "lpips" or networks)]
-    return measures_of(reads, taken, networks, judges, device), notes
+    asking = pictures.recipe.items
+    return measures_of(reads, taken, networks, judges, device, None if asking is None else len(asking)), notes
 
 
 def _average(config: Mapping[str, Any], raw: bool) -> Any:

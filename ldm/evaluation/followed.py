@@ -21,6 +21,7 @@ from ldm.evaluation.pictures.made import Generated
 from ldm.evaluation.values import Value
 from ldm.images import to_uint8
 from ldm.latents.columns import pixels
+from ldm.ranges import Count
 from ldm.runtime.full_precision import full_precision
 from ldm.sampling.conditions import Condition
 from ldm.sampling.shown import HOLE
@@ -151,6 +152,7 @@ def measures_of(
     perceptual: Mapping[str, nn.Module],
     judges: Mapping[str, Measure],
     device: str | torch.device = "cpu",
+    items: Count | None = None,
 ) -> list[Measure]:
     """The measures of a model.
 
@@ -160,11 +162,12 @@ def measures_of(
         perceptual: LPIPS, by its name: distances of pictures in [-1, 1], (N, C, H, W) twice -> (N,).
         judges: by the key that they look for, of `JUDGED`.
         device: on which the distances are computed.
+        items: how many ask in turn; None: each sample is asked for by one of its own.
     """
     task, found = task_of(keys), []
     if task is not None and (wanted := {*metrics} & {*task.metrics}):
         distances = perceptual if "lpips" in wanted else {}
-        found.append(Closeness(task, wanted, distances, torch.device(device)))
+        found.append(Closeness(task, wanted, distances, torch.device(device), items))
     return [*found, *(judge for key, judge in judges.items() if key in keys and key in metrics)]
 
 
@@ -176,10 +179,16 @@ class Closeness:
         metrics: that are computed, "psnr" and "ssim"; pictures have the size that it needs.
         perceptual: other distances by name, of pictures in [-1, 1], (N, C, H, W) twice -> (N,).
         device: on which they are computed.
+        items: how many ask in turn; None: each sample is asked for by one of its own.
     """
 
     def __init__(
-        self, task: Task, metrics: Collection[str], perceptual: Mapping[str, nn.Module], device: torch.device
+        self,
+        task: Task,
+        metrics: Collection[str],
+        perceptual: Mapping[str, nn.Module],
+        device: torch.device,
+        items: Count | None = None,
     ) -> None:
         self.task = task
         own = {"psnr": f"PSNR{task.place}", "ssim": "SSIM"}
@@ -187,6 +196,7 @@ class Closeness:
         self._metrics = [name for name in own if name in metrics]
         self._perceptual = {name: distance.to(device) for name, distance in perceptual.items()}
         self._device = device
+        self._items = items
 
     @property
     def column(self) -> Column:
@@ -215,16 +225,17 @@ class Closeness:
 
     def values(self, rows: np.ndarray) -> list[Value]:
         """Means over the samples of which something is made: an empty hole is no work."""
-        asked = rows[rows[:, -1] > 0].astype(np.float64)
+        there = rows[:, -1] > 0
+        asked, items = rows[there].astype(np.float64), turns(len(rows), self._items)[there]
         if not len(asked):
             return []
         found = []
         for place, name in enumerate(self._names):
             better = "higher" if name.startswith(("PSNR", "SSIM")) else "lower"
-            found.append(mean_value(name, asked[:, place], better))
+            found.append(mean_value(name, asked[:, place], items, better))
             if self.task.without is not None:
                 beside = asked[:, len(self._names) + place]
-                found.append(mean_value(f"{name}, {self.task.baseline}", beside, better))
+                found.append(mean_value(f"{name}, {self.task.baseline}", beside, items, better))
         return found
 
     def notes(self, rows: np.ndarray) -> list[str]:
@@ -248,9 +259,24 @@ def psnr(images: Tensor, truths: Tensor, where: Tensor) -> Tensor:
     return (10 * torch.log10(255**2 * number.double() / squares)).nan_to_num(EXACT).clamp(max=EXACT)
 
 
-def mean_value(name: str, rows: np.ndarray, better: str) -> Value:
-    """The mean of numbers (N,), with its standard error where there are two or more."""
-    number = len(rows)
-    error = float(rows.std(ddof=1) / np.sqrt(number)) if number > 1 else None
-    freedom = None if error is None else number - 1
-    return Value(name, float(rows.mean()), error, freedom, better=better, settings={"images": number})
+def turns(number: int, items: int | None) -> np.ndarray:
+    """Which of so many items that ask in turn asks for each sample, counted from that of the first: (N,) int64."""
+    return np.arange(number) % (items or max(1, number))
+
+
+def mean_value(name: str, rows: np.ndarray, items: np.ndarray, better: str) -> Value:
+    """The mean of numbers (N,), with its standard error where there are two items or more.
+
+    Samples of one item are alike: the error is that of the items as clusters (Liang and Zeger 1986), so that a thousand
+    samples that ten items ask for are no surer than ten of them make it. Each its own: the usual deviation / sqrt(N).
+
+    Args:
+        rows: the numbers.
+        items: which item asked for each, (N,) whole numbers.
+    """
+    number, mean = len(rows), float(rows.mean())
+    _, places = np.unique(items, return_inverse=True)
+    sums = np.bincount(places, rows - mean)
+    freedom = len(sums) - 1
+    error = float(np.sqrt(np.square(sums).sum() * len(sums) / freedom) / number) if freedom else None
+    return Value(name, mean, error, freedom or None, better=better, settings={"images": number})

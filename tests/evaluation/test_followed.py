@@ -100,6 +100,20 @@ def test_means_and_their_errors():
     assert (found.freedom, found.settings) == (3, {"images": 4})
 
 
+def test_samples_of_one_item_are_no_surer_than_the_item():
+    rows = np.random.default_rng(0).uniform(10, 30, (8, 5)).astype(np.float32)
+    rows[:, -1] = [1, 1, 0, 1, 1, 1, 1, 1]  # a hole is empty
+    once = Closeness(INPAINTING, ["psnr", "ssim"], {}, torch.device("cpu"), 8).values(rows)
+    again = Closeness(INPAINTING, ["psnr", "ssim"], {}, torch.device("cpu"), 8).values(np.tile(rows, (3, 1)))
+    alone = Closeness(INPAINTING, ["psnr", "ssim"], {}, torch.device("cpu")).values(rows)
+    own = rows[rows[:, -1] > 0, 0].astype(float)
+    assert once[0].error == pytest.approx(own.std(ddof=1) / 7**0.5)
+    for one, three, other in zip(once, again, alone, strict=True):
+        assert (three.value, three.error) == pytest.approx((one.value, one.error))
+        assert (three.freedom, three.settings["images"], one.freedom) == (6, 21, 6)
+        assert one == other
+
+
 def test_the_hole_is_filled_with_the_mean_of_the_rest():
     truths, holes = torch.full((1, 3, 8, 8), 90, dtype=torch.uint8), torch.zeros(1, 1, 8, 8)
     holes[..., :4] = 1
