@@ -18,6 +18,7 @@ def judges(options: Any, pictures: Generated, device: str) -> dict[str, Agreemen
     """
     reads, dense = pictures.pipeline.conditioner.keys, pictures.pipeline.dense
     shown = pictures.shape[0], (pictures.shape[1], pictures.shape[2])
+    asking = None if pictures.recipe.items is None else len(pictures.recipe.items)
     found: dict[str, Agreement] = {}
     for kind, file in given(options).items():
         if kind.name not in reads:
@@ -28,11 +29,11 @@ def judges(options: Any, pictures: Generated, device: str) -> dict[str, Agreemen
         if kind is BOXES:
             classifier = BoxClassifier.load(file).to(device)
             classifier.check(*shown, None, dense.box_classes)
-            found[kind.name] = BoxAgreement(classifier)
+            found[kind.name] = BoxAgreement(classifier, asking)
         else:
             segmenter = MapSegmenter.load(file).to(device)
             segmenter.check(*shown, dense.num_map_classes, dense.map_classes)
-            found[kind.name] = MapAgreement(segmenter)
+            found[kind.name] = MapAgreement(segmenter, asking)
     return found
 
 

@@ -16,7 +16,7 @@ from ldm.errors import DataError
 from ldm.evaluation.distances.spread import jackknife
 from ldm.evaluation.feature_store import Column
 from ldm.evaluation.features.classifier import UNLABELED
-from ldm.evaluation.followed import Followed
+from ldm.evaluation.followed import Followed, turns
 from ldm.evaluation.judges import BoxClassifier, Judge, MapSegmenter
 from ldm.evaluation.pictures.base import digest
 from ldm.evaluation.values import Value
@@ -36,6 +36,10 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 class Agreement(ABC):
     """What a judge says of samples, of samples and what others were asked by, and of the real pictures.
 
+    Args:
+        judge: which looks at them.
+        items: how many ask in turn; None: each sample is asked for by one of its own.
+
     Attributes:
         what: is asked for, a key of conditions.
         statistics: by name, each of sums (M, k) of `counts` over items -> (M,).
@@ -44,8 +48,9 @@ class Agreement(ABC):
     what: ClassVar[str]
     statistics: ClassVar[Mapping[str, Callable[[np.ndarray], np.ndarray]]]
 
-    def __init__(self, judge: Judge) -> None:
+    def __init__(self, judge: Judge, items: Count | None = None) -> None:
         self.judge = judge
+        self.items = items
 
     @property
     def column(self) -> Column:
@@ -71,7 +76,10 @@ class Agreement(ABC):
 
     def values(self, rows: np.ndarray) -> list[Value]:
         """The numbers, with errors over items, from all rows (N, 3 k)."""
-        parts = zip(BESIDE, np.split(rows, len(BESIDE), axis=1), strict=True)
+        asking = turns(len(rows), self.items)
+        of_items = np.zeros((asking.max() + 1, rows.shape[1]))
+        np.add.at(of_items, asking, rows)
+        parts = zip(BESIDE, np.split(of_items, len(BESIDE), axis=1), strict=True)
         return [value for beside, counts in parts for value in self.figures(counts, beside)]
 
     def figures(self, counts: np.ndarray, beside: str = "") -> list[Value]:
@@ -99,13 +107,14 @@ class BoxAgreement(Agreement):
 
     Args:
         judge: of the crops of boxes.
+        items: as of `Agreement`.
     """
 
     what = "boxes"
     statistics: ClassVar = {"accuracy in boxes": lambda sums: sums[:, 1] / sums[:, 0]}
 
-    def __init__(self, judge: BoxClassifier) -> None:
-        super().__init__(judge)
+    def __init__(self, judge: BoxClassifier, items: Count | None = None) -> None:
+        super().__init__(judge, items)
         self._classes_in = judge
 
     def counts(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
@@ -134,6 +143,7 @@ class MapAgreement(Agreement):
 
     Args:
         judge: which draws maps.
+        items: as of `Agreement`.
     """
 
     what = "map"
@@ -142,8 +152,8 @@ class MapAgreement(Agreement):
         "mIoU of the map": lambda sums: mean_iou(*np.split(sums[:, 2:], 2, axis=1)),
     }
 
-    def __init__(self, judge: MapSegmenter) -> None:
-        super().__init__(judge)
+    def __init__(self, judge: MapSegmenter, items: Count | None = None) -> None:
+        super().__init__(judge, items)
         self._map_of = judge
 
     def counts(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:

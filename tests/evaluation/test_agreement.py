@@ -156,6 +156,16 @@ def test_errors_are_those_of_repeated_trials():
         assert np.mean([one[name].error for one in values]) == pytest.approx(spread, rel=0.35)
 
 
+def test_samples_of_the_same_items_are_no_surer():
+    images, conditions, _ = layouts(10)
+    once = BoxAgreement(Right()).rows(Followed(images, images, rolled(conditions), conditions)).numpy()
+    one, other = (
+        BoxAgreement(Right(), 10).values(rows)[0] for rows in (once, np.concatenate([once, once, once[:1] * 0]))
+    )
+    assert (one.value, one.error, one.freedom) == pytest.approx((other.value, other.error, other.freedom))
+    assert other.settings == {"items": 10, "counted": 80}
+
+
 def test_batches_change_nothing():
     images, conditions, classes = layouts(12)
     maps = classes[:, 0, None, None].expand(-1, 16, 16).byte()

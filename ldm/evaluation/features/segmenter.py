@@ -35,7 +35,9 @@ class Segmenter(nn.Module):
             nn.Sequential(block(fine, coarse, 2), block(coarse, coarse)) for fine, coarse in pairs
         )
         self.up = nn.ModuleList(block(fine + coarse, fine) for fine, coarse in reversed(pairs))
-        self.head = nn.Sequential(nn.Conv2d(width, _PATCH**2 * num_classes, 1), nn.PixelShuffle(_PATCH))
+        # What a thing is and where it ends within a patch are joined by a layer of their own.
+        drawn = nn.Conv2d(4 * width, _PATCH**2 * num_classes, 1)
+        self.head = nn.Sequential(nn.Conv2d(width, 4 * width, 1), nn.ReLU(), drawn, nn.PixelShuffle(_PATCH))
 
     def forward(self, images: Tensor) -> Tensor:
         """Class logits (N, K, H, W) of images (N, C, H, W) in [-1, 1], of any size."""
@@ -77,6 +79,6 @@ def train_segmenter(
 def restored(tensors: Mapping[str, Tensor]) -> Segmenter:
     """The Segmenter of these tensors; RuntimeError or KeyError where they are of another network."""
     width, channels = tensors["stem.1.0.weight"].shape[:2]
-    network = Segmenter(channels // _PATCH**2, len(tensors["head.0.weight"]) // _PATCH**2, width)
+    network = Segmenter(channels // _PATCH**2, len(tensors["head.2.weight"]) // _PATCH**2, width)
     network.load_state_dict(tensors)
     return network
