@@ -27,7 +27,7 @@ def parse(argv: Sequence[str]) -> Any:
     parser = Parser(
         prog=called("evaluate.py", "evaluate"),
         description="Measure samples, reconstructions or any pictures. `compare A B` compares records and runs; "
-        "`classifier YAML` trains a classifier for --classifier.",
+        "`classifier YAML` trains a judge for --classifier, --boxes-classifier or --segmenter.",
         allow_abbrev=False,
     )
     _add_subject(parser.add_argument_group("what is measured").add_argument)
@@ -75,6 +75,12 @@ def _add_measures(add: Add) -> None:
     default += f"maps or boxes those of {', '.join(FOLLOWED)} that fit; of a stage-1 run {', '.join(RECONSTRUCTION)}"
     add("--metrics", nargs="+", choices=every, metavar="METRIC", help=f"(default: {default})")
     add("--classifier", type=path, metavar="FILE", help="how often it sees the class that a sample was made of")
+    boxes = "of a model that reads boxes, how often it sees in a box what was asked for there; "
+    boxes += "`classifier YAML --of boxes` trains one"
+    add("--boxes-classifier", type=path, metavar="FILE", help=boxes)
+    maps = "of a model that reads maps, how far the map that it draws agrees with the one that was asked for; "
+    maps += "`classifier YAML --of map` trains one"
+    add("--segmenter", type=path, metavar="FILE", help=maps)
     add("--save-reference", type=path, metavar="FILE.npz", help="write the reference's statistics as ADM's")
 
 

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from ldm.checkpoints import store
-from ldm.cli import evaluate_run
+from ldm.cli import evaluate_judges, evaluate_run
 from ldm.cli.evaluate_options import check_metrics
 from ldm.cli.sample import Recipe as CommandLine
 from ldm.cli.sample import steered, steering
 from ldm.cli.sample_options import chosen, described
 from ldm.config.tree import current_plain
 from ldm.errors import ConfigError
+from ldm.evaluation.features.judge_file import KINDS
 from ldm.evaluation.fidelity import SMALLEST_FOR_SSIM
-from ldm.evaluation.followed import Measure, measures_of, metrics_of, task_of
+from ldm.evaluation.followed import JUDGED, Measure, measures_of, metrics_of, task_of
 from ldm.evaluation.measure import METRICS, OF_ITEMS
 from ldm.evaluation.pictures import configured
 from ldm.evaluation.pictures.configured import NoSuchPart
@@ -32,9 +33,6 @@ from ldm.sampling.sample_folder import default_folder
 
 SAMPLES = 10_000
 """So many are made where nothing is said: enough to rank models, a fifth of what published tables have."""
-
-JUDGES = {"boxes": ("a classifier", "--boxes-classifier"), "map": ("a segmenter", "--segmenter")}
-"""Who looks for what a sample was asked by, and the flag that names its file."""
 
 
 def samples(options: Any, path: Path, device: str) -> Subject:
@@ -55,8 +53,9 @@ def samples(options: Any, path: Path, device: str) -> Subject:
     part = "train" if of_task else options.part or "train"
     metrics = _metrics(options, reads, recipe.items is not None and options.part in (None, part))
     kind: Callable[..., Subject] = Subject
+    judges = evaluate_judges.judges(options, pictures, device)
     if of_task:
-        measures, notes = _measures(options, pictures, {}, device)
+        measures, notes = _measures(options, pictures, judges, device)
         kind = partial(Asked, task=task_of(reads), measures=measures, notes=notes)
     home = evaluate_run.home(data.file)
     return kind(
@@ -76,6 +75,7 @@ def samples(options: Any, path: Path, device: str) -> Subject:
             "labels": labels,
             "average": _average(data.config, options.raw),
             **recipe.settings,
+            **({"judges": {key: one.judge.weights for key, one in judges.items()}} if judges else {}),
         },
         metrics=metrics,
         own_reference=lambda: data.reference(part, options.reference_images),
@@ -176,12 +176,12 @@ def _measures(
     """How samples and what they were asked by are measured, and notes on what is left out.
 
     Args:
-        judges: by the key of a condition that they look for, of `JUDGES`.
+        judges: by the key of a condition that they look for, of `JUDGED`.
     """
     reads, size = pictures.pipeline.conditioner.keys, min(pictures.shape[1:])
     metrics = [name for name in metrics_of(reads) if options.metrics is None or name in options.metrics]
     networks, notes = evaluate_run.perceptual(pictures.shape, metrics if options.metrics else None)
-    reasons = {key: f"it needs {who} ({flag} FILE)" for key, (who, flag) in JUDGES.items() if key not in judges}
+    reasons = {key: KINDS[key].wanted for key in JUDGED if key not in judges}
     if size < SMALLEST_FOR_SSIM:
         reasons["ssim"] = f"it needs pictures of {SMALLEST_FOR_SSIM} pixels or more on a side, and these have {size}"
     for name in metrics:

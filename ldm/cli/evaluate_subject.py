@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm import run_folder
-from ldm.cli import evaluate_run
+from ldm.cli import evaluate_judges, evaluate_run
 from ldm.cli.evaluate_options import OF_RECONSTRUCTIONS, OF_SAMPLES, check_metrics, is_configuration
 from ldm.cli.evaluate_reconstructions import reconstructions
 from ldm.cli.evaluate_samples import samples
@@ -29,10 +29,12 @@ def subject_of(options: Any, device: str) -> Subject:
     """
     if options.run is None:
         check_metrics(options.metrics, "pictures", METRICS)
+        evaluate_judges.refuse(options, "these pictures")
         return _stored(options)
     path = Path(run_folder.newest_run(options.run) if "*" in options.run else options.run).expanduser()
     if evaluate_run.kind(path) == "autoencoder":
         check_metrics(options.metrics, "reconstructions", OF_RECONSTRUCTIONS)
+        evaluate_judges.refuse(options, "reconstructions")
         return reconstructions(options, path, device)
     check_metrics(options.metrics, "samples", OF_SAMPLES)
     return samples(options, path, device)

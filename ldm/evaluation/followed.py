@@ -60,6 +60,9 @@ class Measure(Protocol):
         Baselines are values of their own, whose names say so: "PSNR in the hole", "PSNR in the hole, mean fill".
         """
 
+    def notes(self, rows: np.ndarray) -> list[str]:
+        """What counts for nothing in the numbers, from all rows (N, k): a line each."""
+
 
 def followed(samples: Generated, indices: Sequence[int]) -> Followed:
     """Samples that items ask for, made once for all that is measured of them.
@@ -234,6 +237,11 @@ class Closeness:
                 beside = asked[:, len(self._names) + place]
                 found.append(mean_value(f"{name}, {self.task.baseline}", beside, items, better))
         return found
+
+    def notes(self, rows: np.ndarray) -> list[str]:
+        nothing = int((rows[:, -1] == 0).sum())
+        note = f"{self.task.name}: {nothing} of {len(rows)} samples have an empty hole, which counts for nothing"
+        return [note] if nothing else []
 
 
 def psnr(images: Tensor, truths: Tensor, where: Tensor) -> Tensor:

@@ -159,8 +159,12 @@ class Asked(Subject):
         if self._has_baseline:
             tables = [store.table(self._of_baseline(space).key) for space in spaces]
             values = self._beside(values, spaces, tables, reference)
-        own = [value for one in self.measures for value in one.values(store.table(one.column.key).array())]
-        return Measured([*values, *own], [*self.notes, *measured.notes], measured.pairs)
+        notes = [*self.notes, *measured.notes]
+        for one in self.measures:
+            rows = store.table(one.column.key).array()
+            values += one.values(rows)
+            notes += one.notes(rows)
+        return Measured(values, notes, measured.pairs)
 
     def _beside(
         self, values: Sequence[Value], spaces: Sequence[Features], tables: Sequence[Table], reference: Reference

@@ -4,20 +4,18 @@ Its training is independent of the generative models, so its accuracy on their s
 requested class, and its last features are a space for distances/frechet.py that was learned on the same data.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.errors import CheckpointError
+from ldm.evaluation.features import judge_file
 from ldm.evaluation.features.base import LOGITS, MAIN, FrozenNetwork
 from ldm.evaluation.features.loading import weights_of
 from ldm.evaluation.features.resize import Clean
-from ldm.files import published
 from ldm.randomness import keys, permutation
 from ldm.ranges import Count, Resolution
 from ldm.runtime.precision import computes_bf16
@@ -25,6 +23,11 @@ from ldm.sizes import as_size
 from ldm.weights.digest import weight_hash
 
 _TRUNK = "trunk.0.0.weight"
+
+UNLABELED = -100
+"""No class: cross entropy leaves it out."""
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class Judgement(NamedTuple):
@@ -34,7 +37,8 @@ class Judgement(NamedTuple):
     features: Tensor
 
 
-def _block(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+def block(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
+    """3 x 3 convolution, batch norm, ReLU."""
     convolution = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(out_channels), nn.ReLU())
 
@@ -50,13 +54,15 @@ class Classifier(nn.Module):
 
     def __init__(self, channels: Count, num_classes: Count, width: Count = 32) -> None:
         super().__init__()
+        self.channels = channels
+        self.num_classes = num_classes
         self.trunk = nn.Sequential(
-            _block(channels, width, stride=2),
-            _block(width, width, stride=1),
-            _block(width, 2 * width, stride=2),
-            _block(2 * width, 2 * width, stride=1),
-            _block(2 * width, 4 * width, stride=2),
-            _block(4 * width, 4 * width, stride=1),
+            block(channels, width, stride=2),
+            block(width, width),
+            block(width, 2 * width, stride=2),
+            block(2 * width, 2 * width),
+            block(2 * width, 4 * width, stride=2),
+            block(4 * width, 4 * width),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
         )
@@ -98,6 +104,28 @@ def train_classifier(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(keys(seed, "classifier", 0)[0]))
         model = Classifier(images.shape[1], num_classes, width)
+    return fit(model, images, labels, epochs, batch_size, learning_rate, seed)
+
+
+def fit(
+    model: Network,
+    images: Tensor,
+    labels: Tensor,
+    epochs: Count,
+    batch_size: Count,
+    learning_rate: float,
+    seed: int,
+) -> Network:
+    """Train a network by cross entropy, and return it in eval mode; a function of its arguments and of the precision.
+
+    Args:
+        model: images in [-1, 1] -> logits (N, K, ...).
+        images: (N, C, H, W) uint8.
+        labels: (N, ...) integers in [0, K), or `UNLABELED`, which counts for nothing.
+        epochs: passes over the images.
+        batch_size, learning_rate: of AdamW, the rate of one cycle.
+        seed: of the order.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=1e-2)
     # The last, smaller batch of an epoch is dropped: its batch statistics would be unreliable.
     batches = max(len(images) // batch_size, 1)
@@ -109,7 +137,7 @@ def train_classifier(
         for rows in order[: batches * batch_size].split(batch_size):
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 logits = model(unit_range(images[rows]))
-            loss = F.cross_entropy(logits.float(), labels[rows])
+            loss = F.cross_entropy(logits.float(), labels[rows].long())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -126,11 +154,15 @@ def judge(model: Classifier, images: Tensor, batch_size: int = 500) -> Judgement
 
 def save(model: Classifier, resolution: Resolution, path: Path) -> None:
     """Write the classifier, and the size of the images that it was trained on, as safetensors."""
-    height, width = as_size(resolution)
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with published(path) as aside:
-        save_file(tensors, aside, {"height": str(height), "width": str(width)})
+    judge_file.write(path, judge_file.CLASSES, model, as_size(resolution))
+
+
+def restored(tensors: Mapping[str, Tensor]) -> Classifier:
+    """The Classifier of these tensors; RuntimeError or KeyError where they are of another network."""
+    width, channels = tensors[_TRUNK].shape[:2]
+    network = Classifier(channels, len(tensors["head.weight"]), width)
+    network.load_state_dict(tensors)
+    return network
 
 
 class ClassifierFeatures(FrozenNetwork):
@@ -141,21 +173,12 @@ class ClassifierFeatures(FrozenNetwork):
     """
 
     def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise CheckpointError(f"{path}: no such file; expected a classifier that ldm trained and saved")
+        held = judge_file.read(path, judge_file.CLASSES)
         with weights_of("a classifier that ldm saved", path):
-            try:
-                with safe_open(path, "pt") as file:
-                    about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in [*file.keys()]}
-            except SafetensorError as error:
-                raise CheckpointError(f"{path}: cannot be read as safetensors ({error})") from error
-            width, channels = tensors[_TRUNK].shape[:2]
-            network = Classifier(channels, len(tensors["head.weight"]), width)
-            network.load_state_dict(tensors)
-            size = int(about["height"]), int(about["width"])
+            network = restored(held.tensors)
         features, classes = network.head.in_features, network.head.out_features
         parts = {MAIN: slice(0, features), LOGITS: slice(features, features + classes)}
-        super().__init__(network, "classifier", weight_hash(tensors), parts, Clean(size), channels)
+        super().__init__(network, "classifier", weight_hash(held.tensors), parts, Clean(held.size), network.channels)
 
     def extract(self, pixels: Tensor) -> Tensor:
         network: Classifier = self.get_submodule("network")  # type: ignore[assignment]
