@@ -86,15 +86,13 @@ class Blocks:
 
 
 class Halved:
-    """A low-resolution picture: every second pixel, or of another step, and noise."""
+    """A low-resolution picture: every second pixel, and noise."""
 
     reads = ("image",)
-
-    def __init__(self, step: int = 2) -> None:
-        self.step = step
+    name, step = "halved", 2
 
     def describe(self):
-        return {"what": "halved", "step": self.step}
+        return {"what": self.name}
 
     def columns(self, rows):
         return {"low_resolution": rows["image"][..., :: self.step, :: self.step]}
@@ -102,3 +100,9 @@ class Halved:
     def draw(self, row, random):
         small = row["image"][..., :: self.step, :: self.step].numpy()
         return torch.from_numpy(small ^ random.integers(0, 4, small.shape, dtype=np.uint8))
+
+
+class Quartered(Halved):
+    """The same with every fourth pixel."""
+
+    name, step = "quartered", 4

@@ -28,7 +28,7 @@ DATA = {
     "batch_size": 4,
     "resolution": 16,
     "num_validation": 5,
-    "drawn": {"low_resolution": of_tests("Halved", step=4)},
+    "drawn": {"low_resolution": of_tests("Quartered")},
     "aligned": {"map": {"target": "ldm.latents.aligned.Map"}, "image": {"target": "ldm.latents.aligned.Pixels"}},
     "masked": {"target": "ldm.latents.masked.MaskedLatents", "params": {"masks": of_tests("Blocks")}},
 }
