@@ -1,8 +1,9 @@
 """A comparison as JSON, for programs, and as Markdown, for the page."""
 
 import json
+import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ NAMES = {False: "fp32", True: "bf16"}
 
 @dataclass(frozen=True)
 class Finished:
-    """A case that was measured: each side in each precision."""
+    """A case that was measured, each side in each precision: first ours, last the matrix product."""
 
     case: Case
     found: list[Measured]
@@ -50,8 +51,9 @@ def compared(cases: Sequence[Case], options: Any, size: int, notes: Sequence[str
     product = Side(f"matrix product, {size}", partial(peak.product, size))
     finished = []
     for case in cases:
-        found, failures = contest(Case(case.name, case.images, [*case.sides, product]), where, options.repeats)
-        finished.append(Finished(Case(case.name, case.images, [*case.sides, product]), found))
+        beside = replace(case, sides=[*case.sides, product])
+        found, failures = contest(beside, where, options.repeats)
+        finished.append(Finished(beside, found))
         notes += failures
     records = [
         {"name": one.case.name, "images": one.case.images, "sides": [asdict(side) for side in one.found]}
@@ -121,8 +123,8 @@ def _speed(one: Measured) -> float:
 
 def spread(seconds: Sequence[float]) -> str:
     """Milliseconds: median, least and most."""
-    values = sorted(seconds)
-    half = len(values) // 2
-    median = values[half] if len(values) % 2 else (values[half - 1] + values[half]) / 2
-    few = ".1f" if median < 0.1 else ".0f"
-    return f"{median * 1e3:{few}} ({values[0] * 1e3:{few}} to {values[-1] * 1e3:{few}})"
+    median = statistics.median(seconds)
+    middle, least, most = (
+        f"{value * 1e3:{'.1f' if median < 0.1 else '.0f'}}" for value in (median, min(seconds), max(seconds))
+    )
+    return f"{middle} ({least} to {most})"

@@ -1,3 +1,4 @@
+import importlib
 import json
 import multiprocessing
 import os
@@ -17,10 +18,12 @@ from PIL import Image
 from ldm.data.dataset import Subset
 from ldm.data.sources.arrays import DEBIAN_FASHION_MNIST, FashionMNIST
 from ldm.run_folder import RunFolder, RunState
-from scripts.bench import contest, hardware, healthy, quality, tables
+from scripts.bench import contest, hardware, healthy, quality, steps, tables
 from scripts.bench.__main__ import main
-from scripts.bench.child import Built, Place, repeat, serve
+from scripts.bench.child import Place, count, serve
 from scripts.bench.contest import Case, Side
+from scripts.bench.sides import huggingface, ours, peak
+from scripts.bench.sizes import FULL
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,26 +56,18 @@ def in_threads(monkeypatch):
     monkeypatch.setattr(contest.multiprocessing, "get_context", lambda method: _Threads)
 
 
-def counting(folder: Path, name: str, parameters: int, place: Place) -> Built:
-    """A side that writes down each of its steps, in a file that all sides have."""
-
-    def step() -> None:
-        with (folder / "steps").open("a") as file:
-            file.write(name)
-        torch.mm(torch.ones(8, 8), torch.ones(8, 8))
-
-    return Built(parameters, repeat(step, place))
+@pytest.fixture
+def bench_sides(monkeypatch):
+    """Found by a process that is told where to look, as it is not in the package of the tests."""
+    monkeypatch.syspath_prepend(ROOT / "tests")
+    return importlib.import_module("bench_sides")
 
 
-def broken(place: Place) -> Built:
-    raise ModuleNotFoundError("No module named 'taming'\nand more")
-
-
-def test_sides_take_turns_in_processes_of_their_own_and_one_that_fails_is_a_note(tmp_path):
+def test_sides_take_turns_in_processes_of_their_own_and_one_that_fails_is_a_note(tmp_path, bench_sides):
     sides = [
-        Side("ldm", partial(counting, tmp_path, "a", 3)),
-        Side("broken", broken),
-        Side("other", partial(counting, tmp_path, "b", 3)),
+        Side("ldm", partial(bench_sides.counting, tmp_path, "a", 3)),
+        Side("broken", bench_sides.broken),
+        Side("other", partial(bench_sides.counting, tmp_path, "b", 3)),
     ]
     found, notes = contest.contest(Case("a step", 1, sides), [Place("cpu", False)], 3)
     assert notes == ["a step: without broken: ModuleNotFoundError: No module named 'taming'"]
@@ -83,9 +78,9 @@ def test_sides_take_turns_in_processes_of_their_own_and_one_that_fails_is_a_note
     assert (tmp_path / "steps").read_text() == warm_up + timed + counted
 
 
-def test_without_our_own_side_there_is_no_table(in_threads, capsys):
+def test_without_our_own_side_there_is_no_table(in_threads, bench_sides, capsys):
     with pytest.raises(contest.SideFailed, match="ldm: ModuleNotFoundError: No module named 'taming'"):
-        contest.contest(Case("a step", 1, [Side("ldm", broken)]), [Place("cpu", False)], 1)
+        contest.contest(Case("a step", 1, [Side("ldm", bench_sides.broken)]), [Place("cpu", False)], 1)
     assert "in broken" in capsys.readouterr().err  # the traceback of the side
 
 
@@ -113,14 +108,14 @@ def test_each_table_is_printed_and_written(what, in_threads, tmp_path, capsys, m
 
 def check_case(case):
     """Sides of one case do the same work with networks of the same size."""
-    ours, *others, product = case["sides"]
-    assert ours["side"].startswith("ldm")
+    first, *others, product = case["sides"]
+    assert first["side"].startswith("ldm")
     assert product["side"] == "matrix product, 256"
     assert product["flops"] == 2 * 256**3
     for other in others:
         if not case["name"].startswith("DiT"):  # whose counterpart in diffusers embeds the noise level in every block
-            assert other["parameters"] == ours["parameters"]
-        assert other["flops"] == pytest.approx(ours["flops"], rel=0.6)
+            assert other["parameters"] == first["parameters"]
+        assert other["flops"] == pytest.approx(first["flops"], rel=0.6)
         assert other["peak_bytes"] > 0
 
 
@@ -134,11 +129,43 @@ def check_profile(case):
     assert all(kind["alone"][0] > 0 for kind in kinds.values())
 
 
+def test_the_networks_of_the_tables_are_of_the_same_size():
+    """At full size, without values; those of CompVis, DiT, SiT and LightningDiT were compared by hand."""
+    with torch.device("meta"):
+        for size in (FULL.unet, FULL.sampled):
+            assert count(ours.make_unet(size)) == count(huggingface.make_unet(size))
+        for size in (*FULL.autoencoders, FULL.unet.autoencoder):
+            assert count(*ours.coders(size)) == count(huggingface.make_autoencoder(size))
+    for size in (FULL.unet, FULL.sampled):
+        assert size.autoencoder.resolution == 8 * size.side
+
+
+@pytest.mark.parametrize(
+    ("what", "given", "sides"),
+    [
+        ("stage1", ["compvis"], [["ldm", "CompVis", "diffusers"], ["ldm", "diffusers"]]),
+        ("stage1", ["compvis", "taming"], [["ldm", "CompVis", "diffusers"]] * 2),
+        (
+            "stage2",
+            ["compvis"],
+            [["ldm, on the cache", "CompVis, on latents", "CompVis, encoding 32 px", "diffusers, on latents"]],
+        ),
+        ("dit", ["dit", "sit"], [["ldm", "DiT", "diffusers"], ["ldm", "SiT"], ["ldm"]]),
+        ("dit", ["lightningdit"], [["ldm", "diffusers"], ["ldm"], ["ldm", "ldm, compiled", "LightningDiT"]]),
+    ],
+)
+def test_the_code_of_others_takes_part_where_it_is_given(what, given, sides, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(steps, "compared", lambda cases, *_: json.dumps([[s.name for s in c.sides] for c in cases]))
+    folders = [word for name in given for word in (f"--{name}", str(tmp_path))]
+    assert main([what, "--tiny", *folders]) == 0
+    assert json.loads(capsys.readouterr().out) == sides
+
+
 def test_a_table_compares_with_ours_at_the_same_precision_and_with_ours_in_bf16():
     def measured(side, bf16, seconds, inside=0.0):
         return contest.Measured(side, bf16, 1000, [seconds], [inside], 2**20, 10**9)
 
-    sides = [Side(name, broken) for name in ("ldm", "theirs", "product")]
+    sides = [Side(name, partial(peak.product, 8)) for name in ("ldm", "theirs", "product")]
     found = [measured(side.name, bf16, 1.0 + index) for index, side in enumerate(sides) for bf16 in (False, True)]
     found[1] = measured("ldm", True, 0.5)
     lines = tables.table([tables.Finished(Case("a step", 4, sides), found)]).splitlines()
