@@ -1,6 +1,10 @@
 """Measure ldm, and print Markdown tables.
 
-python scripts/bench steps       # our training steps beside diffusers' networks in the usual loop
+python scripts/bench stage1 --compvis DIR --taming DIR            # a step of the autoencoder beside others'
+python scripts/bench stage2 --compvis DIR                         # a step of the UNet on the cache
+python scripts/bench dit --dit DIR --sit DIR --lightningdit DIR   # a step of DiT-S/2
+python scripts/bench sampling                                     # pictures, beside a pipeline of diffusers
+python scripts/bench roofline                                     # the share of arithmetic, and how near its best
 python scripts/bench quality     # FashionMNIST: train both stages, sample, and let a classifier judge
 python scripts/bench quality --autoencoder logs/<run> --diffusion logs/<run> --guidance 1 2 4
 python scripts/bench healthy     # the runs and pictures of docs/healthy.md
@@ -21,24 +25,47 @@ import torch
 
 from ldm.cli import program
 from ldm.cli.options import Parser, finite, path, split_overrides, whole_number
+from ldm.errors import ConfigError
 from scripts.bench.healthy import healthy
 from scripts.bench.quality import quality
-from scripts.bench.steps import steps
+from scripts.bench.roofline import roofline
+from scripts.bench.steps import dit, sampling, stage1, stage2
 
+TABLES = {
+    "stage1": stage1,
+    "stage2": stage2,
+    "dit": dit,
+    "sampling": sampling,
+    "roofline": roofline,
+    "quality": quality,
+    "healthy": healthy,
+}
+PEERS = {
+    "compvis": "CompVis/latent-diffusion",
+    "taming": "CompVis/taming-transformers, which its stage 1 needs",
+    "dit": "facebookresearch/DiT",
+    "sit": "willisma/SiT",
+    "lightningdit": "hustvl/LightningDiT",
+}
 EPILOG = "With `quality`, words of the form key=value override the configuration of both stages."
 
 
 def parse(argv: Sequence[str]) -> Any:
     parser = Parser(prog="bench", description="Measure ldm.", epilog=EPILOG, allow_abbrev=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("what", choices=["steps", "quality", "healthy"])
-    add = parser.add_argument_group("steps and quality").add_argument
+    parser.add_argument("what", choices=[*TABLES])
+    add = parser.add_argument_group("all but healthy").add_argument
     add("--device", default=device, help="such as cuda or cpu (default: cuda where there is one)")
     add = parser.add_argument_group("quality and healthy").add_argument
     add("--logdir", type=path, default=Path("logs"), help="where runs are made (default: logs)")
-    add = parser.add_argument_group("steps").add_argument
+    add = parser.add_argument_group("stage1, stage2, dit, sampling and roofline").add_argument
     add("--tiny", action="store_true", help="the smallest networks: to see that it runs")
     add("--repeats", type=whole_number, default=9, help="steps timed of each kind (default: 9)")
+    add = parser.add_argument_group(
+        "stage1, stage2 and dit: folders of others' code, which is left out otherwise"
+    ).add_argument
+    for name, repository in PEERS.items():
+        add(f"--{name}", type=path, metavar="DIR", help=repository)
     add = parser.add_argument_group("quality").add_argument
     add("--autoencoder", type=path, metavar="RUN", help="a trained first stage (default: train it)")
     add("--diffusion", type=path, metavar="RUN", help="a trained second stage (default: train it)")
@@ -46,11 +73,21 @@ def parse(argv: Sequence[str]) -> Any:
     add("--guidance", type=finite, nargs="+", default=[2.0], help="scales to sample with (default: 2)")
     add("--steps", type=whole_number, default=30, help="DDIM steps (default: 30)")
     add("--epochs", type=whole_number, default=4, help="of the classifier (default: 4)")
-    add("--out", type=path, help="folder for quality.json and pictures.png (default: <diffusion run>/quality)")
+    add("--out", type=path, help="folder of what is written (default: logs/bench; quality: <diffusion run>/quality)")
     overrides, words = split_overrides(argv)
     options = parser.parse_strictly(words)
     options.overrides = overrides
+    if options.out is None and options.what != "quality":
+        options.out = Path("logs", "bench")
     return options
+
+
+def check(options: Any) -> None:
+    """Raises ConfigError if the code of others is not where it is said to be."""
+    for name, repository in PEERS.items():
+        folder = getattr(options, name)
+        if folder is not None and not folder.is_dir():
+            raise ConfigError(f"--{name}: expected a folder with the code of {repository}, found none at {folder}")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -58,7 +95,8 @@ def main(argv: Sequence[str]) -> int:
 
     def work() -> None:
         options = parse(argv)
-        print({"steps": steps, "quality": quality, "healthy": healthy}[options.what](options))
+        check(options)
+        print(TABLES[options.what](options))
 
     return program.answer(work)
 

@@ -3,19 +3,41 @@
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
 
+_KINDS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
+"""Of x86 processors, by their flags; the first that one has says how it computes."""
+
+
+def machine(device: str) -> dict[str, Any]:
+    """When, on what, with which libraries, by name."""
+    cuda = device.startswith("cuda")
+    about = _lines("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in about if line.startswith("model name")]
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "processor": torch.cuda.get_device_name(device) if cuda else names[0] if names else platform.processor(),
+        "kind": "cuda" if cuda else kind(about),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+    }
+
+
+def kind(about: list[str]) -> str:
+    """The widest instructions of a processor that a matrix product uses, from the lines of /proc/cpuinfo."""
+    flags = next((line.split() for line in about if line.startswith("flags")), [])
+    return next((one for one in _KINDS if one in flags), platform.machine())
+
 
 def hardware(device: str) -> str:
-    """One line: when, on what, with which libraries."""
-    if device.startswith("cuda"):
-        machine = torch.cuda.get_device_name(device)
-    else:
-        names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-        machine = f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
-    return f"{time.strftime('%Y-%m-%d')}, {machine}, torch {torch.__version__}, diffusers {diffusers.__version__}"
+    """The same in one line."""
+    found = machine(device)
+    where = f"{found['processor']} ({found['kind']}), {found['threads']} threads"
+    return f"{found['date']}, {where}, torch {found['torch']}, diffusers {found['diffusers']}"
 
 
 def _lines(file: str) -> list[str]:

@@ -1,0 +1,39 @@
+"""Our sampler, from seeds to pictures, with random weights."""
+
+from torch import nn
+
+from ldm.autoencoder.codec import AutoencoderCodec
+from ldm.diffusion.conditioners.base import Unconditional
+from ldm.diffusion.noise_schedules import SqrtLinear
+from ldm.diffusion.objectives import DDPM
+from ldm.latents.manifest import CacheSpec, Manifest
+from ldm.sampling.generate import generate
+from ldm.sampling.pipeline import Pipeline
+from scripts.bench.child import Built, Place, count, repeat
+from scripts.bench.sides.ours import coders, make_unet
+from scripts.bench.sizes import UNetSize
+
+
+def sampling(size: UNetSize, steps: int, place: Place) -> Built:
+    """DDIM, then the decoder."""
+    encoder, decoder = coders(size.autoencoder)
+    network = make_unet(size)
+    parameters = count(network, decoder)
+    plan = CacheSpec((size.latent, size.side, size.side), 1, "", {}, {"config": {}})
+    manifest = Manifest(plan, [0.0] * size.latent, [1.0] * size.latent, [], [])
+    denoiser = nn.ModuleDict({"network": network, "conditioner": Unconditional()})
+    codec = AutoencoderCodec(encoder, decoder, {}, size.autoencoder.resolution)
+    objective = DDPM(SqrtLinear(0.00085, 0.012))  # LDMPipeline's scheduler is given the same
+    pipeline = Pipeline(
+        denoiser.requires_grad_(False).eval().to(place.device),
+        objective.to(place.device),
+        codec.to(place.device),
+        manifest,
+        0.0,
+    )
+
+    def step() -> None:
+        made = [*generate(pipeline, range(size.images), steps=steps, batch_size=size.images)]
+        assert len(made) == size.images
+
+    return Built(parameters, repeat(step, place), [network, decoder])
