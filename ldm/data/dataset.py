@@ -223,12 +223,13 @@ class AlignedApart(Protocol):
 
 
 def aligned_apart(dataset: ImageDataset) -> AlignedApart | None:
-    """The data set as one whose pictures can change without what lies on them; None if they cannot."""
+    """The data set as one whose pictures can change without what lies on them; None if they cannot, or nothing does."""
     whole = dataset
     while isinstance(whole, Subset):
         whole = whole.dataset
     found: object = dataset  # as in `texts`
-    return found if isinstance(whole, AlignedApart) and isinstance(found, AlignedApart) else None
+    apart = isinstance(whole, AlignedApart) and aligned_keys(dataset)
+    return found if apart and isinstance(found, AlignedApart) else None
 
 
 def with_aligned(dataset: ImageDataset, index: int, keys: Collection[str]) -> Item:

@@ -156,7 +156,7 @@ class ImageFiles:
 
     def bare_fingerprint(self) -> str:
         """As `fingerprint` of the same files without captions and aligned values."""
-        return self._bare_fingerprint if self._aligned else self.pictures_fingerprint()
+        return self._bare_fingerprint
 
     def aligned_fingerprint(self, key: str) -> str:
         return self._aligned[key].fingerprint()
