@@ -205,6 +205,40 @@ def box_classes(dataset: ImageDataset) -> list[str] | None:
 
 
 @runtime_checkable
+class AlignedApart(Protocol):
+    """Optional: a data set whose pictures can be read, and change, without what lies on them."""
+
+    def with_aligned(self, index: int, keys: Collection[str]) -> Item:
+        """As `dataset[index]`, with only these of the keys `ALIGNED`, and without its captions.
+
+        Raises:
+            DataError: some of it cannot be read; whatever is wrong with the rest.
+        """
+
+    def aligned_fingerprint(self, key: str) -> str:
+        """Changes with what lies on the pictures under the key, and with nothing else."""
+
+    def bare_fingerprint(self) -> str:
+        """As `fingerprint`, without the captions and all that lies on the pictures."""
+
+
+def aligned_apart(dataset: ImageDataset) -> AlignedApart | None:
+    """The data set as one whose pictures can change without what lies on them; None if they cannot, or nothing does."""
+    whole = dataset
+    while isinstance(whole, Subset):
+        whole = whole.dataset
+    found: object = dataset  # as in `texts`
+    apart = isinstance(whole, AlignedApart) and aligned_keys(dataset)
+    return found if apart and isinstance(found, AlignedApart) else None
+
+
+def with_aligned(dataset: ImageDataset, index: int, keys: Collection[str]) -> Item:
+    """The item, if possible without reading its captions and what else lies on its picture than these `keys`."""
+    apart = aligned_apart(dataset)
+    return without_captions(dataset, index) if apart is None else apart.with_aligned(index, keys)
+
+
+@runtime_checkable
 class Channeled(Protocol):
     """Optional: a data set that can say without decoding how many channels its pictures can have."""
 
@@ -322,6 +356,21 @@ class Subset:
 
     def box_classes(self) -> list[str] | None:
         return box_classes(self.dataset)
+
+    def with_aligned(self, index: int, keys: Collection[str]) -> Item:
+        return self._apart().with_aligned(self.indices[index], keys)
+
+    def aligned_fingerprint(self, key: str) -> str:
+        return self._chosen(self._apart().aligned_fingerprint(key))
+
+    def bare_fingerprint(self) -> str:
+        return self._chosen(self._apart().bare_fingerprint())
+
+    def _apart(self) -> AlignedApart:
+        found = aligned_apart(self.dataset)
+        if found is None:
+            raise DataError(f"{self.path(0)}: its data set cannot be read without what lies on the pictures")
+        return found
 
     def fingerprint(self) -> str:
         return self._chosen(self.dataset.fingerprint())

@@ -11,6 +11,7 @@ file's content decides, such as the size of a picture, are cached in the same wa
 """
 
 import errno
+import json
 import os
 import stat
 import time
@@ -48,6 +49,14 @@ def parts(fingerprint: str) -> tuple[str, str]:
     """(names, `:contents:` and what follows, or nothing)."""
     names, mark, contents = fingerprint.partition(_MARK)
     return names, mark + contents
+
+
+def together(*several: str) -> str:
+    """One fingerprint of all of these; of one alone, itself."""
+    if len(several) == 1:
+        return several[0]
+    names, found = zip(*map(parts, several), strict=True)
+    return join(*(sha256(json.dumps(ones).encode()).hexdigest() for ones in (names, found)))
 
 
 def comparable(one: str, other: str) -> tuple[str, str]:

@@ -3,7 +3,7 @@
 The columns that there are lie in aligned.py.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -98,6 +98,10 @@ class AlignedRows:
         return self.column.reads
 
     @property
+    def aligned(self) -> Sequence[str]:
+        return lying_on_pictures([self.column])
+
+    @property
     def parts(self) -> dict[str, Part]:
         return {VALUE: self.column.part(self.crop)}
 
@@ -110,6 +114,11 @@ class AlignedRows:
 
     def found(self, read: Found) -> Found:
         return read
+
+
+def lying_on_pictures(columns: Iterable[Column]) -> list[str]:
+    """The keys that columns read beside the picture itself."""
+    return [column.reads for column in columns if column.reads != "image"]
 
 
 def pixels(rows: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ A value is encoded on its own, so that its bits depend neither on its neighbors 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,15 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.data.dataset import ImageDataset, texts, without_captions
+from ldm.data.dataset import ImageDataset, texts, with_aligned
 from ldm.diffusion.conditioners.features import Cutting, Feature, Part, WithNull
 from ldm.errors import ConfigError, DataError
 from ldm.latents.build import Source, shard_items
 from ldm.latents.conditions import CAPTION, Captions
 from ldm.latents.part_reader import PartReader
 from ldm.latents.parts import CAPTIONS, TEXT, TOO_LONG, Found, PartSpec, Rows, build_part, described, made_of
+from ldm.latents.places import place_part
 from ldm.latents.ragged import Row, to_raw
 from ldm.latents.shards import MANIFEST
+from ldm.latents.source import former_source, source
 from ldm.runtime import distributed
 from ldm.runtime.progress import shown
 from ldm.runtime.signals import stop_if_asked
@@ -43,6 +45,11 @@ class ItemRows(Protocol):
     @property
     def reads(self) -> str:
         """The key of an item without which there is nothing."""
+        ...
+
+    @property
+    def aligned(self) -> Sequence[str]:
+        """The keys of all that lies on the picture and rows are made of."""
         ...
 
     @property
@@ -170,7 +177,7 @@ class DatasetParts:
         plan = PartSpec(
             name=name,
             reads=made.reads,
-            source=self._source("image"),
+            source=source(self.dataset, made.aligned),
             num_items=len(self.dataset),
             parts=described(made.parts),
             feature=made.describe(),
@@ -178,7 +185,7 @@ class DatasetParts:
         )
 
         def read(item: int) -> Mapping[str, Any]:
-            found = dict(without_captions(self.dataset, item))
+            found = dict(with_aligned(self.dataset, item, made.aligned))
             if made.reads not in found:
                 raise ConfigError(f"{self.dataset.path(item)}: has no {made.reads}, which {key} reads")
             path = self.dataset.path(item)
@@ -197,10 +204,10 @@ class DatasetParts:
 
     def _source(self, reads: str) -> str:
         """The fingerprint of what is read."""
-        alone = texts(self.dataset) if reads in (CAPTION, "image") else None
-        if alone is None:
-            return self.dataset.fingerprint()
-        return alone.captions_fingerprint() if reads == CAPTION else alone.pictures_fingerprint()
+        if reads != CAPTION:
+            return source(self.dataset, () if reads == "image" else (reads,))
+        alone = texts(self.dataset)
+        return self.dataset.fingerprint() if alone is None else alone.captions_fingerprint()
 
     def _built(
         self,
@@ -209,7 +216,9 @@ class DatasetParts:
         too_long: str = TOO_LONG,
         null: Callable[[], Row | None] = lambda: None,
     ) -> PartReader:
-        folder = Path("cache") / plan.fingerprint() if self.cache is None else self.cache / f"{self.name}-{plan.name}"
+        formerly = former_source(self.dataset), self.dataset.fingerprint()  # the second of features of other keys
+        plans = [plan, *(replace(plan, source=one) for one in formerly if plan.reads != CAPTION)]
+        folder, plan = place_part(plans, None if self.cache is None else self.cache / f"{self.name}-{plan.name}")
         ranks = distributed.rank(), distributed.world_size()
         with shown(f"{self.name} {plan.name}", silent=not distributed.is_main()) as progress:
             build_part(folder, plan, rows, self.max_broken, *ranks, progress, too_long, null)
@@ -254,8 +263,8 @@ class DatasetParts:
                 else:
                     yield item, captions.texts(np.full(count, item), np.arange(count))
             return
-        source = Source(read=lambda item: dict(without_captions(self.dataset, item)), threads=self.threads)
-        for batch in source.batches(items, _FEWEST):
+        whole = Source(read=lambda item: dict(with_aligned(self.dataset, item, [reads])), threads=self.threads)
+        for batch in whole.batches(items, _FEWEST):
             for item, sample in batch:
                 if isinstance(sample, DataError):
                     yield item, sample

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ldm.autoencoder.codec import Codec
-from ldm.data.dataset import ImageDataset, decoding, emptied_classes, has_captions, texts, without_captions
+from ldm.data.dataset import ImageDataset, decoding, emptied_classes, has_captions, with_aligned
 from ldm.data.transforms import EvalTransform, transformed
 from ldm.errors import DataError
 from ldm.latents.build import Source, build, shard_items
 from ldm.latents.manifest import CacheSpec
 from ldm.latents.places import note_source, noted_source, place
 from ldm.latents.reader import LatentCache
+from ldm.latents.source import former_source, source
 from ldm.runtime import distributed
 from ldm.runtime.progress import shown
 from ldm.sizes import Size
@@ -70,12 +71,12 @@ class Encoding:
 
     def plan(self, part: SizedPart) -> CacheSpec:
         """What the cache of a part has to hold."""
-        dataset, alone = part.dataset, texts(part.dataset)
+        dataset = part.dataset
         pixels = self.transform_of(part.size).describe()
         plan = CacheSpec(
             shape=self.codec.latent_shape(part.size),
             num_items=len(dataset),
-            source=dataset.fingerprint() if alone is None else alone.pictures_fingerprint(),
+            source=source(dataset),
             pixels={**pixels, "channels": self.codec.in_channels, **decoding(dataset)},
             autoencoder=self.codec.describe(self.weights),
             num_classes=dataset.num_classes,
@@ -88,9 +89,10 @@ class Encoding:
     def place(self, part: SizedPart) -> tuple[Path, CacheSpec]:
         """The cache's folder, and the plan as it would be written there."""
         plan = self.plan(part)
-        had_captions = part.items is None and has_captions(part.dataset)
-        former = replace(plan, source=part.dataset.fingerprint(), captions=True) if had_captions else None
-        return place(plan, former, None if self.cache is None else self.cache / part.name, self.trust)
+        plans = [plan, replace(plan, source=former_source(part.dataset))]
+        if part.items is None and has_captions(part.dataset):
+            plans.append(replace(plan, source=part.dataset.fingerprint(), captions=True))
+        return place(plans, None if self.cache is None else self.cache / part.name, self.trust)
 
     def open(self, part: SizedPart, folder: Path, plan: CacheSpec) -> LatentCache:
         """The cache, completed together with all other ranks.
@@ -98,14 +100,14 @@ class Encoding:
         Raises:
             DataError: it is damaged, or was made from another autoencoder or other images.
         """
-        source = Source(
+        pictures = Source(
             read=lambda item: self.read(part, item, plan.captions),
             name=part.dataset.path,
             max_broken=part.max_broken,
             threads=self.read_threads,
         )
         with shown(f"{part.name} latents", silent=not distributed.is_main()) as progress:
-            build(folder, plan, self.codec.encode, source, distributed.rank(), distributed.world_size(), progress)
+            build(folder, plan, self.codec.encode, pictures, distributed.rank(), distributed.world_size(), progress)
         cache = LatentCache(folder, plan)
         if cache.plan.source != plan.source:
             known = noted_source(folder)
@@ -117,7 +119,7 @@ class Encoding:
     def read(self, part: SizedPart, item: int, captions: bool) -> Mapping[str, Any]:
         """What is encoded of an item; `captions`: with its caption."""
         dataset = part.dataset
-        row = dataset[item] if captions else without_captions(dataset, item)
+        row = dataset[item] if captions else with_aligned(dataset, item, ())
         transform = self.transform_of(part.size)
         return {**row, "image": transformed(row["image"], transform, self.codec.in_channels, dataset.path(item))}
 

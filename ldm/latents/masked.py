@@ -7,7 +7,7 @@ variants a mask is drawn anew each time, and the autoencoder encodes each pictur
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -22,7 +22,7 @@ from ldm.diffusion.conditioners.features import Part
 from ldm.errors import ConfigError, DataError
 from ldm.latents.aligned import Mask, Pixels
 from ldm.latents.build import LARGEST
-from ldm.latents.columns import Column, Crop, pixels
+from ldm.latents.columns import Column, Crop, lying_on_pictures, pixels
 from ldm.latents.part_reader import PartReader
 from ldm.latents.parts import Found
 from ldm.latents.ragged import to_raw
@@ -121,6 +121,11 @@ class MaskedRows:
     @property
     def reads(self) -> str:
         return "image" if self.masked.masks is not None else "mask"
+
+    @property
+    def aligned(self) -> Sequence[str]:
+        masks = self.masked.masks
+        return ["mask"] if masks is None else lying_on_pictures(self.columns[name] for name in masks.reads)
 
     @property
     def several(self) -> int:

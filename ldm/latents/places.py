@@ -10,47 +10,58 @@ from ldm.autoencoder.codec import with_encoder
 from ldm.errors import DataError, ResourceError
 from ldm.latents.claims import publish, read_sealed, seal
 from ldm.latents.manifest import CONTENTS, CacheSpec
+from ldm.latents.parts import PartSpec
 from ldm.latents.shards import PLAN
 
 log = logging.getLogger(__name__)
 
 
-def place(
-    plan: CacheSpec, former: CacheSpec | None, folder: Path | None, trust: Sequence[str] = ()
-) -> tuple[Path, CacheSpec]:
+def place(plans: Sequence[CacheSpec], folder: Path | None, trust: Sequence[str] = ()) -> tuple[Path, CacheSpec]:
     """The folder of a cache, and the plan as it would be written there.
 
     A folder is named by the fingerprint of its plan. One with the same content may have another name, because its plan
     was written under former names, or when a source's fingerprint did not yet cover its bytes, or for another decoder,
-    or when captions lay in the cache itself; it is used all the same.
+    or when captions lay in the cache itself, or what lies on the pictures counted as if it did; it is used all the
+    same.
 
     Args:
-        plan: what the cache is to hold.
-        former: the same with captions in it; None: there are none.
+        plans: what the cache is to hold; then the same as its plan was written formerly, such as with captions in it.
         folder: the one that was named; None: the one in `cache/` that serves.
         trust: packages that the configuration of an autoencoder may name.
     """
     if folder is not None:
-        return folder, _as_found(plan, former, folder, trust)
-    for own in (plan, former):
-        if own is not None and (Path("cache") / own.fingerprint()).is_dir():
-            named = Path("cache") / own.fingerprint()
-            return named, _as_found(plan, former, named, trust)
+        return folder, _as_found(plans, folder, trust)
+    for named in (Path("cache") / own.fingerprint() for own in plans):
+        if named.is_dir():
+            return named, _as_found(plans, named, trust)
     for other in sorted(Path("cache").glob(f"*/{PLAN}")):
         with suppress(DataError):  # of another kind; or damaged: of no use here, and not ours to report
-            meant = _as_found(plan, former, other.parent, trust)
+            meant = _as_found(plans, other.parent, trust)
             same = not meant.differences(CacheSpec.read(other.parent))
             if same and noted_source(other.parent) in (None, meant.source):
                 return other.parent, meant
-    return Path("cache") / plan.fingerprint(), plan
+    return Path("cache") / plans[0].fingerprint(), plans[0]
 
 
-def _as_found(plan: CacheSpec, former: CacheSpec | None, folder: Path, trust: Sequence[str]) -> CacheSpec:
+def place_part(plans: Sequence[PartSpec], folder: Path | None) -> tuple[Path, PartSpec]:
+    """As `place`, for a part."""
+    if folder is None:
+        named = ((Path("cache") / plan.fingerprint(), plan) for plan in plans)
+        return next((one for one in named if one[0].is_dir()), (Path("cache") / plans[0].fingerprint(), plans[0]))
+    if not (folder / PLAN).is_file():
+        return folder, plans[0]
+    found = PartSpec.read(folder)
+    return folder, next((plan for plan in plans if not plan.differences(found)), plans[0])
+
+
+def _as_found(plans: Sequence[CacheSpec], folder: Path, trust: Sequence[str]) -> CacheSpec:
     """The plan as it would have been written when that in the folder was."""
     if not (folder / PLAN).is_file():
-        return plan
+        return plans[0]
     found = CacheSpec.read(folder)
-    return adopted(former if found.captions and former is not None else plan, found, trust)
+    alike = [plan for plan in plans if plan.captions == found.captions] or plans[:1]
+    meant = [adopted(plan, found, trust) for plan in alike]
+    return next((plan for plan in meant if not plan.differences(found)), meant[0])
 
 
 def adopted(plan: CacheSpec, found: CacheSpec, trust: Sequence[str] = ()) -> CacheSpec:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +16,7 @@ from ldm.data import value_range as ranges
 from ldm.data.dataset import CONVERTIBLE, Item
 from ldm.data.decoding import file_sizes, read_image
 from ldm.data.sources import aligned as aligned_values
-from ldm.data.sources.aligned import Companion
+from ldm.data.sources.aligned import Companion, Values
 from ldm.data.sources.captions import Beside, InTable, hash_of
 from ldm.errors import DataError
 from ldm.ranges import Count, Finite
@@ -87,8 +87,12 @@ class ImageFiles:
         return item
 
     def without_captions(self, index: int) -> Item:
+        return self.with_aligned(index, self.aligned_keys())
+
+    def with_aligned(self, index: int, keys: Collection[str]) -> Item:
         image = read_image(self.path(index), self.max_pixels, self.value_range, keep_alpha=True)
-        on_it = {key: one.of(index, (image.height, image.width)) for key, one in self._aligned.items()}
+        size = image.height, image.width
+        on_it = {key: one.of(index, size) for key, one in self._aligned.items() if key in keys}
         item = cast(Item, {"image": image, **on_it})
         if self._labels is not None:
             item["class_label"] = int(self._labels[index])
@@ -150,23 +154,32 @@ class ImageFiles:
         """As `fingerprint` of the same files without captions."""
         return self._fingerprint if self._captions is None else self._pictures_fingerprint
 
+    def bare_fingerprint(self) -> str:
+        """As `fingerprint` of the same files without captions and aligned values."""
+        return self._bare_fingerprint
+
+    def aligned_fingerprint(self, key: str) -> str:
+        return self._aligned[key].fingerprint()
+
     def captions_fingerprint(self) -> str:
         return self._captions_fingerprint
 
     def covered(self) -> Iterator[bytes]:
-        """What a fingerprint covers beside names, sizes, contents, captions and the names of classes."""
+        """What a fingerprint covers beside files, captions, aligned values and the names of classes."""
         for name, column in self._numbers.items():
             yield f"{name} {column.shape}".encode() + column.tobytes()
-        for key, one in self._aligned.items():
-            yield f"{key} {one.fingerprint()}".encode()
 
     @cached_property
     def _fingerprint(self) -> str:
-        return self._described(self._captions)
+        return self._described(self._captions, self._aligned)
 
     @cached_property
     def _pictures_fingerprint(self) -> str:
-        return self._described(None)
+        return self._described(None, self._aligned)
+
+    @cached_property
+    def _bare_fingerprint(self) -> str:
+        return self._described(None, {})
 
     @cached_property
     def _captions_fingerprint(self) -> str:
@@ -185,7 +198,7 @@ class ImageFiles:
         except DataError:
             return 0
 
-    def _described(self, captions: InTable | Beside | None) -> str:
+    def _described(self, captions: InTable | Beside | None, aligned: Mapping[str, Values]) -> str:
         sizes = self._states[: len(self), 0]
         of_texts, samples = np.full_like(sizes, -1), self._samples[: len(self)]
         if isinstance(captions, Beside):
@@ -201,6 +214,8 @@ class ImageFiles:
             digest.update(f"[{json.dumps(name)}, {size}, {of_text}]".encode())
         for more in self.covered():
             digest.update(more)
+        for key, one in aligned.items():
+            digest.update(f"{key} {one.fingerprint()}".encode())
         return fingerprint.join(digest.hexdigest(), fingerprint.digest(samples))
 
     @cached_property

@@ -62,7 +62,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def fresh():
+def fresh(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where hashes of models are remembered
     vision_models.opened.cache_clear()
 
 

@@ -48,7 +48,8 @@ NETWORKS = {
 
 
 @pytest.fixture(autouse=True)
-def nothing_kept():
+def nothing_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where hashes of models are remembered
     yield
     forget()
 

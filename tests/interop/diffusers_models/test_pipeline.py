@@ -198,6 +198,12 @@ def test_networks_of_conditions_without_classes(network, conditioner, objective,
     compared(model, tmp_path, [None], [1.0])
 
 
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """Hashes of text encoders are remembered in the working folder."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
     return save_text_encoder(tmp_path_factory.mktemp("text") / "text_encoder")

@@ -33,6 +33,12 @@ UNCONDITIONAL = node("diffusion.conditioners.base.Unconditional")
 DOG = [{"class_label": 1}] * 2
 
 
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """Hashes of text encoders are remembered in the working folder."""
+    monkeypatch.chdir(tmp_path)
+
+
 def exported(run: Path, out: Path, *words: str) -> Path:
     assert export.main([str(run), "--to", "safetensors", "--out", str(out), *words]) == 0
     return out
