@@ -110,14 +110,20 @@ class Controls:
             headers=["Class", "Left", "Top", "Right", "Bottom"],
             datatype=["str", "number", "number", "number", "number"],
             column_count=5,
-            column_widths=["32%", "17%", "17%", "17%", "17%"],
+            column_widths=["28%", "18%", "18%", "18%", "18%"],
             type="array",
             interactive=True,
             visible=False,
             elem_id="boxes",
         )
         self.drawn = gr.Image(
-            label="Layout", visible=False, interactive=False, format="png", buttons=["fullscreen"], elem_id="drawn"
+            label="Layout",
+            show_label=False,
+            visible=False,
+            interactive=False,
+            format="png",
+            buttons=[],
+            elem_id="drawn",
         )
 
     def _start(self) -> None:
@@ -131,7 +137,6 @@ class Controls:
                 type="pil",
                 format="png",
                 sources=["upload", "clipboard"],
-                brush=_brush(),
                 layers=False,
                 transforms=(),
                 elem_id="start",
@@ -171,7 +176,7 @@ class Controls:
             self.legend: _legend("Paint each class in its color.", abilities.map_classes)
             if abilities.map_classes is not None
             else _legend("Name a class in each row.", abilities.box_classes),
-            self.start: gr.update(brush=_brush() if abilities.hole or not abilities.picture else False),
+            self.start: _painting(abilities.size, abilities.hole or not abilities.picture),
             self.boxes: gr.update(visible=abilities.box_classes is not None, value=_boxes(abilities.box_classes)),
             self.generate: gr.update(interactive=True),
         }
@@ -204,9 +209,13 @@ def _legend(does: str, classes: Sequence[str] | None) -> Any:
     return gr.update(visible=True, value=f"<p>{does}</p><p class=classes>{named}</p>")
 
 
-def _brush() -> gr.Brush:
-    """Of the picture, what is painted anew; left out where a model does nothing with paint."""
-    return gr.Brush(colors=[PAINT], default_color=PAINT, color_mode="fixed")
+def _painting(size: Size, useful: bool) -> Any:
+    """Brush and eraser for a picture of about this size, or none where the model does nothing with paint."""
+    if not useful:
+        return gr.update(brush=False, eraser=False)
+    radius = min(25, max(2, min(size) // 10))
+    brush = gr.Brush(default_size=radius, colors=[PAINT], default_color=PAINT, color_mode="fixed")
+    return gr.update(brush=brush, eraser=gr.Eraser(default_size=radius))
 
 
 def _boxes(classes: Sequence[str] | None) -> list[list[Any]]:

@@ -124,7 +124,7 @@ def test_the_controls_of_each_model():
     assert not shown_for["maps"][controls.boxes]["visible"]
     assert ">cat</span>" in shown_for["boxes"][controls.legend]["value"]
     assert shown_for["small"][controls.start]["brush"] is False, "nothing is painted anew"
-    assert isinstance(shown_for["masked"][controls.start]["brush"], gr.Brush)
+    assert shown_for["masked"][controls.start]["brush"].default_size == 2, "not larger than the picture"
     noise = controls.of_wish["noise"]
     assert not shown_for["masked"][noise]["visible"]
     assert (shown_for["small"][noise]["value"], shown_for["small"][noise]["maximum"]) == (0.1, 0.4)
