@@ -69,8 +69,7 @@ CSS = """
 #legend .classes { display: flex; flex-wrap: wrap; gap: 0.3rem 0.9rem; max-height: 9rem; overflow: auto;
   margin-top: 0.35rem; color: var(--body-text-color); }
 #legend .classes span { border-left: 1em solid; padding-left: 0.3em; }
-#boxes th, #boxes td, #boxes [role=columnheader], #boxes [role=gridcell] { font-family: var(--font); font-size: 0.8rem;
-  padding-inline: 0.3rem !important; }
+#boxes th, #boxes td { font-family: var(--font); font-size: 0.8rem; }
 /* The editors' tools lie on the picture where the page is narrow. */
 #controls .toolbar-wrap { background: var(--background-fill-primary); border-radius: 8px; }
 #drawn img { border: 1px solid var(--border-color-primary); }
