@@ -52,11 +52,28 @@ def save_dense(folder: Path, runs: Runs, keys: Sequence[str], data: Mapping[str,
     Args:
         data: parameters of the data module in its configuration, and `facts` of the checkpoint.
     """
+    conditioner = {"target": "tests.dense_models.Spread", "params": {"keys": [*keys]}}
+    return save_reading(folder, runs, conditioner, {"spatial_channels": 1}, data)
+
+
+def save_reading(
+    folder: Path,
+    runs: Runs,
+    conditioner: Mapping[str, Any],
+    network: Mapping[str, Any],
+    data: Mapping[str, Any] | None = None,
+) -> Path:
+    """The same with any conditioner.
+
+    Args:
+        conditioner: its node.
+        network: parameters of the UNet that it fills.
+    """
     torch.manual_seed(3)
     record = copy.deepcopy(store.record(store.verify(runs.diffusion).path))
     params = record["config"]["model"]["params"]
-    params["conditioner"] = {"target": "tests.dense_models.Spread", "params": {"keys": [*keys]}}
-    params["network"]["params"] |= {"vector_channels": None, "spatial_channels": 1}
+    params["conditioner"] = dict(conditioner)
+    params["network"]["params"] |= {"vector_channels": None, **network}
     given = dict(data or {})
     record["data"] = given.pop("facts", {})
     record["config"]["data"] = node("latents.datamodule.LatentDataModule", **given)

@@ -46,7 +46,7 @@ FENCED = {
     "tokenizers": {"ldm.diffusion.conditioners.tokenizer"},
     "peft": {"ldm.interop"},
     "fsspec": {"ldm.data.sources"},
-    "gradio": {"ldm.cli.demo", "ldm.cli.demo_page", "ldm.cli.demo_controls", "ldm.cli.demo_style"},
+    "gradio": {"ldm.cli.demo", "ldm.cli.demo_page", "ldm.cli.demo_controls", "ldm.cli.demo_style", "ldm.cli.demo_told"},
     "huggingface_hub": {"ldm.interop", "ldm.weights"},
 }
 

@@ -37,17 +37,18 @@ class Controls:
         self.facts = gr.HTML("Loading the model", elem_id="facts")
         self.of_wish: dict[str, Any] = {}
         self._conditions()
+        self._dense()
         self._numbers()
         with gr.Row():
             self.generate = gr.Button("Generate", variant="primary", elem_id="generate", scale=3, min_width=120)
             self.stop = gr.Button("Stop", variant="stop", elem_id="stop", interactive=False, min_width=80)
         self.status = gr.HTML(elem_id="status")
         self._more()
-        self._dense()
         self._start()
         of_wish = [self.of_wish[name] for name in ("prompt", "negative", "label", "guidance", "width", "height")]
         self.of_model = [self.facts, *of_wish, self.prompts, self.labels, self.guiding, self.starting, self.generate]
-        self.of_model += [self.advice, self.of_wish["strength"], self.map, self.legend, self.boxes]
+        self.of_model += [self.of_wish["strength"], self.of_wish["noise"]]
+        self.of_model += [self.advice, self.start, self.map, self.legend, self.boxes]
 
     def _conditions(self) -> None:
         of = self.of_wish
@@ -94,7 +95,8 @@ class Controls:
     def _dense(self) -> None:
         self.legend = gr.HTML(visible=False, elem_id="legend")
         self.map = gr.ImageEditor(
-            label="Map: paint each class in its color",
+            label="Map",
+            show_label=False,
             type="pil",
             format="png",
             sources=(),
@@ -108,12 +110,21 @@ class Controls:
             headers=["Class", "Left", "Top", "Right", "Bottom"],
             datatype=["str", "number", "number", "number", "number"],
             column_count=5,
+            column_widths=["28%", "18%", "18%", "18%", "18%"],
             type="array",
             interactive=True,
             visible=False,
             elem_id="boxes",
         )
-        self.drawn = gr.Image(label="Layout", visible=False, interactive=False, format="png", elem_id="drawn")
+        self.drawn = gr.Image(
+            label="Layout",
+            show_label=False,
+            visible=False,
+            interactive=False,
+            format="png",
+            buttons=[],
+            elem_id="drawn",
+        )
 
     def _start(self) -> None:
         self.starting = gr.Accordion("Begin with a picture", open=False, visible=False)
@@ -126,13 +137,16 @@ class Controls:
                 type="pil",
                 format="png",
                 sources=["upload", "clipboard"],
-                brush=gr.Brush(colors=[PAINT], default_color=PAINT, color_mode="fixed"),
                 layers=False,
                 transforms=(),
                 elem_id="start",
             )
             self.of_wish["strength"] = gr.Slider(
                 0.05, 1, value=Wish.strength, step=0.05, label="Strength", info="1: nothing of the picture is left"
+            )
+            hides = "Higher: hides faults of the picture, and details"
+            self.of_wish["noise"] = gr.Slider(
+                0, 1, value=Wish.noise, step=0.05, label="Noise level", info=hides, visible=False
             )
 
     def updates(self, abilities: Abilities) -> dict[Any, Any]:
@@ -157,33 +171,64 @@ class Controls:
             ),
             self.advice: gr.update(visible=abilities.hole or not abilities.picture),
             of["strength"]: gr.update(visible=not abilities.picture),
+            of["noise"]: _noise(abilities.noise),
             **self._maps(abilities.map_classes, abilities.size),
+            self.legend: _legend("Paint each class in its color.", abilities.map_classes)
+            if abilities.map_classes is not None
+            else _legend("Name a class in each row.", abilities.box_classes),
+            self.start: _painting(abilities.size, abilities.hole or not abilities.picture),
             self.boxes: gr.update(visible=abilities.box_classes is not None, value=_boxes(abilities.box_classes)),
             self.generate: gr.update(interactive=True),
         }
 
     def _maps(self, classes: Sequence[str] | None, size: Size) -> dict[Any, Any]:
-        """The brush of a model that reads maps: the colors of its classes, and their names."""
+        """The brush of a model that reads maps: the colors of its classes."""
         if classes is None:
-            return {self.map: gr.update(visible=False), self.legend: gr.update(visible=False)}
-        colors = ["#{:02x}{:02x}{:02x}".format(*color(label)) for label in range(min(len(classes), 255))]
-        named = "".join(
-            f'<span style="border-left: 1em solid {one}; padding: 0 .8em 0 .3em">{html.escape(name)}</span>'
-            for one, name in zip(colors, classes, strict=False)
-        )
+            return {self.map: gr.update(visible=False)}
+        colors = _colors(classes)
         side = CANVAS // max(size)
         blank = Image.new("RGB", (size[1] * max(1, side), size[0] * max(1, side)))
         brush = gr.Brush(colors=[*colors], default_color=colors[0], color_mode="fixed")
         value = {"background": blank, "layers": [], "composite": None}
-        return {
-            self.map: gr.update(visible=True, brush=brush, value=value),
-            self.legend: gr.update(visible=True, value=f"<p>{named}</p>"),
-        }
+        return {self.map: gr.update(visible=True, brush=brush, value=value)}
+
+
+def _colors(classes: Sequence[str]) -> list[str]:
+    """Of the classes that have one of their own."""
+    return ["#{:02x}{:02x}{:02x}".format(*color(label)) for label in range(min(len(classes), 255))]
+
+
+def _legend(does: str, classes: Sequence[str] | None) -> Any:
+    """What a visitor does with the classes, and each in its color."""
+    if classes is None:
+        return gr.update(visible=False)
+    named = "".join(
+        f'<span style="border-color: {one}">{html.escape(name)}</span>'
+        for one, name in zip(_colors(classes), classes, strict=False)
+    )
+    return gr.update(visible=True, value=f"<p>{does}</p><p class=classes>{named}</p>")
+
+
+def _painting(size: Size, useful: bool) -> Any:
+    """Brush and eraser for a picture of about this size, or none where the model does nothing with paint."""
+    if not useful:
+        return gr.update(brush=False, eraser=False)
+    radius = min(25, max(2, min(size) // 10))
+    brush = gr.Brush(default_size=radius, colors=[PAINT], default_color=PAINT, color_mode="fixed")
+    return gr.update(brush=brush, eraser=gr.Eraser(default_size=radius))
 
 
 def _boxes(classes: Sequence[str] | None) -> list[list[Any]]:
     """The first rows of the table: a box of the first class, and an empty one."""
     return [[(classes or [""])[0], 0.25, 0.25, 0.75, 0.75], ["", None, None, None, None]]
+
+
+def _noise(levels: tuple[float, float] | None) -> Any:
+    """The slider of a model that knows noise from 0 to the second of these levels, at the first."""
+    if levels is None:
+        return gr.update(visible=False)
+    usual, most = levels
+    return gr.update(visible=True, value=usual, maximum=most)
 
 
 def _tries(gives: Literal["values", "index"]) -> gr.Dataset:

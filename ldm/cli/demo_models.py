@@ -7,10 +7,13 @@ from typing import Any
 
 from ldm.checkpoints import store
 from ldm.cli.sample_dense import only_by_file
+from ldm.diffusion.conditioners.base import defaults
+from ldm.diffusion.conditioners.low_resolution import LEVEL
 from ldm.diffusion.conditioners.pictures import FeaturePicture
 from ldm.diffusion.conditioners.text import FeatureText
 from ldm.errors import ConfigError
 from ldm.images import FILED
+from ldm.sampling.dense import most_noise
 from ldm.sampling.dense_files import picture_key
 from ldm.sampling.pipeline import Pipeline
 from ldm.sizes import SIZES
@@ -31,6 +34,7 @@ class Abilities:
         prompts: examples, those of its previews in training.
         picture: it reads a picture of the visitor's, whole or small, as what is asked for.
         hole: and what is painted over in it.
+        noise: of the noise that it reads a small picture with, the usual level and the highest; None: it has none.
         map_classes, box_classes: the names of the classes of the maps and boxes that it reads; None: it reads none.
         longest_side: of its training pictures, pixels, where they were of several sizes.
     """
@@ -45,6 +49,7 @@ class Abilities:
     prompts: Sequence[str] = ()
     picture: bool = False
     hole: bool = False
+    noise: tuple[float, float] | None = None
     map_classes: Sequence[str] | None = None
     box_classes: Sequence[str] | None = None
     longest_side: int = 0
@@ -63,7 +68,7 @@ class Abilities:
                 "classes, pictures, masks, maps or layouts. Sample with --conditions FILE (python scripts/sample.py "
                 "--help)."
             )
-        number, dense = pipeline.num_classes, pipeline.dense
+        number, dense, most = pipeline.num_classes, pipeline.dense, most_noise(pipeline)
         names = plan.class_names or [f"class {label}" for label in range(number or 0)]
         return cls(
             checkpoint=checkpoint,
@@ -75,6 +80,7 @@ class Abilities:
             begins=plan.pixels["channels"] in FILED,
             picture=picture_key(reads) is not None,
             hole="masked_latent" in reads,
+            noise=None if most is None else (defaults(pipeline.conditioner).get(LEVEL, 0.0), most),
             map_classes=_classes(dense.map_classes, dense.num_map_classes) if "map" in reads else None,
             box_classes=_classes(dense.box_classes, None) if "boxes" in reads else None,
             longest_side=max((max(height, width) for height, width in pipeline.manifest.sizes or ()), default=0),

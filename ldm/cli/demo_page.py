@@ -5,11 +5,9 @@ that is being worked on in `Page`, by the number of the visit.
 """
 
 import asyncio
-import html
 import secrets
 import shutil
 import time
-import traceback
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
@@ -19,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import torch
 
 from ldm.cli import demo_request
 from ldm.cli.demo_controls import Controls
@@ -37,7 +34,7 @@ from ldm.cli.demo_pictures import (
 )
 from ldm.cli.demo_request import Constants, Limits, Wish
 from ldm.cli.demo_style import COPY, CSS, ON_LOAD, theme
-from ldm.errors import LdmError
+from ldm.cli.demo_told import complaint, ended, progress
 
 KEPT = 60
 """Pictures of a visit that stay in the gallery."""
@@ -224,7 +221,8 @@ class Page:
             pipeline = self.models.pipeline(model, ticket.say)
             abilities = self.models.known[model]
             arguments = demo_request.words(wish, abilities, self.constants)
-            made = demo_request.carried_out(pipeline, self._checked(arguments, abilities), ticket)
+            options, limits = self._checked(arguments, abilities), self.limits.of(abilities)
+            made = demo_request.carried_out(pipeline, options, ticket, limits)
             return shown(made, folder, wish, abilities, model, demo_request.command(arguments))
 
         visit.ticket = self.line.ask(work)
@@ -268,42 +266,6 @@ class Page:
     def _visit(self, request: gr.Request) -> Visit:
         # Of the browser's number nothing is made but a key.
         return self.visits.setdefault(str(request.session_hash), Visit(self.folder / "made" / secrets.token_hex(8)))
-
-
-def progress(ticket: Ticket, ahead: int) -> str:
-    """How far a request is, as HTML."""
-    if ahead:
-        return f"<p class=said>Waiting: {ahead} request{'s' * (ahead > 1)} before yours</p><progress></progress>"
-    if not ticket.step:
-        return f"<p class=said>{html.escape(ticket.doing or 'Starting')}</p><progress></progress>"
-    text = f"Step {ticket.step} of {ticket.steps}"
-    return (
-        f"<p class=said aria-hidden=true>{text}</p>"
-        f'<progress aria-label="{text}" value={ticket.step} max={ticket.steps}></progress>'
-    )
-
-
-def ended(text: str) -> str:
-    """How a request has ended, as HTML."""
-    return f"<p class=said>{html.escape(text)}</p>"
-
-
-def complaint(error: Exception) -> str:
-    """What a visitor is told of an error: at the top of the page for a while, and as HTML to stay."""
-    # Not raised as gr.Error: that writes "Error" over everything that the request would have changed.
-    text = html.escape(said(error))
-    gr.Warning(text)
-    return f"<p class='said wrong'>{text}</p>"
-
-
-def said(error: Exception) -> str:
-    """What a visitor is told of an error; a fault of ours keeps its traceback for the terminal."""
-    if isinstance(error, LdmError):
-        return str(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        return "the device has too little memory for this: ask for fewer pictures at once"
-    traceback.print_exception(error)
-    return f"this failed ({type(error).__name__}); the terminal of the server says more"
 
 
 @contextmanager

@@ -90,6 +90,8 @@ def tuned(wish: Wish, abilities: Abilities) -> dict[str, str]:
     if wish.image is not None:
         began = f"{wish.image.name}, strength {wish.strength:g}"
         found |= {"Picture": wish.image.name} if abilities.picture else {"Begun with": began}
+        if abilities.noise is not None:
+            found["Noise level"] = f"{wish.noise:g}"
         if wish.mask is not None:
             found["Painted anew"] = f"what is white in {wish.mask.name}"
     return found

@@ -37,6 +37,7 @@ class Wish:
         width, height: of the pictures, pixels; both None: of the training pictures.
         low, high: the interval of guidance; `high` empty: without end.
         image, mask: files of the picture to begin with, or that the model reads, and of what is painted anew in it.
+        noise: the level of noise on the picture that the model reads.
         map, layout: files of what a model of maps or layouts reads.
     """
 
@@ -59,6 +60,7 @@ class Wish:
     image: Path | None = None
     mask: Path | None = None
     strength: Number = 0.6
+    noise: Number = 0.0
     map: Path | None = None
     layout: Path | None = None
 
@@ -104,12 +106,15 @@ class Limits:
 
     def require(self, options: Any) -> None:
         """ConfigError, naming it, if a command line asks for more."""
-        asked = [("steps", options.steps, self.steps), ("pictures", options.number, self.pictures)]
-        if self.side is not None:
-            asked += [("width and height", side, self.side) for side in options.size or ()]
-        for what, found, most in asked:
+        for what, found, most in (("steps", options.steps, self.steps), ("pictures", options.number, self.pictures)):
             if found > most:
                 raise ConfigError(f"{what}: expected {most} at most on this page, found {found}")
+        self.require_size(options.size)
+
+    def require_size(self, size: Sequence[int] | None) -> None:
+        """ConfigError for pictures of more pixels, whether the visitor or a picture of theirs asks for them."""
+        if self.side is not None and size is not None and max(size) > self.side:
+            raise ConfigError(f"width and height: expected {self.side} at most on this page, found {max(size)}")
 
 
 def words(wish: Wish, abilities: Abilities, constants: Constants) -> list[str]:
@@ -136,6 +141,8 @@ def words(wish: Wish, abilities: Abilities, constants: Constants) -> list[str]:
         found += _flag("image", str(wish.image))
         found += [] if wish.mask is None else _flag("mask", str(wish.mask))
         found += [] if abilities.picture else _flag("strength", _text(wish.strength))
+        if abilities.noise is not None and wish.noise != abilities.noise[0]:
+            found += _flag("noise-level", _text(wish.noise))
     if wish.map is not None and abilities.map_classes is not None:
         found += _flag("map", str(wish.map))
     if wish.layout is not None and abilities.box_classes is not None:
@@ -206,11 +213,11 @@ def checked(arguments: Sequence[str], limits: Limits = Limits()) -> Any:
     return options
 
 
-def carried_out(pipeline: Pipeline, options: Any, ticket: Ticket) -> list[Sample]:
+def carried_out(pipeline: Pipeline, options: Any, ticket: Ticket, limits: Limits = Limits()) -> list[Sample]:
     """The pictures that the command line asks for.
 
     Raises:
-        ConfigError: settings that cannot be for this model.
+        ConfigError: settings that cannot be for this model, or, by a small picture, too large a result.
         Halted: the request was stopped.
     """
     if options.image is not None:
@@ -218,6 +225,7 @@ def carried_out(pipeline: Pipeline, options: Any, ticket: Ticket) -> list[Sample
     sampler, schedule = named_functions(options)
     conditions = requested(pipeline, options)
     recipe = Recipe(watched(sampler, ticket), schedule, *steering(pipeline, options, str(pipeline.device), conditions))
+    limits.require_size(recipe.size)
     seeds = range(options.seed, options.seed + options.number)
     orders = [Order(condition, seed) for condition in conditions for seed in seeds]
     ticket.say("Sampling")

@@ -64,6 +64,15 @@ CSS = """
   max-height: none !important; }
 #gallery .grid-container { grid-template-columns: repeat(auto-fill, minmax(min(140px, 40%), 1fr)) !important;
   gap: 0.75rem; }
+#legend { padding: 0 !important; }
+#legend p { margin: 0; font-size: 0.85rem; color: var(--body-text-color-subdued); }
+#legend .classes { display: flex; flex-wrap: wrap; gap: 0.3rem 0.9rem; max-height: 9rem; overflow: auto;
+  margin-top: 0.35rem; color: var(--body-text-color); }
+#legend .classes span { border-left: 1em solid; padding-left: 0.3em; }
+#boxes th, #boxes td { font-family: var(--font); font-size: 0.8rem; }
+/* The editors' tools lie on the picture where the page is narrow. */
+#controls .toolbar-wrap { background: var(--background-fill-primary); border-radius: 8px; }
+#drawn img { border: 1px solid var(--border-color-primary); }
 #advice p { margin: 0; color: var(--body-text-color-subdued); font-size: 0.85rem; }
 #gallery .empty { min-height: 18rem; flex-direction: column; gap: 0.5rem; }
 #gallery .empty::after { content: "Pictures appear here"; color: var(--body-text-color-subdued); }

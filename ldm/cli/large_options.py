@@ -6,6 +6,7 @@ from typing import Any
 from ldm.autoencoder.tiling import Tiling
 from ldm.cli.options import whole_number
 from ldm.errors import ConfigError
+from ldm.runtime import signals
 
 
 def add_tiles(add: Callable[..., Any]) -> None:
@@ -27,13 +28,15 @@ def check_tiles(options: Any) -> None:
 def tiling(options: Any, factor: int) -> Tiling | None:
     """What --tile and --overlap say, for an autoencoder that divides by `factor`; None: pictures are made as a whole.
 
-    As many tiles are denoised at once as --batch-size allows pictures, eight at most.
+    As many tiles are denoised at once as --batch-size allows pictures, eight at most. A request to stop is heard after
+    each, since a picture of many may take hours.
     """
     if options.tile is None:
         return None
     tile = options.tile[0], options.tile[-1]
     quarter = max(1, min(tile) // 4 // factor) * factor
-    return Tiling(tile, quarter if options.overlap is None else options.overlap, min(8, options.batch_size))
+    overlap = quarter if options.overlap is None else options.overlap
+    return Tiling(tile, overlap, min(8, options.batch_size), told=lambda *_: signals.stop_if_asked())
 
 
 def tile_settings(tile: Tiling | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@
     python scripts/sample.py -r logs/<run> --image photo.png --mask m.png   # what is white in m.png is painted anew
     python scripts/sample.py -r logs/<run> --image photo.png --mask m.png --resamplings 10  # agrees better
     python scripts/sample.py -r logs/<run of small pictures> --image a.png b.png   # super-resolution, a row each
+    python scripts/sample.py -r logs/<run of small pictures> --image small.png --noise-level 0.2   # hides its faults
     python scripts/sample.py -r logs/<run of small pictures> --image large.png --tile 256   # of any size, in tiles
     python scripts/sample.py -r logs/<run of maps> --map map.png            # the class of each pixel
     python scripts/sample.py -r logs/<run of layouts> --layout boxes.json   # [{"class": "cat", "box": [0, 0, 0.5, 1]}]

@@ -1,10 +1,12 @@
-"""What --image, --mask, --map and --layout say to a model that reads them: conditions of plain values, a row each."""
+"""What --image, --noise-level, --mask, --map and --layout say to a model: conditions of plain values, a row each."""
 
 from collections.abc import Sequence
 from typing import Any
 
+from ldm.diffusion.conditioners.low_resolution import LEVEL
 from ldm.errors import ConfigError
 from ldm.sampling.conditions import Condition
+from ldm.sampling.dense import most_noise
 from ldm.sampling.dense_files import known, picture_key, read_layouts
 from ldm.sampling.pipeline import Pipeline
 
@@ -44,6 +46,8 @@ def dense_rows(pipeline: Pipeline, options: Any) -> list[Condition]:
         columns["map"] = [known(file) for file in options.map]
     if options.layout is not None:
         columns["boxes"] = read_layouts(options.layout, pipeline.dense)
+    if options.noise_level is not None:
+        columns[LEVEL] = [_noise(pipeline, options.noise_level)]
     said = {
         *columns,
         *(("masked_latent",) if "image" in columns else ()),
@@ -52,6 +56,16 @@ def dense_rows(pipeline: Pipeline, options: Any) -> list[Condition]:
     if missing := [key for key in reads if key in FLAGS and key not in said]:
         raise ConfigError(f"this model reads {', '.join(missing)}: say it with {FLAGS[missing[0]]}")
     return _rows(columns)
+
+
+def _noise(pipeline: Pipeline, level: float) -> float:
+    """What --noise-level says, if the model was trained with as much."""
+    most = most_noise(pipeline)
+    if most is None:
+        raise ConfigError(f"--noise-level {level:g}: this model was trained without noise on its picture; leave it out")
+    if level > most:
+        raise ConfigError(f"--noise-level {level:g}: expected 0 to {most:g}, the levels of training")
+    return level
 
 
 def _rows(columns: dict[str, list[Any]]) -> list[Condition]:

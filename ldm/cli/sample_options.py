@@ -61,6 +61,8 @@ def _add_pictures(add: Add) -> None:
         "begin with --image, of which so much is lost, above 0 to 1 (default: 0.6; with --mask 1; a model that "
     )
     add("--strength", type=some_share, help=f"{share_lost}reads pictures: with noise)")
+    hidden = "noise on a small --image, which hides its faults at the price of details: 0 to the most of training"
+    add("--noise-level", type=share, metavar="LEVEL", help=f"{hidden} (default: the model's own, mostly 0)")
     add("--mask", type=path, nargs="+", metavar="FILE", help="with --image: paint anew what is white in this picture")
     add(
         "--map",
@@ -116,9 +118,8 @@ def _add_places(add: Add) -> None:
 
 def _check_together(options: Any) -> None:
     """ConfigError for flags that contradict one another."""
-    others = [
-        flag for flag in ("classes", "prompt", "prompts_file", "map", "layout") if getattr(options, flag) is not None
-    ]
+    alike = ("classes", "prompt", "prompts_file", "map", "layout", "noise_level")
+    others = [flag for flag in alike if getattr(options, flag) is not None]
     if others and options.conditions is not None:
         flag = others[0].replace("_", "-")
         raise ConfigError(f"--{flag} and --conditions: both say what to make; leave one of them out.")
@@ -128,8 +129,9 @@ def _check_together(options: Any) -> None:
         raise ConfigError(f"--size: expected one side, or height and width, found {len(options.size)} numbers.")
     if options.image is None and options.mask is not None:
         raise ConfigError(f"--mask {' '.join(map(str, options.mask))}: belongs to --image FILE, which is missing.")
-    if options.image is None and options.strength is not None:
-        raise ConfigError(f"--strength {options.strength}: belongs to --image FILE, which is missing.")
+    for flag in ("strength", "noise_level"):
+        if options.image is None and (value := getattr(options, flag)) is not None:
+            raise ConfigError(f"--{flag.replace('_', '-')} {value}: belongs to --image FILE, which is missing.")
     check_guidance(options)
     check_tiles(options)
     check_repaint(options)

@@ -1,9 +1,9 @@
 """Progress of long tasks: a bar in a terminal, an occasional line in a log file, where it may take hours."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -15,29 +15,37 @@ LOG_SECONDS = 30.0
 Item = TypeVar("Item")
 
 
+class Show(Protocol):
+    """How far something is."""
+
+    def __call__(self, done: int, total: int, part: str = ...) -> None: ...
+
+
 @contextmanager
-def shown(title: str, silent: bool = False) -> Iterator[Callable[[int, int], None]]:
+def shown(title: str, silent: bool = False) -> Iterator[Show]:
     """Show progress within the block, once there is any: yields a function of (done, total).
 
-    What is done at the first call was there before, and does not count toward the speed.
+    What is done at the first call was there before, and does not count toward the speed. Work in several parts is told
+    by a third argument, the title of the part that it is in now, whose speed is its own.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[times]}"))
     bar = Progress(*columns, disable=silent)
     task = bar.add_task(title, times="")
-    began = said = time.monotonic()
-    found: int | None = None
+    said = time.monotonic()
+    began = {title: said}
+    found: dict[str, int] = {}
 
-    def show(done: int, total: int) -> None:
-        nonlocal said, found
+    def show(done: int, total: int, part: str = title) -> None:
+        nonlocal said
         now = time.monotonic()
-        found = done if found is None else found
-        times = so_far(now - began, done - found, total - found)
-        bar.update(task, completed=done, total=total, times=times)
+        before = found.setdefault(part, done)
+        times = so_far(now - began.setdefault(part, now), done - before, total - before)
+        bar.update(task, description=part, completed=done, total=total, times=times)
         if bar.console.is_terminal:
             bar.start()
         elif not silent and now - said > LOG_SECONDS:
             said = now
-            print(f"{title}: {done}/{total}  {times}", flush=True)
+            print(f"{part}: {done}/{total}  {times}", flush=True)
 
     try:
         yield show

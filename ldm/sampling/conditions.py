@@ -83,7 +83,8 @@ def _column(key: str, values: list[Any]) -> Tensor | list[str]:
         ) from error
     # The type of a map says which number means unlabeled.
     kept = array.dtype in _MAPS if array.ndim > 2 else array.dtype == np.bool_ and array.ndim > 1
-    return torch.from_numpy(array if kept else array.astype(np.float32 if array.dtype.kind == "f" else np.int64))
+    kind = array.dtype if kept else np.float32 if array.dtype.kind == "f" else np.int64
+    return torch.from_numpy(array.astype(kind, copy=False))  # already a copy, of large pictures as well
 
 
 def _padded(conditions: Sequence[Condition]) -> list[Condition]:

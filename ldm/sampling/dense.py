@@ -5,7 +5,7 @@ A condition has, with the model's other keys:
     image, mask       of a model that reads `mask` and `masked_latent`: (C,H,W) in [-1,1], the picture, and (1,H,W), 1
                       where it is painted anew. Elsewhere the sample is the picture, pixel for pixel. (A row of a batch,
                       with `masked_latent` itself, will do; then nothing is known that could be kept.)
-    low_resolution    (C,H/f,W/f) in [-1,1]
+    low_resolution    (C,H/f,W/f) in [-1,1], and, if it is said, `augmentation`, the level of noise that is put on it
     image, pair       (C,H,W) in [-1,1]
     map               (H,W) whole numbers
     boxes             (K,5): left, top, right, bottom in [0,1] of the picture, class; as many as there are
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ldm.autoencoder.tiling import Tiling, encode
+from ldm.diffusion.conditioners.low_resolution import LEVEL, LowResolution
 from ldm.errors import ConfigError
 from ldm.sampling.conditions import Columns, Condition
 from ldm.sizes import Size, spell
@@ -85,6 +86,12 @@ def check(pipeline: "Pipeline", table: Columns, size: Size | None) -> None:
             raise ConfigError(
                 f"conditions: {key}: expected ({spelled}) for samples of {spell((height, width))} pixels, found {found}"
             )
+    levels, most = table.get(LEVEL), most_noise(pipeline)
+    if most is not None and isinstance(levels, Tensor) and bool(((levels < 0) | (levels > most)).any()):
+        raise ConfigError(
+            f"condition {LEVEL}: expected 0 to {most:g}, the levels of training, found "
+            f"{', '.join(f'{level:g}' for level in levels.flatten().unique().tolist())}"
+        )
     boxes, there = table.get("boxes"), table.get("boxes_mask")
     if isinstance(boxes, Tensor) and isinstance(there, Tensor):
         for number, (row, mask) in enumerate(zip(boxes, there, strict=True)):
@@ -108,6 +115,12 @@ def check_boxes(boxes: Tensor, what: str, dense: Dense) -> None:
         if label != int(label) or label < 0 or (most is not None and label >= most):
             known = "0 and up" if most is None else f"0 to {most - 1}"
             raise ConfigError(f"{what}: {box}: expected a class from {known}, found {label:g}")
+
+
+def most_noise(pipeline: "Pipeline") -> float | None:
+    """The highest level of noise that a sample may have put on its low-resolution picture; None: the model has none."""
+    found = [part.most for part in pipeline.denoiser["conditioner"].modules() if isinstance(part, LowResolution)]
+    return max(found, default=0) or None
 
 
 def low_factor(pipeline: "Pipeline") -> int:

@@ -70,18 +70,27 @@ def natural_size(pipeline: "Pipeline", conditions: Sequence[Condition]) -> Size 
     """The size of samples, if none is asked for, that small pictures are made into; None: conditions name none.
 
     Raises:
-        ConfigError: they differ in size.
+        ConfigError: they differ in size, or cannot be made that many times larger.
     """
     files = [one["low_resolution"]["file"] for one in conditions if is_file(one.get("low_resolution"))]
-    sizes = {image_size(file): file for file in files}
+    sizes = {_size_of(Path(file)): file for file in files}
     if len(sizes) > 1:
         (first, one), (second, other), *_ = sizes.items()
         raise ConfigError(
             f"low_resolution: expected pictures of one size, {one} has {spell(first)} pixels and {other} "
             f"{spell(second)}: make them in two calls, or say the size of all samples, --size"
         )
-    factor = low_factor(pipeline)
-    return next(((height * factor, width * factor) for height, width in sizes), None)
+    factor, divided = low_factor(pipeline), pipeline.codec.down_factor
+    for (height, width), file in sizes.items():
+        size = height * factor, width * factor
+        if size[0] % divided or size[1] % divided:
+            raise ConfigError(
+                f"low_resolution: {file}: {factor} times its {spell((height, width))} pixels are {spell(size)}, "
+                f"expected multiples of the autoencoder's down factor {divided}: say the nearest, --size "
+                f"{' '.join(str(max(1, side // divided) * divided) for side in size)}"
+            )
+        return size
+    return None
 
 
 def read(pipeline: "Pipeline", condition: Condition, size: Size | None) -> Condition:
@@ -108,6 +117,14 @@ def read(pipeline: "Pipeline", condition: Condition, size: Size | None) -> Condi
     if "map" in files:
         found["map"] = _map(pipeline, files["map"], files.get("image"), whole)
     return found
+
+
+def _size_of(file: Path) -> Size:
+    """Of a picture, or of an array (H,W,C)."""
+    if file.suffix != ".npy":
+        return image_size(file)
+    height, width = read_array(file).shape[:2]
+    return height, width
 
 
 def _channels(pipeline: "Pipeline") -> int:
@@ -138,10 +155,10 @@ def _pixels(pipeline: "Pipeline", file: Path, size: Size, channels: int | None) 
 def _small(pipeline: "Pipeline", file: Path, size: Size) -> Tensor:
     """A picture of low resolution, for samples of `size`."""
     factor, (height, width) = low_factor(pipeline), size
-    found = read_array(file).shape[:2] if file.suffix == ".npy" else image_size(file)
+    found = _size_of(file)
     if found[0] > height or found[1] > width:
         raise ConfigError(
-            f"low_resolution: {file}: {spell((found[0], found[1]))} pixels are more than the {spell(size)} that are to "
+            f"low_resolution: {file}: {spell(found)} pixels are more than the {spell(size)} that are to "
             f"be made of it: expected about {spell((height // factor, width // factor))}; leave --size out for samples "
             f"{factor} times as large as the picture, or name a smaller picture"
         )
@@ -162,8 +179,7 @@ def _mask(pipeline: "Pipeline", file: Path, image: Path | None, size: Size) -> T
 
 
 def _same_size(file: Path, found: Size, image: Path) -> None:
-    wanted = read_array(image).shape[:2] if image.suffix == ".npy" else image_size(image)
-    if found != (wanted[0], wanted[1]):
+    if found != (wanted := _size_of(image)):
         raise ConfigError(
             f"{file}: expected the size of {image}, {wanted[1]} x {wanted[0]}, found {found[1]} x {found[0]}"
         )

@@ -9,6 +9,7 @@ The initial noise is drawn on the CPU, so that a seed gives the same image on ev
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,13 +22,14 @@ from ldm.diffusion.conditioners.base import defaults
 from ldm.errors import NumericError
 from ldm.images import to_arrays
 from ldm.randomness import Draws
-from ldm.runtime.progress import shown
+from ldm.runtime.progress import Show, shown
 from ldm.sampling import dense
 from ldm.sampling.conditions import Columns, Condition, check_conditions, rows
 from ldm.sampling.guidance import ConditionalDenoiser, Guidance
 from ldm.sampling.img2img import InitImage, inpaint
 from ldm.sampling.samplers import Sampler, ddim
 from ldm.sampling.steps import start
+from ldm.sampling.tile_count import calls, counted
 from ldm.sampling.tiled import tiled
 from ldm.sampling.timesteps import TimestepSchedule, default
 from ldm.sizes import Size, uncropped
@@ -79,7 +81,7 @@ def generate(
         size: (height, width) of the images, pixels; None: that of the training images, or of most of them.
         tile: make them in tiles, as are larger than the training images; one image at a time. None: as a whole.
         batch_size: images generated at once; affects only speed and memory.
-        progress: show a progress bar.
+        progress: show a progress bar, of the pictures, or of their tiles.
 
     Raises:
         ConfigError: conditions that the model does not know, an invalid number of steps, guidance by a model of other
@@ -96,9 +98,10 @@ def generate(
     with shown("sampling", silent=not progress) as show:
         for first in range(0, len(seeds), batch_size):
             show(first, len(seeds))
+            watched = None if tile is None else _shown(tile, show, f"picture {first + 1} of {len(seeds)}")
             few = slice(first, first + batch_size)
             batch = None if table is None else rows(table, few, pipeline.device)
-            images = _images(pipeline, seeds[few], batch, sampler, times, guidance, init_image, shape, tile)
+            images = _images(pipeline, seeds[few], batch, sampler, times, guidance, init_image, shape, watched)
             yield from map(Sample, seeds[few], [None] * len(images) if conditions is None else conditions[few], images)
         show(len(seeds), len(seeds))
 
@@ -134,6 +137,16 @@ def check(
     return table
 
 
+def _shown(tile: Tiling, show: Show, what: str) -> Tiling:
+    """Tiles of which is also shown how many are done."""
+
+    def told(doing: str, done: int, total: int) -> None:
+        tile.told(doing, done, total)
+        show(done, total, f"{what}, {doing} tiles")
+
+    return replace(tile, told=told)
+
+
 # Not inference_mode: training could then not use the tables that objective and manifest cache on a device.
 @torch.no_grad()
 def _images(
@@ -155,11 +168,13 @@ def _images(
         if batch is not None:
             size = torch.empty(number, *shape, device="meta")  # of which a conditioner may read the height and width
             batch = {**batch, "draws": draws, "latent": size}
-        denoise = guidance.denoiser(pipeline, batch, number, _within(pipeline, shape, tile))
+        times = times if init_image is None else init_image.times(times)
+        networks = 1 if guidance.guide is None else 2
+        within = _within(pipeline, shape, tile, lambda: networks * calls(sampler, pipeline.objective, times, device))
+        denoise = guidance.denoiser(pipeline, batch, number, within)
         noise = Draws(SEED, seeds, number).normal("noise", shape).to(device)
         known = None
         if init_image is not None:
-            times = init_image.times(times)
             known = manifest.standardize(encode(pipeline.codec, init_image.image[None], tile)[0])  # (1,c,h,w)
             if (kept := init_image.latent_mask(shape)) is not None:
                 denoise = inpaint(denoise, known, kept.to(device))
@@ -178,14 +193,17 @@ def _images(
 
 
 def _within(
-    pipeline: "Pipeline", shape: tuple[int, int, int], tile: Tiling | None
+    pipeline: "Pipeline", shape: tuple[int, int, int], tile: Tiling | None, calls: Callable[[], int]
 ) -> Callable[[ConditionalDenoiser], ConditionalDenoiser]:
-    """How a network is called on a latent of this `shape`."""
+    """How a network is called on a latent of this `shape`, so many times."""
     if tile is None:
         return lambda denoise: denoise
     factor = pipeline.codec.down_factor
     windows = tile.windows((shape[1] * factor, shape[2] * factor), factor, device=pipeline.device)
-    return partial(tiled, windows=windows, at_once=tile.at_once)
+    if len(windows) == 1:
+        return lambda denoise: denoise
+    done = counted(tile.told, len(windows) * calls())
+    return partial(tiled, windows=windows, at_once=tile.at_once, done=done)
 
 
 @contextmanager

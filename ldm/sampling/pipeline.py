@@ -152,21 +152,30 @@ class Pipeline:
         Raises:
             ConfigError: the autoencoder or the network cannot divide it, or the tiles do not fit it.
         """
-        trained = self.manifest.plan.shape
         if tile is not None:
             tile.require(self.image_size(size), self.codec.down_factor)
-            self.latent_shape(tile.tile)
-        if size is None:
-            return trained
+            self._shape(tile.tile, "tile")
+        return self.manifest.plan.shape if size is None else self._shape(size, "size", whole=tile is None)
+
+    def _shape(self, size: Size, what: str, whole: bool = True) -> tuple[int, int, int]:
+        """Of what a network meets as a `whole`, or in parts; ConfigError, beginning with `what` it is, if it cannot."""
+        trained = self.manifest.plan.shape
         try:
             shape = self.codec.latent_shape(size)
-            if shape != trained and tile is None:
+            if shape != trained and whole:
                 self._require(shape)
         except SizeError as error:
             sizes = ", ".join(spell((height, width)) for height, width in self.manifest.sizes or ())
             known = f" It was trained on {sizes}." if sizes else ""
-            raise ConfigError(f"size {spell(size)}: {error}{known}") from error
+            raise ConfigError(f"{what} {spell(size)}: {error}{known}{self._advice(size)}") from error
         return shape
+
+    def _advice(self, size: Size) -> str:
+        """What a picture that is larger than those of training can do about a network that cannot divide it."""
+        least, factor = self.image_size(), self.codec.down_factor
+        if size[0] % factor or size[1] % factor or min(size[0] - least[0], size[1] - least[1]) < 0:
+            return ""
+        return f" In tiles the network need not: --tile {' '.join(map(str, least))}."
 
     def image_size(self, size: Size | None = None) -> Size:
         """(height, width) of the images that are made, pixels; `size`, or that of the training images."""

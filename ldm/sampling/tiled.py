@@ -5,7 +5,7 @@ step neighbors agree on what they share (Bar-Tal et al. 2023, "MultiDiffusion"; 
 edge: Jiménez 2023, "Mixture of Diffusers").
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from itertools import product
 
@@ -17,7 +17,12 @@ from ldm.diffusion.conditioners.base import Conditioning
 from ldm.sampling.guidance import ConditionalDenoiser
 
 
-def tiled(denoise: ConditionalDenoiser, windows: Sequence[Window], at_once: int) -> ConditionalDenoiser:
+def tiled(
+    denoise: ConditionalDenoiser,
+    windows: Sequence[Window],
+    at_once: int,
+    done: Callable[[int], None] = lambda windows: None,
+) -> ConditionalDenoiser:
     """The estimated x0 of x (N,c,H,W), blended from those of its windows; of one window, `denoise` itself.
 
     The spatial conditions are cut with each window. A vector and tokens are said to every window alike: a caption
@@ -26,6 +31,7 @@ def tiled(denoise: ConditionalDenoiser, windows: Sequence[Window], at_once: int)
     Args:
         windows: all of one size.
         at_once: rows of one call of `denoise`.
+        done: called with how many windows were denoised, in all rows of x, since the last time.
     """
     if len(windows) == 1:
         return denoise
@@ -40,6 +46,7 @@ def tiled(denoise: ConditionalDenoiser, windows: Sequence[Window], at_once: int)
             x0 = denoise(torch.cat([window.of(x[row : row + 1]) for window, row in few]), t, _cut(conditioning, few))
             for (window, row), part in zip(few, x0.split(1), strict=True):
                 window.add(whole[row : row + 1], part)
+            done((first + len(few)) // len(x) - first // len(x))
         return whole
 
     return blended

@@ -1,9 +1,7 @@
 """The page of `ldm demo` as a visitor has it: served by the program, in a headless Chromium."""
 
-import os
 import re
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -11,46 +9,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from io import BytesIO
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
 from ldm.cli import sample
+from tests.demo_visits import ROOT, Served, copied, fill, generate, opened_by, pictures, start
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(sample.__file__).parents[2]
 LONG = "900"  # steps: seconds even of the tiny model
-
-
-class Served(NamedTuple):
-    """The program, and where its page is."""
-
-    process: subprocess.Popen[str]
-    url: str
-
-
-def start(runs: list[Path], folder: Path, **environment: str) -> Served:
-    """`scripts/demo.py` on any free port, with its temporary files in `folder`."""
-    words = [sys.executable, "scripts/demo.py", "-r", *map(str, runs), "--port", "0", "--device", "cpu"]
-    process = subprocess.Popen(
-        words,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "TMPDIR": str(folder), **environment},
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if found := re.search(r"ldm demo: (http://127\.0\.0\.1:\d+)/", line):
-            return Served(process, found[1])
-    raise AssertionError(f"ended with {process.wait()}")
 
 
 @pytest.fixture(scope="module")
@@ -61,59 +31,18 @@ def server(runs, make_runs, tmp_path_factory) -> Iterator[Served]:
     served.process.wait()
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    place = shutil.which("chromium")
-    assert place is not None, "there is no chromium: apt-get install chromium"
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=place, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
 @pytest.fixture
 def visit(browser, server) -> Iterator[Callable[..., Page]]:
     """visit(width=1280) -> the page, opened by a visitor of its own."""
-    contexts = []
+    pages = []
 
-    def opened(width: int = 1280, url: str = server.url) -> Page:
-        contexts.append(browser.new_context(viewport={"width": width, "height": 900}))
-        contexts[-1].grant_permissions(["clipboard-read", "clipboard-write"])
-        page = contexts[-1].new_page()
-        page.set_default_timeout(60_000)
-        expect.set_options(timeout=60_000)
-        page.goto(url)
-        expect(page.get_by_text("16 pixels, 7 steps of training")).to_be_visible()
-        return page
+    def opened(width: int = 1280) -> Page:
+        pages.append(opened_by(browser, width, server.url))
+        return pages[-1]
 
     yield opened
-    for context in contexts:
-        context.close()
-
-
-def fill(page: Page, **settings: str) -> None:
-    for label, value in settings.items():
-        page.get_by_label(label, exact=True).fill(value)
-        page.get_by_label(label, exact=True).blur()
-
-
-def generate(page: Page) -> None:
-    page.get_by_role("button", name="Generate").click()
-
-
-def pictures(page: Page, number: int) -> list[np.ndarray]:
-    """The first pictures of the gallery, as they are downloaded."""
-    expect(page.locator("#status")).to_contain_text("in ")
-    images = page.locator("#gallery button.thumbnail-item img")
-    expect(images.nth(number - 1)).to_be_visible()
-    sources = [images.nth(place).get_attribute("src") for place in range(number)]
-    return [np.asarray(Image.open(BytesIO(page.request.get(str(source)).body()))) for source in sources]
-
-
-def copied(page: Page) -> str:
-    page.get_by_role("button", name="Copy command").click()
-    expect(page.get_by_role("button", name="Copied")).to_be_visible()
-    return str(page.evaluate("navigator.clipboard.readText()"))
+    for page in pages:
+        page.context.close()
 
 
 def test_pictures_are_those_of_the_copied_command(visit, tmp_path):

@@ -30,6 +30,22 @@ def test_what_was_there_before_does_not_count_as_fast(clock, capsys):
     assert "encoding: 550/600  0:40 elapsed, 0:40 left" in capsys.readouterr().out
 
 
+def test_parts_have_titles_and_speeds_of_their_own(clock, capsys):
+    with shown("sampling") as show:
+        show(0, 1)
+        show(0, 4, "denoising")
+        show(2, 4, "denoising")
+        show(0, 2, "decoding")
+        show(1, 2, "decoding")
+        show(1, 1)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert lines == [
+        "denoising: 0/4  0:00 elapsed, ? left",
+        "decoding: 0/2  0:00 elapsed, ? left",
+        "sampling: 1/1  2:00 elapsed, 0:00 left",
+    ]
+
+
 def test_silence(clock, capsys):
     assert [*tracked("abcdef", "drawing", silent=True)] == [*"abcdef"]
     assert capsys.readouterr().out == ""

@@ -121,7 +121,7 @@ def test_tiles_that_do_not_fit_are_refused_before_anything_is_made(pipeline):
     for tile, size, message in (
         (Tiling((18, 16), 4), (32, 32), "tile 18 x 16: expected multiples of the autoencoder's down factor 4"),
         (Tiling((32, 32), 8), None, "tile 32: is larger than the picture, 16"),
-        (Tiling((20, 20), 8), (40, 40), "size 20: "),  # 5 positions, which the network cannot halve
+        (Tiling((20, 20), 8), (40, 40), "tile 20: "),  # 5 positions, which the network cannot halve
         (Tiling((16, 16), 6), (40, 40), "tile overlap 6: expected a multiple"),
     ):
         with pytest.raises(ConfigError, match=message):
