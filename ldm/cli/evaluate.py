@@ -33,7 +33,7 @@ from ldm.evaluation import record
 from ldm.evaluation.feature_store import FeatureStore, key
 from ldm.evaluation.features.base import LOGITS, Features, size
 from ldm.evaluation.features.choose import choose
-from ldm.evaluation.measure import Measured, agreement, check_held_out, measure
+from ldm.evaluation.measure import OF_ITEMS, Measured, agreement, check_held_out, measure
 from ldm.evaluation.pictures.base import Description, Pictures, digest
 from ldm.evaluation.record import Record
 from ldm.evaluation.reference import Reference, identity, save
@@ -95,6 +95,9 @@ def evaluate(options: Any) -> str | None:
     spaces, notes = chosen_spaces(options.features, device)
     classifier = None if options.classifier is None else choose(f"classifier:{options.classifier}", device=device)
     subject = subject_of(options, device)
+    computed = spaces
+    if not {*OF_ITEMS} & {*subject.metrics} and options.save_reference is None:
+        computed, notes = [], []  # the others read no features
     labels = checked_labels(subject.pictures, classifier)
     if (number := len(subject.pictures)) < 2:
         raise DataError(f"{subject.name}: {number} pictures, expected 2 or more: a distribution has a spread")
@@ -106,17 +109,17 @@ def evaluate(options: Any) -> str | None:
         notes += check_sizes(subject.pictures, held_out, "the held-out pictures")
     for one in (reference, held_out):
         if one is not None:
-            one.prepare(spaces, options.batch_size)
+            one.prepare(computed, options.batch_size)
     if options.save_reference is not None and distributed.is_main():
         save(reference, spaces[0], options.save_reference)
     store = FeatureStore(subject.pictures.description(), number)
-    columns = [*subject.columns(spaces), *([] if classifier is None else [subject.column_of(classifier)])]
+    columns = [*subject.columns(computed), *([] if classifier is None else [subject.column_of(classifier)])]
     store.fill(subject.make, columns, options.batch_size, subject.title)
     if not distributed.is_main():
         return None
-    tables = [store.table(key(space)) for space in spaces]
-    measured = measure(spaces, tables, reference, subject.metrics, held_out, subject.asked)
-    measured = subject.completed(measured, store, spaces, reference)
+    tables = [store.table(key(space)) for space in computed]
+    measured = measure(computed, tables, reference, subject.metrics, held_out, subject.asked)
+    measured = subject.completed(measured, store, computed, reference)
     if classifier is not None and labels is not None:
         measured.values.append(agreement(classifier, store.table(key(classifier)), labels))
     measured.notes[:0] = [*notes, *looked_at(subject.pictures, reference, SHOWN)]

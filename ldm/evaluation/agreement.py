@@ -125,8 +125,8 @@ class BoxAgreement(Agreement):
         number = torch.tensor([len(one) for one in boxes])
         hits = torch.zeros(len(boxes), dtype=torch.float64)
         owner = torch.repeat_interleave(torch.arange(len(boxes)), number)
-        hits.index_add_(0, owner, (self._classes_in(images, boxes) == wanted).double())
-        return torch.stack([number.double(), hits], dim=1)
+        hits.index_add_(0, owner, double(self._classes_in(images, boxes) == wanted))
+        return torch.stack([double(number), hits], dim=1)
 
     def notes(self, rows: np.ndarray) -> list[str]:
         empty = int((rows[:, 0] == 0).sum())
@@ -167,7 +167,7 @@ class MapAgreement(Agreement):
             for values, where in ((seen, labeled & (seen == wanted)), (wanted, labeled), (seen, labeled))
         )
         known = labeled.flatten(1).sum(1, keepdim=True)
-        return torch.cat([known, labeled[0].numel() - known, both, asked + drawn - both], dim=1).double()
+        return double(torch.cat([known, labeled[0].numel() - known, both, asked + drawn - both], dim=1))
 
     def notes(self, rows: np.ndarray) -> list[str]:
         share = rows[:, 1].sum() / rows[:, :2].sum()

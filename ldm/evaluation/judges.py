@@ -18,9 +18,9 @@ from ldm.evaluation.features.classifier import Classifier, unit_range
 from ldm.evaluation.features.judge_file import BOXES, MAP, Kind, read, write
 from ldm.evaluation.features.loading import weights_of
 from ldm.evaluation.features.segmenter import Segmenter
-from ldm.ranges import Count
+from ldm.ranges import Count, Resolution
 from ldm.runtime.full_precision import full_precision
-from ldm.sizes import Size, spell
+from ldm.sizes import Size, as_size, spell
 from ldm.weights.digest import weight_hash
 
 SIDE = 32
@@ -38,10 +38,10 @@ class Judge(nn.Module, ABC):
 
     kind: ClassVar[Kind]
 
-    def __init__(self, network: Classifier | Segmenter, size: Size, names: Sequence[str] | None = None) -> None:
+    def __init__(self, network: Classifier | Segmenter, size: Resolution, names: Sequence[str] | None = None) -> None:
         super().__init__()
         self.network: Classifier | Segmenter = network.requires_grad_(False).eval()
-        self.size = size
+        self.size = as_size(size)
         self.names = None if names is None else [*names]
         self.num_classes = network.num_classes
         self.weights = weight_hash(network.state_dict())

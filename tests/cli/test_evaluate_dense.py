@@ -166,6 +166,15 @@ def test_what_is_asked_for_alone_is_measured(dense, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_features_that_no_metric_reads_are_not_computed(dense, monkeypatch):
+    space = Projection(SPACE)
+    monkeypatch.setattr(evaluate, "choose", lambda name, device: space)
+    measured(dense("low_resolution"), "--metrics", "psnr")
+    assert space.seen == 0
+    measured(dense("low_resolution"), "--metrics", "fd")
+    assert space.seen > 0
+
+
 def test_what_nobody_can_judge_is_noted(dense, capsys):
     run = dense("map")
     assert any(note.startswith("map: left out: it needs a segmenter") for note in measured(run).notes)
