@@ -22,6 +22,7 @@ from ldm.evaluation.values import Value
 from ldm.images import to_uint8
 from ldm.latents.columns import pixels
 from ldm.ranges import Count
+from ldm.runtime.float64 import double
 from ldm.runtime.full_precision import full_precision
 from ldm.sampling.conditions import Condition
 from ldm.sampling.shown import HOLE
@@ -221,7 +222,7 @@ class Closeness:
                 assert isinstance(ssim, Tensor)  # a tuple only if its map is requested
                 found.append(ssim)
             found += [distance(shown, real) for distance in self._perceptual.values()]
-        return [one.cpu().double() for one in found]
+        return [double(one.cpu()) for one in found]
 
     def values(self, rows: np.ndarray) -> list[Value]:
         """Means over the samples of which something is made: an empty hole is no work."""
