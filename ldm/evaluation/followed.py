@@ -118,7 +118,7 @@ def mean_filled(made: Followed) -> Tensor:
     holes = hole(made)
     known = made.truths.long() * ~holes
     number = (~holes).sum((2, 3), keepdim=True)
-    mean = (known.sum((2, 3), keepdim=True).double() / number).nan_to_num(HOLE).round()
+    mean = (double(known.sum((2, 3), keepdim=True)) / number).nan_to_num(HOLE).round()
     return torch.where(holes, mean.to(torch.uint8), made.truths)
 
 
