@@ -210,7 +210,7 @@ class Closeness:
         where = self.task.where(made)
         pictures = [made.images, *([] if self.task.without is None else [self.task.without(made)])]
         found = [one for images in pictures for one in self._distances(images, made.truths, where)]
-        return torch.stack([*found, where.double().mean((1, 2, 3))], dim=1)
+        return torch.stack([*found, double(where).mean((1, 2, 3))], dim=1)
 
     def _distances(self, images: Tensor, truths: Tensor, where: Tensor) -> list[Tensor]:
         """Of each picture, (n,) float64 on the CPU, by `_names`."""
@@ -257,7 +257,7 @@ def psnr(images: Tensor, truths: Tensor, where: Tensor) -> Tensor:
     """
     squares = ((images.long() - truths.long()).square() * where).sum((1, 2, 3))
     number = where.sum((1, 2, 3)) * images.shape[1]
-    return (10 * torch.log10(255**2 * number.double() / squares)).nan_to_num(EXACT).clamp(max=EXACT)
+    return (10 * torch.log10(255**2 * double(number) / squares)).nan_to_num(EXACT).clamp(max=EXACT)
 
 
 def turns(number: int, items: int | None) -> np.ndarray:
