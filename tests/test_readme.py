@@ -233,6 +233,11 @@ def run(workshop, tmp_path, monkeypatch, autoencoder_tree, diffusion_tree, tried
     def measured(words: list[str]) -> int:
         """A few of the pictures, in features that need no weights, against those of the workshop."""
         monkeypatch.setattr(evaluate, "choose", lambda name, device: Projection(name))
+        if words[0] == "classifier" and "configs/emoji_scenes" in words[1]:
+            few = [f"data.params.{part}.params.length=8" for part in ("train", "validation")]
+            return evaluate.main([*words[:-1], str(tmp_path / words[-1]), *few, "data.params.resolution=64"])
+        if "_scenes_" in words[1]:  # of whole data sets, with judges: test_evaluate_dense.py, test_evaluate_judges.py
+            return 0 if evaluate.parse(words) else 1
         if words[0] == "compare":
             own = [f"{tmp_path}/{name}.json" for name in "ab"]
             codes = [measured(["-r", "RUN", "--out", record]) for record in own]
