@@ -180,3 +180,15 @@ def test_what_nobody_can_judge_is_noted(dense, capsys):
     assert any(note.startswith("map: left out: it needs a segmenter") for note in measured(run).notes)
     assert evaluate.main(words(run, "--metrics", "map")) == 2
     assert "--metrics map: it needs a segmenter (--segmenter FILE)" in capsys.readouterr().err
+
+
+def test_no_more_samples_are_made_than_the_sheet_shows(dense, monkeypatch):
+    found, made = samples_of(dense("low_resolution"), 24), []
+
+    def noted(pictures, indices):
+        made.append(len(indices))
+        return followed(pictures, indices)
+
+    monkeypatch.setattr(subject, "followed", noted)
+    found.sheet(24)
+    assert made == [12]
