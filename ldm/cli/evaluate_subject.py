@@ -18,7 +18,7 @@ from ldm.evaluation.pictures.base import Scattered
 from ldm.evaluation.pictures.configured import NoSuchPart
 from ldm.evaluation.pictures.stored import opened
 from ldm.evaluation.reference import PicturesReference, Reference, StatisticsReference, holds, holds_statistics
-from ldm.evaluation.subject import Reconstructed, Subject
+from ldm.evaluation.subject import Asked, Reconstructed, Subject
 
 
 def subject_of(options: Any, device: str) -> Subject:
@@ -49,7 +49,7 @@ def reference_of(options: Any, subject: Subject) -> Reference:
     word, *overrides = options.against
     path = Path(os.path.expanduser(word))
     if is_configuration(word):
-        found = configured.of_file(path, overrides, options.trust, options.part or "train")
+        found = configured.of_file(path, overrides, options.trust, _part(options, subject))
         return PicturesReference(found.pictures, f"{path} ({found.part})", options.reference_images)
     if holds_statistics(path):
         needed = holds(path, "arr_0") and {*ONE_BY_ONE} & {*subject.metrics}
@@ -66,7 +66,7 @@ def held_out_of(options: Any, subject: Subject) -> Reference | None:
         return _pictures_reference(options, options.held_out)
     if options.against is None:
         return None if subject.own_held_out is None else subject.own_held_out()
-    if options.part == "validation":
+    if _part(options, subject) == "validation":
         return None
     word, *overrides = options.against
     if not is_configuration(word):
@@ -75,6 +75,11 @@ def held_out_of(options: Any, subject: Subject) -> Reference | None:
         found = configured.of_file(Path(os.path.expanduser(word)), overrides, options.trust, "validation")
         return PicturesReference(found.pictures, f"{word} (validation)")
     return None
+
+
+def _part(options: Any, subject: Subject) -> str:
+    """Of a configuration that is compared with; where items ask for samples, --part says which these are."""
+    return "train" if isinstance(subject, Asked) else options.part or "train"
 
 
 def _pictures_reference(options: Any, path: Path, number: int | None = None) -> PicturesReference:

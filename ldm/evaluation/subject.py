@@ -15,7 +15,7 @@ from ldm.evaluation.measure import Measured, measure
 from ldm.evaluation.pictures.base import Pictures, digest
 from ldm.evaluation.pictures.made import Generated, Reconstruction, Reconstructions
 from ldm.evaluation.reference import Reference
-from ldm.evaluation.sheets import asked_sheet, seeds_sheet
+from ldm.evaluation.sheets import ROWS, asked_sheet, seeds_sheet
 from ldm.evaluation.values import Value
 
 
@@ -182,7 +182,7 @@ class Asked(Subject):
     def sheet(self, number: int) -> np.ndarray:
         """A row a sample: what it was asked by, itself, the baseline where there is one, and its item's picture."""
         assert isinstance(self.pictures, Generated)
-        made = self.make(range(min(number, len(self.pictures))))
+        made = self.make(range(min(number, ROWS, len(self.pictures))))
         without = None if self.task is None else self.task.without
         pipeline = self.pictures.pipeline
         baseline = None if without is None else without(made)

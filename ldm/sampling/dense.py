@@ -87,7 +87,7 @@ def check(pipeline: "Pipeline", table: Columns, size: Size | None) -> None:
                 f"conditions: {key}: expected ({spelled}) for samples of {spell((height, width))} pixels, found {found}"
             )
     levels, most = table.get(LEVEL), most_noise(pipeline)
-    if most is not None and isinstance(levels, Tensor) and bool(((levels < 0) | (levels > most)).any()):
+    if most is not None and isinstance(levels, Tensor) and not bool(((levels >= 0) & (levels <= most)).all()):
         raise ConfigError(
             f"condition {LEVEL}: expected 0 to {most:g}, the levels of training, found "
             f"{', '.join(f'{level:g}' for level in levels.flatten().unique().tolist())}"

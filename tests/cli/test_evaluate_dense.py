@@ -1,13 +1,14 @@
 """`ldm evaluate` of models that read what lies on pictures: beside the truth, and beside what knows nothing."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.cli import evaluate, evaluate_samples
+from ldm.cli import evaluate, evaluate_samples, evaluate_subject
 from ldm.evaluation import feature_store, subject
 from ldm.evaluation.followed import bicubic, followed, mean_filled
 from ldm.evaluation.record import Record
@@ -180,3 +181,31 @@ def test_what_nobody_can_judge_is_noted(dense, capsys):
     assert any(note.startswith("map: left out: it needs a segmenter") for note in measured(run).notes)
     assert evaluate.main(words(run, "--metrics", "map")) == 2
     assert "--metrics map: it needs a segmenter (--segmenter FILE)" in capsys.readouterr().err
+
+
+def test_no_more_samples_are_made_than_the_sheet_shows(dense, monkeypatch):
+    found, made = samples_of(dense("low_resolution"), 24), []
+
+    def noted(pictures, indices):
+        made.append(len(indices))
+        return followed(pictures, indices)
+
+    monkeypatch.setattr(subject, "followed", noted)
+    found.sheet(24)
+    assert made == [12]
+
+
+def test_held_out_items_ask_and_training_pictures_of_another_configuration_are_compared_with(dense, monkeypatch):
+    run = dense("low_resolution")
+    options = evaluate.parse(words(run, "--part", "validation", "--against", "other.yaml"))
+    found = evaluate_samples.samples(options, run, "cpu")
+    parts = []
+
+    def of_file(path, overrides, trust, part):
+        parts.append(part)
+        return SimpleNamespace(pictures=found.own_reference().pictures, part=part)
+
+    monkeypatch.setattr(evaluate_subject.configured, "of_file", of_file)
+    assert evaluate_subject.reference_of(options, found).name == "other.yaml (train)"
+    assert evaluate_subject.held_out_of(options, found).name == "other.yaml (validation)"
+    assert parts == ["train", "validation"]

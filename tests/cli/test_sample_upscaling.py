@@ -173,3 +173,12 @@ def test_a_model_without_noise_has_no_level_of_it(run, runs, small, tmp_path, ca
     assert "this model was trained without noise on its picture; leave it out" in capsys.readouterr().err
     assert not out.exists()
     assert run("--image", small(16, 16), model=clean)[0] == 0
+
+
+def test_a_level_that_is_no_number_is_refused_before_anything_is_made(run, small, tmp_path, capsys):
+    rows = [{"low_resolution": str(small(16, 16)), "augmentation": float("nan")}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    code, out = run("--conditions", tmp_path / "rows.json")
+    assert code == 2
+    assert "the levels of training, found nan" in capsys.readouterr().err
+    assert not out.exists()
