@@ -236,7 +236,7 @@ class Closeness:
             found.append(mean_value(name, asked[:, place], items, better))
             if self.task.without is not None:
                 beside = asked[:, len(self._names) + place]
-                found.append(mean_value(f"{name}, {self.task.baseline}", beside, items, better))
+                found.append(mean_value(f"{name}, {self.task.baseline}", beside, items, ""))  # of no model
         return found
 
     def notes(self, rows: np.ndarray) -> list[str]:

@@ -176,7 +176,7 @@ class Asked(Subject):
         for value in values:
             found.append(value)
             if (beside := of_baseline.get((value.metric, value.features))) is not None:
-                found.append(replace(beside, metric=f"{value.metric}, {self.task.baseline}"))
+                found.append(replace(beside, metric=f"{value.metric}, {self.task.baseline}", better=""))
         return found
 
     def sheet(self, number: int) -> np.ndarray:

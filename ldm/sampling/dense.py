@@ -120,7 +120,7 @@ def check_boxes(boxes: Tensor, what: str, dense: Dense) -> None:
 def most_noise(pipeline: "Pipeline") -> float | None:
     """The highest level of noise that a sample may have put on its low-resolution picture; None: the model has none."""
     found = [part.most for part in pipeline.denoiser["conditioner"].modules() if isinstance(part, LowResolution)]
-    return max(found, default=0) or None
+    return min((most for most in found if most > 0), default=None)
 
 
 def low_factor(pipeline: "Pipeline") -> int:
