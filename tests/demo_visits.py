@@ -27,6 +27,7 @@ class Served(NamedTuple):
 def start(runs: list[Path], folder: Path, **environment: str) -> Served:
     """`scripts/demo.py` on any free port, with its temporary files in `folder`."""
     words = [sys.executable, "scripts/demo.py", "-r", *map(str, runs), "--port", "0", "--device", "cpu"]
+    words += ["--max-pictures", "1000"]  # some are asked for that nobody waits for
     process = subprocess.Popen(
         words,
         stdout=subprocess.PIPE,

@@ -20,7 +20,8 @@ from tests.demo_visits import ROOT, Served, copied, fill, generate, opened_by, p
 
 pytestmark = pytest.mark.slow
 
-LONG = "900"  # steps: seconds even of the tiny model
+LONG = "900"  # steps
+MANY = "1000"  # pictures: with so many steps minutes even of the tiny model, which a slow browser does not miss
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def test_a_picture_to_begin_with_and_paint_on_it(visit, tmp_path):
 
 def test_progress_stop_and_the_next_request(visit):
     page = visit()
-    fill(page, Steps=LONG, Pictures="64")
+    fill(page, Steps=LONG, Pictures=MANY)
     generate(page)
     expect(page.locator("#status")).to_contain_text(re.compile(rf"Step \d+ of {LONG}"))
     before = page.get_by_role("progressbar").get_attribute("value")
@@ -114,7 +115,7 @@ def test_progress_stop_and_the_next_request(visit):
 def test_two_visitors_get_their_own_and_the_second_sees_the_line(visit):
     one, other = visit(), visit()
     other.get_by_role("button", name="dog").click()
-    fill(one, Steps="1000", Pictures="64")  # for as long as nobody stops it
+    fill(one, Steps="1000", Pictures=MANY)  # for as long as nobody stops it
     fill(other, Steps="3", Pictures="1", Seed="50")
     generate(one)
     expect(one.locator("#status")).to_contain_text("Step")
@@ -133,7 +134,7 @@ def test_two_visitors_get_their_own_and_the_second_sees_the_line(visit):
 
 def test_who_closes_the_page_is_no_longer_waited_for(visit):
     one, other = visit(), visit()
-    fill(one, Steps="1000", Pictures="64")
+    fill(one, Steps="1000", Pictures=MANY)
     generate(one)
     expect(one.locator("#status")).to_contain_text("Step")
     one.close()
@@ -241,7 +242,7 @@ def test_ctrl_c_ends_a_request_in_the_middle(runs, browser, tmp_path):
     page = context.new_page()
     page.goto(served.url)
     expect(page.get_by_text("16 pixels, 7 steps of training")).to_be_visible(timeout=60_000)
-    fill(page, Steps="1000", Pictures="64")
+    fill(page, Steps="1000", Pictures=MANY)
     generate(page)
     expect(page.locator("#status")).to_contain_text("Step", timeout=60_000)
     began = time.monotonic()
