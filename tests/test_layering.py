@@ -46,7 +46,13 @@ FENCED = {
     "tokenizers": {"ldm.diffusion.conditioners.tokenizer"},
     "peft": {"ldm.interop"},
     "fsspec": {"ldm.data.sources"},
-    "gradio": {"ldm.cli.demo", "ldm.cli.demo_page", "ldm.cli.demo_controls", "ldm.cli.demo_style", "ldm.cli.demo_told"},
+    "gradio": {
+        "ldm.cli.demo",
+        "ldm.cli.demo_page",
+        "ldm.cli.demo_controls",
+        "ldm.cli.demo_style",
+        "ldm.cli.demo_messages",
+    },
     "huggingface_hub": {"ldm.interop", "ldm.weights"},
 }
 

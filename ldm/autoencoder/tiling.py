@@ -34,12 +34,12 @@ from ldm.sizes import Size, nearest, spell
 
 T = TypeVar("T")
 
-Told = Callable[[str, int, int], None]
+Report = Callable[[str, int, int], None]
 """What is being done ("decoding"), and how many tiles of it are done, of how many; what it raises ends the work."""
 
 
-def unsaid(doing: str, done: int, total: int) -> None:
-    """Nobody is told."""
+def unreported(doing: str, done: int, total: int) -> None:
+    """To nobody."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Tiling:
             layers take more memory, has one at a time.)
         surveys: times that all tiles go through the autoencoder beforehand, which then normalizes each by the mean and
             variance of the whole picture (whole_norms.py); 0: by its own. As much time again for each.
-        told: called after each tile, or after those that are denoised at once.
+        report: called after each tile, or after those that are denoised at once.
 
     Raises:
         ConfigError: an overlap of nothing, or of more than half a tile.
@@ -80,7 +80,7 @@ class Tiling:
     overlap: int
     at_once: int = 8
     surveys: int = 1
-    told: Told = field(default=unsaid, compare=False)
+    report: Report = field(default=unreported, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 < 2 * self.overlap <= min(self.tile):
@@ -217,8 +217,8 @@ def _each(
             for number, pair in enumerate(pairs, 1):
                 norms.weights = pair[0].weights
                 work(*pair)
-                tiling.told(doing, survey * len(pairs) + number, total)
+                tiling.report(doing, survey * len(pairs) + number, total)
     with norms.applied():
         for number, pair in enumerate(pairs, 1):
             yield pair, work(*pair)
-            tiling.told(doing, surveys * len(pairs) + number, total)
+            tiling.report(doing, surveys * len(pairs) + number, total)

@@ -21,6 +21,7 @@ import gradio as gr
 from ldm.cli import demo_request
 from ldm.cli.demo_controls import Controls
 from ldm.cli.demo_line import Halted, Line, Ticket
+from ldm.cli.demo_messages import complaint, ended, progress
 from ldm.cli.demo_models import Abilities, Models
 from ldm.cli.demo_pictures import (
     Shown,
@@ -34,7 +35,6 @@ from ldm.cli.demo_pictures import (
 )
 from ldm.cli.demo_request import Constants, Limits, Wish
 from ldm.cli.demo_style import COPY, CSS, ON_LOAD, theme
-from ldm.cli.demo_told import complaint, ended, progress
 
 KEPT = 60
 """Pictures of a visit that stay in the gallery."""

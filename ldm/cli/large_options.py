@@ -36,7 +36,7 @@ def tiling(options: Any, factor: int) -> Tiling | None:
     tile = options.tile[0], options.tile[-1]
     quarter = max(1, min(tile) // 4 // factor) * factor
     overlap = quarter if options.overlap is None else options.overlap
-    return Tiling(tile, overlap, min(8, options.batch_size), told=lambda *_: signals.stop_if_asked())
+    return Tiling(tile, overlap, min(8, options.batch_size), report=lambda *_: signals.stop_if_asked())
 
 
 def tile_settings(tile: Tiling | None) -> dict[str, Any]:

@@ -25,8 +25,8 @@ class Show(Protocol):
 def shown(title: str, silent: bool = False) -> Iterator[Show]:
     """Show progress within the block, once there is any: yields a function of (done, total).
 
-    What is done at the first call was there before, and does not count toward the speed. Work in several parts is told
-    by a third argument, the title of the part that it is in now, whose speed is its own.
+    What is done at the first call was there before, and does not count toward the speed. Of work in
+    several parts a third argument is the title of the one that it is in now, whose speed is its own.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[times]}"))
     bar = Progress(*columns, disable=silent)

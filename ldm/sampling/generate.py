@@ -140,11 +140,11 @@ def check(
 def _shown(tile: Tiling, show: Show, what: str) -> Tiling:
     """Tiles of which is also shown how many are done."""
 
-    def told(doing: str, done: int, total: int) -> None:
-        tile.told(doing, done, total)
+    def report(doing: str, done: int, total: int) -> None:
+        tile.report(doing, done, total)
         show(done, total, f"{what}, {doing} tiles")
 
-    return replace(tile, told=told)
+    return replace(tile, report=report)
 
 
 # Not inference_mode: training could then not use the tables that objective and manifest cache on a device.
@@ -202,7 +202,7 @@ def _within(
     windows = tile.windows((shape[1] * factor, shape[2] * factor), factor, device=pipeline.device)
     if len(windows) == 1:
         return lambda denoise: denoise
-    done = counted(tile.told, len(windows) * calls())
+    done = counted(tile.report, len(windows) * calls())
     return partial(tiled, windows=windows, at_once=tile.at_once, done=done)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ldm.autoencoder.tiling import Told
+from ldm.autoencoder.tiling import Report
 from ldm.diffusion.objectives import Objective
 from ldm.randomness import Draws
 from ldm.sampling.samplers import Sampler
@@ -24,13 +24,13 @@ def calls(sampler: Sampler, objective: Objective, times: Tensor, device: torch.d
     return made
 
 
-def counted(told: Told, total: int) -> Callable[[int], None]:
+def counted(report: Report, total: int) -> Callable[[int], None]:
     """A function of how many tiles more are denoised, of `total`."""
     done = 0
 
     def count(tiles: int) -> None:
         nonlocal done
         done += tiles
-        told("denoising", done, total)
+        report("denoising", done, total)
 
     return count

@@ -23,16 +23,16 @@ def pipeline(runs):
 
 
 def notes(pipeline, **settings):
-    """What is told of two pictures' tiles: {what is being done: [(done, total), ...]} of the last one."""
+    """What is reported of two pictures' tiles: {what is being done: [(done, total), ...]} of the last one."""
     found: dict[str, list[tuple[int, int]]] = {}
 
-    def told(doing, done, total):
+    def report(doing, done, total):
         if done <= (found.get(doing) or [(0, 0)])[-1][0]:
             found[doing] = []
         found.setdefault(doing, []).append((done, total))
 
     given = {"tile": Tiling((16, 16), 8, at_once=3), "size": SIZE, "steps": 4, **settings}
-    given["tile"] = replace(given["tile"], told=told)
+    given["tile"] = replace(given["tile"], report=report)
     assert len([*generate(pipeline, [1, 2], [{"class_label": 0}, {"class_label": 1}], **given)]) == 2
     return found
 

@@ -1,4 +1,4 @@
-"""What a visitor of the page is told of a request: how far it is, how it has ended, what was wrong."""
+"""Messages to a visitor of the page: how far a request is, how it has ended, what was wrong."""
 
 import html
 import traceback
@@ -29,7 +29,7 @@ def ended(text: str) -> str:
 
 
 def complaint(error: Exception) -> str:
-    """What a visitor is told of an error: at the top of the page for a while, and as HTML to stay."""
+    """The message of an error to a visitor: at the top of the page for a while, and as HTML to stay."""
     # Not raised as gr.Error: that writes "Error" over everything that the request would have changed.
     text = html.escape(said(error))
     gr.Warning(text)
@@ -37,7 +37,7 @@ def complaint(error: Exception) -> str:
 
 
 def said(error: Exception) -> str:
-    """What a visitor is told of an error; a fault of ours keeps its traceback for the terminal."""
+    """The message of an error to a visitor; a fault of ours keeps its traceback for the terminal."""
     if isinstance(error, LdmError):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError):
