@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from ldm.data.datamodule import ElasticDataModule
-from ldm.diffusion.conditioners.base import Conditioner, Keeping, dropped, require_conditioner
+from ldm.diffusion.conditioners.base import Conditioner, Conditioning, Keeping, dropped, require_conditioner
 from ldm.diffusion.conditioners.token_transformer import TokenTransformer
+from ldm.diffusion.masked_loss import MaskedLoss
 from ldm.diffusion.metrics import Output, standard
 from ldm.diffusion.objectives import Network, Objective
 from ldm.errors import ConfigError
@@ -68,6 +69,7 @@ class LatentDiffusion(LightningModule):
         metrics: validation metrics by name, beside the standard ones of ldm/diffusion/metrics.py (loss, loss_ema,
             latent_std) or in place of the one of that name; null: without it.
         adapter: trained instead of the denoiser (ldm/interop/lora.py); None: all of the denoiser is trained.
+        masked_loss: where errors count, for inpainting; None: everywhere alike.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class LatentDiffusion(LightningModule):
         compile_blocks: bool = False,
         metrics: Mapping[str, Metric | None] | None = None,
         adapter: Adapter | None = None,
+        masked_loss: MaskedLoss | None = None,
     ) -> None:
         super().__init__()
         require_conditioner(conditioner)
@@ -97,6 +100,7 @@ class LatentDiffusion(LightningModule):
         self.label_dropout = label_dropout
         self.gradient_clip = gradient_clip
         self.compile_blocks = compile_blocks
+        self.masked_loss = masked_loss
         self.metrics = ValidationMetrics(standard(), metrics)
         self._images_per_step = 0
         self._step_mean = StepMean()
@@ -140,6 +144,11 @@ class LatentDiffusion(LightningModule):
                 "gradients can be neither measured nor clipped before; leave it out, or use precision bf16-mixed"
             )
 
+    def loss(self, network: Network, conditioning: Conditioning, batch: Batch) -> Tensor:
+        """The objective's losses of a batch's rows, with errors weighted as `masked_loss` says: (N,)."""
+        weights = None if self.masked_loss is None else self.masked_loss(batch)
+        return self.objective.loss(network, batch["latent"], conditioning, batch["draws"], weights)
+
     def total_loss(self, batch: Batch) -> Tensor:
         """The training loss, a scalar: mean over the batch, with label dropout."""
         latent, draws = batch["latent"], batch["draws"]
@@ -148,7 +157,7 @@ class LatentDiffusion(LightningModule):
         if self.label_dropout > 0:
             chosen = draws.uniform("label_dropout") < self.label_dropout  # (N,)
             conditioning = dropped(conditioner, batch, len(latent)).where(chosen, conditioning)
-        return self.objective.loss(network, latent, conditioning, draws).mean()
+        return self.loss(network, conditioning, batch).mean()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self.total_loss(batch)
@@ -184,7 +193,7 @@ class LatentDiffusion(LightningModule):
         losses = []
         for denoiser in (self.denoiser, self.ema.average):
             network, conditioner = parts(denoiser)
-            losses.append(self.objective.loss(network, batch["latent"], conditioner(batch), batch["draws"]))
+            losses.append(self.loss(network, conditioner(batch), batch))
         return Output(*losses)
 
     def on_validation_epoch_start(self) -> None:

@@ -34,6 +34,11 @@ def rowwise(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
+def _mean(errors: Tensor, weights: Tensor | None) -> Tensor:
+    """Mean of (N, ...) over all but the batch dimension, each error times its weight: (N,)."""
+    return (errors if weights is None else errors * weights).flatten(1).mean(1)
+
+
 class Objective(nn.Module):
     """Any combination of path, prediction, weighting and distribution of noise levels.
 
@@ -109,19 +114,30 @@ class Objective(nn.Module):
         """
         return self.path.timesteps(steps)
 
-    def loss(self, net: Network, x0: Tensor, conditioning: Conditioning, draws: Draws) -> Tensor:
-        """Weighted error of the prediction at the sampled noise levels, mean over all but the batch dimension: (N,)."""
+    def loss(
+        self, net: Network, x0: Tensor, conditioning: Conditioning, draws: Draws, weights: Tensor | None = None
+    ) -> Tensor:
+        """Weighted error of the prediction at the sampled noise levels, mean over all but the batch dimension: (N,).
+
+        Args:
+            net: the network.
+            x0: (N, C, H, W), data.
+            conditioning: of its rows.
+            draws: their randomness.
+            weights: (N, 1, H, W), by which the error of each pixel counts; None: all alike.
+        """
         t = self.path.to_time(self.levels(draws.stratified("timestep")))  # (N,)
         noise = draws.normal("noise", x0.shape[1:])
         alpha, sigma = self.alpha(t), self.sigma(t)
         a, s = rowwise(alpha, x0), rowwise(sigma, x0)
         output = self._output(net, a * x0 + s * noise, t, conditioning)
         target = self.prediction.target(x0, noise, a, s)
-        error = self.distance(output, target).flatten(1).mean(1)
+        error = _mean(self.distance(output, target), weights)
         before = self._snr((t - self.path.vlb_step).clamp(min=0))
         loss = self.weighting(error, Level(self._snr(t), before, self.prediction.x0_error_scale(alpha, sigma)))
         if self.direction_weight > 0:
-            loss = loss + self.direction_weight * (1 - F.cosine_similarity(output, target, dim=1)).flatten(1).mean(1)
+            angle = 1 - F.cosine_similarity(output, target, dim=1)[:, None]  # (N, 1, H, W)
+            loss = loss + self.direction_weight * _mean(angle, weights)
         return loss
 
     def denoise(self, net: Network, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:

@@ -90,7 +90,7 @@ def _second_stage(
     latent, rows = batch["latent"], len(batch["latent"])
     network, conditioner = parts(model.ema.average)  # of which the others are copies
     with _named("model", origin, "in validation, "), torch.no_grad():
-        model.objective.loss(network, latent, conditioner(batch), batch["draws"])
+        model.loss(network, conditioner(batch), batch)
     with _named("model", origin, "for its samples, "), torch.no_grad():
         denoise = partial(model.objective.denoise, network)
         guided = classifier_free(denoise, conditioner(batch), dropped(conditioner, batch, rows), 2.0)

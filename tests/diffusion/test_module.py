@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 from ldm.data.datamodule import ElasticDataModule
 from ldm.diffusion.conditioners.base import Unconditional
 from ldm.diffusion.conditioners.classes import ClassOneHot, ClassVector
-from ldm.diffusion.module import LatentDiffusion
+from ldm.diffusion.masked_loss import MaskedLoss
+from ldm.diffusion.module import LatentDiffusion, parts
 from ldm.diffusion.networks.edm2 import MagnitudePreservingUNet, MPConv
 from ldm.diffusion.networks.unet import UNet
 from ldm.diffusion.noise_schedules import SqrtLinear
@@ -128,6 +129,20 @@ def test_a_resumed_schedule_is_the_configured_one(tmp_path):
     longer = make_module(schedule=Linear(20))
     trainer = fit(longer, Latents(BATCH, start=5 * BATCH), 10, tmp_path, ckpt_path=tmp_path / "five.ckpt")
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-2 * 0.5)
+
+
+def test_errors_are_weighted_in_training_and_validation():
+    batch = make_batch(range(8))
+    batch["mask"] = torch.zeros(8, 1, 8, 8)
+    batch["mask"][:, :, 2:4, 4:] = 1
+    plain, masked = make_module(label_dropout=0.0), make_module(label_dropout=0.0, masked_loss=MaskedLoss(0.2))
+    network, conditioner = parts(masked.denoiser)
+    expected = masked.objective.loss(
+        network, batch["latent"], conditioner(batch), batch["draws"], MaskedLoss(0.2)(batch)
+    )
+    assert torch.equal(masked.total_loss(batch), expected.mean())
+    assert torch.equal(masked.evaluate(batch).loss, expected)
+    assert not torch.allclose(plain.total_loss(batch), expected.mean(), rtol=1e-3)
 
 
 def test_everything_random_depends_on_the_sample_number_alone():
