@@ -144,7 +144,7 @@ class LatentDiffusion(LightningModule):
                 "gradients can be neither measured nor clipped before; leave it out, or use precision bf16-mixed"
             )
 
-    def loss(self, network: Network, conditioning: Conditioning, batch: Batch) -> Tensor:
+    def loss(self, network: Network, conditioning: Conditioning, batch: Mapping[str, Any]) -> Tensor:
         """The objective's losses of a batch's rows, with errors weighted as `masked_loss` says: (N,)."""
         weights = None if self.masked_loss is None else self.masked_loss(batch)
         return self.objective.loss(network, batch["latent"], conditioning, batch["draws"], weights)
