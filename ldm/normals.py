@@ -70,7 +70,7 @@ class CounterBased(Normals):
         bits = words(starts, strides, -(-count // 2)).view(torch.int32).unflatten(1, (-1, 2))
         pairs = torch.empty(rows, 2, bits.shape[1], dtype=torch.float32, device=device)
         _box_muller(bits[..., 0], bits[..., 1], pairs)
-        return pairs.flatten(1)[:, :count].reshape(rows, *shape).to(dtype)
+        return pairs.flatten(1)[:, :count].reshape(rows, *shape).contiguous().to(dtype)
 
 
 def words(starts: Tensor, strides: Tensor, count: int) -> Tensor:
@@ -124,7 +124,7 @@ def _box_muller(radius: Tensor, angle: Tensor, out: Tensor) -> None:
 
 
 def _negative_log(u: Tensor) -> Tensor:
-    """-ln u of float32 in (0, 1], within 1e-6; 0 where u is 1."""
+    """-ln u of float32 in (0, 1]: relative error below 4e-7; 0 where u is 1."""
     bits = u.view(torch.int32)
     exponent = (bits - 0x3F3504F3) >> 23  # that of sqrt(1/2), so that u = m 2^exponent with m in [sqrt(1/2), sqrt(2))
     m = (bits - (exponent << 23)).view(torch.float32)
