@@ -5,7 +5,7 @@ function of (seed, epoch)), its crop and flip, the posterior draw, the timestep,
 labels. No random state is restored from a checkpoint, because everything can be recomputed; nothing
 depends on the world size, on accumulation or on worker processes, because none of them is part of the address.
 
-All devices agree bit for bit. Runs from before their configuration named what their noise and order are made by go on
+Devices agree bit for bit where their float32 rounds as IEEE 754 says. Runs from before their configuration named what their noise and order are made by go on
 as they were: `GeneratorPerRow`, by which a GPU's noise differs from the CPU's, and `StoredPermutation`.
 """
 
