@@ -54,8 +54,8 @@ class CounterBased(Normals):
 
     Each number is computed from its row's key and its place in the row (Salmon et al. 2011, "Parallel random numbers:
     as easy as 1, 2, 3"): 64 bits of SplitMix64 for each two numbers, of which Box and Muller's transform makes normals.
-    Logarithm, root, sine and cosine are computed here in +, -, * and / of float32, one at a time, since the standard says
-    how these round; the functions of libraries do as they like (even torch's square root on the CPU).
+    Logarithm, root, sine and cosine are computed here in +, -, * and / of float32, one at a time, since the standard
+    says how these round; the functions of libraries do as they like (even torch's square root on the CPU).
 
     Magnitudes go up to 6.66, which one normal in 4e10 exceeds.
     """

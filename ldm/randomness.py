@@ -5,8 +5,9 @@ function of (seed, epoch)), its crop and flip, the posterior draw, the timestep,
 labels. No random state is restored from a checkpoint, because everything can be recomputed; nothing
 depends on the world size, on accumulation or on worker processes, because none of them is part of the address.
 
-Devices agree bit for bit where their float32 rounds as IEEE 754 says. Runs from before their configuration named what their noise and order are made by go on
-as they were: `GeneratorPerRow`, by which a GPU's noise differs from the CPU's, and `StoredPermutation`.
+Devices agree bit for bit where their float32 rounds as IEEE 754 says. Runs from before a configuration named what makes
+noise and order go on as they were: by `GeneratorPerRow`, whose noise on a GPU is not that on the CPU, and
+`StoredPermutation`.
 """
 
 import math
