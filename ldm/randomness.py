@@ -1,21 +1,28 @@
 """Addressable randomness: every random number of a run is a function of (seed, purpose, sample number).
 
 The sample number counts the images the run has seen, over all ranks. It determines which image comes next (a
-permutation of (seed, epoch)), its crop and flip, the posterior draw, the timestep, the noise and the dropped
+function of (seed, epoch)), its crop and flip, the posterior draw, the timestep, the noise and the dropped
 labels. No random state is restored from a checkpoint, because everything can be recomputed; nothing
 depends on the world size, on accumulation or on worker processes, because none of them is part of the address.
 
-Two devices of one type agree bit for bit; a GPU's normal draws differ from the CPU's (another generator).
+Devices agree bit for bit where their float32 rounds as IEEE 754 says. Runs from before a configuration named what makes
+noise and order go on as they were: by `GeneratorPerRow`, whose noise on a GPU is not that on the CPU, and
+`StoredPermutation`.
 """
 
+import math
 import zlib
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.normals import CounterBased, Normals
 from ldm.ranges import Count, CountOrZero, Seed
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -49,6 +56,74 @@ def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=int(keys(seed, "order", epoch)[0]))).permutation(length)
 
 
+Visits = Callable[[Sequence[int]], list[int]]
+"""Places of epochs that follow on one another -> the items there; place p lies in epoch p // length."""
+
+
+class Order(ABC):
+    """In which order items are visited: each once an epoch, and each epoch in an order of its own."""
+
+    @abstractmethod
+    def __call__(self, seed: int, length: int) -> Visits:
+        """Of so many items; a function of the arguments."""
+
+
+class StoredPermutation(Order):
+    """`permutation`, of which the last two are kept, since both are in use where they meet: 8 bytes an item each."""
+
+    def __call__(self, seed: int, length: int) -> Visits:
+        of_epoch = lru_cache(maxsize=2)(lambda epoch: permutation(seed, epoch, length))
+        return lambda places: [int(of_epoch(place // length)[place % length]) for place in places]
+
+
+class KeyedBijection(Order):
+    """Each place by itself, whatever the number of items: `bijected`."""
+
+    def __call__(self, seed: int, length: int) -> Visits:
+        return lambda places: bijected(seed, length, places).tolist()
+
+
+_ROUNDS = 20  # with 16 the orders of six to eight items are not yet equally likely
+
+
+def bijected(seed: int, length: int, places: np.ndarray | Sequence[int]) -> np.ndarray:
+    """The items at places of epochs of `length` items: int64 (N,). Needs no memory but that of its result.
+
+    A Feistel network on pairs (x, y), which number at least `length`; what it leads out of the items is led on until it
+    is back (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    """
+    epochs, numbers = np.divmod(np.asarray(places, dtype=np.int64), length)
+    rounds = keys(seed, "place", epochs[:, None] * _ROUNDS + np.arange(_ROUNDS))  # (N, rounds)
+    width = math.isqrt(length - 1) + 1
+    width += width % 2  # with two odd sides only even permutations could be reached
+    shuffled = partial(_feistel, width=np.uint64(width), height=np.uint64(-(-length // width)))
+    found = shuffled(numbers.astype(np.uint64), rounds)
+    while len(outside := np.flatnonzero(found >= length)):
+        found[outside] = shuffled(found[outside], rounds[outside])
+    return found.astype(np.int64)
+
+
+def _feistel(numbers: np.ndarray, rounds: np.ndarray, width: np.uint64, height: np.uint64) -> np.ndarray:
+    """A bijection of 0 .. width * height - 1 for each of the keys: uint64 (N,), (N, rounds) -> (N,)."""
+    y, x = np.divmod(numbers, width)
+    with np.errstate(over="ignore"):
+        for across, down in zip(rounds.T[::2], rounds.T[1::2], strict=True):
+            x = (x + (_mix(across + y * _GOLDEN) >> np.uint64(1))) % width  # 63 bits, so that the sum is exact
+            y = (y + (_mix(down + x * _GOLDEN) >> np.uint64(1))) % height
+    return y * width + x
+
+
+@dataclass(frozen=True)
+class Randomness:
+    """What makes a run's noise and order: the section `randomness` of its configuration."""
+
+    normals: Normals = field(default_factory=CounterBased)
+    order: Order = field(default_factory=KeyedBijection)
+
+
+STANDARD = Randomness()
+
+
 @contextmanager
 def ambient(seed: int, purpose: str, number: int) -> Iterator[None]:
     """Within the block torch's global CPU generator is a function of the arguments; restored afterwards.
@@ -71,6 +146,7 @@ class Draws:
         batch_size: the *global* batch size, the block over which `stratified` spreads.
         device: where the draws are made.
         first: the first sample number of the global batch; None: a multiple of `batch_size`.
+        normals: what makes noise.
     """
 
     def __init__(
@@ -80,29 +156,27 @@ class Draws:
         batch_size: Count,
         device: torch.device | str = "cpu",
         first: CountOrZero | None = None,
+        normals: Normals = STANDARD.normals,
     ) -> None:
         self.seed = seed
         self.numbers = np.atleast_1d(np.asarray(numbers, dtype=np.int64))
         self.batch_size = batch_size
         self.device = torch.device(device)
         self.first = first
+        self.normals = normals
 
     def __getitem__(self, rows: slice) -> "Draws":
         """Those of some rows of the batch."""
-        return Draws(self.seed, self.numbers[rows], self.batch_size, self.device, self.first)
+        return Draws(self.seed, self.numbers[rows], self.batch_size, self.device, self.first, self.normals)
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def normal(self, purpose: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        """Standard normal noise: (N, *shape), one generator per row."""
-        out = torch.empty(len(self), *shape, dtype=dtype, device=self.device)
+        """Standard normal noise: (N, *shape)."""
         if self.device.type == "meta":
-            return out
-        generator = torch.Generator(self.device)
-        for row, key in zip(out, keys(self.seed, purpose, self.numbers).tolist(), strict=True):
-            row.normal_(generator=generator.manual_seed(key))
-        return out
+            return torch.empty(len(self), *shape, dtype=dtype, device=self.device)
+        return self.normals(keys(self.seed, purpose, self.numbers), shape, self.device, dtype)
 
     def uniform(self, purpose: str) -> Tensor:
         """Independent uniforms in [0, 1): (N,) float32."""

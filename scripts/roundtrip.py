@@ -94,7 +94,7 @@ def compared(run: Path, folder: Path, sheet: Path) -> int:
 
     ours = Pipeline.load(run)
     labels = range(ours.num_classes or 0)
-    noise = Draws(SEED, labels, len(labels)).normal("noise", ours.manifest.plan.shape)
+    noise = Draws(SEED, labels, len(labels), normals=ours.normals).normal("noise", ours.manifest.plan.shape)
     made = ours.generate(
         labels, [{"class_label": label} for label in labels], steps=STEPS, guidance=Guidance(scale=GUIDANCE)
     )

@@ -5,6 +5,7 @@ Every number here is a function of constants, so the statistical bounds either a
 
 import itertools
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldm.randomness import Draws, ambient, keys, permutation
+from ldm.normals import GeneratorPerRow
+from ldm.randomness import Draws, KeyedBijection, StoredPermutation, ambient, bijected, keys, permutation
 
 SEEDS = st.integers(-(2**70), 2**70)
 unhurried = settings(deadline=None, max_examples=50)  # other work on the machine is no failure
@@ -90,6 +92,81 @@ class TestPermutation:
         assert np.abs(correlation).max() * math.sqrt(2_000) < 4
 
 
+class TestOrders:
+    def test_a_stored_one_is_the_permutations_one_after_the_other(self):
+        expected = np.concatenate([permutation(5, epoch, 7) for epoch in range(9)]).tolist()
+        assert StoredPermutation()(5, 7)(range(63)) == expected
+        assert StoredPermutation()(5, 7)([62, 0, 20]) == [expected[place] for place in (62, 0, 20)]
+
+    @pytest.mark.parametrize("length", range(1, 301))
+    def test_a_bijection_of_each_length(self, length):
+        found = bijected(7, length, np.arange(3 * length)).reshape(3, length)
+        assert found.dtype == np.int64
+        assert (np.sort(found) == np.arange(length)).all()
+
+    @unhurried
+    @given(
+        seed=SEEDS,
+        length=st.one_of(st.integers(1, 300), st.integers(1, 2**40)),
+        places=st.lists(st.integers(0, 2**50), min_size=1, max_size=20),
+    )
+    def test_each_place_by_itself(self, seed, length, places):
+        items = KeyedBijection()(seed, length)
+        together = items(places)
+        assert all(type(item) is int and 0 <= item < length for item in together)
+        assert together == [item for place in places for item in items([place])]
+
+    @pytest.mark.parametrize("length", [2, 3, 4, 5, 6, 7])
+    def test_all_orders_are_equally_likely(self, length):
+        every = math.factorial(length)
+        found = bijected(1, length, np.arange(200 * every * length)).reshape(-1, length)
+        _, counts = np.unique(found @ length ** np.arange(length), return_counts=True)
+        assert len(counts) == every
+        chi_square = ((counts - 200) ** 2 / 200).sum()
+        assert abs(chi_square - (every - 1)) / math.sqrt(2 * (every - 1)) < 4
+
+    @pytest.mark.parametrize("length", [50, 101, 256])
+    def test_each_item_is_as_often_in_each_place(self, length):
+        epochs = 4_000
+        found = bijected(2, length, np.arange(epochs * length)).reshape(epochs, length)
+        counts = np.stack([np.bincount(place, minlength=length) for place in found.T])
+        freedom, mean = (length - 1) ** 2, epochs / length
+        assert abs(((counts - mean) ** 2 / mean).sum() - freedom) / math.sqrt(2 * freedom) < 4
+        follows = np.bincount(((found[:, 1:] - found[:, :-1]) % length).ravel(), minlength=length)[1:]
+        expected = follows.sum() / (length - 1)
+        assert abs(((follows - expected) ** 2 / expected).sum() - (length - 2)) / math.sqrt(2 * (length - 2)) < 4
+
+    def test_seeds_and_epochs_give_unrelated_orders(self):
+        orders = np.concatenate([bijected(seed, 2_000, range(6_000)).reshape(3, -1) for seed in range(3)])
+        correlation = np.corrcoef(orders) - np.eye(9)
+        assert np.abs(correlation).max() * math.sqrt(2_000) < 4
+
+    def test_any_stretch_of_a_billion_items_is_spread_evenly_over_them(self):
+        for start in (0, 123_456_789, 10**9 - 5_000, 7 * 10**12):
+            found = np.sort(bijected(3, 10**9, np.arange(start, start + 10_000))) / 1e9
+            ranks = np.arange(1, 10_001) / 10_000
+            assert np.abs(found - ranks).max() * math.sqrt(10_000) < 1.95
+
+    def test_a_billion_items_need_no_memory(self):
+        tracemalloc.start()
+        try:
+            items = KeyedBijection()(0, 10**9)
+            for place in (0, 10**9 - 500, 3 * 10**15):
+                assert len(set(items(range(place, place + 1_024)))) >= 1_023  # two epochs may meet in it
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < 2**20
+
+    def test_these_for_ever(self):
+        # A run resumed by a later version is the same run only while this holds.
+        assert bijected(0, 10, range(12)).tolist() == [7, 9, 2, 6, 3, 0, 1, 5, 4, 8, 0, 9]
+        far = [0, 1, 10**9, 7 * 10**12]
+        assert bijected(42, 10**9, far).tolist() == [206930472, 57530276, 424486973, 224780375]
+        assert permutation(0, 0, 10).tolist() == [9, 3, 5, 4, 2, 6, 7, 8, 0, 1]
+        assert permutation(42, 3, 10).tolist() == [3, 1, 6, 9, 8, 7, 5, 4, 2, 0]
+
+
 class TestAmbient:
     def test_a_function_of_its_arguments(self):
         def drawn(*address) -> list[float]:
@@ -151,6 +228,13 @@ class TestNormal:
             lambda draws: draws.stratified("timestep"),
         ):
             assert torch.cat([draw(part) for part in parts]).equal(draw(whole))
+
+    def test_is_made_by_what_it_is_given_also_in_a_part(self):
+        draws = Draws(2, range(6), 6, normals=GeneratorPerRow())
+        expected = GeneratorPerRow()(keys(2, "noise", range(6)), (3,), torch.device("cpu"))
+        assert draws.normal("noise", (3,)).equal(expected)
+        assert draws[2:4].normal("noise", (3,)).equal(expected[2:4])
+        assert not Draws(2, range(6), 6).normal("noise", (3,)).equal(expected)
 
     def test_dtype_and_empty_shape(self):
         draws = Draws(0, [3, 4], 2)

@@ -14,6 +14,7 @@ from ldm.autoencoder.losses import AutoencoderLoss
 from ldm.autoencoder.module import AutoencoderKL
 from ldm.checkpoints import store
 from ldm.config.load import build
+from ldm.config.randomness import STANDARD
 from ldm.diffusion.module import LatentDiffusion
 from ldm.interop.lora import LoRA
 from ldm.latents.manifest import CacheSpec, Manifest
@@ -101,7 +102,8 @@ def save_diffusion(
         class_names=classes,
     )
     manifest = Manifest(plan, mean=[0.5] * 4, std=[2.0] * 4, broken=[], shards=[])
-    record = {"kind": "diffusion", "config": {"model": {"params": params}}, "latents": manifest.to_dict()}
+    config = {"randomness": STANDARD, "model": {"params": params}}
+    record = {"kind": "diffusion", "config": config, "latents": manifest.to_dict()}
     save_run(folder, module, record)
     return module
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ldm import files, run_folder
 from ldm.cli import program
 from ldm.cli.options import parse
+from ldm.config import randomness
 from ldm.config.load import Config, build
 from ldm.errors import CheckpointError, ConfigError
 from ldm.run_folder import RunFolder
@@ -110,6 +111,7 @@ def prepare(start: resume.Start, options: Options) -> tuple[Any, dict[str, Any],
     facts = data.facts()
     start.config.check(facts)  # again, now that the facts are filled in
     tree = start.config.resolved(facts)
+    data.randomness = randomness.chosen(tree, options.trust)
     if options.scale_lr and start.is_new:
         for optimizer in ("optimizer", "discriminator_optimizer"):
             params = (tree["model"]["params"].get(optimizer) or {}).get("params", {})

@@ -18,10 +18,11 @@ from ldm.config.tree import Node, dotted, nearest, show
 from ldm.errors import ConfigError
 from ldm.ranges import Count, CountOrZero, Fraction, FractionAboveZero, Positive, Seed
 
-_SECTIONS = ("name", "seed", "model", "data", "lightning", "init_from")
+_SECTIONS = ("name", "seed", "randomness", "model", "data", "lightning", "init_from")
 _LIGHTNING = ("trainer", "logger", "callbacks", "strategy")
 _NODE = ("target", "params", "partial")
 _TRAINER = "pytorch_lightning.Trainer"
+_RANDOMNESS = "ldm.randomness.Randomness"
 _NOT_IN_TRAINER = {
     "logger": "write it as lightning.logger",
     "callbacks": "write them as lightning.callbacks",
@@ -195,6 +196,7 @@ def full_look_up(trust: Sequence[str]) -> LookUp:
 def parameters(root: Node, look_up: LookUp) -> list[str]:
     """Problems with the params of every node, checked against the signatures and hints of the classes."""
     problems = [problem for key, node in _nodes(root, "") for problem in _node_parameters(key, node, look_up)]
+    problems += _randomness(root.children.get("randomness"), look_up)
     lightning = root.children.get("lightning")
     trainer = lightning.children.get("trainer") if lightning else None
     if trainer and isinstance(trainer.value, dict) and (signature := look_up(_TRAINER, False)):
@@ -205,6 +207,15 @@ def parameters(root: Node, look_up: LookUp) -> list[str]:
         signature = _with_auto_precision(replace(signature, parameters=ranged))
         problems += _arguments("lightning.trainer", Node(given, trainer.origin), _TRAINER, signature, look_up)
     return problems
+
+
+def _randomness(node: Node | None, look_up: LookUp) -> Iterator[str]:
+    if node is None:
+        return
+    if not isinstance(node.value, dict) or node.is_object:
+        yield _problem("randomness", node, f"expected a mapping with normals, order, found {show(node)}")
+    elif signature := look_up(_RANDOMNESS, False):
+        yield from _arguments("randomness", node, _RANDOMNESS, signature, look_up)
 
 
 def _with_auto_precision(trainer: Signature) -> Signature:

@@ -13,7 +13,7 @@ times. Up to any time t there are thus f_b t batches of bucket b, give or take l
 for each batch's place in its interval is drawn anew (stratified sampling, with jitter). Because the total up to time t
 is t, give or take the number of buckets, any step is found by sorting a few batches around it.
 
-What: the images of bucket b, one batch after the other, visit its items in the order of a permutation of (seed, b,
+What: the images of bucket b, one batch after the other, visit its items in an order that is a function of (seed, b,
 epoch of the bucket), and so without end.
 """
 
@@ -27,9 +27,9 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Sampler
 
-from ldm.data.elastic_sampler import Address, accumulation, divisors, order, visited
+from ldm.data.elastic_sampler import Address, accumulation, divisors
 from ldm.errors import ConfigError, DataError
-from ldm.randomness import keys, permutation
+from ldm.randomness import STANDARD, Order, keys, permutation
 from ldm.ranges import Count, CountOrZero, Seed
 
 _STRETCH = 256  # steps that are sorted at once
@@ -78,12 +78,15 @@ class BucketOrder:
         lengths: items of each bucket, none empty.
         sizes: images of a global batch of each bucket.
         seed: the run's seed.
+        order: of the items of a bucket.
 
     Raises:
         DataError: there are no items, or a bucket has none.
     """
 
-    def __init__(self, lengths: Sequence[Count], sizes: Sequence[Count], seed: Seed) -> None:
+    def __init__(
+        self, lengths: Sequence[Count], sizes: Sequence[Count], seed: Seed, order: Order = STANDARD.order
+    ) -> None:
         if not lengths or min(lengths) < 1:
             raise DataError(f"0 batches: expected items in every bucket, found {list(lengths)}")
         self.lengths = [int(length) for length in lengths]
@@ -96,7 +99,7 @@ class BucketOrder:
         self._cycle = sum(self._weights)
         self._epochs = divisor // math.gcd(common, divisor)
         self._seeds = [int(key) for key in keys(seed, "bucket", range(len(weights)))]
-        self._orders = [order(*pair) for pair in zip(self._seeds, self.lengths, strict=True)]
+        self._items = [order(*pair) for pair in zip(self._seeds, self.lengths, strict=True)]
         self._starts = Rows(self.lengths).starts
         self._stretch = lru_cache(maxsize=8)(self._sorted)
 
@@ -121,8 +124,8 @@ class BucketOrder:
     def rows(self, batch: Batch, first: int, number: int) -> list[int]:
         """The rows of `number` images of a batch from its image `first` on."""
         places = range(batch.place + first, batch.place + first + number)
-        bucket, start = batch.bucket, self._starts[batch.bucket]
-        return [start + item for item in visited(places, self._orders[bucket], self.lengths[bucket])]
+        start = self._starts[batch.bucket]
+        return [start + item for item in self._items[batch.bucket](places)]
 
     def rows_of(self, numbers: Sequence[int]) -> list[int]:
         """The rows that sample numbers refer to."""

@@ -12,12 +12,12 @@ from ldm.data.bucket_order import BucketBatchSampler, BucketOrder, bucket_accumu
 from ldm.data.bucketed import BucketedImages, Bucketing
 from ldm.data.buckets import Buckets
 from ldm.data.dataset import ImageDataset, box_classes, has_captions, map_classes, require_channels
-from ldm.data.elastic_sampler import ElasticBatchSampler, accumulation, items, validation_batches
+from ldm.data.elastic_sampler import ElasticBatchSampler, accumulation, validation_batches
 from ldm.data.held_out import hold_out
 from ldm.data.loading import BrokenImages, TransformedDataset, collate
 from ldm.data.transforms import EvalTransform, TrainTransform, Transform, TransformOfSize
 from ldm.errors import ConfigError, DataError
-from ldm.randomness import Draws
+from ldm.randomness import STANDARD, Draws, Randomness, Visits
 from ldm.ranges import Count, CountOrZero, Fraction, Resolution, Seed
 from ldm.runtime import distributed
 from ldm.runtime.signals import held_back, ignore_in_worker
@@ -47,10 +47,12 @@ class ElasticDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.trust: Sequence[str] = ()
         """Packages besides ldm's own that the configuration inside a checkpoint may name (`--trust`)."""
+        self.randomness: Randomness = STANDARD
+        """What the run's noise and order are made by."""
         self.bucketing: Bucketing | None = None
         """Of data sets with pictures of several sizes; set by the module that has them."""
         self._resumed = {"images_seen": 0, "step": 0}
-        self._num_items = 0
+        self._items: Visits | None = None
         self._order: BucketOrder | None = None
         self.accumulation(1)
 
@@ -128,12 +130,15 @@ class ElasticDataModule(LightningDataModule):
         """
         world = distributed.world_size()
         layout = {"accumulation": self.accumulation(world), "rank": distributed.rank(), "world_size": world}
+        order = self.randomness.order
         if isinstance(length, int):
-            self._num_items = length
-            sampler = ElasticBatchSampler(length, self.batch_size, self.seed, lambda: self.images_seen, **layout)
+            self._items = order(self.seed, length)
+            sampler = ElasticBatchSampler(
+                length, self.batch_size, self.seed, lambda: self.images_seen, **layout, order=order
+            )
             return self._loader(dataset, sampler, collate_fn)
         assert self.bucketing is not None, "lengths are those of its buckets"
-        self._order = BucketOrder(length, self.bucketing.batch_sizes(), self.seed)
+        self._order = BucketOrder(length, self.bucketing.batch_sizes(), self.seed, order)
         rank_zero_info(f"buckets\n{self.bucketing.table()}")
         position = lambda: (self._step, self.images_seen)  # noqa: E731
         return self._loader(dataset, BucketBatchSampler(self._order, position, **layout), collate_fn)
@@ -172,7 +177,7 @@ class ElasticDataModule(LightningDataModule):
         if self._order is not None:
             found = self._order.rows_of([number - self._ahead for number in numbers])
         else:
-            found = items(numbers, self.seed, self._num_items) if self._num_items else []
+            found = [] if self._items is None else self._items(numbers)
         return list(dict.fromkeys(self.source(item) for item in found))
 
     def source(self, item: int) -> str:
@@ -182,14 +187,14 @@ class ElasticDataModule(LightningDataModule):
     def attach_draws(self, batch: dict[str, Any], device: torch.device) -> Draws:
         """Replace a batch's `sample_number` by `draws`; in training also seed the ambient generators."""
         training = self.trainer is not None and bool(self.trainer.training)
-        numbers = batch.pop("sample_number")
+        numbers, normals = batch.pop("sample_number"), self.randomness.normals
         if not training:
-            draws = Draws(VALIDATION_SEED, numbers, self.batch_size, device)
+            draws = Draws(VALIDATION_SEED, numbers, self.batch_size, device, normals=normals)
         elif self._order is None:
-            draws = Draws(self.seed, numbers, self.batch_size, device)
+            draws = Draws(self.seed, numbers, self.batch_size, device, normals=normals)
         else:
             found = self._order.batch(self._order.step_of(int(numbers[0]) - self._ahead))
-            draws = Draws(self.seed, numbers, found.size, device, first=self._ahead + found.first)
+            draws = Draws(self.seed, numbers, found.size, device, self._ahead + found.first, normals)
         batch["draws"] = draws
         if training:
             draws.seed_ambient()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config.load import build
+from ldm.config.randomness import STANDARD
 from ldm.interop.sources import Source
 
 BATCH_SIZE = 8
@@ -99,6 +100,7 @@ class Denoiser:
         latents: the manifest that the checkpoint held, of a model of ours; None: the rest of this describes them.
         objective: the weights of its objective, such as those of a learned weighting.
         data: parameters of the data module, beside those that every run has: `aligned`, `drawn`, `masked`.
+        randomness: the section of a model of ours, so that its samples stay the same.
     """
 
     name: str
@@ -115,6 +117,7 @@ class Denoiser:
     latents: Mapping[str, Any] | None = None
     objective: Mapping[str, Tensor] = field(default_factory=dict)
     data: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    randomness: Mapping[str, Any] = field(default_factory=lambda: STANDARD)
 
 
 Converted = FirstStage | Denoiser

@@ -20,6 +20,7 @@ from ldm import files, run_folder
 from ldm.autoencoder.codec import Codec
 from ldm.checkpoints import store
 from ldm.config.load import build, to_yaml
+from ldm.config.randomness import STANDARD
 from ldm.errors import CheckpointError, ConfigError
 from ldm.interop.models import BATCH_SIZE, RUN, Converted, Denoiser, FirstStage, Origin, Request, node
 from ldm.interop.sources import Source
@@ -75,6 +76,7 @@ def _autoencoder_run(converted: FirstStage, name: str, source: Source) -> dict[s
     config = {
         "name": name,
         "seed": 23,
+        "randomness": STANDARD,
         "model": node(
             "autoencoder.module.AutoencoderKL",
             **{**converted.params, "optimizer": converted.params.get("optimizer", _ADAM)},
@@ -102,6 +104,7 @@ def _denoiser_run(
     config = {
         "name": name,
         "seed": 23,
+        "randomness": dict(converted.randomness),
         "model": node(
             "diffusion.module.LatentDiffusion", **_placed(converted.params, folder), optimizer=_ADAM, ema=_EMA
         ),

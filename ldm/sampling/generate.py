@@ -164,7 +164,7 @@ def _images(
     number, device, manifest = len(seeds), pipeline.device, pipeline.manifest
     batch = None if batch is None else dense.completed(pipeline, batch, tile)
     with _evaluating(pipeline.denoiser):
-        draws = Draws(SEED, seeds, number, device)
+        draws = Draws(SEED, seeds, number, device, normals=pipeline.normals)
         if batch is not None:
             size = torch.empty(number, *shape, device="meta")  # of which a conditioner may read the height and width
             batch = {**batch, "draws": draws, "latent": size}
@@ -172,7 +172,7 @@ def _images(
         networks = 1 if guidance.guide is None else 2
         within = _within(pipeline, shape, tile, lambda: networks * calls(sampler, pipeline.objective, times, device))
         denoise = guidance.denoiser(pipeline, batch, number, within)
-        noise = Draws(SEED, seeds, number).normal("noise", shape).to(device)
+        noise = Draws(SEED, seeds, number, normals=pipeline.normals).normal("noise", shape).to(device)
         known = None
         if init_image is not None:
             known = manifest.standardize(encode(pipeline.codec, init_image.image[None], tile)[0])  # (1,c,h,w)

@@ -16,6 +16,7 @@ from torch import nn
 from ldm.autoencoder.codec import Codec, with_encoder
 from ldm.autoencoder.tiling import Tiling
 from ldm.checkpoints import store
+from ldm.config import randomness
 from ldm.config.load import build
 from ldm.config.tree import current_plain
 from ldm.diffusion.conditioners.base import Conditioner, drops_all, kept_keys, require_conditioner
@@ -23,6 +24,8 @@ from ldm.diffusion.objectives import Objective
 from ldm.errors import CheckpointError, ConfigError
 from ldm.images import picture
 from ldm.latents.manifest import Manifest, same_encoder
+from ldm.normals import Normals
+from ldm.randomness import STANDARD
 from ldm.sampling.conditions import Condition
 from ldm.sampling.dense import Dense
 from ldm.sampling.generate import UNGUIDED, generate
@@ -50,6 +53,7 @@ class Pipeline:
         label_dropout: the fraction of images that it was trained on without their conditions.
         origin: where the weights come from, in plain values: {"checkpoint", "step", "weights"}.
         dense: what is known of its pictures, maps and layouts as conditions.
+        normals: what makes the noise that samples begin with, and that samplers add.
     """
 
     denoiser: nn.ModuleDict
@@ -59,6 +63,7 @@ class Pipeline:
     label_dropout: float
     origin: Mapping[str, Any] = field(default_factory=dict)
     dense: Dense = field(default_factory=Dense)
+    normals: Normals = STANDARD.normals
 
     @classmethod
     def load(
@@ -85,7 +90,8 @@ class Pipeline:
         verified = store.verify(Path(path))
         state, file = store.load(verified), verified.path
         record = store.facts(state, "diffusion", file)
-        params = current_plain(record["config"], str(file))["model"]["params"]
+        config = current_plain(record["config"], str(file))
+        params = config["model"]["params"]
         denoiser = nn.ModuleDict({name: build(params[name], trust) for name in ("network", "conditioner")})
         require_conditioner(denoiser["conditioner"])
         if params.get("adapter"):
@@ -101,7 +107,10 @@ class Pipeline:
         denoiser.requires_grad_(False).eval()
         dropout = params.get("label_dropout", 0.0)
         dense = Dense.of(record.get("data") or {})
-        return cls(denoiser.to(device), objective.to(device), codec.to(device), manifest, dropout, origin, dense)
+        normals = randomness.chosen(config, trust).normals
+        return cls(
+            denoiser.to(device), objective.to(device), codec.to(device), manifest, dropout, origin, dense, normals
+        )
 
     @classmethod
     def from_module(
@@ -111,16 +120,18 @@ class Pipeline:
         manifest: Manifest,
         ema: bool = True,
         facts: Mapping[str, Any] | None = None,
+        normals: Normals = STANDARD.normals,
     ) -> "Pipeline":
         """From a model in training, whose weights it shares; `codec` should be on the module's device.
 
         Args:
             facts: of the data module.
+            normals: of the run.
         """
         denoiser = module.ema.average if ema else module.denoiser
         assert isinstance(denoiser, nn.ModuleDict)
         dense = Dense.of(facts or {})
-        return cls(denoiser, module.objective, codec, manifest, module.label_dropout, dense=dense)
+        return cls(denoiser, module.objective, codec, manifest, module.label_dropout, dense=dense, normals=normals)
 
     @property
     def device(self) -> torch.device:

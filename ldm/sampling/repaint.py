@@ -79,4 +79,4 @@ def noisier(objective: Objective, x: Tensor, s: Tensor, t: Tensor, noise: Tensor
 def _apart(draws: Draws, number: int) -> Draws:
     """Draws of the same rows, independent for each `number`."""
     seed = int(keys(draws.seed, "resampling", number)[0])
-    return Draws(seed, draws.numbers, draws.batch_size, draws.device, draws.first)
+    return Draws(seed, draws.numbers, draws.batch_size, draws.device, draws.first, draws.normals)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm import run_folder
+from ldm.config import randomness
 from ldm.config.load import Config
 from ldm.config.merging import apply, merge
 from ldm.config.tree import Node, from_plain
@@ -134,7 +135,7 @@ def _written_new(options: Options) -> Node:
 
 
 def _new(options: Options) -> Start:
-    root = _written_new(options)
+    root = randomness.written(_written_new(options))
     name = _name(options, root)
     run_folder.check_name(f"{name}{options.postfix}")
     return Start(Config(root, options.trust), root.plain(), name)

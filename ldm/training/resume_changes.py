@@ -29,7 +29,7 @@ from ldm.files import expanded
 
 # A key is bound to the run when it is, or lies under, one of these; all others may change freely.
 _BOUND = (
-    *("seed", "model", "data", "init_from"),
+    *("seed", "randomness", "model", "data", "init_from"),
     *(
         "lightning.trainer.precision",
         "lightning.trainer.gradient_clip_val",

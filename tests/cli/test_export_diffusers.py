@@ -12,6 +12,7 @@ import torch
 from ldm.autoencoder.codec import Codec
 from ldm.cli import convert, export
 from ldm.config.load import build
+from ldm.config.randomness import STANDARD
 from ldm.diffusion.module import LatentDiffusion
 from ldm.images import to_arrays
 from ldm.interop.diffusers_models.check import loaded
@@ -48,7 +49,8 @@ def made(root: Path, **more: Any) -> Path:
     pixels = {"resolution": 16, "channels": 3}
     plan = CacheSpec((4, 4, 4), 10, "", pixels, made_by, len(CLASSES), CLASSES)
     manifest = Manifest(plan, mean=[0.5, 0.0, -0.5, 0.1], std=[2.0, 1.0, 0.5, 1.5], broken=[], shards=[])
-    record = {"kind": "diffusion", "config": {"model": {"params": params}}, "latents": manifest.to_dict()}
+    config = {"randomness": STANDARD, "model": {"params": params}}
+    record = {"kind": "diffusion", "config": config, "latents": manifest.to_dict()}
     return save_run(root / "2026-01-01T00-00-01_tiny_diffusion", module, record)
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from ldm.data.bucket_order import BucketBatchSampler, BucketOrder, Rows, bucket_validation_batches
 from ldm.errors import ConfigError, DataError
+from ldm.randomness import KeyedBijection, StoredPermutation
 
 unhurried = settings(deadline=None, max_examples=40)
 
@@ -109,8 +110,9 @@ def test_class_shares_do_not_shift():
         assert abs(np.mean(seen) - labels.mean()) < 0.02
 
 
-def test_items_of_a_bucket_come_in_permutations():
-    order = BucketOrder([12, 30], [5, 7], seed=4)
+@pytest.mark.parametrize("of_items", [KeyedBijection(), StoredPermutation()])
+def test_items_of_a_bucket_come_in_permutations(of_items):
+    order = BucketOrder([12, 30], [5, 7], seed=4, order=of_items)
     streams: dict[int, list[int]] = {0: [], 1: []}
     for step in range(400):
         batch = order.batch(step)

@@ -15,13 +15,12 @@ from pytorch_lightning import LightningModule, Trainer
 
 from ldm.data.datamodule import VALIDATION_SEED, ImageDataModule
 from ldm.data.dataset import Subset
-from ldm.data.elastic_sampler import items
 from ldm.data.held_out import hold_out
 from ldm.data.loading import TransformedDataset, chosen
 from ldm.data.sources.folder import ImageFolder
 from ldm.data.transforms import EvalTransform
 from ldm.errors import ConfigError, DataError
-from ldm.randomness import Draws
+from ldm.randomness import Draws, KeyedBijection
 from ldm.runtime.signals import ignore_in_worker
 from tests.tiny_features import CaptionedPictures
 
@@ -204,7 +203,7 @@ def test_sample_numbers_lead_to_their_files(make, image_folder):
     module = make()
     batches = [batch for batch, _ in zip(module.train_dataloader(), range(4), strict=False)]
     for batch in batches:
-        files = module.sources(batch["sample_number"].tolist())
+        files = [file for number in batch["sample_number"].tolist() for file in module.sources([number])]
         for file, image in zip(files, batch["image"], strict=True):
             whole = EvalTransform(16)(Image.open(file).convert("RGB"))
             assert image.equal(whole) or image.equal(whole.flip(-1))
@@ -341,9 +340,10 @@ def test_of_several_captions_the_sample_number_chooses_one():
     for seed in (3, 3, 4):
         data = ImageDataModule(pictures, batch_size=4, resolution=16, seed=seed, num_validation=3)
         seen.setdefault(seed, []).append([batch["caption"] for batch in data.val_dataloader()])
+        items = KeyedBijection()(seed, 9)
         for batch in itertools.islice(data.train_dataloader(), 9):
             for number, caption in zip(batch["sample_number"].tolist(), batch["caption"], strict=True):
-                several = data.train_dataset.captions(items([number], seed, 9)[0])
+                several = data.train_dataset.captions(items([number])[0])
                 assert caption == several[int(chosen(seed, [number], [len(several)])[0])]
     assert seen[3][0] == seen[3][1] == seen[4][0]
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ldm.data.elastic_sampler import ElasticBatchSampler, accumulation, divisors, validation_batches
 from ldm.errors import ConfigError, DataError
-from ldm.randomness import permutation
+from ldm.randomness import STANDARD, KeyedBijection, Order, StoredPermutation
 
 SIZES = st.integers(1, 40)
 unhurried = settings(deadline=None, max_examples=50)  # other work on the machine is no failure
@@ -22,9 +22,14 @@ def layouts(draw) -> tuple[int, int, int]:
     return world * pieces * micro, world, pieces
 
 
-def global_batches(length, batch_size, world, pieces, seed=5, seen=0, steps=4):
+ORDERS = st.sampled_from([KeyedBijection(), StoredPermutation()])
+
+
+def global_batches(length, batch_size, world, pieces, seed=5, seen=0, steps=4, order: Order = STANDARD.order):
     """What all ranks together train on in each step, as the optimizer sees it."""
-    ranks = [ElasticBatchSampler(length, batch_size, seed, lambda: seen, pieces, rank, world) for rank in range(world)]
+    ranks = [
+        ElasticBatchSampler(length, batch_size, seed, lambda: seen, pieces, rank, world, order) for rank in range(world)
+    ]
     streams = [list(islice(rank, steps * pieces)) for rank in ranks]
     assert all(len(batch) == batch_size // world // pieces for stream in streams for batch in stream)
     return [
@@ -34,31 +39,31 @@ def global_batches(length, batch_size, world, pieces, seed=5, seen=0, steps=4):
 
 
 @unhurried
-@given(length=SIZES, layout=layouts(), seed=st.integers(-5, 2**63))
-def test_every_layout_trains_on_the_same_global_batches(length, layout, seed):
+@given(length=SIZES, layout=layouts(), seed=st.integers(-5, 2**63), order=ORDERS)
+def test_every_layout_trains_on_the_same_global_batches(length, layout, seed, order):
     batch_size, world, pieces = layout
-    expected = global_batches(length, batch_size, 1, 1, seed)
-    assert global_batches(length, batch_size, world, pieces, seed) == expected
+    expected = global_batches(length, batch_size, 1, 1, seed, order=order)
+    assert global_batches(length, batch_size, world, pieces, seed, order=order) == expected
     numbers = [number for batch in expected for number, _ in batch]
     assert numbers == list(range(4 * batch_size))
 
 
 @unhurried
-@given(length=SIZES, batch_size=SIZES, epoch=st.integers(0, 3))
-def test_each_epoch_visits_each_item_once_in_its_own_order(length, batch_size, epoch):
+@given(length=SIZES, batch_size=SIZES, epoch=st.integers(0, 3), order=ORDERS)
+def test_each_epoch_visits_each_item_once_in_its_own_order(length, batch_size, epoch, order):
     steps = -(-(epoch + 1) * length // batch_size)
-    rows = list(chain.from_iterable(islice(ElasticBatchSampler(length, batch_size, 1), steps)))
+    rows = list(chain.from_iterable(islice(ElasticBatchSampler(length, batch_size, 1, order=order), steps)))
     visited = [item for number, item in rows if number // length == epoch]
-    assert visited == permutation(1, epoch, length).tolist()
+    assert visited == order(1, length)(range(epoch * length, (epoch + 1) * length))
     assert sorted(visited) == list(range(length))
 
 
 @unhurried
-@given(length=SIZES, layout=layouts(), steps=st.integers(0, 7))
-def test_resuming_gives_the_tail(length, layout, steps):
+@given(length=SIZES, layout=layouts(), steps=st.integers(0, 7), order=ORDERS)
+def test_resuming_gives_the_tail(length, layout, steps, order):
     batch_size, world, pieces = layout
-    whole = global_batches(length, batch_size, world, pieces, steps=steps + 3)
-    resumed = global_batches(length, batch_size, world, pieces, seen=steps * batch_size, steps=3)
+    whole = global_batches(length, batch_size, world, pieces, steps=steps + 3, order=order)
+    resumed = global_batches(length, batch_size, world, pieces, seen=steps * batch_size, steps=3, order=order)
     assert resumed == whole[steps:]
 
 
@@ -86,8 +91,9 @@ def test_it_has_no_length():
         len(ElasticBatchSampler(4, 2, 0))
 
 
-def test_addresses_are_plain_integers():
-    ((number, item), *_) = next(iter(ElasticBatchSampler(4, 2, 0)))
+@pytest.mark.parametrize("order", [KeyedBijection(), StoredPermutation()])
+def test_addresses_are_plain_integers(order):
+    ((number, item), *_) = next(iter(ElasticBatchSampler(4, 2, 0, order=order)))
     assert type(number) is int
     assert type(item) is int
 

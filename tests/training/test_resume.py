@@ -16,10 +16,14 @@ import main
 from ldm.autoencoder.module import AutoencoderKL
 from ldm.checkpoints import store
 from ldm.config.load import to_yaml
+from ldm.config.yaml_text import read
 from ldm.data.datamodule import ElasticDataModule
 from ldm.diffusion.module import LatentDiffusion
+from ldm.normals import CounterBased
 from ldm.optim.lr_schedules import Constant, Cosine, Linear
+from ldm.run_folder import RunFolder
 from ldm.runtime.signals import STOPPING
+from ldm.sampling.pipeline import Pipeline
 from ldm.training.metrics_table import read_metrics
 
 STEPS = 12
@@ -350,3 +354,47 @@ def test_replaced_validation_pictures_are_refused(stage, tmp_path, image_folder,
     del facts["validation_source"]
     (folder / "configs" / "facts.json").write_text(json.dumps(facts))
     assert main.main(again) == 0
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "diffusion"], indirect=True)
+def test_a_run_from_before_there_was_a_choice_goes_on_by_what_it_had(stage, order, tmp_path, capsys):
+    """Neither its files nor its checkpoints say what makes its noise and its order."""
+    former = {"normals": "ldm.normals.GeneratorPerRow", "order": "ldm.randomness.StoredPermutation"}
+    stage["randomness"] = {name: {"target": target} for name, target in former.items()}
+    assert run(saves(stage, every=5), "run.yaml", logdir=tmp_path / "straight") == 0
+    straight, expected = only(tmp_path / "straight"), order[5:]
+    order.clear()
+
+    killed = as_killed_after(straight, 5, tmp_path / "killed")
+    for file in (RunFolder(killed).config_file, RunFolder(killed).source_file):
+        tree = read(file).plain()
+        assert tree.pop("randomness") == stage["randomness"]
+        file.write_text(to_yaml(tree))
+    checkpoint = store.verify(killed).path
+    state = store.load(checkpoint)
+    del state["ldm"]["config"]["randomness"]
+    store.save(checkpoint, state)
+
+    del stage["randomness"]
+    assert run(stage, "run.yaml", "--resume", str(killed), logdir=tmp_path / "killed") == 0
+    assert order == expected
+    ours, theirs = final(killed), final(straight)
+    del theirs["ldm"]["config"]["randomness"]
+    assert_same(ours, theirs)
+    assert metrics(killed, after=5) == metrics(straight, after=5)
+
+    word = "randomness.order.target=ldm.randomness.KeyedBijection"
+    capsys.readouterr()
+    assert main.main(["--resume", str(killed), word, "lightning.trainer.max_steps=13"]) == 2
+    assert "randomness" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["diffusion"], indirect=True)
+def test_a_new_run_says_what_makes_its_noise_and_its_order(stage, straight):
+    whole = straight(stage)
+    for tree in (read(RunFolder(whole).source_file).plain(), store.record(store.verify(whole).path)["config"]):
+        assert tree["randomness"] == {
+            "normals": {"target": "ldm.normals.CounterBased"},
+            "order": {"target": "ldm.randomness.KeyedBijection"},
+        }
+    assert type(Pipeline.load(whole).normals) is CounterBased

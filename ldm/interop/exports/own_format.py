@@ -83,6 +83,7 @@ def convert(source: Source, request: Request) -> Sequence[Converted]:
         pixels=own is None,
         latents=latents,
         objective=_part(parts, "objective"),
+        randomness=facts.get("randomness", {}),
     )
     return [denoiser]
 

@@ -71,4 +71,5 @@ def description(model: Trained, choices: Choices) -> dict[str, Any]:
     for one in own_format.ELSEWHERE:
         for params in one.among(parts):
             params["encoder"] = ""
-    return facts | {"model": parts | {"label_dropout": model.params.get("label_dropout", 0.0)}, "latents": latents}
+    described = {"model": parts | {"label_dropout": model.params.get("label_dropout", 0.0)}, "latents": latents}
+    return facts | described | {"randomness": model.config.get("randomness", {})}

@@ -203,13 +203,15 @@ class FrechetDistance(pl.Callback):
                 f"{type(module).__name__}. An autoencoder's distance is a metric of its own: "
                 "model.params.metrics.rfd={target: ldm.evaluation.reconstruction.ReconstructionDistance}"
             )
-        manifest = trainer.datamodule.manifest  # type: ignore[attr-defined]  # Lightning's own, set by fit
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]  # Lightning's own, set by fit
+        manifest = data.manifest
         if self._codec is None:
             self._codec = load_codec(
                 *(manifest, self._autoencoder, "the Fréchet distance of samples", self._trust),
                 "in the parameter autoencoder of FrechetDistance",
             )
-        return Pipeline.from_module(module, self._codec.to(module.device), manifest)
+        codec, normals = self._codec.to(module.device), data.randomness.normals
+        return Pipeline.from_module(module, codec, manifest, normals=normals)
 
     def _measure(self, trainer: pl.Trainer, module: pl.LightningModule, number: int) -> float:
         """The distance of `number` samples; every rank calls it."""

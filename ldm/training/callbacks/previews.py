@@ -194,7 +194,8 @@ class SampleLogger(StepCallback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         dense = isinstance(data, LatentDataModule)
         facts = {**class_facts(data.train_dataset), **data.dense.facts()} if dense else None
-        return Pipeline.from_module(pl_module, self._codec.to(pl_module.device), manifest, facts=facts)
+        codec, normals = self._codec.to(pl_module.device), data.randomness.normals
+        return Pipeline.from_module(pl_module, codec, manifest, facts=facts, normals=normals)
 
     def show(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make a sheet now; every rank must call it."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -20,6 +21,7 @@ from ldm.autoencoder.module import AutoencoderKL
 from ldm.checkpoints import store
 from ldm.cli import convert, export
 from ldm.config.load import build
+from ldm.config.randomness import STANDARD
 from ldm.diffusion.module import LatentDiffusion
 from ldm.interop.exports.export import FORMATS
 from ldm.latents.manifest import CacheSpec, Manifest
@@ -67,6 +69,17 @@ def test_a_diffusion_model_comes_back_with_its_autoencoder(runs, tmp_path):
     assert ours.manifest.plan.class_names == theirs.manifest.plan.class_names
     assert (ours.label_dropout, ours.num_classes) == (theirs.label_dropout, theirs.num_classes)
     assert state(diffusion)["ldm"]["origin"]["family"] == "ldm export"
+
+
+def test_a_model_that_does_not_say_what_makes_its_noise_keeps_its_pictures(runs, tmp_path):
+    """It is from before there was a choice."""
+    former = tmp_path / runs.diffusion.name
+    shutil.copytree(runs.diffusion, former)
+    whole = state(former)
+    del whole["ldm"]["config"]["randomness"]
+    store.save(store.verify(former).path, whole)
+    _, diffusion = converted(exported(former, tmp_path / "out"), tmp_path / "logs")
+    assert images(diffusion) == images(former) != images(runs.diffusion)
 
 
 def test_the_weights_of_the_last_step_go_out_where_they_are_asked_for(runs, tmp_path):
@@ -174,7 +187,8 @@ def save_denoiser(
         autoencoder=codec.describe(),
     )
     manifest = Manifest(plan, mean=[0.5] * channels, std=[2.0] * channels, broken=[], shards=[])
-    record = {"kind": "diffusion", "config": {"model": {"params": params}}, "latents": manifest.to_dict()}
+    config = {"randomness": STANDARD, "model": {"params": params}}
+    record = {"kind": "diffusion", "config": config, "latents": manifest.to_dict()}
     return save_run(folder, module, record)
 
 

@@ -25,7 +25,7 @@ from ldm.data.asked_for import conditions as conditions_of
 from ldm.errors import ConfigError, DataError
 from ldm.images import grid, to_arrays
 from ldm.latents.manifest import Manifest
-from ldm.randomness import Draws
+from ldm.randomness import STANDARD, Draws
 from ldm.runtime import distributed
 from ldm.sampling.generate import generate
 from ldm.sampling.guidance import Guidance
@@ -154,7 +154,7 @@ def test_levels_are_clamped_and_rounded() -> None:
 def a_sampling_trainer(folder: Path, manifest: Manifest) -> Any:
     return SimpleNamespace(
         default_root_dir=folder,
-        datamodule=SimpleNamespace(manifest=manifest),
+        datamodule=SimpleNamespace(manifest=manifest, randomness=STANDARD),
         global_step=6,
         is_global_zero=True,
         loggers=[],
