@@ -162,14 +162,24 @@ def check_size(folder: Path, manifest: Finished[Any], shard: int) -> None:
     """DataError unless the shard's file has the size that its items take."""
     path = shard_path(folder, shard)
     expected = manifest.shard_bytes(shard)
-    found = path.stat().st_size if path.is_file() else None
+    try:
+        found = path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        found = None
     if found != expected:
         state = "missing" if found is None else "truncated"
         raise DataError(f"{path}: {state}: bytes: expected {expected}, found {found}. Delete it; {REBUILD}.")
 
 
+def check_sizes(folder: Path, manifest: Finished[Any]) -> None:
+    """`check_size` of all shards."""
+    for shard in range(manifest.plan.num_shards):
+        check_size(folder, manifest, shard)
+
+
 def check_bytes(folder: Path, manifest: Finished[Any], shard: int) -> None:
-    """DataError unless the shard's bytes have the checksum in the manifest."""
+    """DataError unless the shard has its size, and its bytes the checksum in the manifest."""
+    check_size(folder, manifest, shard)
     path = shard_path(folder, shard)
     expected, found = manifest.shards[shard]["crc32"], crc32(path)
     if found != expected:
@@ -192,7 +202,7 @@ def verify_all_bytes(folder: Path, manifest: Finished[Any], progress: Progress) 
     except DataError as error:
         damage.append(str(error))
     for shard in range(plan.num_shards):
-        for test in (check_size, check_bytes, _check_sidecar):
+        for test in (check_bytes, _check_sidecar):
             try:
                 test(folder, manifest, shard)
             except DataError as error:
