@@ -1,7 +1,7 @@
 """What training would cost on 1 to 512 devices, and a cache of up to a billion pictures: the forms of cost.py.
 
-Nothing of a GPU is measured here: what a device and its links can do is given by options, whose defaults are data sheets
-and assumptions. ranks.py compares the same forms with two processes.
+Nothing of a GPU is measured here: what a device and its links can do is given by options, whose defaults are data
+sheets and assumptions. ranks.py compares the same forms with two processes.
 """
 
 import math
@@ -32,14 +32,14 @@ PICTURES = (10**6, 10**8, 10**9)
 BF16 = 2
 """Bytes of a weight in compute."""
 _NOTES = (
-    "no GPU was measured: figures of devices are inputs, not claims. Defaults, all of them assumptions: an H100 SXM as in "
-    "NVIDIA's data sheet (989 TFLOP/s of dense bf16, 80 GB, NVLink 900 GB/s both ways, so 450 each), eight of them in a "
-    "DGX H100 with 8 x 400 Gb/s (400 GB/s each way); 40% of the peak, 10 us of latency, 3 dollars an hour, 2 GB/s of one "
-    "writer, 40 GB/s of the file system: without a source",
+    "no GPU was measured: figures of devices are inputs, not claims. Defaults are assumptions, partly of NVIDIA's data "
+    "sheets: an H100 SXM (989 TFLOP/s of dense bf16, 80 GB, NVLink 900 GB/s both ways together), eight of them in a "
+    "DGX H100 with 8 x 400 Gb/s; the others have no source: a step reaches 40% of the peak, latency is 10 us, a device "
+    "costs 3 dollars an hour, one writer has 2 GB/s, the file system 40 GB/s",
     "weights, largest part, FLOPs and activations are counted from the real networks; losses are left out, and so are "
     "LPIPS and discriminator of the autoencoder",
     "waits: what a step waits for the others, beyond what the backward pass hides; slow ranks are left out",
-    "memory: weights, gradients, moments, one average, what the forward pass keeps; neither the caches of the allocator "
+    "memory: weights, gradients, moments, one average, what the forward pass keeps; neither what the allocator caches "
     "nor workspaces",
     "hides from: images a device in one micro-batch from which on sending is over with DDP's backward pass",
 )

@@ -32,8 +32,8 @@ from ldm.diffusion.noise_schedules import Linear, SqrtLinear
 from ldm.diffusion.objectives import DDPM, Flow, Objective
 from ldm.latents.datamodule import LatentDataModule
 from ldm.optim.ema import EMA, FixedDecay
-from ldm.training.callbacks.skip_nonfinite import SkipNonFinite
 from ldm.training import strategies
+from ldm.training.callbacks.skip_nonfinite import SkipNonFinite
 from ldm.training.trainer import make_trainer
 from scripts.bench.child import Built, Place, count
 from scripts.bench.sides.launched import Rank, launched
