@@ -15,7 +15,7 @@ from ldm.latents.conditions import Conditions
 from ldm.latents.dense import DenseRows
 from ldm.latents.manifest import CacheSpec, Manifest
 from ldm.latents.part_reader import PartReader
-from ldm.latents.shards import check_bytes, check_sizes, shard_path, size_on_disk
+from ldm.latents.shards import check_bytes, check_sizes, mapped, shard_path, size_on_disk
 from ldm.randomness import Draws
 from ldm.ranges import Seed
 
@@ -114,8 +114,7 @@ class LatentCache:
             with ThreadPoolExecutor(min(8, os.cpu_count() or 1, len(new))) as pool:  # crc32 releases the lock
                 list(pool.map(lambda shard: check_bytes(self.folder, self.manifest, shard), new))
         for shard in new:
-            # The plain array over the map: indexing a numpy.memmap makes a new memmap each time, which is slow.
-            records = np.asarray(np.memmap(shard_path(self.folder, shard), dtype=self.plan.record, mode="r"))
+            records = mapped(shard_path(self.folder, shard)).view(self.plan.record)
             self._maps[shard] = (records["moments"], records["label"])
 
 

@@ -125,7 +125,8 @@ def ranks(options: Any) -> str:
     place = Place("cpu", False)
     sent = links_measured(_TINY_SIZES if options.tiny else _SIZES, options.repeats, place)
     size = sizes(options).sampled
-    cases = [(one, steps_measured(one, options.repeats, place)) for one in (size, replace(size, images=1))]
+    each = [size] if options.tiny else [size, replace(size, images=1)]
+    cases = [(one, steps_measured(one, options.repeats, place)) for one in each]
     steps = [row for one, groups in cases for row in steps_rows(groups, one, sent)]
     texts = [links_table(sent), markdown(_STEPS, steps), held_table(cases[0][1], size)]
     records = [

@@ -12,6 +12,7 @@ from ldm.latents import reader, writing
 from ldm.latents.build import Source, build
 from ldm.latents.manifest import CacheSpec, Manifest
 from ldm.latents.reader import LatentCache, LatentDataset
+from ldm.latents.shards import mapped
 from ldm.runtime import distributed
 from tests.forked import Forked
 
@@ -106,3 +107,15 @@ def test_without_broken_items_rows_are_not_listed(whole, monkeypatch):
     cache = LatentCache(whole)
     monkeypatch.setattr(LatentCache, "items", lambda self, rows: pytest.fail("asked for all rows"))
     assert len(LatentDataset(cache, 0, True)) == 40
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="as Linux tells how memory is mapped")
+def test_nothing_is_read_ahead_of_a_row(whole):
+    """A row of 16 KB would bring up to megabytes from the disk with it."""
+    file = whole / "shard-00000.bin"
+    found = mapped(file)
+    assert found.tobytes() == file.read_bytes()
+    assert not found.flags.writeable
+    entry = Path("/proc/self/smaps").read_text().split(f"{file}\n")[1]
+    flags = next(line for line in entry.splitlines() if line.startswith("VmFlags:"))
+    assert "rr" in flags.split()  # MADV_RANDOM
