@@ -35,7 +35,7 @@ FENCED = {
     },
     "lightning_fabric": {"ldm.training.lightning_internals"},
     "omegaconf": {"ldm.config"},
-    "torch.distributed": {"ldm.runtime", "ldm.checkpoints", "scripts.faults.interpreter"},
+    "torch.distributed": {"ldm.runtime", "ldm.checkpoints", "scripts.faults.interpreter", "scripts.bench"},
     "diffusers": {"ldm.interop", "scripts.bench", "scripts.roundtrip"},
     "wandb": {"ldm.training.loggers"},
     "pyarrow": {"ldm.data.sources"},

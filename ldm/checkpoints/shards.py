@@ -87,16 +87,14 @@ def await_all(folder: Path, world: int, timeout: float) -> dict[str, str]:
     names = [_name(rank, world) for rank in range(world)]
     notes: dict[str, dict[str, str]] = {}
     end = time.monotonic() + timeout
-    while len(notes) < world:
-        for name in names:
-            file = (folder / name).with_suffix(".json")
-            if name not in notes and file.exists():
-                notes[name] = json.loads(file.read_text())
-        if len(notes) < world:
+    for name in names:  # one after another, so that waiting for many ranks asks for one file at a time
+        file = (folder / name).with_suffix(".json")
+        while not file.exists():
             if time.monotonic() > end:
-                missing = ", ".join(name for name in names if name not in notes)
+                missing = ", ".join(one for one in names if not (folder / one).with_suffix(".json").exists())
                 raise PeerError(f"{folder}: not written within {timeout:g} s: {missing}. Was a rank lost?")
             time.sleep(_POLL)
+        notes[name] = json.loads(file.read_text())
     for name, note in notes.items():
         if "error" in note:
             kind = NumericError if note["kind"] == NumericError.__name__ else ResourceError

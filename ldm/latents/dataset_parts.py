@@ -221,8 +221,8 @@ class DatasetParts:
         folder, plan = place_part(plans, None if self.cache is None else self.cache / f"{self.name}-{plan.name}")
         ranks = distributed.rank(), distributed.world_size()
         with shown(f"{self.name} {plan.name}", silent=not distributed.is_main()) as progress:
-            build_part(folder, plan, rows, self.max_broken, *ranks, progress, too_long, null)
-        return PartReader(folder, plan)
+            manifest = build_part(folder, plan, rows, self.max_broken, *ranks, progress, too_long, null)
+        return PartReader(folder, plan, manifest)
 
     def _caption_rows(self, items: range) -> Iterator[tuple[int, Found | DataError]]:
         alone = texts(self.dataset)

@@ -107,8 +107,9 @@ class Encoding:
             threads=self.read_threads,
         )
         with shown(f"{part.name} latents", silent=not distributed.is_main()) as progress:
-            build(folder, plan, self.codec.encode, pictures, distributed.rank(), distributed.world_size(), progress)
-        cache = LatentCache(folder, plan)
+            ranks = distributed.rank(), distributed.world_size()
+            manifest = build(folder, plan, self.codec.encode, pictures, *ranks, progress)
+        cache = LatentCache(folder, plan, manifest)
         if cache.plan.source != plan.source:
             known = noted_source(folder)
             plan.require(folder, replace(plan, source=known or plan.source))

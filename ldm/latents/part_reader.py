@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm.latents.parts import TEXT, PartManifest, PartSpec
 from ldm.latents.ragged import Shard, from_raw
-from ldm.latents.shards import check_bytes, check_size, shard_path, size_on_disk
+from ldm.latents.shards import check_bytes, check_sizes, shard_path, size_on_disk
 
 
 class PartReader:
@@ -21,19 +21,21 @@ class PartReader:
     Args:
         folder: of the part.
         expected: the plan that the caller would build; None: accept any part.
+        manifest: as `build_part` has returned it, which has looked at the shards; None: it is read, and their sizes
+            compared.
 
     Raises:
         DataError: not finished, truncated, damaged, or not what is expected; names file, key and fix.
     """
 
-    def __init__(self, folder: Path, expected: PartSpec | None = None) -> None:
+    def __init__(self, folder: Path, expected: PartSpec | None = None, manifest: PartManifest | None = None) -> None:
         self.folder = Path(folder)
-        self.manifest = PartManifest.read(self.folder)
+        self.manifest = manifest or PartManifest.read(self.folder)
         self.plan = self.manifest.plan
         if expected is not None:
             expected.require(self.folder, self.plan)
-        for shard in range(self.plan.num_shards):
-            check_size(self.folder, self.manifest, shard)
+        if manifest is None:
+            check_sizes(self.folder, self.manifest)
         self.parts = self.plan.rows()
         self._shards: dict[int, Shard] = {}
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.conditioners.features import Part
+from ldm.latents.shards import mapped
 from ldm.ranges import Count, CountOrZero
 
 Parts = Mapping[str, Part]
@@ -106,8 +107,7 @@ class Shard:
 
     def __init__(self, path: Path, parts: Parts, layout: Layout) -> None:
         self.parts = parts
-        # The plain arrays over the map: indexing a numpy.memmap makes a new memmap each time, which is slow.
-        self._arrays = layout.views(np.asarray(np.memmap(path, dtype=np.uint8, mode="r")))
+        self._arrays = layout.views(mapped(path))
 
     def counts(self, places: np.ndarray) -> np.ndarray:
         """The number of rows of the items at some places of the shard, each 0 .. items - 1: int64."""

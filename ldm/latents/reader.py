@@ -15,7 +15,7 @@ from ldm.latents.conditions import Conditions
 from ldm.latents.dense import DenseRows
 from ldm.latents.manifest import CacheSpec, Manifest
 from ldm.latents.part_reader import PartReader
-from ldm.latents.shards import check_bytes, check_size, shard_path, size_on_disk
+from ldm.latents.shards import check_bytes, check_sizes, mapped, shard_path, size_on_disk
 from ldm.randomness import Draws
 from ldm.ranges import Seed
 
@@ -28,19 +28,20 @@ class LatentCache:
     Args:
         folder: of the cache.
         expected: the plan that the caller would build; None: accept any cache.
+        manifest: as `build` has returned it, which has looked at the shards; None: it is read, and sizes are compared.
 
     Raises:
         DataError: not finished, truncated, damaged, or not what is expected; names file, key and fix.
     """
 
-    def __init__(self, folder: Path | str, expected: CacheSpec | None = None) -> None:
+    def __init__(self, folder: Path | str, expected: CacheSpec | None = None, manifest: Manifest | None = None) -> None:
         self.folder = Path(folder)
-        self.manifest = Manifest.read(self.folder)
+        self.manifest = manifest or Manifest.read(self.folder)
         self.plan = self.manifest.plan
         if expected is not None:
             expected.require(self.folder, self.plan)
-        for shard in range(self.plan.num_shards):
-            check_size(self.folder, self.manifest, shard)
+        if manifest is None:
+            check_sizes(self.folder, self.manifest)
         broken = np.asarray(self.manifest.broken, dtype=np.int64)
         self._items = np.setdiff1d(np.arange(self.plan.num_items), broken) if len(broken) else None
         self._maps: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # moments and labels of each open shard
@@ -113,8 +114,7 @@ class LatentCache:
             with ThreadPoolExecutor(min(8, os.cpu_count() or 1, len(new))) as pool:  # crc32 releases the lock
                 list(pool.map(lambda shard: check_bytes(self.folder, self.manifest, shard), new))
         for shard in new:
-            # The plain array over the map: indexing a numpy.memmap makes a new memmap each time, which is slow.
-            records = np.asarray(np.memmap(shard_path(self.folder, shard), dtype=self.plan.record, mode="r"))
+            records = mapped(shard_path(self.folder, shard)).view(self.plan.record)
             self._maps[shard] = (records["moments"], records["label"])
 
 
@@ -149,10 +149,12 @@ class LatentDataset(Dataset[Any]):
         self.dense = dense
         self._among = among
         self._rows: np.ndarray | None = None
-        whole = ~np.isin(self.items(range(len(cache))), self.conditions.broken)
-        if dense is not None:
-            whole &= ~np.isin(cache.items(range(len(cache))), dense.broken)
-        self._rows = None if whole.all() else np.flatnonzero(whole)  # those of the cache
+        without_conditions = self.conditions.broken
+        without_dense = np.asarray([] if dense is None else dense.broken, np.int64)
+        if len(without_conditions) or len(without_dense):  # otherwise without an array of all rows
+            rows = range(len(cache))
+            whole = ~np.isin(self.items(rows), without_conditions) & ~np.isin(cache.items(rows), without_dense)
+            self._rows = None if whole.all() else np.flatnonzero(whole)  # those of the cache
 
     def __len__(self) -> int:
         return len(self.cache) if self._rows is None else len(self._rows)

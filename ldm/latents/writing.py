@@ -15,8 +15,9 @@ from typing import Any, Generic
 
 from ldm.errors import DataError
 from ldm.latents.claims import Claims, publish, read_sealed, seal
-from ldm.latents.shards import MANIFEST, PLAN, FinishedT, Progress, SpecT, check_size, shard_path
+from ldm.latents.shards import MANIFEST, PLAN, Finished, FinishedT, Progress, Spec, SpecT, check_size, shard_path
 from ldm.ranges import CountOrZero
+from ldm.runtime import distributed
 from ldm.runtime.signals import stop_if_asked
 
 _PLAN_CLAIM, _MANIFEST_CLAIM = 1 << 40, 1 << 41  # beyond any shard's number
@@ -109,7 +110,10 @@ def complete(
     rank: int = 0,
     world_size: int = 1,
 ) -> FinishedT:
-    """Complete the folder of `plan`, doing whatever part of the work is left.
+    """Complete the folder of `plan`, doing whatever part of the work is left (collective, where there are ranks).
+
+    Of a finished folder one rank of each machine looks at the shards. Of one that is not, who finds it complete first
+    writes the manifest, and the others read that.
 
     Args:
         folder: visible to all ranks.
@@ -123,6 +127,7 @@ def complete(
         ResourceError: the folder cannot be written.
         Stopped: a signal requested a stop; the current shard is abandoned, earlier ones are kept.
     """
+    before = _stamp(folder / MANIFEST)
     finished = _finished(folder, plan, kind)
     if finished is not None:
         return finished
@@ -136,6 +141,8 @@ def complete(
                 time.sleep(_POLL_SECONDS)  # other processes are writing the rest
             writer.report(0)
         with claims.take(_MANIFEST_CLAIM, folder / MANIFEST, wait=True):
+            if _stamp(folder / MANIFEST) != before:  # another process has written it meanwhile
+                return kind.read(folder)
             manifest = writer.merged()
             publish(folder / MANIFEST, seal(manifest.to_dict()))
     finally:
@@ -145,18 +152,34 @@ def complete(
 
 def _finished(folder: Path, plan: SpecT, kind: type[FinishedT]) -> FinishedT | None:
     """The manifest, if nothing is left to do; a folder of another plan is refused."""
-    if not (folder / MANIFEST).is_file():
-        return None
-    manifest = kind.read(folder)
-    plan.require(folder, manifest.plan)
+    manifest = None
+    if (folder / MANIFEST).is_file():
+        manifest = kind.read(folder)
+        plan.require(folder, manifest.plan)
+    incomplete = distributed.on_any_machine(lambda: manifest is None or _lacks_shards(folder, manifest))
+    return None if incomplete else manifest
+
+
+def _lacks_shards(folder: Path, manifest: Finished[Any]) -> bool:
+    """Whether a shard is not as long as it should be, or a sidecar cannot be read, with a warning."""
+    plan: Spec = manifest.plan
     try:
-        for shard in range(manifest.plan.num_shards):
+        for shard in range(plan.num_shards):
             check_size(folder, manifest, shard)
             read_sealed(shard_path(folder, shard, ".json"))
     except DataError as error:
         log.warning("%s", error)
+        return True
+    return False
+
+
+def _stamp(file: Path) -> tuple[int, int] | None:
+    """Changes when another file is published in its place; None: there is none."""
+    try:
+        status = file.stat()
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return manifest
+    return status.st_ino, status.st_mtime_ns
 
 
 def _agree(folder: Path, plan: SpecT, claims: Claims) -> SpecT:

@@ -145,6 +145,23 @@ def patience() -> Iterator[None]:
         dist.set_timeout(waits, group)
 
 
+def on_any_machine(asked: Callable[[], bool]) -> bool:
+    """Whether it is so on any machine: one process of each asks, and every rank gets the answer (collective).
+
+    For what lies on a disk that the processes of a machine share, and perhaps all machines. Outside of a group of ranks
+    each process asks for itself.
+    """
+    if not _grouped():
+        return asked()
+    with patience():
+        return bool(max_over_ranks(int(_is_first_of_machine() and asked())))
+
+
+def _is_first_of_machine() -> bool:
+    """True on one process of each machine at least."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) == 0
+
+
 def from_main(work: Callable[[], Result]) -> Result:
     """What `work` returns on rank 0 alone, on every rank; picklable.
 

@@ -5,6 +5,8 @@ python scripts/bench stage2 --compvis DIR                         # a step of th
 python scripts/bench dit --dit DIR --sit DIR --lightningdit DIR   # a step of DiT-S/2
 python scripts/bench sampling                                     # pictures, beside a pipeline of diffusers
 python scripts/bench roofline                                     # the share of arithmetic, and how near its best
+python scripts/bench scale       # what 1 to 512 devices, and up to a billion pictures, would cost: a model, with inputs
+python scripts/bench ranks       # two processes: what they send, a step, what they hold; beside the forms of `scale`
 python scripts/bench quality     # FashionMNIST: train both stages, sample, and let a classifier judge
 python scripts/bench quality --autoencoder logs/<run> --diffusion logs/<run> --guidance 1 2 4
 python scripts/bench healthy     # the runs and pictures of docs/healthy.md
@@ -28,7 +30,9 @@ from ldm.cli.options import Parser, finite, path, split_overrides, whole_number
 from ldm.errors import ConfigError
 from scripts.bench.healthy import healthy
 from scripts.bench.quality import quality
+from scripts.bench.ranks import ranks
 from scripts.bench.roofline import roofline
+from scripts.bench.scale import add_options, scale
 from scripts.bench.steps import dit, sampling, stage1, stage2
 
 TABLES = {
@@ -37,6 +41,8 @@ TABLES = {
     "dit": dit,
     "sampling": sampling,
     "roofline": roofline,
+    "scale": scale,
+    "ranks": ranks,
     "quality": quality,
     "healthy": healthy,
 }
@@ -54,11 +60,11 @@ def parse(argv: Sequence[str]) -> Any:
     parser = Parser(prog="bench", description="Measure ldm.", epilog=EPILOG, allow_abbrev=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("what", choices=[*TABLES])
-    add = parser.add_argument_group("all but healthy").add_argument
+    add = parser.add_argument_group("all but healthy and ranks").add_argument
     add("--device", default=device, help="such as cuda or cpu (default: cuda where there is one)")
     add = parser.add_argument_group("quality and healthy").add_argument
     add("--logdir", type=path, default=Path("logs"), help="where runs are made (default: logs)")
-    add = parser.add_argument_group("stage1, stage2, dit, sampling and roofline").add_argument
+    add = parser.add_argument_group("all but quality and healthy").add_argument
     add("--tiny", action="store_true", help="the smallest networks: to see that it runs")
     add("--repeats", type=whole_number, default=9, help="steps timed of each kind (default: 9)")
     add = parser.add_argument_group(
@@ -66,6 +72,7 @@ def parse(argv: Sequence[str]) -> Any:
     ).add_argument
     for name, repository in PEERS.items():
         add(f"--{name}", type=path, metavar="DIR", help=repository)
+    add_options(parser.add_argument_group("scale").add_argument)
     add = parser.add_argument_group("quality").add_argument
     add("--autoencoder", type=path, metavar="RUN", help="a trained first stage (default: train it)")
     add("--diffusion", type=path, metavar="RUN", help="a trained second stage (default: train it)")

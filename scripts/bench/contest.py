@@ -96,10 +96,14 @@ class Child:
             raise SideFailed(self.side.name, *found)
         return found
 
-    def ask(self, request: Request) -> Answer:
-        """Have it take a step."""
+    def begin(self, request: Request) -> None:
+        """Have it take a step; its `answer` follows."""
         with suppress(OSError):  # it has ended: its last answer says why
             self._connection.send(request)
+
+    def ask(self, request: Request) -> Answer:
+        """Have it take a step."""
+        self.begin(request)
         return self.answer()
 
 

@@ -75,6 +75,11 @@ def written(options: Any, records: Sequence[dict[str, Any]], text: str, notes: S
     }
     line = f"{hardware(options.device)}; medians of {options.repeats}"
     page = "\n".join([line, "", text, "", *(f"- {note}" for note in notes)]).rstrip() + "\n"
+    return saved(options, record, page)
+
+
+def saved(options: Any, record: dict[str, Any], page: str) -> str:
+    """Write `<out>/<what>.json` and `.md`; returns the latter, and where the files are."""
     files = [options.out / f"{options.what}{suffix}" for suffix in (".json", ".md")]
     options.out.mkdir(parents=True, exist_ok=True)
     for file, content in zip(files, (json.dumps(record, indent=1) + "\n", page), strict=True):

@@ -151,6 +151,20 @@ def test_the_old_shards_go_when_the_new_ones_are_sealed(tmp_path):
     assert not os.listdir(tmp_path)
 
 
+def test_waiting_for_many_ranks_asks_for_one_file_at_a_time(tmp_path, monkeypatch):
+    notes = [tmp_path / f"rank-{rank:05d}-of-00100.json" for rank in range(100)]
+    written, asked = iter(notes), []
+
+    def sleep(seconds: float) -> None:
+        next(written).write_text('{"crc32": "0"}')
+
+    exists = Path.exists
+    monkeypatch.setattr(shards.time, "sleep", sleep)
+    monkeypatch.setattr(Path, "exists", lambda file: asked.append(file) or exists(file))
+    assert len(shards.await_all(tmp_path, 100, 60.0)) == 100
+    assert len(asked) == 200  # each once in vain
+
+
 def test_a_rank_that_never_writes_is_missed_and_the_old_file_stands(tmp_path):
     save(tmp_path / NAME)
     with pytest.raises(PeerError, match=r"0\.1 s.*rank-00001"):

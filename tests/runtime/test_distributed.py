@@ -108,3 +108,20 @@ def test_the_main_rank_works_for_all(grouped):
         return [distributed.from_main(slow), str(caught.value), distributed.timeout()]
 
     assert grouped(2, work) == [[0, "from 0", 1.0]] * 2
+
+
+def test_one_process_of_each_machine_answers_for_all(grouped, monkeypatch):
+    """Two machines of two ranks."""
+
+    def work(rank: int) -> list[tuple[bool, list[int]]]:
+        monkeypatch.setenv("LOCAL_RANK", str(rank % 2))
+        answers = []
+        for truth in ({0: False, 2: False}, {0: False, 2: True}):
+            asked: list[int] = []
+            answer = distributed.on_any_machine(lambda truth=truth, asked=asked: asked.append(rank) or truth[rank])
+            answers.append((answer, asked))
+        return answers
+
+    asked = [[0], [], [2], []]
+    assert grouped(4, work) == [[(False, own), (True, own)] for own in asked]
+    assert distributed.on_any_machine(lambda: True)  # alone

@@ -32,9 +32,11 @@ from ldm.diffusion.noise_schedules import Linear, SqrtLinear
 from ldm.diffusion.objectives import DDPM, Flow, Objective
 from ldm.latents.datamodule import LatentDataModule
 from ldm.optim.ema import EMA, FixedDecay
+from ldm.training import strategies
 from ldm.training.callbacks.skip_nonfinite import SkipNonFinite
 from ldm.training.trainer import make_trainer
 from scripts.bench.child import Built, Place, count
+from scripts.bench.sides.launched import Rank, launched
 from scripts.bench.sizes import AutoencoderSize, DiTSize, UNetSize
 
 NORM_GROUPS = 32
@@ -124,6 +126,27 @@ def pictures(side: int, channels: int, classes: int | None = None) -> ArrayImage
     return ArrayImages("random pictures", pixels, random.integers(0, classes, _ITEMS), [*map(str, range(classes))])
 
 
+def ranked(size: UNetSize, strategy: str | None, rank: Rank, place: Place) -> Built:
+    """The step of `unet` on one of several ranks, each with `size.images` of the batch.
+
+    Args:
+        strategy: name of a class in ldm/training/strategies.py; None: it is alone.
+    """
+    launched(rank)
+    network = make_unet(size)
+    optimizer = partial(torch.optim.AdamW, lr=5e-5, fused=True)
+    module = LatentDiffusion(network, Unconditional(), DDPM(SqrtLinear()), optimizer, _average)
+    chosen = strategy and {"target": f"{strategies.__name__}.{strategy}"}
+
+    def train(turns: Iterator[None]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            source, images = pictures(size.side, size.latent), size.images * rank.world
+            data = LatentDataModule(source, None, images, resolution=size.side, channels=size.latent, cache=folder)
+            _train(module, data, place, turns, chosen)
+
+    return Built(count(network), train, [module])
+
+
 def _average(model: nn.Module) -> EMA:
     return EMA(model, FixedDecay())
 
@@ -142,7 +165,9 @@ def _diffusion(
     return Built(parameters, train)
 
 
-def _train(module: pl.LightningModule, data: ElasticDataModule, place: Place, turns: Iterator[None]) -> None:
+def _train(
+    module: pl.LightningModule, data: ElasticDataModule, place: Place, turns: Iterator[None], strategy: Any = None
+) -> None:
     """Lightning's loop, stopped after each step until the next turn."""
     trainer = {
         "accelerator": place.device.split(":")[0],
@@ -156,7 +181,8 @@ def _train(module: pl.LightningModule, data: ElasticDataModule, place: Place, tu
     }
     with tempfile.TemporaryDirectory() as folder:
         callbacks = [SkipNonFinite(Path(folder)), _Turns(turns)]
-        make_trainer({"lightning": {"trainer": trainer}}, data, module, callbacks).fit(module, datamodule=data)
+        tree = {"lightning": {"trainer": trainer, "strategy": strategy}}
+        make_trainer(tree, data, module, callbacks).fit(module, datamodule=data)
 
 
 class _Turns(pl.Callback):
