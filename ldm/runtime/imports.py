@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-# Packages before those in them. SSIM and PSNR are in the last; `utilities` and `metric` import one another.
+# A package before those in it. SSIM and PSNR are in the last; `utilities` imports `metric`, which needs its modules.
 _PACKAGES = ("torchmetrics", "torchmetrics.utilities", "torchmetrics.functional", "torchmetrics.functional.image")
 
 _ALONE = {
@@ -26,7 +26,10 @@ _ALONE = {
 
 
 class _Deferred(ModuleType):
-    """A package whose `__init__` runs when it is first asked for a name that is neither a module of it nor in _ALONE."""
+    """A package whose `__init__` runs when it is first asked for a name that is not in _ALONE.
+
+    Its modules can be imported before that.
+    """
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # Python asks every module for some of these
