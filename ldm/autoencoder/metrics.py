@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.functional.image.psnr import peak_signal_noise_ratio
+from torchmetrics.functional.image.ssim import structural_similarity_index_measure
 
 from ldm.autoencoder.posterior import Posterior, latent_sums
 from ldm.autoencoder.quantizer import Quantized, usage

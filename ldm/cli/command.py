@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import NoReturn
 
-from ldm.runtime import threads
+from ldm.runtime import imports, threads
 
 COMMANDS = {
     "train": ("train an autoencoder or a diffusion model", "ldm train --base configs/quickstart/autoencoder.yaml"),
@@ -34,9 +34,11 @@ COMMANDS = {
 def start(name: str, words: Sequence[str]) -> NoReturn:
     """Run the program ldm/cli/<name>.py with these arguments, and exit with its code."""
     threads.prepare()  # before torch is imported, which some programs do at once
+    imports.prepare()
     from ldm.cli import program
 
-    main = importlib.import_module(f"ldm.cli.{name}").main
+    with imports.uncollected():
+        main = importlib.import_module(f"ldm.cli.{name}").main
     program.run(lambda: main(words))
 
 

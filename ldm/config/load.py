@@ -36,6 +36,7 @@ from ldm.config.yaml_text import read, to_yaml
 from ldm.errors import ConfigError
 from ldm.files import expanded
 from ldm.run_folder import newest_run
+from ldm.runtime import imports
 
 __all__ = ["Config", "build", "from_tree", "load", "to_yaml"]
 
@@ -84,7 +85,8 @@ class Config:
         problems += check.names(tree, self.trust)
         # First against the sources, which takes a moment; the imports of the full check take seconds.
         check.raise_all(problems + check.parameters(tree, check.quick_look_up(self.trust)))
-        check.raise_all(check.parameters(tree, check.full_look_up(self.trust)))
+        with imports.uncollected():
+            check.raise_all(check.parameters(tree, check.full_look_up(self.trust)))
 
     def resolved(self, facts: Mapping[str, object] | None = None) -> dict[str, Any]:
         """The tree as plain containers with every `${...}` replaced.

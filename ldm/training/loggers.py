@@ -20,6 +20,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from ldm.errors import ResourceError
 from ldm.ranges import Positive
+from ldm.runtime import imports
 from ldm.training import lightning_internals
 from ldm.training.metrics_table import MetricsTable
 
@@ -178,8 +179,10 @@ class FencedWandb(WandbLogger):
         if self._thread is None:
             begun = threading.Event()
             self._thread = threading.Thread(target=self._work, args=(begun,), name="wandb", daemon=True)
-            self._thread.start()
-            if not begun.wait(self._limit):
+            with imports.uncollected():  # a third of wandb's start
+                self._thread.start()
+                in_time = begun.wait(self._limit)
+            if not in_time:
                 log.warning("wandb has not started within %.0f s; training goes on", self._limit)
 
     def _submit(self, errand: Callable[[], None]) -> None:

@@ -1,0 +1,69 @@
+"""What a start need not wait for: libraries that few runs use, and a look for garbage where there is none.
+
+Lightning imports torchmetrics for two classes, and torchmetrics then imports every metric that it has, with scipy,
+transformers and torchvision where they are installed: longer than all of Lightning. After `prepare` these two classes
+come by themselves. Whatever else torchmetrics is asked for is there as ever, since its packages then run in full.
+"""
+
+import gc
+import importlib
+import importlib.util
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+# A package before those in it. SSIM and PSNR are in the last; `utilities` imports `metric`, which needs its modules.
+_PACKAGES = ("torchmetrics", "torchmetrics.utilities", "torchmetrics.functional", "torchmetrics.functional.image")
+
+_ALONE = {
+    ("torchmetrics", "Metric"): "torchmetrics.metric",
+    ("torchmetrics", "MetricCollection"): "torchmetrics.collections",
+}
+"""(package, name): the module that the package has it from."""
+
+
+class _Deferred(ModuleType):
+    """A package whose `__init__` runs when it is first asked for a name that is not in _ALONE.
+
+    Its modules can be imported before that.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # Python asks every module for some of these
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        if (module := _ALONE.get((self.__name__, name))) is not None:
+            return getattr(importlib.import_module(module), name)
+        self.__class__ = ModuleType  # type: ignore[assignment]  # before it runs: it may ask itself for names
+        importlib.reload(self)
+        return getattr(self, name)
+
+
+def prepare() -> None:
+    """Defer torchmetrics' packages, unless it is imported already; call it before Lightning is imported."""
+    if "torchmetrics" in sys.modules:
+        return
+    for name in _PACKAGES:
+        spec = importlib.util.find_spec(name)
+        assert spec is not None, name
+        package = importlib.util.module_from_spec(spec)
+        package.__class__ = _Deferred
+        sys.modules[name] = package
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], child, package)
+    vars(sys.modules["torchmetrics"]).update(_logger=logging.getLogger("torchmetrics"))  # its modules import it
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Within the block Python looks for no garbage: for imports, which leave none, and take a fifth longer with it."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
