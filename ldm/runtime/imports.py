@@ -32,7 +32,7 @@ class _Deferred(ModuleType):
     """
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # Python asks every module for some of these
+        if name.startswith("__") and name not in ("__version__", "__all__"):  # Python asks every module for some
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         if (module := _ALONE.get((self.__name__, name))) is not None:
             return getattr(importlib.import_module(module), name)
