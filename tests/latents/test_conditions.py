@@ -22,7 +22,7 @@ from ldm.errors import ConfigError, DataError
 from ldm.latents.build import Source, build
 from ldm.latents.datamodule import LatentDataModule
 from ldm.latents.manifest import Manifest
-from ldm.randomness import permutation
+from ldm.randomness import bijected
 from tests.latents.test_datamodule import fit
 from tests.tiny_features import WIDTH, CaptionedPictures, Colors, TogetherPictures, WordConditioner, Words, words
 
@@ -56,7 +56,7 @@ def seen(module, steps: int = 30) -> dict[int, tuple[int, str]]:
     for batch in first(module.train_dataloader(), steps):
         for number, caption in zip(batch["sample_number"].tolist(), batch["caption"], strict=True):
             length = len(module.train_dataset)
-            found[number] = (int(permutation(module.seed, number // length, length)[number % length]), caption)
+            found[number] = (int(bijected(module.seed, length, [number])[0]), caption)
     return found
 
 
@@ -106,7 +106,7 @@ def test_features_are_those_of_the_chosen_caption(make, workers):
         expected = columns(Words(), "text", {"caption": batch["caption"]}, torch.device("cpu"))
         for name, column in expected.items():
             assert torch.equal(batch[name], column)
-        items = [permutation(3, number // 10, 10)[number % 10] for number in batch["sample_number"]]
+        items = [int(bijected(3, 10, [number])[0]) for number in batch["sample_number"]]
         looks = [Colors().encode(module.train_dataset[int(item)]["image"], None)["vector"] for item in items]
         assert torch.equal(batch["look.vector"], torch.stack(looks))
 
@@ -332,7 +332,7 @@ def test_an_old_cache_goes_on_with_its_captions(make, single, cache, monkeypatch
     assert {path.name for path in folder.parent.iterdir()} >= {folder.name}
     assert len([*folder.parent.iterdir()]) == 2, "the feature alone is new"
     for batch in first(module.train_dataloader(), 3):
-        items = [permutation(3, number // 10, 10)[number % 10] for number in batch["sample_number"]]
+        items = [int(bijected(3, 10, [number])[0]) for number in batch["sample_number"]]
         assert batch["caption"] == [words(int(item), 1)[0] for item in items]
         expected = columns(Words(), "text", {"caption": batch["caption"]}, torch.device("cpu"))
         assert torch.equal(batch["text.tokens"], expected["text.tokens"])
@@ -379,7 +379,7 @@ def test_numbers_of_sizes_and_columns(make):
     module.setup()
     (batch,) = first(module.train_dataloader(), 1)
     rest = module.train_dataset
-    order = permutation(3, 0, 7)[:4]
+    order = bijected(3, 7, range(4))
     items = [rest.indices[item] for item in order]
     assert batch["original_size"].tolist() == [[20.0 + item, 24.0] for item in items]
     assert batch["target_size"].tolist() == [[16.0, 16.0]] * 4

@@ -20,7 +20,7 @@ from ldm.latents.columns import Crop
 from ldm.latents.datamodule import LatentDataModule
 from ldm.latents.masked import MaskedLatents, filled
 from ldm.latents.parts import verify
-from ldm.randomness import Draws, permutation
+from ldm.randomness import Draws, bijected
 from tests.latents.test_datamodule import first
 from tests.tiny_dense import Blocks, Halved, Scenes
 
@@ -55,7 +55,7 @@ def samples(module, steps):
         mirrored = Draws(module.seed, numbers, 1).uniform("flip") < 0.5
         for place, number in enumerate(numbers.tolist()):
             length = len(module.train_dataset)
-            item = int(permutation(module.seed, number // length, length)[number % length])
+            item = int(bijected(module.seed, length, [number])[0])
             yield number, item, bool(mirrored[place]), batch, place
 
 
