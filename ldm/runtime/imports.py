@@ -7,6 +7,7 @@ come by themselves. Whatever else torchmetrics is asked for is there as ever, si
 
 import gc
 import importlib
+import importlib.metadata
 import importlib.util
 import logging
 import sys
@@ -32,7 +33,7 @@ class _Deferred(ModuleType):
     """
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name not in ("__version__", "__all__"):  # Python asks every module for some
+        if name.startswith("__"):  # Python asks every module for some of these
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         if (module := _ALONE.get((self.__name__, name))) is not None:
             return getattr(importlib.import_module(module), name)
@@ -54,7 +55,9 @@ def prepare() -> None:
         parent, _, child = name.rpartition(".")
         if parent:
             setattr(sys.modules[parent], child, package)
-    vars(sys.modules["torchmetrics"]).update(_logger=logging.getLogger("torchmetrics"))  # its modules import it
+    # Its modules import the one, and Lightning asks for the other.
+    said = {"_logger": logging.getLogger("torchmetrics"), "__version__": importlib.metadata.version("torchmetrics")}
+    vars(sys.modules["torchmetrics"]).update(said)
 
 
 @contextmanager
