@@ -15,8 +15,6 @@ BUCKET = 25 * 2**20
 """Bytes of gradients that DDP sends at once, and keeps for that beside the gradients (bucket_cap_mb, 25 MiB)."""
 FORWARD, BACKWARD = 1 / 3, 2 / 3
 """Shares of a step's arithmetic: the gradients of inputs and of weights cost as much each as the forward pass."""
-EPOCHS = 2
-"""Orders of an epoch in memory at once: the last batch of one may end in the next (ldm/data/elastic_sampler.py)."""
 
 
 @dataclass(frozen=True)
@@ -225,8 +223,3 @@ def save_seconds(network: Network, devices: int, cluster: Cluster, sharded: bool
 def dollars(seconds: float, devices: int, cluster: Cluster) -> float:
     """Of so many seconds of all devices."""
     return seconds / 3600 * devices * cluster.price
-
-
-def order_bytes(items: int) -> int:
-    """Bytes of each rank's orders of a data set of so many items: 8 for each item of each of two epochs."""
-    return 8 * EPOCHS * items

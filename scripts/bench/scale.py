@@ -206,7 +206,6 @@ def picture_row(items: int, cluster: Cluster) -> dict[str, Any]:
         "cache": items * plan.record.itemsize,
         "shards": plan.num_shards,
         "manifest": len(seal(manifest.to_dict())),
-        "order": cost.order_bytes(items),
         "hours": {n: seconds / 3600 / n for n in DEVICES},
         "dollars": cost.dollars(seconds, 1, cluster),
         "checked": items * plan.record.itemsize / cluster.storage,
@@ -215,15 +214,14 @@ def picture_row(items: int, cluster: Cluster) -> dict[str, Any]:
 
 def pictures(cluster: Cluster) -> str:
     """A row for each size of a data set."""
-    header = ["pictures", "cache, TB", "shards", "manifest, MB", "order, GB a rank", "GB a machine"]
+    header = ["pictures", "cache, TB", "shards", "manifest, MB"]
     header += ["reading it once, s", *(f"hours to encode, {n} devices" for n in DEVICES), "$"]
     rows = []
     for row in (picture_row(items, cluster) for items in PICTURES):
         rows.append(
             [
                 *(f"{row['pictures'] / 1e6:,.0f} M", f"{row['cache'] / 1e12:.3g}", f"{row['shards']:,}"),
-                *(f"{row['manifest'] / 1e6:.2g}", f"{row['order'] / 1e9:.3g}"),
-                *(f"{cluster.per_node * row['order'] / 1e9:.3g}", f"{row['checked']:,.0f}"),
+                *(f"{row['manifest'] / 1e6:.2g}", f"{row['checked']:,.0f}"),
                 *(f"{hours:,.3g}" for hours in row["hours"].values()),
                 f"{row['dollars']:,.0f}",
             ]
