@@ -192,7 +192,7 @@ def test_training_learns_and_validation_repeats(tmp_path):
     before = [untrained.validate(module, datamodule=data, verbose=False)[0] for _ in range(2)]
     assert before[0] == before[1]
     assert before[0]["val/loss"] == before[0]["val/loss_ema"]
-    trainer = fit(module, data, 30, tmp_path, **options)
+    trainer = fit(module, data, 60, tmp_path, **options)
     after = trainer.validate(module, datamodule=data, verbose=False)[0]
     assert after["val/loss"] < 0.8 * before[0]["val/loss"]
     assert after["val/loss_ema"] != after["val/loss"]

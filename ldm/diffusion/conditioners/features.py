@@ -98,7 +98,10 @@ def stacked(feature: Feature, name: str, rows: Sequence[Mapping[str, Tensor]]) -
     for part_name, part in feature.parts.items():
         found = [row[part_name] for row in rows]
         if not part.ragged:
-            columns[f"{name}.{part_name}"] = torch.stack(found)
+            column = found[0].new_empty(len(found), *found[0].shape)  # the CPU's autocast stacks no float16
+            for place, row in enumerate(found):
+                column[place] = row
+            columns[f"{name}.{part_name}"] = column
             continue
         padded = torch.zeros(len(rows), *part.shape, dtype=part.dtype)
         mask = torch.zeros(len(rows), part.shape[0], dtype=torch.bool)

@@ -164,6 +164,8 @@ def sampling(size: UNetSize, steps: int, place: Place) -> Built:
     scheduler: Any = diffusers.DDIMScheduler(1000, 0.00085, 0.012, "scaled_linear", clip_sample=False)
     pipeline: Any = diffusers.LDMPipeline(first_stage.eval(), network, scheduler)
     pipeline.set_progress_bar_config(disable=True)
+    # It hands its pictures to numpy, which knows no bf16.
+    first_stage.decoder.register_forward_hook(lambda module, inputs, output: output.float())
 
     def step() -> None:
         pipeline(batch_size=size.images, num_inference_steps=steps, eta=0.0)
