@@ -391,6 +391,18 @@ def test_null_computed_in_inference_mode_serves_training(folder):
     assert layer.weight.grad is not None
 
 
+def test_features_are_stacked_under_autocast_as_without(folder):
+    encoder = TextEncoder(folder, WIDTH, 10, pooling=pooling.Mean())
+    rows = [encoder.encode(caption, CPU) for caption in CAPTIONS]
+    without = stacked(encoder, "words", rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = stacked(encoder, "words", rows)
+    assert torch.float16 in {column.dtype for column in without.values()}
+    for name, column in without.items():
+        assert under[name].dtype == column.dtype
+        assert torch.equal(under[name], column)
+
+
 def test_cached_columns_give_the_same_bits_and_the_encoder_leaves(folder):
     encoder = TextEncoder(folder, WIDTH, 10, pooling=pooling.Mean())
     assert isinstance(encoder, Feature)
