@@ -3,6 +3,8 @@
 A configuration's `resolution` is one number (a square) or `[height, width]`; code has a `Size` from the constructor on.
 """
 
+from collections.abc import Sequence
+
 from ldm.errors import ConfigError
 from ldm.ranges import Resolution
 
@@ -38,6 +40,11 @@ def as_resolution(size: Size) -> int | list[int]:
     """As facts, manifests and configurations store it: a square by one number, so that what was stored stays equal."""
     height, width = size
     return height if height == width else [height, width]
+
+
+def is_multiple(size: Sequence[int], of: Sequence[int]) -> bool:
+    """Whether each side of `size` is a whole multiple, at least once, of the same side of `of`."""
+    return all(side > 0 and side % unit == 0 for side, unit in zip(size, of, strict=True))
 
 
 def spell(size: Size) -> str:

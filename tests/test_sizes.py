@@ -1,6 +1,6 @@
 import pytest
 
-from ldm.sizes import as_resolution, as_size, nearest, spell
+from ldm.sizes import as_resolution, as_size, is_multiple, nearest, spell
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,17 @@ def test_a_resolution_is_a_size_and_back(written, size, stored, words):
 )
 def test_the_nearest_sizes_of_each_side_that_does_not_fit(size, factor, words):
     assert nearest(size, factor) == words
+
+
+@pytest.mark.parametrize(
+    ("size", "of", "expected"),
+    [
+        ((16, 24), (4, 6), True),
+        ((4, 6), (4, 6), True),
+        ((16, 25), (4, 6), False),
+        ((2, 6), (4, 6), False),
+        ((0, 6), (4, 6), False),
+    ],
+)
+def test_whole_multiples(size, of, expected):
+    assert is_multiple(size, of) is expected

@@ -9,13 +9,14 @@ from torch import Tensor
 from ldm.diffusion.conditioners.given import Field
 from ldm.errors import ConfigError
 from ldm.ranges import CountOrZero, FractionAboveZero
+from ldm.sizes import is_multiple
 
 
 class MaskedLoss:
     """Weights of the latent's pixels: 1 in the hole, `unmasked_weight` around it, divided by their mean.
 
     A model that is given what is around a hole learns little from it: with a hole of a tenth, nine tenths of an
-    unweighted loss are errors of what the model was told. Fine-tuning tools know this as masked training. The mean
+    unweighted loss lie where the model was given the answer. Fine-tuning tools know this as masked training. The mean
     weight of each row is 1, so a small hole counts as much as a large one, and the learning rate stays what it was.
 
     A batch has `mask` (N, 1, H, W) in pixels, 1 in the hole and 0 around it. A latent pixel lies in the hole if any of
@@ -40,7 +41,7 @@ class MaskedLoss:
         latent = batch["latent"]
         mask = self._mask.read(batch, latent)  # (N, 1, H, W)
         size, pixels = latent.shape[2:], mask.shape[2:]
-        if any(side % of or not side for side, of in zip(pixels, size, strict=True)):
+        if not is_multiple(pixels, size):
             raise ConfigError(
                 f"masked_loss: a mask of {[*pixels]} pixels, expected whole multiples of the latent's sides, {[*size]}"
             )

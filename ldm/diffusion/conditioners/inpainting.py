@@ -11,6 +11,7 @@ from ldm.diffusion.conditioners.base import Conditioning
 from ldm.diffusion.conditioners.given import Field
 from ldm.errors import ConfigError
 from ldm.ranges import Count, Finite
+from ldm.sizes import is_multiple
 
 
 class MaskedPicture(nn.Module):
@@ -45,7 +46,7 @@ class MaskedPicture(nn.Module):
         place = self.get_buffer("_place")
         latent, mask = self._latent.read(batch, place), self._mask.read(batch, place)
         size, pixels = latent.shape[2:], mask.shape[2:]
-        if any(side % of or not side for side, of in zip(pixels, size, strict=True)):
+        if not is_multiple(pixels, size):
             raise ConfigError(
                 f"condition mask: {[*pixels]} pixels, expected whole multiples of the sides of masked_latent, {[*size]}"
             )

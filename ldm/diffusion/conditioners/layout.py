@@ -88,8 +88,8 @@ class LayoutTokens(_Boxes):
     def forward(self, batch: Mapping[str, Any]) -> Conditioning:
         corners, classes, mask = self.read(batch, self.table.weight.device)
         begin = self._begin(0, len(mask))  # (N, 1, channels)
-        told = waves(corners, self.waves).to(self.corners.weight.dtype)  # (N, K, 8 waves)
-        boxes = self.table(classes) + self.corners(told)  # (N, K, channels)
+        embedding = waves(corners, self.waves).to(self.corners.weight.dtype)  # (N, K, 8 waves)
+        boxes = self.table(classes) + self.corners(embedding)  # (N, K, channels)
         return Conditioning(
             tokens=torch.cat([begin, boxes.to(begin.dtype)], dim=1),
             token_mask=torch.cat([mask.new_ones(len(mask), 1), mask], dim=1),

@@ -11,7 +11,7 @@ from ldm.diffusion.conditioners.base import Conditioning, latent_size
 from ldm.diffusion.conditioners.given import Field
 from ldm.errors import ConfigError
 from ldm.ranges import Count
-from ldm.sizes import Size, spell
+from ldm.sizes import Size, is_multiple, spell
 
 
 class SemanticMap(nn.Module):
@@ -82,7 +82,7 @@ def _size(given: Tensor) -> Size:
 
 def _factors(found: Size, latent: Size) -> Size:
     """How many pixels of a map make one of the latent, down and across."""
-    if any(side % of or not side for side, of in zip(found, latent, strict=True)):
+    if not is_multiple(found, latent):
         raise ConfigError(
             f"condition map: {spell(found)} pixels, expected whole multiples of the latent's sides, {spell(latent)}, "
             "such as those of its picture"
