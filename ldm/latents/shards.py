@@ -9,6 +9,7 @@ claims             who writes what (claims.py)
 
 import json
 import mmap
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha256
@@ -168,7 +169,8 @@ def mapped(path: Path) -> np.ndarray:
     """
     with path.open("rb") as file:
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    memory.madvise(mmap.MADV_RANDOM)
+    if sys.platform != "win32":  # which has no such call
+        memory.madvise(mmap.MADV_RANDOM)
     # A plain array: indexing a numpy.memmap makes a new memmap each time, which is slow.
     return np.frombuffer(memory, np.uint8)
 
