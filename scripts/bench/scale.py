@@ -6,7 +6,7 @@ sheets and assumptions. ranks.py compares the same forms with two processes.
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -92,17 +92,15 @@ def scale(options: Any) -> str:
     elif options.measure:
         cluster = replace(cluster, flops=measured_flops(options))
         notes.append(f"measured: {cluster.flops / 1e12:.3g} TFLOP/s, a step of DiT-S/2 on {options.device}")
-    tables = [
-        about(networks, cluster),
-        devices(networks, options.images, cluster),
-        pictures(cluster),
-    ]
+    on_devices = [row for one in networks for row in device_rows(one, options.images, cluster)]
+    of_pictures = [picture_row(items, cluster) for items in PICTURES]
+    tables = [about(networks, cluster), devices(on_devices, cluster), pictures(of_pictures)]
     record = {
         "table": options.what,
         "inputs": asdict(cluster),
         "networks": [asdict(one) for one in networks],
-        "devices": [row for one in networks for row in device_rows(one, options.images, cluster)],
-        "pictures": [picture_row(items, cluster) for items in PICTURES],
+        "devices": on_devices,
+        "pictures": of_pictures,
         "notes": notes,
     }
     return saved(options, record, "\n\n".join([*tables, "\n".join(f"- {note}" for note in notes)]) + "\n")
@@ -166,12 +164,12 @@ def device_rows(network: Network, images: int, cluster: Cluster) -> list[dict[st
     return rows
 
 
-def devices(networks: Sequence[Network], images: int, cluster: Cluster) -> str:
+def devices(found: Sequence[Mapping[str, Any]], cluster: Cluster) -> str:
     """A row for each network on each number of devices."""
     header = ["network", "devices", "images/s, DDP", "FSDP2", "ms of arithmetic", "waits, DDP", "FSDP2"]
     header += ["sends, GB a step", "memory, GB, DDP", "FSDP2", "saves in s, whole", "sharded", "$ a million images"]
     rows = []
-    for row in (row for one in networks for row in device_rows(one, images, cluster)):
+    for row in found:
         memory = [
             f"{row[key] / 1e9:.1f}" + (" (too much)" if row[key] > cluster.memory else "")
             for key in ("ddp_memory", "fsdp_memory")
@@ -212,12 +210,12 @@ def picture_row(items: int, cluster: Cluster) -> dict[str, Any]:
     }
 
 
-def pictures(cluster: Cluster) -> str:
+def pictures(found: Sequence[Mapping[str, Any]]) -> str:
     """A row for each size of a data set."""
     header = ["pictures", "cache, TB", "shards", "manifest, MB"]
     header += ["reading it once, s", *(f"hours to encode, {n} devices" for n in DEVICES), "$"]
     rows = []
-    for row in (picture_row(items, cluster) for items in PICTURES):
+    for row in found:
         rows.append(
             [
                 *(f"{row['pictures'] / 1e6:,.0f} M", f"{row['cache'] / 1e12:.3g}", f"{row['shards']:,}"),
