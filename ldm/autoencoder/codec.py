@@ -113,6 +113,11 @@ class Codec(nn.Module, ABC):
     def deterministic(self) -> bool:
         """Whether the posterior is a point mass, its std zero."""
 
+    @property
+    def decoders(self) -> Sequence[nn.Module]:
+        """The parts that `pictures` computes with, and `moments` does not; empty where that is not known."""
+        return ()
+
     def train(self, mode: bool = True) -> "Codec":
         """Stays in eval mode, whatever the mode of the enclosing module."""
         return super().train(False)
@@ -241,6 +246,10 @@ class AutoencoderCodec(Codec):
     @property
     def deterministic(self) -> bool:
         return self.quantizer is not None
+
+    @property
+    def decoders(self) -> Sequence[nn.Module]:
+        return (self.decoder,)
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         output = self.encoder(images)

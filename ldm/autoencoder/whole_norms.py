@@ -57,9 +57,10 @@ class WholeNorms:
         x = inputs[0].float().flatten(2)  # (1, C, H W)
         groups = x.reshape(norm.num_groups, -1, x.shape[2])  # (groups, C / groups, H W)
         weights = _resized(self.weights, x.shape[2])  # (H W,), of the same sum whatever the resolution
-        sums = torch.stack(
-            [weights.sum().expand(len(groups)), groups.mean(1) @ weights, groups.square().mean(1) @ weights]
-        )
+        with torch.autocast(x.device.type, enabled=False):
+            sums = torch.stack(
+                [weights.sum().expand(len(groups)), groups.mean(1) @ weights, groups.square().mean(1) @ weights]
+            )
         self._sums[norm] = self._sums.get(norm, 0) + sums
         return self._apply(norm, inputs, output)
 

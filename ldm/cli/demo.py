@@ -25,12 +25,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli import program
-from ldm.cli.options import Parser, at_home, called, finite, path, port, whole_number
+from ldm.cli.options import Parser, add_precision, at_home, called, finite, path, port, whole_number
 from ldm.errors import CheckpointError, ConfigError
 from ldm.run_folder import newest_run
 from ldm.runtime import signals
 
 if TYPE_CHECKING:  # importing it takes seconds, which a wrong flag need not wait for
+    import torch
+
     from ldm.sampling.pipeline import Pipeline
 
 PORT = 7860
@@ -50,6 +52,7 @@ def parse(argv: Sequence[str]) -> Any:
     add("-r", "--run", nargs="+", action="extend", required=True, type=at_home, metavar="RUN", help=place)
     add("--raw", action="store_true", help="the weights of the last step instead of their running average")
     add("--device", help="such as cuda or cpu (default: cuda where there is one)")
+    add_precision(add)
     trusted = "let the checkpoints use objects of it"
     add("--trust", action="append", default=[], metavar="PACKAGE", help=trusted)
     here = "address to listen at (default: 127.0.0.1, this machine alone; 0.0.0.0: everybody who reaches it)"
@@ -77,7 +80,7 @@ def demo(options: Any) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     for name in ("no_proxy", "NO_PROXY"):  # the server's look at itself
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), options.host, "localhost", "127.0.0.1"]))
-    from ldm.cli.devices import usable
+    from ldm.cli.devices import Precision, usable
     from ldm.interop.exports.usage import optional_packages
 
     with optional_packages("ldm demo", "demo"):
@@ -87,8 +90,11 @@ def demo(options: Any) -> None:
     from ldm.cli.demo_page import Page, served
     from ldm.cli.demo_request import Constants, Limits
 
-    load = partial(loaded, options=options, device=usable(options.device))
-    constants = Constants(options.device, options.raw, tuple(options.trust), options.lora, options.lora_scale)
+    device = usable(options.device)
+    precision = Precision.of(options, device)
+    load = partial(loaded, options=options, device=device, compute=precision.compute)
+    flags = options.device, options.raw, tuple(options.trust), options.lora, options.lora_scale
+    constants = Constants(*flags, precision.name)
     limits = Limits(options.max_steps, options.max_pictures, options.max_size)
     number = free_port(options.host, options.port)
     with places() as folder:
@@ -100,14 +106,15 @@ def demo(options: Any) -> None:
                 time.sleep(0.1)
 
 
-def loaded(run: str, options: Any, device: str) -> "Pipeline":
+def loaded(run: str, options: Any, device: str, compute: "torch.dtype") -> "Pipeline":
     """The model of a run as the flags say, with the adapter that they name."""
     from ldm.cli.sample import with_adapter
     from ldm.sampling.pipeline import Pipeline
+    from ldm.sampling.precision import computing_in
 
     pipeline = Pipeline.load(run, ema=not options.raw, device=device, trust=options.trust)
     with_adapter(pipeline, options)
-    return pipeline
+    return computing_in(pipeline, compute)
 
 
 def found(run: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ldm.cli.demo_line import Ticket, watched
 from ldm.cli.demo_models import Abilities
-from ldm.cli.options import called
+from ldm.cli.options import FLOAT32, called
 from ldm.cli.sample import Recipe, chosen_classes, named_functions, read_once, requested, samples, steering
 from ldm.cli.sample_options import parse
 from ldm.errors import ConfigError
@@ -74,6 +74,7 @@ class Constants:
     trust: tuple[str, ...] = ()
     lora: Path | None = None
     lora_scale: float | None = None
+    precision: str = FLOAT32
 
     def words(self) -> list[str]:
         words = ["--raw"] if self.raw else []
@@ -83,6 +84,8 @@ class Constants:
             words += _flag("lora", str(self.lora))
         if self.lora_scale is not None:
             words += _flag("lora-scale", _text(self.lora_scale))
+        if self.precision != FLOAT32:
+            words += _flag("precision", self.precision)
         return words + [word for package in self.trust for word in _flag("trust", package)]
 
 

@@ -1,10 +1,38 @@
-"""The device that a program computes on."""
+"""The device that a program computes on, and in which precision."""
 
 import os
+import sys
+from typing import Any, NamedTuple
 
 import torch
 
 from ldm.errors import ConfigError
+from ldm.runtime import distributed, precision
+
+
+class Precision(NamedTuple):
+    """What --precision means on a device: "32-true" or "bf16-mixed"."""
+
+    name: str
+
+    @classmethod
+    def of(cls, options: Any, device: str) -> "Precision":
+        """As the command line says; prints what the user should know of it."""
+        name, notes = precision.settled(options.precision, torch.device(device).type)
+        if distributed.is_main():
+            for note in notes:
+                print(note, file=sys.stderr)
+        return cls(name)
+
+    @property
+    def compute(self) -> torch.dtype:
+        """The type that networks compute in."""
+        return precision.TYPES[self.name]
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What records say of it: nothing of float32, as records from before there was a choice."""
+        return {} if self.compute == torch.float32 else {"precision": self.name}
 
 
 def usable(name: str | None) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ldm.cli.options import Parser, at_home, called, path, seed, whole_number
+from ldm.cli.options import FLOAT32, Parser, add_precision, at_home, called, path, seed, whole_number
 from ldm.cli.sample_options import add_guidance, add_sampler, check_guidance
 from ldm.errors import ConfigError
 from ldm.evaluation.fidelity import RECONSTRUCTION
@@ -94,6 +94,7 @@ def _add_places(add: Add) -> None:
     )
     add("--batch-size", type=whole_number, default=64, help="pictures made at once (default: 64)")
     add("--device", help="such as cuda or cpu (default: cuda where there is one)")
+    add_precision(add)
     beside = "<run>/evaluation/<protocol>.json, or beside the pictures"
     add("--out", type=path, metavar="FILE.json", help=f"the record (default: {beside})")
     add("--project", default="ldm", help="the Weights & Biases project, of a run that logs there (default: ldm)")
@@ -107,6 +108,8 @@ def _check_together(options: Any) -> None:
         raise ConfigError("What is to be measured? Name either a run (--run), or a folder or an .npz of pictures.")
     if options.pictures is not None and options.against is None:
         raise ConfigError(f"{options.pictures}: compared with what? Name a reference with --against.")
+    if options.pictures is not None and options.precision != FLOAT32:
+        raise ConfigError(f"--precision {options.precision}: pictures that are there are not made; leave it out.")
     if options.against is not None:
         _check_reference(*options.against)
     if options.resolution is not None and len(options.resolution) > 2:

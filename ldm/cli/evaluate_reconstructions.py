@@ -6,6 +6,7 @@ from typing import Any
 from ldm.autoencoder.codec import Codec
 from ldm.checkpoints import store
 from ldm.cli import evaluate_run
+from ldm.cli.devices import Precision
 from ldm.cli.evaluate_options import is_configuration
 from ldm.config.tree import current_plain
 from ldm.errors import ConfigError
@@ -23,6 +24,7 @@ def reconstructions(options: Any, path: Path, device: str) -> Reconstructed:
     Raises:
         LdmError: it cannot be measured.
     """
+    precision = Precision.of(options, device)
     codec = Codec.load(path, options.trust).to(device)
     file = Path(codec.path)
     found = store.record(file)
@@ -33,12 +35,18 @@ def reconstructions(options: Any, path: Path, device: str) -> Reconstructed:
             f"{name}: has pictures of {originals.channels} channels, the autoencoder reads {codec.in_channels}"
         )
     perceptual, notes = evaluate_run.perceptual(originals.shape, options.metrics)
-    protocol = {"kind": "reconstructions", "images": number, "part": part, "of": originals.description()["source"]}
+    protocol = {
+        "kind": "reconstructions",
+        "images": number,
+        "part": part,
+        "of": originals.description()["source"],
+        **precision.settings,
+    }
     home = evaluate_run.home(file)
     return Reconstructed(
         name=str(home.parent),
         kind="reconstructions",
-        pictures=Reconstructions(codec, originals, number),
+        pictures=Reconstructions(codec, originals, number, precision.compute),
         home=home,
         words=[f"step{found.get('step', 0)}-reconstructions", part, str(number)],
         protocol=protocol,

@@ -9,6 +9,7 @@ from typing import Any
 
 from ldm.checkpoints import store
 from ldm.cli import evaluate_judges, evaluate_run
+from ldm.cli.devices import Precision
 from ldm.cli.evaluate_options import check_metrics
 from ldm.cli.sample import Recipe as CommandLine
 from ldm.cli.sample import steered, steering
@@ -41,10 +42,16 @@ def samples(options: Any, path: Path, device: str) -> Subject:
     Raises:
         LdmError: it cannot be measured.
     """
+    precision = Precision.of(options, device)
     pipeline = Pipeline.load(
-        path, ema=not options.raw, autoencoder=options.autoencoder, device=device, trust=options.trust
+        path,
+        ema=not options.raw,
+        autoencoder=options.autoencoder,
+        device=device,
+        trust=options.trust,
+        compute=precision.compute,
     )
-    sampling = _sampling(options, pipeline, device)
+    sampling = _sampling(options, pipeline, device, precision)
     data, reads, chosen_by = _OwnData(options, pipeline), pipeline.conditioner.keys, _labels(options, pipeline)
     recipe = _asked_for(options, pipeline, sampling, data, chosen_by)
     pictures = Generated(pipeline, recipe, options.images or SAMPLES, options.seed)
@@ -86,7 +93,7 @@ def samples(options: Any, path: Path, device: str) -> Subject:
     )
 
 
-def _sampling(options: Any, pipeline: Pipeline, device: str) -> Recipe:
+def _sampling(options: Any, pipeline: Pipeline, device: str, precision: Precision) -> Recipe:
     """How samples are made; what they are asked for by is not said yet."""
     sampler = chosen("sampler", samplers, options.sampler, options.trust)
     schedule = chosen("schedule", timesteps, options.schedule, options.trust)
@@ -97,6 +104,7 @@ def _sampling(options: Any, pipeline: Pipeline, device: str) -> Recipe:
         "schedule": described(options.schedule[0], schedule),
         **{key: getattr(options, key) for key in ("steps", "guidance")},
         **steered(options, CommandLine(sampler, schedule, guidance, None, None)),
+        **precision.settings,
     }
     times = schedule(pipeline.objective, options.steps, pipeline.manifest.plan.shape)
     guidance.check(pipeline, bool(pipeline.conditioner.keys), times)

@@ -16,6 +16,9 @@ from ldm.training.options import Options
 # `a.b=1`, `a.0.b=[1,2]`; never a flag (starts with a dash) nor a path before the equals sign.
 _OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=.*", re.DOTALL)
 
+FLOAT32 = "32-true"
+"""The precision where nothing is said, of programs that sample."""
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises ConfigError where argparse would print its usage and exit."""
@@ -64,6 +67,13 @@ some_share = _numbers(float, "a number above 0, at most 1", lambda number: 0 < n
 ratio = _numbers(float, "a number of 0 or more, or inf", lambda number: number >= 0)
 # Of an average over training, as in ldm/optim/ema.py: that of the uniform average is the limit.
 width = _numbers(float, f"more than 0 and less than {12**-0.5:.3f}", lambda number: 0 < number < 12**-0.5)
+
+
+def add_precision(add: Callable[..., Any]) -> None:
+    """--precision, of programs that sample."""
+    words = "of network and decoder; auto: bf16-mixed where the device computes it natively"
+    words += f" (default: {FLOAT32}, so that seeds keep their pictures)"
+    add("--precision", choices=("auto", FLOAT32, "bf16-mixed"), default=FLOAT32, help=words)
 
 
 def path(text: str) -> Path:

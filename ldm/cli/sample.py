@@ -6,6 +6,7 @@
     python scripts/sample.py -r logs/<run> --guidance 2 --guide logs/<smaller run> --interval 0.2 3
     python scripts/sample.py -r logs/<run> --guidance 10 --guidance-channels 3 --schedule shifted shift=3.3333333
     python scripts/sample.py -r logs/<run> --sampler heun s_churn=40 --schedule karras rho=5
+    python scripts/sample.py -r logs/<run> --precision auto                 # in bf16 where that is native
     python scripts/sample.py -r logs/<run with an adapter> --lora-scale 0.7 # 0: its base
     python scripts/sample.py -r logs/<run> --lora FOLDER                    # an adapter as peft saves it
     python scripts/sample.py -r logs/<run> --prompt "red heart" "a cat" --guidance 4 --negative "a dog"
@@ -37,7 +38,7 @@ from typing import Any
 
 from ldm.autoencoder.tiling import Tiling
 from ldm.cli import program
-from ldm.cli.devices import usable
+from ldm.cli.devices import Precision, usable
 from ldm.cli.large_options import tile_settings, tiling
 from ldm.cli.repaint_options import repaint_settings, resampled
 from ldm.cli.sample_dense import begun_with, dense_rows, only_by_file
@@ -55,6 +56,7 @@ from ldm.sampling.generate import Sample, check, generate
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.img2img import InitImage
 from ldm.sampling.pipeline import Pipeline
+from ldm.sampling.precision import computing_in
 from ldm.sampling.sample_folder import Order, claim, default_folder, prefix, record, save, save_arrays, sheet
 from ldm.sampling.samplers import Sampler
 from ldm.sampling.timesteps import TimestepSchedule
@@ -137,6 +139,8 @@ def sample(options: Any) -> list[Path]:
         _found(options.run), ema=not options.raw, autoencoder=options.autoencoder, device=device, trust=options.trust
     )
     adapter = with_adapter(pipeline, options)
+    precision = Precision.of(options, device)
+    pipeline = computing_in(pipeline, precision.compute)
     names = pipeline.manifest.plan.class_names
     conditions = requested(pipeline, options)
     seeds = [*dict.fromkeys(options.seeds or range(options.seed, options.seed + options.number))]
@@ -151,6 +155,7 @@ def sample(options: Any) -> list[Path]:
         **{key: getattr(options, key) for key in ("steps", "guidance")},
         **steered(options, recipe),
         **adapter,
+        **precision.settings,
     }
     times = schedule(pipeline.objective, options.steps, pipeline.latent_shape(recipe.size, recipe.tile))
     # Both refuse what cannot be, before anything is written.
@@ -213,6 +218,7 @@ def steering(
             autoencoder=options.autoencoder,
             device=device,
             trust=options.trust,
+            compute=pipeline.compute,
         )
     low, high = options.interval
     negative = None if options.negative is None else {"caption": options.negative}

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from ldm.cli.large_options import add_tiles, check_tiles
-from ldm.cli.options import Parser, called, finite, path, ratio, seed, share, some_share, whole_number
+from ldm.cli.options import Parser, add_precision, called, finite, path, ratio, seed, share, some_share, whole_number
 from ldm.cli.repaint_options import add_repaint, check_repaint
 from ldm.config import check
 from ldm.config.merging import apply
@@ -110,6 +110,7 @@ def _add_places(add: Add) -> None:
     )
     add("--batch-size", type=whole_number, default=64, help="pictures made at once; changes speed alone (default: 64)")
     add("--device", help="such as cuda or cpu (default: cuda where there is one)")
+    add_precision(add)
     add("--out", type=path, metavar="FOLDER", help="(default: <run>/samples/<settings>)")
     add("--npz", action="store_true", help="also write samples.npz")
     trusted = "let the checkpoint, --sampler and --schedule use objects of it"

@@ -22,7 +22,10 @@ from ldm.images import picture
 HARMLESS = ("reference.name", "device", "weights", "average")
 """What two protocols may differ in, and their numbers still be compared: names, and what belongs to the model."""
 
-SAMPLING = ("sampler", "schedule", "steps", "guidance", "rescale", "guidance_channels", "interval", "guide")
+SAMPLING = (
+    *("sampler", "schedule", "steps", "precision"),
+    *("guidance", "rescale", "guidance_channels", "interval", "guide"),
+)
 """How samples are made: what is compared, as often as the models are. A winner is named, and the difference as well."""
 
 LEVEL = 0.95
@@ -144,6 +147,7 @@ def report(found: Sequence[Entry]) -> str:
 def _explained(records: Sequence[Record], names: Sequence[str], hindering: Mapping[str, Any]) -> list[str]:
     """What differs between the protocols, and between the machines."""
     every = differences([record.protocol for record in records])
+    made = [key for key in every if _is_in(key, SAMPLING)]
     every |= {f"versions.{key}": values for key, values in differences([record.versions for record in records]).items()}
     every |= differences([{"precision": record.machine.get("precision")} for record in records])
     if not every:
@@ -152,7 +156,7 @@ def _explained(records: Sequence[Record], names: Sequence[str], hindering: Mappi
     lines = [markdown(["differs", *names, "forbids comparison"], rows)]
     if hindering:
         lines += ["", f"No winner is named: the numbers were made with different {', '.join(hindering)}."]
-    elif made := [key for key in every if _is_in(key, SAMPLING)]:
+    elif made:
         lines += ["", f"The samples were made differently ({', '.join(made)}): that may be why one is better."]
     return lines
 

@@ -1,7 +1,8 @@
 """The precision a run computes in: `lightning.trainer.precision: auto`, the default, resolved once at its start.
 
 `auto` becomes bf16-mixed where the device computes bf16 natively, else 32-true: a processor without bf16 instructions
-emulates it, 10 to 150 times slower. The run's configuration stores the result, so that a resumed run keeps it.
+emulates it, 10 to 150 times slower. The run's configuration stores the result, so that a resumed run keeps it. Programs
+that sample have the same words, and 32-true as the default, so that a seed keeps its picture.
 """
 
 import os
@@ -18,6 +19,9 @@ from ldm.errors import ConfigError
 AUTO = "auto"
 _FLOAT16 = ("16-mixed", "16")
 _NATIVE, _PLAIN = "bf16-mixed", "32-true"
+
+TYPES = {_PLAIN: torch.float32, _NATIVE: torch.bfloat16}
+"""What networks compute in that are used and not trained."""
 
 _X86 = ("x86_64", "amd64", "x86", "i386", "i686")
 
@@ -57,12 +61,35 @@ def settle(trainer: dict[str, Any], is_new: bool) -> list[str]:
             f"in its place. Write {remedy}"
         )
     if kind in ("cpu", "cuda") and str(asked).startswith("bf16") and not computes_bf16(kind).native:
-        return [f"{_emulated(asked, kind)}. Use lightning.trainer.precision={_PLAIN}{allow}"]
+        return [
+            f"{_emulated('lightning.trainer.precision', asked, kind)}. Use lightning.trainer.precision={_PLAIN}{allow}"
+        ]
     return []
 
 
-def _emulated(asked: Any, kind: str) -> str:
-    warning = f"warning: lightning.trainer.precision is {asked}, which "
+def settled(asked: str, kind: str) -> tuple[str, list[str]]:
+    """What `--precision` of a program that samples becomes, and notes for the user, one line each.
+
+    Args:
+        asked: "auto", "32-true" or "bf16-mixed".
+        kind: of device, as in `computes_bf16`.
+
+    Returns:
+        One of the latter two, keys of `TYPES`.
+    """
+    if asked == _PLAIN:
+        return asked, []
+    answer = computes_bf16(kind)
+    if asked == AUTO:
+        found = _NATIVE if answer.native else _PLAIN
+        return found, [f"precision: {found}, since {answer.reason} (--precision auto)"]
+    if answer.native or kind not in ("cpu", "cuda"):
+        return asked, []
+    return asked, [f"{_emulated('--precision', asked, kind)}. Use --precision {_PLAIN}"]
+
+
+def _emulated(setting: str, asked: Any, kind: str) -> str:
+    warning = f"warning: {setting} is {asked}, which "
     if kind == "cuda":
         return f"{warning}{torch.cuda.get_device_name()} emulates, slower than float32"
     return f"{warning}this processor emulates: a matrix product takes {bf16_slowdown():.0f} times as long as in float32"

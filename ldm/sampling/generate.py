@@ -3,7 +3,8 @@
     checkpoint -> denoiser, objective, codec -> guided denoiser -> sampler -> codec.decode -> uint8
 
 An image depends only on its seed and its condition, not on the batch it was made in, its neighbors or their order.
-(Up to float rounding: another batch size may select another matrix kernel, which changes a pixel by one level at most.)
+(Up to float rounding: another batch size may select another matrix kernel, which changes a pixel by one level at most,
+or, in a pipeline that computes in bfloat16, by as much as that itself changes it.)
 The initial noise is drawn on the CPU, so that a seed gives the same image on every machine.
 """
 
@@ -27,6 +28,7 @@ from ldm.sampling import dense
 from ldm.sampling.conditions import Columns, Condition, check_conditions, rows
 from ldm.sampling.guidance import ConditionalDenoiser, Guidance
 from ldm.sampling.img2img import InitImage, inpaint
+from ldm.sampling.precision import autocast
 from ldm.sampling.samplers import Sampler, ddim
 from ldm.sampling.steps import start
 from ldm.sampling.tile_count import calls, counted
@@ -180,7 +182,8 @@ def _images(
                 denoise = inpaint(denoise, known, kept.to(device))
         x = start(pipeline.objective, noise, times[0], known)
         latents = sampler(denoise, pipeline.objective, x, times, draws=draws)
-        images = decode(pipeline.codec, manifest.unstandardize(latents), tile)
+        with autocast(pipeline):
+            images = decode(pipeline.codec, manifest.unstandardize(latents), tile)
         if init_image is not None:
             images = init_image.composite(images)
         images = dense.kept(pipeline, images, batch)

@@ -18,6 +18,7 @@ from ldm.diffusion.objectives import Objective
 from ldm.errors import ConfigError
 from ldm.latents.manifest import same_encoder
 from ldm.sampling.conditions import Condition, check_conditions, columns, rows
+from ldm.sampling.precision import network
 
 if TYPE_CHECKING:  # generate.py builds on this file
     from ldm.sampling.pipeline import Pipeline
@@ -246,7 +247,7 @@ class Guidance:
             batch: the rows' conditions as columns of a batch, on the pipeline's device; None: unconditional.
             within: how each network is called, such as window by window (tiled.py).
         """
-        conditional = within(partial(pipeline.objective.denoise, pipeline.denoiser["network"]))
+        conditional = within(partial(pipeline.objective.denoise, network(pipeline)))
         conditioner = pipeline.conditioner
         null = conditioner.null(number) if batch is None else dropped(conditioner, batch, number)
         conditioning = null if batch is None or not conditioner.keys else conditioner(batch)

@@ -31,6 +31,7 @@ from ldm.sampling.dense import Dense
 from ldm.sampling.generate import UNGUIDED, generate
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.img2img import InitImage
+from ldm.sampling.precision import computing_in, network
 from ldm.sampling.samplers import Sampler, ddim
 from ldm.sampling.timesteps import TimestepSchedule, default
 from ldm.sizes import Size, SizeError, spell
@@ -54,6 +55,7 @@ class Pipeline:
         origin: where the weights come from, in plain values: {"checkpoint", "step", "weights"}.
         dense: what is known of its pictures, maps and layouts as conditions.
         normals: what makes the noise that samples begin with, and that samplers add.
+        compute: what network and decoder compute in, as `precision.computing_in` says.
     """
 
     denoiser: nn.ModuleDict
@@ -64,6 +66,7 @@ class Pipeline:
     origin: Mapping[str, Any] = field(default_factory=dict)
     dense: Dense = field(default_factory=Dense)
     normals: Normals = STANDARD.normals
+    compute: torch.dtype = torch.float32
 
     @classmethod
     def load(
@@ -74,6 +77,7 @@ class Pipeline:
         autoencoder: Path | str | None = None,
         device: torch.device | str = "cpu",
         trust: Sequence[str] = (),
+        compute: torch.dtype = torch.float32,
     ) -> "Pipeline":
         """From a stage-2 checkpoint; builds the network, its conditioner and the objective, but no optimizer or data.
 
@@ -83,6 +87,7 @@ class Pipeline:
             autoencoder: stage-1 run folder or checkpoint, or a folder of diffusers; None: its path when the latents
                 were made.
             trust: packages besides ldm's own that the checkpoints' configurations may name.
+            compute: torch.bfloat16: faster on devices that compute it natively, and pictures that differ slightly.
 
         Raises:
             CheckpointError: missing, damaged, not from stage 2, or not the autoencoder that made the latents.
@@ -108,9 +113,10 @@ class Pipeline:
         dropout = params.get("label_dropout", 0.0)
         dense = Dense.of(record.get("data") or {})
         normals = randomness.chosen(config, trust).normals
-        return cls(
+        pipeline = cls(
             denoiser.to(device), objective.to(device), codec.to(device), manifest, dropout, origin, dense, normals
         )
+        return computing_in(pipeline, compute)
 
     @classmethod
     def from_module(
@@ -204,7 +210,7 @@ class Pipeline:
             null = self.conditioner.null(1)
             if null.spatial is not None:  # its sides are 1 where any are accepted
                 null = replace(null, spatial=null.spatial.expand(1, -1, *shape[1:]))
-            self.objective.denoise(self.denoiser["network"], x, time, null)
+            self.objective.denoise(network(self), x, time, null)
         finally:
             self.denoiser.train(training)
 

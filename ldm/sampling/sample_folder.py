@@ -246,8 +246,8 @@ def _read(path: Path) -> np.ndarray:
 
 
 _LONGEST = 255  # bytes of a name
-ALWAYS = ("checkpoint", "step", "weights", "sampler", "schedule", "steps", "guidance")
-"""Settings that every folder's name covers; others are appended only if they were requested."""
+NAMED = ("checkpoint", "step", "weights", "sampler", "schedule", "steps", "guidance", "precision")
+"""Settings with a place in a folder's name; others are appended only if they were requested."""
 
 
 def default_folder(settings: Mapping[str, Any]) -> Path:
@@ -260,7 +260,8 @@ def default_folder(settings: Mapping[str, Any]) -> Path:
     spacing = "" if schedule == "default" else f"-{schedule}"
     details = "".join(f"-{one.replace('=', '')}" for one in [*spaced, *tuned])
     name = f"{which}step{settings['step']}-{settings['weights']}-{sampler}{settings['steps']}{spacing}{details}"
-    more = "".join(f"-{key}{_worded(value)}" for key, value in settings.items() if key not in ALWAYS)
+    name += f"-{settings['precision']}" if "precision" in settings else ""
+    more = "".join(f"-{key}{_worded(value)}" for key, value in settings.items() if key not in NAMED)
     return run / "samples" / _folder_name(f"{name}-guidance{settings['guidance']:g}{more}")
 
 

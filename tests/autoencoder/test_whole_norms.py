@@ -52,6 +52,13 @@ def test_a_single_norm_is_exact(in_a_row, affine):
         torch.testing.assert_close(found, expected, atol=5e-2, rtol=0)
 
 
+def test_what_is_measured_of_the_whole_is_measured_in_float32():
+    codec, latents, tiling = Normed(False, True), of_another_brightness(1, 4, 32, 48), Tiling((32, 32), 8)
+    with torch.autocast("cpu", torch.bfloat16):  # which leaves the norm itself in float32
+        found = decode(codec, latents, tiling)
+    assert torch.equal(found, decode(codec, latents, tiling))
+
+
 def test_hooks_are_gone_after_a_failure():
     codec = Normed(False, True)
     norms = WholeNorms(codec)

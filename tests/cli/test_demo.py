@@ -260,13 +260,14 @@ def test_wrong_command_lines(words, code, message, capsys, tmp_path, monkeypatch
 def test_an_adapter_is_put_on_each_model(runs, tmp_path):
     options = demo.parse(["-r", "x", "--lora-scale", "0.5"])
     with pytest.raises(ConfigError, match="--lora-scale: this model has no adapter"):
-        demo.loaded(str(runs.diffusion), options, "cpu")
+        demo.loaded(str(runs.diffusion), options, "cpu", torch.float32)
     options = demo.parse(["-r", "x", "--lora", str(tmp_path / "none")])
     with pytest.raises(CheckpointError, match="none"):
-        demo.loaded(str(runs.diffusion), options, "cpu")
+        demo.loaded(str(runs.diffusion), options, "cpu", torch.float32)
     options = demo.parse(["-r", "x"])
     assert (options.max_steps, options.max_pictures, options.max_size) == (1000, 64, None)
-    assert demo.loaded(str(runs.diffusion), options, "cpu").origin["weights"] == "ema"
+    assert demo.loaded(str(runs.diffusion), options, "cpu", torch.float32).origin["weights"] == "ema"
+    assert demo.loaded(str(runs.diffusion), options, "cpu", torch.bfloat16).compute == torch.bfloat16
 
 
 def test_without_its_package_the_extra_is_named(runs):

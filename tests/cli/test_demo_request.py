@@ -44,6 +44,7 @@ def test_settings_are_flags_where_they_are_not_the_default():
     line = asked(wish, PLAIN, Constants(lora=Path("adapter"), lora_scale=0.5))
     said = "--sampler ddim eta=0.5 --schedule karras rho=5 sigma_max=80.0 --lora adapter --lora-scale 0.5"
     assert line.endswith(said)
+    assert asked(SHORT, PLAIN, Constants(precision="bf16-mixed")).endswith("--steps 3 --precision bf16-mixed")
 
 
 def test_limits_are_those_of_the_flags_or_of_the_model():

@@ -5,16 +5,19 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ldm.cli import sample
 from ldm.cli.sample import requested
 from ldm.cli.sample_options import named, parse, read_prompts
 from ldm.errors import ConfigError
+from ldm.runtime import precision
 from ldm.sampling import samplers, timesteps
 from ldm.sampling.generate import generate
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.pipeline import Pipeline
+from ldm.sampling.sample_folder import default_folder
 from tests.tiny_runs import CLASSES, save_diffusion
 
 QUICK = ["--steps", "2", "--guidance", "2"]
@@ -116,6 +119,43 @@ def test_pictures_of_other_settings_are_left_alone(run, capsys):
     (out.parent / "foreign").mkdir()
     (out.parent / "foreign" / "thesis.tex").touch()
     assert run(out="foreign")[0] == 2
+
+
+def test_another_precision_is_recorded_and_has_a_folder_of_its_own(runs, run, capsys):
+    words = ["--classes", "1", "-n", "2"]
+    code, out = run(*words, "--precision", "bf16-mixed", out="half")
+    assert code == 0
+    assert json.loads((out / "samples.json").read_text())["settings"]["precision"] == "bf16-mixed"
+    half = Pipeline.load(runs.diffusion, compute=torch.bfloat16)
+    (expected, _) = half.generate([0, 1], [{"class_label": 1}] * 2, steps=2, guidance=Guidance(2))
+    assert np.array_equal(pixels(out / "001-000000.png"), expected)
+    assert run(*words, out="half")[0] == 2
+    assert "precision: bf16-mixed there, None now" in capsys.readouterr().err
+    # As records from before there was a choice.
+    code, out = run(*words, "--precision", "32-true", out="whole")
+    assert "precision" not in json.loads((out / "samples.json").read_text())["settings"]
+    assert run(*words, out="whole")[0] == 0
+    assert run(*words, "--precision", "bf16-mixed", out="whole")[0] == 2
+    assert "precision: None there, bf16-mixed now" in capsys.readouterr().err
+    settings = {"checkpoint": "run/checkpoints/step=7.ckpt", "step": 7, "weights": "ema", "sampler": "ddim eta=0.5"}
+    settings |= {"schedule": "default", "steps": 2, "guidance": 2.0, "precision": "bf16-mixed"}
+    assert str(default_folder(settings)) == "run/samples/step7-ema-ddim2-eta0.5-bf16-mixed-guidance2"
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_precision_goes_by_the_device(run, capsys, monkeypatch, native):
+    monkeypatch.setattr(precision, "_cpu_says", lambda: native)
+    monkeypatch.setattr(precision, "bf16_slowdown", lambda: 27.4)
+    code, out = run("--classes", "1", "-n", "1", "--precision", "auto")
+    assert code == 0
+    chosen = "bf16-mixed" if native else "32-true"
+    assert capsys.readouterr().err.startswith(f"precision: {chosen}, since this processor ")
+    assert json.loads((out / "samples.json").read_text())["settings"].get("precision", "32-true") == chosen
+    assert run("--classes", "1", "-n", "1", "--precision", "bf16-mixed", out="half")[0] == 0
+    said = capsys.readouterr().err
+    assert said.count("emulates: a matrix product takes 27 times as long as in float32. Use --precision 32-true") == (
+        not native
+    )
 
 
 def test_each_setting_has_a_folder_of_its_own_by_default(runs, capsys):

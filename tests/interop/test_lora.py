@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -393,6 +394,24 @@ def test_its_files_are_peft_s(folder, base, lora_run):
 def test_a_base_of_ours_takes_the_files_up_again(folder, base, lora_run):
     assert sampled(base, "again", "--lora", str(folder)) == sampled(lora_run, "full")
     assert sampled(base, "zero", "--lora", str(folder), "--lora-scale", "0") == sampled(base, "base")
+
+
+def test_an_adapter_is_put_on_before_weights_are_rounded(folder, base, lora_run):
+    """Or its base would be another one; and A and B are rounded, too."""
+    half = "--precision", "bf16-mixed"
+    found = sampled(base, "again", "--lora", str(folder), *half)
+    assert found == sampled(lora_run, "full", *half)
+    assert len({found, sampled(lora_run, "in float32"), sampled(base, "base", *half)}) == 3
+
+
+def test_the_bits_of_an_adapter_are_those_of_autocast(lora_run):
+    half = Pipeline.load(lora_run, compute=torch.bfloat16)
+    unconverted = replace(Pipeline.load(lora_run), compute=torch.bfloat16)
+    assert images(half) == images(unconverted)
+    assert all(
+        layer.lora_A[lora.ADAPTER].weight.dtype == torch.bfloat16
+        for layer in lora.layers(half.denoiser["network"]).values()
+    )
 
 
 def test_training_starts_from_files(folder, base, lora_run, diffusion_tree, monkeypatch):

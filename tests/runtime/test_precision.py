@@ -13,7 +13,7 @@ from ldm.checkpoints import store
 from ldm.config.load import load, to_yaml
 from ldm.errors import ConfigError
 from ldm.runtime import precision
-from ldm.runtime.precision import Answer, settle
+from ldm.runtime.precision import TYPES, Answer, settle, settled
 
 ROOT = Path(precision.__file__).parents[2]
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "DNNL_MAX_CPU_ISA": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
@@ -117,6 +117,22 @@ def test_apples_gpu_computes_in_float32(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     settle(trainer := {"accelerator": "mps"}, is_new=True)
     assert trainer["precision"] == "32-true"
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, "bf16-mixed"), (False, "32-true")])
+def test_programs_that_sample_have_the_same_words(cpu, native, expected):
+    cpu(native)
+    assert settled("32-true", "cpu") == ("32-true", [])
+    found, (note,) = settled("auto", "cpu")
+    assert (found, TYPES[found] == torch.bfloat16) == (expected, native)
+    assert note.startswith(f"precision: {expected}, since this processor")
+    found, notes = settled("bf16-mixed", "cpu")
+    assert (found, len(notes)) == ("bf16-mixed", not native)
+    assert all(note.startswith("warning: --precision is bf16-mixed, which this processor emulates") for note in notes)
+    assert all(note.endswith("27 times as long as in float32. Use --precision 32-true") for note in notes)
+    # Nobody has tried it on others, where it is neither chosen nor advised against.
+    assert settled("auto", "mps")[0] == "32-true"
+    assert settled("bf16-mixed", "mps") == ("bf16-mixed", [])
 
 
 @pytest.mark.parametrize("name", ["_is_avx512_bf16_supported", "_is_amx_tile_supported"])

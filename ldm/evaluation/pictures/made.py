@@ -166,10 +166,18 @@ class Reconstructions:
         codec: the autoencoder.
         originals: what it is given.
         number: of them, the first ones; None: all.
+        compute: what they are decoded in: float32, or bfloat16 by autocast. They are encoded in float32.
     """
 
-    def __init__(self, codec: Codec, originals: DatasetPictures, number: Count | None = None) -> None:
+    def __init__(
+        self,
+        codec: Codec,
+        originals: DatasetPictures,
+        number: Count | None = None,
+        compute: torch.dtype = torch.float32,
+    ) -> None:
         self.codec = codec
+        self.compute = compute
         self._number = len(originals) if number is None else min(number, len(originals))
         self.originals = originals
         self.shape = originals.shape
@@ -182,7 +190,9 @@ class Reconstructions:
         """Encoded and decoded once, for all that is measured of it; NumericError if it is not finite."""
         pixels = self.originals.pixels(indices).to(self.codec.device)
         mean, std = self.codec.encode(pixels)
-        with full_precision(self.codec.device.type):
+        kind = self.codec.device.type
+        plain = self.compute == torch.float32
+        with full_precision(kind) if plain else torch.autocast(kind, self.compute):
             decoded = self.codec.decode(mean)
         if not all(bool(torch.isfinite(values).all()) for values in (mean, std, decoded)):
             raise NumericError(
@@ -204,4 +214,5 @@ class Reconstructions:
             "of": self.originals.description(),
             "autoencoder": self._weights,
             "device": self.codec.device.type,
+            **({} if self.compute == torch.float32 else {"compute": str(self.compute)}),
         }

@@ -1,5 +1,6 @@
 """Our sampler, from seeds to pictures, with random weights."""
 
+import torch
 from torch import nn
 
 from ldm.autoencoder.codec import AutoencoderCodec
@@ -9,6 +10,7 @@ from ldm.diffusion.objectives import DDPM
 from ldm.latents.manifest import CacheSpec, Manifest
 from ldm.sampling.generate import generate
 from ldm.sampling.pipeline import Pipeline
+from ldm.sampling.precision import computing_in
 from scripts.bench.child import Built, Place, count, repeat
 from scripts.bench.sides.ours import coders, make_unet
 from scripts.bench.sizes import UNetSize
@@ -24,7 +26,7 @@ def sampling(size: UNetSize, steps: int, place: Place) -> Built:
     denoiser = nn.ModuleDict({"network": network, "conditioner": Unconditional()})
     codec = AutoencoderCodec(encoder, decoder, {}, size.autoencoder.resolution)
     objective = DDPM(SqrtLinear(0.00085, 0.012))  # LDMPipeline's scheduler is given the same
-    pipeline = Pipeline(
+    whole = Pipeline(
         denoiser.requires_grad_(False).eval().to(place.device),
         objective.to(place.device),
         codec.to(place.device),
@@ -32,8 +34,11 @@ def sampling(size: UNetSize, steps: int, place: Place) -> Built:
         0.0,
     )
 
+    pipeline = computing_in(whole, torch.bfloat16 if place.bf16 else torch.float32)
+
     def step() -> None:
         made = [*generate(pipeline, range(size.images), steps=steps, batch_size=size.images)]
         assert len(made) == size.images
 
-    return Built(parameters, repeat(step, place), [network, decoder])
+    outside = place._replace(bf16=False)  # the pipeline has an autocast of its own
+    return Built(parameters, repeat(step, outside), [network, decoder])
