@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ldm.cli import sample
@@ -145,6 +146,16 @@ def test_the_copied_command_makes_the_same_pixels(pipeline, tmp_path, settings):
         assert np.array_equal(np.asarray(Image.open(one.file)), there)
     assert pictures[1].caption == f"{['cat', 'dog', 'Ankle boot'][wish.label]} · seed 6"
     assert pictures[1].settings["Seed"] == "6"
+
+
+def test_the_copied_command_has_the_precision_of_the_page(runs, tmp_path):
+    pipeline = Pipeline.load(runs.diffusion, compute=torch.bfloat16)
+    wish, abilities = replace(SHORT, label=2), Abilities.of(pipeline)
+    arguments = words(wish, abilities, Constants(precision="bf16-mixed"))
+    made = carried_out(pipeline, checked(arguments), Ticket())
+    assert sample.main([*arguments, "--out", str(tmp_path)]) == 0
+    for one in made:
+        assert np.array_equal(one.image, np.asarray(Image.open(tmp_path / f"002-{one.seed:06d}.png")))
 
 
 def test_paint_becomes_a_mask_of_the_pictures_size(tmp_path):

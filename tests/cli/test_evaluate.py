@@ -344,6 +344,30 @@ def test_runs_side_by_side(runs, make_runs, pictures, capsys):
     assert Path("three.png").is_file()
 
 
+def test_another_precision_is_another_protocol(runs, trained, pictures, capsys):
+    half = ["--precision", "bf16-mixed"]
+    words = ["-r", runs.diffusion, "--against", pictures, *QUICK]
+    plain, found = run(*words, out="a.json"), run(*words, *half, out="b.json")
+    assert plain.protocol.keys() == found.protocol.keys() - {"precision"}
+    assert found.protocol["precision"] == "bf16-mixed"
+    assert plain.subject["pictures"] != found.subject["pictures"]
+    assert plain.machine["precision"] == "float32"
+    assert found.machine["precision"].startswith("float32 (of samples bf16-mixed")
+    assert not equal(plain, found)
+    capsys.readouterr()
+    assert evaluate.main(["compare", "a.json", "b.json"]) == 0
+    printed = capsys.readouterr().out
+    assert "The samples were made differently (precision): that may be why one is better." in printed
+    assert "| precision" in printed
+    # Reconstructions are decoded in it; their latents are the same.
+    words = ["-r", trained[0], "--features", FID]
+    plain, found = run(*words, out="c.json"), run(*words, *half, out="d.json")
+    assert (plain.protocol.get("precision"), found.protocol["precision"]) == (None, "bf16-mixed")
+    assert plain.value("latent std").value == found.value("latent std").value
+    assert plain.value("PSNR").value != found.value("PSNR").value
+    assert found.value("PSNR").value == pytest.approx(plain.value("PSNR").value, rel=0.01)
+
+
 def test_what_cannot_be_compared_is_one_message(tmp_path, capsys):
     (tmp_path / "x.json").write_text("{}")
     for words, code, message in (
@@ -481,6 +505,11 @@ def test_a_wrong_classifier(runs, pictures, capsys):
         (["pictures", "--against", "pictures", "--save-reference", "x.pt"], 2, "ends in .npz"),
         (["pictures", "--against", "pictures", "--rescale", "0.5"], 2, "--rescale: does nothing at --guidance 1"),
         (["pictures", "--agianst", "pictures"], 2, "did you mean --against?"),
+        (
+            ["pictures", "--against", "pictures", "--precision", "auto"],
+            2,
+            "--precision auto: pictures that are there are",
+        ),
     ],
 )
 def test_mistakes_are_one_message(pictures, capsys, words, code, message):

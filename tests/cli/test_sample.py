@@ -142,6 +142,19 @@ def test_another_precision_is_recorded_and_has_a_folder_of_its_own(runs, run, ca
     assert str(default_folder(settings)) == "run/samples/step7-ema-ddim2-eta0.5-bf16-mixed-guidance2"
 
 
+def test_a_guiding_model_computes_in_the_same_precision(runs, run, monkeypatch):
+    types = []
+
+    def watched(pipeline, *given, guidance, **options):
+        types.append((pipeline.compute, guidance.guide.compute))
+        return generate(pipeline, *given, guidance=guidance, **options)
+
+    monkeypatch.setattr(sample, "generate", watched)
+    guided = ["--classes", "1", "-n", "1", "--guide", str(runs.diffusion)]
+    assert run(*guided, out="whole")[0] == run(*guided, "--precision", "bf16-mixed", out="half")[0] == 0
+    assert types == [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)]
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_precision_goes_by_the_device(run, capsys, monkeypatch, native):
     monkeypatch.setattr(precision, "_cpu_says", lambda: native)

@@ -76,6 +76,16 @@ def test_samples_made_in_two_ways_are_compared_and_that_is_said(runs):
     assert "The samples were made differently (guidance): that may be why one is better." in text
 
 
+def test_another_precision_of_samples_is_another_protocol(runs):
+    record(15, precision="bf16-mixed").write(runs[1] / "evaluation" / "9.json")
+    assert [entry.file.name for entry in entries(runs)] == ["10.json", "10.json"]
+    for step in (5, 10):
+        (runs[1] / "evaluation" / f"{step}.json").unlink()
+    text = report(entries(runs))
+    assert row(text, "precision") == ["precision", "None", "bf16-mixed", ""]
+    assert "The samples were made differently (precision): that may be why one is better." in text
+
+
 def test_what_belongs_to_the_model_is_shown_and_hinders_nothing(runs):
     record(15, average="b", reference={"identity": "x", "name": "moved"}).write(runs[1] / "evaluation" / "10.json")
     text = report(entries(runs))
@@ -103,6 +113,7 @@ def test_another_precision_is_shown_and_hinders_nothing(tmp_path):
         replace(record(1.0), machine={"precision": precision}).write(tmp_path / f"{name}.json")
     text = report(entries([tmp_path / "a.json", tmp_path / "b.json"]))
     assert row(text, "precision") == ["precision", "float32", "float32 (of samples tf32)", ""]
+    assert "made differently" not in text
 
 
 def test_files_as_well_as_runs_and_more_than_two(runs, tmp_path):

@@ -80,6 +80,18 @@ def test_reconstructions_are_of_the_mean(runs, image_folder):
     assert pictures.labels().tolist() == originals.labels().tolist()
 
 
+def test_reconstructions_in_bf16_are_decoded_so_and_are_others(runs, image_folder):
+    codec = Codec.load(runs.autoencoder)
+    originals = DatasetPictures(ImageFolder(image_folder), EvalTransform(16), 3)
+    plain, half = Reconstructions(codec, originals), Reconstructions(codec, originals, compute=torch.bfloat16)
+    expected, found = plain.batch([3, 4]), half.batch([3, 4])
+    assert torch.equal(found.mean, expected.mean)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(found.decoded, codec.decode(expected.mean))
+    assert not torch.equal(found.decoded, expected.decoded)
+    assert half.description() == {**plain.description(), "compute": "torch.bfloat16"}
+
+
 def test_reconstructions_that_are_not_finite(runs, image_folder, monkeypatch):
     codec = Codec.load(runs.autoencoder)
     monkeypatch.setattr(codec, "decode", partial(torch.full_like, fill_value=float("nan")))
