@@ -130,6 +130,18 @@ def test_encodes_in_true_fp32_and_decodes_as_its_surroundings(folder, images):
     assert not torch.equal(decoded, codec.decode(latents))
 
 
+def test_it_decodes_in_bf16_with_the_weights_as_they_are(kind, tmp_path, images):
+    codec = Codec.load(save(tmp_path / "vae", kind))
+    latents = sum(codec.encode(images))
+    expected = codec.decode(latents)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = codec.decode(latents)
+    layers = sum(not [*module.children()] for module in codec.modules())
+    # Each rounds by 2^-8 of its values, independently of the others.
+    assert 0 < (found - expected).square().mean().sqrt() < 2**-8 * layers**0.5 * expected.square().mean().sqrt()
+    assert codec.decoders == (), "nobody knows what else the library does with its weights"
+
+
 def test_it_is_frozen_and_stays_in_eval_mode(folder):
     codec = Codec.load(folder)
     torch.nn.Sequential(codec).train()

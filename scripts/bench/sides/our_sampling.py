@@ -33,7 +33,6 @@ def sampling(size: UNetSize, steps: int, place: Place) -> Built:
         manifest,
         0.0,
     )
-
     pipeline = computing_in(whole, torch.bfloat16 if place.bf16 else torch.float32)
 
     def step() -> None:
