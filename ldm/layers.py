@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ldm.channels_last import GroupNorm
 from ldm.ranges import Count
 
 
@@ -43,7 +44,7 @@ def group_norm(channels: int, eps: float = 1e-5, groups: int | None = None) -> n
     Args:
         groups: that many instead, for weights that were trained with them.
     """
-    return nn.GroupNorm(groups or math.gcd(channels, min(32, max(1, channels // 4))), channels, eps=eps)
+    return GroupNorm(groups or math.gcd(channels, min(32, max(1, channels // 4))), channels, eps=eps)
 
 
 def halvings(*sides: int) -> int:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # A file may import from the rows above its own and from its own folder, nothing else. A row's entries are folders and
 # single files of ldm/.
 ROWS = [
-    {"errors", "ranges", "normals"},
+    {"errors", "ranges", "normals", "channels_last"},
     {"randomness", "layers", "images", "files", "sizes"},
     {"runtime", "optim", "run_folder"},
     {"weights"},

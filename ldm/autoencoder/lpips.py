@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 
+from ldm.channels_last import fastest_layout
 from ldm.errors import CheckpointError, ConfigError
 from ldm.weights import cache
 
@@ -136,7 +137,7 @@ class LPIPS(nn.Module):
 
     def features(self, images: Tensor) -> list[Tensor]:
         """The five feature maps, ever smaller: (N, width, h, w) each."""
-        h = (images.expand(-1, 3, -1, -1) - self.shift) / self.scale  # (N, 3, H, W)
+        h = fastest_layout((images.expand(-1, 3, -1, -1) - self.shift) / self.scale)  # (N, 3, H, W)
         maps = []
         for stage in self.stages:
             h = stage(h)  # (N, width, h, w)
