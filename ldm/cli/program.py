@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from ldm import errors
 from ldm.errors import LdmError, PeerError
-from ldm.runtime import launcher, signals, slurm, threads
+from ldm.runtime import allocator, launcher, signals, slurm, threads
 from ldm.runtime.signals import Stopped
 
 
@@ -21,6 +21,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: a path need not be UTF-8
     threads.prepare()
+    allocator.keep_freed_memory()
     signals.listen()
     launcher.tie_to_starter()
     code = _done(main)

@@ -32,6 +32,7 @@ from ldm.diffusion.noise_schedules import Linear, SqrtLinear
 from ldm.diffusion.objectives import DDPM, Flow, Objective
 from ldm.latents.datamodule import LatentDataModule
 from ldm.optim.ema import EMA, FixedDecay
+from ldm.runtime import allocator
 from ldm.training import strategies
 from ldm.training.callbacks.skip_nonfinite import SkipNonFinite
 from ldm.training.trainer import make_trainer
@@ -169,6 +170,7 @@ def _train(
     module: pl.LightningModule, data: ElasticDataModule, place: Place, turns: Iterator[None], strategy: Any = None
 ) -> None:
     """Lightning's loop, stopped after each step until the next turn."""
+    allocator.keep_freed_memory()  # as every program does
     trainer = {
         "accelerator": place.device.split(":")[0],
         "devices": 1,

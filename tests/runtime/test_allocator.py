@@ -1,0 +1,31 @@
+import platform
+import subprocess
+import sys
+
+import pytest
+
+FAULTS = """
+import resource
+from ldm.runtime import allocator
+allocator.keep_freed_memory()
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+size = 2**24
+b'x' * size  # touches every page
+before = faults()
+for _ in range(20):
+    b'x' * size
+print(faults() - before)
+"""
+PAGES = 20 * 16 * 2**20 // 4096
+
+
+def pages_cleared(**environment):
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, env=environment, check=True)
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_freed_memory_is_used_again():
+    assert pages_cleared() < PAGES / 10
+    assert pages_cleared(MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="131072") > PAGES / 2
