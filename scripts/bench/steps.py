@@ -79,16 +79,20 @@ def dit(options: Any) -> str:
     def ldm(objective: Any, modern: bool = False, compiled: bool = False) -> Side:
         return Side("ldm, compiled" if compiled else "ldm", partial(ours.dit, size, modern, objective, compiled))
 
+    def compiled(objective: Any, modern: bool = False) -> list[Side]:
+        return [] if options.tiny else [ldm(objective, modern, True)]
+
     cases = {
         "DiT": [
             ldm(ours.ddpm),
+            *compiled(ours.ddpm),
             *_given("DiT", dits.dit, options.dit, size),
             Side("diffusers", partial(huggingface.dit, size)),
         ],
-        "SiT": [ldm(ours.flow), *_given("SiT", dits.sit, options.sit, size)],
+        "SiT": [ldm(ours.flow), *compiled(ours.flow), *_given("SiT", dits.sit, options.sit, size)],
         "LightningDiT": [
             ldm(ours.lightning_flow, modern=True),
-            *([ldm(ours.lightning_flow, True, True)] if options.lightningdit else []),
+            *compiled(ours.lightning_flow, True),
             *_given("LightningDiT", dits.lightningdit, options.lightningdit, size),
         ],
     }

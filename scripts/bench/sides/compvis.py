@@ -5,14 +5,16 @@ Its stage 1 needs taming-transformers for LPIPS and the discriminator. Weights o
 
 import importlib
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 from scripts.bench.child import Built, Place, count, repeat
+from scripts.bench.learner import Learner, batches
 from scripts.bench.sides.imports import import_first, package, stand_in
 from scripts.bench.sides.plain import l1_and_kl
 from scripts.bench.sizes import AutoencoderSize, UNetSize
@@ -98,6 +100,79 @@ def unet(folder: Path, size: UNetSize, encodes: bool, place: Place) -> Built:
         model.model_ema(model.model)
 
     return Built(count(model.model), repeat(step, place))
+
+
+def learner(folder: Path, latents: Path, steps: int, place: Place) -> Learner:
+    """Its class-conditional LatentDiffusion on the latents of our cache.
+
+    As in its configs/latent-diffusion/cin-ldm-vq-f8.yaml: a class embedding that is attended to, schedule, batch,
+    learning rate and average. The network is as wide and deep as that of configs/fashion_mnist/diffusion.yaml.
+
+    Args:
+        latents: {"mean", "std": (N,c,h,w) float32, standardized; "labels": (N,) int64}, from torch.save.
+        steps: of its DDIM.
+    """
+    _import(folder, None)
+    for name in ("clip", "kornia"):  # imported, and used by encoders of text and pictures
+        stand_in(name)
+    ddpm = importlib.import_module("ldm.models.diffusion.ddpm")
+    ddim = importlib.import_module("ldm.models.diffusion.ddim")
+    known = {name: value.to(place.device) for name, value in torch.load(latents).items()}
+    number, channels, side, _ = known["mean"].shape
+    classes, width, size = int(known["labels"].max()) + 1, 64, 64
+    network = {
+        "image_size": side,
+        "in_channels": channels,
+        "out_channels": channels,
+        "model_channels": width,
+        "attention_resolutions": [2],
+        "num_res_blocks": 2,
+        "channel_mult": [1, 2],
+        "num_head_channels": 32,
+        "use_spatial_transformer": True,
+        "transformer_depth": 1,
+        "context_dim": width,
+    }
+    embedder = {"embed_dim": width, "n_classes": classes, "key": "class_label"}
+    model = ddpm.LatentDiffusion(
+        first_stage_config={"target": "torch.nn.Identity"},
+        cond_stage_config={"target": "ldm.modules.encoders.modules.ClassEmbedder", "params": embedder},
+        cond_stage_key="class_label",
+        cond_stage_trainable=True,
+        conditioning_key="crossattn",
+        unet_config={"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": network},
+        timesteps=1000,
+        linear_start=0.0015,
+        linear_end=0.0195,
+        image_size=side,
+        channels=channels,
+    ).to(place.device)
+    model.learning_rate = 1e-6 * size
+    optimizer = model.configure_optimizers()
+    rows = batches(number, size)
+
+    def step() -> None:
+        chosen = rows()
+        clean = known["mean"][chosen] + known["std"][chosen] * torch.randn_like(known["std"][chosen])
+        loss, _ = model(clean, {"class_label": known["labels"][chosen]})
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.model_ema(model.model)
+
+    def sample(labels: Tensor) -> Tensor:
+        sampler = ddim.DDIMSampler(model)
+        sampler.register_buffer = partial(setattr, sampler)  # its own moves everything to a GPU
+        model.eval()
+        with model.ema_scope():
+            wanted = model.get_learned_conditioning({"class_label": labels})
+            made: Tensor = sampler.sample(
+                steps, len(labels), (channels, side, side), conditioning=wanted, eta=0.0, verbose=False
+            )[0]
+        model.train()
+        return made
+
+    return Learner(count(model.model), size, step, sample)
 
 
 def _import(folder: Path, taming: Path | None) -> None:

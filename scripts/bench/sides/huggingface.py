@@ -5,6 +5,7 @@ generator and its adaptive adversarial weight, another for the discriminator, wi
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from ldm.autoencoder.discriminator import PatchDiscriminator
 from ldm.autoencoder.lpips import LPIPS
 from scripts.bench.child import Built, Place, count, repeat
+from scripts.bench.learner import Learner, batches
 from scripts.bench.sides.plain import l1_and_kl
 from scripts.bench.sizes import AutoencoderSize, DiTSize, UNetSize
 
@@ -171,3 +173,68 @@ def sampling(size: UNetSize, steps: int, place: Place) -> Built:
         pipeline(batch_size=size.images, num_inference_steps=steps, eta=0.0)
 
     return Built(parameters, repeat(step, place), [network, first_stage.post_quant_conv, first_stage.decoder])
+
+
+SCRIPT = (128, 128, 256, 256, 512, 512)
+"""The channels of the network in its train_unconditional.py: 114 million weights."""
+
+
+def learner(pictures: Path, channels: Sequence[int], steps: int, place: Place) -> Learner:
+    """The training of its train_unconditional.py on pixels, with a class embedding, which that script does not have.
+
+    Its optimizer, schedule of learning rates, clipping, average and batch; no mirror images, as on our side.
+
+    Args:
+        pictures: {"images": (N,C,H,W) uint8, "labels": (N,) int64}, from torch.save.
+        channels: of each level; attention on the last but one, as there.
+        steps: of DDIM.
+    """
+    from diffusers.optimization import get_scheduler
+    from diffusers.training_utils import EMAModel
+
+    known = torch.load(pictures)
+    images, labels = known["images"].to(place.device).float() / 127.5 - 1, known["labels"].to(place.device)
+    _, depth, side, _ = images.shape
+    attended = len(channels) - 2
+    levels = range(len(channels))
+    network: Any = diffusers.UNet2DModel(
+        sample_size=side,
+        in_channels=depth,
+        out_channels=depth,
+        layers_per_block=2,
+        block_out_channels=[*channels],
+        down_block_types=["AttnDownBlock2D" if level == attended else "DownBlock2D" for level in levels],
+        up_block_types=["AttnUpBlock2D" if level == attended else "UpBlock2D" for level in reversed(levels)],
+        num_class_embeds=int(labels.max()) + 1,
+    ).to(place.device)
+    scheduler: Any = diffusers.DDPMScheduler(num_train_timesteps=1000)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
+    size, epochs = 16, 100
+    rate = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=len(images) // size * epochs)
+    average = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    rows = batches(len(images), size)
+
+    def step() -> None:
+        chosen = rows()
+        clean = images[chosen]
+        noise, t = torch.randn_like(clean), torch.randint(0, 1000, (size,), device=place.device)
+        predicted = network(scheduler.add_noise(clean, noise, t), t, class_labels=labels[chosen]).sample
+        F.mse_loss(predicted.float(), noise).backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        rate.step()
+        average.step(network.parameters())
+        optimizer.zero_grad()
+
+    def sample(classes: Tensor) -> Tensor:
+        sampler: Any = diffusers.DDIMScheduler.from_config(scheduler.config)
+        sampler.set_timesteps(steps)
+        made = torch.randn(len(classes), depth, side, side, device=place.device)
+        average.store(network.parameters())
+        average.copy_to(network.parameters())
+        for t in sampler.timesteps:
+            made = sampler.step(network(made, t, class_labels=classes).sample, t, made).prev_sample
+        average.restore(network.parameters())
+        return made
+
+    return Learner(count(network), size, step, sample)
