@@ -1,10 +1,10 @@
 """Convolutions in channels_last where that is faster: the channels of a pixel side by side, (N,H,W,C) in memory.
 
-On CPUs oneDNN computes in that layout whatever it is given, and copies NCHW to it and back. With float32 and gradients
-that costs little (and with AVX2 alone the backward passes are slower in channels_last). Without gradients an autoencoder
+On CPUs oneDNN computes in that layout whatever it is given, and copies NCHW to it and back. In float32 with gradients
+that costs little (and with AVX2 alone backward passes are slower in channels_last). Without gradients an autoencoder
 takes 1.2 to 1.3 times as long in NCHW, and in bf16 up to 2.4 times: a 3x3 convolution of 64 channels on 128 x 128 takes
 19 ms forward and backward, 7.5 in channels_last (two threads, AMX). What stood in the way of training so was torch's
-GroupNorm, whose backward pass takes 27 ms there in bf16; the one below takes 3.
+GroupNorm, whose backward pass takes 27 ms there in bf16; the one below takes 4.
 
 Only the autoencoder, LPIPS included, is laid out so: the UNet of latents gains nothing, and GPUs were not measured.
 """

@@ -1,14 +1,14 @@
 """Memory that is freed stays with the process, for the next tensor, where glibc's allocator would give it back.
 
-By default glibc asks the system for each larger tensor and returns it when it is freed, and the system clears every page
-anew: half a million pages in a step of an autoencoder, a tenth of its time.
+By default glibc asks the system for each larger tensor and returns it when it is freed, and the system clears every
+page anew: a tenth of the time of an autoencoder's step.
 """
 
 import ctypes
 import os
 from contextlib import suppress
 
-# From glibc's malloc.h. The most that mmap's threshold may be is half of a heap, 32 MB; larger tensors stay as they were.
+# From glibc's malloc.h. The threshold of mmap may be 32 MB at most: larger tensors are asked for as before.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 _SETTINGS = {_TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 64 * 2**20, _MMAP_THRESHOLD: 32 * 2**20}
 
