@@ -217,8 +217,9 @@ class AutoencoderKL(pl.LightningModule):
     def _step(self, optimizer: LightningOptimizer, step: Callable[[LightningOptimizer], Any]) -> Tensor:
         """One step of one optimizer; returns the gradient's norm before clipping."""
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        limit = float("inf") if self._gradient_clip is None else self._gradient_clip
-        norm = nn.utils.clip_grad_norm_(parameters, limit)
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        if self._gradient_clip is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self._gradient_clip, norm)
         step(optimizer)
         optimizer.zero_grad()
         for config in self.trainer.lr_scheduler_configs:
