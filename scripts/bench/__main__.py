@@ -4,6 +4,7 @@ python scripts/bench stage1 --compvis DIR --taming DIR            # a step of th
 python scripts/bench stage2 --compvis DIR                         # a step of the UNet on the cache
 python scripts/bench dit --dit DIR --sit DIR --lightningdit DIR   # a step of DiT-S/2
 python scripts/bench sampling                                     # pictures, beside a pipeline of diffusers
+python scripts/bench choices                                      # other optimizers, averages, checkpointing
 python scripts/bench roofline                                     # the share of arithmetic, and how near its best
 python scripts/bench scale       # what 1 to 512 devices, and up to a billion pictures, would cost: a model, with inputs
 python scripts/bench ranks       # two processes: what they send, a step, what they hold; beside the forms of `scale`
@@ -35,13 +36,14 @@ from scripts.bench.race import race
 from scripts.bench.ranks import ranks
 from scripts.bench.roofline import roofline
 from scripts.bench.scale import add_options, scale
-from scripts.bench.steps import dit, sampling, stage1, stage2
+from scripts.bench.steps import choices, dit, sampling, stage1, stage2
 
 TABLES = {
     "stage1": stage1,
     "stage2": stage2,
     "dit": dit,
     "sampling": sampling,
+    "choices": choices,
     "roofline": roofline,
     "scale": scale,
     "ranks": ranks,

@@ -124,3 +124,19 @@ def sampling(options: Any) -> str:
         "outside the networks: what is left of the time without UNet and decoder",
     ]
     return compared([Case(name, size.images, sides)], options, chosen.product, notes)
+
+
+def choices(options: Any) -> str:
+    """The table of `bench choices`: what a user may choose, beside what the configurations have."""
+    chosen = sizes(options)
+    size = chosen.unet
+    kinds: dict[str, dict[str, Any]] = {
+        "as it comes: AdamW fused, one average": {},
+        "AdamW by foreach": {"adamw": {"foreach": True}},
+        "AdamW, a weight at a time": {"adamw": {"foreach": False}},
+        "activations computed again": {"checkpointing": True},
+        "two more averages": {"extra_averages": 2},
+    }
+    sides = [Side(name, partial(ours.unet, size, **kind)) for name, kind in kinds.items()]
+    name = f"UNet, {size.images} x {size.latent} x {size.side} x {size.side}"
+    return compared([Case(name, size.images, sides)], options, chosen.product, [_OURS])

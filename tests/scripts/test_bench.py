@@ -29,7 +29,7 @@ from scripts.bench.sizes import FULL
 ROOT = Path(__file__).parents[2]
 
 
-TABLES = ("stage1", "stage2", "dit", "sampling", "roofline")
+TABLES = ("stage1", "stage2", "dit", "sampling", "choices", "roofline")
 
 
 class _Thread(threading.Thread):

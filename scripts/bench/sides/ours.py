@@ -5,7 +5,7 @@ the average is updated. Only validation, pictures and saves are left out.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,17 +72,39 @@ def autoencoder(size: AutoencoderSize, adversarial: bool, place: Place) -> Built
     return Built(count(encoder, decoder), partial(_train, module, data, place))
 
 
-def make_unet(size: UNetSize) -> UNet:
+def make_unet(size: UNetSize, checkpointing: bool = False) -> UNet:
     last = len(size.multipliers) - 1
     sizes = size.latent, size.channels, size.multipliers, size.blocks
-    return UNet(*sizes, attention_levels=[last], num_heads=size.heads, norm_groups=NORM_GROUPS)
+    return UNet(
+        *sizes,
+        attention_levels=[last],
+        num_heads=size.heads,
+        norm_groups=NORM_GROUPS,
+        checkpointing=checkpointing,
+    )
 
 
-def unet(size: UNetSize, place: Place) -> Built:
-    """DDPM on the cache."""
-    network = make_unet(size)
-    optimizer = partial(torch.optim.AdamW, lr=5e-5, fused=True)
-    module = LatentDiffusion(network, Unconditional(), DDPM(SqrtLinear()), optimizer, _average)
+FUSED: Mapping[str, Any] = {"fused": True}
+
+
+def unet(
+    size: UNetSize,
+    place: Place,
+    adamw: Mapping[str, Any] = FUSED,
+    checkpointing: bool = False,
+    extra_averages: int = 0,
+) -> Built:
+    """DDPM on the cache.
+
+    Args:
+        adamw: how the optimizer goes through the weights.
+        checkpointing: activations are computed again in the backward pass.
+        extra_averages: beside the one that is always kept.
+    """
+    network = make_unet(size, checkpointing)
+    optimizer = partial(torch.optim.AdamW, lr=5e-5, **adamw)
+    average = partial(EMA, profile=FixedDecay(), extra=[FixedDecay()] * extra_averages)
+    module = LatentDiffusion(network, Unconditional(), DDPM(SqrtLinear()), optimizer, average)
     return _diffusion(module, size.side, size.latent, size.images, None, count(network), place)
 
 
