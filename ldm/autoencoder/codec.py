@@ -142,12 +142,13 @@ class Codec(nn.Module, ABC):
         """
         images = images.to(self.device, torch.float32)
         with full_precision(self.device.type):
-            return self.moments(images)
+            mean, std = self.moments(images)
+        return mean.contiguous(), std.contiguous()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """(N,c,h,w), not standardized -> images (N,C,H,W) float32 in [-1, 1]; follows the caller's autocast."""
-        return self.pictures(latents.to(self.device)).float().clamp(-1.0, 1.0)
+        return self.pictures(latents.to(self.device)).float().clamp(-1.0, 1.0).contiguous()
 
     def latent_shape(self, resolution: Resolution) -> tuple[int, int, int]:
         """(c, h, w) of the latent of an image; SizeError if a side is not divisible by the down factor."""

@@ -187,7 +187,7 @@ class Encoder(nn.Module):
         if self.unit_range:
             images = (images + 1) / 2  # (N, in_channels, H, W)
         h = F.pixel_unshuffle(images, self.patch_size)  # (N, in_channels*p*p, H/p, W/p), p = patch_size
-        h = self.conv_in(fastest_layout(h))  # (N, base_channels, H/p, W/p)
+        h = fastest_layout(self.conv_in(h))  # (N, base_channels, H/p, W/p)
         h = self.levels(h)  # (N, last width, H/f, W/f)
         h = self.middle(h)  # (N, last width, H/f, W/f)
         h = self.conv_out(F.silu(self.norm_out(h)))  # (N, outputs*latent_channels, H/f, W/f)
@@ -253,7 +253,7 @@ class Decoder(nn.Module):
         return self.conv_out
 
     def forward(self, latents: Tensor) -> Tensor:
-        h = self.conv_in(fastest_layout(self.post_quant_conv(latents)))  # (N, last width, h, w)
+        h = fastest_layout(self.conv_in(self.post_quant_conv(latents)))  # (N, last width, h, w)
         h = self.middle(h)  # (N, last width, h, w)
         h = self.levels(h)  # (N, base_channels, h*f/p, w*f/p), p = patch_size
         h = self.conv_out(F.silu(self.norm_out(h)))  # (N, out_channels*p*p, h*f/p, w*f/p)

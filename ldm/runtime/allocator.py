@@ -10,12 +10,13 @@ from contextlib import suppress
 
 # From glibc's malloc.h. The threshold of mmap may be 32 MB at most: larger tensors are asked for as before.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
+_OWN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_THRESHOLD_")
 _SETTINGS = {_TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 64 * 2**20, _MMAP_THRESHOLD: 32 * 2**20}
 
 
 def keep_freed_memory() -> None:
-    """Nothing where MALLOC_... is set, nor with another allocator or system; the most that is held stays the same."""
-    if any(name.startswith("MALLOC_") for name in os.environ):
+    """Nothing where the environment sets glibc's allocator, nor with another allocator or system."""
+    if any(name in os.environ for name in _OWN) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return
     with suppress(AttributeError, OSError, TypeError):  # no glibc: macOS, Windows, musl
         set_option = ctypes.CDLL(None).mallopt

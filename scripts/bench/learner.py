@@ -40,7 +40,7 @@ class Learner(NamedTuple):
 def learn(
     name: str, make: Callable[[Place], Learner], place: Place, marks: Sequence[float], labels: Tensor, folder: Path
 ) -> None:
-    """The process: train until each mark, and write `<mark's number>.pt` with the samples of then.
+    """The process: train until each mark, and write `<mark's number>.pt` with the samples that it makes then.
 
     Args:
         marks: seconds, increasing. What is needed to begin counts, sampling does not.
@@ -70,7 +70,7 @@ def learn(
 
 
 def batches(number: int, size: int) -> Callable[[], Tensor]:
-    """A function that returns the next `size` of `number` rows, in a new random order each epoch."""
+    """A function: the next `size` of `number` rows, in a new random order each epoch, of which a rest is left out."""
     order = torch.empty(0, dtype=torch.int64)
 
     def following() -> Tensor:

@@ -60,6 +60,10 @@ class Reached(NamedTuple):
     images: int | None = None
     parameters: int | None = None
 
+    def described(self) -> dict[str, Any]:
+        """All but the pictures."""
+        return {key: value for key, value in self._asdict().items() if key != "pictures"}
+
 
 def race(options: Any) -> str:
     """The table of `bench race`; also writes race.json and race.png."""
@@ -89,15 +93,15 @@ def race(options: Any) -> str:
     judge = Judge.trained(known, FashionMNIST(train=False), pixels["resolution"], pixels["channels"], options.epochs)
     real = of_each_class(judge.unseen, options.number, classes)
     scores = [judge(real), *(judge(one.pictures) for one in found)]
-    rows = [
-        {**one._asdict(), **score._asdict(), "pictures": None} for one, score in zip(found, scores[1:], strict=True)
-    ]
-    record |= {"hardware": hardware(options.device), "real": scores[0]._asdict(), "rows": rows}
+    rows = [one.described() | score._asdict() for one, score in zip(found, scores[1:], strict=True)]
+    about = {"hardware": hardware(options.device), "precision": precision(Path(record["diffusion"]))}
+    record |= {**about, "real": scores[0]._asdict(), "rows": rows}
     write_text(folder / "race.json", json.dumps(record, indent=1) + "\n")
-    last = {one.name: one.pictures for one in found}
+    last = {one.name: one.pictures for one in found}  # of each training those of its last mark
     Image.fromarray(Report({"real": real, **last}, {}, 0.0).sheet()).save(folder / "race.png")
     how = f"{options.number} images a class, DDIM {options.steps}, without guidance"
-    return f"{record['hardware']}; {how}\n\n{table(found, scores)}\n\n{folder / 'race.json'}, {folder / 'race.png'}"
+    how += f"; ldm trains in {about['precision']}, as its configuration has it, others in float32, as theirs do"
+    return f"{about['hardware']}; {how}\n\n{table(found, scores)}\n\n{folder / 'race.json'}, {folder / 'race.png'}"
 
 
 def begun(options: Any, file: Path) -> dict[str, Any]:
@@ -119,7 +123,8 @@ def trained(options: Any, record: dict[str, Any], file: Path) -> None:
         if name in record["minutes"]:
             return
         start = time.perf_counter()
-        record[name] = str(work())
+        if (run := work()) is not None:
+            record[name] = str(run)
         record["minutes"][name] = (time.perf_counter() - start) / 60
         write_text(file, json.dumps(record, indent=1) + "\n")
 
@@ -136,6 +141,11 @@ def cached(*overrides: str) -> None:
     command: list[str | Path] = [sys.executable, ROOT / "scripts" / "cache_latents.py", "--base", config, *words]
     if code := subprocess.run(command).returncode:
         sys.exit(code)
+
+
+def precision(run: Path) -> str:
+    """That a run trained in, in Lightning's words."""
+    return str(load([RunFolder(run).config_file]).resolved()["lightning"]["trainer"]["precision"])
 
 
 def standardized(run: Path) -> dict[str, Tensor]:

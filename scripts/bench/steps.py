@@ -121,6 +121,7 @@ def sampling(options: Any) -> str:
     name = f"{size.images} x {size.autoencoder.resolution} px, {chosen.steps} steps of DDIM"
     notes = [
         "from noise to pictures, networks of the same shape at random weights; diffusers: LDMPipeline with UNet2DModel",
+        "in bf16: ldm with its weights in bf16, as its --precision has it; diffusers under autocast",
         "outside the networks: what is left of the time without UNet and decoder",
     ]
     return compared([Case(name, size.images, sides)], options, chosen.product, notes)

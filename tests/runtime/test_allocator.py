@@ -17,7 +17,6 @@ for _ in range(20):
     b'x' * size
 print(faults() - before)
 """
-PAGES = 20 * 16 * 2**20 // 4096
 
 
 def pages_cleared(**environment):
@@ -27,5 +26,5 @@ def pages_cleared(**environment):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
 def test_freed_memory_is_used_again():
-    assert pages_cleared() < PAGES / 10
-    assert pages_cleared(MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="131072") > PAGES / 2
+    given_back = pages_cleared(MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="131072")
+    assert pages_cleared() < given_back / 5

@@ -8,6 +8,7 @@ from ldm.diffusion.conditioners.base import Unconditional
 from ldm.diffusion.noise_schedules import SqrtLinear
 from ldm.diffusion.objectives import DDPM
 from ldm.latents.manifest import CacheSpec, Manifest
+from ldm.runtime import allocator
 from ldm.sampling.generate import generate
 from ldm.sampling.pipeline import Pipeline
 from ldm.sampling.precision import computing_in
@@ -18,6 +19,7 @@ from scripts.bench.sizes import UNetSize
 
 def sampling(size: UNetSize, steps: int, place: Place) -> Built:
     """DDIM, then the decoder."""
+    allocator.keep_freed_memory()  # as every program does
     encoder, decoder = coders(size.autoencoder)
     network = make_unet(size)
     parameters = count(network, decoder)
@@ -39,5 +41,5 @@ def sampling(size: UNetSize, steps: int, place: Place) -> Built:
         made = [*generate(pipeline, range(size.images), steps=steps, batch_size=size.images)]
         assert len(made) == size.images
 
-    outside = place._replace(bf16=False)  # the pipeline has an autocast of its own
-    return Built(parameters, repeat(step, outside), [network, decoder])
+    without_autocast = place._replace(bf16=False)  # the pipeline has its own
+    return Built(parameters, repeat(step, without_autocast), [network, decoder])
