@@ -158,7 +158,7 @@ def written(
     }
     file = options.out or subject.home / f"{record.file_name(subject.words, protocol)}.json"
     sheets = drawn(subject, reference, measured, file)
-    rounding = [protocol["precision"]] * 2 if "precision" in protocol else described.get("float32")
+    made_in = protocol.get("precision") or record.rounding(described.get("float32"))
     pictures = {"name": subject.name, "kind": subject.kind, "pictures": digest(described)}
     found = Record(
         {**pictures, "training": subject.training},
@@ -167,7 +167,7 @@ def written(
         measured.notes,
         sheets,
         record.versions(),
-        record.machine(device, rounding),
+        record.machine(device, made_in),
         record.now(),
     )
     kept = keep(found, file, subject.metrics)

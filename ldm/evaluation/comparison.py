@@ -149,7 +149,7 @@ def _explained(records: Sequence[Record], names: Sequence[str], hindering: Mappi
     every = differences([record.protocol for record in records])
     made = [key for key in every if _is_in(key, SAMPLING)]
     every |= {f"versions.{key}": values for key, values in differences([record.versions for record in records]).items()}
-    every |= differences([{"precision": record.machine.get("precision")} for record in records])
+    every = differences([{"precision": record.machine.get("precision")} for record in records]) | every
     if not every:
         return ["The protocols are the same."]
     rows = [[key, *map(_short, values), "yes" if key in hindering else ""] for key, values in every.items()]

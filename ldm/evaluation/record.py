@@ -125,18 +125,22 @@ def versions() -> dict[str, str]:
     return found
 
 
-def machine(device: torch.device, rounding: Sequence[str] | None = None) -> dict[str, str]:
+def rounding(words: Sequence[str] | None) -> str:
+    """How float32 was rounded, by torch's words for (convolutions, matrix products); empty: it was not."""
+    if words is None or {*words} <= {"none", "ieee"}:
+        return ""
+    return f"{words[0]} in convolutions, {words[1]} in matrix products"
+
+
+def machine(device: torch.device, samples: str = "") -> dict[str, str]:
     """The type of the device, its name, and the precision that everything is computed in.
 
     Args:
         device: that everything is computed on.
-        rounding: how the pictures were made, in torch's words for float32 in (convolutions, matrix products); None:
-            they were made without rounding it. Their features are always computed so.
+        samples: what the pictures were made in, where it was not float32. Their features are always computed so.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    precision = "float32"
-    if rounding is not None and not {*rounding} <= {"none", "ieee"}:
-        precision += f" (of samples {rounding[0]} in convolutions, {rounding[1]} in matrix products)"
+    precision = f"float32 (of samples {samples})" if samples else "float32"
     return {"device": device.type, "name": name, "precision": precision, "threads": str(torch.get_num_threads())}
 
 

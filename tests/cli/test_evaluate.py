@@ -352,7 +352,7 @@ def test_another_precision_is_another_protocol(runs, trained, pictures, capsys):
     assert found.protocol["precision"] == "bf16-mixed"
     assert plain.subject["pictures"] != found.subject["pictures"]
     assert plain.machine["precision"] == "float32"
-    assert found.machine["precision"].startswith("float32 (of samples bf16-mixed")
+    assert found.machine["precision"] == "float32 (of samples bf16-mixed)"
     assert not equal(plain, found)
     capsys.readouterr()
     assert evaluate.main(["compare", "a.json", "b.json"]) == 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ldm.errors import DataError
-from ldm.evaluation.record import Record, file_name, machine, versions
+from ldm.evaluation.record import Record, file_name, machine, rounding, versions
 from ldm.evaluation.values import Value
 
 VALUES = [Value("FID", 12.5, 0.5, 9, 11.0, "inception", settings={"images": 10}), Value("PSNR", 20.0, better="higher")]
@@ -69,6 +69,7 @@ def test_values_of_two_spaces_are_told_apart():
 
 def test_how_float32_was_rounded_is_said():
     cpu = torch.device("cpu")
-    assert machine(cpu)["precision"] == machine(cpu, ["none", "none"])["precision"] == "float32"
-    rounded = machine(cpu, ["tf32", "none"])["precision"]
+    assert rounding(None) == rounding(["none", "ieee"]) == ""
+    assert machine(cpu)["precision"] == machine(cpu, "")["precision"] == "float32"
+    rounded = machine(cpu, rounding(["tf32", "none"]))["precision"]
     assert rounded == "float32 (of samples tf32 in convolutions, none in matrix products)"
