@@ -13,7 +13,8 @@ from typing import Any
 from ldm.cli.demo_line import Ticket, watched
 from ldm.cli.demo_models import Abilities
 from ldm.cli.options import FLOAT32, called
-from ldm.cli.sample import Recipe, chosen_classes, named_functions, read_once, requested, samples, steering
+from ldm.cli.sample import Recipe, named_functions, read_once, samples, steering
+from ldm.cli.sample_conditions import chosen_classes, requested
 from ldm.cli.sample_options import parse
 from ldm.errors import ConfigError
 from ldm.sampling.generate import Sample

@@ -32,7 +32,6 @@ with pictures of other settings is left alone.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +40,9 @@ from ldm.cli import program
 from ldm.cli.devices import Precision, usable
 from ldm.cli.large_options import tile_settings, tiling
 from ldm.cli.repaint_options import repaint_settings, resampled
-from ldm.cli.sample_dense import begun_with, dense_rows, only_by_file
-from ldm.cli.sample_options import chosen, described, parse, read_conditions, read_prompts
-from ldm.errors import ConfigError
+from ldm.cli.sample_conditions import requested
+from ldm.cli.sample_dense import begun_with
+from ldm.cli.sample_options import chosen, described, parse
 from ldm.files import published
 from ldm.images import picture
 from ldm.interop import lora, lora_files
@@ -51,7 +50,7 @@ from ldm.run_folder import newest_run
 from ldm.runtime import signals
 from ldm.sampling import samplers, shown, timesteps
 from ldm.sampling.conditions import Condition
-from ldm.sampling.dense_files import known, natural_size, picture_key, read, recorded
+from ldm.sampling.dense_files import known, natural_size, read
 from ldm.sampling.generate import Sample, check, generate
 from ldm.sampling.guidance import Guidance
 from ldm.sampling.img2img import InitImage
@@ -60,7 +59,7 @@ from ldm.sampling.precision import computing_in
 from ldm.sampling.sample_folder import Order, claim, default_folder, prefix, record, save, save_arrays, sheet
 from ldm.sampling.samplers import Sampler
 from ldm.sampling.timesteps import TimestepSchedule
-from ldm.sizes import SIZES, Size
+from ldm.sizes import Size
 
 
 @dataclass(frozen=True)
@@ -73,62 +72,6 @@ class Recipe:
     init_image: InitImage | None
     size: Size | None
     tile: Tiling | None = None
-
-
-def chosen_classes(words: Sequence[str] | None, number: int | None, names: Sequence[str] | None) -> list[int | None]:
-    """What --classes means for a model of `number` classes; [None] for one without.
-
-    Raises:
-        ConfigError: naming the nearest class.
-    """
-    if number is None:
-        if words:
-            raise ConfigError(f"--classes {' '.join(words)}: this model was trained without classes; leave it out.")
-        return [None]
-    if words is None:
-        return [*range(number)]
-    known = {name.casefold(): label for label, name in enumerate(names or ())}
-    chosen: dict[int | None, None] = {}
-    for word in words:
-        label = int(word) if word.isdecimal() else known.get(word.casefold())
-        if label is None or label >= number:
-            near = get_close_matches(word.casefold(), known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(names or ()) or 'no names'}."
-            raise ConfigError(f"--classes {word}: expected a number from 0 to {number - 1} or a name; {hint}")
-        chosen[label] = None
-    return [*chosen]
-
-
-def requested(pipeline: Pipeline, options: Any) -> list[Condition | None]:
-    """The conditions that the command line asks for; [None] for a model without.
-
-    Raises:
-        ConfigError: the model reads others.
-    """
-    reads = pipeline.conditioner.keys
-    if options.conditions is not None:
-        if options.image is not None and picture_key(reads) is not None:
-            raise ConfigError("--image and --conditions: both say what to make; leave one of them out.")
-        return [recorded(condition) for condition in read_conditions(options.conditions)]
-    flag, prompts = "--prompt", None if options.prompt is None else [*dict.fromkeys(options.prompt)]
-    if options.prompts_file is not None:
-        flag, prompts = "--prompts-file", read_prompts(options.prompts_file)
-    if prompts is not None and "caption" not in reads:
-        raise ConfigError(f"{flag}: this model reads no captions; leave it out")
-    if others := [key for key in only_by_file(reads) if key not in ("class_label", "caption", *SIZES)]:
-        raise ConfigError(f"this model reads {', '.join(others)}: list what to make in a file, --conditions FILE")
-    if prompts is None and "caption" in reads:
-        raise ConfigError('this model reads captions: say what to make, --prompt "..." or --prompts-file FILE')
-    dense = dense_rows(pipeline, options)
-    names = pipeline.manifest.plan.class_names
-    classes = [{"class_label": label} for label in chosen_classes(options.classes, pipeline.num_classes, names)]
-    found = [
-        {**({} if one["class_label"] is None else one), **({} if prompt is None else {"caption": prompt}), **row}
-        for row in dense
-        for prompt in prompts or [None]
-        for one in classes
-    ]
-    return [condition or None for condition in found]
 
 
 def sample(options: Any) -> list[Path]:

@@ -14,6 +14,7 @@ from ldm.cli.demo_line import Ticket
 from ldm.cli.demo_models import Abilities
 from ldm.cli.demo_pictures import begun, shown
 from ldm.cli.demo_request import Constants, Limits, Wish, carried_out, checked, command, words
+from ldm.cli.sample_conditions import chosen_classes
 from ldm.errors import ConfigError
 from ldm.sampling.pipeline import Pipeline
 
@@ -60,7 +61,7 @@ def test_limits_are_those_of_the_flags_or_of_the_model():
 def test_a_class_is_named_where_its_name_means_it(label: int, word: str):
     found = checked(words(replace(SHORT, label=label), CLASSES, NONE))
     assert found.classes == [word]
-    assert sample.chosen_classes(found.classes, 5, CLASSES.classes) == [label]
+    assert chosen_classes(found.classes, 5, CLASSES.classes) == [label]
 
 
 @pytest.mark.parametrize("text", ["a red heart", "--prompt", "-1", 'it\'s "so"\n$HOME `x` \\', "قلب ❤️", "", "=x"])

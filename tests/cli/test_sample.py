@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from ldm.cli import sample
-from ldm.cli.sample import requested
+from ldm.cli.sample_conditions import requested
 from ldm.cli.sample_options import named, parse, read_prompts
 from ldm.errors import ConfigError
 from ldm.runtime import precision

@@ -66,7 +66,7 @@ def test_decoders_give_the_bits_of_autocast(name):
 
 
 class Own(nn.Linear):
-    """Who knows what it does with its weight."""
+    """A layer of another kind, which may use its weight in any way."""
 
 
 def test_only_the_weights_of_plain_layers_are_converted():
