@@ -138,6 +138,6 @@ def choices(options: Any) -> str:
         "activations computed again": {"checkpointing": True},
         "two more averages": {"extra_averages": 2},
     }
-    sides = [Side(name, partial(ours.unet, size, **kind)) for name, kind in kinds.items()]
+    sides = [Side(f"ldm, {name}", partial(ours.unet, size, **kind)) for name, kind in kinds.items()]
     name = f"UNet, {size.images} x {size.latent} x {size.side} x {size.side}"
     return compared([Case(name, size.images, sides)], options, chosen.product, [_OURS])
