@@ -15,7 +15,8 @@ Only `Encoder`, `Decoder` and LPIPS are laid out so: the UNet of latents gains n
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 LAYOUT = torch.channels_last
@@ -42,26 +43,26 @@ def _computes_bf16(x: Tensor) -> bool:
     return autocast or x.dtype == torch.bfloat16
 
 
-class GroupNorm(nn.GroupNorm):
-    """torch's, but in channels_last on CPUs: precise without gradients, and in bf16 with a fast backward pass."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not _is_channels_last(x) or not self.affine or torch.compiler.is_compiling():
-            return super().forward(x)
+def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """torch's of (N,C,H,W), but in channels_last on CPUs precise without gradients, and fast to train in bf16."""
+    if _is_channels_last(x) and not torch.compiler.is_compiling():
         if x.dtype == torch.bfloat16:
-            result: Tensor = _NormOfBf16.apply(x, self.weight, self.bias, self.num_groups, self.eps)
+            result: Tensor = _NormOfBf16.apply(x, weight, bias, groups, eps)
             return result
-        return super().forward(x) if torch.is_grad_enabled() else self._in_two_passes(x)
+        if not torch.is_grad_enabled():
+            return _in_two_passes(x, groups, weight, bias, eps)
+    return F.group_norm(x, groups, weight, bias, eps)
 
-    def _in_two_passes(self, x: Tensor) -> Tensor:
-        """The mean first, then the squares of what is left: (N,C,H,W), as precise as torch's in NCHW."""
-        each = self.num_channels // self.num_groups  # channels of a group
-        number = each * x.shape[2] * x.shape[3]
-        mean = _of_groups(_of_channels(x), each) / number  # (N, groups)
-        centered = x - _spread(mean, each)  # (N,C,H,W)
-        variance = _of_groups(_of_channels(centered * centered), each) / number  # (N, groups)
-        scale = _spread(torch.rsqrt(variance + self.eps), each) * self.weight[:, None, None]  # (N,C,1,1)
-        return torch.addcmul(self.bias[:, None, None], centered, scale)
+
+def _in_two_passes(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """The mean first, then the squares of what is left: (N,C,H,W), as precise as torch's in NCHW."""
+    each = x.shape[1] // groups  # channels of a group
+    number = each * x.shape[2] * x.shape[3]
+    mean = _of_groups(_of_channels(x), each) / number  # (N, groups)
+    centered = x - _spread(mean, each)  # (N,C,H,W)
+    variance = _of_groups(_of_channels(centered * centered), each) / number  # (N, groups)
+    scale = _spread(torch.rsqrt(variance + eps), each) * weight[:, None, None]  # (N,C,1,1)
+    return torch.addcmul(bias[:, None, None], centered, scale)
 
 
 def _is_channels_last(x: Tensor) -> bool:

@@ -8,8 +8,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm.channels_last import GroupNorm
-from ldm.ranges import Count
+from ldm import channels_last
+from ldm.ranges import Count, Positive
 
 
 def timestep_embedding(noise_level: Tensor, channels: int, longest_period: float = 10_000.0) -> Tensor:
@@ -34,6 +34,16 @@ def run_block(block: nn.Module, *inputs: Tensor | None, recompute: bool, keep_ra
     # Not re-entrant: the second pass sees the autocast of the first.
     again: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=keep_random_state)
     return again
+
+
+class GroupNorm(nn.GroupNorm):
+    """torch's, with another way to compute it where images are in channels_last (channels_last.py)."""
+
+    def __init__(self, num_groups: Count, num_channels: Count, eps: Positive = 1e-5) -> None:
+        super().__init__(num_groups, num_channels, eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return channels_last.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
 def group_norm(channels: int, eps: float = 1e-5, groups: int | None = None) -> nn.GroupNorm:

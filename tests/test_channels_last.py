@@ -5,7 +5,8 @@ from torch import nn
 
 from ldm.autoencoder.lpips import LPIPS
 from ldm.autoencoder.networks import Decoder, Encoder
-from ldm.channels_last import LAYOUT, GroupNorm, _NormOfBf16, fastest_layout
+from ldm.channels_last import LAYOUT, _NormOfBf16, fastest_layout
+from ldm.layers import GroupNorm
 from ldm.runtime.float64 import double
 
 GROUPS, EPS = 4, 1e-6

@@ -152,7 +152,7 @@ def test_the_networks_of_the_tables_are_of_the_same_size():
             [["ldm, on the cache", "CompVis, on latents", "CompVis, encoding 32 px", "diffusers, on latents"]],
         ),
         ("dit", ["dit", "sit"], [["ldm", "DiT", "diffusers"], ["ldm", "SiT"], ["ldm"]]),
-        ("dit", ["lightningdit"], [["ldm", "diffusers"], ["ldm"], ["ldm", "ldm, compiled", "LightningDiT"]]),
+        ("dit", ["lightningdit"], [["ldm", "diffusers"], ["ldm"], ["ldm", "LightningDiT"]]),
     ],
 )
 def test_the_code_of_others_takes_part_where_it_is_given(what, given, sides, tmp_path, monkeypatch, capsys):
@@ -160,6 +160,13 @@ def test_the_code_of_others_takes_part_where_it_is_given(what, given, sides, tmp
     folders = [word for name in given for word in (f"--{name}", str(tmp_path))]
     assert main([what, "--tiny", *folders]) == 0
     assert json.loads(capsys.readouterr().out) == sides
+
+
+def test_transformers_are_compiled_too_but_for_the_smallest(monkeypatch, capsys):
+    monkeypatch.setattr(steps, "compared", lambda cases, *_: json.dumps([[s.name for s in c.sides] for c in cases]))
+    assert main(["dit"]) == 0
+    ours = ["ldm", "ldm, compiled"]
+    assert json.loads(capsys.readouterr().out) == [[*ours, "diffusers"], ours, ours]
 
 
 def test_a_table_compares_with_ours_at_the_same_precision_and_with_ours_in_bf16():
