@@ -21,6 +21,18 @@ def test_both_ways_of_attention_agree(pixels):
     torch.testing.assert_close(attend(q, k, v), F.scaled_dot_product_attention(q, k, v), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("pixels", [128, 256, 257])
+def test_attention_in_bf16_has_the_gradients_of_float32_whichever_way_it_is_computed(pixels):
+    torch.manual_seed(0)
+    rounded = [torch.randn(2, 3, pixels, 16).bfloat16().requires_grad_() for _ in range(3)]
+    exact = [one.detach().float().requires_grad_() for one in rounded]
+    upstream = torch.randn(2, 3, pixels, 16)
+    wanted = torch.autograd.grad(F.scaled_dot_product_attention(*exact), exact, upstream)
+    found = torch.autograd.grad(attend(*rounded), rounded, upstream.bfloat16())
+    for ours, true in zip(found, wanted, strict=True):
+        assert (ours.float() - true).norm() < 2**-5 * true.norm()
+
+
 @pytest.mark.parametrize("pixels", [16, 129])
 def test_a_mask_hides_keys_in_both_ways_of_attention(pixels):
     q, k, v = torch.randn(2, 4, pixels, 8), torch.randn(2, 4, 7, 8), torch.randn(2, 4, 7, 8)
