@@ -58,33 +58,33 @@ def _in_two_passes(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: fl
     """The mean first, then the squares of what is left: (N,C,H,W), as precise as torch's in NCHW."""
     each = x.shape[1] // groups  # channels of a group
     number = each * x.shape[2] * x.shape[3]
-    mean = _of_groups(_of_channels(x), each) / number  # (N, groups)
-    centered = x - _spread(mean, each)  # (N,C,H,W)
-    variance = _of_groups(_of_channels(centered * centered), each) / number  # (N, groups)
-    scale = _spread(torch.rsqrt(variance + eps), each) * weight[:, None, None]  # (N,C,1,1)
-    return torch.addcmul(bias[:, None, None], centered, scale)
+    mean = _group_sums(_pixel_sums(x), each) / number  # (N, groups)
+    centered = x - _pixels(mean.repeat_interleave(each, 1))  # (N,C,H,W)
+    variance = _group_sums(_pixel_sums(centered * centered), each) / number  # (N, groups)
+    scale = torch.rsqrt(variance + eps).repeat_interleave(each, 1) * weight  # (N,C)
+    return torch.addcmul(bias[:, None, None], centered, _pixels(scale))
 
 
 def _is_channels_last(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=LAYOUT)
 
 
-def _of_channels(x: Tensor) -> Tensor:
-    """Sums over the pixels of (N,C,H,W), channels_last: (N,C), float32 or more precise.
+def _pixel_sums(x: Tensor) -> Tensor:
+    """(N,C,H,W) in channels_last -> sums over the pixels (N,C), float32 or more precise.
 
-    First over rows, in the tensor's own type: told a type, torch would copy all of it to that type before.
+    Rows are summed in the tensor's own dtype first: with a dtype argument torch would copy the whole tensor to it.
     """
     return x.permute(0, 2, 3, 1).sum(2).sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def _of_groups(values: Tensor, each: int) -> Tensor:
+def _group_sums(values: Tensor, each: int) -> Tensor:
     """(N,C) -> sums over groups of `each` channels, (N, groups)."""
     return values.unflatten(1, (-1, each)).sum(2)
 
 
-def _spread(values: Tensor, each: int) -> Tensor:
-    """(N, groups) -> (N,C,1,1)."""
-    return values.repeat_interleave(each, 1)[:, :, None, None]
+def _pixels(values: Tensor) -> Tensor:
+    """(N,C) -> (N,C,1,1)."""
+    return values[:, :, None, None]
 
 
 class _NormOfBf16(torch.autograd.Function):
@@ -117,20 +117,18 @@ class _NormOfBf16(torch.autograd.Function):
         each = x.shape[1] // mean.shape[1]  # channels of a group
         number = each * x.shape[2] * x.shape[3]
         precise = torch.promote_types(x.dtype, torch.float32)
-        m, r, w = mean.to(precise), scale.to(precise), weight.to(precise)
-        subtracted = torch.where(m.abs() * r > 1, m, 0).to(x.dtype)  # (N, groups)
-        e = m - subtracted.to(precise)  # (N, groups)
+        m, r = (one.to(precise).repeat_interleave(each, 1) for one in (mean, scale))  # (N, C), by group
+        w = weight.to(precise)
+        subtracted = torch.where(m.abs() * r > 1, m, 0).to(x.dtype)  # (N, C)
+        e = m - subtracted.to(precise)  # (N, C)
 
-        def of_channels(values: Tensor) -> Tensor:
-            return values.repeat_interleave(each, 1)  # (N, C)
-
-        centered = x - _spread(subtracted, each)  # (N, C, H, W)
-        dy_sum = _of_channels(dy)  # (N, C)
-        product_sum = _of_channels(dy * centered) - of_channels(e) * dy_sum  # (N, C), of dy (x - m)
-        s, t = (_of_groups(w * one, each) for one in (dy_sum, product_sum))  # (N, groups)
-        slope = -t * r**3 / number  # (N, groups)
-        constant = -slope * e - s * r / number  # (N, groups)
-        dx = torch.addcmul(_spread(constant.to(x.dtype), each), centered, _spread(slope.to(x.dtype), each))
-        dx.addcmul_(dy, (of_channels(r) * w)[:, :, None, None].to(x.dtype))  # (N, C, H, W)
-        d_weight = (product_sum * of_channels(r)).sum(0)  # (C,)
+        centered = x - _pixels(subtracted)  # (N, C, H, W)
+        dy_sum = _pixel_sums(dy)  # (N, C)
+        product_sum = _pixel_sums(dy * centered) - e * dy_sum  # (N, C), of dy (x - m)
+        s, t = (_group_sums(w * one, each).repeat_interleave(each, 1) for one in (dy_sum, product_sum))  # (N, C)
+        slope = -t * r**3 / number  # (N, C)
+        constant = -slope * e - s * r / number  # (N, C)
+        dx = torch.addcmul(_pixels(constant.to(x.dtype)), centered, _pixels(slope.to(x.dtype)))  # (N, C, H, W)
+        dx.addcmul_(dy, _pixels((r * w).to(x.dtype)))
+        d_weight = (product_sum * r).sum(0)  # (C,)
         return dx, d_weight.to(weight.dtype), dy_sum.sum(0).to(weight.dtype), None, None

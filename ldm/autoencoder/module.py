@@ -23,6 +23,7 @@ from ldm.errors import ConfigError
 from ldm.optim.optimizers import Scheduled, keep_settings, place_schedules
 from ldm.ranges import Positive
 from ldm.runtime.float64 import home
+from ldm.runtime.fsdp import total_norm
 from ldm.runtime.step_metrics import StepMean, is_logged
 from ldm.runtime.validation_metrics import ValidationMetrics
 
@@ -217,7 +218,7 @@ class AutoencoderKL(pl.LightningModule):
     def _step(self, optimizer: LightningOptimizer, step: Callable[[LightningOptimizer], Any]) -> Tensor:
         """One step of one optimizer; returns the gradient's norm before clipping."""
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        norm = total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         if self._gradient_clip is not None:
             nn.utils.clip_grads_with_norm_(parameters, self._gradient_clip, norm)
         step(optimizer)

@@ -23,8 +23,15 @@ HARMLESS = ("reference.name", "device", "weights", "average")
 """What two protocols may differ in, and their numbers still be compared: names, and what belongs to the model."""
 
 SAMPLING = (
-    *("sampler", "schedule", "steps", "precision"),
-    *("guidance", "rescale", "guidance_channels", "interval", "guide"),
+    "sampler",
+    "schedule",
+    "steps",
+    "precision",
+    "guidance",
+    "rescale",
+    "guidance_channels",
+    "interval",
+    "guide",
 )
 """How samples are made: what is compared, as often as the models are. A winner is named, and the difference as well."""
 
