@@ -62,30 +62,21 @@ def adversarial_autoencoder(folder: Path, taming: Path, size: AutoencoderSize, p
 def unet(folder: Path, size: UNetSize, encodes: bool, place: Place) -> Built:
     """Its LatentDiffusion with its average; `encodes`: from pictures, as it trains, otherwise from latents."""
     _import(folder, None)
-    ddpm = importlib.import_module("ldm.models.diffusion.ddpm")
     network = {
-        "image_size": size.side,
-        "in_channels": size.latent,
-        "out_channels": size.latent,
         "model_channels": size.channels,
         "attention_resolutions": [2 ** (len(size.multipliers) - 1)],
         "num_res_blocks": size.blocks,
         "channel_mult": size.multipliers,
         "num_heads": size.heads,
     }
-    model = ddpm.LatentDiffusion(
-        first_stage_config={
+    parts = {
+        "first_stage_config": {
             "target": "ldm.models.autoencoder.AutoencoderKL",
             "params": _first_stage_parameters(size.autoencoder, {"target": "torch.nn.Identity"}),
         },
-        cond_stage_config="__is_unconditional__",
-        unet_config={"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": network},
-        timesteps=1000,
-        linear_start=0.0015,
-        linear_end=0.0195,
-        image_size=size.side,
-        channels=size.latent,
-    ).to(place.device)
+        "cond_stage_config": "__is_unconditional__",
+    }
+    model = _latent_diffusion(size.side, size.latent, network, parts).to(place.device)
     model.learning_rate = 5e-5
     optimizer = model.configure_optimizers()
     resolution = size.autoencoder.resolution
@@ -94,10 +85,7 @@ def unet(folder: Path, size: UNetSize, encodes: bool, place: Place) -> Built:
 
     def step() -> None:
         loss, _ = model.shared_step(batch) if encodes else model(latents, None)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        model.model_ema(model.model)
+        _update(model, optimizer, loss)
 
     return Built(count(model.model), repeat(step, place))
 
@@ -115,15 +103,11 @@ def learner(folder: Path, latents: Path, steps: int, place: Place) -> Learner:
     _import(folder, None)
     for name in ("clip", "kornia"):  # imported, and used by encoders of text and pictures
         stand_in(name)
-    ddpm = importlib.import_module("ldm.models.diffusion.ddpm")
     ddim = importlib.import_module("ldm.models.diffusion.ddim")
     known = {name: value.to(place.device) for name, value in torch.load(latents).items()}
     number, channels, side, _ = known["mean"].shape
     classes, width, size = int(known["labels"].max()) + 1, 64, 64
     network = {
-        "image_size": side,
-        "in_channels": channels,
-        "out_channels": channels,
         "model_channels": width,
         "attention_resolutions": [2],
         "num_res_blocks": 2,
@@ -134,19 +118,14 @@ def learner(folder: Path, latents: Path, steps: int, place: Place) -> Learner:
         "context_dim": width,
     }
     embedder = {"embed_dim": width, "n_classes": classes, "key": "class_label"}
-    model = ddpm.LatentDiffusion(
-        first_stage_config={"target": "torch.nn.Identity"},
-        cond_stage_config={"target": "ldm.modules.encoders.modules.ClassEmbedder", "params": embedder},
-        cond_stage_key="class_label",
-        cond_stage_trainable=True,
-        conditioning_key="crossattn",
-        unet_config={"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": network},
-        timesteps=1000,
-        linear_start=0.0015,
-        linear_end=0.0195,
-        image_size=side,
-        channels=channels,
-    ).to(place.device)
+    parts = {
+        "first_stage_config": {"target": "torch.nn.Identity"},
+        "cond_stage_config": {"target": "ldm.modules.encoders.modules.ClassEmbedder", "params": embedder},
+        "cond_stage_key": "class_label",
+        "cond_stage_trainable": True,
+        "conditioning_key": "crossattn",
+    }
+    model = _latent_diffusion(side, channels, network, parts).to(place.device)
     model.learning_rate = 1e-6 * size
     optimizer = model.configure_optimizers()
     rows = batches(number, size)
@@ -155,10 +134,7 @@ def learner(folder: Path, latents: Path, steps: int, place: Place) -> Learner:
         chosen = rows()
         clean = known["mean"][chosen] + known["std"][chosen] * torch.randn_like(known["std"][chosen])
         loss, _ = model(clean, {"class_label": known["labels"][chosen]})
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        model.model_ema(model.model)
+        _update(model, optimizer, loss)
 
     def sample(labels: Tensor) -> Tensor:
         sampler = ddim.DDIMSampler(model)
@@ -173,6 +149,34 @@ def learner(folder: Path, latents: Path, steps: int, place: Place) -> Learner:
         return made
 
     return Learner(count(model.model), size, step, sample)
+
+
+def _latent_diffusion(side: int, channels: int, network: dict[str, Any], parts: dict[str, Any]) -> Any:
+    """On latents of this shape, with the noise schedule of all its configurations.
+
+    Args:
+        network: what its UNet is made with, but for the latents' shape.
+        parts: configurations of first stage and conditions.
+    """
+    module = importlib.import_module("ldm.models.diffusion.ddpm")
+    network = {"image_size": side, "in_channels": channels, "out_channels": channels, **network}
+    return module.LatentDiffusion(
+        **parts,
+        unet_config={"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": network},
+        timesteps=1000,
+        linear_start=0.0015,
+        linear_end=0.0195,
+        image_size=side,
+        channels=channels,
+    )
+
+
+def _update(model: Any, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """What its Lightning does with a loss, and the average that its callback updates."""
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    model.model_ema(model.model)
 
 
 def _import(folder: Path, taming: Path | None) -> None:
