@@ -70,6 +70,14 @@ def zero_module(module: nn.Module) -> nn.Module:
     return module
 
 
+FEW_QUERIES, FEW_QUERIES_IN_BF16 = 128, 256
+"""Up to how many queries `attend` is plain products on CPUs; the second: in bf16 with gradients.
+
+The CPU's fused kernel packs bf16 anew in its backward pass. Plain products take a quarter of its time in bf16 on 8x8
+pixels, half on 16x16 and the same on 32x32, whose L x M matrix it does not keep; in fp32 they are no faster.
+"""
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """Scaled dot-product attention: (N, heads, L, D) over (N, heads, M, D) twice -> (N, heads, L, D).
 
@@ -78,9 +86,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
             lies under a false one must be finite.
     """
     seen = None if mask is None else mask[:, None, None]  # (N, 1, 1, M)
-    # The CPU's fused kernel packs bf16 anew in its backward pass. Plain products take a quarter of its time in bf16 on
-    # 8x8 pixels, half on 16x16 and the same on 32x32, whose L x M matrix it does not keep; in fp32 they are no faster.
-    few = 256 if query.dtype == torch.bfloat16 and torch.is_grad_enabled() else 128
+    few = FEW_QUERIES_IN_BF16 if query.dtype == torch.bfloat16 and torch.is_grad_enabled() else FEW_QUERIES
     if query.device.type == "cpu" and not torch.compiler.is_exporting() and query.shape[-2] <= few:
         # (An exported program keeps one of the two for all sizes.)
         scores = query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)  # (N, heads, L, M)

@@ -16,12 +16,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 # A shell without job control starts what runs in the background, as nohup does, with these ignored; tests send them.
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
+
+# Autograd counts devices at the first backward pass of a process. After tensors without values (FakeTensorMode, an
+# export, a compilation) it counts eight, and the threads that it starts for them forbid backward passes in forks.
+torch.ones(1, requires_grad=True).sum().backward()
 
 pytest_plugins = ["tests.tiny_runs", "tests.many_sizes", "tests.forked", "tests.once"]
 

@@ -37,12 +37,16 @@ def ignore_expected_warnings() -> None:
 def muted() -> Iterator[None]:
     """Keep Lightning from listing devices and advertising within the block; it has no setting for that."""
     logger = logging.getLogger("pytorch_lightning.utilities.rank_zero")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+
+    # Not the logger's level, which blocks that overlap in two threads would restore to each other's.
+    def warns(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.WARNING
+
+    logger.addFilter(warns)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(warns)
 
 
 def is_missing_metric(error: BaseException) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldm import layers
+from ldm.autoencoder import networks as autoencoder_networks
 from ldm.autoencoder.networks import Decoder, Encoder
 from ldm.diffusion.conditioners.base import Conditioning
 from ldm.diffusion.conditioners.classes import ClassVector
@@ -91,8 +94,9 @@ AUTOENCODER = ("f8 autoencoder, 256 px", _autoencoder())
 def counted_network(name: str, known: Known, bf16: bool) -> Network:
     """What a network needs, counted; under autocast if `bf16`.
 
-    What the forward pass keeps is counted with the kernels of the CPU: storages that the backward pass needs, but for
-    those of the weights themselves. Losses are left out.
+    What the forward pass keeps is counted with the kernels of the CPU, but in NCHW and with the fused kernel of
+    attention, as on GPUs: storages that the backward pass needs, but for those of the weights themselves. Losses are
+    left out.
     """
     with torch.device("meta"):
         modules = known.trained()
@@ -125,7 +129,9 @@ def _kept(known: Known, images: int, bf16: bool) -> _Kept:
         sizes[StorageWeakRef(storage)] = storage.nbytes()
         return tensor
 
-    with FakeTensorMode(), FlopCounterMode(display=False) as flops:
+    fused = patch.multiple(layers, FEW_QUERIES=0, FEW_QUERIES_IN_BF16=0)
+    nchw = patch.object(autoencoder_networks, "fastest_layout", lambda x: x)
+    with fused, nchw, FakeTensorMode(), FlopCounterMode(display=False) as flops:
         modules = known.trained()
         own = {StorageWeakRef(one.untyped_storage()) for one in (*modules.parameters(), *modules.buffers())}
         kept = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)

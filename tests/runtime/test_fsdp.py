@@ -1,6 +1,7 @@
 """ldm.runtime.fsdp on two ranks of gloo: a sharded model computes, steps, averages and is saved like a whole one."""
 
 import copy
+import os
 import pickle
 import shutil
 from functools import partial
@@ -244,7 +245,7 @@ def test_a_whole_file_is_mapped_and_not_kept(grouped, tmp_path, world):
 
 
 def is_mapped(path: Path) -> bool:
-    return str(path) in Path("/proc/self/maps").read_text()
+    return os.fsencode(path) in Path("/proc/self/maps").read_bytes()
 
 
 def test_a_checkpoint_of_another_model_is_told_by_its_shapes(grouped, shards):

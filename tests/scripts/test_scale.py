@@ -19,7 +19,7 @@ from scripts.bench import cost, networks, ranks, scale
 from scripts.bench.__main__ import main
 from scripts.bench.child import Place
 from scripts.bench.cost import Cluster, Network
-from scripts.bench.networks import NETWORKS, counted_network
+from scripts.bench.networks import AUTOENCODER, NETWORKS, counted_network
 from scripts.bench.ranks import Group, held
 from scripts.bench.sides import links, ours
 from scripts.bench.sides.launched import Rank
@@ -134,16 +134,19 @@ def test_what_a_rank_really_holds(forked: Forked, strategy, world):
 
 def test_networks_are_those_of_their_papers():
     """Peebles and Xie 2023, table 1 (multiply-adds); Rombach et al. 2022's code for Stable Diffusion 1."""
-    found = counted_network("DiT-B/2", NETWORKS["DiT-B/2, 256 px"], bf16=False)
+    known = NETWORKS["DiT-B/2, 256 px"]
+    found, bf16 = (counted_network("DiT-B/2", known, bf16) for bf16 in (False, True))
+    autoencoder = counted_network(*AUTOENCODER, bf16=True)
     assert found.flops == pytest.approx(2 * 3 * 23.01e9, rel=0.02)
     assert (found.parts, found.copies) == (13, 0)
-    bf16 = counted_network("DiT-B/2", NETWORKS["DiT-B/2, 256 px"], bf16=True)
     assert bf16.copies == pytest.approx(2 * found.parameters, rel=0.02)
     assert 0.5 < bf16.activations / found.activations < 0.7  # norms stay in float32
     with torch.device("meta"):
         unet = NETWORKS["UNet of Stable Diffusion 1, 512 px"].trained()
         large = NETWORKS["DiT-XL/2, 256 px"].trained()
     assert networks.count(unet) == 859_520_964
+    assert autoencoder.parameters == 83_653_863  # as AutoencoderKL of Stable Diffusion 1
+    assert autoencoder.copies == pytest.approx(2 * autoencoder.parameters, rel=0.02)
     assert networks.count(large) == pytest.approx(675e6, rel=0.001)
 
 

@@ -28,6 +28,7 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
 from pytorch_lightning.strategies import ModelParallelStrategy
 from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
+from pytorch_lightning.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from ldm.runtime.step_metrics import is_logged
@@ -102,6 +103,20 @@ def test_a_trainer_is_made_without_a_word(tmp_path: Path, caplog: pytest.LogCapt
     assert not caplog.messages
     a_trainer(tmp_path, 1)
     assert any("available" in message for message in caplog.messages)
+
+
+def test_muted_blocks_that_overlap_leave_nothing_muted(caplog: pytest.LogCaptureFixture) -> None:
+    """As those of trainers that are made in two threads do."""
+    caplog.set_level(logging.INFO)
+    logging.getLogger("pytorch_lightning").propagate = True
+    first, second = lightning_internals.muted(), lightning_internals.muted()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    rank_zero_info("not heard")
+    second.__exit__(None, None, None)
+    rank_zero_info("heard")
+    assert set(caplog.messages) == {"heard"}
 
 
 def test_early_stopping_says_that_its_metric_is_missing(tmp_path: Path) -> None:
