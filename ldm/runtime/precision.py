@@ -25,8 +25,8 @@ TYPES = {_PLAIN: torch.float32, _NATIVE: torch.bfloat16}
 
 _X86 = ("x86_64", "amd64", "x86", "i386", "i686")
 
-# With these, oneDNN or torch itself uses fewer instructions than the processor has.
-_LIMITS = ("DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+LIMITS = ("DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+"""Environment variables by which oneDNN or torch itself uses fewer instructions than the processor has."""
 
 
 class Answer(NamedTuple):
@@ -147,7 +147,7 @@ def _cpu_says() -> bool | None:
         has_instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         if not (has_instructions and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
             return False
-        return None if any(name in os.environ for name in _LIMITS) else True
+        return None if any(name in os.environ for name in LIMITS) else True
     return None
 
 

@@ -1,5 +1,6 @@
 """What a table was measured on."""
 
+import os
 import platform
 import time
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import Any
 
 import diffusers
 import torch
+
+from ldm.runtime.precision import LIMITS
 
 _KINDS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
 """Of x86 processors, by their flags; the first that one has says how it computes."""
@@ -21,6 +24,7 @@ def machine(device: str) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         "processor": torch.cuda.get_device_name(device) if cuda else names[0] if names else platform.processor(),
         "kind": "cuda" if cuda else kind(about),
+        "limits": {} if cuda else {name: os.environ[name] for name in LIMITS if name in os.environ},
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
@@ -36,7 +40,8 @@ def kind(about: list[str]) -> str:
 def hardware(device: str) -> str:
     """The same in one line."""
     found = machine(device)
-    where = f"{found['processor']} ({found['kind']}), {found['threads']} threads"
+    limits = "".join(f", {name}={value}" for name, value in found["limits"].items())
+    where = f"{found['processor']} ({found['kind']}{limits}), {found['threads']} threads"
     return f"{found['date']}, {where}, torch {found['torch']}, diffusers {found['diffusers']}"
 
 

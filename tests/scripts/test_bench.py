@@ -18,7 +18,7 @@ from PIL import Image
 from ldm.data.dataset import Subset
 from ldm.data.sources.arrays import DEBIAN_FASHION_MNIST, FashionMNIST
 from ldm.run_folder import RunFolder, RunState
-from ldm.runtime.precision import computes_bf16
+from ldm.runtime.precision import LIMITS, computes_bf16
 from scripts.bench import contest, hardware, healthy, quality, steps, tables
 from scripts.bench.__main__ import main
 from scripts.bench.child import Place, count, serve
@@ -208,6 +208,14 @@ def test_another_ldm_is_imported_from_its_folder(tmp_path):
 def test_the_processor_is_named_by_its_widest_instructions(flags):
     about = ["model name\t: a processor", f"flags\t\t: {flags}"]
     assert hardware.kind(about) == flags.split()[-1]
+
+
+def test_instructions_that_are_switched_off_are_named(monkeypatch):
+    for name in LIMITS:
+        monkeypatch.delenv(name, raising=False)
+    assert "ISA" not in hardware.hardware("cpu")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert ", ONEDNN_MAX_CPU_ISA=AVX2), " in hardware.hardware("cpu")
 
 
 def test_a_folder_of_others_that_is_not_there_is_refused(capsys, tmp_path):
