@@ -185,8 +185,8 @@ def _random(trunk: Trunk) -> nn.Sequential:
 class _Distance(torch.autograd.Function):
     """The weighted squared difference of feature vectors of unit length, its mean over the pixels.
 
-    Of (N,C,h,w) twice and weights (C,): (N,) in float32. With n the length of y at a pixel, u = y / n, v that of x, and
-    d = u - v, the gradient by y of sum of w d^2 / (h w) is
+    Of (N,C,h,w) twice and weights (C,): (N,), in float32 or more precise. With n the length of y at a pixel, u = y / n,
+    v the same of x, and d = u - v, the gradient by y of the sum of w d^2 / (h w) is
 
         (a - u (a . u)) / n   where a = 2 w d / (h w)
 
@@ -218,8 +218,9 @@ class _Distance(torch.autograd.Function):
 
 
 def _lengths(features: Tensor) -> Tensor:
-    """Of each position's feature vector, never zero: (N, C, h, w) -> (N, 1, h, w) float32."""
-    return torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=torch.float32) + 1e-10
+    """Of each position's feature vector, never zero: (N, C, h, w) -> (N, 1, h, w), float32 or more precise."""
+    precise = torch.promote_types(features.dtype, torch.float32)
+    return torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=precise) + 1e-10
 
 
 def _across(a: Tensor, unit: Tensor, length: Tensor) -> Tensor:

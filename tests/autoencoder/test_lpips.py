@@ -97,25 +97,26 @@ def test_blur_is_far_from_the_picture_and_a_shift_of_brightness_near():
         assert distance(stripes, smooth) > 2 * distance(stripes, brighter)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_the_distance_of_features_has_the_gradients_of_its_definition(dtype, memory_format):
     torch.manual_seed(0)
     maps = [torch.randn(3, 8, 5, 7).relu().to(dtype).contiguous(memory_format=memory_format) for _ in range(2)]
     maps[1][:, :, 1, 2] = maps[0][0, :, 3, 3] = 0  # no feature is active there
-    weights, upstream = torch.rand(8), torch.randn(3)
+    precise = torch.promote_types(dtype, torch.float32)
+    weights, upstream = torch.rand(8, dtype=precise), torch.randn(3, dtype=precise)
 
     def defined(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         unit = [one / (one.norm(dim=1, keepdim=True) + 1e-10) for one in (x, y)]
         return ((unit[0] - unit[1]).square() * weights[:, None, None]).sum(1).mean((1, 2))
 
-    exact = [one.float().requires_grad_() for one in maps]
+    exact = [one.detach().to(precise, copy=True).requires_grad_() for one in maps]
     given = [one.requires_grad_() for one in maps]
     wanted, found = defined(*exact), _Distance.apply(*given, weights)
     torch.testing.assert_close(found, wanted)
     by_definition = torch.autograd.grad(wanted, exact, upstream)
     active = [(one != 0).any(1, keepdim=True).expand_as(one) for one in maps]  # elsewhere it is 1e10 times as large
-    relative = 1e-5 if dtype == torch.float32 else 1e-2
+    relative = 1e-2 if dtype == torch.bfloat16 else 1e-5
     for ours, theirs, mask in zip(torch.autograd.grad(found, given, upstream), by_definition, active, strict=True):
         assert ours.dtype == dtype
         torch.testing.assert_close(
