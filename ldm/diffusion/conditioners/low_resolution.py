@@ -22,10 +22,10 @@ LEVEL = "augmentation"
 class LowResolution(nn.Module):
     """The batch's `low_resolution` (N, C, H, W) in [-1, 1], with noise, as an image of the latent's size.
 
-    Noise of a level that the network is told keeps it from trusting details that small pictures of other origins do
-    not have (Ho et al. 2021, "Cascaded Diffusion Models", section 4.2, where it is Gaussian conditioning augmentation;
-    also Saharia et al. 2022, "Imagen", and Stable Diffusion's upscaler). With level s, the picture becomes
-    cos(pi s / 2) picture + sin(pi s / 2) noise.
+    The network is conditioned on the level of that noise, which keeps it from trusting details that small pictures of
+    other origins do not have (Ho et al. 2021, "Cascaded Diffusion Models", section 4.2, where it is Gaussian
+    conditioning augmentation; also Saharia et al. 2022, "Imagen", and Stable Diffusion's upscaler). With level s, the
+    picture becomes cos(pi s / 2) picture + sin(pi s / 2) noise.
 
     In training the level is drawn, uniform from 0 to `most`. Otherwise it is that of the condition, whose key
     `augmentation` may be left out, or else `level`. 0 says that the picture is as those of the data: right where the

@@ -110,7 +110,7 @@ def _weights(
 ) -> tuple[Fitted, dict[str, Tensor] | None]:
     """The weights of the last step, and their moving average; None if the file has no average.
 
-    The average's names are the raw names without their dots. Where the dots were cannot be told from such a name, so
+    The average's names are the raw names without their dots. Such a name does not show where the dots were, so
     each is derived from its raw name. The conditioner has no average of its own.
     """
     origin = _origin(source)

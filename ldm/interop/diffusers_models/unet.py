@@ -193,7 +193,7 @@ def to_config(
 
 
 def _of_model(sizes: Mapping[str, Any], made: nn.Module, problems: list[str]) -> dict[str, Any]:
-    """What a UNet2DModel alone is told."""
+    """The settings that only UNet2DModel has."""
     kind = "resnet" if sizes["resample_in_blocks"] and len(sizes["channel_mult"]) > 1 else "conv"
     norms = next(iter(groups(made).values())) if sizes["scale_shift"] else None
     config = {"downsample_type": kind, "upsample_type": kind, "attn_norm_num_groups": norms}
@@ -201,7 +201,7 @@ def _of_model(sizes: Mapping[str, Any], made: nn.Module, problems: list[str]) ->
 
 
 def _of_condition_model(sizes: Mapping[str, Any], widths: Sequence[int]) -> dict[str, Any]:
-    """What a UNet2DConditionModel alone is told."""
+    """The settings that only UNet2DConditionModel has."""
     heads = [sizes["num_heads"] or max(1, width // sizes["num_head_channels"]) for width in widths]
     config = {"attention_head_dim": heads if len({*heads}) > 1 else heads[0]}
     return config | {

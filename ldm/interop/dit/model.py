@@ -1,8 +1,8 @@
 """Transformers of one line: DiT (facebookresearch/DiT), SiT (willisma/SiT), LightningDiT (hustvl/LightningDiT).
 
 A file is the published flat dictionary, or a training checkpoint with `model`, `ema`, `opt` and what it was trained
-with (`args` or `config`). Their names and shapes agree so far that a DiT cannot be told from a SiT: the family is said
-by what lies in the file, by `--config`, or by `--family`, and never guessed.
+with (`args` or `config`). DiT and SiT have the same names and shapes. So the family is taken from the rest of the file,
+from `--config`, or from `--family`, and never guessed.
 
 The networks differ from ours in nothing that is computed but for the output's second half, DiT's variance, which has
 no place here; SiT and LightningDiT learn that half too if asked (`learn_sigma`), and use it for nothing.
