@@ -67,8 +67,8 @@ def joined(caches: Sequence[LatentCache], buckets: Assigned, dataset: ImageDatas
     sidecars: list[Mapping[str, Any]] = []
     for cache in caches:
         sidecars += [read_sealed(shard_path(cache.folder, shard, ".json")) for shard in range(cache.plan.num_shards)]
-    positions = sum(m.num_items * m.plan.shape[1] * m.plan.shape[2] for m in manifests)
-    found = statistics(sidecars, 2 * positions)
+    values = sum(m.num_items * m.plan.orientations * m.plan.shape[1] * m.plan.shape[2] for m in manifests)
+    found = statistics(sidecars, values)
     broken = [items[m.broken] for items, m in zip(buckets.items, manifests, strict=True) if m.broken]
     return Manifest(
         plan=whole(caches[buckets.default].plan, dataset),

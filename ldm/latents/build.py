@@ -149,7 +149,7 @@ class _LatentWriter(Writer[CacheSpec, Manifest]):
 
     def merge(self, sidecars: Sequence[Mapping[str, Any]], broken: list[int]) -> Manifest:
         items = sum(sidecar["items"] for sidecar in sidecars)
-        found = statistics(sidecars, items * 2 * self.plan.shape[1] * self.plan.shape[2])
+        found = statistics(sidecars, items * self.plan.orientations * self.plan.shape[1] * self.plan.shape[2])
         return Manifest(
             plan=self.plan,
             mean=found.mean,
@@ -159,10 +159,11 @@ class _LatentWriter(Writer[CacheSpec, Manifest]):
         )
 
     def _moments(self, good: Sequence[tuple[int, Mapping[str, Any]]]) -> np.ndarray:
-        """(n, [plain, mirrored], [mean, std], c, h, w) float16; the mirrored *pixels* are encoded."""
+        """(n, orientations, [mean, std], c, h, w) float16; of mirror images the *pixels* are mirrored, then encoded."""
         images = torch.stack([sample["image"] for _, sample in good])
-        moments = np.empty((len(good), 2, 2, *self.plan.shape), dtype=np.float16)
-        for side, pixels in enumerate((images, images.flip(-1))):
+        moments = np.empty((len(good), self.plan.orientations, 2, *self.plan.shape), dtype=np.float16)
+        for side in range(self.plan.orientations):
+            pixels = images.flip(-1) if side else images
             for part, values in enumerate(self.encode(pixels)):
                 if tuple(values.shape[1:]) != self.plan.shape:
                     raise DataError(

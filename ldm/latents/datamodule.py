@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,8 @@ class LatentDataModule(ElasticDataModule):
         num_workers: loader processes per rank; 0 is fastest, since gathering a batch costs less than transferring it.
         transform: picture -> (C,H,W) in [-1,1], deterministic; None: `EvalTransform(resolution)`. With buckets: a
             function from a size to its transform (in a configuration `partial: true`).
-        flip: mirror half of the samples in training.
+        flip: mirror half of the samples in training. Without it mirror images are not encoded, and the cache is half as
+            large; one that has them serves as well.
         cache: folder of this cache (with `train/`, `train-captions/`, ... in it), refused if it holds another; None:
             `cache/<fingerprint>`, so that caches of different content exist side by side.
         max_broken: the fraction of the images that may be unreadable; they are left out.
@@ -257,8 +258,28 @@ class LatentDataModule(ElasticDataModule):
 
     def _sources(self) -> Sources:
         return Sources(
-            self._datasets(), self.image_size, self.bucketing, self.cache, self.max_broken, self.read_threads
+            self._datasets(),
+            self.image_size,
+            self.bucketing,
+            self.cache,
+            self.max_broken,
+            self.read_threads,
+            self.flip,
         )
+
+    def keep_scale(self, trained: Manifest) -> None:
+        """Standardize latents as a run did that goes on with a cache made anew.
+
+        On another device, or without mirror images that it had formerly, that has the same latents and, in the last
+        digits, other statistics.
+
+        Args:
+            trained: of the run's checkpoint; nothing changes where it is of other latents.
+        """
+        own = self.manifest
+        seen = replace(own.plan, mirrored=False)
+        if own.statistics != trained.statistics and not seen.differences(trained.plan):
+            self._manifest = own.standardized_by(trained.statistics)
 
     def described(self) -> list[str]:
         """A line for each folder of the open cache: what it holds, and its size."""

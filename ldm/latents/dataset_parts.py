@@ -25,7 +25,7 @@ from ldm.latents.part_reader import PartReader
 from ldm.latents.parts import CAPTIONS, TEXT, TOO_LONG, Found, PartSpec, Rows, build_part, described, made_of
 from ldm.latents.places import place_part
 from ldm.latents.ragged import Row, to_raw
-from ldm.latents.shards import MANIFEST
+from ldm.latents.shards import MANIFEST, PLAN
 from ldm.latents.source import former_source, source
 from ldm.runtime import distributed
 from ldm.runtime.progress import shown
@@ -173,16 +173,6 @@ class DatasetParts:
         Raises:
             DataError: as `captions`; or an item lacks what is read.
         """
-        row_bytes = sum(prod(part.shape) * part.dtype.itemsize for part in made.parts.values())
-        plan = PartSpec(
-            name=name,
-            reads=made.reads,
-            source=source(self.dataset, made.aligned),
-            num_items=len(self.dataset),
-            parts=described(made.parts),
-            feature=made.describe(),
-            shard_items=shard_items(len(self.dataset), row_bytes * made.several, _FEWEST),
-        )
 
         def read(item: int) -> Mapping[str, Any]:
             found = dict(with_aligned(self.dataset, item, made.aligned))
@@ -200,7 +190,30 @@ class DatasetParts:
                 for item, sample in batch:
                     yield item, sample if isinstance(sample, DataError) else made.found(sample["read"])
 
-        return self._built(plan, rows, too_much)
+        return self._built(self._of_items(name, made), rows, too_much)
+
+    def has(self, name: str, made: ItemRows) -> bool:
+        """Whether what `of_items` would complete has been begun."""
+        folder, plan = self._place(self._of_items(name, made))
+        return (folder / PLAN).is_file() and not plan.differences(PartSpec.read(folder))
+
+    def _of_items(self, name: str, made: ItemRows) -> PartSpec:
+        row_bytes = sum(prod(part.shape) * part.dtype.itemsize for part in made.parts.values())
+        return PartSpec(
+            name=name,
+            reads=made.reads,
+            source=source(self.dataset, made.aligned),
+            num_items=len(self.dataset),
+            parts=described(made.parts),
+            feature=made.describe(),
+            shard_items=shard_items(len(self.dataset), row_bytes * made.several, _FEWEST),
+        )
+
+    def _place(self, plan: PartSpec) -> tuple[Path, PartSpec]:
+        """The folder of a part, and the plan as it would be written there."""
+        formerly = former_source(self.dataset), self.dataset.fingerprint()  # the second of features of other keys
+        plans = [plan, *(replace(plan, source=one) for one in formerly if plan.reads != CAPTION)]
+        return place_part(plans, None if self.cache is None else self.cache / f"{self.name}-{plan.name}")
 
     def _source(self, reads: str) -> str:
         """The fingerprint of what is read."""
@@ -216,9 +229,7 @@ class DatasetParts:
         too_long: str = TOO_LONG,
         null: Callable[[], Row | None] = lambda: None,
     ) -> PartReader:
-        formerly = former_source(self.dataset), self.dataset.fingerprint()  # the second of features of other keys
-        plans = [plan, *(replace(plan, source=one) for one in formerly if plan.reads != CAPTION)]
-        folder, plan = place_part(plans, None if self.cache is None else self.cache / f"{self.name}-{plan.name}")
+        folder, plan = self._place(plan)
         ranks = distributed.rank(), distributed.world_size()
         with shown(f"{self.name} {plan.name}", silent=not distributed.is_main()) as progress:
             manifest = build_part(folder, plan, rows, self.max_broken, *ranks, progress, too_long, null)

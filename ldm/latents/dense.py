@@ -8,7 +8,7 @@ Pixels are uint8 until they are on the device.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -134,7 +134,7 @@ class Dense:
             batch[LATENT] = torch.empty_like(latent)
         return batch
 
-    def opened(self, parts: DatasetParts, crop: Crop, codec: Codec, encoder: str) -> "DenseRows | None":
+    def opened(self, parts: DatasetParts, crop: Crop, codec: Codec, encoder: str, mirrored: bool) -> "DenseRows | None":
         """Those of a data set, or of a bucket of one, whose parts are computed where they are not there.
 
         Args:
@@ -142,6 +142,7 @@ class Dense:
             crop: of its pictures.
             codec: the autoencoder.
             encoder: the hash of its encoder.
+            mirrored: mirror images are seen, too.
         """
         if not (self.aligned or self.all_drawn or self.masked):
             return None
@@ -156,7 +157,10 @@ class Dense:
         }
         masked = None
         if self.masked is not None and not self.live:
-            masked = parts.of_items(NAME, MaskedRows(self.masked, crop, codec, encoder, self._readable), KEY)
+            rows = MaskedRows(self.masked, crop, codec, encoder, self._readable)
+            if not mirrored and not parts.has(NAME, rows):  # with mirror images it serves as well
+                rows = replace(rows, mirrored=False)
+            masked = parts.of_items(NAME, rows, KEY)
         return DenseRows(self, crop, kept, masked)
 
     def place(self, batch: dict[str, Any], manifest: Manifest, codec: Codec | None) -> None:

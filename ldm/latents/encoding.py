@@ -32,6 +32,7 @@ class SizedPart(NamedTuple):
         dataset: the pictures.
         size: height and width, pixels.
         max_broken: how many of them may be unreadable.
+        mirrored: their mirror images are seen, too.
         items: their numbers in the whole data set; None: they are all of it.
     """
 
@@ -39,6 +40,7 @@ class SizedPart(NamedTuple):
     dataset: ImageDataset
     size: Size
     max_broken: int
+    mirrored: bool
     items: np.ndarray | None = None
 
 
@@ -81,6 +83,7 @@ class Encoding:
             autoencoder=self.codec.describe(self.weights),
             num_classes=dataset.num_classes,
             class_names=dataset.class_names,
+            mirrored=part.mirrored,
             encode_batch=self.encode_batch_size,
         )
         items = shard_items(plan.num_items, plan.record.itemsize, plan.encode_batch)
@@ -92,6 +95,7 @@ class Encoding:
         plans = [plan, replace(plan, source=former_source(part.dataset))]
         if part.items is None and has_captions(part.dataset):
             plans.append(replace(plan, source=part.dataset.fingerprint(), captions=True))
+        plans += [replace(one, mirrored=True) for one in plans if not one.mirrored]
         return place(plans, None if self.cache is None else self.cache / part.name, self.trust)
 
     def open(self, part: SizedPart, folder: Path, plan: CacheSpec) -> LatentCache:

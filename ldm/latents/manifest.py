@@ -1,9 +1,10 @@
 """The latent cache on disk: what it contains, and how to verify that it is complete and the right one.
 
     plan.json          what is being encoded, by which autoencoder: everything that determines the bytes (CacheSpec)
-    shard-00000.bin    records of fixed size, memory-mapped: the posterior's moments, plain and mirrored, and the label
+    shard-00000.bin    records of fixed size, memory-mapped: the posterior's moments, plain and, where runs see mirror
+                       images, mirrored, and the label
     shard-00000.json   the shard's checksum, its sums for the statistics, its broken items
-    manifest.json      the plan, the statistics over all items and both orientations, every shard's checksum (Manifest)
+    manifest.json      the plan, the statistics over all items and orientations, every shard's checksum (Manifest)
     contents.json      only if the plan covers just names and sizes of its source: the fingerprint, recorded later
 
 What a model is conditioned on lies in folders of its own (parts.py); captions lay in the sidecars at first, and are
@@ -54,6 +55,7 @@ class CacheSpec(Spec):
         num_classes: None if items carry no class label; the labels are 0 .. num_classes - 1.
         class_names: their names, if known.
         captions: the sidecars hold a caption of each item, as they did at first; `source` covers them.
+        mirrored: of each item, its mirror image is encoded, too. A cache that has both serves runs that see one alone.
         shard_items: items per shard. Not compared: it determines how the records are laid out, not what they hold.
         encode_batch: images encoded at once, in an order fixed by the item numbers; not compared.
     """
@@ -66,6 +68,7 @@ class CacheSpec(Spec):
     num_classes: int | None = None
     class_names: list[str] | None = None
     captions: bool = False
+    mirrored: bool = True
     shard_items: int = 4096
     encode_batch: int = 64
     dtype: str = "float16"
@@ -80,26 +83,35 @@ class CacheSpec(Spec):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, as JSON and `torch.load(weights_only=True)` take them."""
-        return {**asdict(self), "shape": list(self.shape)}
+        tree = {**asdict(self), "shape": list(self.shape)}
+        if self.mirrored:
+            del tree["mirrored"]  # as all plans were written at first
+        return tree
+
+    @property
+    def orientations(self) -> int:
+        """Of each item: 1, plain, or 2, plain and mirrored."""
+        return 2 if self.mirrored else 1
 
     @property
     def record(self) -> np.dtype:
-        """One item: moments [plain or mirrored, mean or std, c, h, w] and the label (-1 for none)."""
-        return np.dtype([("moments", "<f2", (2, 2, *self.shape)), ("label", "<i8")])
+        """One item: moments [orientation, mean or std, c, h, w] and the label (-1 for none)."""
+        return np.dtype([("moments", "<f2", (self.orientations, 2, *self.shape)), ("label", "<i8")])
 
     def facts(self) -> dict[str, Any]:
         """The compared facts under dotted keys."""
-        tree = {key: value for key, value in asdict(self).items() if key not in ("shard_items", "encode_batch")}
+        tree = {key: value for key, value in self.to_dict().items() if key not in ("shard_items", "encode_batch")}
         # The encoder's hash is left out, so that a cache has the name that it always had.
         tree["autoencoder"] = {key: value for key, value in self.autoencoder.items() if key not in ("path", "encoder")}
         tree["pixels"] = {key: value for key, value in self.pixels.items() if key != "value_range"}
         return as_json(tree)
 
     def differences(self, found: "CacheSpec") -> list[str]:
-        """One line for each fact in which `found` differs from this plan."""
+        """One line for each fact in which `found` differs from this plan; that it has mirror images, too, is none."""
         # A configuration stored under former names means the same.
         ours, theirs = (replace(plan, autoencoder=current_plain(plan.autoencoder)).facts() for plan in (self, found))
         ours["source"], theirs["source"] = comparable(self.source, found.source)
+        ours["mirrored"], theirs["mirrored"] = self.mirrored, self.mirrored and found.mirrored
         other_decoder = ours.get("autoencoder.weights") != theirs.get("autoencoder.weights")
         skipped = _OF_DECODER if other_decoder and same_encoder(self.autoencoder, found.autoencoder) else ()
         return differing(ours, theirs, skipped)
@@ -111,8 +123,8 @@ class Manifest(Finished[CacheSpec]):
 
     Args:
         plan: what was encoded.
-        mean, std: per channel (c,), over all items, positions and both orientations, in fp64; the variance is that of
-            the latents that training sees: the variance of the means plus the mean of the posterior variances.
+        mean, std: per channel (c,), over all items, positions and orientations, in fp64; the variance is that of the
+            latents that training sees: the variance of the means plus the mean of the posterior variances.
         broken: items that could not be read and hold no record.
         shards: {"crc32": hex, "items": count} for each.
         sizes: heights and widths of the images, pixels, where several caches of one each, in buckets, were joined

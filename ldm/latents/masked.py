@@ -1,9 +1,9 @@
 """Latents of pictures with a hole, for inpainting: the hole is filled with one level before it is encoded.
 
-A cache keeps some masks of each item with the latents of the picture behind them, in both orientations, and the sample
-number chooses one: training needs no autoencoder, and an item is seen with as many holes as there are variants. Without
-variants a mask is drawn anew each time, and the autoencoder encodes each picture of each batch once more: see
-`MaskedLatents`.
+A cache keeps some masks of each item with the latents of the picture behind them, in the orientations that the run
+sees, and the sample number chooses one: training needs no autoencoder, and an item is seen with as many holes as there
+are variants. Without variants a mask is drawn anew each time, and the autoencoder encodes each picture of each batch
+once more: see `MaskedLatents`.
 """
 
 import math
@@ -44,12 +44,12 @@ class MaskedLatents:
 
     Args:
         masks: draws them. None: the items' own (`mask`), of which there is one.
-        variants: masks that are drawn for each item when the cache is built. Each takes two latents in fp16 and two
-            masks in bits: of pictures of 256 pixels and latents of 4 x 32 x 32 as much as the latents themselves.
-            None: a mask is drawn anew for each sample, from the column `image`, and the autoencoder stays in memory and
-            encodes each picture of each batch: 8 pictures of 64 pixels take an f8 encoder of 2.1 M parameters 0.17 s of
-            one core, where forward and backward of a UNet of 4 M take 0.11 s. Its last bits then depend on how many
-            are encoded at once.
+        variants: masks that are drawn for each item when the cache is built. Each takes as many latents in fp16 and
+            masks in bits as there are orientations: of pictures of 256 pixels and latents of 4 x 32 x 32 as much as the
+            latents themselves. None: a mask is drawn anew for each sample, from the column `image`, and the autoencoder
+            stays in memory and encodes each picture of each batch: 8 pictures of 64 pixels take an f8 encoder of 2.1 M
+            parameters 0.17 s of one core, where forward and backward of a UNet of 4 M take 0.11 s. Its last bits then
+            depend on how many are encoded at once.
         fill: what is put into the hole before it is encoded: gray, as in Stable Diffusion; -1, black, in
             inpainting_big.
     """
@@ -88,7 +88,8 @@ class MaskedLatents:
         assert self.variants is not None, "there is no part without"
         drawn = Draws(seed, numbers, 1).uniform("masked").numpy().astype(np.float64)
         variant = np.floor(drawn * self.variants).astype(np.int64)
-        found = part.gather(NAME, items, 2 * variant + mirrored)
+        orientations = 2 if part.plan.feature.get("mirrored", True) else 1
+        found = part.gather(NAME, items, orientations * variant + mirrored)
         bits = np.unpackbits(found[f"{NAME}.{_HOLE}"].numpy(), axis=1, count=math.prod(size))
         return {MASK: torch.from_numpy(bits).view(-1, 1, *size), LATENT: found[f"{NAME}.{_MEAN}"]}
 
@@ -100,7 +101,7 @@ def filled(images: Tensor, masks: Tensor, fill: float) -> Tensor:
 
 @dataclass(frozen=True)
 class MaskedRows:
-    """What a cache keeps of the items: two rows for each variant, plain and mirrored (dataset_parts.py::ItemRows).
+    """What a cache keeps of the items: of each variant a row, plain, and one mirrored (dataset_parts.py::ItemRows).
 
     Args:
         masked: which masks.
@@ -108,6 +109,7 @@ class MaskedRows:
         codec: the autoencoder.
         encoder: its encoder's hash.
         columns: aligned ones, by name, from which masks can be drawn.
+        mirrored: mirror images are seen, too.
     """
 
     masked: MaskedLatents
@@ -115,6 +117,7 @@ class MaskedRows:
     codec: Codec
     encoder: str
     columns: Mapping[str, Column]
+    mirrored: bool = True
 
     SEED: ClassVar[int] = 0  # of the masks, whatever a run's is: runs share a cache
 
@@ -129,7 +132,7 @@ class MaskedRows:
 
     @property
     def several(self) -> int:
-        return 2 * self._variants
+        return self._variants * (2 if self.mirrored else 1)
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -151,6 +154,7 @@ class MaskedRows:
             "encoder": self.encoder,
             "pixels": self.crop.describe(),
             "aligned": {name: self.columns[name].describe() for name in reads},
+            **({} if self.mirrored else {"mirrored": False}),
         }
 
     def read(self, number: int, item: Mapping[str, Any], path: str) -> tuple[Tensor, Tensor, str]:
@@ -167,12 +171,12 @@ class MaskedRows:
     def found(self, read: tuple[Tensor, Tensor, str]) -> Found:
         picture, masks, path = read
         left = filled(pixels(picture)[None], masks, self.masked.fill)
-        both = torch.stack([left, left.flip(-1)], 1).flatten(0, 1)  # of each mask plain, mirrored
-        means = torch.cat([self.codec.encode(some)[0].cpu() for some in both.split(_AT_ONCE)])
+        if self.mirrored:  # of each mask plain, mirrored
+            left, masks = (torch.stack([one, one.flip(-1)], 1).flatten(0, 1) for one in (left, masks))
+        means = torch.cat([self.codec.encode(some)[0].cpu() for some in left.split(_AT_ONCE)])
         if not bool((means.abs() <= LARGEST).all()):
             raise DataError(f"{path}: latent of the masked picture: expected magnitudes up to {LARGEST:g} (fp16)")
-        holes = torch.stack([masks, masks.flip(-1)], 1).flatten(0, 1).flatten(1).numpy()
-        bits = np.packbits(holes > 0, axis=1)
+        bits = np.packbits(masks.flatten(1).numpy() > 0, axis=1)
         rows = zip(means.half(), bits, strict=True)
         return Found([{_MEAN: to_raw(mean), _HOLE: row} for mean, row in rows])
 

@@ -31,6 +31,7 @@ class Sources:
         cache: folder that holds all of the cache; None: `cache/`.
         max_broken: the fraction of the items that may be unreadable.
         threads: that read.
+        flip: training sees mirror images, too.
     """
 
     datasets: Mapping[str, ImageDataset]
@@ -39,14 +40,17 @@ class Sources:
     cache: Path | None
     max_broken: Fraction
     threads: int
+    flip: bool
 
     def sized(self, name: str) -> list[SizedPart]:
         """The parts of a data set whose pictures are cropped to one size."""
-        most = self._most_broken(name)
+        most, mirrored = self._most_broken(name), self.flip and name == "train"
         if self.bucketing is None:
-            return [SizedPart(name, self.datasets[name], self.size, most)]
+            return [SizedPart(name, self.datasets[name], self.size, most, mirrored)]
         parts = zip(self.bucketing.parts(name), self.bucketing.of(name).items, strict=True)
-        return [SizedPart(f"{name}-{size[0]}x{size[1]}", part, size, most, items) for (size, part), items in parts]
+        return [
+            SizedPart(f"{name}-{size[0]}x{size[1]}", part, size, most, mirrored, items) for (size, part), items in parts
+        ]
 
     def targets(self, name: str) -> np.ndarray:
         """The size that each picture of a data set is cropped to: (2,), or (items, 2) with buckets."""
@@ -111,4 +115,4 @@ def _dense(part: SizedPart, sources: Sources, encoding: Encoding, dense: Dense) 
     """What lies on the pictures of a part, computed where it is not there."""
     parts = DatasetParts(part.name, part.dataset, sources.cache, part.max_broken, sources.threads)
     crop = Crop(encoding.transform_of(part.size), encoding.codec.in_channels)
-    return dense.opened(parts, crop, encoding.codec, encoding.encoder)
+    return dense.opened(parts, crop, encoding.codec, encoding.encoder, part.mirrored)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from ldm.errors import DataError
 from ldm.latents.claims import read_sealed
 from ldm.latents.conditions import Conditions
 from ldm.latents.dense import DenseRows
@@ -63,7 +64,7 @@ class LatentCache:
 
         Args:
             rows: (N,) of 0 .. len - 1.
-            mirrored: (N,) bool, the orientation.
+            mirrored: (N,) bool, the orientation; of a cache without mirror images all False.
 
         Returns:
             moments (N, 2, c, h, w) float16 (mean, std) and labels (N,) int64 (-1 for none).
@@ -131,6 +132,9 @@ class LatentDataset(Dataset[Any]):
         conditions: what batches hold beside latents and labels; None: the captions that an old cache has itself.
         among: the numbers of the cache's items in the data set that the conditions are of; None: they are the same.
         dense: what lies on the pictures of the cache's items; None: nothing.
+
+    Raises:
+        DataError: mirror images are wanted of a cache without.
     """
 
     def __init__(
@@ -142,6 +146,8 @@ class LatentDataset(Dataset[Any]):
         among: np.ndarray | None = None,
         dense: DenseRows | None = None,
     ) -> None:
+        if flip and not cache.plan.mirrored:
+            raise DataError(f"{cache.folder}: holds no mirror images, which `flip: true` reads: name another cache")
         self.cache = cache
         self.seed = seed
         self.flip = flip

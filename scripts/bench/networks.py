@@ -142,7 +142,7 @@ def _kept(known: Known, images: int, bf16: bool) -> _Kept:
 
 
 def encoding_flops() -> float:
-    """FLOPs of the f8 encoder for an image of 256 px as a cache has it: it is encoded in both orientations."""
+    """FLOPs of the f8 encoder for an image of 256 px as a cache with mirror images has it: in both orientations."""
     _, known = AUTOENCODER
     with FakeTensorMode(), FlopCounterMode(display=False) as flops, torch.no_grad():
         known.trained()[0](torch.empty(1, 3, 256, 256))

@@ -149,6 +149,48 @@ def test_flip_can_be_off(make, codec):
         torch.testing.assert_close(batch["moments"].float(), expected, atol=2e-3, rtol=2e-3)
 
 
+def encoded(monkeypatch, module):
+    """How many pictures are encoded while a module sets up."""
+    seen, encode = [], Codec.encode
+    with monkeypatch.context() as patch:
+        patch.setattr(Codec, "encode", lambda self, images: seen.append(len(images)) or encode(self, images))
+        module.setup()
+    return sum(seen)
+
+
+def test_only_what_a_run_sees_is_encoded(make, here, monkeypatch):
+    parts = {"train": Pictures(10), "validation": Pictures(4, salt=1)}
+    assert encoded(monkeypatch, make(**parts, flip=False)) == 10 + 4
+    assert encoded(monkeypatch, make(**parts, flip=True)) == 2 * 10
+    assert encoded(monkeypatch, make(**parts, flip=False)) == 0
+    assert len([*here.glob("cache/*")]) == 3
+
+
+def test_a_cache_with_mirror_images_serves_who_sees_none(make, here, monkeypatch):
+    mirrored = make(cache="here")
+    assert encoded(monkeypatch, mirrored) == 20
+    plain = make(cache="here", flip=False)
+    assert encoded(monkeypatch, plain) == 0
+    assert plain.manifest == mirrored.manifest
+    make(Pictures(10, salt=1), cache="other", flip=False).setup()
+    with pytest.raises(DataError, match="mirrored: expected True, found False"):
+        make(Pictures(10, salt=1), cache="other").setup()
+
+
+def test_a_run_that_goes_on_keeps_the_scale_of_its_latents(make, monkeypatch):
+    began, now, others = make(cache="here"), make(cache="plain", flip=False), make(Pictures(10, salt=1), cache="others")
+    for module in (began, now, others):
+        module.setup()
+    own = now.manifest
+    assert own.statistics != began.manifest.statistics
+    now.keep_scale(others.manifest)
+    assert now.manifest == own
+    now.keep_scale(began.manifest)
+    assert now.manifest == own.standardized_by(began.manifest.statistics)
+    latents = torch.randn(2, 4, 4, 4)
+    assert torch.equal(now.manifest.standardize(latents), began.manifest.standardize(latents))
+
+
 def test_the_mirrored_half_of_a_cache_is_the_encoding_of_the_mirrored_picture(make, codec, here):
     module = make(resolution=[12, 20])
     module.setup()

@@ -220,6 +220,30 @@ def test_in_the_loop_a_mask_is_drawn_for_each_sample(make, runs):
     assert len(masks) > 16
 
 
+def test_without_flips_masked_pictures_are_encoded_once_unless_both_orientations_are_there(make, monkeypatch):
+    encode, seen = Codec.encode, []
+    monkeypatch.setattr(Codec, "encode", lambda self, images: seen.append(len(images)) or encode(self, images))
+
+    def rows(cache, flip):
+        seen.clear()
+        module = make(Scenes(4), masked=MaskedLatents(Blocks(), 2), cache=cache, flip=flip)
+        module.setup()
+        dense = module._rows["train"].dense
+        assert sum(seen) in (0, 3 * 4 * (2 if flip else 1))  # the picture, and two masks of it
+        drawn = [dense.gather(np.arange(4), np.arange(4 * n, 4 * n + 4), np.zeros(4, bool), 3) for n in range(3)]
+        return drawn, sum(seen)
+
+    both, plain = rows("both", True), rows("plain", False)
+    assert (both[1], plain[1]) == (24, 12)
+    assert rows("both", False)[1] == 0
+    for found in (plain, rows("both", False)):
+        for ours, theirs in zip(found[0], both[0], strict=True):
+            assert torch.equal(ours["mask"], theirs["mask"])
+            torch.testing.assert_close(ours["masked_latent"], theirs["masked_latent"], atol=2e-3, rtol=2e-3)
+    with pytest.raises(DataError, match=r"(?s)plain/train-masked: this part .*\n  feature.mirrored: expected"):
+        make(Scenes(4), masked=MaskedLatents(Blocks(), 2), cache="plain").setup()
+
+
 def test_another_autoencoder_or_generator_makes_another_part(make, other_autoencoder):
     make(masked=MaskedLatents(Blocks(), 2), cache="mine").setup()
     for change, key in (

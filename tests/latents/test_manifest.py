@@ -189,6 +189,45 @@ def test_flip_is_fair_depends_on_the_number_and_can_be_off(whole):
     assert not any((row != plain).any() for row in LatentDataset(cache, 0, False).__getitems__(keys)["moments"])
 
 
+def test_without_mirror_images_a_cache_is_the_plain_half_of_one_with_them(whole, tmp_path):
+    plan, seen = dataclasses.replace(PLAN_FACTS, mirrored=False), []
+
+    def counted(images):
+        seen.append(len(images))
+        return encode(images)
+
+    build(tmp_path / "plain", plan, counted, Source(read))
+    assert sum(seen) == 50
+    cache, rows, side = LatentCache(tmp_path / "plain", plan), range(50), np.zeros(50, bool)
+    for own, other in zip(cache.gather(rows, side), LatentCache(whole).gather(rows, side), strict=True):
+        np.testing.assert_array_equal(own, other)
+    mean, std = cache.gather(rows, side)[0].astype(np.float64).swapaxes(0, 1)
+    np.testing.assert_allclose(cache.manifest.mean, mean.mean((0, 2, 3)), rtol=1e-12)
+    variance = mean.var((0, 2, 3)) + (std**2).mean((0, 2, 3))
+    np.testing.assert_allclose(cache.manifest.std, np.sqrt(variance), rtol=1e-12)
+    sizes = [(folder / "shard-00000.bin").stat().st_size for folder in (tmp_path / "plain", whole)]
+    assert sizes == [8 * (2 * 2 * 24 + 8), 8 * (4 * 2 * 24 + 8)]
+
+
+def test_who_sees_no_mirror_images_takes_a_cache_with_them_and_not_the_other_way_round(whole, tmp_path):
+    plain = dataclasses.replace(PLAN_FACTS, mirrored=False)
+    assert LatentCache(whole, plain).plan == PLAN_FACTS
+    assert build(whole, plain, encode, Source(read)).plan == PLAN_FACTS
+    build(tmp_path / "plain", plain, encode, Source(read))
+    with pytest.raises(DataError, match="mirrored: expected True, found False"):
+        LatentCache(tmp_path / "plain", PLAN_FACTS)
+    with pytest.raises(DataError, match="plain: holds no mirror images"):
+        LatentDataset(LatentCache(tmp_path / "plain"), 0, flip=True)
+
+
+def test_plans_with_mirror_images_are_written_and_named_as_before_there_was_a_choice():
+    assert PLAN_FACTS.fingerprint() == "a8ca429b1e7ee1fb"
+    assert "mirrored" not in PLAN_FACTS.to_dict()
+    plain = dataclasses.replace(PLAN_FACTS, mirrored=False)
+    assert plain.fingerprint() != PLAN_FACTS.fingerprint()
+    assert CacheSpec.from_dict(plain.to_dict()) == plain
+
+
 def test_no_labels_and_no_captions(tmp_path):
     plan = dataclasses.replace(PLAN_FACTS, num_classes=None, class_names=None, captions=False, num_items=5)
     build(tmp_path, plan, encode, Source(lambda item: {"image": pixels(item)}))

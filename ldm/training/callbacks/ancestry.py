@@ -1,4 +1,7 @@
-"""Where a run's weights come from: they are loaded before the first step, and every checkpoint says so."""
+"""Where a run's weights come from, and the scale of the latents that they know: a resumed run keeps both.
+
+New weights are loaded before the first step, and every checkpoint says so.
+"""
 
 import json
 from typing import Any
@@ -7,6 +10,8 @@ import pytorch_lightning as pl
 
 from ldm.errors import CheckpointError
 from ldm.files import write_text
+from ldm.latents.datamodule import LatentDataModule
+from ldm.latents.manifest import Manifest
 from ldm.run_folder import RunFolder
 from ldm.runtime import distributed
 from ldm.training.callbacks.checkpoints import raise_together
@@ -49,6 +54,9 @@ class Ancestry(pl.Callback):
     ) -> None:
         facts = checkpoint.get("ldm") or {}
         self._facts = {name: facts[name] for name in _FACTS if name in facts}
+        data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning's own
+        if isinstance(data, LatentDataModule) and "latents" in facts:
+            data.keep_scale(Manifest.from_dict(facts["latents"]))
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
