@@ -13,11 +13,12 @@ from pathlib import Path
 
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
-_SPIN = "1000"
-"""Iterations for which a thread of libgomp (torch's on Linux) spins before it sleeps, about ten microseconds.
+_SPIN = "20000"
+"""Iterations for which a thread of libgomp (torch's on Linux) spins before it sleeps, up to a millisecond.
 
-The default is milliseconds: when another process takes a core, the other threads spend them spinning for the one
-without a core, and training becomes ten times slower. Without any spinning each parallel loop pays for waking threads.
+The default is ten milliseconds and more: when another process takes a core, the other threads spend them spinning for
+the one without a core, and training becomes ten times slower. With much less each parallel loop pays for waking
+threads, which takes as long as the loop on some virtual machines (docs/scale.md has figures).
 """
 
 

@@ -25,7 +25,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_threads_wait_briefly_unless_the_user_says_how(clean, monkeypatch):
     threads.prepare()
-    assert os.environ["GOMP_SPINCOUNT"] == "1000"
+    assert os.environ["GOMP_SPINCOUNT"] == "20000"
     assert "OMP_NUM_THREADS" not in os.environ
     for name in threads._WAITING:
         monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
@@ -110,7 +110,7 @@ def test_a_program_has_it_before_torch_is_there(monkeypatch):
     for name in threads._WAITING:
         monkeypatch.delenv(name, raising=False)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=100)
-    assert done.stdout == "1000\n"
+    assert done.stdout == "20000\n"
 
 
 FOLDERS = [file.parent for file in sorted((ROOT / "scripts").glob("*/__main__.py"))]
@@ -137,7 +137,7 @@ def test_every_program_has_set_it_before_torch_is_imported(clean, program):
     )
     assert done.returncode == 0, done.stderr
     met = [line for line in done.stdout.splitlines() if line.startswith("torch meets")]
-    assert met in ([], ["torch meets 1000"])  # a program that waits with the import has prepared by then
+    assert met in ([], ["torch meets 20000"])  # a program that waits with the import has prepared by then
 
 
 def test_the_library_shows_what_was_set(clean):
@@ -151,4 +151,4 @@ def test_the_library_shows_what_was_set(clean):
     )
     assert done.returncode == 0
     shown = [line for line in done.stderr.splitlines() if "GOMP_SPINCOUNT" in line]
-    assert all("'1000'" in line for line in shown)
+    assert all("'20000'" in line for line in shown)
