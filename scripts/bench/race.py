@@ -168,7 +168,7 @@ def standardized(run: Path) -> dict[str, Tensor]:
 
 def rivals(options: Any, folder: Path) -> list[Rival]:
     """Those that the command line has the code of; the smallest first."""
-    networks = {"a network of our width": (64, 128), "its script's network": huggingface.SCRIPT}
+    networks = {"a network of our width": (64, 64), "its script's network": huggingface.SCRIPT}
     found = [
         Rival(
             f"diffusers on pixels, {which}",

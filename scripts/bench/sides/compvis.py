@@ -111,7 +111,7 @@ def learner(folder: Path, latents: Path, steps: int, place: Place) -> Learner:
         "model_channels": width,
         "attention_resolutions": [2],
         "num_res_blocks": 2,
-        "channel_mult": [1, 2],
+        "channel_mult": [1, 1],
         "num_head_channels": 32,
         "use_spatial_transformer": True,
         "transformer_depth": 1,
