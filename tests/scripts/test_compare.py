@@ -87,7 +87,7 @@ def test_two_configurations_are_compared(make_runs, tmp_path, monkeypatch, capsy
         "--epochs",
         "1",
     ]
-    small = ["model.params.network.params.model_channels=16", "data.params.batch_size=4", "data.params.resolution=16"]
+    small = ["model.params.network.params.model_channels=32", "data.params.batch_size=4", "data.params.resolution=16"]
     small += [f"data.params.train={subset % few}", "data.params.num_validation=20"]
     arguments = ["--autoencoder", str(runs.autoencoder), *words, *small]
     assert compare.main(arguments) == 0
