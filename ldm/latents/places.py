@@ -25,7 +25,8 @@ def place(plans: Sequence[CacheSpec], folder: Path | None, trust: Sequence[str] 
     same.
 
     Args:
-        plans: what the cache is to hold; then the same as its plan was written formerly, such as with captions in it.
+        plans: what the cache is to hold; then the same as its plan was written formerly, such as with captions in it,
+            and what holds more, with mirror images.
         folder: the one that was named; None: the one in `cache/` that serves.
         trust: packages that the configuration of an autoencoder may name.
     """

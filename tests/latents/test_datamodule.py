@@ -177,7 +177,7 @@ def test_a_cache_with_mirror_images_serves_who_sees_none(make, here, monkeypatch
         make(Pictures(10, salt=1), cache="other").setup()
 
 
-def test_a_run_that_goes_on_keeps_the_scale_of_its_latents(make, monkeypatch):
+def test_a_run_that_goes_on_keeps_the_scale_of_its_latents(make):
     began, now, others = make(cache="here"), make(cache="plain", flip=False), make(Pictures(10, salt=1), cache="others")
     for module in (began, now, others):
         module.setup()

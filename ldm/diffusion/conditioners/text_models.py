@@ -22,7 +22,7 @@ from ldm.weights.catalog import FILES
 
 _WHAT = "text encoder"
 _PROBES = ("", "A photo of two Red cats, and a café.", "3 boats\n by night 🌙!  漢字 קוד")
-"""Texts by which tokenizers are told apart, besides their vocabularies: case, accents, spaces, what begins and ends."""
+"""Probe texts: tokenizers of equal vocabularies still differ in case, accents, whitespace, and special tokens."""
 
 
 class TextModel(FrozenModel):

@@ -77,9 +77,9 @@ def exploding(read: Read) -> str | None:
 
 
 def saturated(read: Read) -> str | None:
-    """A loss of guessing is 1 (hinge) or 0.7 (logistic); at under a tenth, nearly every patch is told with certainty.
+    """At chance the discriminator's loss is 1 (hinge) or 0.7 (logistic); below 0.1 it is sure of nearly every patch.
 
-    What is negative is another kind of loss.
+    A negative loss is one of another kind.
     """
     if not 0 <= (loss := read("train/discriminator")) < 0.1:
         return None
