@@ -104,3 +104,27 @@ def test_garbage_is_looked_for_as_before_once_the_imports_are_done_or_have_faile
         assert gc.isenabled() == before
     finally:
         (gc.enable if was else gc.disable)()
+
+
+def test_imported_modules_are_not_looked_through_again_and_all_else_is():
+    counts = python(
+        "import gc; from ldm.runtime import imports\n"
+        "with imports.uncollected(): import sys\n"
+        "nothing = gc.get_freeze_count()\n"
+        "with imports.uncollected(): import torch\n"
+        "print(nothing, gc.get_freeze_count() > 100_000, len(gc.get_objects()) < 1000)\n"
+        "class Some: pass\n"
+        "import weakref; one = Some(); one.own = one; seen = weakref.ref(one); del one\n"
+        "gc.collect(); print(seen())"
+    )
+    assert counts.split() == ["0", "True", "True", "None"]
+
+
+def test_at_the_end_of_a_program_all_is_looked_through_as_ever():
+    counts = python(
+        "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count()))\n"
+        "import ldm.cli.program as program; from ldm.cli.command import start\n"
+        "program.run = lambda work: print(gc.get_freeze_count() > 0)\n"
+        "start('plot', [])"
+    )
+    assert counts.split() == ["True", "0"]
