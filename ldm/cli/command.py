@@ -4,8 +4,6 @@ ldm train --base configs/quickstart/autoencoder.yaml
 ldm sample -r logs/<run> --guidance 2
 """
 
-import atexit
-import gc
 import importlib
 import sys
 from collections.abc import Sequence
@@ -35,7 +33,6 @@ COMMANDS = {
 
 def start(name: str, words: Sequence[str]) -> NoReturn:
     """Run the program ldm/cli/<name>.py with these arguments, and exit with its code."""
-    atexit.register(gc.unfreeze)  # what uncollected() froze: some libraries complain of what is left at the end
     threads.prepare()  # before torch is imported, which some programs do at once
     imports.prepare()
     from ldm.cli import program

@@ -5,6 +5,7 @@ transformers and torchvision where they are installed: longer than all of Lightn
 come by themselves. Whatever else torchmetrics is asked for is there as ever, since its packages then run in full.
 """
 
+import atexit
 import gc
 import importlib
 import importlib.metadata
@@ -42,8 +43,18 @@ class _Deferred(ModuleType):
         return getattr(self, name)
 
 
+_in_program = False  # whether this process ends with the work that it was started for
+
+
 def prepare() -> None:
-    """Defer torchmetrics' packages, unless it is imported already; call it before Lightning is imported."""
+    """For a program, before it imports Lightning: defer torchmetrics' packages, unless it is imported already.
+
+    From now on `uncollected` has modules left out of every later look for garbage, up to the program's end: some
+    libraries complain if something is left then.
+    """
+    global _in_program
+    _in_program = True
+    atexit.register(gc.unfreeze)
     if "torchmetrics" in sys.modules:
         return
     for name in _PACKAGES:
@@ -64,15 +75,15 @@ def prepare() -> None:
 def uncollected() -> Iterator[None]:
     """Within the block Python looks for no garbage: for imports, which leave none, and take a fifth longer with it.
 
-    If modules were imported, then whatever there is after it is looked through no more. Modules are there to the end,
-    and a look through those of torch and Lightning takes 0.2 s.
+    In a program, if modules were imported, whatever there is after it is looked through no more: a look through those
+    of torch and Lightning takes 0.2 s. In a notebook this would keep models that are no longer used.
     """
     before, modules = gc.isenabled(), len(sys.modules)
     gc.disable()
     try:
         yield
     finally:
-        if len(sys.modules) > modules:
+        if _in_program and len(sys.modules) > modules:
             gc.freeze()
         if before:
             gc.enable()

@@ -108,7 +108,7 @@ def test_garbage_is_looked_for_as_before_once_the_imports_are_done_or_have_faile
 
 def test_imported_modules_are_not_looked_through_again_and_all_else_is():
     counts = python(
-        "import gc; from ldm.runtime import imports\n"
+        "import gc; from ldm.runtime import imports; imports.prepare()\n"
         "with imports.uncollected(): import sys\n"
         "nothing = gc.get_freeze_count()\n"
         "with imports.uncollected(): import torch\n"
@@ -118,6 +118,15 @@ def test_imported_modules_are_not_looked_through_again_and_all_else_is():
         "gc.collect(); print(seen())"
     )
     assert counts.split() == ["0", "True", "True", "None"]
+
+
+def test_where_models_come_and_go_nothing_is_kept_from_collection():
+    counts = python(
+        "import gc; from ldm.runtime import imports\n"
+        "with imports.uncollected(): import torch\n"
+        "print(gc.get_freeze_count())"
+    )
+    assert counts == "0"
 
 
 def test_at_the_end_of_a_program_all_is_looked_through_as_ever():
