@@ -366,6 +366,23 @@ def test_muon_on_ranks(forked, diffusion, tmp_path, strategy):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", [DDP, SHARDED], ids=["DDP", "sharded"])
+def test_muon_of_convolutions_on_ranks(forked, diffusion, tmp_path, strategy):
+    settings = {"lr": 1e-3, "convolutions": True}
+    diffusion["model"]["params"]["optimizer"] = {
+        "target": "ldm.optim.optimizers.Muon",
+        "partial": True,
+        "params": settings,
+    }
+    straight = Run(forked, diffusion, tmp_path / "straight")
+    diary = straight.go(2, strategy)
+    assert_same_run(diary, Run(forked, diffusion, tmp_path / "alone").go(1), 1e-4)
+    killed = straight.killed_after(3, tmp_path / "copy")
+    assert_same_run(killed.go(2), diary.between(3, STEPS), tolerance=0)
+    assert_equal(killed.final(), straight.final())
+
+
+@pytest.mark.slow
 def test_a_codebook_on_ranks(forked, autoencoder, tmp_path):
     params = autoencoder["model"]["params"]
     params["encoder"]["params"]["moments"] = False

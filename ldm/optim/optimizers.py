@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.errors import CheckpointError
 from ldm.optim.lr_schedules import Constant
+from ldm.optim.orthogonal import Orthogonal
 from ldm.ranges import FractionBelowOne, NotNegative, Positive
 
 
@@ -122,12 +123,11 @@ class AdamW(torch.optim.AdamW):
 
 
 class Muon(Optimizer):
-    """torch's Muon (Jordan et al. 2024) for matrices, AdamW for all other parameters, as one optimizer.
+    """Muon (Jordan et al. 2024) for matrices, AdamW for all other parameters, as one optimizer.
 
-    Muon orthogonalizes each matrix's update; it supports only two dimensions, so it is for transformers: convolutions,
-    norms and biases go to AdamW. (Embedding tables are matrices, too, and cannot be distinguished from others here.)
-    Its updates are scaled to the size of AdamW's (Liu et al. 2025, "Moonlight"), so that one learning rate and one
-    decay work for both.
+    Muon orthogonalizes each matrix's update. (Embedding tables are matrices, too, and cannot be distinguished from
+    others here.) Its updates are scaled to the size of AdamW's (Liu et al. 2025, "Moonlight"), so that one learning
+    rate and one decay work for both.
 
     Args:
         params: all parameters.
@@ -135,6 +135,8 @@ class Muon(Optimizer):
         momentum: of Muon.
         betas: of AdamW.
         weight_decay: of parameters with two dimensions or more.
+        convolutions: count as matrices, (out, in * height * width): for autoencoders and UNets
+            (ldm/optim/orthogonal.py). False: torch's Muon, for transformers, whose few convolutions go to AdamW.
     """
 
     def __init__(
@@ -144,16 +146,20 @@ class Muon(Optimizer):
         momentum: FractionBelowOne = 0.95,
         betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.95),
         weight_decay: NotNegative = 0.01,
+        convolutions: bool = False,
     ) -> None:
         listed = list(params)
-        matrices = [parameter for parameter in listed if parameter.ndim == 2]
-        others = [parameter for parameter in listed if parameter.ndim != 2]
+        dims = {parameter.ndim for parameter in listed if parameter.ndim >= 2} if convolutions else {2}
+        matrices = [parameter for parameter in listed if parameter.ndim in dims]
+        others = [parameter for parameter in listed if parameter.ndim not in dims]
         self._parts: list[Optimizer] = []
-        if matrices:
+        if matrices and convolutions:
+            self._parts.append(Orthogonal(matrices, lr, momentum, weight_decay))
+        elif matrices:
             settings: dict[str, Any] = {"momentum": momentum, "weight_decay": weight_decay}
             self._parts.append(torch.optim.Muon(matrices, lr=lr, adjust_lr_fn="match_rms_adamw", **settings))
         if others:
-            self._parts.append(AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay, fused=False))
+            self._parts.append(AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay, fused=convolutions))
         super().__init__([group for part in self._parts for group in part.param_groups], {})
         self._shared = True
         self._share()

@@ -1,6 +1,7 @@
 """Optimizers: who is decayed, who is orthogonalised, and that a resume finds all of it."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,9 @@ from torch import nn
 from ldm.errors import CheckpointError
 from ldm.optim.lr_schedules import Cosine
 from ldm.optim.optimizers import AdamW, Muon, Scheduled, decay_groups, keep_settings, place_schedules
+
+# Of convolutions as well.
+ConvMuon = partial(Muon, convolutions=True)
 
 
 @pytest.fixture
@@ -35,7 +39,7 @@ def test_norms_and_biases_are_in_a_group_without_decay(model):
     assert len(decay_groups([model[0].bias], 0.1)) == 1
 
 
-@pytest.mark.parametrize("make", [AdamW, Muon])
+@pytest.mark.parametrize("make", [AdamW, Muon, ConvMuon])
 def test_without_gradients_only_matrices_shrink(model, make):
     before = copy.deepcopy(model.state_dict())
     optimizer = make(model.parameters(), lr=0.1, weight_decay=0.5)
@@ -72,7 +76,7 @@ def test_muon_is_scheduled_and_zeroed_as_one(model):
     assert scheduler.get_last_lr() == [0.0] * len(optimizer.param_groups)
 
 
-@pytest.mark.parametrize("make", [AdamW, Muon])
+@pytest.mark.parametrize("make", [AdamW, Muon, ConvMuon])
 def test_a_resumed_optimizer_is_the_same(model, make, tmp_path):
     optimizer = make(model.parameters(), lr=1e-2)
     train(model, optimizer, 3)
@@ -88,10 +92,11 @@ def test_a_resumed_optimizer_is_the_same(model, make, tmp_path):
     assert all(len(again.state[parameter]) for parameter in other.parameters())
 
 
-@pytest.mark.parametrize("dims", [1, 2])
-def test_muon_takes_models_of_one_kind(dims):
+@pytest.mark.parametrize("make", [Muon, ConvMuon])
+@pytest.mark.parametrize("dims", [1, 2, 4])
+def test_muon_takes_models_of_one_kind(make, dims):
     parameter = nn.Parameter(torch.ones([3] * dims))
-    optimizer = Muon([parameter], lr=0.1)
+    optimizer = make([parameter], lr=0.1)
     parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     assert bool((parameter < 1).any())
