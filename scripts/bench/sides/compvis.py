@@ -109,7 +109,7 @@ def learner(folder: Path, latents: Path, steps: int, place: Place) -> Learner:
     classes, width, size = int(known["labels"].max()) + 1, 64, 64
     network = {
         "model_channels": width,
-        "attention_resolutions": [2],
+        "attention_resolutions": [1, 2],
         "num_res_blocks": 2,
         "channel_mult": [1, 1],
         "num_head_channels": 32,
