@@ -36,7 +36,7 @@ OWN_LATENTS = $(if $(PICTURES),'data.params.autoencoder=$${newest:logs/*_$(RUN)_
 quickstart: $(VENV)/installed weights  ## train both stages on emoji (or PICTURES=DIR), sample, say where the pictures are
 	$(PYTHON) main.py --resume auto --name $(RUN)_autoencoder --base configs/quickstart/autoencoder.yaml $(OWN)
 	$(PYTHON) main.py --resume auto --name $(RUN)_diffusion --base configs/quickstart/diffusion.yaml $(OWN) $(OWN_LATENTS)
-	$(PYTHON) scripts/sample.py -r 'logs/*_$(RUN)_diffusion' -n 12 --steps 50 $(if $(PICTURES),,--guidance 2)
+	$(PYTHON) scripts/sample.py -r 'logs/*_$(RUN)_diffusion' -n 12 --steps 50 $(if $(PICTURES),,--guidance 3)
 	@$(PYTHON) scripts/quickstart.py $(RUN) $(if $(PICTURES),--pictures '$(PICTURES)')
 
 roundtrip: $(VENV)/installed weights  ## an autoencoder of diffusers in, trained on emoji, a pipeline of diffusers out

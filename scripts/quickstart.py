@@ -20,8 +20,8 @@ from ldm.run_folder import newest_run
 DIFFUSION = "configs/quickstart/diffusion.yaml"
 OWN = "configs/quickstart/own_pictures.yaml"
 EMOJI_LOOK = (
-    "Faces, people and flags should be easy to recognize; hands, food and animals have their colors and outlines, "
-    "seldom more."
+    "Faces, people, cars and flags should be easy to recognize, most hands and symbols, too; animals and food have "
+    "their colors and outlines, activities and objects seldom more."
 )
 OWN_LOOK = (
     "Expect colors and layout rather than detail: the pictures are 32 px wide and the model has trained for minutes. "
