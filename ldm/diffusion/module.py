@@ -137,8 +137,7 @@ class LatentDiffusion(LightningModule):
                 block.compile(dynamic=False) if sizes > 1 else block.compile()
         plugin = self.trainer.precision_plugin
         scaled = isinstance(plugin, MixedPrecision) and plugin.scaler is not None
-        groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
-        if scaled and any(group.get("fused") for group in groups):
+        if scaled and any(getattr(made, "_step_supports_amp_scaling", False) for made in self.trainer.optimizers):
             raise ConfigError(
                 "model.params.optimizer.params.fused: in fp16 a fused optimizer undoes the loss scaling by itself, so "
                 "gradients can be neither measured nor clipped before; leave it out, or use precision bf16-mixed"

@@ -135,8 +135,9 @@ class Muon(Optimizer):
         momentum: of Muon.
         betas: of AdamW.
         weight_decay: of parameters with two dimensions or more.
-        convolutions: count as matrices, (out, in * height * width): for autoencoders and UNets
-            (ldm/optim/orthogonal.py). False: torch's Muon, for transformers, whose few convolutions go to AdamW.
+        convolutions: all parameters of two dimensions or more are matrices, kernels (out, in * height * width): for
+            autoencoders and UNets (ldm/optim/orthogonal.py). False: torch's Muon, for transformers, whose few
+            convolutions go to AdamW.
     """
 
     def __init__(
@@ -159,7 +160,9 @@ class Muon(Optimizer):
             settings: dict[str, Any] = {"momentum": momentum, "weight_decay": weight_decay}
             self._parts.append(torch.optim.Muon(matrices, lr=lr, adjust_lr_fn="match_rms_adamw", **settings))
         if others:
-            self._parts.append(AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay, fused=convolutions))
+            self._parts.append(
+                AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay, fused=convolutions and bool(matrices))
+            )
         super().__init__([group for part in self._parts for group in part.param_groups], {})
         self._shared = True
         self._share()
@@ -171,6 +174,8 @@ class Muon(Optimizer):
             last = first + len(part.param_groups)
             part.param_groups = self.param_groups[first:last]
             part.state = self.state
+            for group in part.param_groups:  # the checkpoint may be of the other `convolutions`
+                group |= {name: value for name, value in part.defaults.items() if name not in group}
             first = last
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Muon's step (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) for matrices and convolutions.
 
-torch's takes matrices alone, one after the other, and always computes in bf16, which processors without it emulate.
+torch's own handles only matrices, one at a time, and always computes in bf16, which processors without it emulate.
 """
 
 import math
@@ -19,9 +19,10 @@ _COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of Jordan et al., and of torch
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """Each (N,m,n) with its own singular vectors, but singular values near 1, from 0.7 to 1.2.
+    """Each matrix of (N,m,n) with its own singular vectors, but with singular values near 1, from 0.7 to 1.2.
 
-    Five steps of the quintic iteration of Newton and Schulz, X <- a X + (b A + c A^2) X where A = X X^T.
+    (Those below some thousandths of its norm become less.) Five steps of the quintic iteration of Newton and Schulz,
+    X <- a X + (b A + c A^2) X where A = X X^T.
     """
     if matrices.shape[1] > matrices.shape[2]:
         return orthogonalized(matrices.mT).mT
@@ -44,19 +45,29 @@ class Orthogonal(Optimizer):
         lr: learning rate.
         momentum: how much of it is kept in each step.
         weight_decay: decoupled, as AdamW's.
+
+    Raises:
+        ValueError: a parameter has fewer than two dimensions.
     """
 
     def __init__(
         self, params: Iterable[nn.Parameter], lr: Positive, momentum: FractionBelowOne, weight_decay: NotNegative
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        if any(parameter.ndim < 2 for group in self.param_groups for parameter in group["params"]):
+            raise ValueError("Orthogonal: only for parameters of two dimensions or more; Muon takes all of a model")
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             parameters: list[Tensor] = [parameter for parameter in group["params"] if parameter.grad is not None]
             if parameters:
                 self._step(parameters, **{name: group[name] for name in ("lr", "momentum", "weight_decay")})
+        return loss
 
     def _step(self, parameters: list[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
         for parameter in parameters:
@@ -73,7 +84,9 @@ class Orthogonal(Optimizer):
         for (height, width), rows in alike.items():
             updates = [gradient.lerp(buffer, momentum).flatten(1) for _, gradient, buffer in rows]
             stacked = torch.stack(updates)  # (N, height, width)
-            made = orthogonalized(stacked if stacked.device.type == "cpu" else stacked.bfloat16())
+            device = stacked.device.type
+            with torch.autocast(device, enabled=False):  # stage 1 steps within that of its training step
+                made = orthogonalized(stacked if device == "cpu" else stacked.bfloat16())
             made = made * (-lr * 0.2 * math.sqrt(max(height, width)))
             for (parameter, *_), update in zip(rows, made, strict=True):
                 parameter.add_(update.reshape(parameter.shape))

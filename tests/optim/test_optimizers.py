@@ -102,6 +102,19 @@ def test_muon_takes_models_of_one_kind(make, dims):
     assert bool((parameter < 1).any())
 
 
+@pytest.mark.parametrize("convolutions", [False, True])
+def test_muon_goes_on_with_moments_of_either_kind(convolutions):
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 6))
+    before = Muon(model.parameters(), lr=0.1, convolutions=not convolutions)
+    train(model, before, 2)
+    after = Muon(model.parameters(), lr=0.1, convolutions=convolutions)
+    keep_settings(after)
+    after.load_state_dict(copy.deepcopy(before.state_dict()))
+    weights = model[0].weight.detach().clone()
+    train(model, after, 1)
+    assert not torch.equal(model[0].weight, weights)
+
+
 def test_muon_takes_no_late_parameters(model):
     with pytest.raises(ValueError, match="cannot be added"):
         Muon(model.parameters(), lr=0.1).add_param_group({"params": [nn.Parameter(torch.ones(2))]})
@@ -116,6 +129,7 @@ CHANGED = [
     (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, {"lr": 0.02, "momentum": 0.5, "nesterov": True}),
     (AdamW, {"lr": 0.1, "weight_decay": 0.1}, {"lr": 0.02, "weight_decay": 0.5, "betas": [0.5, 0.9], "eps": 1e-3}),
     (Muon, {"lr": 0.1, "weight_decay": 0.1}, {"lr": 0.02, "weight_decay": 0.5, "momentum": 0.5, "betas": [0.5, 0.9]}),
+    (Muon, {"lr": 0.1, "convolutions": True}, {"lr": 0.02, "momentum": 0.5, "convolutions": True}),
 ]
 
 

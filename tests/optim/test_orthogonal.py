@@ -66,3 +66,30 @@ def test_what_has_no_gradient_stays():
     assert bool((moved != 1).any())
     assert bool((kept == 1).all())
     Orthogonal([kept], lr=0.1, momentum=0.9, weight_decay=0.1).step()
+
+
+def test_autocast_changes_nothing():
+    torch.manual_seed(0)
+    gradient, stepped = torch.randn(32, 32), [nn.Parameter(torch.zeros(32, 32)) for _ in range(2)]
+    for parameter, enabled in zip(stepped, (False, True), strict=True):
+        parameter.grad = gradient.clone()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            Orthogonal([parameter], lr=0.1, momentum=0.9, weight_decay=0.1).step()
+    assert torch.equal(*stepped)
+
+
+def test_a_closure_is_called():
+    parameter = nn.Parameter(torch.ones(3, 3))
+
+    def closure():
+        loss = parameter.square().sum()
+        loss.backward()
+        return loss
+
+    assert Orthogonal([parameter], lr=0.1, momentum=0.9, weight_decay=0.1).step(closure) == 9
+    assert bool((parameter != 1).any())
+
+
+def test_a_vector_is_refused():
+    with pytest.raises(ValueError, match="two dimensions"):
+        Orthogonal([nn.Parameter(torch.ones(3))], lr=0.1, momentum=0.9, weight_decay=0.1)
