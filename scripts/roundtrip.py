@@ -1,6 +1,6 @@
 """A first stage of diffusers in, a pipeline of diffusers out, trained on emoji in between: the same pictures there.
 
-python scripts/roundtrip.py                                  (make roundtrip: 6 minutes) from random weights
+python scripts/roundtrip.py                                  (make roundtrip: some minutes) from random weights
 python scripts/roundtrip.py --first-stage /path/to/sd-vae    from an autoencoder that diffusers has saved
 
     roundtrip/first_stage      an AutoencoderKL as diffusers saves it, unless one is named
