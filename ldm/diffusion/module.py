@@ -20,7 +20,7 @@ from ldm.diffusion.metrics import Output, standard
 from ldm.diffusion.objectives import Network, Objective
 from ldm.errors import ConfigError
 from ldm.optim.ema import EMA
-from ldm.optim.optimizers import Scheduled, keep_settings
+from ldm.optim.optimizers import Scheduled, keep_settings, unscales
 from ldm.ranges import Fraction, Positive
 from ldm.runtime import fsdp
 from ldm.runtime.step_metrics import StepMean, is_logged
@@ -137,7 +137,7 @@ class LatentDiffusion(LightningModule):
                 block.compile(dynamic=False) if sizes > 1 else block.compile()
         plugin = self.trainer.precision_plugin
         scaled = isinstance(plugin, MixedPrecision) and plugin.scaler is not None
-        if scaled and any(getattr(made, "_step_supports_amp_scaling", False) for made in self.trainer.optimizers):
+        if scaled and any(map(unscales, self.trainer.optimizers)):
             raise ConfigError(
                 "model.params.optimizer.params.fused: in fp16 a fused optimizer undoes the loss scaling by itself, so "
                 "gradients can be neither measured nor clipped before; leave it out, or use precision bf16-mixed"

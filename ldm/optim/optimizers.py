@@ -19,8 +19,13 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.errors import CheckpointError
 from ldm.optim.lr_schedules import Constant
-from ldm.optim.orthogonal import Orthogonal
+from ldm.optim.orthogonal import Orthogonal, loss_of
 from ldm.ranges import FractionBelowOne, NotNegative, Positive
+
+
+def unscales(optimizer: Optimizer) -> bool:
+    """Whether its kernel divides gradients by a loss scale and skips those that are not finite, as torch's fused do."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 def keep_settings(optimizer: Optimizer) -> None:
@@ -160,9 +165,7 @@ class Muon(Optimizer):
             settings: dict[str, Any] = {"momentum": momentum, "weight_decay": weight_decay}
             self._parts.append(torch.optim.Muon(matrices, lr=lr, adjust_lr_fn="match_rms_adamw", **settings))
         if others:
-            self._parts.append(
-                AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay, fused=convolutions and bool(matrices))
-            )
+            self._parts.append(AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay, fused=convolutions))
         super().__init__([group for part in self._parts for group in part.param_groups], {})
         self._shared = True
         self._share()
@@ -190,10 +193,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for part in self._parts:
             part.step()
         return loss

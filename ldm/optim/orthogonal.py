@@ -5,7 +5,7 @@ torch's own handles only matrices, one at a time, and always computes in bf16, w
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -34,6 +34,14 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     return x
 
 
+def loss_of(closure: Callable[[], Any] | None) -> Any:
+    """What the closure of an optimizer's step, which computes the gradients, returns; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 class Orthogonal(Optimizer):
     """Muon's step for parameters of two dimensions or more; a convolution is a matrix (out, in * height * width).
 
@@ -59,10 +67,7 @@ class Orthogonal(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             parameters: list[Tensor] = [parameter for parameter in group["params"] if parameter.grad is not None]
             if parameters:

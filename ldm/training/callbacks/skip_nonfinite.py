@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from ldm.checkpoints.store import SUFFIX
 from ldm.data.datamodule import ElasticDataModule
 from ldm.errors import ConfigError, LdmError, NumericError
+from ldm.optim.optimizers import unscales
 from ldm.ranges import Count, CountOrZero
 from ldm.runtime.distributed import gather
 from ldm.runtime.fsdp import total_norm
@@ -95,7 +96,7 @@ class SkipNonFinite(StepCallback):
         if not gradients:
             return
         bad = ~torch.isfinite(total_norm(gradients))
-        if all(group.get("fused") for group in optimizer.param_groups):
+        if unscales(optimizer):
             vars(optimizer)["found_inf"] = bad.float()  # the kernel reads it, and then changes nothing
         elif bool(bad):
             for parameter in parameters:

@@ -10,6 +10,7 @@ from torch.optim import SGD, AdamW
 
 from ldm.checkpoints import store
 from ldm.errors import ConfigError, NumericError
+from ldm.optim.optimizers import Muon
 from ldm.training.callbacks.skip_nonfinite import SkipNonFinite
 from tests.points import (
     BATCH,
@@ -27,7 +28,10 @@ from tests.points import (
 
 
 @pytest.mark.parametrize("kind", [Automatic, Manual])
-@pytest.mark.parametrize("optimizer", [FUSED, partial(AdamW, lr=0.1), partial(SGD, lr=0.1, momentum=0.9)])
+@pytest.mark.parametrize(
+    "optimizer",
+    [FUSED, partial(AdamW, lr=0.1), partial(SGD, lr=0.1, momentum=0.9), partial(Muon, lr=0.1, convolutions=True)],
+)
 def test_a_gradient_that_is_not_finite_reaches_no_weight(
     tmp_path: Path, kind: type[Automatic], optimizer: MakeOptimizer
 ) -> None:
