@@ -1,5 +1,10 @@
-"""The attention layers of the UNet: among pixels, and from pixels to context tokens."""
+"""The attention layers of the UNet: among pixels, and from pixels to context tokens.
 
+Inside, the channels of a pixel lie side by side in memory (channels_last), as attention wants them and as a 1x1
+convolution, which is then a matrix product, is fastest.
+"""
+
+import torch
 from torch import Tensor, nn
 
 from ldm.layers import Attention, GatedFeedForward, attend, group_norm, zero_module
@@ -19,11 +24,10 @@ class SelfAttention(nn.Module):
         self.out = zero_module(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None, mask: Tensor | None = None) -> Tensor:
-        qkv = self.qkv(self.norm(x)).flatten(2)  # (N, 3C, HW)
-        qkv = qkv.unflatten(1, (3, self.heads, -1)).transpose(-1, -2)  # (N, 3, heads, HW, C / heads)
-        q, k, v = qkv.contiguous().unbind(1)  # fused kernels need a pixel's channels contiguous
-        h = attend(q, k, v)  # (N, heads, HW, C / heads)
-        return x + self.out(h.transpose(-1, -2).reshape_as(x))  # (N, C, H, W)
+        qkv = _pixels(self.qkv(_channels_last(self.norm(x))))  # (N, HW, 3C)
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (N, heads, HW, C / heads)
+        h = attend(q, k, v).transpose(1, 2).flatten(2)  # (N, HW, C)
+        return x + self.out(_image(h, x))  # (N, C, H, W)
 
 
 class TransformerBlock(nn.Module):
@@ -64,11 +68,11 @@ class SpatialTransformer(nn.Module):
         self.conv_out = zero_module(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        h = self.conv_in(self.norm(x)).flatten(2).transpose(1, 2)  # (N, HW, C)
+        h = _pixels(self.conv_in(_channels_last(self.norm(x))))  # (N, HW, C)
         h = _transformed(self, h, tokens, mask)  # (N, HW, C)
         for block in self.further:
             h = block(h, tokens, mask)  # (N, HW, C)
-        return x + self.conv_out(h.transpose(1, 2).reshape_as(x))  # (N, C, H, W)
+        return x + self.conv_out(_image(h, x))  # (N, C, H, W)
 
 
 def _transformed(
@@ -79,3 +83,17 @@ def _transformed(
     h = h + layers.attend_self(inside, inside)  # (N, HW, C)
     h = h + layers.attend_cross(layers.norm_cross(h), tokens, mask)  # (N, HW, C)
     return h + layers.feed(layers.norm_feed(h))  # (N, HW, C)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """(N,C,H,W) -> (N, HW, C); without a copy of what is in channels_last."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def _image(pixels: Tensor, like: Tensor) -> Tensor:
+    """(N, HW, C) -> (N,C,H,W) in channels_last, with the height and width of another."""
+    return pixels.transpose(1, 2).unflatten(2, like.shape[2:])
