@@ -1,5 +1,7 @@
 """Muon of convolutions: against torch's of matrices, and against the singular values themselves."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -18,6 +20,38 @@ def test_singular_vectors_stay_and_values_become_one(shape):
     assert diagonal.min() > 0.6
     assert diagonal.max() < 1.3
     torch.testing.assert_close(values, torch.diag_embed(diagonal), rtol=0, atol=1e-3)
+
+
+def with_values_down_to(least):
+    """Matrices (3,64,576), float64, whose singular values fall from 1."""
+
+    def vectors(rows):
+        return torch.linalg.qr(torch.randn(3, rows, 64, generator=draws, dtype=torch.float64)).Q
+
+    draws = torch.Generator().manual_seed(0)
+    return vectors(64) * torch.linspace(1, least**0.25, 64, dtype=torch.float64) ** 4 @ vectors(576).mT
+
+
+@pytest.mark.parametrize("least", [1e-2, 1e-6, 0.0])
+def test_fewer_operations_make_the_same_of_the_largest_and_the_smallest_values(least):
+    given = with_values_down_to(least)
+    expected = orthogonalized(given)  # float64: the steps as they are written
+    torch.testing.assert_close(orthogonalized(given.float()), expected.float(), rtol=0, atol=2e-4)
+
+
+@pytest.fixture(params=["bf16", "tf32"])
+def rounded_products(request):
+    products: Any = torch.backends.mkldnn.matmul
+    before, products.fp32_precision = products.fp32_precision, request.param
+    yield
+    products.fp32_precision = before
+
+
+def test_rounded_products_are_not_enough_for_fewer_operations(rounded_products):
+    given = with_values_down_to(1e-6)
+    expected = orthogonalized(given).float()
+    torch.testing.assert_close(orthogonalized(given.float()), expected, rtol=0, atol=0.05)
+    torch.testing.assert_close(orthogonalized(given.bfloat16()).float(), expected, rtol=0, atol=0.05)
 
 
 def test_together_is_one_by_one_and_zero_stays_zero():
