@@ -48,13 +48,15 @@ def _short(x: Tensor) -> Tensor:
     a, b, c = _COEFFICIENTS
     gram = x @ x.mT  # (N, m, m)
     scaled = torch.diag_embed(torch.full_like(gram[..., 0], a))  # a I, sharded as the rest is (N, m, m)
-    product = None
-    for step in range(_STEPS):
-        factor = torch.baddbmm(scaled + b * gram, gram, gram, alpha=c)  # Q (N, m, m)
-        product = factor if product is None else factor @ product  # (N, m, m)
-        if step < _STEPS - 1:
-            gram = factor @ gram @ factor  # (N, m, m)
-    assert product is not None
+
+    def polynomial(gram: Tensor) -> Tensor:
+        return torch.baddbmm(scaled + b * gram, gram, gram, alpha=c)  # Q (N, m, m)
+
+    product = factor = polynomial(gram)
+    for _ in range(_STEPS - 1):
+        gram = factor @ gram @ factor  # (N, m, m)
+        factor = polynomial(gram)
+        product = factor @ product  # (N, m, m)
     return product @ x  # (N, m, n)
 
 

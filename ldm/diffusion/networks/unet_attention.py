@@ -4,9 +4,9 @@ Inside, the channels of a pixel lie side by side in memory (channels_last), as a
 convolution, which is then a matrix product, is fastest.
 """
 
-import torch
 from torch import Tensor, nn
 
+from ldm.channels_last import LAYOUT
 from ldm.layers import Attention, GatedFeedForward, attend, group_norm, zero_module
 from ldm.ranges import Count, Positive
 
@@ -24,10 +24,10 @@ class SelfAttention(nn.Module):
         self.out = zero_module(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None, mask: Tensor | None = None) -> Tensor:
-        qkv = _pixels(self.qkv(_channels_last(self.norm(x))))  # (N, HW, 3C)
+        qkv = self.qkv(self.norm(x).contiguous(memory_format=LAYOUT)).flatten(2).transpose(1, 2)  # (N, HW, 3C)
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (N, heads, HW, C / heads)
         h = attend(q, k, v).transpose(1, 2).flatten(2)  # (N, HW, C)
-        return x + self.out(_image(h, x))  # (N, C, H, W)
+        return x + self.out(h.transpose(1, 2).reshape_as(x))  # (N, C, H, W)
 
 
 class TransformerBlock(nn.Module):
@@ -68,11 +68,11 @@ class SpatialTransformer(nn.Module):
         self.conv_out = zero_module(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        h = _pixels(self.conv_in(_channels_last(self.norm(x))))  # (N, HW, C)
+        h = self.conv_in(self.norm(x).contiguous(memory_format=LAYOUT)).flatten(2).transpose(1, 2)  # (N, HW, C)
         h = _transformed(self, h, tokens, mask)  # (N, HW, C)
         for block in self.further:
             h = block(h, tokens, mask)  # (N, HW, C)
-        return x + self.conv_out(_image(h, x))  # (N, C, H, W)
+        return x + self.conv_out(h.transpose(1, 2).reshape_as(x))  # (N, C, H, W)
 
 
 def _transformed(
@@ -83,17 +83,3 @@ def _transformed(
     h = h + layers.attend_self(inside, inside)  # (N, HW, C)
     h = h + layers.attend_cross(layers.norm_cross(h), tokens, mask)  # (N, HW, C)
     return h + layers.feed(layers.norm_feed(h))  # (N, HW, C)
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def _pixels(x: Tensor) -> Tensor:
-    """(N,C,H,W) -> (N, HW, C); without a copy of what is in channels_last."""
-    return x.flatten(2).transpose(1, 2)
-
-
-def _image(pixels: Tensor, like: Tensor) -> Tensor:
-    """(N, HW, C) -> (N,C,H,W) in channels_last, with the height and width of another."""
-    return pixels.transpose(1, 2).unflatten(2, like.shape[2:])
