@@ -34,12 +34,13 @@ def fastest_layout(x: Tensor) -> Tensor:
     """
     if x.device.type != "cpu" or not torch.backends.mkldnn.is_available() or torch.compiler.is_exporting():
         return x
-    if torch.is_grad_enabled() and not _computes_bf16(x):
+    if torch.is_grad_enabled() and not computes_bf16(x):
         return x
     return x.contiguous(memory_format=LAYOUT)
 
 
-def _computes_bf16(x: Tensor) -> bool:
+def computes_bf16(x: Tensor) -> bool:
+    """Whether convolutions of x on the CPU compute in bf16, by its type or by autocast."""
     autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
     return autocast or x.dtype == torch.bfloat16
 

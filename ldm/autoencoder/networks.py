@@ -21,6 +21,7 @@ from ldm.channels_last import fastest_layout
 from ldm.layers import group_norm, halvings
 from ldm.ranges import Count, CountOrZero, FractionBelowOne
 from ldm.sizes import SizeError
+from ldm.upsampling import convolved_upsampled
 
 EPS = 1e-6
 """Epsilon of all norms here, as in the published models."""
@@ -95,8 +96,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.interpolate(x, scale_factor=2.0, mode="nearest")  # (N, C, 2H, 2W)
-        return self.conv(x)  # (N, C, 2H, 2W)
+        return convolved_upsampled(x, self.conv)  # (N, C, 2H, 2W)
 
 
 def _blocks(

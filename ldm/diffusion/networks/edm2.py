@@ -22,6 +22,7 @@ from ldm.errors import ConfigError
 from ldm.layers import attend, halvings, run_block
 from ldm.ranges import Count, CountOrZero, FractionBelowOne, Positive
 from ldm.sizes import SizeError
+from ldm.upsampling import upsampled
 
 _EPS = 1e-4
 _SILU = 0.596
@@ -111,7 +112,7 @@ class Block(nn.Module):
         if self.resize < 1:
             x = F.avg_pool2d(x, 2)  # (N, C, H / 2, W / 2)
         elif self.resize > 1:
-            x = F.interpolate(x, scale_factor=2.0, mode="nearest")  # (N, C, 2 H, 2 W)
+            x = upsampled(x)  # (N, C, 2 H, 2 W)
         if self.down:
             x = normalize(x if self.shortcut is None else self.shortcut(x), [1])  # (N, C', H, W)
         h = self.conv_in(mp_silu(x))  # (N, C', H, W)

@@ -18,6 +18,7 @@ from ldm.errors import ConfigError
 from ldm.layers import group_norm, halvings, run_block, timestep_embedding, zero_module
 from ldm.ranges import Count, CountOrZero, FractionBelowOne, Positive
 from ldm.sizes import SizeError
+from ldm.upsampling import convolved_upsampled, upsampled
 
 
 class Downsample(nn.Module):
@@ -44,7 +45,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None, mask: Tensor | None = None) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return convolved_upsampled(x, self.conv)  # (N, C, 2H, 2W)
 
 
 class ResBlock(nn.Module):
@@ -79,9 +80,12 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None, mask: Tensor | None = None) -> Tensor:
         h = F.silu(self.norm_in(x))  # (N, C, H, W)
-        if self.resize != 1:
-            h, x = self._resized(h), self._resized(x)  # (N, C, H', W')
-        h = self.conv_in(h)  # (N, C', H', W')
+        if self.resize > 1:
+            h, x = convolved_upsampled(h, self.conv_in), upsampled(x)  # (N, C', 2H, 2W), (N, C, 2H, 2W)
+        elif self.resize < 1:
+            h, x = self.conv_in(F.avg_pool2d(h, 2)), F.avg_pool2d(x, 2)  # (N, C', H/2, W/2), (N, C, H/2, W/2)
+        else:
+            h = self.conv_in(h)  # (N, C', H, W)
         emb = self.embedding(embedding)[:, :, None, None]  # (N, C' or 2C', 1, 1)
         if self.scale_shift:
             scale, shift = emb.chunk(2, dim=1)
@@ -89,9 +93,6 @@ class ResBlock(nn.Module):
         else:
             h = self.norm_out(h + emb)  # (N, C', H', W')
         return self.shortcut(x) + self.conv_out(self.dropout(F.silu(h)))
-
-    def _resized(self, x: Tensor) -> Tensor:
-        return F.avg_pool2d(x, 2) if self.resize < 1 else F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 class Chain(nn.ModuleList):

@@ -1,0 +1,88 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations
+from torch.utils.flop_counter import FlopCounterMode
+
+from ldm.autoencoder.networks import Upsample
+from ldm.channels_last import LAYOUT
+from ldm.diffusion.networks import unet
+from ldm.upsampling import MANY_PIXELS, convolved_upsampled, transposed_kernel, upsampled
+
+SIDE = 16
+MANY = MANY_PIXELS // SIDE**2  # pictures
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def products(call):
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def plain_products(rows, channels_in, channels_out):
+    return 2 * rows * (2 * SIDE) ** 2 * channels_in * channels_out * 9
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 4), (5, 3)])
+def test_the_transposed_convolution_has_its_values_and_gradients(height, width):
+    x = torch.randn(2, 3, height, width, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(5, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(2, 5, 2 * height, 2 * width, dtype=torch.float64)
+    ours = F.conv_transpose2d(x, transposed_kernel(weight), bias, stride=2, padding=1)
+    theirs = F.conv2d(upsampled(x), weight, bias, padding=1)
+    torch.testing.assert_close(ours, theirs)
+    inputs = (x, weight, bias)
+    found, wanted = (torch.autograd.grad(one, inputs, upstream) for one in (ours, theirs))
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, LAYOUT])
+def test_many_pixels_take_four_ninths_of_the_products(layout):
+    convolution = nn.Conv2d(6, 8, 3, padding=1)
+    x = torch.randn(MANY, 6, SIDE, SIDE).to(memory_format=layout)
+    torch.testing.assert_close(convolved_upsampled(x, convolution), convolution(upsampled(x)), atol=1e-5, rtol=1e-5)
+    assert products(lambda: convolved_upsampled(x, convolution)) * 9 == plain_products(MANY, 6, 8) * 4
+
+
+def test_few_pixels_and_bf16_are_upsampled_first():
+    convolution = nn.Conv2d(6, 8, 3, padding=1)
+    few, many = torch.randn(MANY - 1, 6, SIDE, SIDE), torch.randn(MANY, 6, SIDE, SIDE)
+    assert products(lambda: convolved_upsampled(few, convolution)) == plain_products(MANY - 1, 6, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert products(lambda: convolved_upsampled(many, convolution)) == plain_products(MANY, 6, 8)
+    in_bf16 = nn.Conv2d(6, 8, 3, padding=1, dtype=torch.bfloat16)
+    assert products(lambda: convolved_upsampled(many.bfloat16(), in_bf16)) == plain_products(MANY, 6, 8)
+
+
+def test_a_convolution_that_is_more_than_its_weight_is_called():
+    convolution = parametrizations.weight_norm(nn.Conv2d(6, 8, 3, padding=1))
+    x = torch.randn(MANY, 6, SIDE, SIDE)
+    assert torch.equal(convolved_upsampled(x, convolution), convolution(upsampled(x)))
+
+
+def test_exported_programs_hold_the_convolution():
+    program = torch.export.export(Upsample(6), (torch.randn(MANY, 6, SIDE, SIDE),))
+    called = {str(node.target) for node in program.graph.nodes}
+    assert "aten.conv2d.default" in called
+    assert "aten.conv_transpose2d.input" not in called
+
+
+@pytest.mark.parametrize("layer", [unet.Upsample(8), unet.ResBlock(8, 8, 16, resize=2)])
+def test_the_unet_upsamples_so(layer):
+    """As one batch, and in halves of too few pixels each: the same but for the products of the four ninths."""
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    x, embedding = torch.randn(MANY, 8, SIDE, SIDE), torch.randn(MANY, 16)
+    halves = list(zip(x.chunk(2), embedding.chunk(2), strict=True))
+    one = layer(x, embedding, None)
+    two = torch.cat([layer(*half, None) for half in halves])
+    torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
+    saved = products(lambda: [layer(*half, None) for half in halves]) - products(lambda: layer(x, embedding, None))
+    assert saved * 9 == plain_products(MANY, 8, 8) * 5
