@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # single files of ldm/.
 ROWS = [
     {"errors", "ranges", "normals", "channels_last"},
-    {"randomness", "layers", "upsampling", "images", "files", "sizes"},
+    {"randomness", "layers", "convolutions", "images", "files", "sizes"},
     {"runtime", "optim", "run_folder"},
     {"weights"},
     {"checkpoints", "config", "data"},

@@ -151,7 +151,7 @@ class AutoencoderKL(pl.LightningModule):
             self.manual_backward(loss / accumulation + self._touch_idle())
         if last:
             self._micro_batches = 0
-            logs = self._step_optimizers()
+            logs = self._step_optimizers(logged)
             if logged:
                 logs |= self._step_mean.take()
             self.log_dict({f"train/{name}": value for name, value in logs.items()}, batch_size=1)
@@ -193,20 +193,20 @@ class AutoencoderKL(pl.LightningModule):
             return 0.0
         return 0.0 * torch.stack([parameter.sum() for parameter in discriminator.parameters()]).sum()
 
-    def _step_optimizers(self) -> dict[str, Tensor]:
+    def _step_optimizers(self, logged: bool) -> dict[str, Tensor]:
         """Clip, step, advance the schedule, zero the gradients; for the discriminator once it has started."""
         optimizers = self.optimizers()
         generator, *others = optimizers if isinstance(optimizers, list) else [optimizers]
-        logs = {}
+        norms = {}
         # Asked before the generator's step, which advances the count.
         if self.loss.adversarial_at(self.global_step):
             for optimizer in others:
-                logs["discriminator_gradient"] = self._step(optimizer, self._uncounted_step)
+                norms["discriminator_gradient"] = self._step(optimizer, self._uncounted_step, logged)
         else:
             for optimizer in others:
                 optimizer.zero_grad()
-        logs["gradient"] = self._step(generator, LightningOptimizer.step)
-        return logs
+        norms["gradient"] = self._step(generator, LightningOptimizer.step, logged)
+        return {name: norm for name, norm in norms.items() if norm is not None}
 
     def _uncounted_step(self, optimizer: LightningOptimizer) -> None:
         """Lightning adds the steps of every optimizer to global_step; ours counts batches, so one must not be counted.
@@ -215,11 +215,15 @@ class AutoencoderKL(pl.LightningModule):
         """
         self.trainer.strategy.optimizer_step(optimizer.optimizer, lambda: None)
 
-    def _step(self, optimizer: LightningOptimizer, step: Callable[[LightningOptimizer], Any]) -> Tensor:
-        """One step of one optimizer; returns the gradient's norm before clipping."""
+    def _step(
+        self, optimizer: LightningOptimizer, step: Callable[[LightningOptimizer], Any], logged: bool
+    ) -> Tensor | None:
+        """One step of one optimizer; returns the gradient's norm before clipping, if it is logged or clipped."""
+        norm = None
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm = total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-        if self._gradient_clip is not None:
+        if logged or self._gradient_clip is not None:  # measuring takes a pass over all gradients
+            norm = total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        if norm is not None and self._gradient_clip is not None:
             nn.utils.clip_grads_with_norm_(parameters, self._gradient_clip, norm)
         step(optimizer)
         optimizer.zero_grad()

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.channels_last import fastest_layout
+from ldm.convolutions import convolved_upsampled, pointwise
 from ldm.layers import group_norm, halvings
 from ldm.ranges import Count, CountOrZero, FractionBelowOne
 from ldm.sizes import SizeError
-from ldm.upsampling import convolved_upsampled
 
 EPS = 1e-6
 """Epsilon of all norms here, as in the published models."""
@@ -49,7 +49,7 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))  # (N, out_channels, H, W)
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))  # (N, out_channels, H, W)
-        return self.shortcut(x) + h  # (N, out_channels, H, W)
+        return pointwise(x, self.shortcut) + h  # (N, out_channels, H, W)
 
 
 class Attention(nn.Module):

@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.convolutions import upsampled
 from ldm.diffusion.conditioners.base import Conditioning
 from ldm.errors import ConfigError
 from ldm.layers import attend, halvings, run_block
 from ldm.ranges import Count, CountOrZero, FractionBelowOne, Positive
 from ldm.sizes import SizeError
-from ldm.upsampling import upsampled
 
 _EPS = 1e-4
 _SILU = 0.596

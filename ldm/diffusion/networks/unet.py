@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.convolutions import convolved_upsampled, pointwise, upsampled
 from ldm.diffusion.conditioners.base import Conditioning
 from ldm.diffusion.networks.unet_attention import SelfAttention, SpatialTransformer
 from ldm.errors import ConfigError
 from ldm.layers import group_norm, halvings, run_block, timestep_embedding, zero_module
 from ldm.ranges import Count, CountOrZero, FractionBelowOne, Positive
 from ldm.sizes import SizeError
-from ldm.upsampling import convolved_upsampled, upsampled
 
 
 class Downsample(nn.Module):
@@ -92,7 +92,7 @@ class ResBlock(nn.Module):
             h = torch.addcmul(shift, self.norm_out(h), 1 + scale)  # (N, C', H', W')
         else:
             h = self.norm_out(h + emb)  # (N, C', H', W')
-        return self.shortcut(x) + self.conv_out(self.dropout(F.silu(h)))
+        return pointwise(x, self.shortcut) + self.conv_out(self.dropout(F.silu(h)))
 
 
 class Chain(nn.ModuleList):

@@ -5,10 +5,10 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm.autoencoder.networks import Upsample
+from ldm.autoencoder.networks import ResBlock, Upsample
 from ldm.channels_last import LAYOUT
+from ldm.convolutions import MANY_PIXELS, convolved_upsampled, pointwise, transposed_kernel, upsampled
 from ldm.diffusion.networks import unet
-from ldm.upsampling import MANY_PIXELS, convolved_upsampled, transposed_kernel, upsampled
 
 SIDE = 16
 MANY = MANY_PIXELS // SIDE**2  # pictures
@@ -61,17 +61,62 @@ def test_few_pixels_and_bf16_are_upsampled_first():
     assert products(lambda: convolved_upsampled(many.bfloat16(), in_bf16)) == plain_products(MANY, 6, 8)
 
 
+def operators(call):
+    with torch.profiler.profile() as profile:
+        call()
+    return {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize(("c_in", "c_out"), [(6, 9), (9, 6), (1, 8)])
+def test_a_pointwise_convolution_has_its_values_and_gradients(c_in, c_out):
+    layer = nn.Conv2d(c_in, c_out, 1, dtype=torch.float64)
+    x = torch.randn(3, c_in, 5, 7, dtype=torch.float64, requires_grad=True)
+    inputs = (x, layer.weight, layer.bias)
+    upstream = torch.randn(3, c_out, 5, 7, dtype=torch.float64)
+    ours, theirs = pointwise(x, layer), layer(x)
+    torch.testing.assert_close(ours, theirs)
+    found, wanted = (torch.autograd.grad(one, inputs, upstream) for one in (ours, theirs))
+    torch.testing.assert_close(found, wanted)
+    assert "aten::baddbmm" in operators(lambda: pointwise(x, layer))
+
+
+def test_kernels_that_are_large_beside_the_picture_are_convolved():
+    """64 x 64 weights, or 4,096, are as many as the (64 + 64) x 32 pixels of both sides."""
+    layer = nn.Conv2d(64, 64, 1)
+    assert "aten::baddbmm" not in operators(lambda: pointwise(torch.randn(2, 64, 8, 4), layer))
+    assert "aten::baddbmm" in operators(lambda: pointwise(torch.randn(2, 64, 8, 5), layer))
+
+
+def test_pointwise_leaves_channels_last_and_what_is_no_convolution():
+    x = torch.randn(2, 4, 8, 8)
+    assert pointwise(x, nn.Identity()) is x
+    for layer, one in ((nn.Conv2d(4, 8, 1), x.to(memory_format=LAYOUT)), (nn.Conv2d(4, 8, 1, bias=False), x)):
+        assert "aten::baddbmm" not in operators(lambda layer=layer, one=one: pointwise(one, layer))
+        assert torch.equal(pointwise(one, layer), layer(one))
+
+
+def test_autocast_computes_both_in_bf16():
+    layer, x = nn.Conv2d(4, 8, 1), torch.randn(2, 4, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = pointwise(x, layer), layer(x)
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, theirs, atol=2**-6, rtol=2**-7)
+
+
 def test_a_convolution_that_is_more_than_its_weight_is_called():
-    convolution = parametrizations.weight_norm(nn.Conv2d(6, 8, 3, padding=1))
     x = torch.randn(MANY, 6, SIDE, SIDE)
+    convolution = parametrizations.weight_norm(nn.Conv2d(6, 8, 3, padding=1))
     assert torch.equal(convolved_upsampled(x, convolution), convolution(upsampled(x)))
+    convolution = parametrizations.weight_norm(nn.Conv2d(6, 8, 1))
+    assert torch.equal(pointwise(x, convolution), convolution(x))
 
 
-def test_exported_programs_hold_the_convolution():
-    program = torch.export.export(Upsample(6), (torch.randn(MANY, 6, SIDE, SIDE),))
+@pytest.mark.parametrize("layer", [Upsample(6), ResBlock(6, 12)])
+def test_exported_programs_hold_convolutions(layer):
+    program = torch.export.export(layer, (torch.randn(MANY, 6, SIDE, SIDE),))
     called = {str(node.target) for node in program.graph.nodes}
     assert "aten.conv2d.default" in called
-    assert "aten.conv_transpose2d.input" not in called
+    assert not called & {"aten.conv_transpose2d.input", "aten.baddbmm.default"}
 
 
 @pytest.mark.parametrize("layer", [unet.Upsample(8), unet.ResBlock(8, 8, 16, resize=2)])

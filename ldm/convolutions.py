@@ -1,0 +1,63 @@
+"""Convolutions by other operators of torch, where these are faster on CPUs: the same sums but for rounding.
+
+Of the nine pixels that a 3x3 convolution of an upsampled picture reads, only four differ. As a transposed convolution
+of stride 2, whose 4x4 kernel is the 3x3 one with neighbors added, it takes four ninths of the products, and the
+upsampled picture is never stored: 0.4 to 0.8 of the time in float32, forward and backward. In bf16 oneDNN's is slower
+than upsampling and convolving, and for few pixels so is making the kernel.
+
+A 1x1 convolution of NCHW is a product of matrices for each picture, without oneDNN's copies to its own layout and back:
+half to nine tenths of the time.
+
+A convolution that is more than its weight (wrapped or parametrized, as by LoRA) is called as it is, and exported
+programs hold convolutions. GPUs were not measured.
+"""
+
+from typing import TypeGuard
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.channels_last import computes_bf16
+
+MANY_PIXELS = 1024
+"""From how many pixels of a batch on, before upsampling, adding the kernel's neighbors costs less than it saves."""
+
+
+def upsampled(x: Tensor) -> Tensor:
+    """Nearest-neighbor upsampling by 2: (N, C, H, W) -> (N, C, 2H, 2W)."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def convolved_upsampled(x: Tensor, convolution: nn.Conv2d) -> Tensor:
+    """convolution(upsampled(x)), of size 3, stride 1, padding 1: (N, C, H, W) -> (N, C', 2H, 2W)."""
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    in_float32 = x.dtype == torch.float32 and not computes_bf16(x)
+    if in_float32 and pixels >= MANY_PIXELS and _is_its_weight_alone(convolution, x):
+        return F.conv_transpose2d(x, transposed_kernel(convolution.weight), convolution.bias, stride=2, padding=1)
+    return convolution(upsampled(x))
+
+
+def transposed_kernel(weight: Tensor) -> Tensor:
+    """The kernel (C, C', 4, 4) of the transposed convolution, of that (C', C, 3, 3) of the convolution."""
+    spread = F.pad(weight.flip(2, 3).transpose(0, 1), (1, 1, 1, 1))  # (C, C', 5, 5)
+    rows = spread[:, :, 1:] + spread[:, :, :-1]  # (C, C', 4, 5)
+    return rows[..., 1:] + rows[..., :-1]  # (C, C', 4, 4)
+
+
+def pointwise(x: Tensor, layer: nn.Module) -> Tensor:
+    """layer(x), which may be a convolution of size 1, stride 1: (N, C, H, W) -> (N, C', H, W)."""
+    if not _is_its_weight_alone(layer, x) or layer.bias is None or not x.is_contiguous():
+        return layer(x)
+    c_out, c_in = layer.weight.shape[:2]
+    # In the backward pass each picture has a gradient C C' of the kernel, which has to be small beside its own size.
+    if x.shape[2] * x.shape[3] * (c_in + c_out) <= c_in * c_out:
+        return layer(x)
+    kernels = layer.weight.flatten(1).expand(x.shape[0], -1, -1)  # (N, C', C)
+    y = torch.baddbmm(layer.bias[:, None], kernels, x.flatten(2))  # (N, C', H W)
+    return y.unflatten(2, x.shape[2:])  # (N, C', H, W)
+
+
+def _is_its_weight_alone(layer: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
+    on_cpu = x.device.type == "cpu" and torch.backends.mkldnn.is_available() and not torch.compiler.is_exporting()
+    return on_cpu and type(layer) is nn.Conv2d
