@@ -2,14 +2,14 @@
 
 Of the nine pixels that a 3x3 convolution of an upsampled picture reads, only four differ. As a transposed convolution
 of stride 2, whose 4x4 kernel is the 3x3 one with neighbors added, it takes four ninths of the products, and the
-upsampled picture is never stored: 0.4 to 0.8 of the time in float32, forward and backward. In bf16 oneDNN's is slower
-than upsampling and convolving, and for few pixels so is making the kernel.
+upsampled picture is never stored: 0.4 to 0.8 of the time in float32, forward and backward. In bf16 oneDNN's transposed
+convolution is slower than upsampling and convolving, and for few pixels so is making the kernel.
 
 A 1x1 convolution of NCHW is a product of matrices for each picture, without oneDNN's copies to its own layout and back:
-half to nine tenths of the time.
+half to nine tenths of the time, in float32 and in bf16.
 
-A convolution that is more than its weight (wrapped or parametrized, as by LoRA) is called as it is, and exported
-programs hold convolutions. GPUs were not measured.
+A layer that is more than a convolution's weight (wrapped, as by LoRA, parametrized, or with hooks) is called as it is,
+and exported programs hold convolutions. Processors other than x86 and GPUs were not measured.
 """
 
 from typing import TypeGuard
@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.channels_last import computes_bf16
+
+_HAS_ONEDNN = torch.backends.mkldnn.is_available()  # asked here, since torch.compile cannot ask
 
 MANY_PIXELS = 1024
 """From how many pixels of a batch on, before upsampling, adding the kernel's neighbors costs less than it saves."""
@@ -31,9 +33,8 @@ def upsampled(x: Tensor) -> Tensor:
 
 def convolved_upsampled(x: Tensor, convolution: nn.Conv2d) -> Tensor:
     """convolution(upsampled(x)), of size 3, stride 1, padding 1: (N, C, H, W) -> (N, C', 2H, 2W)."""
-    pixels = x.shape[0] * x.shape[2] * x.shape[3]
-    in_float32 = x.dtype == torch.float32 and not computes_bf16(x)
-    if in_float32 and pixels >= MANY_PIXELS and _is_its_weight_alone(convolution, x):
+    # Sizes are asked last: exporting and compiling for any size would keep the answer as a condition.
+    if _can_be_replaced(convolution, x) and _is_float32(x) and x.shape[0] * x.shape[2] * x.shape[3] >= MANY_PIXELS:
         return F.conv_transpose2d(x, transposed_kernel(convolution.weight), convolution.bias, stride=2, padding=1)
     return convolution(upsampled(x))
 
@@ -47,10 +48,10 @@ def transposed_kernel(weight: Tensor) -> Tensor:
 
 def pointwise(x: Tensor, layer: nn.Module) -> Tensor:
     """layer(x), which may be a convolution of size 1, stride 1: (N, C, H, W) -> (N, C', H, W)."""
-    if not _is_its_weight_alone(layer, x) or layer.bias is None or not x.is_contiguous():
+    if not _can_be_replaced(layer, x) or layer.bias is None or not x.is_contiguous():
         return layer(x)
     c_out, c_in = layer.weight.shape[:2]
-    # In the backward pass each picture has a gradient C C' of the kernel, which has to be small beside its own size.
+    # In the backward pass each picture makes a gradient (C', C), which must be smaller than its input and output.
     if x.shape[2] * x.shape[3] * (c_in + c_out) <= c_in * c_out:
         return layer(x)
     kernels = layer.weight.flatten(1).expand(x.shape[0], -1, -1)  # (N, C', C)
@@ -58,6 +59,12 @@ def pointwise(x: Tensor, layer: nn.Module) -> Tensor:
     return y.unflatten(2, x.shape[2:])  # (N, C', H, W)
 
 
-def _is_its_weight_alone(layer: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
-    on_cpu = x.device.type == "cpu" and torch.backends.mkldnn.is_available() and not torch.compiler.is_exporting()
-    return on_cpu and type(layer) is nn.Conv2d
+def _is_float32(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and not computes_bf16(x)
+
+
+def _can_be_replaced(layer: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
+    """Whether the layer is a convolution of x by its weight and nothing else, where other operators are faster."""
+    if type(layer) is not nn.Conv2d or layer._forward_pre_hooks or layer._forward_hooks:
+        return False
+    return _HAS_ONEDNN and x.device.type == "cpu" and not torch.compiler.is_exporting()

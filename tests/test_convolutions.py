@@ -1,3 +1,4 @@
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -47,7 +48,9 @@ def test_the_transposed_convolution_has_its_values_and_gradients(height, width):
 def test_many_pixels_take_four_ninths_of_the_products(layout):
     convolution = nn.Conv2d(6, 8, 3, padding=1)
     x = torch.randn(MANY, 6, SIDE, SIDE).to(memory_format=layout)
-    torch.testing.assert_close(convolved_upsampled(x, convolution), convolution(upsampled(x)), atol=1e-5, rtol=1e-5)
+    y = convolved_upsampled(x, convolution)
+    torch.testing.assert_close(y, convolution(upsampled(x)), atol=1e-5, rtol=1e-5)
+    assert y.is_contiguous(memory_format=layout)
     assert products(lambda: convolved_upsampled(x, convolution)) * 9 == plain_products(MANY, 6, 8) * 4
 
 
@@ -98,25 +101,54 @@ def test_pointwise_leaves_channels_last_and_what_is_no_convolution():
 def test_autocast_computes_both_in_bf16():
     layer, x = nn.Conv2d(4, 8, 1), torch.randn(2, 4, 8, 8)
     with torch.autocast("cpu", torch.bfloat16):
+        assert "aten::baddbmm" in operators(lambda: pointwise(x, layer))
         ours, theirs = pointwise(x, layer), layer(x)
     assert ours.dtype == theirs.dtype == torch.bfloat16
     torch.testing.assert_close(ours, theirs, atol=2**-6, rtol=2**-7)
 
 
-def test_a_convolution_that_is_more_than_its_weight_is_called():
-    x = torch.randn(MANY, 6, SIDE, SIDE)
-    convolution = parametrizations.weight_norm(nn.Conv2d(6, 8, 3, padding=1))
-    assert torch.equal(convolved_upsampled(x, convolution), convolution(upsampled(x)))
-    convolution = parametrizations.weight_norm(nn.Conv2d(6, 8, 1))
-    assert torch.equal(pointwise(x, convolution), convolution(x))
+def parametrized(layer):
+    return parametrizations.weight_norm(layer)
+
+
+def hooked(layer):
+    layer.register_forward_hook(lambda module, inputs, output: output * 2)
+    return layer
+
+
+def adapted(layer):
+    wrapped = peft.get_peft_model(nn.Sequential(layer), peft.LoraConfig(target_modules=["0"], init_lora_weights=False))
+    return wrapped.base_model.model[0]
+
+
+@pytest.mark.parametrize("more", [parametrized, hooked, adapted])
+@pytest.mark.parametrize("way", [convolved_upsampled, pointwise])
+def test_a_layer_that_is_more_than_its_weight_is_called(more, way):
+    upsample = way is convolved_upsampled
+    layer = more(nn.Conv2d(32, 8, 3, padding=1) if upsample else nn.Conv2d(32, 8, 1))
+    x = torch.randn(MANY, 32, SIDE, SIDE)
+    assert not operators(lambda: way(x, layer)) & {"aten::conv_transpose2d", "aten::baddbmm"}
+    assert torch.equal(way(x, layer), layer(upsampled(x) if upsample else x))
 
 
 @pytest.mark.parametrize("layer", [Upsample(6), ResBlock(6, 12)])
-def test_exported_programs_hold_convolutions(layer):
-    program = torch.export.export(layer, (torch.randn(MANY, 6, SIDE, SIDE),))
+def test_exported_programs_hold_convolutions_for_any_size(layer):
+    anything = torch.export.Dim.DYNAMIC
+    shapes = ({0: anything, 2: anything, 3: anything},)
+    program = torch.export.export(layer, (torch.randn(2, 6, 4, 5),), dynamic_shapes=shapes)
     called = {str(node.target) for node in program.graph.nodes}
     assert "aten.conv2d.default" in called
     assert not called & {"aten.conv_transpose2d.input", "aten.baddbmm.default"}
+    for rows in (2, MANY, 2 * MANY):
+        x = torch.randn(rows, 6, SIDE, SIDE)
+        torch.testing.assert_close(program.module()(x), layer(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layer", [Upsample(6), ResBlock(6, 12)])
+def test_torch_compile_sees_them_whole(layer):
+    x = torch.randn(MANY, 6, SIDE, SIDE)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x))
 
 
 @pytest.mark.parametrize("layer", [unet.Upsample(8), unet.ResBlock(8, 8, 16, resize=2)])

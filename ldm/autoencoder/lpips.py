@@ -98,6 +98,7 @@ class LPIPS(nn.Module):
 
     def __init__(self, trunk: str | None = None, pretrained: bool = True) -> None:
         super().__init__()
+        self._cast: dict[torch.dtype, nn.ModuleList] = {}
         # ImageNet's mean and standard deviation, for images in [-1, 1].
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
@@ -111,7 +112,6 @@ class LPIPS(nn.Module):
                 self._load_trunk(_find(self.TRUNK, trunk))
         self.requires_grad_(False)
         self.train()
-        self._cast: dict[torch.dtype, nn.ModuleList] = {}
         self.register_state_dict_post_hook(_leave_out)
         self.register_load_state_dict_pre_hook(_keep_own)
 
@@ -147,7 +147,7 @@ class LPIPS(nn.Module):
         return maps
 
     def _stages_for(self, images: Tensor) -> nn.ModuleList:
-        """The stages; under autocast on CPUs in its type, since it casts weights that are not trained at every call.
+        """The stages; under autocast on CPUs in its type, which would cast weights that are not trained at every call.
 
         Made once and kept, in the layout of the images: a twentieth of a step of the f8 autoencoder on 64 px in bf16.
         """
@@ -155,8 +155,15 @@ class LPIPS(nn.Module):
             return self.stages
         dtype = torch.get_autocast_dtype("cpu")
         if dtype not in self._cast:
-            self._cast[dtype] = copy.deepcopy(self.stages).to(dtype, memory_format=LAYOUT)  # type: ignore[call-overload]
+            # Not in inference mode, even where the first caller is: training could not use it later.
+            with torch.inference_mode(False), torch.no_grad():
+                self._cast[dtype] = copy.deepcopy(self.stages).to(dtype, memory_format=LAYOUT)  # type: ignore[call-overload]
         return self._cast[dtype]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LPIPS":
+        """Every change of device or type (`.to`, `.double`) goes through here."""
+        self._cast.clear()
+        return super()._apply(fn, recurse)
 
     def _load_heads(self) -> None:
         weights = cache.read(_package_folder() / "functional" / "image" / "lpips_models" / self.TRUNK.heads)

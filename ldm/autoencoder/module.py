@@ -219,12 +219,12 @@ class AutoencoderKL(pl.LightningModule):
         self, optimizer: LightningOptimizer, step: Callable[[LightningOptimizer], Any], logged: bool
     ) -> Tensor | None:
         """One step of one optimizer; returns the gradient's norm before clipping, if it is logged or clipped."""
-        norm = None
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if logged or self._gradient_clip is not None:  # measuring takes a pass over all gradients
+        norm, clip = None, self._gradient_clip
+        if logged or clip is not None:  # measuring takes a pass over all gradients
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             norm = total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-        if norm is not None and self._gradient_clip is not None:
-            nn.utils.clip_grads_with_norm_(parameters, self._gradient_clip, norm)
+            if clip is not None:
+                nn.utils.clip_grads_with_norm_(parameters, clip, norm)
         step(optimizer)
         optimizer.zero_grad()
         for config in self.trainer.lr_scheduler_configs:

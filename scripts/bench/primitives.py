@@ -40,8 +40,12 @@ class _Like(NamedTuple):
     dtype: torch.dtype
 
     def made(self, device: str) -> Tensor:
-        empty = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
-        return empty.normal_() if self.dtype.is_floating_point else empty.zero_()
+        # Values first: of a tensor that is expanded, several elements are one.
+        number = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
+        values = torch.zeros(max(number, 0), dtype=self.dtype, device=device)
+        if self.dtype.is_floating_point:
+            values.normal_()
+        return values.as_strided(self.shape, self.stride)
 
 
 class Primitive(NamedTuple):

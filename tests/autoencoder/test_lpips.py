@@ -276,3 +276,44 @@ def test_distances_are_float32_under_autocast(ours, images):
         mixed = ours(*images)
     assert mixed.dtype == torch.float32
     torch.testing.assert_close(mixed, ours(*images), rtol=0.05, atol=0.0)
+
+
+def test_under_autocast_its_weights_are_cast_once(ours, images):
+    a, b = images
+    before = list(ours.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        maps = ours.features(a)
+        cast = ours._stages_for(a)
+        again = ours._stages_for(b)
+        x = (a - ours.shift) / ours.scale
+        plain = [x := stage(x) for stage in ours.stages]
+    assert cast is again
+    assert {parameter.dtype for parameter in cast.parameters()} == {torch.bfloat16}
+    for ours_map, theirs in zip(maps, plain, strict=True):
+        assert ours_map.dtype == theirs.dtype == torch.bfloat16
+        assert (ours_map - theirs).float().norm() <= 1e-2 * theirs.float().norm()
+    assert all(one is other for one, other in zip(ours.parameters(), before, strict=True))
+    assert ours.state_dict() == {}
+
+
+def test_first_seen_in_inference_mode_it_still_trains(ours, images):
+    a, b = images
+    fresh = type(ours)(pretrained=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode():
+            fresh(a, b)
+        b = b.clone().requires_grad_()
+        fresh(a, b).sum().backward()
+    assert b.grad is not None
+    assert b.grad.abs().sum() > 0
+
+
+def test_what_was_cast_follows_a_change_of_the_weights(images):
+    a, _ = images
+    module = LPIPS(pretrained=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        module._stages_for(a)
+        module.half()
+        last = [*module._stages_for(a).parameters()][-2]
+    torch.testing.assert_close(last, [*module.stages.parameters()][-2].bfloat16())
+    assert not torch.equal(last, [*LPIPS(pretrained=False).stages.parameters()][-2].bfloat16())

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ldm.autoencoder import module as autoencoder
 from ldm.autoencoder.discriminator import PatchDiscriminator
 from ldm.autoencoder.losses import AutoencoderLoss
 from ldm.autoencoder.lpips import LPIPS
@@ -23,6 +24,7 @@ from ldm.autoencoder.posterior import DiagonalGaussian, latent_sums, statistics
 from ldm.autoencoder.quantizer import VectorQuantizer
 from ldm.optim.optimizers import AdamW, Muon
 from ldm.randomness import Draws
+from ldm.runtime.fsdp import total_norm
 
 
 class Data(pl.LightningDataModule):
@@ -165,6 +167,15 @@ def test_gradients_are_clipped_by_norm_for_each_optimizer():
         assert square.sqrt().item() == pytest.approx(1e-3, rel=1e-2), name
     # What is logged is the norm before clipping.
     assert trainer.callback_metrics["train/gradient"] > 1.0
+
+
+@pytest.mark.parametrize(("clip", "measured"), [(None, 2), (1.0, 4)])
+def test_gradients_are_measured_where_they_are_logged_or_clipped(clip, measured, monkeypatch):
+    calls = []
+    monkeypatch.setattr(autoencoder, "total_norm", lambda gradients: calls.append(1) or total_norm(gradients))
+    trainer = fit(make(gradient_clip=clip), steps=4, log_every_n_steps=2)
+    assert len(calls) == measured
+    assert trainer.callback_metrics["train/gradient"] > 0
 
 
 def test_schedules_advance_once_a_step_of_their_own_optimizer():

@@ -23,6 +23,7 @@ from scripts.bench import contest, hardware, healthy, quality, steps, tables
 from scripts.bench.__main__ import main
 from scripts.bench.child import Place, count, serve
 from scripts.bench.contest import Case, Side
+from scripts.bench.primitives import _Like
 from scripts.bench.sides import huggingface, ours, peak
 from scripts.bench.sizes import FULL
 
@@ -49,6 +50,15 @@ class _Threads:
         connection, *others = args
         own = Connection(os.dup(connection.fileno()))  # the other end is closed when a process has it
         return _Thread(target=serve, args=(own, *others), daemon=daemon)
+
+
+def test_tensors_of_any_stride_are_made_again():
+    weight = torch.randn(6, 5)
+    for like in (weight.expand(3, 6, 5), weight.t(), weight[:, 1:3], weight[:0], torch.zeros((), dtype=torch.int64)):
+        made = _Like(tuple(like.shape), like.stride(), like.dtype).made("cpu")
+        assert (made.shape, made.stride(), made.dtype) == (like.shape, like.stride(), like.dtype)
+        if like.is_floating_point() and like.numel():
+            assert made.std() > 0
 
 
 @pytest.fixture
