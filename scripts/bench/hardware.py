@@ -11,6 +11,9 @@ import torch
 
 from ldm.runtime.precision import LIMITS
 
+MKL_LIMIT = "MKL_ENABLE_INSTRUCTIONS"
+"""MKL's products heed this variable instead of the others."""
+
 _KINDS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
 """Of x86 processors, by their flags; the first that one has says how it computes."""
 
@@ -24,7 +27,7 @@ def machine(device: str) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         "processor": torch.cuda.get_device_name(device) if cuda else names[0] if names else platform.processor(),
         "kind": "cuda" if cuda else kind(about),
-        "limits": {} if cuda else {name: os.environ[name] for name in LIMITS if name in os.environ},
+        "limits": {} if cuda else {name: os.environ[name] for name in (*LIMITS, MKL_LIMIT) if name in os.environ},
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,

@@ -221,11 +221,12 @@ def test_the_processor_is_named_by_its_widest_instructions(flags):
 
 
 def test_instructions_that_are_switched_off_are_named(monkeypatch):
-    for name in LIMITS:
+    for name in (*LIMITS, hardware.MKL_LIMIT):
         monkeypatch.delenv(name, raising=False)
-    assert "ISA" not in hardware.hardware("cpu")
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    assert ", ONEDNN_MAX_CPU_ISA=AVX2), " in hardware.hardware("cpu")
+    assert "AVX2" not in hardware.hardware("cpu")
+    for name in ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"):
+        monkeypatch.setenv(name, "AVX2")
+    assert ", ONEDNN_MAX_CPU_ISA=AVX2, MKL_ENABLE_INSTRUCTIONS=AVX2), " in hardware.hardware("cpu")
 
 
 def test_a_folder_of_others_that_is_not_there_is_refused(capsys, tmp_path):
