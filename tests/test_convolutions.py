@@ -111,17 +111,12 @@ def parametrized(layer):
     return parametrizations.weight_norm(layer)
 
 
-def hooked(layer):
-    layer.register_forward_hook(lambda module, inputs, output: output * 2)
-    return layer
-
-
 def adapted(layer):
     wrapped = peft.get_peft_model(nn.Sequential(layer), peft.LoraConfig(target_modules=["0"], init_lora_weights=False))
     return wrapped.base_model.model[0]
 
 
-@pytest.mark.parametrize("more", [parametrized, hooked, adapted])
+@pytest.mark.parametrize("more", [parametrized, adapted])
 @pytest.mark.parametrize("way", [convolved_upsampled, pointwise])
 def test_a_layer_that_is_more_than_its_weight_is_called(more, way):
     upsample = way is convolved_upsampled

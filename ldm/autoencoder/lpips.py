@@ -160,11 +160,6 @@ class LPIPS(nn.Module):
                 self._cast[dtype] = copy.deepcopy(self.stages).to(dtype, memory_format=LAYOUT)  # type: ignore[call-overload]
         return self._cast[dtype]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LPIPS":
-        """Every change of device or type (`.to`, `.double`) goes through here."""
-        self._cast.clear()
-        return super()._apply(fn, recurse)
-
     def _load_heads(self) -> None:
         weights = cache.read(_package_folder() / "functional" / "image" / "lpips_models" / self.TRUNK.heads)
         for index, head in enumerate(self.heads):
