@@ -137,9 +137,12 @@ def test_boxes_are_written_into_a_table_and_drawn(visit):
     expect(page.locator("#drawn img")).to_be_visible()
     before = page.locator("#drawn img").get_attribute("src")
     for place, text in enumerate(("cat", "0", "0", "0.5", "1"), 5):  # the second row
-        page.locator("#boxes").get_by_role("gridcell").nth(place).dblclick()
+        cell = page.locator("#boxes").get_by_role("gridcell").nth(place)
+        cell.dblclick()
+        expect(cell.get_by_label("Edit cell")).to_be_focused()  # what is typed before is lost
         page.keyboard.type(text)
         page.keyboard.press("Enter")
+        expect(cell.locator("span[data-editable]")).to_have_text(text)
     expect(page.locator("#drawn img")).not_to_have_attribute("src", str(before))
     generate(page)
     pictures(page, 1)
