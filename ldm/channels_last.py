@@ -22,6 +22,8 @@ from torch.autograd.function import once_differentiable
 
 LAYOUT = torch.channels_last
 
+_HAS_ONEDNN = torch.backends.mkldnn.is_available()  # asked here, since torch.compile cannot ask
+
 MOST = 4.0
 """Deviations that the mean of a group may be for torch's norm of bf16 in channels_last: the error of its variance is
 then less than bf16 rounds."""
@@ -32,11 +34,16 @@ def fastest_layout(x: Tensor) -> Tensor:
 
     (One of a single channel has no layout.)
     """
-    if x.device.type != "cpu" or not torch.backends.mkldnn.is_available() or torch.compiler.is_exporting():
+    if not runs_on_onednn(x):
         return x
     if torch.is_grad_enabled() and not computes_bf16(x):
         return x
     return x.contiguous(memory_format=LAYOUT)
+
+
+def runs_on_onednn(x: Tensor) -> bool:
+    """Whether convolutions of x are computed here, by oneDNN on the CPU; an exported program may run anywhere."""
+    return _HAS_ONEDNN and x.device.type == "cpu" and not torch.compiler.is_exporting()
 
 
 def computes_bf16(x: Tensor) -> bool:

@@ -19,9 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.channels_last import computes_bf16
-
-_HAS_ONEDNN = torch.backends.mkldnn.is_available()  # asked here, since torch.compile cannot ask
+from ldm.channels_last import computes_bf16, runs_on_onednn
 
 MANY_PIXELS = 1024
 """From how many pixels of a batch on, before upsampling, adding the kernel's neighbors costs less than it saves."""
@@ -66,5 +64,4 @@ def _is_float32(x: Tensor) -> bool:
 
 def _can_be_replaced(layer: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
     """Whether the layer is a convolution of x by its weight alone, where other operators are faster."""
-    on_cpu = _HAS_ONEDNN and x.device.type == "cpu"
-    return type(layer) is nn.Conv2d and on_cpu and not torch.compiler.is_exporting()
+    return type(layer) is nn.Conv2d and runs_on_onednn(x)

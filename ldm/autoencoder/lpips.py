@@ -149,7 +149,7 @@ class LPIPS(nn.Module):
     def _stages_for(self, images: Tensor) -> nn.ModuleList:
         """The stages; under autocast on CPUs in its type, which would cast weights that are not trained at every call.
 
-        Made once and kept, in the layout of the images: a twentieth of a step of the f8 autoencoder on 64 px in bf16.
+        Made once and kept, laid out as pictures in bf16 are: a twentieth of a step of the f8 autoencoder on 64 px.
         """
         if images.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
             return self.stages
