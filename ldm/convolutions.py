@@ -8,6 +8,10 @@ convolution is slower than upsampling and convolving, and for few pixels so is m
 A 1x1 convolution of NCHW is a product of matrices for each picture, without oneDNN's copies to its own layout and back:
 half to nine tenths of the time, in float32 and in bf16.
 
+A 3x3 convolution takes a quarter of the products by tiles (ldm/winograd.py). Where the processor has AVX2 alone, that
+is 0.5 to 0.9 of the time in float32, forward and backward, for many channels. With AVX-512 products are faster and
+memory is not: a whole step gains nothing.
+
 A layer that is more than a convolution's weight (wrapped, as by LoRA, or parametrized) is called as it is, and exported
 programs hold convolutions. Hooks of a convolution that is replaced are not called. Processors other than x86 and GPUs
 were not measured.
@@ -19,10 +23,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm import winograd
 from ldm.channels_last import computes_bf16, runs_on_onednn
 
 MANY_PIXELS = 1024
 """From how many pixels of a batch on, before upsampling, adding the kernel's neighbors costs less than it saves."""
+
+
+MANY_CHANNELS = 128
+"""From how many channels on, of both input and output, tiles pay."""
+
+WEIGHTS_OF_A_TILE = 2048
+"""How many weights, of the channels by each other, may be evaluated for each tile; and there must be 32 tiles."""
+
+AVX2_ALONE = torch.backends.cpu.get_cpu_capability() == "AVX2"  # asked here, since torch.compile cannot ask
 
 
 def upsampled(x: Tensor) -> Tensor:
@@ -56,6 +70,27 @@ def pointwise(x: Tensor, layer: nn.Module) -> Tensor:
     kernels = layer.weight.flatten(1).expand(x.shape[0], -1, -1)  # (N, C', C)
     y = torch.baddbmm(layer.bias[:, None], kernels, x.flatten(2))  # (N, C', H W)
     return y.unflatten(2, x.shape[2:])  # (N, C', H, W)
+
+
+def convolved(x: Tensor, layer: nn.Module) -> Tensor:
+    """layer(x), which may be a convolution of size 3, stride 1, padding 1: (N, C, H, W) -> (N, C', H, W)."""
+    if torch.compiler.is_compiling() or not _can_be_replaced(layer, x) or not _is_3x3(layer):
+        return layer(x)
+    if not AVX2_ALONE or not _is_float32(x) or not _pays_in_tiles(x, *layer.weight.shape[:2]):
+        return layer(x)
+    return winograd.convolve(x, layer.weight, layer.bias)
+
+
+def _is_3x3(layer: nn.Conv2d) -> bool:
+    shape = layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode
+    return shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
+
+
+def _pays_in_tiles(x: Tensor, c_out: int, c_in: int) -> bool:
+    if min(c_in, c_out) < MANY_CHANNELS or x.shape[2] % winograd.TILE or x.shape[3] % winograd.TILE:
+        return False
+    tiles = x.shape[0] * x.shape[2] * x.shape[3] // winograd.TILE**2
+    return tiles >= max(32, c_in * c_out // WEIGHTS_OF_A_TILE)
 
 
 def _is_float32(x: Tensor) -> bool:

@@ -6,9 +6,19 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldm import convolutions
+from ldm.autoencoder.lpips import LPIPS
 from ldm.autoencoder.networks import ResBlock, Upsample
 from ldm.channels_last import LAYOUT
-from ldm.convolutions import MANY_PIXELS, convolved_upsampled, pointwise, transposed_kernel, upsampled
+from ldm.convolutions import (
+    MANY_CHANNELS,
+    MANY_PIXELS,
+    convolved,
+    convolved_upsampled,
+    pointwise,
+    transposed_kernel,
+    upsampled,
+)
 from ldm.diffusion.networks import unet
 
 SIDE = 16
@@ -116,13 +126,89 @@ def adapted(layer):
     return wrapped.base_model.model[0]
 
 
+@pytest.fixture
+def narrow_vectors(monkeypatch):
+    """As where a processor has AVX2 alone."""
+    monkeypatch.setattr(convolutions, "AVX2_ALONE", True)
+
+
+def in_tiles(layer, x):
+    return "_Convolution" in operators(lambda: convolved(x, layer))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, LAYOUT])
+def test_many_channels_are_convolved_in_tiles(layout, narrow_vectors):
+    layer = nn.Conv2d(MANY_CHANNELS, MANY_CHANNELS + 1, 3, padding=1)
+    x = torch.randn(4, MANY_CHANNELS, 8, 16).to(memory_format=layout)  # 32 tiles
+    assert in_tiles(layer, x)
+    torch.testing.assert_close(convolved(x, layer), layer(x), atol=2e-5, rtol=1e-5)
+    assert convolved(x, layer).is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("change", [{"stride": 2}, {"padding": 0}, {"dilation": 2}, {"padding_mode": "reflect"}])
+def test_other_convolutions_of_many_channels_are_not(change, narrow_vectors):
+    layer = nn.Conv2d(MANY_CHANNELS, MANY_CHANNELS, 3, **{"padding": 1} | change)
+    x = torch.randn(8, MANY_CHANNELS, 8, 8)
+    assert not in_tiles(layer, x)
+    assert torch.equal(convolved(x, layer), layer(x))
+
+
+@pytest.mark.parametrize(
+    ("c_in", "c_out", "shape"),
+    [
+        pytest.param(MANY_CHANNELS - 1, 256, (8, 16, 16), id="few inputs"),
+        pytest.param(256, MANY_CHANNELS - 1, (8, 16, 16), id="few outputs"),
+        pytest.param(128, 128, (8, 10, 8), id="height"),
+        pytest.param(128, 128, (8, 8, 10), id="width"),
+        pytest.param(128, 128, (4, 8, 12), id="24 tiles"),
+        pytest.param(512, 512, (4, 16, 16), id="262144 weights and 64 tiles"),
+    ],
+)
+def test_sizes_that_do_not_pay_are_not(c_in, c_out, shape, narrow_vectors):
+    assert not in_tiles(nn.Conv2d(c_in, c_out, 3, padding=1), torch.randn(shape[0], c_in, *shape[1:]))
+
+
+def test_nothing_is_convolved_in_tiles_in_bf16_or_with_wider_vectors(narrow_vectors, monkeypatch):
+    layer, x = nn.Conv2d(MANY_CHANNELS, MANY_CHANNELS, 3, padding=1), torch.randn(8, MANY_CHANNELS, 8, 8)
+    assert in_tiles(layer, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not in_tiles(layer, x)
+    assert not in_tiles(layer.bfloat16(), x.bfloat16())
+    monkeypatch.setattr(convolutions, "AVX2_ALONE", False)
+    assert not in_tiles(layer.float(), x)
+
+
+def test_blocks_and_lpips_convolve_in_tiles(narrow_vectors):
+    x, embedding = torch.randn(2, MANY_CHANNELS, 16, 16), torch.randn(2, 8)
+    layer = unet.ResBlock(MANY_CHANNELS, MANY_CHANNELS, 8)
+    assert number_in_tiles(lambda: layer(x, embedding, None)) == 2
+    assert number_in_tiles(lambda: ResBlock(MANY_CHANNELS, MANY_CHANNELS)(x)) == 2
+    assert number_in_tiles(lambda: LPIPS(pretrained=False).features(torch.rand(2, 3, 64, 64))) == 4
+
+
+def number_in_tiles(call):
+    with torch.profiler.profile() as profile:
+        call()
+    return sum(event.count for event in profile.key_averages() if event.key == "_Convolution")
+
+
+def test_torch_compile_and_exported_programs_hold_convolutions(narrow_vectors):
+    layer, x = ResBlock(MANY_CHANNELS, MANY_CHANNELS), torch.randn(2, MANY_CHANNELS, 16, 16)
+    program = torch.export.export(layer, (x,))
+    assert [str(node.target) for node in program.graph.nodes].count("aten.conv2d.default") == 2
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    assert number_in_tiles(lambda: compiled(x)) == 0
+    torch.testing.assert_close(compiled(x), layer(x), atol=2e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("more", [parametrized, adapted])
-@pytest.mark.parametrize("way", [convolved_upsampled, pointwise])
-def test_a_layer_that_is_more_than_its_weight_is_called(more, way):
+@pytest.mark.parametrize("way", [convolved_upsampled, pointwise, convolved])
+def test_a_layer_that_is_more_than_its_weight_is_called(more, way, narrow_vectors):
     upsample = way is convolved_upsampled
-    layer = more(nn.Conv2d(32, 8, 3, padding=1) if upsample else nn.Conv2d(32, 8, 1))
-    x = torch.randn(MANY, 32, SIDE, SIDE)
-    assert not operators(lambda: way(x, layer)) & {"aten::conv_transpose2d", "aten::baddbmm"}
+    size, padding = (1, 0) if way is pointwise else (3, 1)
+    layer = more(nn.Conv2d(MANY_CHANNELS, MANY_CHANNELS, size, padding=padding))
+    x = torch.randn(MANY, MANY_CHANNELS, SIDE, SIDE)
+    assert not operators(lambda: way(x, layer)) & {"aten::conv_transpose2d", "aten::baddbmm", "_Convolution"}
     assert torch.equal(way(x, layer), layer(upsampled(x) if upsample else x))
 
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # A file may import from the rows above its own and from its own folder, nothing else. A row's entries are folders and
 # single files of ldm/.
 ROWS = [
-    {"errors", "ranges", "normals", "channels_last"},
+    {"errors", "ranges", "normals", "channels_last", "winograd"},
     {"randomness", "layers", "convolutions", "images", "files", "sizes"},
     {"runtime", "optim", "run_folder"},
     {"weights"},

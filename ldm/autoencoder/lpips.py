@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torchvision.models.vgg import cfgs, make_layers
 
 from ldm.channels_last import LAYOUT, fastest_layout
+from ldm.convolutions import convolved
 from ldm.errors import CheckpointError, ConfigError
 from ldm.weights import cache
 
@@ -142,8 +143,9 @@ class LPIPS(nn.Module):
         h = fastest_layout((images.expand(-1, 3, -1, -1) - self.shift) / self.scale)  # (N, 3, H, W)
         maps = []
         for stage in self._stages_for(images):
-            h = stage(h)  # (N, width, h, w)
-            maps.append(h)
+            for layer in cast(nn.Sequential, stage):
+                h = convolved(h, layer)
+            maps.append(h)  # (N, width, h, w)
         return maps
 
     def _stages_for(self, images: Tensor) -> nn.ModuleList:

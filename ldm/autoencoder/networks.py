@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.channels_last import fastest_layout
-from ldm.convolutions import convolved_upsampled, pointwise
+from ldm.convolutions import convolved, convolved_upsampled, pointwise
 from ldm.layers import group_norm, halvings
 from ldm.ranges import Count, CountOrZero, FractionBelowOne
 from ldm.sizes import SizeError
@@ -47,8 +47,8 @@ class ResBlock(nn.Module):
         self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))  # (N, out_channels, H, W)
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))  # (N, out_channels, H, W)
+        h = convolved(F.silu(self.norm1(x)), self.conv1)  # (N, out_channels, H, W)
+        h = convolved(self.dropout(F.silu(self.norm2(h))), self.conv2)  # (N, out_channels, H, W)
         return pointwise(x, self.shortcut) + h  # (N, out_channels, H, W)
 
 

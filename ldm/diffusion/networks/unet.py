@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.convolutions import convolved_upsampled, pointwise, upsampled
+from ldm.convolutions import convolved, convolved_upsampled, pointwise, upsampled
 from ldm.diffusion.conditioners.base import Conditioning
 from ldm.diffusion.networks.unet_attention import SelfAttention, SpatialTransformer
 from ldm.errors import ConfigError
@@ -83,16 +83,19 @@ class ResBlock(nn.Module):
         if self.resize > 1:
             h, x = convolved_upsampled(h, self.conv_in), upsampled(x)  # (N, C', 2H, 2W), (N, C, 2H, 2W)
         elif self.resize < 1:
-            h, x = self.conv_in(F.avg_pool2d(h, 2)), F.avg_pool2d(x, 2)  # (N, C', H/2, W/2), (N, C, H/2, W/2)
+            h, x = (
+                convolved(F.avg_pool2d(h, 2), self.conv_in),
+                F.avg_pool2d(x, 2),
+            )  # (N, C', H/2, W/2), (N, C, H/2, W/2)
         else:
-            h = self.conv_in(h)  # (N, C', H, W)
+            h = convolved(h, self.conv_in)  # (N, C', H, W)
         emb = self.embedding(embedding)[:, :, None, None]  # (N, C' or 2C', 1, 1)
         if self.scale_shift:
             scale, shift = emb.chunk(2, dim=1)
             h = torch.addcmul(shift, self.norm_out(h), 1 + scale)  # (N, C', H', W')
         else:
             h = self.norm_out(h + emb)  # (N, C', H', W')
-        return pointwise(x, self.shortcut) + self.conv_out(self.dropout(F.silu(h)))
+        return pointwise(x, self.shortcut) + convolved(self.dropout(F.silu(h)), self.conv_out)
 
 
 class Chain(nn.ModuleList):
