@@ -29,14 +29,19 @@ from ldm.channels_last import computes_bf16, runs_on_onednn
 MANY_PIXELS = 1024
 """From how many pixels of a batch on, before upsampling, adding the kernel's neighbors costs less than it saves."""
 
+AVX2_ALONE = torch.backends.cpu.get_cpu_capability() == "AVX2"
+"""Whether 3x3 convolutions may be computed by tiles. (Asked here, since torch.compile cannot ask.)"""
 
 MANY_CHANNELS = 128
 """From how many channels on, of both input and output, tiles pay."""
 
-WEIGHTS_OF_A_TILE = 2048
-"""How many weights, of the channels by each other, may be evaluated for each tile; and there must be 32 tiles."""
+MANY_TILES = 32
+"""From how many tiles of a batch on they pay, and one for every WEIGHTS_OF_A_TILE pairs of channels."""
 
-AVX2_ALONE = torch.backends.cpu.get_cpu_capability() == "AVX2"  # asked here, since torch.compile cannot ask
+WEIGHTS_OF_A_TILE = 2048
+
+LARGE_PICTURE = 2**21
+"""Up to how many values of a picture, input or output, tiles are used: they take up to eight times its memory."""
 
 
 def upsampled(x: Tensor) -> Tensor:
@@ -73,10 +78,14 @@ def pointwise(x: Tensor, layer: nn.Module) -> Tensor:
 
 
 def convolved(x: Tensor, layer: nn.Module) -> Tensor:
-    """layer(x), which may be a convolution of size 3, stride 1, padding 1: (N, C, H, W) -> (N, C', H, W)."""
-    if torch.compiler.is_compiling() or not _can_be_replaced(layer, x) or not _is_3x3(layer):
+    """layer(x), which may be a convolution of size 3, stride 1, padding 1: (N, C, H, W) -> (N, C', H, W).
+
+    Where it is computed by tiles it can be differentiated once.
+    """
+    if not AVX2_ALONE or torch.compiler.is_compiling() or not _can_be_replaced(layer, x) or not _is_3x3(layer):
         return layer(x)
-    if not AVX2_ALONE or not _is_float32(x) or not _pays_in_tiles(x, *layer.weight.shape[:2]):
+    precise = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if not precise or not _pays_in_tiles(x, *layer.weight.shape[:2]):
         return layer(x)
     return winograd.convolve(x, layer.weight, layer.bias)
 
@@ -87,10 +96,13 @@ def _is_3x3(layer: nn.Conv2d) -> bool:
 
 
 def _pays_in_tiles(x: Tensor, c_out: int, c_in: int) -> bool:
-    if min(c_in, c_out) < MANY_CHANNELS or x.shape[2] % winograd.TILE or x.shape[3] % winograd.TILE:
+    rows, _, height, width = x.shape
+    if min(c_in, c_out) < MANY_CHANNELS or max(c_in, c_out) * height * width > LARGE_PICTURE:
         return False
-    tiles = x.shape[0] * x.shape[2] * x.shape[3] // winograd.TILE**2
-    return tiles >= max(32, c_in * c_out // WEIGHTS_OF_A_TILE)
+    if height % winograd.TILE or width % winograd.TILE:
+        return False
+    tiles = rows * height * width // winograd.TILE**2
+    return tiles >= max(MANY_TILES, c_in * c_out // WEIGHTS_OF_A_TILE)
 
 
 def _is_float32(x: Tensor) -> bool:

@@ -24,7 +24,8 @@ TILE = 4
 """Outputs of a tile on a side."""
 
 PART = 2**17
-"""Pictures are computed in turn, as many at once as have this many values; 36 / 16 of it is held a few times over."""
+"""Pictures are computed in turn, as many at once as have this many values, but one at least: 36 / 16 of these are held
+about twice over, and in the backward pass three times."""
 
 _READ = TILE + 2  # inputs of a tile on a side, and points
 _AT_ONE = _READ + 1
@@ -33,9 +34,9 @@ _AT_ONE = _READ + 1
 
 def _vandermonde(coefficients: int) -> Tensor:
     """Evaluates a polynomial at the points, the last of which is infinity: (6, coefficients)."""
-    # Of these, float32 loses less than of 0, 1, -1, 2, -2 (Barabasz et al. 2018, arXiv:1803.10986).
-    points = torch.tensor([0.0, 1.0, -1.0, 0.5, -2.0], dtype=torch.float64)
-    infinity = torch.zeros(1, coefficients, dtype=torch.float64)
+    # With 0, 1, -1, 2, -2, float32 loses 1.5 times as much.
+    points = torch.tensor([0.0, 1.0, -1.0, 0.5, -2.0], dtype=torch.float64, device="cpu")
+    infinity = torch.zeros(1, coefficients, dtype=torch.float64, device="cpu")
     infinity[0, -1] = 1
     return torch.cat([torch.vander(points, coefficients, increasing=True), infinity])
 
@@ -60,6 +61,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         kernels = _evaluated(weight).transpose(1, 2)  # (36, C, C')
@@ -68,29 +70,32 @@ class _Convolution(torch.autograd.Function):
             products = torch.bmm(_evaluated_tiles(x[part]), kernels)  # (36, tiles, C')
             if bias is not None:
                 products[_AT_ONE] += bias
-            y[part] = _joined(_A.to(x.dtype).T @ products.flatten(1), y[part])
+            y[part] = _joined(_A.to(x.dtype).T @ products.flatten(1), y[part].shape)
         return y
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The same sums, transposed."""
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         kernels = _evaluated(weight)  # (36, C', C)
-        dx = _empty_like(x, x.shape[1])  # (N, C, H, W)
-        d_kernels = torch.zeros_like(kernels)  # (36, C', C)
-        d_bias = torch.zeros_like(weight[:, 0, 0, 0])  # (C',)
+        dx = _empty_like(x, x.shape[1]) if needs_x else None  # (N, C, H, W)
+        d_kernels = torch.zeros_like(kernels) if needs_weight else None  # (36, C', C)
+        d_bias = torch.zeros_like(weight[:, 0, 0, 0]) if needs_bias else None  # (C',)
         for part in _parts(x, weight):
             d_products = (_A.to(x.dtype) @ _split(dy[part])).unflatten(1, (-1, weight.shape[0]))  # (36, tiles, C')
-            if needs_x:
-                dx[part] = _overlapping_sum(_B.to(x.dtype) @ torch.bmm(d_products, kernels).flatten(1), x[part])
-            if needs_weight:
+            if dx is not None:
+                d_tiles = _B.to(x.dtype) @ torch.bmm(d_products, kernels).flatten(1)  # (36, tiles * C)
+                dx[part] = _overlapping_sum(d_tiles, x[part].shape)
+            if d_kernels is not None:
                 d_kernels.baddbmm_(d_products.transpose(1, 2), _evaluated_tiles(x[part]))
-            if needs_bias:
+            if d_bias is not None:
                 d_bias += d_products[_AT_ONE].sum(0)
-        d_weight = (_G.to(x.dtype).T @ d_kernels.flatten(1)).T.reshape(weight.shape)  # (C', C, 3, 3)
-        return dx if needs_x else None, d_weight if needs_weight else None, d_bias if needs_bias else None
+        if d_kernels is None:
+            return dx, None, d_bias
+        return dx, (_G.to(x.dtype).T @ d_kernels.flatten(1)).T.reshape(weight.shape), d_bias
 
 
 def _parts(x: Tensor, weight: Tensor) -> Iterator[slice]:
@@ -102,7 +107,7 @@ def _parts(x: Tensor, weight: Tensor) -> Iterator[slice]:
 
 def _empty_like(x: Tensor, channels: int) -> Tensor:
     layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-    return torch.empty(x.shape[0], channels, *x.shape[2:], dtype=x.dtype, memory_format=layout)
+    return torch.empty(x.shape[0], channels, *x.shape[2:], dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 def _evaluated(weight: Tensor) -> Tensor:
@@ -124,20 +129,22 @@ def _evaluated_tiles(x: Tensor) -> Tensor:
 
 def _split(y: Tensor) -> Tensor:
     """(N, C, H, W) -> its tiles (16, tiles * C)."""
+    rows, channels, height, width = y.shape
     pixels = y.permute(0, 2, 3, 1).contiguous()  # (N, H, W, C)
-    return pixels.unflatten(2, (-1, TILE)).unflatten(1, (-1, TILE)).permute(2, 4, 0, 1, 3, 5).reshape(TILE**2, -1)
+    grid = pixels.view(rows, height // TILE, TILE, width // TILE, TILE, channels)
+    return grid.permute(2, 4, 0, 1, 3, 5).reshape(TILE**2, -1)
 
 
-def _joined(tiles: Tensor, like: Tensor) -> Tensor:
-    """The inverse of _split, in channels_last: (16, tiles * C) -> (N, C, H, W), the shape of `like`."""
-    rows, channels, height, width = like.shape
+def _joined(tiles: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of _split: (16, tiles * C) -> (N, C, H, W), which is the given shape, in channels_last."""
+    rows, channels, height, width = shape
     grid = tiles.view(TILE, TILE, rows, height // TILE, width // TILE, channels)
     return grid.permute(2, 3, 0, 4, 1, 5).reshape(rows, height, width, channels).permute(0, 3, 1, 2)
 
 
-def _overlapping_sum(tiles: Tensor, like: Tensor) -> Tensor:
-    """(36, tiles * C), each beginning 4 after the one before -> sums (N, C, H, W), the shape of `like`."""
-    rows, channels, height, width = like.shape
+def _overlapping_sum(tiles: Tensor, shape: torch.Size) -> Tensor:
+    """(36, tiles * C), each beginning 4 after the one before -> sums (N, C, H, W), which is the given shape."""
+    rows, channels, height, width = shape
     down, right = height // TILE, width // TILE
     each = tiles.view(_READ, _READ, rows, down, right, channels).permute(2, 3, 0, 4, 1, 5)  # (N, down, 6, right, 6, C)
     # What a tile has beyond its first 4 falls on the first ones of the next.

@@ -145,34 +145,50 @@ def test_many_channels_are_convolved_in_tiles(layout, narrow_vectors):
     assert convolved(x, layer).is_contiguous(memory_format=layout)
 
 
-@pytest.mark.parametrize("change", [{"stride": 2}, {"padding": 0}, {"dilation": 2}, {"padding_mode": "reflect"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stride": 2},
+        {"padding": 0},
+        {"dilation": 2},
+        {"padding_mode": "reflect"},
+        {"groups": 2},
+        {"kernel_size": 1, "padding": 0},
+        {"kernel_size": 5, "padding": 2},
+    ],
+    ids=str,
+)
 def test_other_convolutions_of_many_channels_are_not(change, narrow_vectors):
-    layer = nn.Conv2d(MANY_CHANNELS, MANY_CHANNELS, 3, **{"padding": 1} | change)
-    x = torch.randn(8, MANY_CHANNELS, 8, 8)
+    layer = nn.Conv2d(2 * MANY_CHANNELS, 2 * MANY_CHANNELS, **{"kernel_size": 3, "padding": 1} | change)
+    x = torch.randn(8, 2 * MANY_CHANNELS, 8, 8)
     assert not in_tiles(layer, x)
     assert torch.equal(convolved(x, layer), layer(x))
 
 
 @pytest.mark.parametrize(
-    ("c_in", "c_out", "shape"),
+    ("c_in", "c_out", "shape", "pays"),
     [
-        pytest.param(MANY_CHANNELS - 1, 256, (8, 16, 16), id="few inputs"),
-        pytest.param(256, MANY_CHANNELS - 1, (8, 16, 16), id="few outputs"),
-        pytest.param(128, 128, (8, 10, 8), id="height"),
-        pytest.param(128, 128, (8, 8, 10), id="width"),
-        pytest.param(128, 128, (4, 8, 12), id="24 tiles"),
-        pytest.param(512, 512, (4, 16, 16), id="262144 weights and 64 tiles"),
+        pytest.param(MANY_CHANNELS - 1, 256, (8, 16, 16), False, id="few inputs"),
+        pytest.param(256, MANY_CHANNELS - 1, (8, 16, 16), False, id="few outputs"),
+        pytest.param(128, 128, (8, 10, 8), False, id="height"),
+        pytest.param(128, 128, (8, 8, 10), False, id="width"),
+        pytest.param(128, 128, (4, 8, 12), False, id="24 tiles"),
+        pytest.param(512, 512, (7, 16, 16), False, id="2340 weights a tile"),
+        pytest.param(512, 512, (8, 16, 16), True, id="2048 weights a tile"),
+        pytest.param(128, 256, (1, 96, 96), False, id="2359296 outputs"),
+        pytest.param(256, 128, (1, 88, 92), True, id="2072576 inputs"),
     ],
 )
-def test_sizes_that_do_not_pay_are_not(c_in, c_out, shape, narrow_vectors):
-    assert not in_tiles(nn.Conv2d(c_in, c_out, 3, padding=1), torch.randn(shape[0], c_in, *shape[1:]))
+def test_only_sizes_that_pay_are(c_in, c_out, shape, pays, narrow_vectors):
+    assert in_tiles(nn.Conv2d(c_in, c_out, 3, padding=1), torch.randn(shape[0], c_in, *shape[1:])) is pays
 
 
 def test_nothing_is_convolved_in_tiles_in_bf16_or_with_wider_vectors(narrow_vectors, monkeypatch):
     layer, x = nn.Conv2d(MANY_CHANNELS, MANY_CHANNELS, 3, padding=1), torch.randn(8, MANY_CHANNELS, 8, 8)
     assert in_tiles(layer, x)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not in_tiles(layer, x)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            assert not in_tiles(layer, x)
     assert not in_tiles(layer.bfloat16(), x.bfloat16())
     monkeypatch.setattr(convolutions, "AVX2_ALONE", False)
     assert not in_tiles(layer.float(), x)
@@ -180,10 +196,21 @@ def test_nothing_is_convolved_in_tiles_in_bf16_or_with_wider_vectors(narrow_vect
 
 def test_blocks_and_lpips_convolve_in_tiles(narrow_vectors):
     x, embedding = torch.randn(2, MANY_CHANNELS, 16, 16), torch.randn(2, 8)
-    layer = unet.ResBlock(MANY_CHANNELS, MANY_CHANNELS, 8)
-    assert number_in_tiles(lambda: layer(x, embedding, None)) == 2
+    for layer in (unet.ResBlock(MANY_CHANNELS, MANY_CHANNELS, 8), unet.ResBlock(MANY_CHANNELS, 128, 8, resize=0.5)):
+        assert number_in_tiles(lambda layer=layer: layer(x.repeat(4, 1, 1, 1), embedding.repeat(4, 1), None)) == 2
     assert number_in_tiles(lambda: ResBlock(MANY_CHANNELS, MANY_CHANNELS)(x)) == 2
     assert number_in_tiles(lambda: LPIPS(pretrained=False).features(torch.rand(2, 3, 64, 64))) == 4
+
+
+def test_gradients_reach_the_pictures_through_lpips(narrow_vectors, monkeypatch):
+    """Whose activations are made in place."""
+    lpips, (a, b) = LPIPS(pretrained=False), torch.rand(2, 2, 3, 64, 64)
+    b.requires_grad_()
+    (found,) = torch.autograd.grad(lpips(a, b).sum(), b)
+    monkeypatch.setattr(convolutions, "AVX2_ALONE", False)
+    (wanted,) = torch.autograd.grad(lpips(a, b).sum(), b)
+    assert not torch.equal(found, wanted)
+    torch.testing.assert_close(found, wanted, atol=1e-4 * wanted.abs().max().item(), rtol=0)
 
 
 def number_in_tiles(call):

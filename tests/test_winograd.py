@@ -29,20 +29,47 @@ def test_its_values_and_gradients_are_those_of_a_convolution(part, layout, chann
 
 
 def test_one_tile_without_a_bias():
-    x, weight = torch.randn(1, 2, 4, 4, dtype=torch.float64), torch.randn(3, 2, 3, 3, dtype=torch.float64)
-    torch.testing.assert_close(convolve(x, weight, None), F.conv2d(x, weight, padding=1))
+    x = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    ours, theirs = convolve(x, weight, None), F.conv2d(x, weight, padding=1)
+    torch.testing.assert_close(ours, theirs)
+    found, wanted = (torch.autograd.grad(one.square().sum(), (x, weight)) for one in (ours, theirs))
+    torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("trained", ["x", "weight", "bias"])
-def test_only_the_gradients_that_are_asked_for_are_made(trained):
+def test_a_slice_of_the_channels_and_gradients_in_any_layout():
+    x = torch.randn(2, 9, 8, 8, dtype=torch.float64)[:, 2:6].requires_grad_()
+    weight = torch.randn(6, 4, 3, 3, dtype=torch.float64)
+    ours, theirs = convolve(x, weight, None), F.conv2d(x, weight, padding=1)
+    torch.testing.assert_close(ours, theirs)
+    for upstream in (
+        torch.randn(8, 8, 6, 2, dtype=torch.float64).permute(3, 2, 1, 0),
+        torch.ones(()).expand(2, 6, 8, 8),
+    ):
+        found, wanted = (torch.autograd.grad(y, x, upstream.to(y.dtype), retain_graph=True) for y in (ours, theirs))
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize(("trained", "operators"), [("x", {"bmm"}), ("weight", {"baddbmm_"}), ("bias", set())])
+def test_only_the_gradient_that_is_asked_for_is_made(trained, operators):
     inputs = {"x": torch.randn(2, 4, 8, 8), "weight": torch.randn(6, 4, 3, 3), "bias": torch.randn(6)}
     inputs[trained].requires_grad_()
-    convolve(**inputs).sum().backward()
-    wanted = inputs[trained].grad.clone()
-    inputs[trained].grad = None
-    F.conv2d(**inputs, padding=1).sum().backward()
-    torch.testing.assert_close(wanted, inputs[trained].grad, atol=1e-4, rtol=1e-5)
-    assert all(value.grad is None for name, value in inputs.items() if name != trained)
+    y = convolve(**inputs)
+    with torch.profiler.profile() as profile:
+        (found,) = torch.autograd.grad(y.sum(), inputs[trained])
+    (wanted,) = torch.autograd.grad(F.conv2d(**inputs, padding=1).sum(), inputs[trained])
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-5)
+    called = {event.key for event in profile.key_averages()}
+    assert {name for name in ("bmm", "baddbmm_") if f"aten::{name}" in called} == operators
+
+
+def test_autocast_around_the_backward_pass_changes_nothing():
+    x, weight = torch.randn(2, 4, 8, 8, requires_grad=True), torch.randn(6, 4, 3, 3, requires_grad=True)
+    y = convolve(x, weight, None)
+    wanted = torch.autograd.grad(y.sum(), (x, weight), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(y.sum(), (x, weight))
+    assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
 
 
 def test_float32_is_rounded_about_ten_times_as_much():

@@ -143,8 +143,8 @@ class LPIPS(nn.Module):
         h = fastest_layout((images.expand(-1, 3, -1, -1) - self.shift) / self.scale)  # (N, 3, H, W)
         maps = []
         for stage in self._stages_for(images):
-            for layer in cast(nn.Sequential, stage):
-                h = convolved(h, layer)
+            for layer in stage.children():
+                h = convolved(h, layer)  # (N, width of this or the stage before, h, w)
             maps.append(h)  # (N, width, h, w)
         return maps
 

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm import layers
+from ldm import convolutions, layers
 from ldm.autoencoder import networks as autoencoder_networks
 from ldm.autoencoder.networks import Decoder, Encoder
 from ldm.diffusion.conditioners.base import Conditioning
@@ -22,6 +22,9 @@ from scripts.bench.child import count
 from scripts.bench.cost import Network
 
 CLASSES = 1000
+
+# On GPUs convolutions stay what they are.
+_CONVOLVED = patch.object(convolutions, "runs_on_onednn", lambda x: False)
 
 
 class Known(NamedTuple):
@@ -131,7 +134,7 @@ def _kept(known: Known, images: int, bf16: bool) -> _Kept:
 
     fused = patch.multiple(layers, FEW_QUERIES=0, FEW_QUERIES_IN_BF16=0)
     nchw = patch.object(autoencoder_networks, "fastest_layout", lambda x: x)
-    with fused, nchw, FakeTensorMode(), FlopCounterMode(display=False) as flops:
+    with fused, nchw, _CONVOLVED, FakeTensorMode(), FlopCounterMode(display=False) as flops:
         modules = known.trained()
         own = {StorageWeakRef(one.untyped_storage()) for one in (*modules.parameters(), *modules.buffers())}
         kept = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
@@ -144,7 +147,7 @@ def _kept(known: Known, images: int, bf16: bool) -> _Kept:
 def encoding_flops() -> float:
     """FLOPs of the f8 encoder for an image of 256 px as a cache with mirror images has it: in both orientations."""
     _, known = AUTOENCODER
-    with FakeTensorMode(), FlopCounterMode(display=False) as flops, torch.no_grad():
+    with _CONVOLVED, FakeTensorMode(), FlopCounterMode(display=False) as flops, torch.no_grad():
         known.trained()[0](torch.empty(1, 3, 256, 256))
     return 2 * flops.get_total_flops()
 

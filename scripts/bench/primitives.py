@@ -22,7 +22,7 @@ _ATTENTION = "attention"
 KINDS = {
     "aten::convolution": "convolutions, forward",
     "aten::convolution_backward": "convolutions, backward",
-    **{f"aten::{name}": _PRODUCT for name in ("mm", "addmm", "bmm", "baddbmm")},
+    **{f"aten::{name}": _PRODUCT for name in ("mm", "addmm", "bmm", "baddbmm", "baddbmm_")},
     **{
         f"aten::_scaled_dot_product_{name}{way}": _ATTENTION
         for name in ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")

@@ -83,10 +83,8 @@ class ResBlock(nn.Module):
         if self.resize > 1:
             h, x = convolved_upsampled(h, self.conv_in), upsampled(x)  # (N, C', 2H, 2W), (N, C, 2H, 2W)
         elif self.resize < 1:
-            h, x = (
-                convolved(F.avg_pool2d(h, 2), self.conv_in),
-                F.avg_pool2d(x, 2),
-            )  # (N, C', H/2, W/2), (N, C, H/2, W/2)
+            h = convolved(F.avg_pool2d(h, 2), self.conv_in)  # (N, C', H/2, W/2)
+            x = F.avg_pool2d(x, 2)  # (N, C, H/2, W/2)
         else:
             h = convolved(h, self.conv_in)  # (N, C', H, W)
         emb = self.embedding(embedding)[:, :, None, None]  # (N, C' or 2C', 1, 1)
@@ -95,7 +93,8 @@ class ResBlock(nn.Module):
             h = torch.addcmul(shift, self.norm_out(h), 1 + scale)  # (N, C', H', W')
         else:
             h = self.norm_out(h + emb)  # (N, C', H', W')
-        return pointwise(x, self.shortcut) + convolved(self.dropout(F.silu(h)), self.conv_out)
+        h = convolved(self.dropout(F.silu(h)), self.conv_out)  # (N, C', H', W')
+        return pointwise(x, self.shortcut) + h  # (N, C', H', W')
 
 
 class Chain(nn.ModuleList):
