@@ -20,8 +20,8 @@ from ldm.run_folder import newest_run
 DIFFUSION = "configs/quickstart/diffusion.yaml"
 OWN = "configs/quickstart/own_pictures.yaml"
 EMOJI_LOOK = (
-    "Faces, people, cars and flags should be easy to recognize, and so should most hands and symbols. Animals and food "
-    "show their colors and outlines, activities and objects rarely more than that."
+    "Faces, people, animals, cars, symbols and flags should be easy to recognize, and so should most hands and some "
+    "fruit. Of places clocks are; activities and objects rarely show more than colors and outlines."
 )
 OWN_LOOK = (
     "Expect colors and layout rather than detail: the pictures are 32 px wide and the model has trained for minutes. "

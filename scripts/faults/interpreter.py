@@ -148,5 +148,5 @@ def as_new_interpreter(
     for logger in logging.root.manager.loggerDict.values():
         for handler in logger.handlers if isinstance(logger, logging.Logger) else ():
             if type(handler) is logging.StreamHandler:
-                handler.setStream(sys.stderr)  # which it had from the parent
+                handler.stream = sys.stderr  # Not by setStream, which flushes the parent's: that may be closed.
     python(script, words, environment, _hook)

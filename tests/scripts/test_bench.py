@@ -103,7 +103,8 @@ def test_each_table_is_printed_and_written(what, in_threads, tmp_path, capsys, m
     page = capsys.readouterr().out.lstrip()  # after what Lightning prints in a thread
     assert page.startswith((tmp_path / f"{what}.md").read_text())
     assert re.match(
-        r"\d{4}-\d\d-\d\d, .+ \(\w+\), \d+ threads, torch \S+, diffusers \S+; medians of 1\n\n\| step ", page
+        r"\d{4}-\d\d-\d\d, .+ \(\w+(, \w+=\w+)*\), \d+ threads, torch \S+, diffusers \S+; medians of 1\n\n\| step ",
+        page,
     )
     assert "- without bf16: it is emulated" in page
     record = json.loads((tmp_path / f"{what}.json").read_text())

@@ -1,6 +1,8 @@
 """The fault catalogue's own machinery: it counts, it ends what it starts, and it notices a promise that is not kept."""
 
+import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -151,6 +153,11 @@ def test_faults_run_beside_each_other_and_all_end_when_the_catalogue_is_stopped(
 
 
 def test_a_started_rank_has_what_a_new_interpreter_would_have(tmp_path):
+    """Also where a handler of its parent writes to a file that is closed."""
+    stream = io.TextIOWrapper(io.BytesIO())
+    logger, handler = logging.getLogger("closed"), logging.StreamHandler(stream)
+    logger.addHandler(handler)
+    stream.close()
     script = tmp_path / "rank.py"
     script.write_text(
         "import os, signal, sys, __main__\n"
@@ -165,7 +172,10 @@ def test_a_started_rank_has_what_a_new_interpreter_would_have(tmp_path):
         rank = interpreter.Started(command, env={"RANK": "5"}, start_new_session=True)
         raise SystemExit(rank.wait(60))
 
-    child = fork(launcher, tmp_path / "log")
+    try:
+        child = fork(launcher, tmp_path / "log")
+    finally:
+        logger.removeHandler(handler)
     assert child.wait(60) == 3, child.output()
     assert (tmp_path / "told").read_text() == f"5 True __main__ {signal.SIG_DFL}"
 
