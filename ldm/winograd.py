@@ -16,6 +16,7 @@ alone. In float32 rounding is five to ten times that of a direct convolution: 2e
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -32,22 +33,22 @@ _AT_ONE = _READ + 1
 """Where both variables are 1: A makes of this value the same in the whole tile, as a bias is."""
 
 
-def _vandermonde(coefficients: int) -> Tensor:
+def _vandermonde(coefficients: int) -> np.ndarray:
     """Evaluates a polynomial at the points, the last of which is infinity: (6, coefficients)."""
     # With 0, 1, -1, 2, -2, float32 loses 1.5 times as much.
-    points = torch.tensor([0.0, 1.0, -1.0, 0.5, -2.0], dtype=torch.float64, device="cpu")
-    infinity = torch.zeros(1, coefficients, dtype=torch.float64, device="cpu")
-    infinity[0, -1] = 1
-    return torch.cat([torch.vander(points, coefficients, increasing=True), infinity])
+    points = np.array([0.0, 1.0, -1.0, 0.5, -2.0])
+    infinity = np.zeros(coefficients)
+    infinity[-1] = 1
+    return np.vstack([np.vander(points, coefficients, increasing=True), infinity])
 
 
-def _in_two_variables(matrix: Tensor) -> Tensor:
-    return torch.kron(matrix, matrix)
+def _in_two_variables(matrix: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.kron(matrix, matrix))
 
 
 _A = _in_two_variables(_vandermonde(TILE))  # (36, 16)
 _G = _in_two_variables(_vandermonde(3))  # (36, 9)
-_B = _in_two_variables(torch.linalg.inv(_vandermonde(_READ)))  # (36, 36)
+_B = _in_two_variables(np.linalg.inv(_vandermonde(_READ)))  # (36, 36)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

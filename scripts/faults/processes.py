@@ -85,6 +85,7 @@ def fork(work: Callable[[], None], log: Path) -> Child:
     """Do `work` in a fork of this process, in a process group of its own; its output goes to `log`."""
     sys.stdout.flush()
     sys.stderr.flush()
+    log.touch()  # here, since the fork may be killed before it does anything
     pid = os.fork()
     if pid == 0:
 

@@ -180,6 +180,13 @@ def test_a_started_rank_has_what_a_new_interpreter_would_have(tmp_path):
     assert (tmp_path / "told").read_text() == f"5 True __main__ {signal.SIG_DFL}"
 
 
+def test_a_fork_that_is_killed_at_once_has_an_empty_log(tmp_path):
+    child = fork(lambda: time.sleep(60), tmp_path / "log")
+    child.send(signal.SIGKILL)
+    assert child.wait(10) == -signal.SIGKILL
+    assert child.output() == ""
+
+
 def test_states_are_compared_bit_for_bit():
     ours = {"a": [torch.zeros(2), (1, 2.0)], "b": {"c": torch.ones(1)}}
     same = {"a": [torch.zeros(2), (1, 2.0)], "b": {"c": torch.ones(1)}}
