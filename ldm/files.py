@@ -56,8 +56,11 @@ def write_text(path: Path, text: str) -> None:
         aside.write_text(text)
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, flag: str = "--logdir") -> None:
     """Create, sync and rename a file in `folder` (created if missing), as a checkpoint's writer will.
+
+    Args:
+        flag: of the command line, which names another folder.
 
     Raises:
         ResourceError: the folder cannot be written to.
@@ -70,7 +73,7 @@ def check_writable(folder: Path) -> None:
     except OSError as error:
         raise ResourceError(
             f"{folder}: cannot be written to ({error.strerror}).\n"
-            "Expected a folder where files can be created, synced and renamed; choose another one with --logdir."
+            f"Expected a folder where files can be created, synced and renamed; choose another one with {flag}."
         ) from error
 
 

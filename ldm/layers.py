@@ -21,18 +21,19 @@ def timestep_embedding(noise_level: Tensor, channels: int, longest_period: float
     return F.pad(waves, (0, channels - 2 * half))  # (N, channels)
 
 
-def run_block(block: nn.Module, *inputs: Tensor | None, recompute: bool, keep_random_state: bool = False) -> Tensor:
+def run_block(block: nn.Module, *inputs: Tensor | None, recompute: bool) -> Tensor:
     """block(*inputs): a Tensor.
 
     Args:
         recompute: in training, compute the block's activations again in the backward pass instead of storing them.
-        keep_random_state: for a block with dropout: it drops the same values the second time.
     """
     if not (recompute and torch.is_grad_enabled()):
         result: Tensor = block(*inputs)
         return result
+    # Its own dropout, or that of an adapter, must drop the same values the second time.
+    drops = any(isinstance(layer, nn.Dropout) and layer.p > 0 and layer.training for layer in block.modules())
     # Not re-entrant: the second pass sees the autocast of the first.
-    again: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=keep_random_state)
+    again: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=drops)
     return again
 
 

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from ldm import files
 from ldm.errors import CheckpointError, ConfigError, LockError
@@ -50,7 +51,7 @@ class RunState:
         resume_from: the checkpoint to resume from, relative to the folder; None before the first one.
     """
 
-    status: str
+    status: Literal["running", "finished", "stopped", "failed"]
     step: int = 0
     reason: str = ""
     exit_code: int | None = None
@@ -230,6 +231,11 @@ def newest_run(pattern: str) -> str:
             f"python main.py --base <the configuration named {name}>, or write the path of a run here"
         )
     return str(run.path)
+
+
+def named(run: str) -> Path:
+    """The run folder or checkpoint that a command line names; of a glob the newest run, by `newest_run`."""
+    return Path(newest_run(run)) if "*" in run else Path(expanded(run))
 
 
 def resolve(text: str, logdir: Path) -> tuple[RunFolder | None, Path | None]:

@@ -47,6 +47,14 @@ def is_multiple(size: Sequence[int], of: Sequence[int]) -> bool:
     return all(side > 0 and side % unit == 0 for side, unit in zip(size, of, strict=True))
 
 
+def same_proportions(one: Size, other: Size) -> bool:
+    """Whether one size is the other one times a number, each side rounded up or down."""
+    (rows, columns), (height, width) = sorted((one, other))
+    if min(rows, columns) < 1:
+        return False
+    return (rows - 1) * width < (columns + 1) * height and (columns - 1) * height < (rows + 1) * width
+
+
 def spell(size: Size) -> str:
     """In messages: "64" for a square, else "48 x 80", the height first."""
     height, width = size

@@ -13,6 +13,7 @@ python scripts/roundtrip.py --first-stage /path/to/sd-vae    from an autoencoder
 Each step is a command that is printed; what is done is not done again.
 """
 
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from ldm.cli.options import Parser
 from ldm.config.load import to_yaml
 from ldm.config.yaml_text import read
 from ldm.errors import ConfigError, LdmError, NumericError
-from ldm.run_folder import newest_run
+from ldm.run_folder import RunFolder, newest_run
 
 ROOT = Path("roundtrip")
 STEPS = 50
@@ -50,7 +51,9 @@ def first_stage(folder: Path) -> None:
         norm_num_groups=16,
         sample_size=32,
     )
-    model.save_pretrained(folder)
+    aside = folder.with_name(f"{folder.name}.tmp")  # of a call that was interrupted there may be a part
+    model.save_pretrained(aside)
+    aside.rename(folder)
 
 
 def fine_tuning(converted: Path) -> dict[str, Any]:
@@ -120,12 +123,18 @@ def main(argv: Sequence[str]) -> int:
     def work() -> None:
         chosen = parser.parse_strictly(argv)
         foreign = chosen.first_stage or ROOT / "first_stage"
-        if not foreign.is_dir():
+        ROOT.mkdir(exist_ok=True)
+        if chosen.first_stage is None and not foreign.is_dir():
             first_stage(foreign)
+        if not foreign.is_dir():
+            raise ConfigError(f"--first-stage {foreign}: no such folder; expected an AutoencoderKL of diffusers")
         if trained("roundtrip_first_stage") is None:
             do("scripts/convert.py", str(foreign), "--name", "roundtrip_first_stage", "--resolution", "32")
         converted = trained("roundtrip_first_stage")
         assert converted is not None
+        source = json.loads(RunFolder(converted).origin_file.read_text(encoding="utf-8"))["source"]
+        if source != foreign.name:
+            raise ConfigError(f"{converted}: was made of {source}, not of {foreign}; move logs/*_roundtrip_* away")
         (ROOT / "autoencoder.yaml").write_text(to_yaml(fine_tuning(converted)))
         lengths = [f"lightning.trainer.max_steps={steps}" for steps in chosen.steps]
         do("main.py", *named("roundtrip_autoencoder", ROOT / "autoencoder.yaml"), lengths[0])

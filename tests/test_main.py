@@ -132,6 +132,26 @@ def test_training_is_off_and_on(stage1, capsys, begun):
     assert "nothing to do" in capsys.readouterr().out
 
 
+def configured(folder: RunFolder) -> list[str]:
+    return [file.read_text() for file in (folder.config_file, folder.source_file, folder.facts_file)]
+
+
+def test_a_run_keeps_its_configuration_until_it_has_made_a_step_with_another(stage1, capsys, begun, monkeypatch):
+    begun("stage1.yaml")
+    folder = the_run()
+    before = configured(folder)
+    words = ["-r", str(folder.path), "lightning.trainer.max_steps=3", "lightning.trainer.limit_val_batches=1"]
+    assert main.main([*words, "--no-train"]) == 0
+    assert configured(folder) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, "run", fails(ResourceError("no memory for the first step")))
+        assert main.main(words) == 6
+    assert configured(folder) == before
+    assert main.main(words) == 0
+    assert "limit_val_batches: 1" in configured(folder)[0]
+    assert "limit_val_batches: 1" in configured(folder)[1]
+
+
 def test_a_dry_run_tells_and_leaves_nothing(stage1, capsys):
     assert train("--dry-run", "seed=5") == 0
     said = capsys.readouterr().out

@@ -141,3 +141,13 @@ def runs(make_runs: Callable[..., Runs]) -> Runs:
 def other_autoencoder(tmp_path: Path) -> Path:
     """One that fits the pipeline of `runs`, but has other weights."""
     return save_autoencoder(tmp_path / "other_autoencoder", seed=5)
+
+
+@pytest.fixture
+def tuned_autoencoder(runs: Runs, tmp_path: Path) -> Path:
+    """That of `runs` with another decoder."""
+    state = store.load(store.verify(runs.autoencoder))
+    weights = state["state_dict"]
+    state["state_dict"] = {key: value * (1.1 if key.startswith("decoder.") else 1) for key, value in weights.items()}
+    store.save(tmp_path / "tuned_autoencoder" / "checkpoints" / "step=7.ckpt", state)
+    return tmp_path / "tuned_autoencoder"

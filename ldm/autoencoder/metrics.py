@@ -24,7 +24,11 @@ Batch = Mapping[str, Any]
 
 DEAD = 0.01
 """The share of a channel's variance that the posterior's means make up, below which it is dead; see `Latents`."""
-_SMALLEST_FOR_SSIM = 6  # its Gaussian window is 11 wide, and 5 pixels are mirrored at each edge
+EXACT = 100.0
+"""PSNR in dB of a picture that is reconstructed exactly, such as a blank one: infinity would be the mean of all."""
+OF_SSIM = {"data range": 1}
+"""What records say of an SSIM, since former ones are of pictures in [-1, 1], which is another number."""
+SMALLEST_FOR_SSIM = 6  # its Gaussian window is 11 wide, and 5 pixels are mirrored at each edge
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,11 @@ def standard(codebook: bool) -> dict[str, Metric]:
 
 
 class PSNR(Mean):
-    """Peak signal-to-noise ratio in dB of each image, clamped to [-1, 1]."""
+    """Peak signal-to-noise ratio in dB of each image, clamped to [-1, 1]; at most `EXACT`."""
 
     def values(self, batch: Batch, output: Output) -> Tensor:
         images, shown = _pictures(batch, output)
-        return peak_signal_noise_ratio(shown, images, data_range=2.0, reduction="none", dim=(1, 2, 3))
+        return peak_signal_noise_ratio(shown, images, data_range=2.0, reduction="none", dim=(1, 2, 3)).clamp(max=EXACT)
 
 
 class SSIM(Mean):
@@ -71,14 +75,12 @@ class SSIM(Mean):
     def values(self, batch: Batch, output: Output) -> Tensor:
         images, shown = _pictures(batch, output)
         height, width = images.shape[2:]
-        if min(height, width) < _SMALLEST_FOR_SSIM:
+        if min(height, width) < SMALLEST_FOR_SSIM:
             raise ConfigError(
-                f"validation measures SSIM, whose window needs pictures of {_SMALLEST_FOR_SSIM} pixels or more on each "
+                f"validation measures SSIM, whose window needs pictures of {SMALLEST_FOR_SSIM} pixels or more on each "
                 f"side, found {height} x {width}: take larger ones, or leave it out (model.params.metrics.ssim=null)"
             )
-        ssim = structural_similarity_index_measure(shown, images, data_range=2.0, reduction="none")
-        assert isinstance(ssim, Tensor)  # a tuple only if its map is requested
-        return ssim
+        return structural_similarity(shown, images)
 
 
 class Perceptual(Mean):
@@ -166,6 +168,16 @@ class CodebookUsage(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         return usage(self.counts)
+
+
+def structural_similarity(shown: Tensor, images: Tensor) -> Tensor:
+    """SSIM (Wang et al. 2004) of pictures (N, C, H, W) in [-1, 1]: (N,).
+
+    It is of intensities, from 0 to 1 here: it compares means by a ratio, which of others would not be theirs.
+    """
+    ssim = structural_similarity_index_measure((shown + 1) / 2, (images + 1) / 2, data_range=1.0, reduction="none")
+    assert isinstance(ssim, Tensor)  # a tuple only if its map is requested
+    return ssim
 
 
 def _pictures(batch: Batch, output: Output) -> tuple[Tensor, Tensor]:

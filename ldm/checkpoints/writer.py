@@ -127,10 +127,14 @@ def tidy(folder: Path, keep: int, keep_every: int | None, scores: Mapping[int, f
             store.remove(file)
 
 
-def set_aside_later(folder: Path, step: int) -> list[Path]:
-    """Rename the checkpoints of steps after `step` to `.superseded`, since the run is about to diverge from them."""
+def set_aside_later(folder: Path, step: int, names: str = "*") -> list[Path]:
+    """Rename the checkpoints of steps after `step` to `.superseded`, since the run is about to diverge from them.
+
+    Args:
+        names: which checkpoints, as a glob without the suffix.
+    """
     aside = []
-    for file in sorted(folder.glob(f"*{store.SUFFIX}")):
+    for file in sorted(folder.glob(f"{names}{store.SUFFIX}")):
         if sealed_file.step(file) <= step:
             continue
         if file.is_symlink():

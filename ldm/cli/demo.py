@@ -24,10 +24,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm import run_folder
 from ldm.cli import program
 from ldm.cli.options import Parser, add_precision, at_home, called, finite, path, port, whole_number
 from ldm.errors import CheckpointError, ConfigError
-from ldm.run_folder import newest_run
 from ldm.runtime import signals
 
 if TYPE_CHECKING:  # importing it takes seconds, which a wrong flag need not wait for
@@ -51,6 +51,8 @@ def parse(argv: Sequence[str]) -> Any:
     place = "run folders, checkpoints, or quoted globs (the newest run of each)"
     add("-r", "--run", nargs="+", action="extend", required=True, type=at_home, metavar="RUN", help=place)
     add("--raw", action="store_true", help="the weights of the last step instead of their running average")
+    moved = "run folder or checkpoint of each run's autoencoder, if it was moved, or of one with another decoder"
+    add("--autoencoder", type=path, metavar="PATH", help=moved)
     add("--device", help="such as cuda or cpu (default: cuda where there is one)")
     add_precision(add)
     trusted = "let the checkpoints use objects of it"
@@ -94,7 +96,7 @@ def demo(options: Any) -> None:
     precision = Precision.of(options, device)
     load = partial(loaded, options=options, device=device, compute=precision.compute)
     flags = options.device, options.raw, tuple(options.trust), options.lora, options.lora_scale
-    constants = Constants(*flags, precision.name)
+    constants = Constants(*flags, precision.name, options.autoencoder)
     limits = Limits(options.max_steps, options.max_pictures, options.max_size)
     number = free_port(options.host, options.port)
     with places() as folder:
@@ -112,7 +114,9 @@ def loaded(run: str, options: Any, device: str, compute: "torch.dtype") -> "Pipe
     from ldm.sampling.pipeline import Pipeline
     from ldm.sampling.precision import computing_in
 
-    pipeline = Pipeline.load(run, ema=not options.raw, device=device, trust=options.trust)
+    pipeline = Pipeline.load(
+        run, ema=not options.raw, autoencoder=options.autoencoder, device=device, trust=options.trust
+    )
     with_adapter(pipeline, options)
     return computing_in(pipeline, compute)
 
@@ -124,10 +128,10 @@ def found(run: str) -> str:
         ConfigError: no run matches.
         CheckpointError: there is no such file or folder.
     """
-    path = newest_run(run) if "*" in run else run
-    if not Path(path).exists():
+    path = run_folder.named(run)
+    if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder; expected a checkpoint or a run folder.")
-    return path
+    return str(path)
 
 
 def free_port(host: str, port: int) -> int:

@@ -4,10 +4,10 @@ import html
 import traceback
 
 import gradio as gr
-import torch
 
 from ldm.cli.demo_line import Ticket
 from ldm.errors import LdmError
+from ldm.runtime.memory import exhausted
 
 
 def progress(ticket: Ticket, ahead: int) -> str:
@@ -40,7 +40,7 @@ def said(error: Exception) -> str:
     """The message of an error to a visitor; a fault of ours keeps its traceback for the terminal."""
     if isinstance(error, LdmError):
         return str(error)
-    if isinstance(error, torch.OutOfMemoryError):
+    if exhausted(error):
         return "the device has too little memory for this: ask for fewer pictures at once"
     traceback.print_exception(error)
     return f"this failed ({type(error).__name__}); the terminal of the server says more"

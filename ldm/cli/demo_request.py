@@ -76,9 +76,12 @@ class Constants:
     lora: Path | None = None
     lora_scale: float | None = None
     precision: str = FLOAT32
+    autoencoder: Path | None = None
 
     def words(self) -> list[str]:
         words = ["--raw"] if self.raw else []
+        if self.autoencoder is not None:
+            words += _flag("autoencoder", str(self.autoencoder))
         if self.device is not None:
             words += _flag("device", self.device)
         if self.lora is not None:

@@ -224,4 +224,4 @@ def main(argv: Sequence[str]) -> int:
         if text is not None:
             print(text)
 
-    return program.answer(work)
+    return program.answer(work, memory="Lower --batch-size; what is done already is kept.")

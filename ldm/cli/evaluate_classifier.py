@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from ldm.cli import program
 from ldm.cli.options import Parser, called, path, split_overrides, whole_number
 from ldm.errors import ConfigError
+from ldm.files import check_writable
 from ldm.ranges import Count
 
 
@@ -62,9 +63,14 @@ def main(argv: Sequence[str]) -> int:
         options = parser.parse_strictly(words)
         lesson = LESSONS[options.of]
         epochs, out = options.epochs or lesson.epochs, options.out or Path(lesson.out)
+        if out.is_dir():
+            raise ConfigError(f"--out {out}: is a folder; expected the name of a file")
+        check_writable(out.parent, "--out")
+        if out.is_file():
+            print(f"{out}: is there, and will be replaced")
         print(lesson.train(_Asked(options.config, overrides, options.trust, epochs, options.images, out)))
 
-    return program.answer(work)
+    return program.answer(work, memory="Take fewer --images: all are held in memory.")
 
 
 def of_classes(asked: _Asked) -> str:

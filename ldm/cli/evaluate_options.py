@@ -19,6 +19,17 @@ OF_RECONSTRUCTIONS = (*RECONSTRUCTION, *(name for name in METRICS if name not in
 OF_SAMPLES = (*OF_ITEMS, *FOLLOWED)
 """Metrics of a stage-2 run; which of `FOLLOWED` there are is decided by what the model reads."""
 
+_OF_SAMPLING = (
+    *("seed", "labels", "raw", "autoencoder", "steps", "sampler", "schedule"),
+    *("guidance", "rescale", "interval", "guidance_channels", "negative", "guide"),
+)
+_MEANINGLESS = {
+    "pictures": _OF_SAMPLING,
+    "reconstructions": (*_OF_SAMPLING, "held_out", "reference_images", "resolution"),
+    "samples": (),
+}
+"""Flags that decide nothing, by the kind of what is measured."""
+
 Add = Callable[..., Any]
 
 
@@ -36,6 +47,7 @@ def parse(argv: Sequence[str]) -> Any:
     add_guidance(parser.add_argument_group("guidance, of a stage-2 run").add_argument)
     _add_places(parser.add_argument_group("models and places").add_argument)
     options = parser.parse_strictly(argv)
+    options.named = [name for name, value in vars(options).items() if value != parser.get_default(name)]
     options.image = options.mask = options.strength = options.size = None  # sample.py's, which has no meaning here
     _check_together(options)
     return options
@@ -118,7 +130,29 @@ def _check_together(options: Any) -> None:
         raise ConfigError(f"--out {options.out}: expected the name of a record, which ends in .json.")
     if options.save_reference is not None and options.save_reference.suffix != ".npz":
         raise ConfigError(f"--save-reference {options.save_reference}: expected a name that ends in .npz.")
+    if options.save_reference is not None and len(options.features or ()) > 1:
+        found = " ".join(options.features)
+        raise ConfigError(f"--save-reference: holds the statistics of one feature space, found --features {found}")
     check_guidance(options)
+
+
+def check_named(options: Any, kind: str) -> None:
+    """ConfigError for flags that decide nothing.
+
+    Args:
+        kind: of what is measured: "pictures", "reconstructions" or "samples".
+    """
+    compared = options.against is not None and not is_configuration(options.against[0])
+    idle = dict.fromkeys(_MEANINGLESS[kind], f"has no meaning for {kind}")
+    if kind == "samples" and not compared and options.held_out is None:
+        idle["resolution"] = "resizes folders of pictures, of which there is none here"
+    if kind == "pictures" and compared:
+        idle["part"] = "is a part of a data set, and there is none here"
+    if options.metrics is not None and not {"fdr", "nearest"} & {*options.metrics}:
+        idle["held_out"] = "is of the metrics fdr and nearest alone"
+    for name in options.named:
+        if name in idle:
+            raise ConfigError(f"--{name.replace('_', '-')}: {idle[name]}; leave it out")
 
 
 def check_metrics(asked: Sequence[str] | None, kind: str, known: Sequence[str]) -> None:

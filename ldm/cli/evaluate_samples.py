@@ -7,17 +7,17 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from ldm.autoencoder.metrics import SMALLEST_FOR_SSIM
 from ldm.checkpoints import store
 from ldm.cli import evaluate_judges, evaluate_run
 from ldm.cli.devices import Precision
 from ldm.cli.evaluate_options import check_metrics
 from ldm.cli.sample import Recipe as CommandLine
-from ldm.cli.sample import steered, steering
-from ldm.cli.sample_options import chosen, described
+from ldm.cli.sample import named_functions, steered, steering
+from ldm.cli.sample_options import described
 from ldm.config.tree import current_plain
 from ldm.errors import ConfigError
 from ldm.evaluation.features.judge_file import KINDS
-from ldm.evaluation.fidelity import SMALLEST_FOR_SSIM
 from ldm.evaluation.followed import JUDGED, Measure, measures_of, metrics_of, task_of
 from ldm.evaluation.measure import METRICS, OF_ITEMS
 from ldm.evaluation.pictures import configured
@@ -28,7 +28,6 @@ from ldm.evaluation.pictures.made import Generated, Recipe
 from ldm.evaluation.reference import PicturesReference, Reference
 from ldm.evaluation.subject import Asked, Subject
 from ldm.latents.asked import DenseItems
-from ldm.sampling import samplers, timesteps
 from ldm.sampling.pipeline import Pipeline
 from ldm.sampling.sample_folder import default_folder
 
@@ -95,11 +94,10 @@ def samples(options: Any, path: Path, device: str) -> Subject:
 
 def _sampling(options: Any, pipeline: Pipeline, device: str, precision: Precision) -> Recipe:
     """How samples are made; what they are asked for by is not said yet."""
-    sampler = chosen("sampler", samplers, options.sampler, options.trust)
-    schedule = chosen("schedule", timesteps, options.schedule, options.trust)
+    sampler, schedule = named_functions(options)
     guidance, _, _ = steering(pipeline, options, device)
     settings = {
-        "weights": pipeline.origin["weights"],
+        **{key: value for key, value in pipeline.origin.items() if key in ("weights", "autoencoder")},
         "sampler": described(options.sampler[0], sampler),
         "schedule": described(options.schedule[0], schedule),
         **{key: getattr(options, key) for key in ("steps", "guidance")},

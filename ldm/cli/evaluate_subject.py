@@ -8,7 +8,7 @@ from typing import Any
 
 from ldm import run_folder
 from ldm.cli import evaluate_judges, evaluate_run
-from ldm.cli.evaluate_options import OF_RECONSTRUCTIONS, OF_SAMPLES, check_metrics, is_configuration
+from ldm.cli.evaluate_options import OF_RECONSTRUCTIONS, OF_SAMPLES, check_metrics, check_named, is_configuration
 from ldm.cli.evaluate_reconstructions import reconstructions
 from ldm.cli.evaluate_samples import samples
 from ldm.errors import LdmError
@@ -28,14 +28,17 @@ def subject_of(options: Any, device: str) -> Subject:
         LdmError: it cannot be measured.
     """
     if options.run is None:
+        check_named(options, "pictures")
         check_metrics(options.metrics, "pictures", METRICS)
         evaluate_judges.refuse(options, "these pictures")
         return _stored(options)
-    path = Path(run_folder.newest_run(options.run) if "*" in options.run else options.run).expanduser()
+    path = run_folder.named(options.run)
     if evaluate_run.kind(path) == "autoencoder":
+        check_named(options, "reconstructions")
         check_metrics(options.metrics, "reconstructions", OF_RECONSTRUCTIONS)
         evaluate_judges.refuse(options, "reconstructions")
         return reconstructions(options, path, device)
+    check_named(options, "samples")
     check_metrics(options.metrics, "samples", OF_SAMPLES)
     return samples(options, path, device)
 

@@ -54,6 +54,11 @@ def parse(argv: Sequence[str]) -> Any:
     chosen = parser.parse_strictly(argv)
     if (chosen.to is None) != (chosen.out is None) or (chosen.to is None and chosen.push is None):
         parser.error("--to FORMAT and --out FOLDER: both are needed, but for --push REPO of a folder written before")
+    written_before = ("run", "push", "private")
+    idle = [name for name, value in vars(chosen).items() if name not in written_before and value]
+    if chosen.to is None and idle:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+        parser.error(f"{flags}: decides how a folder is written, and without --to FORMAT one is uploaded as it is")
     if chosen.private and chosen.push is None:
         parser.error("--private: belongs to --push REPO, which is missing")
     return chosen
@@ -66,11 +71,10 @@ def opened(options: Any) -> "Trained":
     from ldm.cli.evaluate_run import hours
     from ldm.config.tree import current_plain
     from ldm.interop.exports.trained import Diffusion, Trained
-    from ldm.run_folder import newest_run
+    from ldm.run_folder import named
     from ldm.sampling.pipeline import Pipeline
 
-    path = Path(newest_run(options.run) if "*" in options.run else options.run)
-    file = store.verify(path).path
+    file = store.verify(named(options.run)).path
     record = store.record(file)
     facts = file, record, current_plain(record.get("config"), str(file))
     batch = (record.get("data") or {}).get("batch_size")

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -15,6 +16,10 @@ from ldm.training.options import Options
 
 # `a.b=1`, `a.0.b=[1,2]`; never a flag (starts with a dash) nor a path before the equals sign.
 _OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=.*", re.DOTALL)
+
+_NAMES = {"-n": "--name", "-f": "--postfix", "-l": "--logdir", "-p": "--project", "-r": "--resume"}
+_NAMES |= {long: long for long in _NAMES.values()}
+"""Flags of one word that may be a name with an equals sign, as they are written with it."""
 
 FLOAT32 = "32-true"
 """The precision where nothing is said, of programs that sample."""
@@ -92,7 +97,16 @@ def called(file: str, command: str) -> str:
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(`key=value` words, all other words), each in order: overrides may be anywhere on the line."""
+    """(`key=value` words, all other words), each in order: overrides may be anywhere on the line.
+
+    Raises:
+        ConfigError: one stands behind a flag that says where or what a run is, and may be meant for that.
+    """
+    for flag, word in pairwise(argv):
+        if flag in _NAMES and _OVERRIDE.fullmatch(word):
+            raise ConfigError(
+                f"{flag} {word}: looks like an override; if it is what {flag} means, write {_NAMES[flag]}={word}"
+            )
     overrides = [word for word in argv if _OVERRIDE.fullmatch(word)]
     return overrides, [word for word in argv if not _OVERRIDE.fullmatch(word)]
 

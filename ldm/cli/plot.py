@@ -86,16 +86,29 @@ def check_output(output: Path) -> None:
         raise ConfigError(f"--output {output}: expected a name that ends in one of .{', .'.join(sorted(kinds))}.")
 
 
+def called_apart(runs: Sequence[Path]) -> list[str]:
+    """A name of each run: that of its folder, with as many folders above it as tell all of them apart."""
+    folders = [(run.parent if run.is_file() else run).absolute() for run in runs]
+    different = len({*folders})
+    for depth in range(1, max(len(folder.parts) for folder in folders)):
+        names = ["/".join(folder.parts[-depth:]) for folder in folders]
+        if len({*names}) == different:
+            return names
+    return [str(folder) for folder in folders]
+
+
 def plot(runs: Sequence[Path], output: Path, only: Sequence[str] = ()) -> None:
     """Write the curves of `runs` to the picture `output`; `only` names panels, all by default."""
     curves: dict[str, Curve] = {}
-    for run in runs:
+    names = called_apart(runs)
+    for run, name in zip(runs, names, strict=True):
         # The run's name leads the label, so that panels() still finds the metric behind the last slash.
-        prefix = f"{run.name} " if len(runs) > 1 else ""
-        curves |= {prefix + name: curve for name, curve in read_curves(run).items()}
-    drawn = {name: group for name, group in panels(curves).items() if not only or name in only}
-    if not drawn:
-        raise DataError(f"No metric is called {' or '.join(only)}; there are: {', '.join(panels(curves))}.")
+        prefix = f"{name} " if len(runs) > 1 else ""
+        curves |= {prefix + metric: curve for metric, curve in read_curves(run).items()}
+    known = panels(curves)
+    if unknown := [name for name in only if name not in known]:
+        raise DataError(f"No metric is called {' or '.join(unknown)}; there are: {', '.join(known)}.")
+    drawn = {name: group for name, group in known.items() if not only or name in only}
     columns = min(COLUMNS, len(drawn))
     rows = math.ceil(len(drawn) / columns)
     figure, grid = plt.subplots(rows, columns, figsize=(5 * columns, 3.2 * rows), squeeze=False, layout="constrained")
@@ -110,7 +123,7 @@ def plot(runs: Sequence[Path], output: Path, only: Sequence[str] = ()) -> None:
         axes.set(title=name, xlabel="step")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    figure.suptitle(", ".join(run.name for run in runs))
+    figure.suptitle(", ".join(names))
     figure.savefig(output, dpi=110)
     plt.close(figure)
 

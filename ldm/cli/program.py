@@ -35,24 +35,41 @@ def run(main: Callable[[], int]) -> NoReturn:
     launcher.leave(code)
 
 
-def answer(work: Callable[[], int | None], examine: Callable[[], None] | None = None) -> int:
+def answer(
+    work: Callable[[], int | None],
+    examine: Callable[[], None] | None = None,
+    memory: str = "Take a device, or a machine, that has more.",
+) -> int:
     """The exit code of a program's `work`: what it returns (None: 0), or an LdmError's, which is reported in one line.
 
-    A place that cannot be written to (a file where a folder is needed, a full disk) counts as one.
+    A place that cannot be written to (a file where a folder is needed, a full disk) counts as one, and so does
+    exhausted memory.
 
     Args:
         examine: called before an error is reported, while it is being handled.
+        memory: what helps where there is too little of it.
     """
     try:
         return work() or 0
-    except (LdmError, OSError) as error:
-        known = errors.of_place(error) if isinstance(error, OSError) else error
+    except (LdmError, OSError, MemoryError, RuntimeError) as error:
+        known = _known(error, memory)
         if known is None:
             raise
         if examine is not None:
             examine()
         print(f"error: {known}", file=sys.stderr)
         return known.exit_code
+
+
+def _known(error: Exception, memory: str) -> LdmError | None:
+    """The error as one that the user can fix; None: it is a bug."""
+    if isinstance(error, LdmError):
+        return error
+    if isinstance(error, OSError):
+        return errors.of_place(error)
+    from ldm.runtime.memory import exhausted, explained  # they import torch, which no wrong flag waits for
+
+    return explained(error, memory) if exhausted(error) else None
 
 
 def _done(main: Callable[[], int]) -> int:

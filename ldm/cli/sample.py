@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ldm import run_folder
 from ldm.autoencoder.tiling import Tiling
 from ldm.cli import program
 from ldm.cli.devices import Precision, usable
@@ -46,7 +47,6 @@ from ldm.cli.sample_options import chosen, described, parse
 from ldm.files import published
 from ldm.images import picture
 from ldm.interop import lora, lora_files
-from ldm.run_folder import newest_run
 from ldm.runtime import signals
 from ldm.sampling import samplers, shown, timesteps
 from ldm.sampling.conditions import Condition
@@ -79,7 +79,11 @@ def sample(options: Any) -> list[Path]:
     device = usable(options.device)
     sampler, schedule = named_functions(options)
     pipeline = Pipeline.load(
-        _found(options.run), ema=not options.raw, autoencoder=options.autoencoder, device=device, trust=options.trust
+        run_folder.named(options.run),
+        ema=not options.raw,
+        autoencoder=options.autoencoder,
+        device=device,
+        trust=options.trust,
     )
     adapter = with_adapter(pipeline, options)
     precision = Precision.of(options, device)
@@ -141,10 +145,6 @@ def asked(orders: Sequence[Order], arrays: Mapping[str, Condition]) -> list[Cond
     return [arrays[prefix(order.condition)] for order in orders if order.condition is not None] or None
 
 
-def _found(run: str) -> Path | str:
-    return newest_run(run) if "*" in run else run
-
-
 def steering(
     pipeline: Pipeline, options: Any, device: str, conditions: Sequence[Condition | None] = ()
 ) -> tuple[Guidance, InitImage | None, Size | None]:
@@ -156,7 +156,7 @@ def steering(
     guide = None
     if options.guide is not None:
         guide = Pipeline.load(
-            _found(options.guide),
+            run_folder.named(options.guide),
             ema=not options.raw,
             autoencoder=options.autoencoder,
             device=device,
@@ -259,4 +259,5 @@ def samples(
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code (ldm/errors.py)."""
-    return program.answer(lambda: print(*sample(parse(argv)), sep="\n"))
+    memory = "Lower --batch-size, make large pictures in tiles (--tile), or take --precision bf16-mixed."
+    return program.answer(lambda: print(*sample(parse(argv)), sep="\n"), memory=memory)

@@ -1,5 +1,6 @@
 """The conditions that the command line of sample.py asks for: of a file, or of flags."""
 
+import logging
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -12,12 +13,17 @@ from ldm.sampling.dense_files import picture_key, recorded
 from ldm.sampling.pipeline import Pipeline
 from ldm.sizes import SIZES
 
+log = logging.getLogger(__name__)
+
 
 def chosen_classes(words: Sequence[str] | None, number: int | None, names: Sequence[str] | None) -> list[int | None]:
     """What --classes means for a model of `number` classes; [None] for one without.
 
+    A word is the number of a class, or its name, whatever its case. Where names are numbers, too, of other classes,
+    a warning says which is meant.
+
     Raises:
-        ConfigError: naming the nearest class.
+        ConfigError: naming the nearest class, or those that a word could mean.
     """
     if number is None:
         if words:
@@ -25,16 +31,28 @@ def chosen_classes(words: Sequence[str] | None, number: int | None, names: Seque
         return [None]
     if words is None:
         return [*range(number)]
-    known = {name.casefold(): label for label, name in enumerate(names or ())}
-    chosen: dict[int | None, None] = {}
-    for word in words:
-        label = int(word) if word.isdecimal() else known.get(word.casefold())
-        if label is None or label >= number:
-            near = get_close_matches(word.casefold(), known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(names or ()) or 'no names'}."
-            raise ConfigError(f"--classes {word}: expected a number from 0 to {number - 1} or a name; {hint}")
-        chosen[label] = None
-    return [*chosen]
+    return [*dict.fromkeys(_class(word, number, names or ()) for word in words)]
+
+
+def _class(word: str, number: int, names: Sequence[str]) -> int:
+    """The label that a word of --classes means."""
+    if word.isdecimal() and int(word) < number:
+        label = int(word)
+        if word in names and names[label] != word:
+            text = "--classes %s: the number of class %r; the class that is called so has the number %d"
+            log.warning(text, word, names[label], names.index(word))
+        return label
+    if word in names:
+        return names.index(word)
+    known = [name.casefold() for name in names]
+    meant = [label for label, name in enumerate(known) if name == word.casefold()]
+    if len(meant) > 1:
+        raise ConfigError(f"--classes {word}: could be {' or '.join(names[label] for label in meant)}")
+    if meant:
+        return meant[0]
+    near = get_close_matches(word.casefold(), known, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(names) or 'no names'}."
+    raise ConfigError(f"--classes {word}: expected a number from 0 to {number - 1} or a name; {hint}")
 
 
 def requested(pipeline: Pipeline, options: Any) -> list[Condition | None]:

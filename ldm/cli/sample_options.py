@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from ldm.config.tree import Node, from_plain, nearest
 from ldm.errors import ConfigError
 from ldm.sampling import samplers, timesteps
 from ldm.sampling.conditions import Condition
+
+log = logging.getLogger(__name__)
 
 
 def parse(argv: Sequence[str]) -> Any:
@@ -126,6 +129,10 @@ def _check_together(options: Any) -> None:
         raise ConfigError(f"--{flag} and --conditions: both say what to make; leave one of them out.")
     if options.prompt is not None and options.prompts_file is not None:
         raise ConfigError("--prompt and --prompts-file: both say what to make; leave one of them out.")
+    if options.seeds is None and options.seed + options.number > 2**63:
+        raise ConfigError(
+            f"--seed {options.seed}: {options.number} pictures would need seeds beyond 2^63 - 1; take less"
+        )
     if options.size is not None and len(options.size) > 2:
         raise ConfigError(f"--size: expected one side, or height and width, found {len(options.size)} numbers.")
     if options.image is None and options.mask is not None:
@@ -210,14 +217,17 @@ def read_prompts(file: Path) -> list[str]:
         ConfigError: it cannot be read, or holds none.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
         raise ConfigError(f"--prompts-file {file}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"--prompts-file {file}: expected a text in UTF-8: {error}") from error
-    found = [*dict.fromkeys(line.strip() for line in lines if line.strip())]
+    prompts = [line.strip() for line in lines if line.strip()]
+    found = [*dict.fromkeys(prompts)]
     if not found:
         raise ConfigError(f"--prompts-file {file}: expected a caption on each line, found none")
+    if repeated := len(prompts) - len(found):
+        log.warning("--prompts-file %s: %d lines repeat others, and are made once", file, repeated)
     return found
 
 
@@ -228,7 +238,7 @@ def read_conditions(file: Path) -> list[Condition]:
         ConfigError: it is something else.
     """
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"--conditions {file}: cannot be read: {error.strerror}") from error
     except ValueError as error:

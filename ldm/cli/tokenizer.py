@@ -25,7 +25,7 @@ def make(options: Any, overrides: Sequence[str]) -> None:
     from ldm.files import check_writable, published
 
     out, longest = options.out, options.max_length
-    check_writable(out.parent)
+    check_writable(out.parent, "--out")
     dataset = _dataset(options, overrides)
     if not has_captions(dataset):
         raise ConfigError("data.params.train: the data set has no captions, of which a tokenizer could be made")

@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ldm import files, run_folder
@@ -149,16 +150,20 @@ def train(
         model = trainer.build_model(tree, options.trust)
         signals.stop_if_asked()
         folder, first_step = start.folder, FirstStep()
-        if folder is None and distributed.is_main():
+        if folder is not None:
+            # A run keeps the configuration that it has made steps with, until it has made one with another.
+            first_step = FirstStep(partial(resume.save, folder, start.source, tree, facts))
+        elif distributed.is_main():
             folder = run_folder.create(options.logdir, start.name, options.postfix)
             used = (lambda: first_step.made) if options.train else folder.has_results
             held.enter_context(run_folder.removed_if_unused(folder, used))
-        elif folder is None:
+            resume.save(folder, start.source, tree, facts)
+        else:
             folder = RunFolder(options.logdir)  # the other ranks write nothing, so theirs need not exist
         if distributed.is_main():
             held.enter_context(folder.owned())
-            files.check_space(folder.checkpoints, fit.space_needed(model))
-            resume.save(folder, start.source, tree, facts)
+            if options.train:
+                files.check_space(folder.checkpoints, fit.space_needed(model))
         callbacks = [first_step, *defaults.make_callbacks(tree, folder, model, facts, options.trust)]
         # A validation without training has no row in the metrics file.
         loggers = defaults.make_loggers(tree, folder, options.project, options.trust) if options.train else []

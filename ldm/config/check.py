@@ -114,15 +114,28 @@ def _lightning_names(node: Node | None) -> Iterator[str]:
                 yield _problem(
                     f"lightning.trainer.{name}", trainer.value[name], f"not set here: {_NOT_IN_TRAINER[name]}"
                 )
-    for section in ("logger", "callbacks"):
-        yield from _objects(node.value.get(section), f"lightning.{section}")
+    yield from _objects(node.value.get("logger"), "lightning.logger")
+    yield from _callbacks(node.value.get("callbacks"))
     strategy = node.value.get("strategy")
     if strategy and not (strategy.is_object or isinstance(strategy.value, str | None)):
         yield _problem("lightning.strategy", strategy, f"expected a name such as ddp or a node, found {show(strategy)}")
 
 
+def _callbacks(node: Node | None) -> Iterator[str]:
+    """`callbacks` have names, by which defaults are changed and left out."""
+    key = "lightning.callbacks"
+    if node is None or node.value is None:
+        return
+    if isinstance(node.value, dict) and not node.is_object:
+        yield from _objects(node, key)
+        return
+    found = f"a list of {len(node.value)}" if isinstance(node.value, list) else show(node)
+    advice = f"write {key}: {{my_name: {{target: ...}}}}"
+    yield _problem(key, node, f"expected a mapping of names to nodes, found {found}; {advice}")
+
+
 def _objects(node: Node | None, key: str) -> Iterator[str]:
-    """`logger` and `callbacks` are a node, a list of nodes, or a mapping of names to nodes (null: none)."""
+    """A node, a list of nodes, or a mapping of names to nodes (null: none)."""
     if node is None or node.value is None or node.is_object:
         return
     if not isinstance(node.value, dict | list):

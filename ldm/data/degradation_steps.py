@@ -199,7 +199,7 @@ class Jpeg(Step):
     """Compressed as JPEG, with colors at half the resolution, and decoded; pictures of 1 or 3 channels.
 
     Args:
-        quality: of Pillow, 1 (worst) to 95.
+        quality: of Pillow, 1 (worst) to 100; it advises against more than 95, which makes files larger and little else.
     """
 
     quality: tuple[Count, Count]

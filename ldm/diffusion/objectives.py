@@ -17,10 +17,14 @@ from ldm.diffusion.noise_levels import LogNormal, NoiseLevels, Uniform
 from ldm.diffusion.noise_schedules import NoiseSchedule
 from ldm.diffusion.paths import VE, DiscreteVP, Linear, ProbabilityPath, Smooth
 from ldm.diffusion.predictions import EDMPreconditioned, Eps, PathVelocity, Prediction, Velocity
-from ldm.diffusion.weightings import VLB, Distance, Level, Plain, Squared, Weighting
+from ldm.diffusion.weightings import VLB, Distance, Level, Plain, Squared, Weighting, weighted
 from ldm.errors import ConfigError
 from ldm.randomness import Draws
 from ldm.ranges import Count, NotNegative, Positive
+
+SHORTEST = 0.01
+"""The length below which an output's direction counts less: a network begins at zero, where it has none, and where the
+gradient of one would be as large as the inverse of this."""
 
 
 class Network(Protocol):
@@ -64,9 +68,10 @@ class Objective(nn.Module):
         distance: Distance | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(weighting, VLB) and path.vlb_step == 0:
+        bound = isinstance(weighted(weighting), VLB)
+        if bound and path.vlb_step == 0:
             raise ConfigError("objective: the variational bound sums over steps of t, which this path does not have")
-        if isinstance(weighting, VLB) and distance is not None and not isinstance(distance, Squared):
+        if bound and distance is not None and not isinstance(distance, Squared):
             raise ConfigError(
                 f"objective distance: the variational bound requires squared errors, found {type(distance).__name__}; "
                 f"leave it out or choose another weighting"
@@ -136,7 +141,7 @@ class Objective(nn.Module):
         before = self._snr((t - self.path.vlb_step).clamp(min=0))
         loss = self.weighting(error, Level(self._snr(t), before, self.prediction.x0_error_scale(alpha, sigma)))
         if self.direction_weight > 0:
-            angle = 1 - F.cosine_similarity(output, target, dim=1)[:, None]  # (N, 1, H, W)
+            angle = 1 - F.cosine_similarity(output, target, dim=1, eps=SHORTEST)[:, None]  # (N, 1, H, W)
             loss = loss + self.direction_weight * _mean(angle, weights)
         return loss
 

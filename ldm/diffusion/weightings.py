@@ -173,3 +173,8 @@ class Uncertainty(nn.Module):
         # dry run. Divided by sqrt(channels), as in EDM2; otherwise the network's high learning rate makes u unstable.
         u = (features * self.u.weight).sum(1) / math.sqrt(self.channels) + self.u.bias  # (N,)
         return self.weighting(error, level) / u.exp() + u
+
+
+def weighted(weighting: Weighting) -> Weighting:
+    """The weighting whose loss an `Uncertainty` scales; itself where it is none."""
+    return weighted(weighting.weighting) if isinstance(weighting, Uncertainty) else weighting

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.autoencoder.codec import Codec
-from ldm.autoencoder.metrics import DEAD, PSNR, SSIM, Output, Perceptual
+from ldm.autoencoder.metrics import DEAD, EXACT, OF_SSIM, PSNR, SMALLEST_FOR_SSIM, SSIM, Output, Perceptual
 from ldm.evaluation.feature_store import Column
 from ldm.evaluation.pictures.base import digest
 from ldm.evaluation.pictures.made import Reconstruction
@@ -20,11 +20,6 @@ from ldm.ranges import Count
 from ldm.runtime.full_precision import full_precision
 from ldm.runtime.validation_metrics import Mean
 from ldm.weights.digest import weight_hash
-
-SMALLEST_FOR_SSIM = 6
-
-EXACT = 100.0
-"""PSNR in dB of a picture that is reconstructed exactly, such as a blank one: infinity would be the mean of all."""
 
 RECONSTRUCTION = ("fd", "sfd", "psnr", "ssim", "lpips", "latents")
 """Metrics of a stage-1 run, by their names on the command line."""
@@ -51,7 +46,7 @@ class Fidelity:
     @property
     def column(self) -> Column:
         measures = {name: weight_hash(metric.state_dict()) for name, metric in self._measures.items()}
-        names = [*self.metrics, self.channels, self.gaussian, "squares of the means"]
+        names = [*self.metrics, self.channels, self.gaussian, "squares of the means", "SSIM of 0 to 1"]
         decides = {"fidelity": [str(name) for name in names], "measures": measures}
         return Column(digest(decides), self.rows, "reconstructions")
 
@@ -79,7 +74,13 @@ class Fidelity:
         number, own = len(rows), len(self.metrics)
         better = {"PSNR": "higher", "SSIM": "higher"}
         found = [
-            Value(name, float(rows[:, place].mean()), *_error(rows[:, place]), better=better.get(name, "lower"))
+            Value(
+                name,
+                float(rows[:, place].mean()),
+                *_error(rows[:, place]),
+                better=better.get(name, "lower"),
+                settings=OF_SSIM if name == "SSIM" else {},
+            )
             for place, name in enumerate(self.metrics)
         ]
         mean, square, of_means, kl = rows[:, own:].reshape(number, 4, self.channels).mean(0)

@@ -5,17 +5,16 @@ Every measure has rows of numbers, one a sample, and beside its values those of 
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional.image.ssim import structural_similarity_index_measure
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
+from ldm.autoencoder.metrics import EXACT, OF_SSIM, structural_similarity
 from ldm.evaluation.feature_store import Column
-from ldm.evaluation.fidelity import EXACT
 from ldm.evaluation.pictures.base import digest
 from ldm.evaluation.pictures.made import Generated
 from ldm.evaluation.values import Value
@@ -202,7 +201,7 @@ class Closeness:
     @property
     def column(self) -> Column:
         weights = {name: weight_hash(dict(network.named_parameters())) for name, network in self._perceptual.items()}
-        decides = {"closeness": self.task.name, "metrics": self._metrics, "networks": weights}
+        decides = {"closeness": self.task.name, "metrics": self._metrics, "networks": weights, "ssim": "of 0 to 1"}
         return Column(digest(decides), self.rows, self.task.name)
 
     def rows(self, made: Followed) -> Tensor:
@@ -218,9 +217,7 @@ class Closeness:
         shown, real = (pixels(one.to(self._device)) for one in (images, truths))
         with full_precision(self._device.type):
             if "ssim" in self._metrics:
-                ssim = structural_similarity_index_measure(shown, real, data_range=2.0, reduction="none")
-                assert isinstance(ssim, Tensor)  # a tuple only if its map is requested
-                found.append(ssim)
+                found.append(structural_similarity(shown, real))
             found += [distance(shown, real) for distance in self._perceptual.values()]
         return [double(one.cpu()) for one in found]
 
@@ -233,10 +230,11 @@ class Closeness:
         found = []
         for place, name in enumerate(self._names):
             better = "higher" if name.startswith(("PSNR", "SSIM")) else "lower"
-            found.append(mean_value(name, asked[:, place], items, better))
+            settings = OF_SSIM if name == "SSIM" else {}
+            found.append(mean_value(name, asked[:, place], items, better, settings))
             if self.task.without is not None:
                 beside = asked[:, len(self._names) + place]
-                found.append(mean_value(f"{name}, {self.task.baseline}", beside, items, ""))  # of no model
+                found.append(mean_value(f"{name}, {self.task.baseline}", beside, items, "", settings))  # of no model
         return found
 
     def notes(self, rows: np.ndarray) -> list[str]:
@@ -265,7 +263,7 @@ def turns(number: int, items: int | None) -> np.ndarray:
     return np.arange(number) % (items or max(1, number))
 
 
-def mean_value(name: str, rows: np.ndarray, items: np.ndarray, better: str) -> Value:
+def mean_value(name: str, rows: np.ndarray, items: np.ndarray, better: str, settings: Mapping[str, Any]) -> Value:
     """The mean of numbers (N,), with its standard error where there are two items or more.
 
     Samples of one item are alike: the error is that of the items as clusters (Liang and Zeger 1986), so that a thousand
@@ -274,10 +272,11 @@ def mean_value(name: str, rows: np.ndarray, items: np.ndarray, better: str) -> V
     Args:
         rows: the numbers.
         items: which item asked for each, (N,) whole numbers.
+        settings: what else decides it, beside their number.
     """
     number, mean = len(rows), float(rows.mean())
     _, places = np.unique(items, return_inverse=True)
     sums = np.bincount(places, rows - mean)
     freedom = len(sums) - 1
     error = float(np.sqrt(np.square(sums).sum() * len(sums) / freedom) / number) if freedom else None
-    return Value(name, mean, error, freedom or None, better=better, settings={"images": number})
+    return Value(name, mean, error, freedom or None, better=better, settings={"images": number, **settings})

@@ -19,7 +19,7 @@ from ldm.diffusion.conditioners.features import Part
 from ldm.errors import DataError
 from ldm.latents.columns import Crop, hole, pixels
 from ldm.ranges import Count
-from ldm.sizes import Size, spell
+from ldm.sizes import Size, same_proportions, spell
 
 _GRID = 1 << 16  # of corners in a crop: then 1 - x is exact, and mirroring twice changes nothing
 
@@ -181,12 +181,10 @@ class Pair:
         return {"what": "pair", "channels": self.channels}
 
     def row(self, item: Mapping[str, Any], crop: Crop, path: str) -> tuple[Tensor, bool]:
-        (height, width), (rows, columns) = size_of(item["image"]), size_of(item["pair"])
-        # Up to one pixel, since a picture is reduced to whole ones.
-        if abs(rows - columns * height / width) > 1 and abs(columns - rows * width / height) > 1:
+        size, found = size_of(item["image"]), size_of(item["pair"])
+        if not same_proportions(size, found):
             raise DataError(
-                f"pair: expected the proportions of its picture, {spell((height, width))} pixels, found "
-                f"{spell((rows, columns))}"
+                f"pair: expected the proportions of its picture, {spell(size)} pixels, found {spell(found)}"
             )
         return crop.picture(item["pair"], self.channels, path), False
 

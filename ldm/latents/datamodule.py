@@ -69,7 +69,7 @@ class LatentDataModule(ElasticDataModule):
         features: what the cache keeps of captions or pictures, by a name, with which the columns of a batch begin
             (`text.tokens`). Their networks are in memory only while they are computed.
         numbers: what batches hold beside that: `original_size`, `crop_top_left`, `target_size`, or columns of the data
-            set (ldm/data/numbers.py).
+            set (ldm/latents/numbers.py).
         buckets: instead of `resolution`: several sizes, each batch of one of them, with a cache of latents for each.
         aligned: what the cache keeps of what lies on an item's picture (ldm/latents/aligned.py), by name of the column.
         drawn: columns that are drawn anew for each sample, from aligned ones (ldm/data/drawn.py), by name.

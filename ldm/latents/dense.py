@@ -179,7 +179,6 @@ class Dense:
             return
         if self.live:
             assert codec is not None, "kept where it is needed"
-            assert self.masked is not None, "only then anything is live"
             batch[LATENT] = live(batch["image"], batch[MASK], codec, self.masked.fill)
         else:
             batch[MASK] = hole(batch[MASK])

@@ -18,6 +18,7 @@ from ldm.latents.places import note_source, noted_source, place
 from ldm.latents.reader import LatentCache
 from ldm.latents.source import former_source, source
 from ldm.runtime import distributed
+from ldm.runtime.memory import advised
 from ldm.runtime.progress import shown
 from ldm.sizes import Size
 
@@ -110,7 +111,9 @@ class Encoding:
             max_broken=part.max_broken,
             threads=self.read_threads,
         )
-        with shown(f"{part.name} latents", silent=not distributed.is_main()) as progress:
+        # The layout that a folder was begun with applies to whoever goes on with it.
+        advice = f"Lower data.params.encode_batch_size ({plan.encode_batch}), and remove {folder}, if it was begun so."
+        with shown(f"{part.name} latents", silent=not distributed.is_main()) as progress, advised(advice):
             ranks = distributed.rank(), distributed.world_size()
             manifest = build(folder, plan, self.codec.encode, pictures, *ranks, progress)
         cache = LatentCache(folder, plan, manifest)

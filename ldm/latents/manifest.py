@@ -171,10 +171,12 @@ class Manifest(Finished[CacheSpec]):
         return len(self.plan.shard_range(shard)) * self.plan.record.itemsize
 
     def decoded_by(self, autoencoder: Mapping[str, Any]) -> "Manifest":
-        """Of the same latents, whose decoder is another one with that encoder; itself if it names that one already."""
+        """Of the same latents, decoded by one that is at hand: the same autoencoder, wherever it is now, or another
+        decoder of the same encoder. Itself if it says that already."""
         own = self.plan.autoencoder
         if autoencoder["weights"] == own["weights"]:
-            autoencoder = {**autoencoder, **own}  # the hash of the encoder, which plans did not have at first
+            # Of it the hash of the encoder, which plans did not have at first, and where it is.
+            autoencoder = {**autoencoder, **own, "path": autoencoder.get("path", "")}
         return self if autoencoder == own else replace(self, plan=replace(self.plan, autoencoder=dict(autoencoder)))
 
     def standardize(self, latents: Tensor) -> Tensor:

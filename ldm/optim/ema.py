@@ -41,7 +41,8 @@ class HalfLife:
 class FixedDecay:
     """The classic: a constant decay per update, at first limited to (1 + n) / (10 + n) in the nth, n = 1, 2, ...
 
-    As in latent diffusion's LitEma, whose count is incremented before it is read: 2/11 in the first update.
+    As in latent diffusion's LitEma, whose count is incremented before it is read: 2/11 in the first update. Where the
+    batch size varies, n is counted in batches of the present size.
     """
 
     def __init__(self, decay: Fraction = 0.9999) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.data.dataset import Picture
-from ldm.data.decoding import image_size, read_array, read_image
+from ldm.data.decoding import image_size, read_array, read_image, read_indices
 from ldm.data.value_range import checked
 from ldm.errors import ConfigError, DataError
 from ldm.sampling.conditions import Condition
@@ -213,7 +213,7 @@ def read_map(file: Path) -> np.ndarray:
     try:
         with Image.open(file) as image:
             if image.mode in ("L", "P", "1") or image.mode.startswith("I"):
-                return np.asarray(image).astype(np.int64)
+                return read_indices(file)
             found = labels_of(np.asarray(image.convert("RGB")))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{file}: cannot be read as an image ({type(error).__name__}: {error})") from error
@@ -237,7 +237,7 @@ def read_layouts(file: Path, dense: Dense) -> list[list[list[float]]]:
     """
     what = f"--layout {file}"
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{what}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

@@ -52,7 +52,8 @@ class Pipeline:
         codec: the autoencoder whose latents it was trained on.
         manifest: of the latent cache: shape and scale of the latents, the classes.
         label_dropout: the fraction of images that it was trained on without their conditions.
-        origin: where the weights come from, in plain values: {"checkpoint", "step", "weights"}.
+        origin: where the weights come from, in plain values: {"checkpoint", "step", "weights"}, and "autoencoder", the
+            first digits of its hash, where another decoder of the same encoder is used.
         dense: what is known of its pictures, maps and layouts as conditions.
         normals: what makes the noise that samples begin with, and that samplers add.
         compute: what network and decoder compute in, as `precision.computing_in` says.
@@ -109,6 +110,9 @@ class Pipeline:
         if autoencoder is not None:
             manifest = manifest.decoded_by(codec.describe())
         origin = {"checkpoint": str(file), "step": record["step"], "weights": "ema" if ema else "raw"}
+        decoder = manifest.plan.autoencoder["weights"]
+        if decoder != record["latents"]["plan"]["autoencoder"]["weights"]:
+            origin["autoencoder"] = decoder[:16]
         denoiser.requires_grad_(False).eval()
         dropout = params.get("label_dropout", 0.0)
         dense = Dense.of(record.get("data") or {})

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
@@ -76,7 +76,7 @@ def _said(key: str, value: Any) -> Any:
     """A value in a few words: of a file its name, of a layout how many boxes."""
     if is_file(value):
         return Path(value["file"]).stem
-    return f"{len(value)} boxes" if key == "boxes" else value
+    return f"{len(value)} boxes" if key == "boxes" and isinstance(value, Sized) else value
 
 
 def title(condition: Condition | None, names: Sequence[str] | None) -> str:

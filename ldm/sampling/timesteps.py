@@ -67,13 +67,18 @@ def karras(
     """Even steps in ratio^(1/rho), with ratio = sigma / alpha (Karras et al. 2022, eq. 5), for any objective.
 
     Args:
-        ratio_min: the second-to-last; the last is 0.
-        ratio_max: the second, if the objective starts from pure noise; otherwise its last level comes first.
+        ratio_min: the second-to-last, or that of the first of an objective's discrete levels, below which its network
+            was not trained; the last is 0.
+        ratio_max: where the steps begin, or the objective's last level, if that has a lower one; an objective whose
+            last level has a higher one, such as pure noise, begins there instead.
         rho: the larger, the more steps lie near the data.
     """
     if not ratio_min < ratio_max:
         raise ConfigError(f"timesteps: expected ratio_min < ratio_max, found {ratio_min:g} and {ratio_max:g}")
     objective.timesteps(steps)  # refuses an invalid number
+    if isinstance(objective.path, DiscreteVP):
+        first = torch.tensor(1.0)
+        ratio_min = max(ratio_min, float(objective.sigma(first) / objective.alpha(first)))
     last = torch.tensor(objective.t_max)
     largest = min(ratio_max, float(objective.sigma(last) / objective.alpha(last)))
     if not ratio_min < largest:
@@ -125,7 +130,11 @@ def _places(objective: Objective, steps: int) -> Tensor:
 
 
 def _times(objective: Objective, places: Tensor) -> Tensor:
-    return _checked((places * objective.t_max).float())
+    """(steps + 1,) times at `places` from 1 to 0; of discrete levels none below the first, but the last, 0."""
+    times = places * objective.t_max
+    if isinstance(objective.path, DiscreteVP) and times[-2] < 1:
+        times[:-1] = 1 + (objective.t_max - 1) * (places[:-1] - places[-2]) / (1 - places[-2])
+    return _checked(times.float())
 
 
 def _checked(times: Tensor) -> Tensor:

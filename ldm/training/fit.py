@@ -22,9 +22,10 @@ from ldm.config.targets import reason
 from ldm.data.decoding import PICTURE
 from ldm.errors import CheckpointError, ConfigError, LdmError, PeerError, ResourceError
 from ldm.run_folder import RunFolder, RunState
-from ldm.runtime import distributed, launcher, signals
+from ldm.runtime import distributed, launcher, memory, signals
 from ldm.runtime.signals import Stopped
 from ldm.training import lightning_internals
+from ldm.training.callbacks import ema_snapshots
 from ldm.training.callbacks.ancestry import Ancestry
 from ldm.training.callbacks.checkpoints import files_of
 from ldm.training.init_from import Weights
@@ -158,7 +159,7 @@ class _Home(pl.Callback):
 
 
 class _SetAside(pl.Callback):
-    """Sets aside checkpoints of later steps than the one that the run resumes from.
+    """Sets aside checkpoints, and snapshots of averages, of later steps than the one that the run resumes from.
 
     Must be the last callback: until all others have agreed to the start, the run may be refused and must lose nothing.
     """
@@ -171,8 +172,10 @@ class _SetAside(pl.Callback):
         if source is None or not trainer.is_global_zero:
             return
         if source.path.parent.resolve() == self.folder.checkpoints.resolve():
-            for file in writer.set_aside_later(self.folder.checkpoints, trainer.global_step):
-                rank_zero_info(f"of a later step than {trainer.global_step}: kept as {file}")
+            step, averages = trainer.global_step, self.folder.path / ema_snapshots.FOLDER
+            later = writer.set_aside_later(self.folder.checkpoints, step)
+            for file in (*later, *writer.set_aside_later(averages, step, "step=*")):  # beside those put together
+                rank_zero_info(f"of a later step than {step}: kept as {file}")
 
 
 def validate(trainer: pl.Trainer, model: Any, data: Any, folder: RunFolder, named: Path | None) -> None:
@@ -259,9 +262,7 @@ def explain(error: BaseException) -> LdmError | None:
                 "Its own output may say why. The last checkpoint is intact: continue with --resume. If ranks are "
                 "merely slow, raise lightning.strategy.params.timeout (seconds)."
             )
-        case torch.OutOfMemoryError() | MemoryError():
-            return _out_of_memory(error)
-        case RuntimeError() if "DefaultCPUAllocator" in text:
+        case RuntimeError() | MemoryError() if memory.exhausted(error):
             return _out_of_memory(error)
         case ImportError():
             return ConfigError(f"lightning: {reason(error)}")

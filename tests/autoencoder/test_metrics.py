@@ -1,7 +1,11 @@
 """The metrics of stage 1: closed forms, and torchmetrics' own functions on the whole set."""
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
+from skimage.metrics import structural_similarity
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
@@ -52,22 +56,31 @@ def test_psnr(images, cut):
 
 @pytest.mark.parametrize("cut", CUTS)
 def test_ssim(images, cut):
-    shown = images[1].clamp(-1, 1)
-    whole = structural_similarity_index_measure(shown, images[0], data_range=2.0)
+    shown, original = ((one.clamp(-1, 1) + 1) / 2 for one in reversed(images))
+    whole = structural_similarity_index_measure(shown, original, data_range=1.0)
     assert measure(SSIM(), images, cut).item() == pytest.approx(whole.item(), rel=1e-6)
     assert measure(SSIM(), (images[0], images[0]), cut).item() == pytest.approx(1.0)
+
+
+def test_ssim_is_that_of_others_of_pictures_from_0_to_1(images):
+    """scikit-image with the window of Wang et al.; the pictures are dark, where a shift by 1 would change most."""
+    dark = images[0] / 4 - 0.7, images[1].clamp(-1, 1) / 4 - 0.7
+    pairs = [[((one[row] + 1) / 2).permute(1, 2, 0).double().numpy() for one in dark] for row in range(7)]
+    window: dict[str, Any] = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    expected = [structural_similarity(*pair, data_range=1.0, channel_axis=2, **window) for pair in pairs]
+    assert measure(SSIM(), dark, (7,)).item() == pytest.approx(np.mean(expected), rel=1e-5)
 
 
 def test_values_out_of_range_are_cut_as_in_a_picture(images):
     extreme = images[0].sign(), 3 * images[0].sign()
     assert measure(SSIM(), extreme, (7,)).item() == pytest.approx(1.0)
-    assert measure(PSNR(), extreme, (7,)).item() == torch.inf
+    assert measure(PSNR(), extreme, (7,)).item() == 100
 
 
 def test_ssim_of_flat_pictures():
-    """Of means a and b without variance: (2ab + c) / (a^2 + b^2 + c) with c = (0.01 range)^2."""
-    a, b, c = 0.5, -0.25, 0.02**2
-    flat = torch.full((7, 1, 12, 12), a), torch.full((7, 1, 12, 12), b)
+    """Of means a and b from 0 to 1 without variance: (2ab + c) / (a^2 + b^2 + c) with c = 0.01^2."""
+    a, b, c = 0.75, 0.375, 0.01**2
+    flat = torch.full((7, 1, 12, 12), 2 * a - 1), torch.full((7, 1, 12, 12), 2 * b - 1)
     assert measure(SSIM(), flat, (3, 4)).item() == pytest.approx((2 * a * b + c) / (a * a + b * b + c), rel=1e-4)
 
 

@@ -270,6 +270,13 @@ def test_an_adapter_is_put_on_each_model(runs, tmp_path):
     assert demo.loaded(str(runs.diffusion), options, "cpu", torch.bfloat16).compute == torch.bfloat16
 
 
+def test_an_autoencoder_that_was_moved_is_named(runs, tuned_autoencoder):
+    options = demo.parse(["-r", "x", "--autoencoder", str(tuned_autoencoder)])
+    pipeline = demo.loaded(str(runs.diffusion), options, "cpu", torch.float32)
+    assert pipeline.manifest.plan.autoencoder["path"].startswith(str(tuned_autoencoder))
+    assert Constants(autoencoder=options.autoencoder).words() == ["--autoencoder", str(tuned_autoencoder)]
+
+
 def test_without_its_package_the_extra_is_named(runs):
     code = "import sys; sys.modules['gradio'] = None\nfrom ldm.cli.demo import main\nsys.exit(main(sys.argv[1:]))"
     words = [sys.executable, "-c", code, "-r", str(runs.diffusion)]

@@ -368,6 +368,14 @@ def test_another_precision_is_another_protocol(runs, trained, pictures, capsys):
     assert found.value("PSNR").value == pytest.approx(plain.value("PSNR").value, rel=0.01)
 
 
+def test_another_decoder_is_another_protocol(runs, pictures, tuned_autoencoder):
+    words = ["-r", runs.diffusion, "--against", pictures, *QUICK]
+    plain, found = run(*words, out="a.json"), run(*words, "--autoencoder", tuned_autoencoder, out="b.json")
+    assert plain.protocol.keys() == found.protocol.keys() - {"autoencoder"}
+    assert len(found.protocol["autoencoder"]) == 16
+    assert plain.subject["pictures"] != found.subject["pictures"]
+
+
 def test_what_cannot_be_compared_is_one_message(tmp_path, capsys):
     (tmp_path / "x.json").write_text("{}")
     for words, code, message in (
@@ -506,6 +514,22 @@ def test_a_wrong_classifier(runs, pictures, capsys):
         (["pictures", "--against", "pictures", "--rescale", "0.5"], 2, "--rescale: does nothing at --guidance 1"),
         (["pictures", "--agianst", "pictures"], 2, "did you mean --against?"),
         (
+            ["pictures", "--against", "pictures", "--steps", "9"],
+            2,
+            "--steps: has no meaning for pictures; leave it out",
+        ),
+        (["pictures", "--against", "pictures", "--part", "train"], 2, "--part: is a part of a data set"),
+        (
+            ["pictures", "--against", "pictures", "--metrics", "kid", "--held-out", "x"],
+            2,
+            "--held-out: is of the metrics fdr and nearest alone",
+        ),
+        (
+            ["pictures", "--against", "pictures", "--features", "alexnet", "vgg16", "--save-reference", "x.npz"],
+            2,
+            "--save-reference: holds the statistics of one feature space, found --features alexnet vgg16",
+        ),
+        (
             ["pictures", "--against", "pictures", "--precision", "auto"],
             2,
             "--precision auto: pictures that are there are",
@@ -514,6 +538,19 @@ def test_a_wrong_classifier(runs, pictures, capsys):
 )
 def test_mistakes_are_one_message(pictures, capsys, words, code, message):
     assert message in refused(capsys, *words, code=code)
+
+
+@pytest.mark.parametrize(
+    ("stage", "words", "message"),
+    [
+        (1, ["--reference-images", "20"], "--reference-images: has no meaning for reconstructions"),
+        (1, ["--guidance", "2"], "--guidance: has no meaning for reconstructions"),
+        (1, ["--raw"], "--raw: has no meaning for reconstructions"),
+        (2, ["--resolution", "16"], "--resolution: resizes folders of pictures, of which there is none here"),
+    ],
+)
+def test_what_decides_nothing_of_a_run_is_refused(trained, capsys, stage, words, message):
+    assert message in refused(capsys, "-r", trained[stage - 1], *words, code=2)
 
 
 def test_what_no_item_says_is_for_folders(trained, pictures, capsys, monkeypatch):

@@ -6,8 +6,9 @@ from PIL import Image
 
 from ldm.cli import evaluate
 from ldm.config.load import to_yaml
-from ldm.errors import ConfigError
+from ldm.errors import ConfigError, ResourceError
 from ldm.evaluation.features.choose import choose
+from ldm.evaluation.pictures import configured
 
 
 @pytest.fixture
@@ -46,3 +47,20 @@ def test_pictures_without_classes(config, tmp_path, capsys):
     assert evaluate.main(words) == ConfigError.exit_code
     assert "its data set has no classes" in capsys.readouterr().err
     assert not (tmp_path / "classifier.safetensors").exists()
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_read(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(configured, "of_file", None)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    assert evaluate.main(["classifier", str(config), "--out", "folder"]) == ConfigError.exit_code
+    assert "--out folder: is a folder" in capsys.readouterr().err
+    assert evaluate.main(["classifier", str(config), "--out", "file/c.safetensors"]) == ResourceError.exit_code
+    assert "choose another one with --out" in capsys.readouterr().err
+
+
+def test_a_judge_that_is_replaced_is_named(config, tmp_path, capsys):
+    (tmp_path / "c.safetensors").write_bytes(b"another")
+    words = ["classifier", str(config), "--out", "c.safetensors", "--epochs", "1", "data.params.num_validation=0"]
+    assert evaluate.main(words) == 0
+    assert "c.safetensors: is there, and will be replaced" in capsys.readouterr().out

@@ -51,6 +51,8 @@ def test_values_with_equals_signs_and_lists():
         (["-b", "x.yaml", "--resme=auto"], ["--resme", "--resume"]),
         (["x.yaml"], ["x.yaml", "--base"]),
         (["-b", "x.yaml", "-s", "one"], ["one", "int"]),
+        (["-b", "x.yaml", "--name", "lr=1e-4"], ["--name lr=1e-4", "write --name=lr=1e-4"]),
+        (["-b", "x.yaml", "-f", "bs=64", "a=1"], ["write --postfix=bs=64"]),
         (["-b", "x.yaml", "-t", "maybe"], ["maybe"]),
         ([], ["--base"]),
         (["a=1"], ["--base"]),
@@ -70,3 +72,8 @@ def test_home_is_known_where_the_shell_left_it(monkeypatch):
     assert options.base == (Path("/home/me/x.yaml"),)
     assert options.logdir == Path("/home/me/logs")
     assert options.resume == "/home/me/logs/run"
+
+
+def test_a_name_may_have_an_equals_sign():
+    options = parse(["-b", "x.yaml", "--name=lr=1e-4", "a=1"])
+    assert (options.name, options.overrides) == ("lr=1e-4", ("a=1",))

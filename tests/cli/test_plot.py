@@ -92,3 +92,18 @@ def test_home_is_known_where_the_shell_left_it(run_folder, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(run_folder))
     assert plot.main(["~/metrics.csv", "--output=~/b.png"]) == 0
     assert (run_folder / "b.png").is_file()
+
+
+def test_runs_of_one_name_are_told_apart(run_folder, tmp_path):
+    for place in ("a", "b"):
+        (tmp_path / place / "run").mkdir(parents=True)
+        (tmp_path / place / "run" / "metrics.csv").write_text(METRICS)
+    files = [tmp_path / place / "run" / "metrics.csv" for place in ("a", "b")]
+    assert plot.called_apart(files) == ["a/run", "b/run"]
+    assert plot.called_apart([files[0], run_folder]) == ["run", run_folder.name]
+    assert plot.called_apart([files[0].parent, files[0]]) == ["run", "run"]
+
+
+def test_each_name_of_only_is_that_of_a_panel(run_folder, capsys):
+    assert plot.main([str(run_folder), "--only", "loss", "psrn"]) == 3
+    assert "No metric is called psrn; there are: loss, lr" in capsys.readouterr().err

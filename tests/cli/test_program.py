@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from ldm.cli import program
 
@@ -97,6 +98,15 @@ def test_a_place_that_cannot_be_written_to_is_answered_in_one_line(capsys, errno
     message = capsys.readouterr().err
     assert message.startswith("error: some/place: ")
     assert said in message
+
+
+def test_exhausted_memory_is_answered_with_what_helps(capsys):
+    assert program.answer(lambda: torch.empty(2**60).ndim, memory="Lower --batch-size.") == 6
+    message = capsys.readouterr().err
+    assert message.startswith("error: out of memory: ")
+    assert message.endswith("\nLower --batch-size.\n")
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        program.answer(lambda: (torch.ones(2, 3) @ torch.ones(2, 3)).ndim)
 
 
 def test_other_errors_of_the_system_keep_their_traceback():

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from ldm.cli import sample
-from ldm.cli.sample_conditions import requested
-from ldm.cli.sample_options import named, parse, read_prompts
+from ldm.cli.sample_conditions import chosen_classes, requested
+from ldm.cli.sample_options import named, parse, read_conditions, read_prompts
 from ldm.errors import ConfigError
 from ldm.runtime import precision
 from ldm.sampling import samplers, timesteps
@@ -142,6 +142,22 @@ def test_another_precision_is_recorded_and_has_a_folder_of_its_own(runs, run, ca
     assert str(default_folder(settings)) == "run/samples/step7-ema-ddim2-eta0.5-bf16-mixed-guidance2"
 
 
+def test_another_decoder_is_recorded_and_has_a_folder_of_its_own(runs, run, tuned_autoencoder, capsys):
+    """It would otherwise make nothing, where the pictures of the first are, and show these."""
+    code, out = run("-n", "1")
+    assert code == 0
+    assert run("-n", "1", "--autoencoder", str(tuned_autoencoder))[0] == 2
+    tuned = Pipeline.load(runs.diffusion, autoencoder=tuned_autoencoder)
+    digits = tuned.manifest.plan.autoencoder["weights"][:16]
+    assert f"autoencoder: None there, {digits} now" in capsys.readouterr().err
+    code, other = run("-n", "1", "--autoencoder", str(tuned_autoencoder), out="other")
+    assert code == 0
+    assert json.loads((other / "samples.json").read_text())["settings"]["autoencoder"] == digits
+    assert not np.array_equal(pixels(out / "000-000000.png"), pixels(other / "000-000000.png"))
+    # The same one from another place is none.
+    assert run("-n", "1", "--autoencoder", str(runs.autoencoder))[0] == 0
+
+
 def test_a_guiding_model_computes_in_the_same_precision(runs, run, monkeypatch):
     types = []
 
@@ -271,6 +287,7 @@ def test_conditions_from_a_file(run, tmp_path, capsys):
         ('[{"clas_label": 3}]', "expected the keys that the model reads, class_label; found clas_label"),
         ('[{"class_label": 3}]', "class 3: expected 0 to 2"),
         ('[{"class_label": "cat"}]', "expected a whole number, found 'cat'"),
+        ('[{"boxes": 5}]', "expected the keys that the model reads, class_label; found boxes"),
         (None, "cannot be read: No such file"),
     ],
 )
@@ -332,6 +349,7 @@ def test_grey_pictures_of_an_unconditional_model_in_a_square(make_runs, run):
         (["--sampler", "plms"], 2, "ancestral"),
         (["--guidence", "2"], 2, "--guidance"),
         (["--seeds", "-1"], 2, "--seeds"),
+        (["--seed", str(2**63 - 1)], 2, "8 pictures would need seeds beyond 2^63 - 1"),
         (["--prompt", "a cat"], 2, "--prompt: this model reads no captions; leave it out"),
         (["--prompts-file", "missing.txt"], 2, "--prompts-file missing.txt: cannot be read: No such file"),
         (["--prompt", "a", "--prompts-file", "b"], 2, "--prompt and --prompts-file: both say what to make"),
@@ -378,10 +396,27 @@ def test_a_prompt_that_is_said_twice_is_one():
     assert requested(reader, asked) == [{"caption": "a cat"}, {"caption": "a dog"}]
 
 
-def test_a_prompt_a_line_each_once(tmp_path):
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])  # as Notepad saves it
+def test_a_prompt_a_line_each_once(tmp_path, caplog, encoding):
     file = tmp_path / "prompts.txt"
-    file.write_text("red heart\n\n قلب \nred heart\n🐱\n", encoding="utf-8")
+    file.write_text("red heart\n\n قلب \nred heart\n🐱\n", encoding=encoding)
     assert read_prompts(file) == ["red heart", "قلب", "🐱"]
+    assert "1 lines repeat others" in caplog.text
+
+
+def test_a_file_of_conditions_may_begin_with_a_byte_order_mark(tmp_path):
+    file = tmp_path / "wanted.json"
+    file.write_text('[{"class_label": 2}]', encoding="utf-8-sig")
+    assert read_conditions(file) == [{"class_label": 2}]
+
+
+def test_words_that_could_mean_two_classes(caplog):
+    names = ["1", "10", "2", "Cat", "cat"]
+    assert chosen_classes(["1", "0"], 5, names) == [1, 0]
+    assert "--classes 1: the number of class '10'; the class that is called so has the number 0" in caplog.text
+    assert chosen_classes(["10", "cat", "Cat"], 5, names) == [1, 4, 3]
+    with pytest.raises(ConfigError, match="--classes CAT: could be Cat or cat"):
+        chosen_classes(["CAT"], 5, names)
 
 
 def test_wrong_checkpoints_are_one_message(runs, run, other_autoencoder, tmp_path, capsys):

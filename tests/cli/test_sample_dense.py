@@ -9,8 +9,10 @@ from PIL import Image
 from ldm.cli import sample
 from ldm.data.transforms import EvalTransform
 from ldm.images import to_arrays
+from ldm.sampling.dense_files import read_map
 from ldm.sampling.shown import drawn_map
 from tests.dense_models import save_dense
+from tests.pngs import gray_png
 
 MASKED, SMALL, MAPS, BOXES = ("mask", "masked_latent"), ("low_resolution",), ("map",), ("boxes", "boxes_mask")
 FACTS = {
@@ -114,6 +116,14 @@ def test_a_map_by_its_numbers_or_in_the_colors_of_its_classes(run, files):
     grid = pixels(out / "grid.png")
     numbers = np.array(Image.open(files["map"]))
     assert tuple(grid[30, 10]) == tuple(drawn_map(numbers)[0, 0])
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_gray_maps_of_any_depth_hold_the_numbers_of_classes(tmp_path, bits):
+    """optipng and ImageMagick write as few bits as will do."""
+    numbers = (np.arange(16 * 16) % min(2**bits, 3)).reshape(16, 16).astype(np.uint8)
+    (tmp_path / "map.png").write_bytes(gray_png(numbers, bits))
+    assert np.array_equal(read_map(tmp_path / "map.png"), numbers)
 
 
 def test_layouts_by_names_of_classes_in_fractions_or_pixels(run, tmp_path):

@@ -52,6 +52,8 @@ BAD: dict[str, tuple[tuple[str, str] | str, str, int | None, tuple[str, ...]]] =
     "trainer type": ("lightning.trainer.max_steps=many", "lightning.trainer.max_steps", None, ("whole", "'many'")),
     "trainer's logger": ("lightning.trainer.logger=false", "lightning.trainer.logger", None, (" lightning.logger",)),
     "callback is text": ("lightning.callbacks={a: b}", "lightning.callbacks.a", None, ("'target'", "'b'")),
+    "callbacks are a list": ("lightning.callbacks=[{target: a.B}]", "lightning.callbacks", None, ("a list", "names")),
+    "callbacks are one": ("lightning.callbacks={target: a.B}", "lightning.callbacks", None, ("names to nodes",)),
     "strategy is a number": ("lightning.strategy=3", "lightning.strategy", None, ("ddp", "int 3")),
     # parameters
     "parameter": (("channels: 8", "chanels: 8"), "model.params.chanels", 6, ("no parameter", "mean 'channels'?")),

@@ -17,7 +17,7 @@ from ldm.diffusion.noise_schedules import Linear, SqrtLinear, ZeroTerminal
 from ldm.diffusion.objectives import DDPM, EDM, Flow, Interpolant, rowwise
 from ldm.diffusion.paths import GVP, VP, DiscreteVP
 from ldm.diffusion.predictions import X0, Eps, V
-from ldm.diffusion.weightings import P2, VLB, Absolute, MinSNR, Plain, Squared, Uncertainty
+from ldm.diffusion.weightings import P2, VLB, Absolute, MinSNR, Plain, PlainAndVLB, Squared, Uncertainty
 from ldm.errors import ConfigError
 from ldm.randomness import Draws
 
@@ -311,9 +311,21 @@ def test_direction_counts_on_top():
     torch.testing.assert_close(with_direction, plain + 0.5 * 2)  # the cosine is -1 everywhere
 
 
-def test_the_bound_needs_steps():
+def test_a_direction_that_an_output_does_not_have_yet_has_no_endless_gradient():
+    """Networks begin with zeros."""
+    draws, x0 = Draws(0, range(8), 8), torch.randn(8, 4, 2, 2)
+    output = torch.zeros(8, 4, 2, 2, requires_grad=True)
+    losses = [Flow(direction_weight=w).loss(lambda *_: output, x0, NOTHING, draws).sum() for w in (0.0, 1.0)]
+    torch.testing.assert_close(losses[1], losses[0] + 8)
+    plain, with_direction = (torch.autograd.grad(loss, output)[0] for loss in losses)
+    assert plain.norm() > 1
+    assert (with_direction - plain).norm(dim=1).max() == pytest.approx(100 / 4)  # of the mean over 4 pixels
+
+
+@pytest.mark.parametrize("weighting", [VLB(), Uncertainty(VLB()), Uncertainty(Uncertainty(PlainAndVLB(0.1)))])
+def test_the_bound_needs_steps(weighting):
     with pytest.raises(ConfigError, match="variational bound"):
-        EDM(weighting=VLB())
+        EDM(weighting=weighting)
 
 
 NAMED = {

@@ -129,6 +129,21 @@ def test_a_scale_of_0_is_the_base_and_1_the_adapter(name):
     assert torch.equal(output(net, name), full)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_its_dropout_drops_the_same_where_activations_are_computed_again(name):
+    net: Any = adapted(name, dropout=0.5).train()
+    tokens = torch.randn(2, 5, 6) if name == "unet with tokens" else None
+    x, gradients = torch.randn(2, 4, 8, 8), []
+    for net.checkpointing in (False, True):
+        torch.manual_seed(2)
+        net.zero_grad()
+        net(x, torch.tensor([0.1, 0.7]), Conditioning(None, tokens, None)).square().sum().backward()
+        gradients.append({key: one.grad.clone() for key, one in net.named_parameters() if one.grad is not None})
+    assert gradients[0]
+    for key, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], gradient, msg=key)
+
+
 def test_layers_are_named_whole_or_by_their_end():
     net = adapted("dit", targets=["layers.1.attention.qkv", "modulation"])
     assert [*lora.layers(net)] == ["layers.0.modulation", "layers.1.attention.qkv", "layers.1.modulation"]

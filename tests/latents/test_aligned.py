@@ -138,6 +138,14 @@ def test_a_pair_of_half_the_size_lies_on_its_picture():
     assert (one - two).abs().float().mean() < 2
 
 
+def test_a_larger_pair_may_be_rounded_by_as_much_as_its_picture():
+    """256 x 341 pixels are 3000 x 4000 made smaller."""
+    sizes = (341, 256), (4000, 3000)
+    item = dict(zip(("image", "pair"), (Image.new("RGB", size) for size in sizes), strict=True))
+    assert Pair().row(item, crop_of(16), "x")[0].shape == (3, 16, 16)
+    assert Pair().row({"image": item["pair"], "pair": item["image"]}, crop_of(16), "x")[0].shape == (3, 16, 16)
+
+
 # ---- bad input ---------------------------------------------------------------------------------------------------
 
 

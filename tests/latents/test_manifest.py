@@ -697,3 +697,13 @@ def test_a_scale_of_one_s_own_has_tensors_of_its_own():
     assert manifest.standardize(latents).item() == 1.0
     assert manifest.standardized_by(Statistics([0.0], [2.0])).standardize(latents).item() == 0.5
     assert manifest.standardize(latents).item() == 1.0
+
+
+def test_the_autoencoder_is_where_the_one_at_hand_is(whole):
+    """Trained again it may have the same weights: a cache is then found that names a run which has gone."""
+    plan = Manifest.read(whole).plan
+    made = dataclasses.replace(Manifest.read(whole), plan=dataclasses.replace(plan, autoencoder=described("a", "x")))
+    found = made.decoded_by(described("a", "x") | {"path": "new"})
+    assert found.plan.autoencoder == described("a", "x") | {"path": "new"}
+    assert made.plan.differences(found.plan) == []
+    assert made.decoded_by(described("a", "x")) is made

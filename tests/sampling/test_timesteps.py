@@ -95,6 +95,24 @@ def test_compvis_refuses_what_its_code_does_not_do(objective, steps, message):
         compvis(objective, steps, SHAPE)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 20, 50, 1000])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("objective", ["ddpm", "cosine", "zero terminal"])
+def test_no_call_is_at_a_level_that_no_training_visits(objective, schedule, steps):
+    """Discrete ones begin at 1."""
+    times = SCHEDULES[schedule](OBJECTIVES[objective], steps, SHAPE)
+    assert times[:-1].min() >= 1 - 1e-4
+    few = shifted(DDPM(SqrtLinear()), 1000, SHAPE, 0.5)
+    assert few[-2] == 1
+
+
+def test_karras_ends_at_the_first_of_discrete_levels():
+    times = karras(DDPM(SqrtLinear()), 20, SHAPE)
+    assert times[-2] == pytest.approx(1, abs=1e-4)
+    torch.testing.assert_close(karras(DDPM(SqrtLinear()), 20, SHAPE, ratio_min=1e-5), times)
+    assert karras(DDPM(SqrtLinear()), 20, SHAPE, ratio_min=0.1)[-2] > 3
+
+
 def test_karras_from_a_ratio_that_the_objective_does_not_reach():
     with pytest.raises(ConfigError, match=r"expected ratio_min below 80, the largest .* found 100"):
         karras(EDM(), 5, SHAPE, 100.0, 200.0)

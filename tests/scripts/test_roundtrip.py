@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from ldm.errors import NumericError
+from ldm.run_folder import RunFolder
 from scripts import roundtrip
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +43,23 @@ def test_the_same_pictures_come_out_again(place, capfd):
     index.write_text(json.dumps(tree))
     with pytest.raises(NumericError, match="differ by up to"):
         roundtrip.compared(runs[-1], Path("roundtrip/pipeline"), Path("other.png"))
+
+
+def test_a_first_stage_that_is_named_has_to_be_there(place, capfd):
+    assert roundtrip.main(["--first-stage", "models/sd-vea"]) == 2
+    assert "--first-stage models/sd-vea: no such folder" in capfd.readouterr().err
+    assert not Path("models").exists()
+
+
+def test_another_first_stage_is_not_ignored(place, capfd, monkeypatch):
+    run = RunFolder(Path("logs/2026-01-01T00-00-00_roundtrip_first_stage"))
+    run.make()
+    run.config_file.touch()
+    run.origin_file.write_text('{"source": "first"}')
+    Path("second").mkdir()
+    monkeypatch.setattr(roundtrip, "do", lambda *words: pytest.fail(f"{words} is not to be run"))
+    assert roundtrip.main(["--first-stage", "second"]) == 2
+    assert "was made of first, not of second" in capfd.readouterr().err
 
 
 def test_a_step_that_fails_ends_it(place, capfd):

@@ -199,10 +199,14 @@ def test_a_named_checkpoint_is_gone_on_from_and_later_ones_are_set_aside(
     world = 1 if strategy == "alone" else 2
     forked(world, partial(run, steps=3))
     named = tmp_path / "checkpoints" / "step=00000002.ckpt"
+    for name, step in (("step=00000002", 2), ("step=00000003", 3), ("std=0.05", 3)):
+        store.save(tmp_path / "averages" / f"{name}.ckpt", {"ldm": {"step": step}})
     read = forked(world, partial(run, steps=4, named=named))
     assert [step for _, step in read] == [2] * world
     assert read[0][0] < 2.3 * size_of(tmp_path, 2)
     assert (tmp_path / "checkpoints" / "step=00000003.ckpt.superseded").is_file()
+    kept = ["std=0.05.ckpt", "step=00000002.ckpt", "step=00000003.ckpt.superseded"]
+    assert sorted(path.name for path in (tmp_path / "averages").iterdir()) == kept
     assert store.newest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step=00000004.ckpt"
     state = RunFolder(tmp_path).read_state()
     assert state is not None

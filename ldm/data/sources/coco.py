@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ldm.data.sources.pairs import same_proportions
 from ldm.errors import DataError
-from ldm.sizes import Size
+from ldm.sizes import Size, same_proportions
 
 # Only these are kept while the file is read: outlines of objects would take gigabytes.
 _KEPT = frozenset(

@@ -103,18 +103,24 @@ def class_names(classes: Sequence[str] | str | Path) -> list[str]:
     """Names from a list, or from a file: JSON with a list, or a text with one on each line.
 
     Raises:
-        DataError: the file cannot be read, or holds something else.
+        DataError: the file cannot be read, or holds something else; or a name is empty, but for lines at its end.
     """
     if not isinstance(classes, str | Path):
         return [str(name) for name in classes]
     path = Path(classes)
     try:
         text = path.read_text(encoding="utf-8-sig")
-        found: Any = json.loads(text) if path.suffix.casefold() == ".json" else text.split("\n")
+        found: Any = json.loads(text) if path.suffix.casefold() == ".json" else text.rstrip().split("\n")
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(
             f"{path}: cannot be read as names of classes ({error}); set `classes` to a list of them"
         ) from error
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
         raise DataError(f'{path}: expected a list of names of classes, ["sky", ...], found {str(found)[:80]!r}')
-    return [name.strip() for name in found if name.strip()]
+    names = [name.strip() for name in found]
+    if "" in names:
+        where = names.index("")
+        raise DataError(
+            f"{path}: the name of class {where} is empty; write one: the next names are of the next classes"
+        )
+    return names

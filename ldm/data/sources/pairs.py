@@ -8,7 +8,7 @@ from PIL import Image
 from ldm.data.decoding import read_image
 from ldm.data.sources.aligned import FilesBeside
 from ldm.errors import DataError
-from ldm.sizes import Size
+from ldm.sizes import Size, same_proportions
 
 
 class PairFiles:
@@ -45,11 +45,3 @@ class _Pairs:
 
     def fingerprint(self) -> str:
         return self._files.fingerprint(["pair"])
-
-
-def same_proportions(one: Size, other: Size) -> bool:
-    """Whether one size is the other one times a number, each side rounded up or down."""
-    (rows, columns), (height, width) = sorted((one, other))
-    if min(rows, columns) < 1:
-        return False
-    return (rows - 1) * width < (columns + 1) * height and (columns - 1) * height < (rows + 1) * width

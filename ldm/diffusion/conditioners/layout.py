@@ -107,8 +107,8 @@ class LayoutMap(_Boxes):
     """The boxes as an image of the latent's size: (N, channels, h, w).
 
     A pixel of the latent is the sum of the learned rows of all boxes that cover it, each weighted by the covered share
-    of its area; a further row, "no box", has the share that none covers. Boxes that overlap add up, so that neither
-    their order nor padding changes anything. The null is zeros; an empty layout is "no box" everywhere.
+    of its area; a further row, "no box", has the product of the shares that each leaves. Boxes that overlap add up, so
+    that neither their order nor padding changes anything. The null is zeros; an empty layout is "no box" everywhere.
 
     Args:
         box_classes: 0 .. box_classes - 1.

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.layers import attend, zero_module
+from ldm.layers import attend
 from ldm.ranges import Count, Positive
 
 
@@ -101,7 +101,7 @@ class Block(nn.Module):
         self.cross = cross
         self.norm_feed = make_norm(channels)
         self.feed = feed
-        self.modulation = zero_module(nn.Linear(channels, 6 * channels))
+        self.modulation = nn.Linear(channels, 6 * channels)
 
     def forward(
         self,

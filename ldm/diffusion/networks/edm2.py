@@ -180,7 +180,7 @@ class MagnitudePreservingUNet(nn.Module):
         emb_channels, last = max(widths), len(widths) - 1
         self.in_channels, self.vector_channels = in_channels, vector_channels
         self.spatial_channels = spatial_channels
-        self.checkpointing, self.keep_random_state = checkpointing, dropout > 0
+        self.checkpointing = checkpointing
         self.shrink = 2**last
         # Random features of the noise level, never trained (eq. 75).
         self.register_buffer("frequencies", 2 * math.pi * torch.randn(widths[0]))
@@ -249,7 +249,7 @@ class MagnitudePreservingUNet(nn.Module):
                 module.constrain()
 
     def _run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
-        return run_block(block, *inputs, recompute=self.checkpointing, keep_random_state=self.keep_random_state)
+        return run_block(block, *inputs, recompute=self.checkpointing)
 
     def _check(self, x: Tensor, conditioning: Conditioning) -> None:
         """Shapes only: costs nothing and never waits for the device."""

@@ -164,7 +164,7 @@ class UNet(nn.Module):
         super().__init__()
         self.in_channels, self.model_channels, self.spatial_channels = in_channels, model_channels, spatial_channels
         self.context_dim, self.vector_channels = context_dim, vector_channels
-        self.checkpointing, self.keep_random_state = checkpointing, dropout > 0
+        self.checkpointing = checkpointing
         self.longest_period = longest_period
         self.shrink = 2 ** (len(channel_mult) - 1)
         if (num_heads is None) == (num_head_channels is None):
@@ -252,7 +252,7 @@ class UNet(nn.Module):
         return [*self.down, self.middle, *self.up]
 
     def _run(self, chain: nn.Module, *inputs: Tensor | None) -> Tensor:
-        return run_block(chain, *inputs, recompute=self.checkpointing, keep_random_state=self.keep_random_state)
+        return run_block(chain, *inputs, recompute=self.checkpointing)
 
     def _check(self, x: Tensor, conditioning: Conditioning) -> None:
         """Shapes only: costs nothing and never waits for the device."""

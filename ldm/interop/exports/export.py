@@ -127,7 +127,11 @@ def _published(out: Path) -> Iterator[Path]:
         if out.exists():
             before = aside.with_name(f"{aside.name}.before")
             out.rename(before)
-            aside.rename(out)
+            try:
+                aside.rename(out)
+            except BaseException:
+                before.rename(out)
+                raise
             shutil.rmtree(before)
         else:
             aside.rename(out)

@@ -11,6 +11,9 @@ from pathlib import Path
 from ldm.errors import ConfigError, LdmError, ResourceError
 from ldm.interop.exports.usage import optional_packages
 
+WRITTEN = ("config.json", "model_index.json", "programs.json", "adapter_config.json", "configs/config.yaml")
+"""Of an exported folder it has at least one: of a model, a pipeline, programs, an adapter, a run."""
+
 
 def check(repo: str) -> None:
     """Before anything is loaded or written.
@@ -28,10 +31,12 @@ def check(repo: str) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """ConfigError unless `ldm export` has written it."""
-    if not (folder / "README.md").is_file():  # which may have been edited
+    """ConfigError unless `ldm export` has written it: all that is in it will be uploaded."""
+    # The card may have been edited.
+    if not (folder / "README.md").is_file() or not any((folder / name).is_file() for name in WRITTEN):
         raise ConfigError(
-            f"{folder}: is no exported folder (it has no README.md); to write one from a run, give --to and --out"
+            f"{folder}: is no exported folder (expected README.md and one of {', '.join(WRITTEN)}); to write one from "
+            "a run, give --to and --out"
         )
 
 

@@ -1,5 +1,6 @@
 """Snapshots of running averages: saved in training, combined to any width afterwards (scripts/reconstruct_ema.py)."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,13 +8,15 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import Tensor
 
-from ldm.checkpoints import sharded_state, store
+from ldm.checkpoints import sharded_state, store, writer
 from ldm.diffusion.module import LatentDiffusion
-from ldm.errors import CheckpointError, ConfigError
+from ldm.errors import CheckpointError, ConfigError, ResourceError
 from ldm.optim.ema import PowerFunction, mixture, power_exponent
 from ldm.ranges import Count
 from ldm.runtime.float64 import double
 from ldm.training.callbacks.step_callback import StepCallback
+
+log = logging.getLogger(__name__)
 
 FOLDER = "averages"
 """In the run folder."""
@@ -55,7 +58,11 @@ class EMASnapshots(StepCallback):
                 "images_seen": ema.images_seen,
                 "ldm": {"kind": "averages", "step": step},
             }
-            store.save(self._folder / f"step={step:08d}{store.SUFFIX}", state)
+            file = writer.file_of(self._folder, step)
+            try:
+                store.save(file, state)
+            except (OSError, ResourceError) as error:  # a width can be reconstructed of fewer snapshots
+                log.warning("%s: cannot be written (%s); training goes on without it", file, error)
 
 
 def _exponents(module: pl.LightningModule) -> list[float]:

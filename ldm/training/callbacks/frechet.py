@@ -22,7 +22,6 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import Tensor
 
-from ldm.autoencoder.codec import Codec
 from ldm.data.dataset import class_labels
 from ldm.diffusion.module import LatentDiffusion
 from ldm.errors import ConfigError
@@ -41,9 +40,10 @@ from ldm.latents.datamodule import LatentDataModule
 from ldm.ranges import Count, Finite
 from ldm.runtime import distributed
 from ldm.sampling.guidance import Guidance
-from ldm.sampling.pipeline import Pipeline, load_codec
+from ldm.sampling.pipeline import Pipeline
 from ldm.sampling.samplers import ddim
 from ldm.sampling.timesteps import default
+from ldm.training.callbacks.live_pipeline import LivePipeline
 from ldm.training.callbacks.stop import StopOnSignal
 
 log = logging.getLogger(__name__)
@@ -110,9 +110,7 @@ class FrechetDistance(pl.Callback):
         self._labels = labels
         self._recipe = Recipe(sampler, steps, schedule, Guidance(guidance_scale), {})
         self._batch_size = batch_size
-        self._autoencoder = autoencoder
-        self._trust = trust
-        self._codec: Codec | None = None
+        self._live = LivePipeline(autoencoder, trust, "the Fréchet distance of samples", "FrechetDistance")
         self._features: Features | None = None
         self._reference: Moments | None = None
         self._last: dict[str, Any] = {}  # the newest measurement, which checkpoints hold
@@ -123,6 +121,11 @@ class FrechetDistance(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """What cannot be measured is refused, and the training pictures' features are computed."""
+        if trainer.datamodule.validation_dataset is None or not trainer.enable_validation:  # type: ignore[attr-defined]
+            raise ConfigError(
+                "FrechetDistance: is measured when a run is validated, which this one never is. Hold pictures out "
+                "(data.params.num_validation), or leave the callback out."
+            )
         self._prepare(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -203,15 +206,7 @@ class FrechetDistance(pl.Callback):
                 f"{type(module).__name__}. An autoencoder's distance is a metric of its own: "
                 "model.params.metrics.rfd={target: ldm.evaluation.reconstruction.ReconstructionDistance}"
             )
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]  # Lightning's own, set by fit
-        manifest = data.manifest
-        if self._codec is None:
-            self._codec = load_codec(
-                *(manifest, self._autoencoder, "the Fréchet distance of samples", self._trust),
-                "in the parameter autoencoder of FrechetDistance",
-            )
-        codec, normals = self._codec.to(module.device), data.randomness.normals
-        return Pipeline.from_module(module, codec, manifest, normals=normals)
+        return self._live.of(trainer, module)
 
     def _measure(self, trainer: pl.Trainer, module: pl.LightningModule, number: int) -> float:
         """The distance of `number` samples; every rank calls it."""
@@ -232,9 +227,9 @@ class FrechetDistance(pl.Callback):
 
     def _leave_device(self) -> None:
         """Nothing is kept on the device through training."""
-        for network in (self._features, self._codec):
-            if network is not None:
-                network.to("cpu")
+        if self._features is not None:
+            self._features.to("cpu")
+        self._live.leave_device()
 
     def _share(self, number: int) -> Iterator[Sequence[int]]:
         """This rank's samples, in batches; those beyond `number` are made and left out.

@@ -15,9 +15,7 @@ import torch
 from pytorch_lightning.loggers import WandbLogger
 from torch import Tensor
 
-from ldm.autoencoder.codec import Codec
 from ldm.data.asked_for import conditions as conditions_of
-from ldm.data.datamodule import class_facts
 from ldm.diffusion.module import LatentDiffusion
 from ldm.errors import ConfigError
 from ldm.images import grid, picture, to_arrays
@@ -27,13 +25,14 @@ from ldm.ranges import Count, CountOrZero, Finite
 from ldm.runtime import distributed
 from ldm.sampling.generate import check, generate
 from ldm.sampling.guidance import Guidance
-from ldm.sampling.pipeline import Pipeline, load_codec
+from ldm.sampling.pipeline import Pipeline
 from ldm.sampling.sample_folder import title
 from ldm.sampling.samplers import ddim
 from ldm.sampling.shown import beside
 from ldm.sampling.shown import conditions as conditions_shown
 from ldm.sampling.timesteps import default
 from ldm.sizes import SIZES
+from ldm.training.callbacks.live_pipeline import LivePipeline
 from ldm.training.callbacks.step_callback import StepCallback
 
 PREVIEW_STEPS = 50
@@ -125,6 +124,8 @@ class SampleLogger(StepCallback):
         trust: Sequence[str] = (),
     ) -> None:
         super().__init__()
+        if not seeds:
+            raise ConfigError("SampleLogger: seeds: expected one or more; without previews, write images: null")
         self._every_n_steps = every_n_steps
         self._columns = [*seeds]
         given = {"classes": classes, "prompts": prompts, "conditions": conditions}
@@ -142,9 +143,7 @@ class SampleLogger(StepCallback):
         self._sampler = sampler
         self._schedule = schedule
         self._guidance = Guidance(guidance_scale)
-        self._autoencoder = autoencoder
-        self._trust = trust
-        self._codec: Codec | None = None
+        self._live = LivePipeline(autoencoder, trust, "the preview of samples", "SampleLogger")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """What cannot be shown is refused before the first step."""
@@ -182,20 +181,7 @@ class SampleLogger(StepCallback):
     def _pipeline(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Pipeline:
         if not isinstance(pl_module, LatentDiffusion):
             raise ConfigError(f"SampleLogger: expected a LatentDiffusion, found a {type(pl_module).__name__}.")
-        manifest = trainer.datamodule.manifest  # type: ignore[attr-defined]  # Lightning's own, set by fit
-        if self._codec is None:
-            self._codec = load_codec(
-                manifest,
-                self._autoencoder,
-                "the preview of samples",
-                self._trust,
-                "in the parameter autoencoder of SampleLogger",
-            )
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        dense = isinstance(data, LatentDataModule)
-        facts = {**class_facts(data.train_dataset), **data.dense.facts()} if dense else None
-        codec, normals = self._codec.to(pl_module.device), data.randomness.normals
-        return Pipeline.from_module(pl_module, codec, manifest, facts=facts, normals=normals)
+        return self._live.of(trainer, pl_module)
 
     def show(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make a sheet now; every rank must call it."""

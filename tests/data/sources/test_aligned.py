@@ -1,8 +1,6 @@
 """What lies on the pictures of a folder or table, from files of the same name in other folders."""
 
 import json
-import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -16,9 +14,11 @@ from ldm.data.decoding import read_indices
 from ldm.data.sources.folder import ImageFolder
 from ldm.data.sources.maps import MapFiles, class_names
 from ldm.data.sources.masks import MaskFiles
-from ldm.data.sources.pairs import PairFiles, same_proportions
+from ldm.data.sources.pairs import PairFiles
 from ldm.data.sources.table import ImageTable
 from ldm.errors import ConfigError, DataError
+from ldm.sizes import same_proportions
+from tests.pngs import gray_png
 
 NAMES = ("a/1", "a/2", "b/1")
 
@@ -91,19 +91,6 @@ def test_palettes_and_gray_values_are_numbers(tmp_path):
     assert (read_indices(tmp_path / "wide.png") == wide).all()
 
 
-def gray_png(values: np.ndarray, bits: int) -> bytes:
-    """A PNG of gray values of so many bits, which Pillow does not write."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    places = (values[..., None] >> np.arange(bits)[::-1]) & 1
-    rows = np.packbits(places.reshape(len(values), -1), axis=1)
-    pixels = b"".join(b"\0" + row.tobytes() for row in rows)
-    head = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], bits, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
-
-
 def test_a_number_may_be_reduced_or_mean_no_class(folders):
     reduced = folder(folders, map=MapFiles(folders / "maps", ["sea", "land"], reduce=1))[0]["map"]
     assert reduced.dtype == np.uint8
@@ -131,6 +118,10 @@ def test_names_of_classes_from_a_file(tmp_path):
         (tmp_path / "names.json").write_text(content)
         with pytest.raises(DataError, match=rf"names\.json: {message}"):
             class_names(tmp_path / "names.json")
+    for name, content in (("gap.json", '["sky", "", "car"]'), ("gap.txt", "sky\n\ncar\n")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(DataError, match="the name of class 1 is empty"):
+            class_names(tmp_path / name)
     with pytest.raises(DataError, match=r"absent\.txt: cannot be read"):
         class_names(tmp_path / "absent.txt")
     with pytest.raises(ConfigError, match=r"aligned\.map: classes: expected 1 to 32767 names of classes, found 0"):

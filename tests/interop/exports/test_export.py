@@ -316,6 +316,8 @@ def test_wrong_words_are_answered(runs, tmp_path, capsys):
     assert (code, "did you mean safetensors?" in said) == (2, True)
     code, said = refused(capsys, run, "--to", "safetensors", "--out", out, "--private")
     assert (code, "belongs to --push" in said) == (2, True)
+    code, said = refused(capsys, out, "--push", "me/model", "--no-pictures", "--license", "mit")
+    assert (code, "--license, --no-pictures: decides how a folder is written" in said) == (2, True)
 
 
 def test_a_folder_that_exists_is_kept_unless_it_is_an_export_that_may_be_replaced(runs, tmp_path, capsys):
@@ -333,6 +335,23 @@ def test_a_folder_that_exists_is_kept_unless_it_is_an_export_that_may_be_replace
     (out / "more.txt").write_text("of the former one")
     exported(runs.diffusion, out, "--force")
     assert not (out / "more.txt").exists()
+    assert [*tmp_path.iterdir()] == [out]
+
+
+def test_what_was_there_is_there_again_where_the_new_one_cannot_take_its_place(runs, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    exported(runs.autoencoder, out)
+    kept = {path: path.read_bytes() for path in out.glob("*")}
+    rename = Path.rename
+
+    def fails_for_new_ones(path: Path, target: Path) -> Path:
+        if target == out and not path.name.endswith(".before"):
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails_for_new_ones)
+    assert refused(capsys, str(runs.diffusion), "--to", "safetensors", "--out", str(out), "--force")[0] == 6
+    assert {path: path.read_bytes() for path in out.glob("*")} == kept
     assert [*tmp_path.iterdir()] == [out]
 
 

@@ -97,6 +97,15 @@ def test_a_run_folder_is_not_uploaded_as_it_is(runs, hub, capsys):
     assert hub.asked == []
 
 
+def test_a_folder_with_a_readme_alone_is_not_uploaded(hub, tmp_path, capsys):
+    """Such as a project with all its data."""
+    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "data.tar").write_text("mine, too")
+    assert export.main([str(tmp_path), "--push", REPO]) == 2
+    assert "is no exported folder" in capsys.readouterr().err
+    assert hub.asked == []
+
+
 def test_the_environment_names_another_hub(folder, hub):
     environment = {**os.environ, "HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     code = f"import sys; from ldm.cli.export import main; sys.exit(main(['{folder}', '--push', '{REPO}']))"

@@ -14,7 +14,7 @@ from ldm.diffusion.conditioners.base import Unconditional
 from ldm.diffusion.module import LatentDiffusion
 from ldm.diffusion.noise_schedules import SqrtLinear
 from ldm.diffusion.objectives import DDPM
-from ldm.errors import CheckpointError, ConfigError
+from ldm.errors import CheckpointError, ConfigError, ResourceError
 from ldm.optim.ema import EMA, HalfLife, PowerFunction
 from ldm.randomness import Draws
 from ldm.training.callbacks.ema_snapshots import EMASnapshots, reconstruct, snapshots
@@ -91,6 +91,21 @@ def test_a_width_that_was_not_kept(tmp_path: Path) -> None:
     own = reconstruct(files, 0.1)
     for name, value in module.ema.extra[0].state_dict().items():
         torch.testing.assert_close(own[name], value, rtol=2e-3, atol=1e-3)
+
+
+def test_a_full_disk_costs_a_snapshot_and_not_the_run(tmp_path: Path, monkeypatch, caplog) -> None:
+    saved = store.save
+
+    def full(path: Path, state: dict) -> None:
+        if path.name == "step=00000060.ckpt":
+            raise ResourceError(f"{path}: No space left on device")
+        saved(path, state)
+
+    monkeypatch.setattr(store, "save", full)
+    fit(make(partial(EMA, profile=PowerFunction(0.05))), tmp_path, [EMASnapshots(every=30)])
+    assert [file.name for file in snapshots(tmp_path)] == [f"step={step:08d}.ckpt" for step in (30, 90, 120)]
+    assert "step=00000060.ckpt: cannot be written" in caplog.text
+    assert "training goes on without it" in caplog.text
 
 
 def test_other_profiles_are_refused_at_once(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from ldm.evaluation.moments import Moments
 from ldm.evaluation.pictures import configured
 from ldm.evaluation.pictures.made import Generated
 from ldm.evaluation.pictures.stored import DatasetPictures
+from ldm.evaluation.reference import PicturesReference
 from ldm.runtime import distributed, fsdp
 from ldm.runtime.signals import STOPPING
 from ldm.sampling.generate import generate
@@ -186,6 +187,13 @@ def test_what_cannot_be_sampled_is_refused_before_the_first_step(tree, tmp_path,
     tree["model"]["params"]["label_dropout"] = 0.0
     assert run(tree, tmp_path / "logs") == ConfigError.exit_code
     assert "lightning.callbacks.fd" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["data.params.num_validation=0"], ["lightning.trainer.limit_val_batches=0"]])
+def test_a_run_without_validation_is_refused_before_any_feature_is_computed(tree, tmp_path, capsys, monkeypatch, words):
+    monkeypatch.setattr(PicturesReference, "prepare", lambda *_: pytest.fail("features are computed"))
+    assert run(tree, tmp_path / "logs", *words) == ConfigError.exit_code
+    assert "is measured when a run is validated, which this one never is" in capsys.readouterr().err
 
 
 def test_one_sample_is_refused_before_anything_is_trained():

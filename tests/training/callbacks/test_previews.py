@@ -211,6 +211,11 @@ def test_samples_that_cannot_be_are_refused_before_the_first_step(
         SampleLogger(**wrong).on_fit_start(trainer, runs.module)
 
 
+def test_a_sheet_without_a_picture_is_refused() -> None:
+    with pytest.raises(ConfigError, match="seeds: expected one or more; without previews, write images: null"):
+        SampleLogger(seeds=[])
+
+
 def test_classes_and_conditions_say_the_same() -> None:
     with pytest.raises(ConfigError, match="leave one of them out"):
         SampleLogger(classes=[0], conditions=[{"class_label": 1}])
