@@ -21,7 +21,7 @@ DIFFUSION = "configs/quickstart/diffusion.yaml"
 OWN = "configs/quickstart/own_pictures.yaml"
 EMOJI_LOOK = (
     "Faces, people, animals, cars, symbols and flags should be easy to recognize, and so should most hands and some "
-    "fruit. Of places clocks are; activities and objects rarely show more than colors and outlines."
+    "fruit. Among places, clocks are recognizable; activities and objects rarely show more than colors and outlines."
 )
 OWN_LOOK = (
     "Expect colors and layout rather than detail: the pictures are 32 px wide and the model has trained for minutes. "
@@ -44,7 +44,7 @@ def ending(name: str, pictures: Path | None) -> str:
         "",
         f"Reconstructions of pictures that were not trained on:  {_newest(autoencoder, 'images/val/*.png')}",
         "  Top row: the originals. The second row should look like the first one, a little softer. (Below: the",
-        "  difference, grey where there is none, and what the decoder makes of noise.)",
+        "  difference, gray where there is none, and what the decoder makes of noise.)",
         f"Samples, a row a class:  {_newest(diffusion, 'samples/*/grid.png')}",
         f"  {EMOJI_LOOK if pictures is None else OWN_LOOK}",
         f"Curves:  {autoencoder}/metrics.csv and {diffusion}/metrics.csv, drawn by scripts/plot_run.py",

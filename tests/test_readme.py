@@ -243,14 +243,15 @@ def run(workshop, tmp_path, monkeypatch, autoencoder_tree, diffusion_tree, tried
             codes = [measured(["-r", "RUN", "--out", record]) for record in own]
             return max(*codes, evaluate.main(["compare", *own, "--out", str(tmp_path / "comparison")]))
         words = [re.sub(r"/path/to/[\w/]+", PICTURES, word) for word in words]
+        few = ["-n", "8", "--steps", "2"] if "-r" in words else []
         if "FILE.yaml" in words:
             (workshop / "FILE.yaml").write_text(to_yaml(autoencoder_tree))
         elif "kl_f8" in " ".join(words):
             (workshop / "own.yaml").write_text(to_yaml(autoencoder_tree))
             words += ["--against", "own.yaml", "--metrics", "fd", "psnr"]
+            few = ["-n", "8"]  # reconstructions take no steps
         else:
             words += ["--against", PICTURES, "--resolution", "16"]
-        few = ["-n", "8", "--steps", "2"] if "-r" in words else []
         out = [] if "--out" in words else ["--out", str(tmp_path / "record.json")]
         return evaluate.main([*words, *few, *out])
 

@@ -28,18 +28,18 @@ def subject_of(options: Any, device: str) -> Subject:
         LdmError: it cannot be measured.
     """
     if options.run is None:
-        check_named(options, "pictures")
         check_metrics(options.metrics, "pictures", METRICS)
         evaluate_judges.refuse(options, "these pictures")
+        check_named(options, "pictures")
         return _stored(options)
     path = run_folder.named(options.run)
     if evaluate_run.kind(path) == "autoencoder":
-        check_named(options, "reconstructions")
         check_metrics(options.metrics, "reconstructions", OF_RECONSTRUCTIONS)
         evaluate_judges.refuse(options, "reconstructions")
+        check_named(options, "reconstructions")
         return reconstructions(options, path, device)
-    check_named(options, "samples")
     check_metrics(options.metrics, "samples", OF_SAMPLES)
+    check_named(options, "samples")
     return samples(options, path, device)
 
 

@@ -160,15 +160,15 @@ class FashionMNIST(ArrayImages):
 
     Args:
         root: folder with the four idx files (plain or .gz), or one that torchvision has filled;
-            None: where the Debian package dataset-fashion-mnist installs them.
+            None: where the Debian package dataset-fashion-mnist installs them, or else data/fashion_mnist.
         train: the training part; False: the test part.
         download: let torchvision fetch missing files into `root` (do this with one process).
     """
 
     def __init__(self, root: str | Path | None = None, train: bool = True, download: bool = False) -> None:
         source = torchvision.datasets.FashionMNIST
-        folder = DEBIAN_FASHION_MNIST if root is None else Path(root)
-        images, labels = _read_idx(source, folder, train, download and root is not None)
+        usual = DEBIAN_FASHION_MNIST if DEBIAN_FASHION_MNIST.is_dir() else Path("data", "fashion_mnist")
+        images, labels = _read_idx(source, usual if root is None else Path(root), train, download)
         super().__init__(f"FashionMNIST {_part(train)}", images, labels, list(source.classes))
 
 

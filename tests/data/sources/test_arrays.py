@@ -9,6 +9,7 @@ import pytest
 import torchvision
 
 from ldm.data.dataset import class_labels
+from ldm.data.sources import arrays
 from ldm.data.sources.arrays import CIFAR10, DEBIAN_FASHION_MNIST, MNIST, ArrayFile, ArrayImages, FashionMNIST
 from ldm.errors import DataError
 
@@ -121,6 +122,19 @@ def test_cifar(tmp_path, monkeypatch):
 def test_no_cifar(tmp_path):
     with pytest.raises(DataError, match="cifar-10-batches-py"):
         CIFAR10(tmp_path)
+
+
+def test_fashion_mnist_without_the_debian_package_is_downloaded_once(tmp_path, monkeypatch):
+    """Into a folder of the project, from which it is then read."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(arrays, "DEBIAN_FASHION_MNIST", tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"data/fashion_mnist: neither .* `download: true`"):
+        FashionMNIST()
+    asked = []
+    monkeypatch.setattr(torchvision.datasets.FashionMNIST, "__init__", lambda self, root, **_: asked.append(root))
+    with pytest.raises(DataError, match="data/fashion_mnist: neither"):
+        FashionMNIST(download=True)
+    assert asked == [Path("data/fashion_mnist")]
 
 
 @pytest.mark.skipif(not DEBIAN_FASHION_MNIST.is_dir(), reason="dataset-fashion-mnist is not installed")

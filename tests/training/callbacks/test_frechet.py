@@ -189,7 +189,9 @@ def test_what_cannot_be_sampled_is_refused_before_the_first_step(tree, tmp_path,
     assert "lightning.callbacks.fd" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["data.params.num_validation=0"], ["lightning.trainer.limit_val_batches=0"]])
+@pytest.mark.parametrize(
+    "words", [["data.params.num_validation=0", "data.params.cache=whole"], ["lightning.trainer.limit_val_batches=0"]]
+)
 def test_a_run_without_validation_is_refused_before_any_feature_is_computed(tree, tmp_path, capsys, monkeypatch, words):
     monkeypatch.setattr(PicturesReference, "prepare", lambda *_: pytest.fail("features are computed"))
     assert run(tree, tmp_path / "logs", *words) == ConfigError.exit_code

@@ -22,7 +22,7 @@ class Black(LatentDataModule):
         self.manifest = manifest
         self.randomness = STANDARD
         self.train_dataset: Any = SimpleNamespace()
-        self.dense = Dense({}, {}, MaskedLatents(Masks(), fill=-1.0))
+        self.dense = Dense({}, {}, MaskedLatents(Masks(), variants=2, fill=-1.0))
 
 
 def test_what_the_data_says_of_conditions_is_known(runs):
