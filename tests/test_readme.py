@@ -149,6 +149,8 @@ def workshop(make_runs, tmp_path_factory):
     exponents = [power_exponent(0.05), power_exponent(0.1)]
     snapshot = {"averages": averages, "exponents": exponents, "images_seen": 2048}
     store.save(rgb.diffusion / "averages" / "step=01048576.ckpt", snapshot)
+    # Of which a command samples: that which makes it may be tested in another process.
+    assert ema.main(["-r", str(rgb.diffusion), "--std", "0.13"]) == 0
     (place / "RUN").symlink_to(rgb.diffusion)
     (adapted,) = (place / "logs").glob("*_emoji_lora")
     adapted.unlink()
